@@ -1,0 +1,25 @@
+# Copyright (c) 2026, vmfleet contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""The option that names a VM's monitor; its argument spec is C(monitor_argument_spec) in C(module_utils/_options.py)."""
+
+from __future__ import annotations
+
+
+class ModuleDocFragment:
+    DOCUMENTATION = r"""
+options:
+  monitor:
+    description:
+      - The VM's QMP monitor, as V(unix:/run/qemu/web01.qmp), V(/run/qemu/web01.qmp) or V(tcp:127.0.0.1:4444).
+      - A monitor serves one client at a time. It is held for moments only, never while a job is waited for,
+        so that other clients get their turn.
+      - File descriptors can be passed over a UNIX socket only. Over TCP, QEMU itself must be able to open the target.
+    type: str
+    required: true
+requirements:
+  - qemu.qmp >= 0.0.4 (Python library) on the hypervisor
+notes:
+  - Runs on the hypervisor, with Python 3.8 or later.
+"""

@@ -1,0 +1,221 @@
+# Copyright (c) 2026, vmfleet contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+# PRIVATE: this file is not part of the public interface of the collection; it can change without notice.
+"""One disk on its way to one target: what a look at its record, its receipt, its target and its job finds.
+
+Nothing here changes anything.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass, replace
+from datetime import datetime, timezone
+from typing import TYPE_CHECKING
+
+from ansible_collections.vmfleet.backup.plugins.module_utils import _receipt
+from ansible_collections.vmfleet.backup.plugins.module_utils._errors import BackupError, Refused
+from ansible_collections.vmfleet.backup.plugins.module_utils._inspect import machine_id
+from ansible_collections.vmfleet.backup.plugins.module_utils._qmp import Process
+from ansible_collections.vmfleet.backup.plugins.module_utils._target import is_block_device
+
+if TYPE_CHECKING:
+    from typing import Any
+
+    from ansible_collections.vmfleet.backup.plugins.module_utils._drive import Drive
+    from ansible_collections.vmfleet.backup.plugins.module_utils._inspect import Disk, Job, Vm
+    from ansible_collections.vmfleet.backup.plugins.module_utils._receipt import Record
+
+ABSENT = "absent"
+"""Nothing of worth stands at the target."""
+OCCUPIED = "occupied"
+"""Something stands at the target that is not this backup."""
+DONE = "done"
+"""The target stands there with its receipt."""
+COPIED = "copied"
+"""The image is whole and on stable storage; its renames are missing."""
+RUNNING = "running"
+ENDED = "ended"
+"""The job has ended, well or not, and waits to be collected."""
+DEAD = "dead"
+"""An attempt that comes to nothing has left traces."""
+
+CANCELLED = "Operation canceled"
+"""QEMU's words for a cancelled job."""
+
+
+@dataclass(frozen=True)
+class Copy:
+    """One drive with what is known about it now. C(reason) explains C(found)."""
+
+    drive: Drive
+    disk: Disk
+    job_id: str
+    found: str
+    record: Record | None = None
+    job: Job | None = None
+    reason: str = ""
+
+    @property
+    def opaque(self) -> str:
+        """The tag of this copy's fdsets begins with this."""
+        return "vmfleet:db:%s:" % _digest(self.drive, self.disk)
+
+    @property
+    def who(self) -> str:
+        return "disk %s to %s" % (self.disk.name or self.disk.node, self.drive.target)
+
+    @property
+    def failure(self) -> str:
+        """Why an ended job is no success; empty for every other copy."""
+        if self.found != ENDED or self.job is None:
+            return ""
+        if self.job.error:
+            return self.job.error
+        return "" if self.job.status == "concluded" else "it ended as %s" % self.job.status
+
+    @property
+    def state(self) -> str:
+        """What the module's return value calls it."""
+        if self.found == RUNNING:
+            return "paused" if self.job and self.job.stuck else "running"
+        if self.found in (ABSENT, OCCUPIED):
+            return "absent"
+        if self.failure == CANCELLED:
+            return "cancelled"
+        return "failed" if self.failure or self.found == DEAD else "completed"
+
+    def belongs_to(self, attempt: str) -> bool:
+        """Whether its job is of this attempt. A bare block device has no record: its job must be the one we know."""
+        return self.found in (RUNNING, ENDED, COPIED) and (self.record is None or self.record.attempt == attempt)
+
+    def result(self, state: str = "", error: str = "") -> dict[str, Any]:
+        """This copy as an entry of the module's return value C(jobs)."""
+        state = state or self.state
+        job = self.job
+        duration = 0.0
+        if self.record:
+            duration = self.record.duration if self.record.finished else seconds_since(self.record.started)
+        return {
+            "id": self.job_id,
+            "device": self.drive.device,
+            "node": self.disk.node,
+            "target": self.drive.target,
+            "state": state,
+            "offset": job.offset if job else 0,
+            "len": job.len if job else 0,
+            "percent": 100.0 if state == "completed" else job.percent if job else 0.0,
+            "speed": job.speed if job else self.drive.speed,
+            "duration": 0.0 if state == "planned" else round(duration, 3),
+            "error": error or self.failure,
+        }
+
+
+def attempt_of(copies: list[Copy]) -> str:
+    """The attempt that these copies belong to, or the job's id where a bare block device has no record of one."""
+    attempts = [copy.record.attempt for copy in copies if copy.record and copy.found != DONE]
+    return attempts[0] if attempts else copies[0].job_id
+
+
+def examine(drive: Drive, vm: Vm) -> Copy:
+    """Look at one drive; raises BackupError where its target is somebody else's business."""
+    disk = vm.disk(drive.device)
+    record = _receipt.read(_receipt.record_path(drive.receipt_path)) if drive.receipt_path else None
+    if record is None:
+        return _examine_unrecorded(drive, vm, disk)
+    _refuse_foreign(drive, vm, record)
+    copy = Copy(drive, disk, record.job, DEAD, record, vm.job(record.job))
+    process = Process(*record.process) if record.process else None
+    if record.identity != vm.identity:
+        return replace(copy, job=None, reason="it was for VM %s, which has ended" % record.vm)
+    if record.phase == _receipt.COPIED:
+        return replace(copy, found=COPIED)
+    if record.phase == _receipt.CANCELLING:
+        return replace(copy, reason="it had been given up")
+    if process and vm.process and process != vm.process:
+        return replace(copy, job=None, reason="its QEMU (process %d) has ended" % process.pid)
+    if copy.job is None:
+        return replace(copy, reason="QEMU does not list its job %s" % record.job)
+    if (record.device, record.sync, record.bitmap) != (disk.name, drive.sync, drive.bitmap):
+        raise BackupError(
+            "target: %s is being made by job %s from disk %s (sync %s); use another target, or wait for that job"
+            % (drive.target, record.job, record.device, record.sync)
+        )
+    return replace(copy, found=ENDED if copy.job.ended else RUNNING)
+
+
+def _refuse_foreign(drive: Drive, vm: Vm, record: Record) -> None:
+    if record.hypervisor != machine_id():
+        raise BackupError(
+            "target: %s is being made on another hypervisor (machine-id %s, VM %s, since %s); if that one is gone for"
+            " good, remove %s"
+            % (drive.target, record.hypervisor, record.vm, record.started, _receipt.record_path(drive.receipt_path))
+        )
+    alive = bool(record.process) and Process(*record.process).alive
+    if record.identity != vm.identity and (alive or record.phase == _receipt.COPIED):
+        raise BackupError(
+            "target: %s is being made for another VM (%s, since %s); use another target"
+            % (drive.target, record.vm, record.started)
+        )
+
+
+def _examine_unrecorded(drive: Drive, vm: Vm, disk: Disk) -> Copy:
+    job_id = drive.job_id or "vmfleet.db.%s" % _digest(drive, disk)
+    job = vm.job(job_id)
+    copy = Copy(drive, disk, job_id, ABSENT, None, job)
+    if not drive.receipt_path:
+        # A block device without a receipt: the job in QEMU is all the memory there is.
+        return replace(copy, found=OCCUPIED if job is None else ENDED if job.ended else RUNNING)
+    if job is not None and not job.ended:
+        raise BackupError(
+            "VM %s: job %s runs, but %s, which would tell about it, is gone; cancel the job (block_job), or wait for"
+            " its end" % (vm.name, job.id, _receipt.record_path(drive.receipt_path))
+        )
+    if not drive.existing and os.path.lexists(drive.image_path):
+        raise Refused("target", "%s is in the way, and no record says that it is ours; move it away" % drive.image_path)
+    if not os.path.lexists(drive.target):
+        return copy
+    receipt = _receipt.read(drive.receipt_path)
+    if receipt is None:
+        return replace(copy, found=OCCUPIED, reason="it has no receipt")
+    if receipt.phase != _receipt.COMPLETED:
+        return replace(copy, reason="an earlier attempt left it unfinished")
+    difference = _difference(drive, vm, disk, receipt)
+    return replace(copy, found=OCCUPIED if difference else DONE, record=receipt, reason=difference)
+
+
+def _difference(drive: Drive, vm: Vm, disk: Disk, receipt: Record) -> str:
+    """How a finished target differs from what is asked for; empty where it does not."""
+    asked = {
+        "VM": (vm.identity, receipt.identity),
+        "disk": (disk.name, receipt.device),
+        "sync": (drive.sync, receipt.sync),
+        "bitmap": (drive.bitmap, receipt.bitmap),
+        "format": (drive.format or receipt.format, receipt.format),
+        "virtual size": (disk.virtual_size, receipt.virtual_size),
+    }
+    for name, (wanted, found) in asked.items():
+        if wanted != found:
+            return "its receipt is for another %s (%s)" % (name, found or "none")
+    if not receipt.matches(os.stat(drive.target), is_block_device(drive.target)):
+        return "it was changed or replaced after its receipt was written"
+    return ""
+
+
+def _digest(drive: Drive, disk: Disk) -> str:
+    """12 hex digits that tell this copy from others: the same in every call that asks for it."""
+    text = "\0".join((drive.target, disk.node, drive.sync, drive.bitmap))
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:12]
+
+
+def utc_now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def seconds_since(moment: str) -> float:
+    """Seconds since a time that was written down, maybe by another process; 0 where the clock was set back."""
+    then = datetime.fromisoformat(moment.replace("Z", "+00:00"))
+    return max(0.0, (datetime.now(timezone.utc) - then).total_seconds())

@@ -1,0 +1,218 @@
+# Copyright (c) 2026, vmfleet contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+# PRIVATE: this file is not part of the public interface of the collection; it can change without notice.
+"""What a repository's JSON files say: the manifest of a set, the intent of one that grows, the memory of one that failed.
+
+The files have the fields of these classes. Times are UTC (ISO 8601), sizes bytes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from typing import Any, TypeVar
+
+    T = TypeVar("T")
+
+SCHEMA = 1
+
+COLLECTION_VERSION = "0.1.0"
+"""The version in galaxy.yml, which does not travel to the hypervisors."""
+
+PREPARING = "preparing"
+"""The intent is written; images may exist, and the jobs may have been started a moment ago."""
+COPYING = "copying"
+"""QEMU has started the jobs."""
+
+
+class DocumentError(ValueError):
+    """A file does not say what a file of its kind says."""
+
+
+class NewerSchema(DocumentError):
+    """A later release of the collection wrote the file."""
+
+
+@dataclass(frozen=True)
+class Parent:
+    """The set that an increment builds on, and its image for this disk."""
+
+    id: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class DiskImage:
+    """One disk in a set. C(sha256) is None where no checksum was asked for, C(bytes) is the image file's size."""
+
+    name: str
+    node: str
+    qdev: str
+    source: str
+    source_format: str
+    virtual_size: int
+    level: str
+    reason: str
+    parent: Parent | None
+    image: str
+    format: str
+    compression: str
+    bytes: int = 0
+    sha256: str | None = None
+    bitmap: str | None = None
+
+    @classmethod
+    def parse(cls, found: Any) -> DiskImage:
+        parent = found.get("parent")
+        return _build(cls, {**found, "parent": _build(Parent, parent) if parent else None})
+
+
+@dataclass(frozen=True)
+class VmName:
+    """Which VM a set is of. C(identity) is its uuid, or machine-id:name where it has none."""
+
+    name: str
+    identity: str
+    uuid: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A finished set."""
+
+    repository: str
+    vm: VmName
+    id: str
+    sequence: int
+    level: str
+    run: str
+    attempt: str
+    started: str
+    finished: str
+    duration: float
+    consistency: str
+    qemu: str
+    disks: tuple[DiskImage, ...]
+    collection: str = COLLECTION_VERSION
+    schema: int = SCHEMA
+
+    @property
+    def bytes(self) -> int:
+        return sum(disk.bytes for disk in self.disks)
+
+    @classmethod
+    def parse(cls, found: Any) -> Manifest:
+        _check_schema(found)
+        try:
+            disks = tuple(DiskImage.parse(disk) for disk in found["disks"])
+            return _build(cls, {**found, "vm": _build(VmName, found["vm"]), "disks": disks})
+        except (KeyError, TypeError, AttributeError) as error:
+            raise DocumentError("it is no manifest: %r" % error) from error
+
+
+@dataclass(frozen=True)
+class Hypervisor:
+    """The machine that makes a set, and its boot: no QEMU outlives that."""
+
+    name: str
+    machine_id: str
+    boot_id: str
+
+
+@dataclass(frozen=True)
+class Growing:
+    """One disk of a set that grows: what the manifest will say of it, its job, and the bytes that the job may write."""
+
+    image: DiskImage
+    job: str
+    expected: int
+    inode: int = 0
+
+
+@dataclass(frozen=True)
+class Intent:
+    """Who is making a set, from when on and how. It is the lock on the set's id between two looks at the jobs.
+
+    C(begun) and C(deadline) are seconds of the hypervisor's CLOCK_BOOTTIME: nobody sets that clock.
+    C(guest) is the VM's status at the start. C(process) is QEMU's pid and start time, empty over TCP.
+    """
+
+    run: str
+    attempt: str
+    id: str
+    vm: VmName
+    hypervisor: Hypervisor
+    monitor: str
+    process: tuple[int, ...]
+    level: str
+    consistency: str
+    qemu: str
+    guest: str
+    started: str
+    begun: float
+    deadline: float | None
+    checksum: bool
+    disks: tuple[Growing, ...]
+    phase: str = PREPARING
+    reserved: bool = False
+    frozen: bool = False
+    schema: int = SCHEMA
+
+    @property
+    def jobs(self) -> tuple[str, ...]:
+        return tuple(disk.job for disk in self.disks)
+
+    @classmethod
+    def parse(cls, found: Any) -> Intent:
+        _check_schema(found)
+        try:
+            disks = tuple(_build(Growing, {**disk, "image": DiskImage.parse(disk["image"])}) for disk in found["disks"])
+            parsed = {
+                **found,
+                "vm": _build(VmName, found["vm"]),
+                "hypervisor": _build(Hypervisor, found["hypervisor"]),
+                "process": tuple(found["process"]),
+                "disks": disks,
+            }
+            return _build(cls, parsed)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise DocumentError("it is no intent: %r" % error) from error
+
+
+@dataclass(frozen=True)
+class Failure:
+    """How the last attempt at a set ended that did not end well. C(state) is failed or cancelled."""
+
+    run: str
+    attempt: str
+    id: str
+    state: str
+    error: str
+    started: str
+    ended: str
+    schema: int = field(default=SCHEMA)
+
+    @classmethod
+    def parse(cls, found: Any) -> Failure:
+        _check_schema(found)
+        try:
+            return _build(cls, found)
+        except TypeError as error:
+            raise DocumentError("it is no record of a failure: %r" % error) from error
+
+
+def _check_schema(found: Any) -> None:
+    if not isinstance(found, dict) or not isinstance(found.get("schema"), int):
+        raise DocumentError("it has no schema number")
+    if found["schema"] > SCHEMA:
+        raise NewerSchema("its schema %d is newer than this collection; update vmfleet.backup" % found["schema"])
+
+
+def _build(cls: type[T], found: dict[str, Any]) -> T:
+    """An object of C(cls); fields that a later release has added to the same schema are left out."""
+    names = {entry.name for entry in fields(cls)}  # type: ignore[arg-type]
+    return cls(**{name: value for name, value in found.items() if name in names})

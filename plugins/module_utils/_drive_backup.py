@@ -1,0 +1,547 @@
+# Copyright (c) 2026, vmfleet contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+# PRIVATE: this file is not part of the public interface of the collection; it can change without notice.
+"""drive_backup: disks of one VM copied to targets at one point in time, and brought to that state from any other.
+
+All memory is in QEMU (the jobs) and beside the targets (records and receipts), so that a step can be taken by any
+process, at any time, after any crash: look, decide, act, under the VM's lock; then wait without it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+import time
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+from ansible_collections.vmfleet.backup.plugins.module_utils import _jobs, _preflight, _receipt, _target
+from ansible_collections.vmfleet.backup.plugins.module_utils._copy import (
+    ABSENT,
+    CANCELLED,
+    COPIED,
+    DEAD,
+    DONE,
+    ENDED,
+    OCCUPIED,
+    RUNNING,
+    Copy,
+    attempt_of,
+    examine,
+    seconds_since,
+    utc_now,
+)
+from ansible_collections.vmfleet.backup.plugins.module_utils._errors import (
+    BackupError,
+    CommandError,
+    JobFailed,
+    MonitorError,
+    MonitorGone,
+    Refused,
+)
+from ansible_collections.vmfleet.backup.plugins.module_utils._inspect import inspect_vm, machine_id
+from ansible_collections.vmfleet.backup.plugins.module_utils._lock import host_lock_path, locked
+from ansible_collections.vmfleet.backup.plugins.module_utils._qmp import Monitor
+
+if TYPE_CHECKING:
+    from contextlib import AbstractAsyncContextManager
+    from typing import Any
+
+    from ansible_collections.vmfleet.backup.plugins.module_utils._drive import Drive, Request
+    from ansible_collections.vmfleet.backup.plugins.module_utils._inspect import Vm
+    from ansible_collections.vmfleet.backup.plugins.module_utils._qmp import Process
+    from ansible_collections.vmfleet.backup.plugins.module_utils._receipt import Record
+
+SHORTEST_POLL = 0.02
+LONGEST_POLL = 2.0
+"""Seconds between two looks at a job: a twentieth of the time waited so far, within these bounds."""
+
+FULL_BYTES = 64 * 1024 * 1024
+"""A file system with less room than this counts as full when a guest has been stopped by an I/O error."""
+
+
+@dataclass
+class DriveBackup:
+    """Brings one request to its state. C(commands), C(warnings) and C(changed) tell what it took."""
+
+    request: Request
+    commands: list[dict[str, Any]] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    changed: bool = False
+
+    async def ensure(self) -> list[dict[str, Any]]:
+        """Take steps until the asked state is reached; returns the jobs' results."""
+        began = time.monotonic()
+        # Asked first and on its own: nobody may wait for a lock while holding a monitor.
+        async with self._monitor() as monitor:
+            process = monitor.process
+        followed = ""
+        while True:
+            if self.request.check_mode:
+                return (await self._step(process, followed, ()))[0]
+            async with self._lock(process) as lock:
+                results, followed = await self._step(process, followed, (lock,))
+            if not followed:
+                return results
+            await self._follow(process, began, followed)
+
+    def _monitor(self) -> Monitor:
+        return Monitor(self.request.address, self.commands)
+
+    def _lock(self, process: Process | None) -> AbstractAsyncContextManager[int]:
+        return locked(host_lock_path(process, self.request.address), str(self.request.address))
+
+    async def _look(self, monitor: Monitor) -> tuple[Vm, list[Copy]]:
+        vm = await inspect_vm(monitor)
+        copies = [examine(drive, vm) for drive in self.request.drives]
+        nodes = [copy.disk.node for copy in copies]
+        for copy in copies:
+            if nodes.count(copy.disk.node) > 1:
+                raise Refused("device", "%s is asked for more than once on VM %s" % (copy.drive.device, vm.name))
+        return vm, copies
+
+    # One step, under the VM's lock
+
+    async def _step(
+        self, process: Process | None, followed: str, holding: tuple[int, ...]
+    ) -> tuple[list[dict[str, Any]], str]:
+        """Look and act once; returns the results, and the attempt to follow or nothing.
+
+        C(followed) is the attempt that this process has waited for: its end, good or bad, is this call's end.
+        """
+        try:
+            async with self._monitor() as monitor:
+                if monitor.process != process:
+                    raise MonitorGone("%s: QEMU was restarted in between" % self.request.address)
+                vm, copies = await self._look(monitor)
+                if not self.request.check_mode:
+                    # What a process that died in the middle of a start has left would keep its image locked.
+                    for copy in copies:
+                        await _jobs.remove_fdsets(monitor, vm, copy.opaque)
+                if self.request.state == "cancelled":
+                    return await self._give_up(monitor, copies), ""
+                return await self._advance(monitor, vm, copies, followed, holding)
+        except MonitorGone as error:
+            if followed:
+                raise self._lost(followed, str(error)) from error
+            raise
+
+    async def _advance(
+        self, monitor: Monitor, vm: Vm, copies: list[Copy], followed: str, holding: tuple[int, ...]
+    ) -> tuple[list[dict[str, Any]], str]:
+        if self._is_over(copies):
+            await self._bury(monitor, vm, copies, followed)
+            if self.request.check_mode:
+                self.changed = True
+                return [copy.result("planned") for copy in copies], ""
+            vm, copies = await self._look(monitor)
+        if any(copy.found == RUNNING for copy in copies):
+            return await self._join(monitor, vm, copies)
+        if followed and any(copy.found in (ABSENT, OCCUPIED) for copy in copies):
+            raise self._failed(vm, copies, "its job is gone, and no image was finished: it was cancelled elsewhere, or QEMU was restarted")
+        if any(copy.found in (ABSENT, OCCUPIED) for copy in copies):
+            return await self._start(monitor, vm, copies, holding)
+        self._refuse_other_moments(vm, copies)
+        return await self._publish(monitor, copies), ""
+
+    def _is_over(self, copies: list[Copy]) -> bool:
+        """Whether an attempt has come to a bad end: at once where the images belong together, else when all have ended."""
+        bad = any(copy.failure or copy.found == DEAD for copy in copies)
+        return bad and (self._together or not any(copy.found == RUNNING for copy in copies))
+
+    @property
+    def _together(self) -> bool:
+        return self.request.completion_mode == "grouped"
+
+    async def _bury(self, monitor: Monitor, vm: Vm, copies: list[Copy], followed: str) -> None:
+        """Clean up after a bad end. Raises JobFailed where this call waited for it, or is the first to learn of it."""
+        for copy in copies:
+            _preflight.refuse_lost_increment(copy, self.request.overwrite)
+        bad = [copy for copy in copies if copy.failure or copy.found == DEAD]
+        # A failed copy takes the others of its group along; their cancellation is not the reason.
+        causes = [copy for copy in bad if copy.failure != CANCELLED] or bad
+        reason = "; ".join("%s: %s" % (copy.who, _in_words(copy)) for copy in causes)
+        if not self.request.check_mode:
+            whole = [] if self._together else [copy for copy in copies if copy.state == "completed"]
+            await self._finish(monitor, whole)
+            await self._clean(monitor, [copy for copy in copies if copy.found in (RUNNING, ENDED, COPIED, DEAD) and copy not in whole])
+        first_to_know = self.request.state == "completed" and any(copy.failure for copy in copies)
+        if followed or (first_to_know and not self.request.check_mode):
+            raise self._failed(vm, copies, reason)
+        self.warnings.append("VM %s: an earlier attempt came to nothing and is replaced: %s" % (vm.name, reason))
+
+    def _failed(self, vm: Vm, copies: list[Copy], reason: str) -> JobFailed:
+        return JobFailed(
+            "VM %s: the backup failed: %s. What it left is removed; repeat the call when the cause is gone"
+            % (vm.name, reason),
+            jobs=[copy.result("cancelled" if copy.found == RUNNING else "") for copy in copies],
+        )
+
+    async def _join(self, monitor: Monitor, vm: Vm, copies: list[Copy]) -> tuple[list[dict[str, Any]], str]:
+        """Take up jobs that run already."""
+        running = [copy for copy in copies if copy.found == RUNNING]
+        strangers = [copy for copy in copies if copy.found in (ABSENT, OCCUPIED)]
+        if strangers:
+            raise BackupError(
+                "VM %s is busy with %s, which leaves out %s; wait for it or cancel it, then ask for all together"
+                % (vm.name, ", ".join(copy.job_id for copy in running), ", ".join(copy.who for copy in strangers))
+            )
+        for copy in running:
+            if copy.job and copy.job.speed != copy.drive.speed:
+                self.changed = True
+                if not self.request.check_mode:
+                    await monitor.execute("block-job-set-speed", {"device": copy.job_id, "speed": copy.drive.speed})
+        results = [copy.result() for copy in copies]
+        if self.request.state == "started":
+            return results, ""
+        self.changed = True
+        return results, "" if self.request.check_mode else attempt_of(copies)
+
+    def _refuse_other_moments(self, vm: Vm, copies: list[Copy]) -> None:
+        """Several images of one request belong to one point in time."""
+        records = [copy.record for copy in copies if copy.record]
+        if self._together and len({record.attempt for record in records}) > 1:
+            raise Refused(
+                "target",
+                "VM %s: the targets are there, but come from different moments: %s; use other targets, or completion_mode"
+                " individual" % (vm.name, ", ".join("%s (%s)" % (record.target, record.started) for record in records)),
+            )
+
+    # Starting
+
+    async def _start(
+        self, monitor: Monitor, vm: Vm, copies: list[Copy], holding: tuple[int, ...]
+    ) -> tuple[list[dict[str, Any]], str]:
+        """Start what is not there. Everything that can be refused is refused before the first file exists."""
+        starting = [copy for copy in copies if self._together or copy.found in (ABSENT, OCCUPIED)]
+        _preflight.refuse_busy(vm, starting)
+        targets = [await _preflight.prepare_target(vm, copy, self.request.overwrite) for copy in starting]
+        self.changed = True
+        if self.request.check_mode:
+            return [copy.result("planned" if copy in starting else "") for copy in copies], ""
+        await self._finish(monitor, [copy for copy in copies if copy not in starting])
+        begun: list[Copy] = []
+        attempt = secrets.token_hex(6)
+        try:
+            for copy, target in zip(starting, targets):
+                record = _new_record(copy, vm, attempt, target)
+                _claim(copy.drive, record)
+                begun.append(replace(copy, found=RUNNING, job=None, record=record))
+                await self._make(copy, target, holding)
+                begun[-1] = replace(begun[-1], record=replace(record, reserved=self._reserve(target)))
+            await self._launch(monitor, vm, begun, targets)
+        except (BackupError, OSError) as error:
+            await self._clean(monitor, begun)
+            if isinstance(error, OSError):
+                raise BackupError("target: %s" % error) from error
+            raise
+        by_node = {copy.disk.node: copy for copy in begun}
+        results = [by_node.get(copy.disk.node, copy).result() for copy in copies]
+        return results, attempt_of(begun) if self.request.state == "completed" else ""
+
+    async def _make(self, copy: Copy, target: _target.Target, holding: tuple[int, ...]) -> None:
+        """Create the image. One that exists loses its receipt: it will not be what that one speaks of."""
+        drive = copy.drive
+        if drive.existing:
+            if drive.receipt_path:
+                _receipt.discard(drive.receipt_path)
+            return
+        backing = (copy.disk.backing_file, copy.disk.backing_format)
+        await _target.create(target, backing if drive.sync == "top" and backing[0] else None, holding)
+
+    def _reserve(self, target: _target.Target) -> bool:
+        if _target.reserve(target):
+            return True
+        free = _target.free_bytes(target.path)
+        if free < target.expected:
+            raise BackupError(
+                "target: %s: No space left on device: the backup needs up to %d bytes there, and %d are free"
+                % (target.path, target.expected, free)
+            )
+        self.warnings.append(
+            "%s: its file system cannot reserve space. If it fills up before the copy has ended, the backup is cancelled"
+            " for the guest's sake; only a call with state completed watches for that" % target.path
+        )
+        return False
+
+    async def _launch(self, monitor: Monitor, vm: Vm, begun: list[Copy], targets: list[_target.Target]) -> None:
+        await _jobs.dismiss_jobs(monitor, [copy.job_id for copy in begun])
+        starts = [
+            _jobs.BackupStart(copy.job_id, copy.disk.node, target, "%s%d" % (copy.opaque, number), copy.drive.arguments())
+            for number, (copy, target) in enumerate(zip(begun, targets))
+        ]
+        try:
+            await _jobs.start_backups(monitor, starts, self.request.completion_mode)
+        except CommandError as error:
+            raise BackupError(
+                "VM %s: QEMU did not start the backup of %s: %s"
+                % (vm.name, ", ".join(copy.who for copy in begun), error.description)
+            ) from error
+        for copy in begun:
+            _write_phase(copy, _receipt.COPYING)
+
+    # Waiting, without the lock
+
+    async def _follow(self, process: Process | None, began: float, attempt: str) -> None:
+        """Wait until a step can be taken. Raises where the wait ends for another reason, with what is known by then."""
+        request = self.request
+        now = joined = moved = time.monotonic()
+        offsets: dict[str, int] = {}
+        while True:
+            await asyncio.sleep(min(LONGEST_POLL, max(SHORTEST_POLL, (now - joined) / 20)))
+            trouble = ""
+            try:
+                async with self._monitor() as monitor:
+                    vm, copies = await self._look(monitor)
+            except MonitorGone as error:
+                if process is None or not process.alive:
+                    raise self._lost(attempt, str(error)) from error
+                trouble = str(error)
+            except MonitorError as error:
+                trouble = str(error)
+            now = time.monotonic()
+            if not trouble:
+                if not any(copy.found == RUNNING for copy in copies):
+                    return
+                if vm.status == "io-error" and not any(copy.record and copy.record.guest == "io-error" for copy in copies):
+                    await self._save_guest(attempt)
+                if any(copy.state == "paused" for copy in copies):
+                    raise _paused(vm, copies)
+                seen = {copy.job_id: copy.job.offset for copy in copies if copy.job}
+                if seen != offsets:
+                    offsets, moved = seen, now
+            if request.timeout and now - began >= request.timeout:
+                await self._time_out(attempt, "timeout: not done within %g s" % request.timeout, trouble)
+            if request.stall_timeout and now - moved >= request.stall_timeout:
+                await self._time_out(attempt, "stall_timeout: no progress for %g s" % request.stall_timeout, trouble)
+
+    async def _time_out(self, attempt: str, reason: str, trouble: str) -> None:
+        """End the wait: cancel and clean up, or leave the job, as on_timeout says."""
+        if trouble:
+            reason = "%s (%s)" % (reason, trouble)
+        if self.request.on_timeout == "leave":
+            raise JobFailed("%s; the job is left running, as on_timeout says" % reason, jobs=await self._last_results())
+        results = await self._cancel_attempt(attempt, reason)
+        raise JobFailed("%s; the job is cancelled, and what it left is removed" % reason, jobs=results)
+
+    async def _last_results(self) -> list[dict[str, Any]]:
+        try:
+            async with self._monitor() as monitor:
+                return [copy.result() for copy in (await self._look(monitor))[1]]
+        except MonitorError:
+            # The reason for the time-out is told already, and this is it.
+            return []
+
+    async def _save_guest(self, attempt: str) -> None:
+        """The VM was stopped by an I/O error while our jobs ran. The backup goes; the guest goes on if that was us."""
+        async with self._monitor() as monitor:
+            vm, copies = await self._look(monitor)
+        blamed = [copy for copy in copies if _blamed(copy)]
+        reason = "the guest was stopped by an I/O error while the backup ran"
+        results = await self._cancel_attempt(attempt, reason)
+        if not blamed:
+            raise JobFailed(
+                "VM %s: %s. The backup is cancelled; its targets show no fault, and so the VM was left as it is: look at"
+                " its own disks, then `cont`" % (vm.name, reason),
+                jobs=results,
+            )
+        async with self._monitor() as monitor:
+            await monitor.execute("cont")
+            status = (await monitor.execute("query-status"))["status"]
+        raise JobFailed(
+            "VM %s: %s: No space left on device, or an error, at %s. The backup is cancelled, the guest is let go on"
+            " (status: %s)" % (vm.name, reason, ", ".join(copy.drive.target for copy in blamed), status),
+            jobs=results,
+        )
+
+    async def _cancel_attempt(self, attempt: str, reason: str) -> list[dict[str, Any]]:
+        """Cancel and clean what belongs to C(attempt); returns the last state of its jobs."""
+        async with self._monitor() as monitor:
+            process = monitor.process
+        async with self._lock(process), self._monitor() as monitor:
+            dummy, copies = await self._look(monitor)
+            ours = [copy for copy in copies if copy.belongs_to(attempt)]
+            await self._clean(monitor, ours)
+        return [copy.result("cancelled", reason) for copy in ours]
+
+    # Ending
+
+    async def _publish(self, monitor: Monitor, copies: list[Copy]) -> list[dict[str, Any]]:
+        """Finish the copies that have ended well, and tell of those that were done before."""
+        finished = await self._finish(monitor, copies)
+        return [copy.result() for copy in finished]
+
+    async def _finish(self, monitor: Monitor, copies: list[Copy]) -> list[Copy]:
+        """Make finished copies last. After a crash between any two steps the next call goes on from there."""
+        open_ended = [copy for copy in copies if copy.found in (ENDED, COPIED)]
+        self.changed = self.changed or bool(open_ended)
+        if self.request.check_mode:
+            return copies
+        try:
+            # All of a group are safe before the first takes its name: no crash can then take one away from the others.
+            safe = [_flush(copy) for copy in copies]
+            done = [_take_name(copy) for copy in safe]
+        except OSError as error:
+            raise JobFailed(
+                "the copy ended, but its image could not be made safe: %s; repeat the call when the cause is gone" % error,
+                jobs=[copy.result("failed" if copy in open_ended else "", str(error)) for copy in copies],
+            ) from error
+        await _jobs.dismiss_jobs(monitor, [copy.job_id for copy in copies if copy.job])
+        return done
+
+    async def _clean(self, monitor: Monitor, copies: list[Copy]) -> None:
+        """Remove every trace of these copies: job, fdset, image, record, in this order."""
+        if not copies:
+            return
+        self.changed = True
+        for copy in copies:
+            _write_phase(copy, _receipt.CANCELLING)
+        job_ids = [copy.job_id for copy in copies]
+        stubborn = await _jobs.cancel_jobs(monitor, job_ids)
+        if stubborn:
+            raise JobFailed(
+                "%s: job %s does not end after block-job-cancel: its target hangs. Bring the target back; the next call"
+                " removes what is left" % (self.request.address, ", ".join(job.id for job in stubborn))
+            )
+        await _jobs.dismiss_jobs(monitor, job_ids)
+        for copy in copies:
+            _remove_files(copy)
+
+    async def _give_up(self, monitor: Monitor, copies: list[Copy]) -> list[dict[str, Any]]:
+        """state cancelled: running copies are stopped. One that has ended well is whole, and is finished instead."""
+        going = [copy for copy in copies if copy.found in (RUNNING, DEAD) or copy.failure]
+        for copy in going:
+            _preflight.refuse_lost_increment(copy, self.request.overwrite)
+        rest = await self._finish(monitor, [copy for copy in copies if copy not in going])
+        self.changed = self.changed or bool(going)
+        if not self.request.check_mode:
+            await self._clean(monitor, going)
+        kept = {copy.disk.node: copy for copy in rest}
+        return [kept[copy.disk.node].result() if copy.disk.node in kept else copy.result("cancelled") for copy in copies]
+
+    def _lost(self, attempt: str, reason: str) -> JobFailed:
+        """QEMU has ended while this process waited: its jobs are gone, and what they left is no backup."""
+        results = []
+        for drive in self.request.drives:
+            record = _receipt.read(_receipt.record_path(drive.receipt_path)) if drive.receipt_path else None
+            if record is None or record.attempt != attempt or record.phase == _receipt.COPIED:
+                continue
+            results.append({"id": record.job, "device": drive.device, "target": drive.target, "state": "failed", "error": reason})
+        return JobFailed(
+            "%s. The backup is lost with it; repeat the call when the VM is up: it removes what is left, and starts anew"
+            % reason,
+            jobs=results,
+        )
+
+
+def _in_words(copy: Copy) -> str:
+    if copy.failure == CANCELLED:
+        return "job %s was cancelled, and not by this collection (%s)" % (copy.job_id, CANCELLED)
+    return copy.failure or copy.reason
+
+
+def _paused(vm: Vm, copies: list[Copy]) -> JobFailed:
+    """A job that on_target_error or on_source_error has paused waits for a person: say so at once, and leave it."""
+    advice = []
+    for copy in copies:
+        if copy.job and copy.job.stuck:
+            full = copy.job.io_status == "nospace"
+            remedy = "No space left on device: free some" if full else "after an I/O error: mend its cause"
+            advice.append("%s: job %s is paused, %s" % (copy.who, copy.job_id, remedy))
+    return JobFailed(
+        "VM %s: %s; then let it go on (block_job with state running), and repeat this call. State cancelled gives it up"
+        % (vm.name, "; ".join(advice)),
+        jobs=[copy.result() for copy in copies],
+    )
+
+
+def _blamed(copy: Copy) -> bool:
+    """Whether this copy's target is why the guest's writes fail."""
+    if copy.job and (copy.job.error or copy.job.io_status != "ok"):
+        return True
+    reserved = copy.record is not None and copy.record.reserved
+    return not reserved and _target.free_bytes(os.path.dirname(copy.drive.target)) < FULL_BYTES
+
+
+def _claim(drive: Drive, record: Record) -> None:
+    """Take the target's name before anything stands there."""
+    if drive.receipt_path:
+        path = _receipt.record_path(drive.receipt_path)
+        try:
+            _receipt.create(path, record)
+        except FileExistsError:
+            raise BackupError(
+                "target: %s: another process began to make it this moment (%s)" % (drive.target, path)
+            ) from None
+
+
+def _new_record(copy: Copy, vm: Vm, attempt: str, target: _target.Target) -> Record:
+    return _receipt.Record(
+        phase=_receipt.PREPARING,
+        attempt=attempt,
+        job=copy.job_id,
+        vm=vm.name,
+        identity=vm.identity,
+        hypervisor=machine_id(),
+        process=[vm.process.pid, vm.process.start] if vm.process else [],
+        device=copy.disk.name,
+        sync=copy.drive.sync,
+        bitmap=copy.drive.bitmap,
+        bitmap_mode=copy.drive.bitmap_mode,
+        target=copy.drive.target,
+        format=target.format,
+        virtual_size=copy.disk.virtual_size,
+        started=utc_now(),
+        guest=vm.status,
+        reserved=False,
+    )
+
+
+def _write_phase(copy: Copy, phase: str) -> None:
+    if copy.drive.receipt_path and copy.record:
+        _receipt.update(_receipt.record_path(copy.drive.receipt_path), replace(copy.record, phase=phase))
+
+
+def _flush(copy: Copy) -> Copy:
+    """Bring an ended copy onto stable storage, and its outcome with it: QEMU forgets that when its job is dismissed."""
+    if copy.found != ENDED:
+        return copy
+    status = _target.flush(copy.drive.image_path)
+    if copy.record is None:
+        return replace(copy, found=DONE)
+    record = copy.record.completed(status, utc_now(), seconds_since(copy.record.started))
+    _receipt.update(_receipt.record_path(copy.drive.receipt_path), record)
+    return replace(copy, found=COPIED, record=record)
+
+
+def _take_name(copy: Copy) -> Copy:
+    """Give a finished image its name, and turn its record into the receipt."""
+    drive, record = copy.drive, copy.record
+    if copy.found != COPIED or record is None:
+        return copy
+    if not drive.existing and os.path.lexists(drive.image_path):
+        os.replace(drive.image_path, drive.target)
+        _target.sync_directory(os.path.dirname(drive.target))
+    if not record.matches(os.stat(drive.target), _target.is_block_device(drive.target)):
+        raise OSError("%s is not the image that was finished: somebody moved or changed it" % drive.target)
+    _receipt.finish(_receipt.record_path(drive.receipt_path), drive.receipt_path, record)
+    return replace(copy, found=DONE)
+
+
+def _remove_files(copy: Copy) -> None:
+    """Remove a growing image and its record."""
+    drive, record = copy.drive, copy.record
+    if not drive.existing:
+        _target.remove(drive.image_path)
+    if not drive.receipt_path or record is None:
+        return
+    path = _receipt.record_path(drive.receipt_path)
+    if drive.existing and record.phase != _receipt.PREPARING:
+        # The image was there before and stays. That it is not whole must be known: by this the next call may write it.
+        os.replace(path, drive.receipt_path)
+        _target.sync_directory(os.path.dirname(path))
+    else:
+        _receipt.discard(path)

@@ -1,0 +1,75 @@
+# Copyright (c) 2026, vmfleet contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+# PRIVATE: this file is not part of the public interface of the collection; it can change without notice.
+
+"""The exceptions of the collection, and the one place that turns them into a module's failure."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+    from typing import Any
+
+    from ansible.module_utils.basic import AnsibleModule
+
+
+class BackupError(Exception):
+    """What happened, to which VM and disk, and what to do. C(details) become return values of the failing module."""
+
+    def __init__(self, message: str, **details: Any) -> None:
+        super().__init__(message)
+        self.details = details
+
+
+class Refused(BackupError):
+    """Bad input, found before anything was changed. The message begins with the option's name."""
+
+    def __init__(self, option: str, reason: str) -> None:
+        super().__init__("%s: %s" % (option, reason))
+        self.option = option
+
+
+class MonitorError(BackupError):
+    """The monitor cannot be reached, or the conversation with it broke off."""
+
+
+class MonitorGone(MonitorError):
+    """Nobody serves the monitor's address: the VM is off, or its QEMU has ended."""
+
+
+class MonitorTimeout(MonitorError):
+    """The monitor did not answer in time."""
+
+
+class CommandError(BackupError):
+    """QEMU refused a QMP command."""
+
+    def __init__(self, monitor: str, command: str, error_class: str, description: str) -> None:
+        super().__init__("%s: QEMU refused %s: %s" % (monitor, command, description.strip()))
+        self.command = command
+        self.error_class = error_class
+        self.description = description.strip()
+
+
+class ToolError(BackupError):
+    """qemu-img is missing, failed, or took too long."""
+
+
+class JobFailed(BackupError):
+    """A backup did not end well; everything of that attempt has been cleaned up, or the message says what was not."""
+
+
+def run_module(module: AnsibleModule, main: Callable[[AnsibleModule], Awaitable[dict[str, Any]]]) -> None:
+    """Run the coroutine C(main) and end the module with its result, or with what its BackupError says."""
+    try:
+        result = asyncio.run(main(module))  # type: ignore[arg-type]
+    except BackupError as error:
+        module.fail_json(msg=str(error), **error.details)
+    except OSError as error:
+        module.fail_json(msg="%s: the operating system refused: %s" % (error.filename or "I/O", error.strerror or error))
+    module.exit_json(**result)

@@ -1,0 +1,367 @@
+# Copyright (c) 2026, vmfleet contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+# PRIVATE: this file is not part of the public interface of the collection; it can change without notice.
+"""Read model of a VM: what query-* say, as plain objects with the field's own names.
+
+Reference: QEMU QMP Reference Manual 7.2, chapters "Block devices", "Background jobs" and "VM run state".
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING
+
+from ansible_collections.vmfleet.backup.plugins.module_utils._errors import Refused
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from typing import Any
+
+    from ansible_collections.vmfleet.backup.plugins.module_utils._qmp import Monitor, Process
+
+NO_UUID = "00000000-0000-0000-0000-000000000000"
+
+FILTERS = frozenset({"copy-before-write", "copy-on-read", "compress", "throttle"})
+"""Drivers that only pass requests on. A bitmap put on one of them is lost: the node below is what we work with."""
+
+ENDED = frozenset({"concluded", "null"})
+"""Job states in which a job does nothing any more."""
+
+PERIPHERAL = "/machine/peripheral/"
+
+
+@dataclass(frozen=True)
+class Bitmap:
+    """A dirty bitmap of a disk. C(count) and C(granularity) are bytes."""
+
+    name: str
+    count: int
+    granularity: int
+    recording: bool
+    busy: bool
+    persistent: bool
+    inconsistent: bool
+
+    @property
+    def unusable(self) -> str:
+        """Why an increment cannot rest on this bitmap; empty where it can."""
+        if self.inconsistent:
+            return "is inconsistent: QEMU was not shut down cleanly"
+        if self.busy:
+            return "is in use by another operation"
+        if not self.recording:
+            return "is disabled: it has missed writes"
+        return ""
+
+
+@dataclass(frozen=True)
+class Disk:
+    """A block node that can be backed up. Sizes are bytes, None where QEMU cannot tell.
+
+    C(layer_size) is what the top image holds, C(actual_size) what it holds together with its backing files.
+    C(filters) are the nodes between the device and C(node), such as a throttle.
+    """
+
+    name: str
+    node: str
+    driver: str
+    filters: tuple[str, ...] = ()
+    device: str = ""
+    qdev: str = ""
+    filename: str = ""
+    backing_file: str = ""
+    backing_format: str = ""
+    virtual_size: int = 0
+    layer_size: int | None = None
+    actual_size: int | None = None
+    read_only: bool = False
+    removable: bool = False
+    bitmaps: tuple[Bitmap, ...] = ()
+
+    @property
+    def aliases(self) -> tuple[str, ...]:
+        """Every name that a user may call this disk by."""
+        found = [self.device, _qdev_id(self.qdev), self.qdev, *self.filters, self.node, self.name]
+        return tuple(dict.fromkeys(name for name in found if name))
+
+    def bitmap(self, name: str) -> Bitmap | None:
+        return next((bitmap for bitmap in self.bitmaps if bitmap.name == name), None)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A block job, as query-block-jobs and query-jobs show it together. C(offset), C(len) bytes; C(speed) bytes/s."""
+
+    id: str
+    type: str
+    status: str
+    offset: int = 0
+    len: int = 0
+    speed: int = 0
+    paused: bool = False
+    busy: bool = False
+    io_status: str = "ok"
+    error: str = ""
+
+    @property
+    def ended(self) -> bool:
+        return self.status in ENDED
+
+    @property
+    def stuck(self) -> bool:
+        """Whether an error paused it (on-target-error or on-source-error stop, enospc): it waits for somebody."""
+        return self.paused and self.io_status != "ok" and not self.ended
+
+    @property
+    def percent(self) -> float:
+        if self.len == 0:
+            return 100.0 if self.ended and not self.error else 0.0
+        return round(100.0 * self.offset / self.len, 1)
+
+    def as_dict(self) -> dict[str, Any]:
+        """This job as a return value."""
+        return {**asdict(self), "percent": self.percent}
+
+
+@dataclass(frozen=True)
+class Vm:
+    """One QEMU process. C(identity) is its uuid, or machine-id:name where it has none."""
+
+    name: str
+    uuid: str
+    identity: str
+    status: str
+    version: str
+    disks: tuple[Disk, ...]
+    other_nodes: tuple[Disk, ...] = field(repr=False)
+    empty: tuple[str, ...]
+    jobs: tuple[Job, ...]
+    fdsets: dict[int, tuple[str, ...]]
+    process: Process | None
+    files: tuple[str, ...] = field(default=(), repr=False)
+    """Paths of all image files that this VM has open, backing files included."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """This VM as a return value."""
+        return {
+            "name": self.name,
+            "uuid": self.uuid,
+            "status": self.status,
+            "version": self.version,
+            "pid": self.process.pid if self.process else 0,
+            "disks": [asdict(disk) for disk in self.disks],
+            "empty": list(self.empty),
+            "jobs": [job.as_dict() for job in self.jobs],
+        }
+
+    def job(self, job_id: str) -> Job | None:
+        return next((job for job in self.jobs if job.id == job_id), None)
+
+    def active_jobs(self, besides: Iterable[str] = ()) -> tuple[Job, ...]:
+        """The jobs that have not ended, except those named."""
+        return tuple(job for job in self.jobs if not job.ended and job.id not in set(besides))
+
+    def disk(self, name: str, option: str = "device") -> Disk:
+        """The disk called C(name) by backend name, node name or qdev id; Refused with the names there are."""
+        # A backend's name wins over a node's: that is how QEMU itself reads them.
+        for disk in self.disks:
+            if name and name == disk.device:
+                return disk
+        for disk in (*self.disks, *self.other_nodes):
+            if name in disk.aliases:
+                return disk
+        known = "; ".join(" = ".join(disk.aliases) for disk in self.disks) or "none"
+        empty = " (without medium: %s)" % ", ".join(self.empty) if self.empty else ""
+        raise Refused(option, "VM %s has no device %r; it has: %s%s" % (self.name, name, known, empty))
+
+
+async def inspect_vm(monitor: Monitor, name: str = "") -> Vm:
+    """Ask a VM for everything that a backup needs to know. C(name) overrules the VM's own name."""
+    # One after the other would cost a round trip each; QEMU answers them in order.
+    named, uuid, status, block, nodes, stats, block_jobs, jobs, fdsets = await asyncio.gather(
+        monitor.execute("query-name"),
+        monitor.execute("query-uuid"),
+        monitor.execute("query-status"),
+        monitor.execute("query-block"),
+        monitor.execute("query-named-block-nodes", {"flat": False}),
+        monitor.execute("query-blockstats", {"query-nodes": True}),
+        monitor.execute("query-block-jobs"),
+        monitor.execute("query-jobs"),
+        monitor.execute("query-fdsets"),
+    )
+    vm_name = name or named.get("name") or _stem(monitor.address.path) or str(monitor.address)
+    vm_uuid = "" if uuid["UUID"] == NO_UUID else uuid["UUID"]
+    disks, other_nodes = _disks(block, nodes, stats)
+    return Vm(
+        name=vm_name,
+        uuid=vm_uuid,
+        identity=vm_uuid or "%s:%s" % (machine_id(), vm_name),
+        status=status["status"],
+        version=monitor.version,
+        disks=disks,
+        other_nodes=other_nodes,
+        empty=tuple(_backend_name(entry) for entry in block if "inserted" not in entry),
+        jobs=merge_jobs(block_jobs, jobs),
+        fdsets={entry["fdset-id"]: tuple(fd.get("opaque", "") for fd in entry["fds"]) for entry in fdsets},
+        process=monitor.process,
+        files=_files(nodes, monitor.process),
+    )
+
+
+async def query_jobs(monitor: Monitor) -> tuple[Job, ...]:
+    """The VM's block jobs now."""
+    block_jobs, jobs = await asyncio.gather(monitor.execute("query-block-jobs"), monitor.execute("query-jobs"))
+    return merge_jobs(block_jobs, jobs)
+
+
+def merge_jobs(block_jobs: list[dict[str, Any]], jobs: list[dict[str, Any]]) -> tuple[Job, ...]:
+    """query-block-jobs with what only query-jobs knows. A job that ended between the two is in one of them only."""
+    general = {job["id"]: job for job in jobs}
+    merged = []
+    for entry in block_jobs:
+        other = general.get(entry["device"], {})
+        merged.append(
+            Job(
+                id=entry["device"],
+                type=entry["type"],
+                status=other.get("status", entry["status"]),
+                offset=entry["offset"],
+                len=entry["len"],
+                speed=entry["speed"],
+                paused=entry["paused"],
+                busy=entry["busy"],
+                io_status=entry["io-status"],
+                error=other.get("error", entry.get("error", "")),
+            )
+        )
+    return tuple(merged)
+
+
+def machine_id() -> str:
+    """This hypervisor's identity (machine-id(5))."""
+    for path in ("/etc/machine-id", "/var/lib/dbus/machine-id"):
+        try:
+            with open(path, encoding="ascii") as source:
+                return source.read().strip()
+        except FileNotFoundError:
+            continue
+    return os.uname().nodename
+
+
+def _disks(
+    block: list[dict[str, Any]], nodes: list[dict[str, Any]], stats: list[dict[str, Any]]
+) -> tuple[tuple[Disk, ...], tuple[Disk, ...]]:
+    """The VM's disks (those of devices first, in QEMU's order), and the nodes that other nodes are made of."""
+    by_name = {node["node-name"]: node for node in nodes}
+    below = {entry["node-name"]: entry.get("parent", {}).get("node-name", "") for entry in stats}
+    used = {*below.values(), *(entry.get("backing", {}).get("node-name", "") for entry in stats)}
+
+    def filter_path(node_name: str) -> list[str]:
+        """The filters on top of a node, and the first node below them."""
+        path = [node_name]
+        while by_name[path[-1]]["drv"] in FILTERS and below.get(path[-1]) in by_name:
+            path.append(below[path[-1]])
+        return path
+
+    disks: dict[str, Disk] = {}
+    for number, entry in enumerate(block):
+        inserted = entry.get("inserted")
+        if inserted and inserted["node-name"] in by_name:
+            *filters, node_name = filter_path(inserted["node-name"])
+            node = by_name[node_name]
+            name = _disk_name(entry, node, number)
+            disks.setdefault(
+                node_name,
+                _disk(node, name, filters, entry["device"], entry.get("qdev", ""), removable=entry["removable"]),
+            )
+    taken = {*disks, *(name for disk in disks.values() for name in disk.filters)}
+    others: dict[str, Disk] = {}
+    for top in by_name:
+        *filters, node_name = filter_path(top)
+        if top in taken or node_name in taken:
+            continue
+        # A bare -blockdev that nobody else reads through is a disk; backing files and protocol nodes are not.
+        standing_alone = top not in used and not top.startswith("#")
+        (disks if standing_alone else others).setdefault(node_name, _disk(by_name[node_name], top, filters))
+    return tuple(disks.values()), tuple(others.values())
+
+
+def _disk(
+    node: dict[str, Any], name: str, filters: list[str], device: str = "", qdev: str = "", removable: bool = False
+) -> Disk:
+    image = node["image"]
+    return Disk(
+        name=name,
+        node=node["node-name"],
+        filters=tuple(filters),
+        device=device,
+        qdev=qdev,
+        removable=removable,
+        driver=node["drv"],
+        filename=image["filename"],
+        backing_file=image.get("full-backing-filename", image.get("backing-filename", "")),
+        backing_format=image.get("backing-image", {}).get("format", ""),
+        virtual_size=image["virtual-size"],
+        layer_size=image.get("actual-size"),
+        actual_size=_chain_size(image),
+        read_only=node["ro"],
+        bitmaps=tuple(_bitmap(entry) for entry in node.get("dirty-bitmaps", []) if entry.get("name")),
+    )
+
+
+def _bitmap(entry: dict[str, Any]) -> Bitmap:
+    return Bitmap(
+        name=entry["name"],
+        count=entry["count"],
+        granularity=entry["granularity"],
+        recording=entry["recording"],
+        busy=entry["busy"],
+        persistent=entry["persistent"],
+        inconsistent=entry.get("inconsistent", False),
+    )
+
+
+def _chain_size(image: dict[str, Any]) -> int | None:
+    """Bytes allocated by an image and all below it; None where QEMU cannot tell for one of them."""
+    total = 0
+    layer: dict[str, Any] | None = image
+    while layer:
+        if "actual-size" not in layer:
+            return None
+        total += layer["actual-size"]
+        layer = layer.get("backing-image")
+    return total
+
+
+def _disk_name(entry: dict[str, Any], node: dict[str, Any], number: int) -> str:
+    """The backend's name, else the device's id, else the node's, else C(disk<n>), which holds for one boot only."""
+    named = "" if node["node-name"].startswith("#") else str(node["node-name"])
+    return entry["device"] or _qdev_id(entry.get("qdev", "")) or named or "disk%d" % number
+
+
+def _backend_name(entry: dict[str, Any]) -> str:
+    return entry["device"] or _qdev_id(entry.get("qdev", "")) or entry.get("qdev", "")
+
+
+def _qdev_id(qdev: str) -> str:
+    """C(vd0) of C(/machine/peripheral/vd0/virtio-backend); empty for devices without an id of their own."""
+    return qdev[len(PERIPHERAL) :].split("/")[0] if qdev.startswith(PERIPHERAL) else ""
+
+
+def _files(nodes: list[dict[str, Any]], process: Process | None) -> tuple[str, ...]:
+    found = []
+    for node in nodes:
+        path = node["file"]
+        if not path.startswith("/") and process is not None:
+            # QEMU tells a relative name as it was given; it counts from QEMU's own working directory.
+            path = os.path.join("/proc/%d/cwd" % process.pid, path)
+        found.append(path)
+    return tuple(dict.fromkeys(found))
+
+
+def _stem(path: str) -> str:
+    return os.path.splitext(os.path.basename(path))[0]

@@ -1,0 +1,58 @@
+# Copyright (c) 2026, vmfleet contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+# PRIVATE: this file is not part of the public interface of the collection; it can change without notice.
+"""Locks between module processes: flock(2) on files that are never unlinked."""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import os
+import time
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
+
+from ansible_collections.vmfleet.backup.plugins.module_utils._errors import BackupError
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from ansible_collections.vmfleet.backup.plugins.module_utils._qmp import Address, Process
+
+TIMEOUT = 120.0
+"""Seconds to wait for a lock: longer than anybody holds one, since nobody waits for a job under a lock."""
+
+RETRY_INTERVAL = 0.02
+
+
+def host_lock_path(process: Process | None, address: Address) -> str:
+    """The lock of one QEMU on this hypervisor. Over TCP the process is unknown, and the address stands for it."""
+    directory = "/run/vmfleet" if os.geteuid() == 0 else os.path.join("/tmp", "vmfleet-%d" % os.geteuid())
+    if process is not None:
+        return os.path.join(directory, "%d-%d.lock" % (process.pid, process.start))
+    return os.path.join(directory, "%s.lock" % str(address).replace("/", "_"))
+
+
+@asynccontextmanager
+async def locked(path: str, holder_of: str, timeout: float = TIMEOUT) -> AsyncIterator[int]:
+    """Hold the lock at C(path), waiting for it at most C(timeout) seconds; gives its file descriptor."""
+    os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        deadline = time.monotonic() + timeout
+        while True:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    raise BackupError(
+                        "%s: another backup process has held %s for more than %g s; see `fuser %s`"
+                        % (holder_of, path, timeout, path)
+                    ) from None
+                await asyncio.sleep(RETRY_INTERVAL)
+        yield fd
+    finally:
+        os.close(fd)

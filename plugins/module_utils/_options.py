@@ -1,0 +1,42 @@
+# Copyright (c) 2026, vmfleet contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+# PRIVATE: this file is not part of the public interface of the collection; it can change without notice.
+"""Argument specs that several modules share; each has a documentation fragment of the same name."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from typing import Any
+
+
+def monitor_argument_spec() -> dict[str, Any]:
+    """The documentation is in C(doc_fragments/monitor.py)."""
+    return {"monitor": {"type": "str", "required": True}}
+
+
+def drive_argument_spec(required: bool = False, defaults: bool = False) -> dict[str, Any]:
+    """One drive of drive_backup: on its own (C(defaults)), or as an element of C(drives) (C(required))."""
+    on_error = ["report", "ignore", "enospc", "stop"]
+    spec: dict[str, Any] = {
+        "device": {"type": "str", "required": required},
+        "target": {"type": "str", "required": required},
+        "format": {"type": "str"},
+        "mode": {"type": "str", "choices": ["absolute-paths", "existing"], "default": "absolute-paths"},
+        "speed": {"type": "bytes", "default": "0"},
+        "on_source_error": {"type": "str", "choices": on_error, "default": "report"},
+        "on_target_error": {"type": "str", "choices": on_error, "default": "report"},
+        "sync": {"type": "str", "choices": ["full", "top", "incremental", "bitmap"], "default": "full"},
+        "bitmap": {"type": "str"},
+        "bitmap_mode": {"type": "str", "choices": ["on-success", "never", "always"]},
+        "compress": {"type": "bool", "default": False},
+        "job_id": {"type": "str"},
+        "receipt": {"type": "path"},
+    }
+    if not defaults:
+        for option in spec.values():
+            option.pop("default", None)
+    return spec

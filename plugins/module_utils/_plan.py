@@ -1,0 +1,518 @@
+# Copyright (c) 2026, vmfleet contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+# PRIVATE: this file is not part of the public interface of the collection; it can change without notice.
+"""What is to be done with each VM, and why: pure functions of what was asked, what QEMU says and what the repository holds."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import TYPE_CHECKING
+
+from ansible_collections.vmfleet.backup.plugins.module_utils._documents import PREPARING
+from ansible_collections.vmfleet.backup.plugins.module_utils._errors import Refused
+from ansible_collections.vmfleet.backup.plugins.module_utils._names import check_set_id, image_files
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+    from typing import Any
+
+    from ansible_collections.vmfleet.backup.plugins.module_utils._documents import Failure, Hypervisor, Intent, Manifest
+    from ansible_collections.vmfleet.backup.plugins.module_utils._inspect import Disk, Job, Vm
+    from ansible_collections.vmfleet.backup.plugins.module_utils._repository import Shelf
+
+SKIP = "skip"
+ATTACH = "attach"
+FINISH = "finish"
+START = "start"
+FAIL = "fail"
+
+MIGRATING = frozenset({"inmigrate", "postmigrate", "finish-migrate"})
+
+IMAGE_SUFFIX = ".qcow2"
+
+CANCELLED = "Operation canceled"
+"""QEMU's words for a cancelled job."""
+
+
+@dataclass(frozen=True)
+class Policy:
+    """How sets are made. C(speed) is bytes/s, 0 for no limit; C(reserve) as it was given, such as C(5%)."""
+
+    compression: str = "none"
+    speed: int = 0
+    reserve: str = "5%"
+    checksum: bool = True
+    offline: str = "fail"
+
+
+@dataclass(frozen=True)
+class Request:
+    """A VM to back up. C(name) is what the set is called after; the lists name disks by any of their names."""
+
+    name: str
+    monitor: str
+    include_disks: tuple[str, ...] = ()
+    exclude_disks: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a look at a VM found. C(vm) is None where it did not answer, and C(off) says that there is no QEMU.
+
+    C(dead) are the attempts whose QEMU has ended.
+    """
+
+    vm: Vm | None = None
+    error: str = ""
+    off: bool = False
+    dead: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A drive that is not backed up, and why."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class DiskPlan:
+    """One disk of a set. C(bytes) is the most that its image is expected to take."""
+
+    name: str
+    node: str
+    level: str
+    reason: str
+    parent: str | None
+    target: str
+    bytes: int = 0
+
+
+@dataclass(frozen=True)
+class VmPlan:
+    """One VM: what is to be done, and why."""
+
+    name: str
+    monitor: str
+    action: str
+    reason: str
+    identity: str = ""
+    level: str = "full"
+    include_disks: tuple[str, ...] = ()
+    exclude_disks: tuple[str, ...] = ()
+    disks: tuple[DiskPlan, ...] = ()
+    left_out: tuple[LeftOut, ...] = ()
+
+    @property
+    def request(self) -> Request:
+        return Request(self.name, self.monitor, self.include_disks, self.exclude_disks)
+
+    @property
+    def bytes(self) -> int:
+        return sum(disk.bytes for disk in self.disks) if self.action in (START, FINISH) else 0
+
+
+@dataclass(frozen=True)
+class Space:
+    """Room in the repository, in bytes. C(reserve) stays free; C(promised) is what other sets that grow will still take."""
+
+    free: int
+    reserve: int
+    promised: int
+    reservable: bool
+    needed: int = 0
+
+    @property
+    def usable(self) -> int:
+        # Where nothing can be reserved, others may take the space in the middle of a copy: the reserve counts double.
+        return self.free - self.reserve * (1 if self.reservable else 2) - self.promised
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One run on one hypervisor."""
+
+    repository: str
+    create_repository: bool
+    run: str
+    id: str
+    policy: Policy
+    space: Space
+    vms: tuple[VmPlan, ...]
+    warnings: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        found = asdict(self)
+        found["space"]["usable"] = self.space.usable
+        for plan, entry in zip(self.vms, found["vms"]):
+            entry["bytes"] = plan.bytes
+        return found
+
+
+def parse_plan(found: Mapping[str, Any]) -> Plan:
+    """The plan that backup_plan has returned; Refused where it is something else."""
+    try:
+        plan = Plan(
+            repository=str(found["repository"]),
+            create_repository=bool(found["create_repository"]),
+            run=str(found["run"]),
+            id=check_set_id(str(found["id"]), "plan"),
+            policy=_build(Policy, found["policy"]),
+            space=_build(Space, found["space"]),
+            vms=tuple(_parse_vm(entry) for entry in found["vms"]),
+            warnings=tuple(found.get("warnings", ())),
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise Refused("plan", "this is not the plan that backup_plan returns (%r)" % error) from error
+    return plan
+
+
+def _parse_vm(found: Mapping[str, Any]) -> VmPlan:
+    parsed = {
+        **found,
+        "include_disks": tuple(found["include_disks"]),
+        "exclude_disks": tuple(found["exclude_disks"]),
+        "disks": tuple(_build(DiskPlan, disk) for disk in found["disks"]),
+        "left_out": tuple(_build(LeftOut, disk) for disk in found["left_out"]),
+    }
+    plan: VmPlan = _build(VmPlan, parsed)
+    return plan
+
+
+def _build(cls: Any, found: Mapping[str, Any]) -> Any:
+    names = {entry.name for entry in fields(cls)}
+    return cls(**{name: value for name, value in found.items() if name in names})
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which disks of a VM are backed up. C(error) says what is wrong with the lists of names."""
+
+    disks: tuple[Disk, ...] = ()
+    left_out: tuple[LeftOut, ...] = ()
+    error: str = ""
+
+
+def choose_disks(vm: Vm, request: Request) -> Choice:
+    """All disks that can be written to, or those that are named; a name that no disk has is an error, never a shrug."""
+    try:
+        included = [vm.disk(name, "include_disks") for name in request.include_disks if name not in vm.empty]
+        excluded = [vm.disk(name, "exclude_disks") for name in request.exclude_disks if name not in vm.empty]
+    except Refused as error:
+        return Choice(error=str(error))
+    without_medium = [name for name in request.include_disks if name in vm.empty]
+    if without_medium:
+        return Choice(error="include_disks: drive %s of VM %s has no medium" % (without_medium[0], vm.name))
+    chosen: list[Disk] = []
+    left_out = [LeftOut(name, "has no medium") for name in vm.empty]
+    for disk in dict.fromkeys([*vm.disks, *included]):
+        if disk in excluded:
+            left_out.append(LeftOut(disk.name, "is excluded"))
+        elif included and disk not in included:
+            left_out.append(LeftOut(disk.name, "is not in include_disks"))
+        elif disk.read_only and disk not in included:
+            left_out.append(LeftOut(disk.name, "is read-only"))
+        else:
+            chosen.append(disk)
+    return Choice(tuple(chosen), tuple(left_out))
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What is to be done with a VM now. C(intent) is the one to bring to its end, C(manifest) the set that is there."""
+
+    plan: VmPlan
+    choice: Choice = field(default_factory=Choice)
+    intent: Intent | None = None
+    manifest: Manifest | None = None
+
+
+def decide(
+    request: Request, facts: Facts, shelf: Shelf, set_id: str, run: str, hypervisor: Hypervisor, policy: Policy, tag: str
+) -> Decision:
+    """What to do with one VM; the first reason that applies wins. C(tag) marks the repository's jobs."""
+    name = request.name
+    choice = choose_disks(facts.vm, request) if facts.vm else Choice()
+
+    def decision(action: str, reason: str, intent: Intent | None = None) -> Decision:
+        plan = VmPlan(
+            name=name,
+            monitor=request.monitor,
+            action=action,
+            reason=reason,
+            identity=facts.vm.identity if facts.vm else "",
+            include_disks=request.include_disks,
+            exclude_disks=request.exclude_disks,
+            disks=plan_disks(choice.disks) if action in (START, FINISH) else _disks_of(intent),
+            left_out=choice.left_out,
+        )
+        return Decision(plan, choice, intent, shelf.published(set_id))
+
+    if choice.error:
+        return decision(FAIL, choice.error)
+    published = shelf.published(set_id)
+    if published:
+        wrong = _mismatch(published, facts, choice)
+        return decision(FAIL, wrong) if wrong else decision(SKIP, "the set is published")
+    intent = _newest_first(shelf.intents, set_id)
+    if intent:
+        foreign = _foreign(intent, facts, hypervisor)
+        if foreign:
+            return decision(FAIL, foreign, intent)
+        if intent.id != set_id:
+            return decision(FINISH, "set %s of this VM is unfinished, and comes first" % intent.id, intent)
+        return decision(ATTACH, "the set is being made since %s" % intent.started, intent)
+    failure = shelf.failure(set_id)
+    if failure and failure.run == run:
+        return decision(FAIL, failure.error)
+    if set_id in shelf.strays:
+        return decision(
+            FAIL, "in the place of set %s stands something that is no set (no valid manifest.json); move it away" % set_id
+        )
+    if facts.vm is None:
+        return decision(SKIP if facts.off and policy.offline == "skip" else FAIL, facts.error)
+    busy = foreign_jobs(facts.vm, tag)
+    if busy:
+        return decision(
+            FAIL,
+            "busy: %s; wait for its end, or cancel it with block_job"
+            % ", ".join("job %s (%s, %s)" % (job.id, job.type, job.status) for job in busy),
+        )
+    if facts.vm.status in MIGRATING:
+        return decision(SKIP, "migrating (%s)" % facts.vm.status)
+    if not choice.disks:
+        return decision(SKIP, "it has no disk to back up")
+    return decision(START, "there is no set %s of this VM" % set_id)
+
+
+def plan_disks(disks: Iterable[Disk]) -> tuple[DiskPlan, ...]:
+    """How each disk goes into the set."""
+    chosen = tuple(disks)
+    images = image_files((disk.name for disk in chosen), IMAGE_SUFFIX)
+    return tuple(
+        DiskPlan(
+            name=disk.name,
+            node=disk.node,
+            level="full",
+            reason="every set holds its disks in full",
+            parent=None,
+            target=images[disk.name],
+        )
+        for disk in chosen
+    )
+
+
+def _disks_of(intent: Intent | None) -> tuple[DiskPlan, ...]:
+    if intent is None:
+        return ()
+    return tuple(
+        DiskPlan(
+            name=disk.image.name,
+            node=disk.image.node,
+            level=disk.image.level,
+            reason=disk.image.reason,
+            parent=disk.image.parent.id if disk.image.parent else None,
+            target=disk.image.image,
+            bytes=disk.expected,
+        )
+        for disk in intent.disks
+    )
+
+
+def _newest_first(intents: tuple[Intent, ...], set_id: str) -> Intent | None:
+    """An unfinished older set comes to its end before a new one begins."""
+    others = [intent for intent in intents if intent.id != set_id]
+    return next(iter([*others, *intents]), None)
+
+
+def _mismatch(published: Manifest, facts: Facts, choice: Choice) -> str:
+    """Why a published set is not the one that is asked for; empty where it is. A VM that is off cannot contradict."""
+    if facts.vm is None:
+        return ""
+    if published.vm.identity != facts.vm.identity:
+        return "set %s belongs to another VM of this name (%s, this one is %s); rename one of them, or use another id" % (
+            published.id,
+            published.vm.identity,
+            facts.vm.identity,
+        )
+    held = {disk.name for disk in published.disks}
+    missing = [disk.name for disk in choice.disks if disk.name not in held]
+    if missing:
+        return "set %s exists without disk %s; use another id" % (published.id, ", ".join(missing))
+    return ""
+
+
+def _foreign(intent: Intent, facts: Facts, hypervisor: Hypervisor) -> str:
+    """Why an intent is somebody else's; empty where it is ours."""
+    if intent.hypervisor.machine_id != hypervisor.machine_id:
+        return (
+            "set %s is being made by hypervisor %s (machine-id %s) since %s; let it end there. If that machine is gone for"
+            " good, remove the set's staging directory"
+            % (intent.id, intent.hypervisor.name, intent.hypervisor.machine_id, intent.started)
+        )
+    if facts.vm and facts.vm.identity != intent.vm.identity and intent.attempt not in facts.dead:
+        return "set %s is being made of another VM of this name (%s) since %s; rename one of them" % (
+            intent.id,
+            intent.vm.identity,
+            intent.started,
+        )
+    return ""
+
+
+def foreign_jobs(vm: Vm, tag: str) -> tuple[Job, ...]:
+    """The jobs of a VM that are none of this repository's."""
+    return tuple(job for job in vm.active_jobs() if not job.id.startswith("vmfleet.%s." % tag))
+
+
+# What an attempt has come to
+
+RUNNING = "running"
+COPIED = "copied"
+INTERRUPTED = "interrupted"
+BROKEN = "broken"
+GIVEN_UP = "given up"
+UNREACHABLE = "unreachable"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What has become of an attempt. C(error) says why it is broken, or why nobody can tell."""
+
+    state: str
+    error: str = ""
+
+
+def judge(intent: Intent, facts: Facts, shelf: Shelf, now: float) -> Verdict:
+    """What has become of an attempt, at C(now) seconds of the hypervisor's CLOCK_BOOTTIME."""
+    failure = shelf.failure(intent.id)
+    if failure and failure.attempt == intent.attempt:
+        return Verdict(GIVEN_UP, failure.error)
+    if intent.attempt in shelf.described:
+        return Verdict(COPIED)
+    if intent.attempt in facts.dead:
+        if intent.phase == PREPARING:
+            return Verdict(INTERRUPTED)
+        return Verdict(BROKEN, "QEMU ended, or was restarted, while the set was made")
+    if facts.vm is None:
+        return Verdict(UNREACHABLE, facts.error)
+    jobs = {disk.image.name: facts.vm.job(disk.job) for disk in intent.disks}
+    if intent.phase == PREPARING and not any(jobs.values()):
+        return Verdict(INTERRUPTED)
+    for disk, job in jobs.items():
+        if job is None:
+            return Verdict(BROKEN, "disk %s: its job was dismissed by somebody else: nobody knows how it ended" % disk)
+        if job.ended and (job.error or job.status != "concluded"):
+            reason = "cancelled from outside" if job.error == CANCELLED else job.error or job.status
+            return Verdict(BROKEN, "disk %s: %s" % (disk, reason))
+    if all(job is not None and job.ended for job in jobs.values()):
+        return Verdict(COPIED)
+    if intent.deadline is not None and now >= intent.deadline:
+        return Verdict(BROKEN, "not done within the timeout of %g s" % (intent.deadline - intent.begun))
+    return Verdict(RUNNING)
+
+
+def guest_stopped_by(intent: Intent, facts: Facts, broken: bool, target_full: bool) -> bool:
+    """Whether a VM stands still because of our target: only then is it ours to let it go on."""
+    if facts.vm is None or facts.vm.status != "io-error" or intent.guest == "io-error":
+        return False
+    stuck = any(job.id in intent.jobs and (job.error or job.io_status != "ok") for job in facts.vm.jobs)
+    return broken or stuck or (target_full and not intent.reserved)
+
+
+# The whole run
+
+
+def refuse_twins(plans: Iterable[VmPlan], processes: Mapping[str, tuple[int, ...]]) -> tuple[VmPlan, ...]:
+    """VMs of one name, or monitors of one QEMU: which of them is meant cannot be known, so none is touched.
+
+    C(processes) are the QEMUs behind the monitors, as far as they are known.
+    """
+    checked = tuple(plans)
+    names = [plan.name for plan in checked]
+    pids = [processes.get(plan.monitor) for plan in checked]
+    result = []
+    for plan, process in zip(checked, pids):
+        if names.count(plan.name) > 1:
+            others = ", ".join(other.monitor for other in checked if other.name == plan.name and other is not plan)
+            reason = "another VM is called %s too (%s); give one of them another name" % (plan.name, others)
+        elif process and pids.count(process) > 1:
+            others = ", ".join(
+                other.monitor for other, pid in zip(checked, pids) if pid == process and other is not plan
+            )
+            reason = "%s belongs to the same QEMU as %s; name one of the two only" % (plan.monitor, others)
+        else:
+            result.append(plan)
+            continue
+        result.append(replace(plan, action=FAIL, reason=reason, disks=()))
+    return tuple(result)
+
+
+def fit_into(space: Space, plans: Iterable[VmPlan]) -> tuple[Space, tuple[VmPlan, ...]]:
+    """Let each VM in turn take its part of the space; one for which there is not enough fails, and the others go on."""
+    left = space.usable
+    needed = 0
+    result = []
+    for plan in plans:
+        if plan.bytes > max(left, 0):
+            result.append(replace(plan, action=FAIL, reason=no_room(plan.bytes, left, space)))
+            continue
+        left -= plan.bytes
+        needed += plan.bytes
+        result.append(plan)
+    return replace(space, needed=needed), tuple(result)
+
+
+def no_room(needed: int, left: int, space: Space) -> str:
+    unreserved = "" if space.reservable else ", which counts double because this file system cannot reserve space"
+    return (
+        "not enough space: the set may take %s, and %s are left (%s free, less the reserve of %s%s, less %s for other sets);"
+        " make room, or lower reserve"
+        % (
+            human(needed),
+            human(max(left, 0)),
+            human(space.free),
+            human(space.reserve),
+            unreserved,
+            human(max(space.free - space.reserve * (1 if space.reservable else 2) - left, 0)),
+        )
+    )
+
+
+def human(size: int) -> str:
+    """C(33.6 MiB)"""
+    number = float(size)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(number) < 1024:
+            return "%.*f %s" % (0 if unit == "B" else 1, number, unit)
+        number /= 1024
+    return "%.1f TiB" % number
+
+
+def describe(plan: Plan) -> list[str]:
+    """The plan for people to read."""
+    lines = [
+        "Backup %s to %s%s" % (plan.id, plan.repository, " (to be created)" if plan.create_repository else ""),
+        "Space: %s needed, %s free, %s kept in reserve, %s promised to other sets"
+        % tuple(human(size) for size in (plan.space.needed, plan.space.free, plan.space.reserve, plan.space.promised)),
+    ]
+    if not plan.space.reservable:
+        lines.append("This file system cannot reserve space for a copy: the reserve counts double.")
+    lines += ["Warning: %s" % warning for warning in plan.warnings]
+    width = max((len(vm.name) for vm in plan.vms), default=0)
+    for vm in plan.vms:
+        lines.append("%-6s %-*s  %s" % (vm.action, width, vm.name, vm.reason))
+        if vm.action == FAIL:
+            continue
+        for disk in vm.disks:
+            lines.append("       %-*s  %s: %s, at most %s" % (width, "", disk.name, disk.level, human(disk.bytes)))
+        for left_out in vm.left_out:
+            lines.append("       %-*s  %s: left out, %s" % (width, "", left_out.name, left_out.reason))
+    return lines
+
+
+def same_failure(failure: Failure | None, run: str) -> bool:
+    """Whether this very run has tried already: it does not try twice."""
+    return failure is not None and failure.run == run

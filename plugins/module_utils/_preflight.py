@@ -1,0 +1,165 @@
+# Copyright (c) 2026, vmfleet contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+# PRIVATE: this file is not part of the public interface of the collection; it can change without notice.
+"""What drive_backup refuses after a look at the VM and the target, before the first file or job exists."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from ansible_collections.vmfleet.backup.plugins.module_utils import _qemu_img, _receipt, _target
+from ansible_collections.vmfleet.backup.plugins.module_utils._copy import DEAD, DONE, OCCUPIED
+from ansible_collections.vmfleet.backup.plugins.module_utils._errors import BackupError, Refused, ToolError
+
+if TYPE_CHECKING:
+    from ansible_collections.vmfleet.backup.plugins.module_utils._copy import Copy
+    from ansible_collections.vmfleet.backup.plugins.module_utils._drive import Drive
+    from ansible_collections.vmfleet.backup.plugins.module_utils._inspect import Disk, Vm
+
+
+async def prepare_target(vm: Vm, copy: Copy, overwrite: bool) -> _target.Target:
+    """The target to be written, after every check that needs the VM or the file."""
+    drive, disk = copy.drive, copy.disk
+    _refuse_own_image(drive, vm)
+    _refuse_bitmap(drive, disk, vm)
+    image_format = drive.format or "qcow2"
+    if drive.existing:
+        image_format = await _existing_format(drive, disk)
+    else:
+        await _check_format(image_format)
+    if drive.compress and image_format == "raw":
+        raise Refused("compress", "%s is a raw image, which cannot be compressed" % drive.target)
+    if copy.found in (OCCUPIED, DONE) and not overwrite:
+        await _refuse_overwriting(copy, image_format)
+    await _refuse_used(drive, image_format)
+    return _target.Target(
+        path=drive.image_path,
+        format=image_format,
+        size=disk.virtual_size,
+        expected=await _target.expected_bytes(disk, image_format, drive.sync, drive.bitmap),
+        compress=drive.compress,
+        block_device=_target.is_block_device(drive.target),
+    )
+
+
+def refuse_busy(vm: Vm, starting: list[Copy]) -> None:
+    """Refuse to start beside any other block job: two backups of one node can kill QEMU."""
+    others = vm.active_jobs()
+    if others:
+        raise BackupError(
+            "VM %s is busy: %s; wait for its end, or cancel it with block_job, then repeat the backup of %s"
+            % (
+                vm.name,
+                ", ".join("job %s (%s, %s)" % (job.id, job.type, job.status) for job in others),
+                ", ".join(copy.who for copy in starting),
+            )
+        )
+    for copy in starting:
+        if copy.drive.job_id and vm.job(copy.drive.job_id):
+            raise Refused(
+                "job_id",
+                "%s is taken by an ended job on VM %s; dismiss that one with block_job" % (copy.drive.job_id, vm.name),
+            )
+
+
+def refuse_lost_increment(copy: Copy, accepted: bool) -> None:
+    """QEMU clears the bitmap of an incremental copy at its end; a copy that is lost after that leaves a gap."""
+    record = copy.record
+    if copy.found != DEAD or record is None or not record.consumes_bitmap or accepted:
+        return
+    if record.phase != _receipt.COPYING:
+        return
+    raise BackupError(
+        "bitmap: the increment of %s that was started at %s is lost (%s), and QEMU may have cleared bitmap %s by then:"
+        " further increments could miss its changes. Make a full backup and begin a new chain; overwrite: true goes on"
+        " all the same, and removes %s"
+        % (copy.who, record.started, copy.reason, record.bitmap, _receipt.record_path(copy.drive.receipt_path))
+    )
+
+
+def _refuse_own_image(drive: Drive, vm: Vm) -> None:
+    for path in (drive.target, drive.image_path):
+        for own in vm.files:
+            try:
+                same = os.path.samefile(path, own)
+            except OSError:
+                same = os.path.normpath(path) == os.path.normpath(own)
+            if same:
+                raise Refused("target", "%s is an image of VM %s itself" % (path, vm.name))
+
+
+def _refuse_bitmap(drive: Drive, disk: Disk, vm: Vm) -> None:
+    if not drive.bitmap:
+        return
+    bitmap = disk.bitmap(drive.bitmap)
+    if bitmap is None:
+        known = ", ".join(found.name for found in disk.bitmaps) or "none"
+        raise Refused(
+            "bitmap", "disk %s of VM %s has no bitmap %r; it has: %s" % (disk.name, vm.name, drive.bitmap, known)
+        )
+    if bitmap.unusable:
+        raise Refused(
+            "bitmap",
+            "%s of disk %s, VM %s, %s; make a full backup" % (bitmap.name, disk.name, vm.name, bitmap.unusable),
+        )
+
+
+async def _check_format(image_format: str) -> None:
+    try:
+        await _qemu_img.run(_qemu_img.options_command(image_format))
+    except _qemu_img.NotInstalled:
+        raise
+    except ToolError as error:
+        raise Refused("format", "qemu-img cannot make an image of format %r" % image_format) from error
+
+
+async def _existing_format(drive: Drive, disk: Disk) -> str:
+    """The format of an existing target, which must be given where it is raw: anything can be taken for raw."""
+    try:
+        info = await _qemu_img.run_json(_qemu_img.info_command(drive.target, drive.format))
+    except ToolError as error:
+        raise Refused("target", "%s cannot be used: %s" % (drive.target, error)) from error
+    if info["format"] == "raw" and drive.format != "raw":
+        raise Refused("format", "%s looks raw; say format: raw if it is meant to be" % drive.target)
+    rounded = -(-disk.virtual_size // _target.SECTOR) * _target.SECTOR
+    if info["virtual-size"] != rounded:
+        raise Refused(
+            "target",
+            "%s has %d bytes, and disk %s has %d; they must be equal"
+            % (drive.target, info["virtual-size"], disk.name, disk.virtual_size),
+        )
+    return str(info["format"])
+
+
+async def _refuse_overwriting(copy: Copy, image_format: str) -> None:
+    drive = copy.drive
+    if drive.existing and copy.record is None:
+        if _target.is_block_device(drive.target):
+            return
+        # Nothing is lost in an image that holds nothing, such as one just made with qemu-img create.
+        extents = await _qemu_img.run_json(_qemu_img.map_command(drive.target, image_format))
+        if not any(extent["data"] and extent["depth"] == 0 for extent in extents):
+            return
+    reason = copy.reason or "was made at another moment than the other drives' targets"
+    raise Refused("target", "%s exists, and %s; use another target, or overwrite: true" % (drive.target, reason))
+
+
+async def _refuse_used(drive: Drive, image_format: str) -> None:
+    """Refuse a target that another process has open as an image, or that is mounted."""
+    if not os.path.exists(drive.target):
+        return
+    if _target.is_block_device(drive.target):
+        try:
+            os.close(os.open(drive.target, os.O_RDWR | os.O_EXCL | os.O_CLOEXEC))
+        except OSError as error:
+            raise Refused(
+                "target", "%s is in use (mounted, or part of a volume): %s" % (drive.target, error.strerror)
+            ) from error
+    try:
+        await _qemu_img.run(_qemu_img.info_command(drive.target, image_format if drive.existing else ""))
+    except ToolError as error:
+        if "lock" in str(error):
+            raise Refused("target", "%s is in use by another process: %s" % (drive.target, error)) from error

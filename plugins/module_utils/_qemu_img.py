@@ -1,0 +1,100 @@
+# Copyright (c) 2026, vmfleet contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+# PRIVATE: this file is not part of the public interface of the collection; it can change without notice.
+"""qemu-img: the commands as argument lists, and their answers.
+
+Reference: QEMU 7.2, docs/tools/qemu-img.rst.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from typing import TYPE_CHECKING
+
+from ansible_collections.vmfleet.backup.plugins.module_utils._errors import ToolError
+
+if TYPE_CHECKING:
+    from typing import Any
+
+
+class NotInstalled(ToolError):
+    """There is no qemu-img here."""
+
+
+TIMEOUT = 60.0
+"""Seconds for one qemu-img command that looks at metadata only; a hung file system is what comes near it."""
+
+
+def create_command(
+    path: str, image_format: str, size: int, options: dict[str, str] | None = None, backing: tuple[str, str] | None = None
+) -> list[str]:
+    """C(qemu-img create). C(backing) is a file name and its format; it is written down, not opened (C(-u))."""
+    command = ["qemu-img", "create", "-q", "-f", image_format]
+    if options:
+        command += ["-o", ",".join("%s=%s" % item for item in sorted(options.items()))]
+    if backing:
+        command += ["-u", "-b", backing[0], "-F", backing[1]]
+    return [*command, "--", path, str(size)]
+
+
+def info_command(path: str, image_format: str = "", shared: bool = False) -> list[str]:
+    """C(qemu-img info). Not C(shared): fails on an image that somebody else has open for writing."""
+    command = ["qemu-img", "info", "--output=json"]
+    if shared:
+        command.append("-U")
+    if image_format:
+        command += ["-f", image_format]
+    return [*command, "--", path]
+
+
+def measure_command(path: str, image_format: str, target_format: str) -> list[str]:
+    """C(qemu-img measure) of an image that a running VM may have open."""
+    return ["qemu-img", "measure", "-U", "--output=json", "-f", image_format, "-O", target_format, "--", path]
+
+
+def map_command(path: str, image_format: str) -> list[str]:
+    """C(qemu-img map)."""
+    return ["qemu-img", "map", "--output=json", "-f", image_format, "--", path]
+
+
+def options_command(image_format: str) -> list[str]:
+    """List a format's creation options: succeeds for just those formats that can be created, and touches nothing."""
+    return ["qemu-img", "create", "-f", image_format, "-o", "help"]
+
+
+async def run(command: list[str], timeout: float = TIMEOUT, pass_fds: tuple[int, ...] = ()) -> str:
+    """Run a command and return what it printed; raises ToolError with the command's own words.
+
+    C(pass_fds) are inherited: a lock given to a command that writes lasts until that command has ended,
+    even where its parent is killed before.
+    """
+    try:
+        process = await asyncio.create_subprocess_exec(
+            *command,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+            pass_fds=pass_fds,
+            env={**os.environ, "LC_ALL": "C"},
+        )
+    except FileNotFoundError:
+        raise NotInstalled(
+            "%s is not installed on this hypervisor (Debian: qemu-utils, Red Hat and SUSE: qemu-img)" % command[0]
+        ) from None
+    try:
+        output, errors = await asyncio.wait_for(process.communicate(), timeout)
+    except asyncio.TimeoutError:
+        process.kill()
+        raise ToolError("%s: no end within %g s; does its file system hang?" % (" ".join(command), timeout)) from None
+    if process.returncode != 0:
+        raise ToolError("%s: %s" % (" ".join(command), errors.decode("utf-8", "replace").strip()))
+    return output.decode("utf-8", "replace")
+
+
+async def run_json(command: list[str], timeout: float = TIMEOUT) -> Any:
+    """Run a command that prints JSON."""
+    return json.loads(await run(command, timeout))

@@ -1,0 +1,328 @@
+# Copyright (c) 2026, vmfleet contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+# PRIVATE: this file is not part of the public interface of the collection; it can change without notice.
+
+"""A QMP monitor: connect, execute, pass file descriptors. The only file that imports qemu.qmp.
+
+Reference: QEMU Machine Protocol specification, docs/interop/qmp-spec.rst of QEMU 7.2.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import os
+import re
+import socket
+import struct
+import time
+import traceback
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from ansible_collections.vmfleet.backup.plugins.module_utils._errors import (
+    CommandError,
+    MonitorError,
+    MonitorGone,
+    MonitorTimeout,
+    Refused,
+)
+
+QMP_IMPORT_ERROR: str | None = None
+try:
+    from qemu.qmp import ConnectError, ExecInterruptedError, ExecuteError, QMPClient, QMPError, StateError
+except ImportError:
+    QMP_IMPORT_ERROR = traceback.format_exc()
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from types import TracebackType
+    from typing import Any
+
+    from ansible.module_utils.basic import AnsibleModule
+
+CONNECT_TIMEOUT = 10.0
+"""Seconds for the connection and the greeting: QEMU needs milliseconds, a monitor that is taken never sends one."""
+
+COMMAND_TIMEOUT = 30.0
+"""Seconds for one command. Only a blocked main loop (a hung disk or target) comes near it."""
+
+RETRY_INTERVAL = 0.05
+"""Seconds between attempts to enter a full backlog."""
+
+# qemu.qmp logs each failure that it also raises; the exception is enough.
+logging.getLogger("qemu.qmp").addHandler(logging.NullHandler())
+logging.getLogger("qemu.qmp").propagate = False
+
+
+def require_qmp(module: AnsibleModule) -> None:
+    """Fail with Ansible's own words for a missing library unless qemu.qmp can be imported."""
+    if QMP_IMPORT_ERROR is not None:
+        from ansible.module_utils.basic import missing_required_lib
+
+        module.fail_json(
+            msg=missing_required_lib("qemu.qmp", url="https://pypi.org/project/qemu.qmp/"),
+            exception=QMP_IMPORT_ERROR,
+        )
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where a monitor listens: a UNIX socket's path, or a TCP host and port."""
+
+    path: str = ""
+    host: str = ""
+    port: int = 0
+
+    def __str__(self) -> str:
+        if self.path:
+            return "unix:%s" % self.path
+        return ("tcp:[%s]:%d" if ":" in self.host else "tcp:%s:%d") % (self.host, self.port)
+
+
+def parse_address(text: str, option: str = "monitor") -> Address:
+    """Read C(unix:/path), C(/path) or C(tcp:host:port); anything else is Refused under the name of C(option)."""
+    if text.startswith("libvirt:"):
+        raise Refused(
+            option,
+            "%r: libvirt addresses are not supported yet; give the domain a monitor of its own"
+            " (qemu:commandline with -chardev socket and -mon) and name that socket" % text,
+        )
+    if text.startswith("tcp:"):
+        match = re.fullmatch(r"tcp:(?:\[(?P<v6>[0-9A-Fa-f:.]+)\]|(?P<host>[^:\[\]]+)):(?P<port>\d{1,5})", text)
+        if not match or not 0 < int(match.group("port")) < 65536:
+            raise Refused(option, "%r is not of the form tcp:HOST:PORT" % text)
+        return Address(host=match.group("v6") or match.group("host"), port=int(match.group("port")))
+    path = text[len("unix:") :] if text.startswith("unix:") else text
+    if not path.startswith("/"):
+        raise Refused(option, "%r is neither unix:/PATH (or an absolute path) nor tcp:HOST:PORT" % text)
+    return Address(path=path)
+
+
+@dataclass(frozen=True)
+class Process:
+    """A process that cannot be mistaken for a later one of the same pid: C(start) is in clock ticks since boot."""
+
+    pid: int
+    start: int
+
+    @classmethod
+    def of(cls, pid: int) -> Process | None:
+        stat = _process_stat(pid)
+        return cls(pid, int(stat[19])) if stat else None
+
+    @property
+    def alive(self) -> bool:
+        # A zombie has closed its files and ended its jobs: only its exit status is still there.
+        stat = _process_stat(self.pid)
+        return bool(stat) and int(stat[19]) == self.start and stat[0] != "Z"
+
+    @property
+    def stopped(self) -> bool:
+        return _process_stat(self.pid)[:1] in (["T"], ["t"])
+
+
+def _process_stat(pid: int) -> list[str]:
+    """The fields of /proc/PID/stat from the state on (proc(5)); empty where there is no such process."""
+    try:
+        with open("/proc/%d/stat" % pid, encoding="ascii", errors="replace") as stat:
+            return stat.read().rpartition(")")[2].split()
+    except OSError:
+        return []
+
+
+@dataclass
+class Monitor:
+    """A conversation with one QEMU, as an async context manager.
+
+    A monitor serves one client at a time: hold it briefly, and never while waiting for a job.
+    C(commands) lists what was sent, queries left out.
+    """
+
+    address: Address
+    commands: list[dict[str, Any]] = field(default_factory=list)
+    process: Process | None = None
+    """The QEMU at the other end; unknown over TCP."""
+
+    def __post_init__(self) -> None:
+        self._client: QMPClient | None = None
+
+    async def __aenter__(self) -> Monitor:
+        deadline = time.monotonic() + CONNECT_TIMEOUT
+        connection = await self._connect(deadline)
+        client = QMPClient("vmfleet")
+        greeting = asyncio.ensure_future(client.connect(connection))
+        try:
+            await asyncio.wait({greeting}, timeout=max(0.1, deadline - time.monotonic()))
+            if not greeting.done():
+                # Asked while our own connection still stands in the queue: that is what tells the cases apart.
+                raise MonitorTimeout(self._no_greeting())
+            greeting.result()
+        except ConnectError as error:
+            raise self._bad_greeting(error.exc) from error
+        finally:
+            if client.runstate.name != "RUNNING":
+                # A connection left open would take the place of the client before us, and block everybody.
+                greeting.cancel()
+                await asyncio.gather(greeting, return_exceptions=True)
+                connection.close()
+        self._client = client
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        client, self._client = self._client, None
+        if client is None:
+            return
+        try:
+            await asyncio.wait_for(client.disconnect(), COMMAND_TIMEOUT)
+        except (EOFError, OSError, QMPError, asyncio.TimeoutError):
+            # The other side went first. Whatever that means for a command was raised by that command.
+            pass
+
+    @property
+    def version(self) -> str:
+        """QEMU's version, such as C(7.2.22)."""
+        greeting = self._require_client().greeting
+        if greeting is None:
+            raise MonitorError("%s: the monitor sent no greeting" % self.address)
+        numbers = greeting.QMP.version["qemu"]  # type: ignore[index]
+        return "%(major)d.%(minor)d.%(micro)d" % numbers
+
+    @property
+    def passes_fds(self) -> bool:
+        """Whether file descriptors can be handed to this QEMU (SCM_RIGHTS exists on UNIX sockets only)."""
+        return bool(self.address.path)
+
+    async def execute(self, command: str, arguments: dict[str, Any] | None = None) -> Any:
+        """Run one QMP command and return its C(return) member; raises CommandError, MonitorTimeout, MonitorGone."""
+        client = self._require_client()
+        if not command.startswith(("query-", "qom-")):
+            self.commands.append({"execute": command, "arguments": arguments or {}})
+        try:
+            return await asyncio.wait_for(client.execute(command, arguments), COMMAND_TIMEOUT)
+        except asyncio.TimeoutError:
+            raise MonitorTimeout(
+                "%s: no answer to %s within %g s: QEMU's main loop is blocked, by a hung disk or backup target most often"
+                % (self.address, command, COMMAND_TIMEOUT)
+            ) from None
+        except ExecuteError as error:
+            raise CommandError(str(self.address), command, error.error_class, error.error.desc) from error
+        except (ExecInterruptedError, StateError, EOFError, OSError) as error:
+            raise MonitorGone(
+                "%s: the connection broke off during %s: QEMU has ended or closed its monitor" % (self.address, command)
+            ) from error
+
+    async def add_fdset(self, fds: Sequence[int], opaque: str) -> int:
+        """Hand open files to QEMU as one fdset; returns its id. QEMU needs one fd per access mode that it will use."""
+        fdset: int | None = None
+        for fd in fds:
+            self._require_client().send_fd_scm(fd)
+            arguments: dict[str, Any] = {"opaque": opaque}
+            if fdset is not None:
+                arguments["fdset-id"] = fdset
+            fdset = (await self.execute("add-fd", arguments))["fdset-id"]
+        if fdset is None:
+            raise ValueError("an fdset needs at least one file descriptor")
+        return fdset
+
+    async def remove_fdset(self, fdset: int) -> None:
+        """Take an fdset back. A job that has opened a file through it is not disturbed."""
+        await self.execute("remove-fd", {"fdset-id": fdset})
+
+    def _require_client(self) -> QMPClient:
+        if self._client is None:
+            raise MonitorError("%s: not connected" % self.address)
+        return self._client
+
+    async def _connect(self, deadline: float) -> socket.socket:
+        if not self.address.path:
+            return await self._connect_tcp(deadline)
+        while True:
+            connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            connection.setblocking(False)
+            try:
+                connection.connect(self.address.path)
+            except BlockingIOError:
+                # The backlog is full of clients that wait for their turn.
+                connection.close()
+                if time.monotonic() >= deadline:
+                    raise MonitorTimeout(self._no_greeting()) from None
+                await asyncio.sleep(RETRY_INTERVAL)
+            except OSError as error:
+                connection.close()
+                raise self._unreachable(error) from error
+            else:
+                credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+                self.process = Process.of(struct.unpack("3i", credentials)[0])
+                return connection
+
+    async def _connect_tcp(self, deadline: float) -> socket.socket:
+        loop = asyncio.get_running_loop()
+        try:
+            found = await loop.getaddrinfo(self.address.host, self.address.port, type=socket.SOCK_STREAM)
+            connection = socket.socket(found[0][0], socket.SOCK_STREAM)
+            connection.setblocking(False)
+        except OSError as error:
+            raise self._unreachable(error) from error
+        try:
+            await asyncio.wait_for(
+                loop.sock_connect(connection, found[0][4]), max(0.1, deadline - time.monotonic())
+            )
+        except asyncio.TimeoutError:
+            connection.close()
+            raise MonitorTimeout("%s: no connection within %g s" % (self.address, CONNECT_TIMEOUT)) from None
+        except OSError as error:
+            connection.close()
+            raise self._unreachable(error) from error
+        return connection
+
+    def _unreachable(self, error: OSError) -> MonitorError:
+        if error.errno in (errno.ENOENT, errno.ECONNREFUSED):
+            reason = "there is no such socket" if error.errno == errno.ENOENT else "nobody listens there"
+            return MonitorGone("%s: %s: the VM is off, or its monitor is elsewhere" % (self.address, reason))
+        return MonitorError("%s: cannot connect: %s" % (self.address, error.strerror or error))
+
+    def _bad_greeting(self, error: Exception) -> MonitorError:
+        if isinstance(error, (EOFError, ConnectionError)):
+            return MonitorGone("%s: closed without a QMP greeting: QEMU is ending, or this is no QMP monitor" % self.address)
+        return MonitorError(
+            "%s: what answers there is not a QMP monitor (%s); name the socket of -qmp or of -mon mode=control"
+            % (self.address, error)
+        )
+
+    def _no_greeting(self) -> str:
+        """Why there was no greeting, as far as the kernel's list of sockets can tell."""
+        start = "%s: no QMP greeting within %g s: " % (self.address, CONNECT_TIMEOUT)
+        held = (
+            "another client holds this monitor, which serves one at a time; find it with `ss -xp`"
+            " (libvirt, another backup, an open shell), or give the VM a second -qmp socket"
+        )
+        frozen = "QEMU does not accept connections: it is stopped, or its main loop is blocked by a hung disk or target"
+        other = "the connection was accepted in silence: this is no QMP monitor, or its QEMU hangs"
+        if not self.address.path:
+            return "%s%s, or %s" % (start, held, frozen)
+        stopped = " (process %d is stopped)" % self.process.pid if self.process and self.process.stopped else ""
+        accepted, waiting = _clients(self.address.path)
+        if not waiting:
+            return start + other + stopped
+        return start + (held if accepted else frozen) + stopped
+
+
+def _clients(path: str) -> tuple[int, int]:
+    """How many clients the socket at C(path) serves, and how many wait to be accepted (those have no inode yet)."""
+    accepted = waiting = 0
+    connected = "03"
+    with open("/proc/net/unix", encoding="utf-8", errors="replace") as table:
+        for line in table:
+            columns = line.split(maxsplit=7)
+            if len(columns) == 8 and columns[7].rstrip("\n") == path and columns[5] == connected:
+                if columns[6] == "0":
+                    waiting += 1
+                else:
+                    accepted += 1
+    return accepted, waiting

@@ -1,0 +1,332 @@
+# Copyright (c) 2026, vmfleet contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+# PRIVATE: this file is not part of the public interface of the collection; it can change without notice.
+"""A repository: a directory tree of sets.
+
+C(REPOSITORY/<vm>/<set id>/) is a set if it holds a valid manifest. C(.<set id>.staging/) beside it is where a set grows,
+described by its intent; C(.<set id>.failed.json) remembers an attempt that did not end well; C(.lock) is never unlinked.
+What changes something here is called with the VM's lock held.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import glob
+import json
+import os
+import uuid as uuids
+from contextlib import asynccontextmanager
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING
+
+from ansible_collections.vmfleet.backup.plugins.module_utils._documents import (
+    SCHEMA,
+    Failure,
+    Intent,
+    Manifest,
+    NewerSchema,
+)
+from ansible_collections.vmfleet.backup.plugins.module_utils._errors import BackupError
+from ansible_collections.vmfleet.backup.plugins.module_utils._lock import locked
+from ansible_collections.vmfleet.backup.plugins.module_utils._names import REPOSITORY_FILE, vm_directory
+from ansible_collections.vmfleet.backup.plugins.module_utils._target import remove, sync_directory
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+    from typing import Any
+
+MANIFEST = "manifest.json"
+INTENT = "intent.json"
+STAGING = ".staging"
+FAILED = ".failed.json"
+PUBLISHED_MODE = 0o440
+BLOCK = 512
+"""The unit of st_blocks, in bytes."""
+
+HARMLESS = frozenset({"lost+found", ".snapshot"})
+"""What a directory may hold and still count as empty."""
+
+
+@dataclass(frozen=True)
+class Shelf:
+    """All that a repository holds about one VM. C(sets) are in the order of their making.
+
+    C(described) are the attempts whose manifest is written, so that only the rename is missing; C(strays) the ids whose
+    place is taken by something that is no set.
+    """
+
+    sets: tuple[Manifest, ...] = ()
+    intents: tuple[Intent, ...] = ()
+    failures: tuple[Failure, ...] = ()
+    described: frozenset[str] = frozenset()
+    strays: frozenset[str] = frozenset()
+
+    def published(self, set_id: str) -> Manifest | None:
+        return next((found for found in self.sets if found.id == set_id), None)
+
+    def failure(self, set_id: str) -> Failure | None:
+        return next((found for found in self.failures if found.id == set_id), None)
+
+
+@dataclass(frozen=True)
+class Repository:
+    """An open repository. C(uuid) is empty for one that is only planned: it holds nothing."""
+
+    path: str
+    uuid: str
+
+    @property
+    def tag(self) -> str:
+        """What tells this repository's jobs and fdsets from those of others."""
+        return self.uuid[:8]
+
+    def directory(self, vm: str) -> str:
+        return os.path.join(self.path, vm_directory(vm))
+
+    def set_path(self, vm: str, set_id: str) -> str:
+        return os.path.join(self.directory(vm), set_id)
+
+    def staging(self, vm: str, set_id: str) -> str:
+        """Where a set grows: as deep as the set itself, so that relative backing files hold before and after."""
+        return os.path.join(self.directory(vm), ".%s%s" % (set_id, STAGING))
+
+    def failure_path(self, vm: str, set_id: str) -> str:
+        return os.path.join(self.directory(vm), ".%s%s" % (set_id, FAILED))
+
+    @asynccontextmanager
+    async def lock(self, vm: str) -> AsyncIterator[int]:
+        """Hold the lock of one VM in this repository, for a moment."""
+        # A file system that was unmounted meanwhile would otherwise get directories under its mount point.
+        open_repository(self.path)
+        path = os.path.join(self.directory(vm), ".lock")
+        async with locked(path, "VM %s" % vm) as fd:
+            _probe_lock(path)
+            yield fd
+
+    def shelf(self, vm: str) -> Shelf:
+        """What is there about a VM. Raises BackupError where a later release has written something this one must not miss."""
+        directory = self.directory(vm)
+        sets: list[Manifest] = []
+        intents: list[Intent] = []
+        failures: list[Failure] = []
+        described: set[str] = set()
+        strays: set[str] = set()
+        try:
+            entries = sorted(os.listdir(directory))
+        except FileNotFoundError:
+            return Shelf()
+        for entry in entries:
+            path = os.path.join(directory, entry)
+            if entry.startswith(".") and entry.endswith(FAILED):
+                failure = _read(path, Failure)
+                failures += [failure] if failure else []
+            elif entry.startswith(".") and entry.endswith(STAGING):
+                intent = _read(os.path.join(path, INTENT), Intent)
+                intents += [intent] if intent else []
+                manifest = _read(os.path.join(path, MANIFEST), Manifest)
+                described |= {manifest.attempt} if manifest else set()
+            elif not entry.startswith("."):
+                found = _read(os.path.join(path, MANIFEST), Manifest)
+                if found and found.id == entry:
+                    sets.append(found)
+                else:
+                    strays.add(entry)
+        sets.sort(key=lambda found: found.sequence)
+        return Shelf(tuple(sets), tuple(intents), tuple(failures), frozenset(described), frozenset(strays))
+
+    def intents(self) -> tuple[Intent, ...]:
+        """All intents of the repository, whoever works on them."""
+        pattern = os.path.join(glob.escape(self.path), "*", ".*" + STAGING, INTENT)
+        found = (_read(path, Intent) for path in glob.glob(pattern))
+        return tuple(intent for intent in found if intent)
+
+    def promised(self, besides: str = "") -> int:
+        """Bytes that the sets that grow here will still take, besides those of one VM."""
+        return sum(self._outstanding(intent) for intent in self.intents() if intent.vm.name != besides)
+
+    def _outstanding(self, intent: Intent) -> int:
+        staging = self.staging(intent.vm.name, intent.id)
+        total = 0
+        for disk in intent.disks:
+            try:
+                # Reserved bytes count as allocated: free space is already less by them.
+                allocated = os.stat(os.path.join(staging, disk.image.image)).st_blocks * BLOCK
+            except OSError:
+                allocated = 0
+            total += max(0, disk.expected - allocated)
+        return total
+
+    def image_path(self, intent: Intent, image: str) -> str:
+        return os.path.join(self.staging(intent.vm.name, intent.id), image)
+
+    def begin(self, intent: Intent) -> None:
+        """Claim a set's id. FileExistsError where somebody has; what they left without an intent goes first."""
+        staging = self.staging(intent.vm.name, intent.id)
+        if os.path.isdir(staging) and self.intent(intent.vm.name, intent.id) is None:
+            _empty(staging)
+        os.mkdir(staging, 0o700)
+        self.update(intent)
+        sync_directory(self.directory(intent.vm.name))
+
+    def update(self, intent: Intent) -> None:
+        _write(os.path.join(self.staging(intent.vm.name, intent.id), INTENT), asdict(intent))
+
+    def intent(self, vm: str, set_id: str) -> Intent | None:
+        return _read(os.path.join(self.staging(vm, set_id), INTENT), Intent)
+
+    def describe(self, intent: Intent, manifest: Manifest) -> None:
+        """Write the manifest of a set whose images are all on stable storage; its sequence number is given here."""
+        sets = self.shelf(intent.vm.name).sets
+        manifest = replace(manifest, sequence=sets[-1].sequence + 1 if sets else 1)
+        staging = self.staging(intent.vm.name, intent.id)
+        for disk in manifest.disks:
+            os.chmod(os.path.join(staging, disk.image), PUBLISHED_MODE)
+        _write(os.path.join(staging, MANIFEST), asdict(manifest), PUBLISHED_MODE)
+
+    def publish(self, intent: Intent) -> Manifest:
+        """Make a described set seen, by one rename."""
+        name, set_id = intent.vm.name, intent.id
+        final = self.set_path(name, set_id)
+        if os.path.lexists(final):
+            # rename(2) would replace an empty directory without a word.
+            raise BackupError("VM %s: %s has appeared while the set was made, and is no set; move it away" % (name, final))
+        os.rename(self.staging(name, set_id), final)
+        sync_directory(self.directory(name))
+        manifest = _read(os.path.join(final, MANIFEST), Manifest)
+        if manifest is None:
+            raise BackupError("VM %s: the manifest of %s vanished while the set was published" % (name, final))
+        return manifest
+
+    def untidy(self, vm: str, set_id: str) -> bool:
+        """Whether a published set still has traces of its making beside it."""
+        return os.path.lexists(os.path.join(self.set_path(vm, set_id), INTENT)) or os.path.lexists(
+            self.failure_path(vm, set_id)
+        )
+
+    def tidy(self, vm: str, set_id: str) -> None:
+        """Remove the traces of the making of a published set."""
+        remove(os.path.join(self.set_path(vm, set_id), INTENT))
+        remove(self.failure_path(vm, set_id))
+
+    def record_failure(self, vm: str, failure: Failure) -> None:
+        _write(self.failure_path(vm, failure.id), asdict(failure))
+
+    def discard(self, vm: str, set_id: str) -> None:
+        """Remove a staging directory, its intent last: what a crash leaves of it is still known to be ours."""
+        staging = self.staging(vm, set_id)
+        if os.path.isdir(staging):
+            _empty(staging)
+            sync_directory(self.directory(vm))
+
+
+def open_repository(path: str) -> Repository:
+    """The repository at C(path); BackupError where there is none."""
+    marker = os.path.join(path, REPOSITORY_FILE)
+    try:
+        with open(marker, encoding="utf-8") as source:
+            found = json.load(source)
+        if found["schema"] > SCHEMA:
+            raise BackupError(
+                "repository: %s has format version %d, newer than this collection; update vmfleet.backup"
+                % (path, found["schema"])
+            )
+        return Repository(path, str(uuids.UUID(found["uuid"])))
+    except FileNotFoundError:
+        raise BackupError(
+            "repository: %s is not a repository: there is no %s in it. Is its file system mounted? A new repository is"
+            " made with create_repository: true" % (path, REPOSITORY_FILE)
+        ) from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BackupError("repository: %s cannot be read: %s" % (marker, error)) from error
+
+
+def check_creatable(path: str) -> None:
+    """Refuse to make a repository out of a directory that holds something else."""
+    try:
+        found = sorted(set(os.listdir(path)) - HARMLESS)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise BackupError("repository: %s: %s" % (path, error.strerror)) from error
+    if found and REPOSITORY_FILE not in found:
+        raise BackupError(
+            "repository: %s holds %s and is no repository; name an empty directory, or one that does not exist yet"
+            % (path, ", ".join(found[:3]))
+        )
+
+
+def create_repository(path: str) -> Repository:
+    """Make a repository where there is none yet; the one that is there where somebody was first."""
+    check_creatable(path)
+    os.makedirs(path, mode=0o700, exist_ok=True)
+    marker = os.path.join(path, REPOSITORY_FILE)
+    temporary = "%s/.%s.%s" % (path, REPOSITORY_FILE, uuids.uuid4().hex)
+    _write(temporary, {"schema": SCHEMA, "uuid": str(uuids.uuid4())})
+    try:
+        os.link(temporary, marker)
+    except FileExistsError:
+        pass
+    finally:
+        os.unlink(temporary)
+    sync_directory(path)
+    return open_repository(path)
+
+
+def check_writable(path: str) -> None:
+    """BackupError where this user cannot write to the repository."""
+    if not os.access(path, os.W_OK | os.X_OK):
+        reason = "is mounted read-only" if os.statvfs(path).f_flag & os.ST_RDONLY else "is not writable"
+        raise BackupError("repository: %s %s for user %d; remount it, or become its owner" % (path, reason, os.geteuid()))
+
+
+def _probe_lock(path: str) -> None:
+    """BackupError where flock does not keep a second holder out: nothing would keep two backups apart."""
+    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return
+    except OSError as error:
+        if error.errno != errno.EWOULDBLOCK:
+            raise BackupError("repository: %s: the file system has no locks: %s" % (path, error.strerror)) from error
+        return
+    finally:
+        os.close(fd)
+    raise BackupError("repository: %s: flock does not work on this file system; use another, or other mount options" % path)
+
+
+def _read(path: str, kind: Any) -> Any:
+    """A document; None where there is none, or one that is not whole. A newer schema is never skipped over."""
+    try:
+        with open(path, encoding="utf-8") as source:
+            return kind.parse(json.load(source))
+    except NewerSchema as error:
+        raise BackupError("%s: %s" % (path, error)) from error
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return None
+    except OSError as error:
+        raise BackupError("repository: %s cannot be read: %s" % (path, error.strerror)) from error
+
+
+def _write(path: str, content: dict[str, Any], mode: int = 0o600) -> None:
+    """Write a document onto stable storage, whole or not at all."""
+    temporary = path + ".new"
+    remove(temporary)
+    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    with os.fdopen(fd, "w", encoding="utf-8") as sink:
+        json.dump(content, sink, indent=1)
+        sink.write("\n")
+        sink.flush()
+        os.fchmod(sink.fileno(), mode)
+        os.fsync(sink.fileno())
+    os.replace(temporary, path)
+    sync_directory(os.path.dirname(path))
+
+
+def _empty(directory: str) -> None:
+    for entry in sorted(os.listdir(directory), key=lambda entry: entry == INTENT):
+        os.unlink(os.path.join(directory, entry))
+    os.rmdir(directory)

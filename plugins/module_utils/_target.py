@@ -1,0 +1,207 @@
+# Copyright (c) 2026, vmfleet contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+# PRIVATE: this file is not part of the public interface of the collection; it can change without notice.
+"""Backup targets: made by us and never by QEMU, with their space reserved, handed over as open files, flushed by us."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import json
+import os
+import stat
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ansible_collections.vmfleet.backup.plugins.module_utils import _qemu_img
+from ansible_collections.vmfleet.backup.plugins.module_utils._errors import BackupError, ToolError
+
+if TYPE_CHECKING:
+    from ansible_collections.vmfleet.backup.plugins.module_utils._inspect import Disk
+
+SECTOR = 512
+DIRECT_ALIGNMENT = 4096
+CLUSTER = 65536
+"""qcow2's default cluster size, in bytes."""
+
+FALLOC_FL_KEEP_SIZE = 1
+CANNOT_RESERVE = frozenset({errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.ENODEV})
+
+
+@dataclass(frozen=True)
+class Target:
+    """An image that a job will write. C(size) is its virtual size and C(expected) the data to come, in bytes."""
+
+    path: str
+    format: str
+    size: int
+    expected: int = 0
+    compress: bool = False
+    block_device: bool = False
+
+    @property
+    def direct(self) -> bool:
+        """Whether O_DIRECT is worth trying: compressed clusters are unaligned, and so can a raw image's end be."""
+        aligned = self.format != "raw" or self.size % DIRECT_ALIGNMENT == 0
+        return not self.compress and aligned
+
+    def node(self, filename: str, direct: bool) -> str:
+        """The C(json:) file name under which QEMU opens the image: nothing probed, no backing file opened."""
+        options = {
+            "driver": self.format,
+            "file": {
+                "driver": "host_device" if self.block_device else "file",
+                "filename": filename,
+                "cache": {"direct": direct, "no-flush": False},
+            },
+        }
+        if self.format != "raw":
+            options["backing"] = None
+        return "json:" + json.dumps(options)
+
+
+def is_block_device(path: str) -> bool:
+    try:
+        return stat.S_ISBLK(os.stat(path).st_mode)
+    except FileNotFoundError:
+        return False
+
+
+async def create(target: Target, backing: tuple[str, str] | None = None, pass_fds: tuple[int, ...] = ()) -> None:
+    """Make a new image, readable by its owner only. FileExistsError where the path is taken, whatever stands there."""
+    os.close(os.open(target.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
+    if target.format == "raw":
+        os.truncate(target.path, target.size)
+        return
+    options = {"compression_type": "zstd"} if target.format == "qcow2" and target.compress else None
+    command = _qemu_img.create_command(target.path, target.format, target.size, options, backing)
+    await _qemu_img.run(command, pass_fds=pass_fds)
+
+
+def reserve(target: Target) -> bool:
+    """Allocate the bytes that the job is expected to write, without changing the file's size.
+
+    A guest's write fails when the copy of the old data does, whatever on-target-error says: only space that nobody
+    else can take keeps a full file system from the guest. False where the file system cannot; BackupError where the
+    space is not there.
+    """
+    if target.block_device:
+        return True
+    fd = os.open(target.path, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        return _fallocate(fd, target.expected)
+    except OSError as error:
+        free = os.fstatvfs(fd)
+        raise BackupError(
+            "target: %s: %s: the backup needs up to %d bytes there, and %d are free"
+            % (target.path, error.strerror, target.expected, free.f_bavail * free.f_frsize)
+        ) from error
+    finally:
+        os.close(fd)
+
+
+def free_bytes(path: str) -> int:
+    """Bytes that are free on the file system of C(path)."""
+    free = os.statvfs(path)
+    return free.f_bavail * free.f_frsize
+
+
+def _fallocate(fd: int, length: int) -> bool:
+    # os.posix_fallocate would change the size, and write zeroes where the file system cannot allocate.
+    libc = ctypes.CDLL(None, use_errno=True)
+    arguments = (ctypes.c_int(fd), ctypes.c_int(FALLOC_FL_KEEP_SIZE), ctypes.c_int64(0), ctypes.c_int64(length))
+    while length:
+        if libc.fallocate(*arguments) == 0:
+            return True
+        code = ctypes.get_errno()
+        if code in CANNOT_RESERVE:
+            return False
+        if code != errno.EINTR:
+            raise OSError(code, os.strerror(code))
+    return True
+
+
+def open_pair(target: Target, direct: bool) -> tuple[int, int]:
+    """Two fds for an fdset, one to read and one to write; raises OSError where the file system has no O_DIRECT."""
+    flags = os.O_CLOEXEC | (os.O_DIRECT if direct else 0)
+    reading = os.open(target.path, os.O_RDONLY | flags)
+    try:
+        return reading, os.open(target.path, os.O_RDWR | flags)
+    except OSError:
+        os.close(reading)
+        raise
+
+
+def flush(path: str) -> os.stat_result:
+    """Give back the space that was reserved and not used, and bring the image to stable storage.
+
+    QEMU does not tell of every fsync that failed, and with cache=unsafe makes none: its word is not enough.
+    """
+    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        status = os.fstat(fd)
+        if stat.S_ISREG(status.st_mode):
+            os.ftruncate(fd, status.st_size)
+        os.fsync(fd)
+        return os.fstat(fd)
+    finally:
+        os.close(fd)
+
+
+def sync_directory(path: str) -> None:
+    """Make the renames in a directory last."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def remove(path: str) -> bool:
+    """Unlink a file; False where there was none."""
+    try:
+        os.unlink(path)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+async def expected_bytes(disk: Disk, image_format: str, sync: str = "full", bitmap: str = "") -> int:
+    """The most that a backup of C(disk) will write, in bytes.
+
+    The larger of what qemu-img measures and what the images hold (it does not see writes that QEMU has not flushed),
+    plus one percent, at most the fully allocated size.
+    """
+    if image_format == "raw":
+        return disk.virtual_size
+    everything = _fully_allocated(disk.virtual_size)
+    tracked = disk.bitmap(bitmap) if bitmap else None
+    if sync in ("incremental", "bitmap") and tracked:
+        return min(everything, _fully_allocated(tracked.count) + _metadata(disk.virtual_size))
+    if sync == "top":
+        held: int | None = disk.layer_size
+    else:
+        held = disk.actual_size
+        try:
+            measured = await _qemu_img.run_json(_qemu_img.measure_command(disk.filename, disk.driver, "qcow2"))
+        except ToolError:
+            # A network disk or a json: file name, which only QEMU itself can open: what the images hold must do.
+            measured = None
+        if measured and held is not None:
+            held = max(held, measured["required"])
+            everything = measured["fully-allocated"]
+    if held is None:
+        return everything
+    return min(everything, held + held // 100 + _metadata(disk.virtual_size))
+
+
+def _metadata(virtual_size: int) -> int:
+    """qcow2's own tables for an image of this size with nothing in it, generously."""
+    return 16 * CLUSTER + virtual_size // CLUSTER * 8
+
+
+def _fully_allocated(size: int) -> int:
+    clusters = -(-size // CLUSTER)
+    return clusters * CLUSTER + _metadata(size) + clusters * 16

@@ -1,0 +1,377 @@
+#!/usr/bin/python
+# Copyright (c) 2026, vmfleet contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: drive_backup
+short_description: Copy disks of a running VM to image files or block devices with QEMU's drive-backup
+version_added: 0.1.0
+author:
+  - vmfleet contributors (@vmfleet)
+description:
+  - Makes a point-in-time copy of one or several disks of a running QEMU virtual machine, with the QMP command
+    C(drive-backup), and brings that copy to the asked state from any other, however often it is called.
+  - QEMU copies in the background while the guest goes on working. The image holds the disk as it was when the job started.
+  - The image grows as C(<target>.partial) and takes its name when its job has ended well and all data is on stable
+    storage. C(<target>.receipt.json) then remembers what it is, so that a second call changes nothing.
+  - A call that was interrupted at any point, or a VM or hypervisor that crashed, needs no hand-work. The next call
+    takes up the job that runs, finishes the one that has ended, or cleans up and starts anew.
+  - The target is created by this module and handed to QEMU as an open file, so that QEMU needs no access to its
+    directory. The space that the copy needs is reserved before it starts, because a guest's write fails when QEMU
+    cannot copy the old data to a full target first.
+extends_documentation_fragment:
+  - vmfleet.backup.attributes
+  - vmfleet.backup.attributes.actiongroup_backup
+  - vmfleet.backup.monitor
+attributes:
+  idempotent:
+    support: partial
+    details:
+      - A block device as O(target) has no place for a receipt. Without O(receipt) it is written again by every call.
+options:
+  device:
+    description:
+      - The disk, by the name of its backend, of its block node, or the id of its device (QEMU's C(device)).
+      - It is resolved to a node name first. A second backup by device name can kill QEMU (7.2 to 10.0).
+    type: str
+  target:
+    description:
+      - Absolute path of the new image, or of an existing file or block device with O(mode=existing).
+      - Its directory must exist. Protocols and C(json:) are not accepted.
+    type: str
+  format:
+    description:
+      - The image's format. For a new file it is V(qcow2) unless given.
+      - The format of an existing image is probed, and must be given where it is V(raw).
+    type: str
+  mode:
+    description:
+      - With V(absolute-paths) a new file is made.
+      - With V(existing) an image or block device that is there, and has the disk's very size, is written to. An image
+        that holds data and has no receipt is written to with O(overwrite=true) only. A block device is written to
+        unless it is in use, or its O(receipt) is for another backup.
+    type: str
+    choices: [absolute-paths, existing]
+    default: absolute-paths
+  speed:
+    description:
+      - Limit of the job's rate in bytes per second, also as V(50M). V(0) is unlimited.
+      - A job that runs already with another limit gets this one.
+    type: bytes
+    default: "0"
+  on_source_error:
+    description:
+      - What the job does when reading fails. V(report) ends it, V(stop) pauses it, V(enospc) pauses it when there is no
+        space and else ends it, V(ignore) tries again without end.
+      - A paused job makes a waiting call fail at once with what to do, and is left to you.
+    type: str
+    choices: [report, ignore, enospc, stop]
+    default: report
+  on_target_error:
+    description:
+      - What the job does when writing fails, see O(on_source_error).
+      - It says nothing about the guest. Whatever is set here, a write of the guest fails when QEMU cannot save the old
+        data to the target before.
+    type: str
+    choices: [report, ignore, enospc, stop]
+    default: report
+  sync:
+    description:
+      - V(full) copies the whole disk as the guest sees it, V(top) the topmost image of its chain only, V(incremental)
+        and V(bitmap) what O(bitmap) has marked.
+      - V(incremental) clears the bitmap in QEMU when the copy ends well. If the image is lost after that, so are the
+        changes for every later increment. A call that finds this says so and fails, until a full backup is made or
+        O(overwrite=true) accepts the gap. V(bitmap) with O(bitmap_mode=never) never loses a change and is recommended.
+    type: str
+    choices: [full, top, incremental, bitmap]
+    default: full
+  bitmap:
+    description: The dirty bitmap on the disk's node for O(sync=incremental) and O(sync=bitmap).
+    type: str
+  bitmap_mode:
+    description: What becomes of O(bitmap) at the end. V(on-success) clears what was copied, V(never) keeps all.
+    type: str
+    choices: [on-success, never, always]
+  compress:
+    description:
+      - Compress the data, with zstd where a new qcow2 image is made.
+    type: bool
+    default: false
+  job_id:
+    description:
+      - The job's id in QEMU. Unless given it is derived from target, node, sync and bitmap.
+    type: str
+  receipt:
+    description:
+      - Absolute path of the receipt. Unless given it is C(<target>.receipt.json), and a block device has none.
+    type: path
+  drives:
+    description:
+      - Several disks of the VM, copied at one point in time (one QMP transaction).
+      - What is not given for a drive is taken from the module's option of the same name.
+    type: list
+    elements: dict
+    suboptions:
+      device:
+        description: See O(device).
+        type: str
+        required: true
+      target:
+        description: See O(target).
+        type: str
+        required: true
+      format:
+        description: See O(format).
+        type: str
+      mode:
+        description: See O(mode).
+        type: str
+        choices: [absolute-paths, existing]
+      speed:
+        description: See O(speed).
+        type: bytes
+      on_source_error:
+        description: See O(on_source_error).
+        type: str
+        choices: [report, ignore, enospc, stop]
+      on_target_error:
+        description: See O(on_target_error).
+        type: str
+        choices: [report, ignore, enospc, stop]
+      sync:
+        description: See O(sync).
+        type: str
+        choices: [full, top, incremental, bitmap]
+      bitmap:
+        description: See O(bitmap).
+        type: str
+      bitmap_mode:
+        description: See O(bitmap_mode).
+        type: str
+        choices: [on-success, never, always]
+      compress:
+        description: See O(compress).
+        type: bool
+      job_id:
+        description: See O(job_id).
+        type: str
+      receipt:
+        description: See O(receipt).
+        type: path
+  completion_mode:
+    description:
+      - With V(grouped) the copies of O(drives) succeed or fail together. With V(individual) each stands for itself.
+    type: str
+    choices: [grouped, individual]
+    default: grouped
+  state:
+    description:
+      - V(completed) waits until the copy is finished, taking up a job that runs already.
+      - V(started) returns when the job runs. A later call with V(completed) follows it and finishes the image. Until
+        then nobody watches over the guest.
+      - V(cancelled) stops the job and removes what it has written. A copy that has ended well by then is finished
+        instead, and a finished image is left alone.
+    type: str
+    choices: [completed, started, cancelled]
+    default: completed
+  overwrite:
+    description:
+      - Replace a target that exists and is not this backup. The old file is kept until the new one is good.
+    type: bool
+    default: false
+  timeout:
+    description: Seconds to wait for the end, V(0) without limit.
+    type: float
+    default: 0
+  stall_timeout:
+    description: Seconds without any progress after which the wait ends, V(0) without limit.
+    type: float
+    default: 600
+  on_timeout:
+    description:
+      - When a time is up, V(cancel) the job and remove what it has written, or V(leave) it running. The call fails in
+        both cases.
+    type: str
+    choices: [cancel, leave]
+    default: cancel
+seealso:
+  - module: vmfleet.backup.block_job_info
+  - module: vmfleet.backup.block_job
+  - name: drive-backup in the QEMU QMP Reference Manual
+    description: The command that does the work.
+    link: https://www.qemu.org/docs/master/interop/qemu-qmp-ref.html
+"""
+
+EXAMPLES = r"""
+- name: Back up one disk of a running VM
+  vmfleet.backup.drive_backup:
+    monitor: unix:/run/qemu/web01.qmp
+    device: drive0
+    target: /srv/backup/web01-drive0.qcow2
+
+- name: Back up two disks at one point in time, compressed and with limited rate
+  vmfleet.backup.drive_backup:
+    monitor: unix:/run/qemu/db01.qmp
+    compress: true
+    speed: 50M
+    drives:
+      - device: system
+        target: /srv/backup/db01-system.qcow2
+      - device: data
+        target: /srv/backup/db01-data.qcow2
+
+- name: Start a backup and go on with other work
+  vmfleet.backup.drive_backup:
+    monitor: unix:/run/qemu/web01.qmp
+    device: drive0
+    target: /srv/backup/web01-drive0.qcow2
+    state: started
+
+- name: Wait for that backup, an hour at most
+  vmfleet.backup.drive_backup:
+    monitor: unix:/run/qemu/web01.qmp
+    device: drive0
+    target: /srv/backup/web01-drive0.qcow2
+    timeout: 3600
+"""
+
+RETURN = r"""
+jobs:
+  description: One entry for each drive, also when the module fails while or after waiting.
+  returned: always
+  type: list
+  elements: dict
+  contains:
+    id:
+      description: The job's id in QEMU.
+      type: str
+      sample: vmfleet.db.5f1d2c0b9a3e
+    device:
+      description: The device as it was given.
+      type: str
+    node:
+      description: The name of the block node that is copied.
+      type: str
+    target:
+      description: The image's path.
+      type: str
+    state:
+      description:
+        - V(planned) (check mode only), V(running), V(paused) by an error, V(completed), V(failed), V(cancelled), or
+          V(absent) where there is no backup to cancel.
+      type: str
+    offset:
+      description: Bytes that the job has worked through, V(0) when it is no longer listed.
+      type: int
+    len:
+      description: Bytes that the job has to work through.
+      type: int
+    percent:
+      description: Progress.
+      type: float
+    speed:
+      description: The limit in bytes per second, V(0) for none.
+      type: int
+    duration:
+      description: Seconds since the start, or from the start to the end.
+      type: float
+    error:
+      description: Why it failed, empty otherwise.
+      type: str
+qmp:
+  description: The QMP commands that were sent, in order, queries left out.
+  returned: always
+  type: list
+  elements: dict
+  sample:
+    - execute: drive-backup
+      arguments: {device: drive0, target: "json:...", sync: full}
+"""
+
+from typing import TYPE_CHECKING
+
+from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.vmfleet.backup.plugins.module_utils._drive import Drive, Request, check_drives
+from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup import DriveBackup
+from ansible_collections.vmfleet.backup.plugins.module_utils._errors import BackupError, run_module
+from ansible_collections.vmfleet.backup.plugins.module_utils._options import drive_argument_spec, monitor_argument_spec
+from ansible_collections.vmfleet.backup.plugins.module_utils._qmp import parse_address, require_qmp
+
+if TYPE_CHECKING:
+    from typing import Any
+
+
+def drives(params: dict[str, Any]) -> tuple[Drive, ...]:
+    """The drives that are asked for; what one of them leaves open comes from the module's own options."""
+    names = drive_argument_spec()
+    general = {name: params[name] for name in names}
+    return tuple(
+        Drive(**{name: value for name, value in {**general, **_given(drive)}.items() if value is not None})
+        for drive in params["drives"] or [{}]
+    )
+
+
+def _given(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def diff(jobs: list[dict[str, Any]], changed: bool) -> dict[str, str]:
+    """The targets before and after; nothing differs where nothing has changed."""
+    after = "".join("%s: %s, copy of %s\n" % (job["target"], job["state"], job["device"]) for job in jobs)
+    before = "".join("%s: not this backup\n" % job["target"] for job in jobs)
+    return {"before": before if changed else after, "after": after}
+
+
+async def main_task(module: AnsibleModule) -> dict[str, Any]:
+    params = module.params
+    request = Request(
+        address=parse_address(params["monitor"]),
+        drives=drives(params),
+        state=params["state"],
+        completion_mode=params["completion_mode"],
+        overwrite=params["overwrite"],
+        timeout=params["timeout"],
+        stall_timeout=params["stall_timeout"],
+        on_timeout=params["on_timeout"],
+        check_mode=module.check_mode,
+    )
+    check_drives(request.drives)
+    backup = DriveBackup(request)
+    try:
+        jobs = await backup.ensure()
+    except BackupError as error:
+        error.details = {"jobs": [], "changed": backup.changed, "qmp": backup.commands, **error.details}
+        raise
+    finally:
+        for warning in backup.warnings:
+            module.warn(warning)
+    return {"changed": backup.changed, "jobs": jobs, "qmp": backup.commands, "diff": diff(jobs, backup.changed)}
+
+
+def main() -> None:
+    module = AnsibleModule(
+        argument_spec={
+            **monitor_argument_spec(),
+            **drive_argument_spec(defaults=True),
+            "drives": {"type": "list", "elements": "dict", "options": drive_argument_spec(required=True)},
+            "completion_mode": {"type": "str", "choices": ["grouped", "individual"], "default": "grouped"},
+            "state": {"type": "str", "choices": ["completed", "started", "cancelled"], "default": "completed"},
+            "overwrite": {"type": "bool", "default": False},
+            "timeout": {"type": "float", "default": 0},
+            "stall_timeout": {"type": "float", "default": 600},
+            "on_timeout": {"type": "str", "choices": ["cancel", "leave"], "default": "cancel"},
+        },
+        required_one_of=[("device", "drives")],
+        required_together=[("device", "target")],
+        mutually_exclusive=[("drives", name) for name in ("device", "target", "job_id", "receipt")],
+        supports_check_mode=True,
+    )
+    require_qmp(module)
+    run_module(module, main_task)
+
+
+if __name__ == "__main__":
+    main()

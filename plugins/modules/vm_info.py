@@ -1,0 +1,222 @@
+#!/usr/bin/python
+# Copyright (c) 2026, vmfleet contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: vm_info
+short_description: Tell what running VMs there are on a hypervisor, with their disks, bitmaps and jobs
+version_added: 0.1.0
+author:
+  - vmfleet contributors (@vmfleet)
+description:
+  - Asks running QEMU virtual machines for what a backup needs to know of them.
+  - A VM that does not answer is listed with its RV(vms[].error), and does not make the module fail.
+extends_documentation_fragment:
+  - vmfleet.backup.attributes.info
+  - vmfleet.backup.attributes.actiongroup_backup
+options:
+  monitors:
+    description:
+      - QMP monitors, as V(unix:/run/qemu/web01.qmp), V(/run/qemu/web01.qmp) or V(tcp:127.0.0.1:4444).
+    type: list
+    elements: str
+    default: []
+  sockets:
+    description:
+      - Patterns of QMP sockets' paths, such as V(/run/qemu/*.qmp). Each socket that matches is asked.
+    type: list
+    elements: str
+    default: []
+requirements:
+  - qemu.qmp >= 0.0.4 (Python library) on the hypervisor
+seealso:
+  - module: vmfleet.backup.drive_backup
+"""
+
+EXAMPLES = r"""
+- name: Look at all VMs of this hypervisor
+  vmfleet.backup.vm_info:
+    sockets:
+      - /run/qemu/*.qmp
+  register: found
+
+- name: List their disks
+  ansible.builtin.debug:
+    msg: "{{ item.name }}: {{ item.disks | map(attribute='name') | join(', ') }}"
+  loop: "{{ found.vms }}"
+"""
+
+RETURN = r"""
+vms:
+  description: One entry for each monitor, in the order of their addresses.
+  returned: success
+  type: list
+  elements: dict
+  contains:
+    monitor:
+      description: The monitor's address.
+      type: str
+    error:
+      description: Why this VM did not answer, empty where it did. Of the other keys only RV(vms[].monitor) is there then.
+      type: str
+    name:
+      description: The VM's name (C(query-name)), else the socket's without its ending.
+      type: str
+    uuid:
+      description: The VM's uuid, empty where it has none.
+      type: str
+    status:
+      description: QEMU's word for the VM's state, such as V(running) or V(paused).
+      type: str
+    version:
+      description: QEMU's version.
+      type: str
+    pid:
+      description: QEMU's process, V(0) where it is not known (TCP).
+      type: int
+    disks:
+      description: The disks that can be backed up.
+      type: list
+      elements: dict
+      contains:
+        name:
+          description: The name that the collection uses. The backend's, else the device's id, else the node's.
+          type: str
+        node:
+          description: The block node's name.
+          type: str
+        device:
+          description: The backend's name, empty where it has none.
+          type: str
+        qdev:
+          description: The device's path in QEMU.
+          type: str
+        filters:
+          description: Filter nodes between device and node, such as a throttle.
+          type: list
+          elements: str
+        driver:
+          description: The image's format.
+          type: str
+        filename:
+          description: The image's file.
+          type: str
+        backing_file:
+          description: The backing file, empty where there is none.
+          type: str
+        virtual_size:
+          description: The disk's size in bytes.
+          type: int
+        actual_size:
+          description: Bytes that the image and its backing files hold, V(null) where QEMU cannot tell.
+          type: int
+        read_only:
+          description: Whether the guest can only read it.
+          type: bool
+        removable:
+          description: Whether its medium can be changed, as that of a CD-ROM.
+          type: bool
+        bitmaps:
+          description: Its dirty bitmaps.
+          type: list
+          elements: dict
+          contains:
+            name:
+              description: The bitmap's name.
+              type: str
+            count:
+              description: Bytes that it marks as changed.
+              type: int
+            granularity:
+              description: Bytes that one bit stands for.
+              type: int
+            recording:
+              description: Whether it takes note of writes.
+              type: bool
+            busy:
+              description: Whether an operation is using it.
+              type: bool
+            persistent:
+              description: Whether it outlives QEMU.
+              type: bool
+            inconsistent:
+              description: Whether it was not stored properly and can only be removed.
+              type: bool
+    empty:
+      description: Drives without a medium.
+      type: list
+      elements: str
+    jobs:
+      description: Its block jobs, with the keys of RV(vmfleet.backup.block_job_info#module:jobs).
+      type: list
+      elements: dict
+    agent:
+      description: The guest agent's channel, V(null) where the VM has none.
+      type: dict
+      contains:
+        socket:
+          description: The socket's path, empty where the channel is no UNIX socket.
+          type: str
+        connected:
+          description: Whether an agent has opened the channel in the guest.
+          type: bool
+"""
+
+import asyncio
+import glob
+from typing import TYPE_CHECKING
+
+from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.vmfleet.backup.plugins.module_utils._agent import find_agent
+from ansible_collections.vmfleet.backup.plugins.module_utils._errors import MonitorError, run_module
+from ansible_collections.vmfleet.backup.plugins.module_utils._inspect import inspect_vm
+from ansible_collections.vmfleet.backup.plugins.module_utils._qmp import Monitor, parse_address, require_qmp
+
+if TYPE_CHECKING:
+    from typing import Any
+
+    from ansible_collections.vmfleet.backup.plugins.module_utils._qmp import Address
+
+AT_ONCE = 32
+"""How many VMs are asked at the same time."""
+
+
+async def describe(address: Address, places: asyncio.Semaphore) -> dict[str, Any]:
+    """What one VM tells of itself, or why it does not."""
+    async with places:
+        try:
+            async with Monitor(address) as monitor:
+                vm = await inspect_vm(monitor)
+                agent = await find_agent(monitor)
+        except MonitorError as error:
+            return {"monitor": str(address), "error": str(error)}
+    return {"monitor": str(address), "error": "", **vm.as_dict(), "agent": agent}
+
+
+async def main_task(module: AnsibleModule) -> dict[str, Any]:
+    addresses = {parse_address(text, "monitors") for text in module.params["monitors"]}
+    for pattern in module.params["sockets"]:
+        addresses.update(parse_address(path, "sockets") for path in glob.glob(pattern))
+    places = asyncio.Semaphore(AT_ONCE)
+    vms = await asyncio.gather(*(describe(address, places) for address in sorted(addresses, key=str)))
+    return {"changed": False, "vms": list(vms)}
+
+
+def main() -> None:
+    module = AnsibleModule(
+        argument_spec={
+            "monitors": {"type": "list", "elements": "str", "default": []},
+            "sockets": {"type": "list", "elements": "str", "default": []},
+        },
+        required_one_of=[("monitors", "sockets")],
+        supports_check_mode=True,
+    )
+    require_qmp(module)
+    run_module(module, main_task)
+
+
+if __name__ == "__main__":
+    main()
