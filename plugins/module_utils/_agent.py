@@ -46,11 +46,10 @@ async def _ports(monitor: Monitor) -> list[str]:
         except CommandError:
             # A machine without devices has no such container.
             continue
-        found += ["%s/%s" % (container, entry["name"]) for entry in entries if entry["type"] == PORT_TYPE]
+        found += ["{}/{}".format(container, entry["name"]) for entry in entries if entry["type"] == PORT_TYPE]
     return found
 
 
 def _socket_path(filename: str) -> str:
     """C(/run/web01.qga) of C(unix:/run/web01.qga,server=on) or C(disconnected:unix:...)."""
-    dummy, found, path = filename.partition("unix:")
-    return path.partition(",")[0] if found else ""
+    return filename.partition("unix:")[2].partition(",")[0]

@@ -62,11 +62,11 @@ class Copy:
     @property
     def opaque(self) -> str:
         """The tag of this copy's fdsets begins with this."""
-        return "vmfleet:db:%s:" % _digest(self.drive, self.disk)
+        return f"vmfleet:db:{_digest(self.drive, self.disk)}:"
 
     @property
     def who(self) -> str:
-        return "disk %s to %s" % (self.disk.name or self.disk.node, self.drive.target)
+        return f"disk {self.disk.name or self.disk.node} to {self.drive.target}"
 
     @property
     def failure(self) -> str:
@@ -75,7 +75,7 @@ class Copy:
             return ""
         if self.job.error:
             return self.job.error
-        return "" if self.job.status == "concluded" else "it ended as %s" % self.job.status
+        return "" if self.job.status == "concluded" else f"it ended as {self.job.status}"
 
     @property
     def state(self) -> str:
@@ -130,19 +130,19 @@ def examine(drive: Drive, vm: Vm) -> Copy:
     copy = Copy(drive, disk, record.job, DEAD, record, vm.job(record.job))
     process = Process(*record.process) if record.process else None
     if record.identity != vm.identity:
-        return replace(copy, job=None, reason="it was for VM %s, which has ended" % record.vm)
+        return replace(copy, job=None, reason=f"it was for VM {record.vm}, which has ended")
     if record.phase == _receipt.COPIED:
         return replace(copy, found=COPIED)
     if record.phase == _receipt.CANCELLING:
         return replace(copy, reason="it had been given up")
     if process and vm.process and process != vm.process:
-        return replace(copy, job=None, reason="its QEMU (process %d) has ended" % process.pid)
+        return replace(copy, job=None, reason=f"its QEMU (process {process.pid}) has ended")
     if copy.job is None:
-        return replace(copy, reason="QEMU does not list its job %s" % record.job)
+        return replace(copy, reason=f"QEMU does not list its job {record.job}")
     if (record.device, record.sync, record.bitmap) != (disk.name, drive.sync, drive.bitmap):
         raise BackupError(
-            "target: %s is being made by job %s from disk %s (sync %s); use another target, or wait for that job"
-            % (drive.target, record.job, record.device, record.sync)
+            f"target: {drive.target} is being made by job {record.job} from disk {record.device} (sync"
+            f" {record.sync}); use another target, or wait for that job"
         )
     return replace(copy, found=ENDED if copy.job.ended else RUNNING)
 
@@ -150,20 +150,20 @@ def examine(drive: Drive, vm: Vm) -> Copy:
 def _refuse_foreign(drive: Drive, vm: Vm, record: Record) -> None:
     if record.hypervisor != machine_id():
         raise BackupError(
-            "target: %s is being made on another hypervisor (machine-id %s, VM %s, since %s); if that one is gone for"
-            " good, remove %s"
-            % (drive.target, record.hypervisor, record.vm, record.started, _receipt.record_path(drive.receipt_path))
+            f"target: {drive.target} is being made on another hypervisor (machine-id {record.hypervisor}, VM"
+            f" {record.vm}, since {record.started}); if that one is gone for"
+            f" good, remove {_receipt.record_path(drive.receipt_path)}"
         )
     alive = bool(record.process) and Process(*record.process).alive
     if record.identity != vm.identity and (alive or record.phase == _receipt.COPIED):
         raise BackupError(
-            "target: %s is being made for another VM (%s, since %s); use another target"
-            % (drive.target, record.vm, record.started)
+            f"target: {drive.target} is being made for another VM ({record.vm}, since {record.started}); use another"
+            " target"
         )
 
 
 def _examine_unrecorded(drive: Drive, vm: Vm, disk: Disk) -> Copy:
-    job_id = drive.job_id or "vmfleet.db.%s" % _digest(drive, disk)
+    job_id = drive.job_id or f"vmfleet.db.{_digest(drive, disk)}"
     job = vm.job(job_id)
     copy = Copy(drive, disk, job_id, ABSENT, None, job)
     if not drive.receipt_path:
@@ -171,14 +171,15 @@ def _examine_unrecorded(drive: Drive, vm: Vm, disk: Disk) -> Copy:
         return replace(copy, found=OCCUPIED if job is None else ENDED if job.ended else RUNNING)
     if job is not None and not job.ended:
         raise BackupError(
-            "VM %s: job %s runs, but %s, which would tell about it, is gone; cancel the job (block_job), or wait for"
-            " its end" % (vm.name, job.id, _receipt.record_path(drive.receipt_path))
+            f"VM {vm.name}: job {job.id} runs, but {_receipt.record_path(drive.receipt_path)}, which would tell"
+            " about it, is gone; cancel the job (block_job), or wait for"
+            " its end"
         )
     if not drive.existing and os.path.lexists(drive.image_path):
-        raise Refused("target", "%s is in the way, and no record says that it is ours; move it away" % drive.image_path)
+        raise Refused("target", f"{drive.image_path} is in the way, and no record says that it is ours; move it away")
+    receipt = _receipt.read(drive.receipt_path)
     if not os.path.lexists(drive.target):
         return copy
-    receipt = _receipt.read(drive.receipt_path)
     if receipt is None:
         return replace(copy, found=OCCUPIED, reason="it has no receipt")
     if receipt.phase != _receipt.COMPLETED:
@@ -199,7 +200,7 @@ def _difference(drive: Drive, vm: Vm, disk: Disk, receipt: Record) -> str:
     }
     for name, (wanted, found) in asked.items():
         if wanted != found:
-            return "its receipt is for another %s (%s)" % (name, found or "none")
+            return "its receipt is for another {} ({})".format(name, found or "none")
     if not receipt.matches(os.stat(drive.target), is_block_device(drive.target)):
         return "it was changed or replaced after its receipt was written"
     return ""
@@ -207,7 +208,7 @@ def _difference(drive: Drive, vm: Vm, disk: Disk, receipt: Record) -> str:
 
 def _digest(drive: Drive, disk: Disk) -> str:
     """12 hex digits that tell this copy from others: the same in every call that asks for it."""
-    text = "\0".join((drive.target, disk.node, drive.sync, drive.bitmap))
+    text = f"{drive.target}\0{disk.node}\0{drive.sync}\0{drive.bitmap}"
     return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:12]
 
 

@@ -111,7 +111,7 @@ class Manifest:
             disks = tuple(DiskImage.parse(disk) for disk in found["disks"])
             return _build(cls, {**found, "vm": _build(VmName, found["vm"]), "disks": disks})
         except (KeyError, TypeError, AttributeError) as error:
-            raise DocumentError("it is no manifest: %r" % error) from error
+            raise DocumentError(f"it is no manifest: {error!r}") from error
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,7 @@ class Intent:
             }
             return _build(cls, parsed)
         except (KeyError, TypeError, AttributeError) as error:
-            raise DocumentError("it is no intent: %r" % error) from error
+            raise DocumentError(f"it is no intent: {error!r}") from error
 
 
 @dataclass(frozen=True)
@@ -202,7 +202,7 @@ class Failure:
         try:
             return _build(cls, found)
         except TypeError as error:
-            raise DocumentError("it is no record of a failure: %r" % error) from error
+            raise DocumentError(f"it is no record of a failure: {error!r}") from error
 
 
 def _check_schema(found: Any) -> None:

@@ -96,32 +96,41 @@ def check_drives(drives: tuple[Drive, ...]) -> None:
         _check_bitmap_options(drive)
         _check_place(drive)
         if drive.speed < 0:
-            raise Refused("speed", "%d is negative; give bytes per second, 0 is unlimited" % drive.speed)
+            raise Refused("speed", f"{drive.speed} is negative; give bytes per second, 0 is unlimited")
         if drive.compress and drive.format == "raw":
             raise Refused("compress", "a raw image cannot be compressed; use format qcow2")
-    for name in ("target", "job_id", "receipt_path"):
-        given = [getattr(drive, name) for drive in drives if getattr(drive, name)]
-        for value in given:
-            if given.count(value) > 1:
-                raise Refused(name.replace("_path", ""), "%s is given for more than one drive" % value)
+    _refuse_twice("target", [_plain(drive.target) for drive in drives])
+    _refuse_twice("receipt", [_plain(drive.receipt_path) for drive in drives if drive.receipt_path])
+    _refuse_twice("job_id", [drive.job_id for drive in drives if drive.job_id])
+
+
+def _plain(path: str) -> str:
+    """One spelling for each place; the last part may be a link, and is left as it is."""
+    return os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path))
+
+
+def _refuse_twice(option: str, given: list[str]) -> None:
+    for value in given:
+        if given.count(value) > 1:
+            raise Refused(option, f"{value} is given for more than one drive")
 
 
 def _check_names(drive: Drive) -> None:
     if not drive.target.startswith("/"):
         raise Refused(
             "target",
-            "%r is not an absolute path; relative, json: and protocol (nbd:, file:) targets are not accepted"
-            % drive.target,
+            f"{drive.target!r} is not an absolute path; relative, json: and protocol (nbd:, file:) targets are not"
+            " accepted",
         )
     if drive.receipt and not drive.receipt.startswith("/"):
-        raise Refused("receipt", "%r is not an absolute path" % drive.receipt)
+        raise Refused("receipt", f"{drive.receipt!r} is not an absolute path")
     if drive.job_id and not JOB_ID.fullmatch(drive.job_id):
-        raise Refused("job_id", "%r: QEMU wants a letter, then letters, digits, '-', '.' and '_'" % drive.job_id)
+        raise Refused("job_id", f"{drive.job_id!r}: QEMU wants a letter, then letters, digits, '-', '.' and '_'")
 
 
 def _check_bitmap_options(drive: Drive) -> None:
     if drive.sync in ("incremental", "bitmap") and not drive.bitmap:
-        raise Refused("bitmap", "sync %s needs the bitmap that holds the changes" % drive.sync)
+        raise Refused("bitmap", f"sync {drive.sync} needs the bitmap that holds the changes")
     if drive.sync == "bitmap" and not drive.bitmap_mode:
         raise Refused("bitmap_mode", "sync bitmap needs on-success, never or always")
     if drive.sync == "incremental" and drive.bitmap_mode not in ("", "on-success"):
@@ -130,9 +139,11 @@ def _check_bitmap_options(drive: Drive) -> None:
         raise Refused("bitmap_mode", "there is no bitmap that it could apply to")
     if drive.bitmap and drive.sync in ("full", "top"):
         if not drive.bitmap_mode:
-            raise Refused("bitmap", "sync %s does not read it; use sync incremental or bitmap, or a bitmap_mode" % drive.sync)
+            raise Refused(
+                "bitmap", f"sync {drive.sync} does not read it; use sync incremental or bitmap, or a bitmap_mode"
+            )
         if drive.bitmap_mode == "never":
-            raise Refused("bitmap_mode", "never has no effect with sync %s" % drive.sync)
+            raise Refused("bitmap_mode", f"never has no effect with sync {drive.sync}")
 
 
 def _check_place(drive: Drive) -> None:
@@ -142,13 +153,14 @@ def _check_place(drive: Drive) -> None:
     for option, path in places:
         directory = os.path.dirname(path)
         if not os.path.isdir(directory):
-            raise Refused(option, "%s: the directory %s does not exist; create it first (mode 0700)" % (path, directory))
-        if path != drive.target or not is_block_device(path):
-            if not os.access(directory, os.W_OK | os.X_OK):
-                raise Refused(option, "%s: cannot write to the directory %s" % (path, directory))
+            raise Refused(option, f"{path}: the directory {directory} does not exist; create it first (mode 0700)")
+        # Nothing is made beside a block device.
+        makes_files = path != drive.target or not is_block_device(path)
+        if makes_files and not os.access(directory, os.W_OK | os.X_OK):
+            raise Refused(option, f"{path}: cannot write to the directory {directory}")
     if os.path.isdir(drive.target):
-        raise Refused("target", "%s is a directory; name the image's file" % drive.target)
+        raise Refused("target", f"{drive.target} is a directory; name the image's file")
     if drive.existing and not os.path.exists(drive.target):
-        raise Refused("target", "%s does not exist, and mode is existing" % drive.target)
+        raise Refused("target", f"{drive.target} does not exist, and mode is existing")
     if not drive.existing and is_block_device(drive.target):
-        raise Refused("mode", "%s is a block device, which is there already; use mode existing" % drive.target)
+        raise Refused("mode", f"{drive.target} is a block device, which is there already; use mode existing")

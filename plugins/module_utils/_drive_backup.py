@@ -100,7 +100,7 @@ class DriveBackup:
         nodes = [copy.disk.node for copy in copies]
         for copy in copies:
             if nodes.count(copy.disk.node) > 1:
-                raise Refused("device", "%s is asked for more than once on VM %s" % (copy.drive.device, vm.name))
+                raise Refused("device", f"{copy.drive.device} is asked for more than once on VM {vm.name}")
         return vm, copies
 
     # One step, under the VM's lock
@@ -115,7 +115,7 @@ class DriveBackup:
         try:
             async with self._monitor() as monitor:
                 if monitor.process != process:
-                    raise MonitorGone("%s: QEMU was restarted in between" % self.request.address)
+                    raise MonitorGone(f"{self.request.address}: QEMU was restarted in between")
                 vm, copies = await self._look(monitor)
                 if not self.request.check_mode:
                     # What a process that died in the middle of a start has left would keep its image locked.
@@ -141,14 +141,19 @@ class DriveBackup:
         if any(copy.found == RUNNING for copy in copies):
             return await self._join(monitor, vm, copies)
         if followed and any(copy.found in (ABSENT, OCCUPIED) for copy in copies):
-            raise self._failed(vm, copies, "its job is gone, and no image was finished: it was cancelled elsewhere, or QEMU was restarted")
+            raise self._failed(
+                vm,
+                copies,
+                "its job is gone, and no image was finished: it was cancelled elsewhere, or QEMU was restarted",
+            )
         if any(copy.found in (ABSENT, OCCUPIED) for copy in copies):
             return await self._start(monitor, vm, copies, holding)
         self._refuse_other_moments(vm, copies)
         return await self._publish(monitor, copies), ""
 
     def _is_over(self, copies: list[Copy]) -> bool:
-        """Whether an attempt has come to a bad end: at once where the images belong together, else when all have ended."""
+        """Whether an attempt has come to a bad end: at once where the images belong together, else when all have"
+        " ended."""
         bad = any(copy.failure or copy.found == DEAD for copy in copies)
         return bad and (self._together or not any(copy.found == RUNNING for copy in copies))
 
@@ -163,20 +168,22 @@ class DriveBackup:
         bad = [copy for copy in copies if copy.failure or copy.found == DEAD]
         # A failed copy takes the others of its group along; their cancellation is not the reason.
         causes = [copy for copy in bad if copy.failure != CANCELLED] or bad
-        reason = "; ".join("%s: %s" % (copy.who, _in_words(copy)) for copy in causes)
+        reason = "; ".join(f"{copy.who}: {_in_words(copy)}" for copy in causes)
         if not self.request.check_mode:
             whole = [] if self._together else [copy for copy in copies if copy.state == "completed"]
             await self._finish(monitor, whole)
-            await self._clean(monitor, [copy for copy in copies if copy.found in (RUNNING, ENDED, COPIED, DEAD) and copy not in whole])
+            await self._clean(
+                monitor, [copy for copy in copies if copy.found in (RUNNING, ENDED, COPIED, DEAD) and copy not in whole]
+            )
         first_to_know = self.request.state == "completed" and any(copy.failure for copy in copies)
         if followed or (first_to_know and not self.request.check_mode):
             raise self._failed(vm, copies, reason)
-        self.warnings.append("VM %s: an earlier attempt came to nothing and is replaced: %s" % (vm.name, reason))
+        self.warnings.append(f"VM {vm.name}: an earlier attempt came to nothing and is replaced: {reason}")
 
     def _failed(self, vm: Vm, copies: list[Copy], reason: str) -> JobFailed:
         return JobFailed(
-            "VM %s: the backup failed: %s. What it left is removed; repeat the call when the cause is gone"
-            % (vm.name, reason),
+            f"VM {vm.name}: the backup failed: {reason}. What it left is removed; repeat the call when the cause is"
+            " gone",
             jobs=[copy.result("cancelled" if copy.found == RUNNING else "") for copy in copies],
         )
 
@@ -185,9 +192,10 @@ class DriveBackup:
         running = [copy for copy in copies if copy.found == RUNNING]
         strangers = [copy for copy in copies if copy.found in (ABSENT, OCCUPIED)]
         if strangers:
+            jobs, rest = ", ".join(copy.job_id for copy in running), ", ".join(copy.who for copy in strangers)
             raise BackupError(
-                "VM %s is busy with %s, which leaves out %s; wait for it or cancel it, then ask for all together"
-                % (vm.name, ", ".join(copy.job_id for copy in running), ", ".join(copy.who for copy in strangers))
+                f"VM {vm.name} is busy with {jobs}, which leaves out {rest}; wait for it or cancel it, then ask for all"
+                " together"
             )
         for copy in running:
             if copy.job and copy.job.speed != copy.drive.speed:
@@ -206,8 +214,9 @@ class DriveBackup:
         if self._together and len({record.attempt for record in records}) > 1:
             raise Refused(
                 "target",
-                "VM %s: the targets are there, but come from different moments: %s; use other targets, or completion_mode"
-                " individual" % (vm.name, ", ".join("%s (%s)" % (record.target, record.started) for record in records)),
+                "VM {}: the targets are there, but come from different moments: {}; use other targets, or"
+                " completion_mode"
+                " individual".format(vm.name, ", ".join(f"{record.target} ({record.started})" for record in records)),
             )
 
     # Starting
@@ -218,6 +227,12 @@ class DriveBackup:
         """Start what is not there. Everything that can be refused is refused before the first file exists."""
         starting = [copy for copy in copies if self._together or copy.found in (ABSENT, OCCUPIED)]
         _preflight.refuse_busy(vm, starting)
+        for copy in starting:
+            if not copy.drive.receipt_path:
+                self.warnings.append(
+                    f"{copy.drive.target} is a block device without a receipt: every call writes it anew; give receipt"
+                    " a path to change that"
+                )
         targets = [await _preflight.prepare_target(vm, copy, self.request.overwrite) for copy in starting]
         self.changed = True
         if self.request.check_mode:
@@ -236,7 +251,7 @@ class DriveBackup:
         except (BackupError, OSError) as error:
             await self._clean(monitor, begun)
             if isinstance(error, OSError):
-                raise BackupError("target: %s" % error) from error
+                raise BackupError(f"target: {error}") from error
             raise
         by_node = {copy.disk.node: copy for copy in begun}
         results = [by_node.get(copy.disk.node, copy).result() for copy in copies]
@@ -258,27 +273,29 @@ class DriveBackup:
         free = _target.free_bytes(target.path)
         if free < target.expected:
             raise BackupError(
-                "target: %s: No space left on device: the backup needs up to %d bytes there, and %d are free"
-                % (target.path, target.expected, free)
+                f"target: {target.path}: No space left on device: the backup needs up to {target.expected} bytes there,"
+                f" and {free} are free"
             )
         self.warnings.append(
-            "%s: its file system cannot reserve space. If it fills up before the copy has ended, the backup is cancelled"
-            " for the guest's sake; only a call with state completed watches for that" % target.path
+            f"{target.path}: its file system cannot reserve space. If it fills up before the copy has ended, the"
+            " backup is cancelled"
+            " for the guest's sake; only a call with state completed watches for that"
         )
         return False
 
     async def _launch(self, monitor: Monitor, vm: Vm, begun: list[Copy], targets: list[_target.Target]) -> None:
         await _jobs.dismiss_jobs(monitor, [copy.job_id for copy in begun])
         starts = [
-            _jobs.BackupStart(copy.job_id, copy.disk.node, target, "%s%d" % (copy.opaque, number), copy.drive.arguments())
+            _jobs.BackupStart(copy.job_id, copy.disk.node, target, f"{copy.opaque}{number}", copy.drive.arguments())
             for number, (copy, target) in enumerate(zip(begun, targets))
         ]
         try:
             await _jobs.start_backups(monitor, starts, self.request.completion_mode)
         except CommandError as error:
             raise BackupError(
-                "VM %s: QEMU did not start the backup of %s: %s"
-                % (vm.name, ", ".join(copy.who for copy in begun), error.description)
+                "VM {}: QEMU did not start the backup of {}: {}".format(
+                    vm.name, ", ".join(copy.who for copy in begun), error.description
+                )
             ) from error
         for copy in begun:
             _write_phase(copy, _receipt.COPYING)
@@ -292,40 +309,45 @@ class DriveBackup:
         offsets: dict[str, int] = {}
         while True:
             await asyncio.sleep(min(LONGEST_POLL, max(SHORTEST_POLL, (now - joined) / 20)))
-            trouble = ""
-            try:
-                async with self._monitor() as monitor:
-                    vm, copies = await self._look(monitor)
-            except MonitorGone as error:
-                if process is None or not process.alive:
-                    raise self._lost(attempt, str(error)) from error
-                trouble = str(error)
-            except MonitorError as error:
-                trouble = str(error)
+            copies, trouble = await self._glance(process, attempt)
+            if not trouble and not any(copy.found == RUNNING for copy in copies):
+                return
             now = time.monotonic()
-            if not trouble:
-                if not any(copy.found == RUNNING for copy in copies):
-                    return
-                if vm.status == "io-error" and not any(copy.record and copy.record.guest == "io-error" for copy in copies):
-                    await self._save_guest(attempt)
-                if any(copy.state == "paused" for copy in copies):
-                    raise _paused(vm, copies)
-                seen = {copy.job_id: copy.job.offset for copy in copies if copy.job}
-                if seen != offsets:
-                    offsets, moved = seen, now
+            seen = {copy.job_id: copy.job.offset for copy in copies if copy.job}
+            if seen and seen != offsets:
+                offsets, moved = seen, now
             if request.timeout and now - began >= request.timeout:
-                await self._time_out(attempt, "timeout: not done within %g s" % request.timeout, trouble)
+                await self._time_out(attempt, f"timeout: not done within {request.timeout:g} s", trouble)
             if request.stall_timeout and now - moved >= request.stall_timeout:
-                await self._time_out(attempt, "stall_timeout: no progress for %g s" % request.stall_timeout, trouble)
+                await self._time_out(attempt, f"stall_timeout: no progress for {request.stall_timeout:g} s", trouble)
+
+    async def _glance(self, process: Process | None, attempt: str) -> tuple[list[Copy], str]:
+        """How the jobs do, or why that could not be seen this time (the monitor may be in use for a while)."""
+        try:
+            async with self._monitor() as monitor:
+                vm, copies = await self._look(monitor)
+        except MonitorGone as error:
+            if process is None or not process.alive:
+                raise self._lost(attempt, str(error)) from error
+            return [], str(error)
+        except MonitorError as error:
+            return [], str(error)
+        running = [copy for copy in copies if copy.found == RUNNING]
+        stopped_before = any(copy.record and copy.record.guest == "io-error" for copy in running)
+        if running and vm.status == "io-error" and not stopped_before:
+            await self._save_guest(attempt)
+        if any(copy.state == "paused" for copy in running):
+            raise _paused(vm, copies)
+        return copies, ""
 
     async def _time_out(self, attempt: str, reason: str, trouble: str) -> None:
         """End the wait: cancel and clean up, or leave the job, as on_timeout says."""
         if trouble:
-            reason = "%s (%s)" % (reason, trouble)
+            reason = f"{reason} ({trouble})"
         if self.request.on_timeout == "leave":
-            raise JobFailed("%s; the job is left running, as on_timeout says" % reason, jobs=await self._last_results())
+            raise JobFailed(f"{reason}; the job is left running, as on_timeout says", jobs=await self._last_results())
         results = await self._cancel_attempt(attempt, reason)
-        raise JobFailed("%s; the job is cancelled, and what it left is removed" % reason, jobs=results)
+        raise JobFailed(f"{reason}; the job is cancelled, and what it left is removed", jobs=results)
 
     async def _last_results(self) -> list[dict[str, Any]]:
         try:
@@ -344,16 +366,17 @@ class DriveBackup:
         results = await self._cancel_attempt(attempt, reason)
         if not blamed:
             raise JobFailed(
-                "VM %s: %s. The backup is cancelled; its targets show no fault, and so the VM was left as it is: look at"
-                " its own disks, then `cont`" % (vm.name, reason),
+                f"VM {vm.name}: {reason}. The backup is cancelled; its targets show no fault, and so the VM was left"
+                " as it is: look at"
+                " its own disks, then `cont`",
                 jobs=results,
             )
         async with self._monitor() as monitor:
             await monitor.execute("cont")
             status = (await monitor.execute("query-status"))["status"]
         raise JobFailed(
-            "VM %s: %s: No space left on device, or an error, at %s. The backup is cancelled, the guest is let go on"
-            " (status: %s)" % (vm.name, reason, ", ".join(copy.drive.target for copy in blamed), status),
+            "VM {}: {}: No space left on device, or an error, at {}. The backup is cancelled, the guest is let go on"
+            " (status: {})".format(vm.name, reason, ", ".join(copy.drive.target for copy in blamed), status),
             jobs=results,
         )
 
@@ -362,7 +385,7 @@ class DriveBackup:
         async with self._monitor() as monitor:
             process = monitor.process
         async with self._lock(process), self._monitor() as monitor:
-            dummy, copies = await self._look(monitor)
+            copies = (await self._look(monitor))[1]
             ours = [copy for copy in copies if copy.belongs_to(attempt)]
             await self._clean(monitor, ours)
         return [copy.result("cancelled", reason) for copy in ours]
@@ -386,7 +409,8 @@ class DriveBackup:
             done = [_take_name(copy) for copy in safe]
         except OSError as error:
             raise JobFailed(
-                "the copy ended, but its image could not be made safe: %s; repeat the call when the cause is gone" % error,
+                f"the copy ended, but its image could not be made safe: {error}; repeat the call when the cause is"
+                " gone",
                 jobs=[copy.result("failed" if copy in open_ended else "", str(error)) for copy in copies],
             ) from error
         await _jobs.dismiss_jobs(monitor, [copy.job_id for copy in copies if copy.job])
@@ -403,8 +427,8 @@ class DriveBackup:
         stubborn = await _jobs.cancel_jobs(monitor, job_ids)
         if stubborn:
             raise JobFailed(
-                "%s: job %s does not end after block-job-cancel: its target hangs. Bring the target back; the next call"
-                " removes what is left" % (self.request.address, ", ".join(job.id for job in stubborn))
+                "{}: job {} does not end after block-job-cancel: its target hangs. Bring the target back; the next call"
+                " removes what is left".format(self.request.address, ", ".join(job.id for job in stubborn))
             )
         await _jobs.dismiss_jobs(monitor, job_ids)
         for copy in copies:
@@ -420,7 +444,9 @@ class DriveBackup:
         if not self.request.check_mode:
             await self._clean(monitor, going)
         kept = {copy.disk.node: copy for copy in rest}
-        return [kept[copy.disk.node].result() if copy.disk.node in kept else copy.result("cancelled") for copy in copies]
+        return [
+            kept[copy.disk.node].result() if copy.disk.node in kept else copy.result("cancelled") for copy in copies
+        ]
 
     def _lost(self, attempt: str, reason: str) -> JobFailed:
         """QEMU has ended while this process waited: its jobs are gone, and what they left is no backup."""
@@ -429,17 +455,19 @@ class DriveBackup:
             record = _receipt.read(_receipt.record_path(drive.receipt_path)) if drive.receipt_path else None
             if record is None or record.attempt != attempt or record.phase == _receipt.COPIED:
                 continue
-            results.append({"id": record.job, "device": drive.device, "target": drive.target, "state": "failed", "error": reason})
+            results.append(
+                {"id": record.job, "device": drive.device, "target": drive.target, "state": "failed", "error": reason}
+            )
         return JobFailed(
-            "%s. The backup is lost with it; repeat the call when the VM is up: it removes what is left, and starts anew"
-            % reason,
+            f"{reason}. The backup is lost with it; repeat the call when the VM is up: it removes what is left, and"
+            " starts anew",
             jobs=results,
         )
 
 
 def _in_words(copy: Copy) -> str:
     if copy.failure == CANCELLED:
-        return "job %s was cancelled, and not by this collection (%s)" % (copy.job_id, CANCELLED)
+        return f"job {copy.job_id} was cancelled, and not by this collection ({CANCELLED})"
     return copy.failure or copy.reason
 
 
@@ -450,10 +478,10 @@ def _paused(vm: Vm, copies: list[Copy]) -> JobFailed:
         if copy.job and copy.job.stuck:
             full = copy.job.io_status == "nospace"
             remedy = "No space left on device: free some" if full else "after an I/O error: mend its cause"
-            advice.append("%s: job %s is paused, %s" % (copy.who, copy.job_id, remedy))
+            advice.append(f"{copy.who}: job {copy.job_id} is paused, {remedy}")
     return JobFailed(
-        "VM %s: %s; then let it go on (block_job with state running), and repeat this call. State cancelled gives it up"
-        % (vm.name, "; ".join(advice)),
+        f"VM {vm.name}: {'; '.join(advice)}; then let it go on (block_job with state running), and repeat this call."
+        " State cancelled gives it up",
         jobs=[copy.result() for copy in copies],
     )
 
@@ -474,7 +502,7 @@ def _claim(drive: Drive, record: Record) -> None:
             _receipt.create(path, record)
         except FileExistsError:
             raise BackupError(
-                "target: %s: another process began to make it this moment (%s)" % (drive.target, path)
+                f"target: {drive.target}: another process began to make it this moment ({path})"
             ) from None
 
 
@@ -526,7 +554,7 @@ def _take_name(copy: Copy) -> Copy:
         os.replace(drive.image_path, drive.target)
         _target.sync_directory(os.path.dirname(drive.target))
     if not record.matches(os.stat(drive.target), _target.is_block_device(drive.target)):
-        raise OSError("%s is not the image that was finished: somebody moved or changed it" % drive.target)
+        raise OSError(f"{drive.target} is not the image that was finished: somebody moved or changed it")
     _receipt.finish(_receipt.record_path(drive.receipt_path), drive.receipt_path, record)
     return replace(copy, found=DONE)
 

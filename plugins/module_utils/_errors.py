@@ -12,7 +12,7 @@ import asyncio
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Callable, Coroutine
     from typing import Any
 
     from ansible.module_utils.basic import AnsibleModule
@@ -30,7 +30,7 @@ class Refused(BackupError):
     """Bad input, found before anything was changed. The message begins with the option's name."""
 
     def __init__(self, option: str, reason: str) -> None:
-        super().__init__("%s: %s" % (option, reason))
+        super().__init__(f"{option}: {reason}")
         self.option = option
 
 
@@ -50,7 +50,7 @@ class CommandError(BackupError):
     """QEMU refused a QMP command."""
 
     def __init__(self, monitor: str, command: str, error_class: str, description: str) -> None:
-        super().__init__("%s: QEMU refused %s: %s" % (monitor, command, description.strip()))
+        super().__init__(f"{monitor}: QEMU refused {command}: {description.strip()}")
         self.command = command
         self.error_class = error_class
         self.description = description.strip()
@@ -64,12 +64,14 @@ class JobFailed(BackupError):
     """A backup did not end well; everything of that attempt has been cleaned up, or the message says what was not."""
 
 
-def run_module(module: AnsibleModule, main: Callable[[AnsibleModule], Awaitable[dict[str, Any]]]) -> None:
+def run_module(module: AnsibleModule, main: Callable[[AnsibleModule], Coroutine[Any, Any, dict[str, Any]]]) -> None:
     """Run the coroutine C(main) and end the module with its result, or with what its BackupError says."""
     try:
-        result = asyncio.run(main(module))  # type: ignore[arg-type]
+        result = asyncio.run(main(module))
     except BackupError as error:
         module.fail_json(msg=str(error), **error.details)
     except OSError as error:
-        module.fail_json(msg="%s: the operating system refused: %s" % (error.filename or "I/O", error.strerror or error))
+        module.fail_json(
+            msg="{}: the operating system refused: {}".format(error.filename or "I/O", error.strerror or error)
+        )
     module.exit_json(**result)

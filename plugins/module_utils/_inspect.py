@@ -175,31 +175,30 @@ class Vm:
             if name in disk.aliases:
                 return disk
         known = "; ".join(" = ".join(disk.aliases) for disk in self.disks) or "none"
-        empty = " (without medium: %s)" % ", ".join(self.empty) if self.empty else ""
-        raise Refused(option, "VM %s has no device %r; it has: %s%s" % (self.name, name, known, empty))
+        empty = " (without medium: {})".format(", ".join(self.empty)) if self.empty else ""
+        raise Refused(option, f"VM {self.name} has no device {name!r}; it has: {known}{empty}")
 
 
 async def inspect_vm(monitor: Monitor, name: str = "") -> Vm:
     """Ask a VM for everything that a backup needs to know. C(name) overrules the VM's own name."""
     # One after the other would cost a round trip each; QEMU answers them in order.
-    named, uuid, status, block, nodes, stats, block_jobs, jobs, fdsets = await asyncio.gather(
+    named, uuid, status, graph, block_jobs, jobs, fdsets = await asyncio.gather(
         monitor.execute("query-name"),
         monitor.execute("query-uuid"),
         monitor.execute("query-status"),
-        monitor.execute("query-block"),
-        monitor.execute("query-named-block-nodes", {"flat": False}),
-        monitor.execute("query-blockstats", {"query-nodes": True}),
+        _query_graph(monitor),
         monitor.execute("query-block-jobs"),
         monitor.execute("query-jobs"),
         monitor.execute("query-fdsets"),
     )
+    block, nodes, stats = graph
     vm_name = name or named.get("name") or _stem(monitor.address.path) or str(monitor.address)
     vm_uuid = "" if uuid["UUID"] == NO_UUID else uuid["UUID"]
     disks, other_nodes = _disks(block, nodes, stats)
     return Vm(
         name=vm_name,
         uuid=vm_uuid,
-        identity=vm_uuid or "%s:%s" % (machine_id(), vm_name),
+        identity=vm_uuid or f"{machine_id()}:{vm_name}",
         status=status["status"],
         version=monitor.version,
         disks=disks,
@@ -210,6 +209,23 @@ async def inspect_vm(monitor: Monitor, name: str = "") -> Vm:
         process=monitor.process,
         files=_files(nodes, monitor.process),
     )
+
+
+async def _query_graph(monitor: Monitor) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[dict[str, Any]]]:
+    """query-block, query-named-block-nodes and query-blockstats of one moment.
+
+    A job that ends takes its filter node along. Where that happens between two queries, their answers do not fit
+    together, and are asked for again.
+    """
+    while True:
+        nodes, block, stats, after = await asyncio.gather(
+            monitor.execute("query-named-block-nodes", {"flat": False}),
+            monitor.execute("query-block"),
+            monitor.execute("query-blockstats", {"query-nodes": True}),
+            monitor.execute("query-named-block-nodes", {"flat": True}),
+        )
+        if [node["node-name"] for node in nodes] == [node["node-name"] for node in after]:
+            return block, nodes, stats
 
 
 async def query_jobs(monitor: Monitor) -> tuple[Job, ...]:
@@ -279,15 +295,16 @@ def _disks(
                 _disk(node, name, filters, entry["device"], entry.get("qdev", ""), removable=entry["removable"]),
             )
     taken = {*disks, *(name for disk in disks.values() for name in disk.filters)}
-    others: dict[str, Disk] = {}
+    # A bare -blockdev that nothing reads through is a disk as well, below the filter of its job where there is one.
     for top in by_name:
         *filters, node_name = filter_path(top)
-        if top in taken or node_name in taken:
-            continue
-        # A bare -blockdev that nobody else reads through is a disk; backing files and protocol nodes are not.
-        standing_alone = top not in used and not top.startswith("#")
-        (disks if standing_alone else others).setdefault(node_name, _disk(by_name[node_name], top, filters))
-    return tuple(disks.values()), tuple(others.values())
+        if top not in used and top not in taken and not node_name.startswith("#"):
+            disks.setdefault(node_name, _disk(by_name[node_name], node_name, filters))
+            taken.update((*filters, node_name))
+    others = (
+        _disk(node, "" if name.startswith("#") else name, []) for name, node in by_name.items() if name not in taken
+    )
+    return tuple(disks.values()), tuple(others)
 
 
 def _disk(
@@ -340,7 +357,7 @@ def _chain_size(image: dict[str, Any]) -> int | None:
 def _disk_name(entry: dict[str, Any], node: dict[str, Any], number: int) -> str:
     """The backend's name, else the device's id, else the node's, else C(disk<n>), which holds for one boot only."""
     named = "" if node["node-name"].startswith("#") else str(node["node-name"])
-    return entry["device"] or _qdev_id(entry.get("qdev", "")) or named or "disk%d" % number
+    return entry["device"] or _qdev_id(entry.get("qdev", "")) or named or f"disk{number}"
 
 
 def _backend_name(entry: dict[str, Any]) -> str:
@@ -349,7 +366,7 @@ def _backend_name(entry: dict[str, Any]) -> str:
 
 def _qdev_id(qdev: str) -> str:
     """C(vd0) of C(/machine/peripheral/vd0/virtio-backend); empty for devices without an id of their own."""
-    return qdev[len(PERIPHERAL) :].split("/")[0] if qdev.startswith(PERIPHERAL) else ""
+    return qdev[len(PERIPHERAL) :].partition("/")[0] if qdev.startswith(PERIPHERAL) else ""
 
 
 def _files(nodes: list[dict[str, Any]], process: Process | None) -> tuple[str, ...]:
@@ -358,7 +375,7 @@ def _files(nodes: list[dict[str, Any]], process: Process | None) -> tuple[str, .
         path = node["file"]
         if not path.startswith("/") and process is not None:
             # QEMU tells a relative name as it was given; it counts from QEMU's own working directory.
-            path = os.path.join("/proc/%d/cwd" % process.pid, path)
+            path = os.path.join(f"/proc/{process.pid}/cwd", path)
         found.append(path)
     return tuple(dict.fromkeys(found))
 

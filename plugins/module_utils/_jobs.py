@@ -85,7 +85,7 @@ async def _start(
             filename = start.target.path
             if monitor.passes_fds:
                 fdsets.append(await _pass_target(monitor, start, is_direct))
-                filename = "/dev/fdset/%d" % fdsets[-1]
+                filename = f"/dev/fdset/{fdsets[-1]}"
             data = {
                 **common,
                 **start.arguments,

@@ -29,10 +29,10 @@ RETRY_INTERVAL = 0.02
 
 def host_lock_path(process: Process | None, address: Address) -> str:
     """The lock of one QEMU on this hypervisor. Over TCP the process is unknown, and the address stands for it."""
-    directory = "/run/vmfleet" if os.geteuid() == 0 else os.path.join("/tmp", "vmfleet-%d" % os.geteuid())
+    directory = "/run/vmfleet" if os.geteuid() == 0 else os.path.join("/tmp", f"vmfleet-{os.geteuid()}")
     if process is not None:
-        return os.path.join(directory, "%d-%d.lock" % (process.pid, process.start))
-    return os.path.join(directory, "%s.lock" % str(address).replace("/", "_"))
+        return os.path.join(directory, f"{process.pid}-{process.start}.lock")
+    return os.path.join(directory, str(address).replace("/", "_") + ".lock")
 
 
 @asynccontextmanager
@@ -49,8 +49,8 @@ async def locked(path: str, holder_of: str, timeout: float = TIMEOUT) -> AsyncIt
             except BlockingIOError:
                 if time.monotonic() >= deadline:
                     raise BackupError(
-                        "%s: another backup process has held %s for more than %g s; see `fuser %s`"
-                        % (holder_of, path, timeout, path)
+                        f"{holder_of}: another backup process has held {path} for more than {timeout:g} s; see"
+                        f" `fuser {path}`"
                     ) from None
                 await asyncio.sleep(RETRY_INTERVAL)
         yield fd

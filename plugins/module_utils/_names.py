@@ -28,7 +28,8 @@ def check_set_id(text: str, option: str = "id") -> str:
     """The id of a set as it is; Refused where it could not be a directory's name, everywhere and for ever."""
     if not SET_ID.match(text) or ".." in text:
         raise Refused(
-            option, "%r is no id of a set: 1 to 64 letters, digits, '.', '_', '-', the first a letter or digit, no '..'" % text
+            option,
+            f"{text!r} is no id of a set: 1 to 64 letters, digits, '.', '_', '-', the first a letter or digit, no '..'",
         )
     return text
 
@@ -45,14 +46,14 @@ def image_files(names: Iterable[str], suffix: str) -> dict[str, str]:
     plain = {name: name if DISK_NAME.match(name) else _marked(name) for name in names}
     folded = [stem.casefold() for stem in plain.values()]
     return {
-        name: (stem if folded.count(stem.casefold()) == 1 else "%s-%s" % (stem, _mark(name))) + suffix
+        name: (stem if folded.count(stem.casefold()) == 1 else f"{stem}-{_mark(name)}") + suffix
         for name, stem in plain.items()
     }
 
 
 def _marked(name: str) -> str:
     cleaned = re.sub(r"[^A-Za-z0-9_-]+", "_", name).lstrip("_-")[:48]
-    return "%s-%s" % (cleaned or "x", _mark(name))
+    return "{}-{}".format(cleaned or "x", _mark(name))
 
 
 def _mark(name: str) -> str:

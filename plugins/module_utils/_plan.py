@@ -3,12 +3,15 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 
 # PRIVATE: this file is not part of the public interface of the collection; it can change without notice.
-"""What is to be done with each VM, and why: pure functions of what was asked, what QEMU says and what the repository holds."""
+"""What is to be done with each VM, and why: pure functions of what was asked, what QEMU says and what the"
+" repository holds."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import TYPE_CHECKING
+
+from ansible.module_utils.common.text.formatters import human_to_bytes
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._documents import PREPARING
 from ansible_collections.vmfleet.backup.plugins.module_utils._errors import Refused
@@ -18,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
     from typing import Any
 
-    from ansible_collections.vmfleet.backup.plugins.module_utils._documents import Failure, Hypervisor, Intent, Manifest
+    from ansible_collections.vmfleet.backup.plugins.module_utils._documents import Hypervisor, Intent, Manifest
     from ansible_collections.vmfleet.backup.plugins.module_utils._inspect import Disk, Job, Vm
     from ansible_collections.vmfleet.backup.plugins.module_utils._repository import Shelf
 
@@ -117,7 +120,8 @@ class VmPlan:
 
 @dataclass(frozen=True)
 class Space:
-    """Room in the repository, in bytes. C(reserve) stays free; C(promised) is what other sets that grow will still take."""
+    """Room in the repository, in bytes. C(reserve) stays free; C(promised) is what other sets that grow will still"
+    " take."""
 
     free: int
     reserve: int
@@ -166,7 +170,7 @@ def parse_plan(found: Mapping[str, Any]) -> Plan:
             warnings=tuple(found.get("warnings", ())),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise Refused("plan", "this is not the plan that backup_plan returns (%r)" % error) from error
+        raise Refused("plan", f"this is not the plan that backup_plan returns ({error!r})") from error
     return plan
 
 
@@ -205,7 +209,7 @@ def choose_disks(vm: Vm, request: Request) -> Choice:
         return Choice(error=str(error))
     without_medium = [name for name in request.include_disks if name in vm.empty]
     if without_medium:
-        return Choice(error="include_disks: drive %s of VM %s has no medium" % (without_medium[0], vm.name))
+        return Choice(error=f"include_disks: drive {without_medium[0]} of VM {vm.name} has no medium")
     chosen: list[Disk] = []
     left_out = [LeftOut(name, "has no medium") for name in vm.empty]
     for disk in dict.fromkeys([*vm.disks, *included]):
@@ -231,7 +235,14 @@ class Decision:
 
 
 def decide(
-    request: Request, facts: Facts, shelf: Shelf, set_id: str, run: str, hypervisor: Hypervisor, policy: Policy, tag: str
+    request: Request,
+    facts: Facts,
+    shelf: Shelf,
+    set_id: str,
+    run: str,
+    hypervisor: Hypervisor,
+    policy: Policy,
+    tag: str,
 ) -> Decision:
     """What to do with one VM; the first reason that applies wins. C(tag) marks the repository's jobs."""
     name = request.name
@@ -257,20 +268,20 @@ def decide(
     if published:
         wrong = _mismatch(published, facts, choice)
         return decision(FAIL, wrong) if wrong else decision(SKIP, "the set is published")
-    intent = _newest_first(shelf.intents, set_id)
+    intent = _next_intent(shelf.intents, set_id)
     if intent:
         foreign = _foreign(intent, facts, hypervisor)
         if foreign:
             return decision(FAIL, foreign, intent)
         if intent.id != set_id:
-            return decision(FINISH, "set %s of this VM is unfinished, and comes first" % intent.id, intent)
-        return decision(ATTACH, "the set is being made since %s" % intent.started, intent)
+            return decision(FINISH, f"set {intent.id} of this VM is unfinished, and comes first", intent)
+        return decision(ATTACH, f"the set is being made since {intent.started}", intent)
     failure = shelf.failure(set_id)
     if failure and failure.run == run:
         return decision(FAIL, failure.error)
     if set_id in shelf.strays:
         return decision(
-            FAIL, "in the place of set %s stands something that is no set (no valid manifest.json); move it away" % set_id
+            FAIL, f"in the place of set {set_id} stands something that is no set (no valid manifest.json); move it away"
         )
     if facts.vm is None:
         return decision(SKIP if facts.off and policy.offline == "skip" else FAIL, facts.error)
@@ -278,14 +289,15 @@ def decide(
     if busy:
         return decision(
             FAIL,
-            "busy: %s; wait for its end, or cancel it with block_job"
-            % ", ".join("job %s (%s, %s)" % (job.id, job.type, job.status) for job in busy),
+            "busy: {}; wait for its end, or cancel it with block_job".format(
+                ", ".join(f"job {job.id} ({job.type}, {job.status})" for job in busy)
+            ),
         )
     if facts.vm.status in MIGRATING:
-        return decision(SKIP, "migrating (%s)" % facts.vm.status)
+        return decision(SKIP, f"migrating ({facts.vm.status})")
     if not choice.disks:
         return decision(SKIP, "it has no disk to back up")
-    return decision(START, "there is no set %s of this VM" % set_id)
+    return decision(START, f"there is no set {set_id} of this VM")
 
 
 def plan_disks(disks: Iterable[Disk]) -> tuple[DiskPlan, ...]:
@@ -322,7 +334,7 @@ def _disks_of(intent: Intent | None) -> tuple[DiskPlan, ...]:
     )
 
 
-def _newest_first(intents: tuple[Intent, ...], set_id: str) -> Intent | None:
+def _next_intent(intents: tuple[Intent, ...], set_id: str) -> Intent | None:
     """An unfinished older set comes to its end before a new one begins."""
     others = [intent for intent in intents if intent.id != set_id]
     return next(iter([*others, *intents]), None)
@@ -333,15 +345,11 @@ def _mismatch(published: Manifest, facts: Facts, choice: Choice) -> str:
     if facts.vm is None:
         return ""
     if published.vm.identity != facts.vm.identity:
-        return "set %s belongs to another VM of this name (%s, this one is %s); rename one of them, or use another id" % (
-            published.id,
-            published.vm.identity,
-            facts.vm.identity,
-        )
+        return f"set {published.id} belongs to another VM of this name ({published.vm.identity}, this one is {facts.vm.identity}); rename one of them, or use another id"
     held = {disk.name for disk in published.disks}
     missing = [disk.name for disk in choice.disks if disk.name not in held]
     if missing:
-        return "set %s exists without disk %s; use another id" % (published.id, ", ".join(missing))
+        return "set {} exists without disk {}; use another id".format(published.id, ", ".join(missing))
     return ""
 
 
@@ -349,22 +357,18 @@ def _foreign(intent: Intent, facts: Facts, hypervisor: Hypervisor) -> str:
     """Why an intent is somebody else's; empty where it is ours."""
     if intent.hypervisor.machine_id != hypervisor.machine_id:
         return (
-            "set %s is being made by hypervisor %s (machine-id %s) since %s; let it end there. If that machine is gone for"
+            f"set {intent.id} is being made by hypervisor {intent.hypervisor.name} (machine-id {intent.hypervisor.machine_id}) since {intent.started}; let it end there. If that machine is"
+            " gone for"
             " good, remove the set's staging directory"
-            % (intent.id, intent.hypervisor.name, intent.hypervisor.machine_id, intent.started)
         )
     if facts.vm and facts.vm.identity != intent.vm.identity and intent.attempt not in facts.dead:
-        return "set %s is being made of another VM of this name (%s) since %s; rename one of them" % (
-            intent.id,
-            intent.vm.identity,
-            intent.started,
-        )
+        return f"set {intent.id} is being made of another VM of this name ({intent.vm.identity}) since {intent.started}; rename one of them"
     return ""
 
 
 def foreign_jobs(vm: Vm, tag: str) -> tuple[Job, ...]:
     """The jobs of a VM that are none of this repository's."""
-    return tuple(job for job in vm.active_jobs() if not job.id.startswith("vmfleet.%s." % tag))
+    return tuple(job for job in vm.active_jobs() if not job.id.startswith(f"vmfleet.{tag}."))
 
 
 # What an attempt has come to
@@ -403,10 +407,10 @@ def judge(intent: Intent, facts: Facts, shelf: Shelf, now: float) -> Verdict:
         return Verdict(INTERRUPTED)
     for disk, job in jobs.items():
         if job is None:
-            return Verdict(BROKEN, "disk %s: its job was dismissed by somebody else: nobody knows how it ended" % disk)
+            return Verdict(BROKEN, f"disk {disk}: its job was dismissed by somebody else: nobody knows how it ended")
         if job.ended and (job.error or job.status != "concluded"):
             reason = "cancelled from outside" if job.error == CANCELLED else job.error or job.status
-            return Verdict(BROKEN, "disk %s: %s" % (disk, reason))
+            return Verdict(BROKEN, f"disk {disk}: {reason}")
     if all(job is not None and job.ended for job in jobs.values()):
         return Verdict(COPIED)
     if intent.deadline is not None and now >= intent.deadline:
@@ -414,12 +418,12 @@ def judge(intent: Intent, facts: Facts, shelf: Shelf, now: float) -> Verdict:
     return Verdict(RUNNING)
 
 
-def guest_stopped_by(intent: Intent, facts: Facts, broken: bool, target_full: bool) -> bool:
+def guest_stopped_by(intent: Intent, facts: Facts, target_full: bool) -> bool:
     """Whether a VM stands still because of our target: only then is it ours to let it go on."""
     if facts.vm is None or facts.vm.status != "io-error" or intent.guest == "io-error":
         return False
-    stuck = any(job.id in intent.jobs and (job.error or job.io_status != "ok") for job in facts.vm.jobs)
-    return broken or stuck or (target_full and not intent.reserved)
+    in_error = any(job.id in intent.jobs and (job.error or job.io_status != "ok") for job in facts.vm.jobs)
+    return in_error or (target_full and not intent.reserved)
 
 
 # The whole run
@@ -437,12 +441,12 @@ def refuse_twins(plans: Iterable[VmPlan], processes: Mapping[str, tuple[int, ...
     for plan, process in zip(checked, pids):
         if names.count(plan.name) > 1:
             others = ", ".join(other.monitor for other in checked if other.name == plan.name and other is not plan)
-            reason = "another VM is called %s too (%s); give one of them another name" % (plan.name, others)
+            reason = f"another VM is called {plan.name} too ({others}); give one of them another name"
         elif process and pids.count(process) > 1:
             others = ", ".join(
                 other.monitor for other, pid in zip(checked, pids) if pid == process and other is not plan
             )
-            reason = "%s belongs to the same QEMU as %s; name one of the two only" % (plan.monitor, others)
+            reason = f"{plan.monitor} belongs to the same QEMU as {others}; name one of the two only"
         else:
             result.append(plan)
             continue
@@ -465,19 +469,27 @@ def fit_into(space: Space, plans: Iterable[VmPlan]) -> tuple[Space, tuple[VmPlan
     return replace(space, needed=needed), tuple(result)
 
 
+def reserve_bytes(reserve: str, total: int) -> int:
+    """C(5%) of a file system of C(total) bytes, or an amount such as C(20G)."""
+    try:
+        if reserve.endswith("%"):
+            percent = float(reserve[:-1])
+            if not 0 <= percent < 100:
+                raise ValueError
+            return int(total * percent / 100)
+        return int(human_to_bytes(reserve, default_unit="B"))
+    except ValueError:
+        raise Refused(
+            "reserve", f"{reserve!r} is neither an amount, such as 20G, nor a percentage, such as 5%"
+        ) from None
+
+
 def no_room(needed: int, left: int, space: Space) -> str:
     unreserved = "" if space.reservable else ", which counts double because this file system cannot reserve space"
     return (
-        "not enough space: the set may take %s, and %s are left (%s free, less the reserve of %s%s, less %s for other sets);"
+        f"not enough space: the set may take {human(needed)}, and {human(max(left, 0))} are left ({human(space.free)} free, less the reserve of {human(space.reserve)}{unreserved}, less {human(max(space.free - space.reserve * (1 if space.reservable else 2) - left, 0))} for"
+        " other sets);"
         " make room, or lower reserve"
-        % (
-            human(needed),
-            human(max(left, 0)),
-            human(space.free),
-            human(space.reserve),
-            unreserved,
-            human(max(space.free - space.reserve * (1 if space.reservable else 2) - left, 0)),
-        )
     )
 
 
@@ -488,19 +500,22 @@ def human(size: int) -> str:
         if abs(number) < 1024:
             return "%.*f %s" % (0 if unit == "B" else 1, number, unit)
         number /= 1024
-    return "%.1f TiB" % number
+    return f"{number:.1f} TiB"
 
 
 def describe(plan: Plan) -> list[str]:
     """The plan for people to read."""
     lines = [
-        "Backup %s to %s%s" % (plan.id, plan.repository, " (to be created)" if plan.create_repository else ""),
-        "Space: %s needed, %s free, %s kept in reserve, %s promised to other sets"
-        % tuple(human(size) for size in (plan.space.needed, plan.space.free, plan.space.reserve, plan.space.promised)),
+        "Backup {} to {}{}".format(plan.id, plan.repository, " (to be created)" if plan.create_repository else ""),
+        "Space: {} needed, {} free, {} kept in reserve, {} promised to other sets".format(
+            *tuple(
+                human(size) for size in (plan.space.needed, plan.space.free, plan.space.reserve, plan.space.promised)
+            )
+        ),
     ]
     if not plan.space.reservable:
         lines.append("This file system cannot reserve space for a copy: the reserve counts double.")
-    lines += ["Warning: %s" % warning for warning in plan.warnings]
+    lines += [f"Warning: {warning}" for warning in plan.warnings]
     width = max((len(vm.name) for vm in plan.vms), default=0)
     for vm in plan.vms:
         lines.append("%-6s %-*s  %s" % (vm.action, width, vm.name, vm.reason))
@@ -511,8 +526,3 @@ def describe(plan: Plan) -> list[str]:
         for left_out in vm.left_out:
             lines.append("       %-*s  %s: left out, %s" % (width, "", left_out.name, left_out.reason))
     return lines
-
-
-def same_failure(failure: Failure | None, run: str) -> bool:
-    """Whether this very run has tried already: it does not try twice."""
-    return failure is not None and failure.run == run

@@ -31,7 +31,7 @@ async def prepare_target(vm: Vm, copy: Copy, overwrite: bool) -> _target.Target:
     else:
         await _check_format(image_format)
     if drive.compress and image_format == "raw":
-        raise Refused("compress", "%s is a raw image, which cannot be compressed" % drive.target)
+        raise Refused("compress", f"{drive.target} is a raw image, which cannot be compressed")
     if copy.found in (OCCUPIED, DONE) and not overwrite:
         await _refuse_overwriting(copy, image_format)
     await _refuse_used(drive, image_format)
@@ -50,10 +50,9 @@ def refuse_busy(vm: Vm, starting: list[Copy]) -> None:
     others = vm.active_jobs()
     if others:
         raise BackupError(
-            "VM %s is busy: %s; wait for its end, or cancel it with block_job, then repeat the backup of %s"
-            % (
+            "VM {} is busy: {}; wait for its end, or cancel it with block_job, then repeat the backup of {}".format(
                 vm.name,
-                ", ".join("job %s (%s, %s)" % (job.id, job.type, job.status) for job in others),
+                ", ".join(f"job {job.id} ({job.type}, {job.status})" for job in others),
                 ", ".join(copy.who for copy in starting),
             )
         )
@@ -61,7 +60,7 @@ def refuse_busy(vm: Vm, starting: list[Copy]) -> None:
         if copy.drive.job_id and vm.job(copy.drive.job_id):
             raise Refused(
                 "job_id",
-                "%s is taken by an ended job on VM %s; dismiss that one with block_job" % (copy.drive.job_id, vm.name),
+                f"{copy.drive.job_id} is taken by an ended job on VM {vm.name}; dismiss that one with block_job",
             )
 
 
@@ -73,10 +72,10 @@ def refuse_lost_increment(copy: Copy, accepted: bool) -> None:
     if record.phase != _receipt.COPYING:
         return
     raise BackupError(
-        "bitmap: the increment of %s that was started at %s is lost (%s), and QEMU may have cleared bitmap %s by then:"
+        f"bitmap: the increment of {copy.who} that was started at {record.started} is lost ({copy.reason}), and QEMU"
+        f" may have cleared bitmap {record.bitmap} by then:"
         " further increments could miss its changes. Make a full backup and begin a new chain; overwrite: true goes on"
-        " all the same, and removes %s"
-        % (copy.who, record.started, copy.reason, record.bitmap, _receipt.record_path(copy.drive.receipt_path))
+        f" all the same, and removes {_receipt.record_path(copy.drive.receipt_path)}"
     )
 
 
@@ -88,7 +87,7 @@ def _refuse_own_image(drive: Drive, vm: Vm) -> None:
             except OSError:
                 same = os.path.normpath(path) == os.path.normpath(own)
             if same:
-                raise Refused("target", "%s is an image of VM %s itself" % (path, vm.name))
+                raise Refused("target", f"{path} is an image of VM {vm.name} itself")
 
 
 def _refuse_bitmap(drive: Drive, disk: Disk, vm: Vm) -> None:
@@ -97,13 +96,11 @@ def _refuse_bitmap(drive: Drive, disk: Disk, vm: Vm) -> None:
     bitmap = disk.bitmap(drive.bitmap)
     if bitmap is None:
         known = ", ".join(found.name for found in disk.bitmaps) or "none"
-        raise Refused(
-            "bitmap", "disk %s of VM %s has no bitmap %r; it has: %s" % (disk.name, vm.name, drive.bitmap, known)
-        )
+        raise Refused("bitmap", f"disk {disk.name} of VM {vm.name} has no bitmap {drive.bitmap!r}; it has: {known}")
     if bitmap.unusable:
         raise Refused(
             "bitmap",
-            "%s of disk %s, VM %s, %s; make a full backup" % (bitmap.name, disk.name, vm.name, bitmap.unusable),
+            f"{bitmap.name} of disk {disk.name}, VM {vm.name}, {bitmap.unusable}; make a full backup",
         )
 
 
@@ -113,7 +110,7 @@ async def _check_format(image_format: str) -> None:
     except _qemu_img.NotInstalled:
         raise
     except ToolError as error:
-        raise Refused("format", "qemu-img cannot make an image of format %r" % image_format) from error
+        raise Refused("format", f"qemu-img cannot make an image of format {image_format!r}") from error
 
 
 async def _existing_format(drive: Drive, disk: Disk) -> str:
@@ -121,15 +118,15 @@ async def _existing_format(drive: Drive, disk: Disk) -> str:
     try:
         info = await _qemu_img.run_json(_qemu_img.info_command(drive.target, drive.format))
     except ToolError as error:
-        raise Refused("target", "%s cannot be used: %s" % (drive.target, error)) from error
+        raise Refused("target", f"{drive.target} cannot be used: {error}") from error
     if info["format"] == "raw" and drive.format != "raw":
-        raise Refused("format", "%s looks raw; say format: raw if it is meant to be" % drive.target)
+        raise Refused("format", f"{drive.target} looks raw; say format: raw if it is meant to be")
     rounded = -(-disk.virtual_size // _target.SECTOR) * _target.SECTOR
     if info["virtual-size"] != rounded:
         raise Refused(
             "target",
-            "%s has %d bytes, and disk %s has %d; they must be equal"
-            % (drive.target, info["virtual-size"], disk.name, disk.virtual_size),
+            f"{drive.target} has {info['virtual-size']} bytes, and disk {disk.name} has {disk.virtual_size};"
+            " they must be equal",
         )
     return str(info["format"])
 
@@ -144,7 +141,7 @@ async def _refuse_overwriting(copy: Copy, image_format: str) -> None:
         if not any(extent["data"] and extent["depth"] == 0 for extent in extents):
             return
     reason = copy.reason or "was made at another moment than the other drives' targets"
-    raise Refused("target", "%s exists, and %s; use another target, or overwrite: true" % (drive.target, reason))
+    raise Refused("target", f"{drive.target} exists, and {reason}; use another target, or overwrite: true")
 
 
 async def _refuse_used(drive: Drive, image_format: str) -> None:
@@ -156,10 +153,10 @@ async def _refuse_used(drive: Drive, image_format: str) -> None:
             os.close(os.open(drive.target, os.O_RDWR | os.O_EXCL | os.O_CLOEXEC))
         except OSError as error:
             raise Refused(
-                "target", "%s is in use (mounted, or part of a volume): %s" % (drive.target, error.strerror)
+                "target", f"{drive.target} is in use (mounted, or part of a volume): {error.strerror}"
             ) from error
     try:
         await _qemu_img.run(_qemu_img.info_command(drive.target, image_format if drive.existing else ""))
     except ToolError as error:
         if "lock" in str(error):
-            raise Refused("target", "%s is in use by another process: %s" % (drive.target, error)) from error
+            raise Refused("target", f"{drive.target} is in use by another process: {error}") from error

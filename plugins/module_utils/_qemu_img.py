@@ -30,12 +30,16 @@ TIMEOUT = 60.0
 
 
 def create_command(
-    path: str, image_format: str, size: int, options: dict[str, str] | None = None, backing: tuple[str, str] | None = None
+    path: str,
+    image_format: str,
+    size: int,
+    options: dict[str, str] | None = None,
+    backing: tuple[str, str] | None = None,
 ) -> list[str]:
     """C(qemu-img create). C(backing) is a file name and its format; it is written down, not opened (C(-u))."""
     command = ["qemu-img", "create", "-q", "-f", image_format]
     if options:
-        command += ["-o", ",".join("%s=%s" % item for item in sorted(options.items()))]
+        command += ["-o", ",".join("{}={}".format(*item) for item in sorted(options.items()))]
     if backing:
         command += ["-u", "-b", backing[0], "-F", backing[1]]
     return [*command, "--", path, str(size)]
@@ -83,15 +87,17 @@ async def run(command: list[str], timeout: float = TIMEOUT, pass_fds: tuple[int,
         )
     except FileNotFoundError:
         raise NotInstalled(
-            "%s is not installed on this hypervisor (Debian: qemu-utils, Red Hat and SUSE: qemu-img)" % command[0]
+            f"{command[0]} is not installed on this hypervisor (Debian: qemu-utils, Red Hat and SUSE: qemu-img)"
         ) from None
     try:
         output, errors = await asyncio.wait_for(process.communicate(), timeout)
     except asyncio.TimeoutError:
         process.kill()
-        raise ToolError("%s: no end within %g s; does its file system hang?" % (" ".join(command), timeout)) from None
+        raise ToolError(
+            "{}: no end within {:g} s; does its file system hang?".format(" ".join(command), timeout)
+        ) from None
     if process.returncode != 0:
-        raise ToolError("%s: %s" % (" ".join(command), errors.decode("utf-8", "replace").strip()))
+        raise ToolError("{}: {}".format(" ".join(command), errors.decode("utf-8", "replace").strip()))
     return output.decode("utf-8", "replace")
 
 

@@ -12,9 +12,9 @@ Reference: QEMU Machine Protocol specification, docs/interop/qmp-spec.rst of QEM
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import logging
-import os
 import re
 import socket
 import struct
@@ -22,6 +22,8 @@ import time
 import traceback
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
+
+from ansible.module_utils.basic import missing_required_lib
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._errors import (
     CommandError,
@@ -61,8 +63,6 @@ logging.getLogger("qemu.qmp").propagate = False
 def require_qmp(module: AnsibleModule) -> None:
     """Fail with Ansible's own words for a missing library unless qemu.qmp can be imported."""
     if QMP_IMPORT_ERROR is not None:
-        from ansible.module_utils.basic import missing_required_lib
-
         module.fail_json(
             msg=missing_required_lib("qemu.qmp", url="https://pypi.org/project/qemu.qmp/"),
             exception=QMP_IMPORT_ERROR,
@@ -79,7 +79,7 @@ class Address:
 
     def __str__(self) -> str:
         if self.path:
-            return "unix:%s" % self.path
+            return f"unix:{self.path}"
         return ("tcp:[%s]:%d" if ":" in self.host else "tcp:%s:%d") % (self.host, self.port)
 
 
@@ -88,17 +88,17 @@ def parse_address(text: str, option: str = "monitor") -> Address:
     if text.startswith("libvirt:"):
         raise Refused(
             option,
-            "%r: libvirt addresses are not supported yet; give the domain a monitor of its own"
-            " (qemu:commandline with -chardev socket and -mon) and name that socket" % text,
+            f"{text!r}: libvirt addresses are not supported yet; give the domain a monitor of its own"
+            " (qemu:commandline with -chardev socket and -mon) and name that socket",
         )
     if text.startswith("tcp:"):
         match = re.fullmatch(r"tcp:(?:\[(?P<v6>[0-9A-Fa-f:.]+)\]|(?P<host>[^:\[\]]+)):(?P<port>\d{1,5})", text)
         if not match or not 0 < int(match.group("port")) < 65536:
-            raise Refused(option, "%r is not of the form tcp:HOST:PORT" % text)
+            raise Refused(option, f"{text!r} is not of the form tcp:HOST:PORT")
         return Address(host=match.group("v6") or match.group("host"), port=int(match.group("port")))
     path = text[len("unix:") :] if text.startswith("unix:") else text
     if not path.startswith("/"):
-        raise Refused(option, "%r is neither unix:/PATH (or an absolute path) nor tcp:HOST:PORT" % text)
+        raise Refused(option, f"{text!r} is neither unix:/PATH (or an absolute path) nor tcp:HOST:PORT")
     return Address(path=path)
 
 
@@ -128,7 +128,7 @@ class Process:
 def _process_stat(pid: int) -> list[str]:
     """The fields of /proc/PID/stat from the state on (proc(5)); empty where there is no such process."""
     try:
-        with open("/proc/%d/stat" % pid, encoding="ascii", errors="replace") as stat:
+        with open(f"/proc/{pid}/stat", encoding="ascii", errors="replace") as stat:
             return stat.read().rpartition(")")[2].split()
     except OSError:
         return []
@@ -178,20 +178,18 @@ class Monitor:
         client, self._client = self._client, None
         if client is None:
             return
-        try:
+        # Where the other side went first, the command that met with it has raised that already.
+        with contextlib.suppress(EOFError, OSError, QMPError, asyncio.TimeoutError):
             await asyncio.wait_for(client.disconnect(), COMMAND_TIMEOUT)
-        except (EOFError, OSError, QMPError, asyncio.TimeoutError):
-            # The other side went first. Whatever that means for a command was raised by that command.
-            pass
 
     @property
     def version(self) -> str:
         """QEMU's version, such as C(7.2.22)."""
         greeting = self._require_client().greeting
         if greeting is None:
-            raise MonitorError("%s: the monitor sent no greeting" % self.address)
-        numbers = greeting.QMP.version["qemu"]  # type: ignore[index]
-        return "%(major)d.%(minor)d.%(micro)d" % numbers
+            raise MonitorError(f"{self.address}: the monitor sent no greeting")
+        numbers: Any = greeting.QMP.version["qemu"]
+        return "{major}.{minor}.{micro}".format(**numbers)
 
     @property
     def passes_fds(self) -> bool:
@@ -207,14 +205,14 @@ class Monitor:
             return await asyncio.wait_for(client.execute(command, arguments), COMMAND_TIMEOUT)
         except asyncio.TimeoutError:
             raise MonitorTimeout(
-                "%s: no answer to %s within %g s: QEMU's main loop is blocked, by a hung disk or backup target most often"
-                % (self.address, command, COMMAND_TIMEOUT)
+                f"{self.address}: no answer to {command} within {COMMAND_TIMEOUT:g} s: QEMU's main loop is blocked,"
+                " by a hung disk or backup target most often"
             ) from None
         except ExecuteError as error:
-            raise CommandError(str(self.address), command, error.error_class, error.error.desc) from error
+            raise CommandError(str(self.address), command, error.error_class, str(error)) from error
         except (ExecInterruptedError, StateError, EOFError, OSError) as error:
             raise MonitorGone(
-                "%s: the connection broke off during %s: QEMU has ended or closed its monitor" % (self.address, command)
+                f"{self.address}: the connection broke off during {command}: QEMU has ended or closed its monitor"
             ) from error
 
     async def add_fdset(self, fds: Sequence[int], opaque: str) -> int:
@@ -236,7 +234,7 @@ class Monitor:
 
     def _require_client(self) -> QMPClient:
         if self._client is None:
-            raise MonitorError("%s: not connected" % self.address)
+            raise MonitorError(f"{self.address}: not connected")
         return self._client
 
     async def _connect(self, deadline: float) -> socket.socket:
@@ -270,12 +268,10 @@ class Monitor:
         except OSError as error:
             raise self._unreachable(error) from error
         try:
-            await asyncio.wait_for(
-                loop.sock_connect(connection, found[0][4]), max(0.1, deadline - time.monotonic())
-            )
+            await asyncio.wait_for(loop.sock_connect(connection, found[0][4]), max(0.1, deadline - time.monotonic()))
         except asyncio.TimeoutError:
             connection.close()
-            raise MonitorTimeout("%s: no connection within %g s" % (self.address, CONNECT_TIMEOUT)) from None
+            raise MonitorTimeout(f"{self.address}: no connection within {CONNECT_TIMEOUT:g} s") from None
         except OSError as error:
             connection.close()
             raise self._unreachable(error) from error
@@ -284,20 +280,22 @@ class Monitor:
     def _unreachable(self, error: OSError) -> MonitorError:
         if error.errno in (errno.ENOENT, errno.ECONNREFUSED):
             reason = "there is no such socket" if error.errno == errno.ENOENT else "nobody listens there"
-            return MonitorGone("%s: %s: the VM is off, or its monitor is elsewhere" % (self.address, reason))
-        return MonitorError("%s: cannot connect: %s" % (self.address, error.strerror or error))
+            return MonitorGone(f"{self.address}: {reason}: the VM is off, or its monitor is elsewhere")
+        return MonitorError(f"{self.address}: cannot connect: {error.strerror or error}")
 
     def _bad_greeting(self, error: Exception) -> MonitorError:
         if isinstance(error, (EOFError, ConnectionError)):
-            return MonitorGone("%s: closed without a QMP greeting: QEMU is ending, or this is no QMP monitor" % self.address)
+            return MonitorGone(
+                f"{self.address}: closed without a QMP greeting: QEMU is ending, or this is no QMP monitor"
+            )
         return MonitorError(
-            "%s: what answers there is not a QMP monitor (%s); name the socket of -qmp or of -mon mode=control"
-            % (self.address, error)
+            f"{self.address}: what answers there is not a QMP monitor ({error}); name the socket of -qmp or of -mon"
+            " mode=control"
         )
 
     def _no_greeting(self) -> str:
         """Why there was no greeting, as far as the kernel's list of sockets can tell."""
-        start = "%s: no QMP greeting within %g s: " % (self.address, CONNECT_TIMEOUT)
+        start = f"{self.address}: no QMP greeting within {CONNECT_TIMEOUT:g} s: "
         held = (
             "another client holds this monitor, which serves one at a time; find it with `ss -xp`"
             " (libvirt, another backup, an open shell), or give the VM a second -qmp socket"
@@ -305,8 +303,8 @@ class Monitor:
         frozen = "QEMU does not accept connections: it is stopped, or its main loop is blocked by a hung disk or target"
         other = "the connection was accepted in silence: this is no QMP monitor, or its QEMU hangs"
         if not self.address.path:
-            return "%s%s, or %s" % (start, held, frozen)
-        stopped = " (process %d is stopped)" % self.process.pid if self.process and self.process.stopped else ""
+            return f"{start}{held}, or {frozen}"
+        stopped = f" (process {self.process.pid} is stopped)" if self.process and self.process.stopped else ""
         accepted, waiting = _clients(self.address.path)
         if not waiting:
             return start + other + stopped

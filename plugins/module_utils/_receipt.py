@@ -117,7 +117,7 @@ def _parse(path: str, found: Any) -> Record:
     if not isinstance(found, dict) or not isinstance(found.get("schema"), int):
         raise _unreadable(path, "it has no schema number")
     if found["schema"] > SCHEMA:
-        raise _unreadable(path, "its schema %d is newer than this collection; update vmfleet.backup" % found["schema"])
+        raise _unreadable(path, f"its schema {found['schema']} is newer than this collection; update vmfleet.backup")
     try:
         return Record(**{name: value for name, value in found.items() if name in names})
     except TypeError as error:
@@ -125,7 +125,7 @@ def _parse(path: str, found: Any) -> Record:
 
 
 def _unreadable(path: str, reason: str) -> BackupError:
-    return BackupError("receipt: %s is not a receipt of vmfleet.backup: %s; move it away, or name another" % (path, reason))
+    return BackupError(f"receipt: {path} is not a receipt of vmfleet.backup: {reason}; move it away, or name another")
 
 
 def create(path: str, record: Record) -> None:

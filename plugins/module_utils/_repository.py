@@ -91,10 +91,10 @@ class Repository:
 
     def staging(self, vm: str, set_id: str) -> str:
         """Where a set grows: as deep as the set itself, so that relative backing files hold before and after."""
-        return os.path.join(self.directory(vm), ".%s%s" % (set_id, STAGING))
+        return os.path.join(self.directory(vm), f".{set_id}{STAGING}")
 
     def failure_path(self, vm: str, set_id: str) -> str:
-        return os.path.join(self.directory(vm), ".%s%s" % (set_id, FAILED))
+        return os.path.join(self.directory(vm), f".{set_id}{FAILED}")
 
     @asynccontextmanager
     async def lock(self, vm: str) -> AsyncIterator[int]:
@@ -102,12 +102,13 @@ class Repository:
         # A file system that was unmounted meanwhile would otherwise get directories under its mount point.
         open_repository(self.path)
         path = os.path.join(self.directory(vm), ".lock")
-        async with locked(path, "VM %s" % vm) as fd:
+        async with locked(path, f"VM {vm}") as fd:
             _probe_lock(path)
             yield fd
 
     def shelf(self, vm: str) -> Shelf:
-        """What is there about a VM. Raises BackupError where a later release has written something this one must not miss."""
+        """What is there about a VM. Raises BackupError where a later release has written something this one must"
+        " not miss."""
         directory = self.directory(vm)
         sets: list[Manifest] = []
         intents: list[Intent] = []
@@ -175,15 +176,14 @@ class Repository:
         _write(os.path.join(self.staging(intent.vm.name, intent.id), INTENT), asdict(intent))
 
     def intent(self, vm: str, set_id: str) -> Intent | None:
-        return _read(os.path.join(self.staging(vm, set_id), INTENT), Intent)
+        found: Intent | None = _read(os.path.join(self.staging(vm, set_id), INTENT), Intent)
+        return found
 
     def describe(self, intent: Intent, manifest: Manifest) -> None:
         """Write the manifest of a set whose images are all on stable storage; its sequence number is given here."""
         sets = self.shelf(intent.vm.name).sets
         manifest = replace(manifest, sequence=sets[-1].sequence + 1 if sets else 1)
         staging = self.staging(intent.vm.name, intent.id)
-        for disk in manifest.disks:
-            os.chmod(os.path.join(staging, disk.image), PUBLISHED_MODE)
         _write(os.path.join(staging, MANIFEST), asdict(manifest), PUBLISHED_MODE)
 
     def publish(self, intent: Intent) -> Manifest:
@@ -192,12 +192,14 @@ class Repository:
         final = self.set_path(name, set_id)
         if os.path.lexists(final):
             # rename(2) would replace an empty directory without a word.
-            raise BackupError("VM %s: %s has appeared while the set was made, and is no set; move it away" % (name, final))
+            raise BackupError(f"VM {name}: {final} has appeared while the set was made, and is no set; move it away")
+        for disk in intent.disks:
+            os.chmod(self.image_path(intent, disk.image.image), PUBLISHED_MODE)
         os.rename(self.staging(name, set_id), final)
         sync_directory(self.directory(name))
-        manifest = _read(os.path.join(final, MANIFEST), Manifest)
+        manifest: Manifest | None = _read(os.path.join(final, MANIFEST), Manifest)
         if manifest is None:
-            raise BackupError("VM %s: the manifest of %s vanished while the set was published" % (name, final))
+            raise BackupError(f"VM {name}: the manifest of {final} vanished while the set was published")
         return manifest
 
     def untidy(self, vm: str, set_id: str) -> bool:
@@ -214,12 +216,13 @@ class Repository:
     def record_failure(self, vm: str, failure: Failure) -> None:
         _write(self.failure_path(vm, failure.id), asdict(failure))
 
-    def discard(self, vm: str, set_id: str) -> None:
-        """Remove a staging directory, its intent last: what a crash leaves of it is still known to be ours."""
-        staging = self.staging(vm, set_id)
-        if os.path.isdir(staging):
+    def discard(self, intent: Intent) -> None:
+        """Remove what an attempt has left, its intent last: what a crash leaves of it is still known to be ours."""
+        staging = self.staging(intent.vm.name, intent.id)
+        there = self.intent(intent.vm.name, intent.id)
+        if there and there.attempt == intent.attempt:
             _empty(staging)
-            sync_directory(self.directory(vm))
+            sync_directory(self.directory(intent.vm.name))
 
 
 def open_repository(path: str) -> Repository:
@@ -236,11 +239,21 @@ def open_repository(path: str) -> Repository:
         return Repository(path, str(uuids.UUID(found["uuid"])))
     except FileNotFoundError:
         raise BackupError(
-            "repository: %s is not a repository: there is no %s in it. Is its file system mounted? A new repository is"
-            " made with create_repository: true" % (path, REPOSITORY_FILE)
+            f"repository: {path} is not a repository: there is no {REPOSITORY_FILE} in it. Is its file system mounted? A new repository is"
+            " made with create_repository: true"
         ) from None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise BackupError("repository: %s cannot be read: %s" % (marker, error)) from error
+        raise BackupError(f"repository: {marker} cannot be read: {error}") from error
+
+
+def find_repository(path: str, create: bool) -> Repository:
+    """The repository at C(path), fit to be written to, or one without a uuid where it may be made and is not there yet."""
+    if create and not os.path.lexists(os.path.join(path, REPOSITORY_FILE)):
+        check_creatable(path)
+        return Repository(path, "")
+    repository = open_repository(path)
+    check_writable(path)
+    return repository
 
 
 def check_creatable(path: str) -> None:
@@ -250,11 +263,12 @@ def check_creatable(path: str) -> None:
     except FileNotFoundError:
         return
     except OSError as error:
-        raise BackupError("repository: %s: %s" % (path, error.strerror)) from error
+        raise BackupError(f"repository: {path}: {error.strerror}") from error
     if found and REPOSITORY_FILE not in found:
         raise BackupError(
-            "repository: %s holds %s and is no repository; name an empty directory, or one that does not exist yet"
-            % (path, ", ".join(found[:3]))
+            "repository: {} holds {} and is no repository; name an empty directory, or one that does not exist yet".format(
+                path, ", ".join(found[:3])
+            )
         )
 
 
@@ -263,7 +277,7 @@ def create_repository(path: str) -> Repository:
     check_creatable(path)
     os.makedirs(path, mode=0o700, exist_ok=True)
     marker = os.path.join(path, REPOSITORY_FILE)
-    temporary = "%s/.%s.%s" % (path, REPOSITORY_FILE, uuids.uuid4().hex)
+    temporary = f"{path}/.{REPOSITORY_FILE}.{uuids.uuid4().hex}"
     _write(temporary, {"schema": SCHEMA, "uuid": str(uuids.uuid4())})
     try:
         os.link(temporary, marker)
@@ -279,7 +293,9 @@ def check_writable(path: str) -> None:
     """BackupError where this user cannot write to the repository."""
     if not os.access(path, os.W_OK | os.X_OK):
         reason = "is mounted read-only" if os.statvfs(path).f_flag & os.ST_RDONLY else "is not writable"
-        raise BackupError("repository: %s %s for user %d; remount it, or become its owner" % (path, reason, os.geteuid()))
+        raise BackupError(
+            "repository: %s %s for user %d; remount it, or become its owner" % (path, reason, os.geteuid())
+        )
 
 
 def _probe_lock(path: str) -> None:
@@ -291,11 +307,13 @@ def _probe_lock(path: str) -> None:
         return
     except OSError as error:
         if error.errno != errno.EWOULDBLOCK:
-            raise BackupError("repository: %s: the file system has no locks: %s" % (path, error.strerror)) from error
+            raise BackupError(f"repository: {path}: the file system has no locks: {error.strerror}") from error
         return
     finally:
         os.close(fd)
-    raise BackupError("repository: %s: flock does not work on this file system; use another, or other mount options" % path)
+    raise BackupError(
+        f"repository: {path}: flock does not work on this file system; use another, or other mount options"
+    )
 
 
 def _read(path: str, kind: Any) -> Any:
@@ -304,11 +322,11 @@ def _read(path: str, kind: Any) -> Any:
         with open(path, encoding="utf-8") as source:
             return kind.parse(json.load(source))
     except NewerSchema as error:
-        raise BackupError("%s: %s" % (path, error)) from error
+        raise BackupError(f"{path}: {error}") from error
     except (FileNotFoundError, NotADirectoryError, ValueError):
         return None
     except OSError as error:
-        raise BackupError("repository: %s cannot be read: %s" % (path, error.strerror)) from error
+        raise BackupError(f"repository: {path} cannot be read: {error.strerror}") from error
 
 
 def _write(path: str, content: dict[str, Any], mode: int = 0o600) -> None:

@@ -19,6 +19,8 @@ from ansible_collections.vmfleet.backup.plugins.module_utils import _qemu_img
 from ansible_collections.vmfleet.backup.plugins.module_utils._errors import BackupError, ToolError
 
 if TYPE_CHECKING:
+    from typing import Any
+
     from ansible_collections.vmfleet.backup.plugins.module_utils._inspect import Disk
 
 SECTOR = 512
@@ -40,6 +42,7 @@ class Target:
     expected: int = 0
     compress: bool = False
     block_device: bool = False
+    compression_type: str = "zstd"
 
     @property
     def direct(self) -> bool:
@@ -49,7 +52,7 @@ class Target:
 
     def node(self, filename: str, direct: bool) -> str:
         """The C(json:) file name under which QEMU opens the image: nothing probed, no backing file opened."""
-        options = {
+        options: dict[str, Any] = {
             "driver": self.format,
             "file": {
                 "driver": "host_device" if self.block_device else "file",
@@ -75,7 +78,7 @@ async def create(target: Target, backing: tuple[str, str] | None = None, pass_fd
     if target.format == "raw":
         os.truncate(target.path, target.size)
         return
-    options = {"compression_type": "zstd"} if target.format == "qcow2" and target.compress else None
+    options = {"compression_type": target.compression_type} if target.format == "qcow2" and target.compress else None
     command = _qemu_img.create_command(target.path, target.format, target.size, options, backing)
     await _qemu_img.run(command, pass_fds=pass_fds)
 
@@ -91,12 +94,12 @@ def reserve(target: Target) -> bool:
         return True
     fd = os.open(target.path, os.O_RDWR | os.O_CLOEXEC)
     try:
-        return _fallocate(fd, target.expected)
+        return allocate(fd, target.expected)
     except OSError as error:
         free = os.fstatvfs(fd)
         raise BackupError(
-            "target: %s: %s: the backup needs up to %d bytes there, and %d are free"
-            % (target.path, error.strerror, target.expected, free.f_bavail * free.f_frsize)
+            f"target: {target.path}: {error.strerror}: the backup needs up to {target.expected} bytes there,"
+            f" and {free.f_bavail * free.f_frsize} are free"
         ) from error
     finally:
         os.close(fd)
@@ -108,7 +111,8 @@ def free_bytes(path: str) -> int:
     return free.f_bavail * free.f_frsize
 
 
-def _fallocate(fd: int, length: int) -> bool:
+def allocate(fd: int, length: int) -> bool:
+    """Allocate the first C(length) bytes of a file without changing its size; False where the file system cannot."""
     # os.posix_fallocate would change the size, and write zeroes where the file system cannot allocate.
     libc = ctypes.CDLL(None, use_errno=True)
     arguments = (ctypes.c_int(fd), ctypes.c_int(FALLOC_FL_KEEP_SIZE), ctypes.c_int64(0), ctypes.c_int64(length))

@@ -25,7 +25,8 @@ options:
     required: true
   state:
     description:
-      - V(cancelled) stops the job (C(block-job-cancel) with C(force)). A job that has ended, or is not listed, needs none.
+      - V(cancelled) stops the job (C(block-job-cancel) with C(force)). Nothing is done where it has ended, or is not
+        listed.
       - V(paused) and V(running) pause the job and let it go on, also after an error had paused it.
       - V(finalized) lets a pending job take effect.
       - V(dismissed) removes an ended job from QEMU's list, and with it all that QEMU knows of its outcome. A job of
@@ -73,6 +74,7 @@ import time
 from typing import TYPE_CHECKING
 
 from ansible.module_utils.basic import AnsibleModule
+
 from ansible_collections.vmfleet.backup.plugins.module_utils._errors import BackupError, CommandError, run_module
 from ansible_collections.vmfleet.backup.plugins.module_utils._inspect import query_jobs
 from ansible_collections.vmfleet.backup.plugins.module_utils._options import monitor_argument_spec
@@ -132,7 +134,9 @@ async def settle(monitor: Monitor, job_id: str, state: str) -> Job | None:
             return job
         if time.monotonic() >= deadline:
             raise BackupError(
-                "job_id: %s is %s and not %s after %g s" % (job_id, job.status if job else "gone", state, SETTLE_TIMEOUT)
+                "job_id: {} is {} and not {} after {:g} s".format(
+                    job_id, job.status if job else "gone", state, SETTLE_TIMEOUT
+                )
             )
         await asyncio.sleep(0.02)
 
@@ -145,7 +149,9 @@ async def apply(monitor: Monitor, module: AnsibleModule) -> dict[str, Any]:
     if (job is None or job.ended) and (slower or (moving and state != "dismissed")):
         known = ", ".join(other.id for other in await query_jobs(monitor)) or "none"
         raise BackupError(
-            "job_id: %s %s; the VM's jobs: %s" % (job_id, "is not a job of this VM" if job is None else "has ended", known)
+            "job_id: {} {}; the VM's jobs: {}".format(
+                job_id, "is not a job of this VM" if job is None else "has ended", known
+            )
         )
     if not module.check_mode:
         if slower:
@@ -172,7 +178,7 @@ async def apply(monitor: Monitor, module: AnsibleModule) -> dict[str, Any]:
 
 async def main_task(module: AnsibleModule) -> dict[str, Any]:
     if (module.params["speed"] or 0) < 0:
-        raise BackupError("speed: %d is negative; give bytes per second, 0 is unlimited" % module.params["speed"])
+        raise BackupError(f"speed: {module.params['speed']} is negative; give bytes per second, 0 is unlimited")
     commands: list[dict[str, Any]] = []
     try:
         async with Monitor(parse_address(module.params["monitor"]), commands) as monitor:

@@ -45,7 +45,8 @@ EXAMPLES = r"""
 
 RETURN = r"""
 jobs:
-  description: The jobs, in QEMU's order. A job that has been dismissed, or that QEMU has dismissed itself, is not listed.
+  description:
+    - The jobs, in QEMU's order. A job that has been dismissed, or that QEMU has dismissed itself, is not listed.
   returned: success
   type: list
   elements: dict
@@ -89,6 +90,7 @@ jobs:
 from typing import TYPE_CHECKING
 
 from ansible.module_utils.basic import AnsibleModule
+
 from ansible_collections.vmfleet.backup.plugins.module_utils._errors import run_module
 from ansible_collections.vmfleet.backup.plugins.module_utils._inspect import query_jobs
 from ansible_collections.vmfleet.backup.plugins.module_utils._options import monitor_argument_spec

@@ -14,7 +14,8 @@ author:
 description:
   - Makes a point-in-time copy of one or several disks of a running QEMU virtual machine, with the QMP command
     C(drive-backup), and brings that copy to the asked state from any other, however often it is called.
-  - QEMU copies in the background while the guest goes on working. The image holds the disk as it was when the job started.
+  - QEMU copies in the background while the guest goes on working. The image holds the disk as it was when the job
+    started.
   - The image grows as C(<target>.partial) and takes its name when its job has ended well and all data is on stable
     storage. C(<target>.receipt.json) then remembers what it is, so that a second call changes nothing.
   - A call that was interrupted at any point, or a VM or hypervisor that crashed, needs no hand-work. The next call
@@ -294,9 +295,10 @@ qmp:
 from typing import TYPE_CHECKING
 
 from ansible.module_utils.basic import AnsibleModule
+
 from ansible_collections.vmfleet.backup.plugins.module_utils._drive import Drive, Request, check_drives
 from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup import DriveBackup
-from ansible_collections.vmfleet.backup.plugins.module_utils._errors import BackupError, run_module
+from ansible_collections.vmfleet.backup.plugins.module_utils._errors import BackupError, Refused, run_module
 from ansible_collections.vmfleet.backup.plugins.module_utils._options import drive_argument_spec, monitor_argument_spec
 from ansible_collections.vmfleet.backup.plugins.module_utils._qmp import parse_address, require_qmp
 
@@ -320,13 +322,18 @@ def _given(options: dict[str, Any]) -> dict[str, Any]:
 
 def diff(jobs: list[dict[str, Any]], changed: bool) -> dict[str, str]:
     """The targets before and after; nothing differs where nothing has changed."""
-    after = "".join("%s: %s, copy of %s\n" % (job["target"], job["state"], job["device"]) for job in jobs)
-    before = "".join("%s: not this backup\n" % job["target"] for job in jobs)
+    after = "".join("{}: {}, copy of {}\n".format(job["target"], job["state"], job["device"]) for job in jobs)
+    before = "".join("{}: not this backup\n".format(job["target"]) for job in jobs)
     return {"before": before if changed else after, "after": after}
 
 
 async def main_task(module: AnsibleModule) -> dict[str, Any]:
     params = module.params
+    if params["drives"] == []:
+        raise Refused("drives", "the list is empty; name at least one drive")
+    for name in ("timeout", "stall_timeout"):
+        if params[name] < 0:
+            raise Refused(name, f"{params[name]:g} is negative; give seconds, 0 waits without limit")
     request = Request(
         address=parse_address(params["monitor"]),
         drives=drives(params),

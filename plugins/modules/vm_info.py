@@ -60,7 +60,8 @@ vms:
       description: The monitor's address.
       type: str
     error:
-      description: Why this VM did not answer, empty where it did. Of the other keys only RV(vms[].monitor) is there then.
+      description:
+        - Why this VM did not answer, empty where it did. Of the other keys only RV(vms[].monitor) is there then.
       type: str
     name:
       description: The VM's name (C(query-name)), else the socket's without its ending.
@@ -170,8 +171,9 @@ import glob
 from typing import TYPE_CHECKING
 
 from ansible.module_utils.basic import AnsibleModule
+
 from ansible_collections.vmfleet.backup.plugins.module_utils._agent import find_agent
-from ansible_collections.vmfleet.backup.plugins.module_utils._errors import MonitorError, run_module
+from ansible_collections.vmfleet.backup.plugins.module_utils._errors import BackupError, run_module
 from ansible_collections.vmfleet.backup.plugins.module_utils._inspect import inspect_vm
 from ansible_collections.vmfleet.backup.plugins.module_utils._qmp import Monitor, parse_address, require_qmp
 
@@ -191,7 +193,7 @@ async def describe(address: Address, places: asyncio.Semaphore) -> dict[str, Any
             async with Monitor(address) as monitor:
                 vm = await inspect_vm(monitor)
                 agent = await find_agent(monitor)
-        except MonitorError as error:
+        except BackupError as error:
             return {"monitor": str(address), "error": str(error)}
     return {"monitor": str(address), "error": "", **vm.as_dict(), "agent": agent}
 

@@ -1,0 +1,194 @@
+# Copyright (c) 2026, vmfleet contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+# PRIVATE: this file is not part of the public interface of the collection; it can change without notice.
+"""A look round: the hypervisor, its VMs, the room in the repository; and the plan drawn up from it. Changes nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import glob
+import os
+import secrets
+import shutil
+import stat
+import tempfile
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from ansible_collections.vmfleet.backup.plugins.module_utils import _plan, _target
+from ansible_collections.vmfleet.backup.plugins.module_utils._documents import Hypervisor
+from ansible_collections.vmfleet.backup.plugins.module_utils._errors import BackupError, MonitorGone, Refused, ToolError
+from ansible_collections.vmfleet.backup.plugins.module_utils._inspect import inspect_vm, machine_id
+from ansible_collections.vmfleet.backup.plugins.module_utils._plan import Facts, Plan, Request, Space, VmPlan
+from ansible_collections.vmfleet.backup.plugins.module_utils._qmp import Monitor, Process, parse_address
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from ansible_collections.vmfleet.backup.plugins.module_utils._documents import Intent
+    from ansible_collections.vmfleet.backup.plugins.module_utils._inspect import Disk, Vm
+    from ansible_collections.vmfleet.backup.plugins.module_utils._plan import Policy
+    from ansible_collections.vmfleet.backup.plugins.module_utils._repository import Repository
+
+AT_ONCE = 32
+"""How many VMs are asked at the same time."""
+
+
+def this_hypervisor() -> Hypervisor:
+    with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as source:
+        return Hypervisor(os.uname().nodename, machine_id(), source.read().strip())
+
+
+def require_qemu_img() -> None:
+    """ToolError where there is no qemu-img: better now than after the first VM."""
+    if shutil.which("qemu-img") is None:
+        raise ToolError("qemu-img is not installed on this hypervisor (Debian: qemu-utils, Red Hat and SUSE: qemu-img)")
+
+
+def discover(listed: Iterable[Request], patterns: Iterable[str], general: Request) -> tuple[list[Request], list[str]]:
+    """The VMs that are listed, and one like C(general) for each further socket of the patterns; and what is odd about it."""
+    requests = [replace(request, monitor=str(parse_address(request.monitor, "vms"))) for request in listed]
+    known = {request.monitor for request in requests}
+    warnings = []
+    for pattern in patterns:
+        if not pattern.startswith("/"):
+            raise Refused("sockets", f"{pattern!r} is not an absolute path or pattern")
+        if not glob.has_magic(pattern):
+            # A path that is spelled out is meant, be there a socket or not.
+            found = [pattern]
+        else:
+            found = [path for path in sorted(glob.glob(pattern)) if _is_socket(path)]
+            if not found:
+                warnings.append(f"no socket matches {pattern}")
+        for path in found:
+            monitor = str(parse_address(path, "sockets"))
+            if monitor not in known:
+                known.add(monitor)
+                requests.append(replace(general, monitor=monitor))
+    return requests, warnings
+
+
+def _is_socket(path: str) -> bool:
+    try:
+        return stat.S_ISSOCK(os.stat(path).st_mode)
+    except OSError:
+        return False
+
+
+async def look(request: Request, monitor: Monitor | None = None) -> Facts:
+    """Ask one VM for everything; C(monitor) is a connection that is open already."""
+    try:
+        if monitor is not None:
+            return Facts(await inspect_vm(monitor, request.name))
+        async with Monitor(parse_address(request.monitor)) as own:
+            return Facts(await inspect_vm(own, request.name))
+    except MonitorGone as error:
+        return Facts(error=str(error), off=True)
+    except BackupError as error:
+        return Facts(error=str(error))
+
+
+def with_dead(facts: Facts, intents: Iterable[Intent], hypervisor: Hypervisor) -> Facts:
+    """The facts with the attempts whose QEMU has ended."""
+    return replace(facts, dead=frozenset(intent.attempt for intent in intents if _ended(intent, facts, hypervisor)))
+
+
+def _ended(intent: Intent, facts: Facts, hypervisor: Hypervisor) -> bool:
+    if intent.hypervisor.machine_id != hypervisor.machine_id:
+        return False
+    if intent.hypervisor.boot_id != hypervisor.boot_id:
+        return True
+    if not intent.process:
+        return facts.off
+    process = Process(*intent.process)
+    return not process.alive or bool(facts.vm and facts.vm.process and facts.vm.process != process)
+
+
+async def measure(disks: Sequence[Disk]) -> dict[str, int]:
+    """The most that each disk's image is expected to take, in bytes."""
+    sizes = await asyncio.gather(*(_target.expected_bytes(disk, "qcow2") for disk in disks))
+    return {disk.name: size for disk, size in zip(disks, sizes)}
+
+
+def room(repository: Repository, policy: Policy, besides: str = "") -> Space:
+    """The space in a repository, or where one is to be made, for the set of the VM C(besides)."""
+    path = repository.path
+    while not os.path.isdir(path):
+        path = os.path.dirname(path)
+    status = os.statvfs(path)
+    return Space(
+        free=status.f_bavail * status.f_frsize,
+        reserve=_plan.reserve_bytes(policy.reserve, status.f_blocks * status.f_frsize),
+        promised=repository.promised(besides) if repository.uuid else 0,
+        reservable=_reservable(path),
+    )
+
+
+def short_of_space(repository: Repository, policy: Policy) -> str:
+    """What is wrong with the free space for copies whose space could not be reserved; empty where nothing is."""
+    status = os.statvfs(repository.path)
+    free = status.f_bavail * status.f_frsize
+    reserve = _plan.reserve_bytes(policy.reserve, status.f_blocks * status.f_frsize)
+    if free >= reserve:
+        return ""
+    return f"only {_plan.human(free)} are left in {repository.path}, less than the reserve of {_plan.human(reserve)}"
+
+
+def _reservable(directory: str) -> bool:
+    """Whether space can be reserved here, tried on a file without a name: nothing is left, whatever happens."""
+    try:
+        with tempfile.TemporaryFile(dir=directory) as probe:
+            return _target.allocate(probe.fileno(), _target.CLUSTER)
+    except OSError:
+        return False
+
+
+async def draw_up(
+    repository: Repository, requests: Iterable[Request], set_id: str, policy: Policy, warnings: Iterable[str] = ()
+) -> Plan:
+    """The plan for these VMs: every one of them is in it, whatever its state."""
+    hypervisor = this_hypervisor()
+    run = secrets.token_hex(8)
+    turns = asyncio.Semaphore(AT_ONCE)
+    processes: dict[str, tuple[int, ...]] = {}
+
+    async def plan_vm(request: Request) -> VmPlan:
+        async with turns:
+            facts = await look(request)
+            named = replace(request, name=_name(request, facts.vm, repository))
+            if facts.vm and facts.vm.process:
+                processes[request.monitor] = (facts.vm.process.pid, facts.vm.process.start)
+            try:
+                shelf = repository.shelf(named.name)
+            except BackupError as error:
+                return VmPlan(named.name, named.monitor, _plan.FAIL, str(error))
+            facts = with_dead(facts, shelf.intents, hypervisor)
+            decision = _plan.decide(named, facts, shelf, set_id, run, hypervisor, policy, repository.tag)
+            if decision.plan.action not in (_plan.START, _plan.FINISH):
+                return decision.plan
+            expected = await measure(decision.choice.disks)
+            disks = tuple(replace(disk, bytes=expected[disk.name]) for disk in decision.plan.disks)
+            return replace(decision.plan, disks=disks)
+
+    plans = _plan.refuse_twins(await asyncio.gather(*(plan_vm(request) for request in requests)), processes)
+    space, plans = _plan.fit_into(room(repository, policy), plans)
+    return Plan(
+        repository=repository.path,
+        create_repository=not repository.uuid,
+        run=run,
+        id=set_id,
+        policy=policy,
+        space=space,
+        vms=plans,
+        warnings=tuple(warnings),
+    )
+
+
+def _name(request: Request, vm: Vm | None, repository: Repository) -> str:
+    """What a VM is called; one that is off can only be known by a set that it was making, or by its monitor."""
+    if request.name or vm is not None:
+        return request.name or (vm.name if vm else "")
+    making = [intent.vm.name for intent in repository.intents() if intent.monitor == request.monitor]
+    return making[0] if making else os.path.splitext(os.path.basename(request.monitor))[0]

@@ -1,0 +1,308 @@
+#!/usr/bin/python
+# Copyright (c) 2026, vmfleet contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: backup_plan
+short_description: Plan the backup of a hypervisor's virtual machines
+version_added: 0.1.0
+description:
+  - Asks every VM that is listed, or whose socket matches a pattern, for its disks and jobs, looks into the repository,
+    and says for each VM what M(vmfleet.backup.backup_set) would do and why.
+  - Changes nothing, in check mode or out of it.
+  - A VM that cannot be backed up is in the plan with RV(plan.vms[].action=fail) and the reason. It never stops the others.
+    M(vmfleet.backup.backup_set) fails when it is through with them.
+  - CD-ROMs, empty drives and other read-only drives are left out, and named in the plan. UEFI variables (pflash) are included.
+author:
+  - vmfleet contributors (@vmfleet)
+extends_documentation_fragment:
+  - vmfleet.backup.attributes
+  - vmfleet.backup.attributes.actiongroup_backup
+attributes:
+  check_mode:
+    description: Can run in C(check_mode), with the same result.
+    support: full
+  diff_mode:
+    description: Shows the plan as text.
+    support: full
+  idempotent:
+    description: Reads only, so that it can be run at any time, any number of times.
+    support: full
+requirements:
+  - qemu.qmp >= 0.0.4 (Python library) on the hypervisor
+  - qemu-img on the hypervisor
+options:
+  repository:
+    description:
+      - The directory of the repository. It must hold the file C(vmfleet.json), which shows that its file system is mounted.
+    type: path
+    required: true
+  create_repository:
+    description:
+      - Plan to make a repository where there is none. M(vmfleet.backup.backup_set) makes it, in an empty directory, or in
+        one that does not exist yet.
+    type: bool
+    default: false
+  id:
+    description:
+      - The id of the sets. A VM that has a set of this id is done.
+      - The default is today's date in UTC, such as V(2026-11-22). For several sets a day, give an id with the time in it.
+    type: str
+  vms:
+    description: The VMs to back up.
+    type: list
+    elements: dict
+    suboptions:
+      name:
+        description:
+          - What the VM is called in the repository.
+          - The default is the name that QEMU was given (C(-name)), else the file name of the socket without its suffix.
+        type: str
+      monitor:
+        description:
+          - The VM's QMP monitor, as V(unix:/run/qemu/web01.qmp), V(/run/qemu/web01.qmp) or V(tcp:127.0.0.1:4444).
+        type: str
+        required: true
+      include_disks:
+        description: Instead of O(include_disks) for this VM.
+        type: list
+        elements: str
+      exclude_disks:
+        description: Instead of O(exclude_disks) for this VM.
+        type: list
+        elements: str
+  sockets:
+    description:
+      - Patterns of the QMP sockets of further VMs, such as V(/run/qemu/*.qmp).
+      - A pattern that matches nothing is worth a warning. A path without wildcards stands for a VM that should be there.
+    type: list
+    elements: str
+  include_disks:
+    description:
+      - Back up these disks only, by backend name, node name or device id. A name that a VM does not have is an error for
+        that VM.
+      - A read-only disk that is named here is backed up too.
+    type: list
+    elements: str
+    default: []
+  exclude_disks:
+    description: Leave these disks out. A name that a VM does not have is an error for that VM.
+    type: list
+    elements: str
+    default: []
+  compression:
+    description:
+      - V(zstd) takes about half as long again as V(none) and V(zlib) many times as long, and both save space.
+    type: str
+    choices: [none, zstd, zlib]
+    default: none
+  speed:
+    description: The most bytes per second that each disk is copied with, such as V(50M). V(0) sets no limit.
+    type: bytes
+    default: "0"
+  reserve:
+    description:
+      - What always stays free in the repository, as a percentage of its file system or as an amount, such as V(20G).
+      - A VM whose set might take more than what is left fails before anything is started on it.
+      - Counts double on file systems that cannot reserve space for a copy.
+    type: str
+    default: 5%
+  checksum:
+    description: Take the SHA-256 of every image, reading it back from the disk.
+    type: bool
+    default: true
+  offline:
+    description:
+      - What a VM is that is not there, because nobody listens on its monitor. With V(fail), the default, it counts as not
+        backed up, which is what it is. With V(skip) it is left out with a word.
+      - A VM that is there and does not answer always counts as not backed up.
+    type: str
+    choices: [fail, skip]
+    default: fail
+seealso:
+  - module: vmfleet.backup.backup_set
+"""
+
+EXAMPLES = r"""
+- name: See what a backup would do
+  vmfleet.backup.backup_plan:
+    repository: /srv/backup
+    sockets:
+      - /run/qemu/*.qmp
+    exclude_disks:
+      - scratch
+  register: planned
+
+- name: Show it
+  ansible.builtin.debug:
+    var: planned.text
+
+- name: Do it
+  vmfleet.backup.backup_set:
+    plan: "{{ planned.plan }}"
+"""
+
+RETURN = r"""
+plan:
+  description: What M(vmfleet.backup.backup_set) takes.
+  returned: success
+  type: dict
+  contains:
+    repository:
+      description: The directory of the repository.
+      type: str
+    create_repository:
+      description: Whether it is to be made.
+      type: bool
+    run:
+      description: A random name of this run. What it has tried in vain it does not try again.
+      type: str
+    id:
+      description: The id of the sets.
+      type: str
+    policy:
+      description: How the sets are made.
+      type: dict
+    space:
+      description: Bytes in the repository that are free, kept in reserve, promised to other sets, needed and usable.
+      type: dict
+    vms:
+      description: The VMs.
+      type: list
+      elements: dict
+      contains:
+        name:
+          description: What the VM is called in the repository.
+          type: str
+        monitor:
+          description: Its monitor.
+          type: str
+        action:
+          description: >-
+            V(skip) if there is nothing to do, V(attach) if its set is being made, V(finish) if an older set comes first,
+            V(start), or V(fail) if it cannot be backed up.
+          type: str
+        level:
+          description: The level of the set, V(full).
+          type: str
+        reason:
+          description: Why.
+          type: str
+        bytes:
+          description: The most that the set is expected to take.
+          type: int
+        disks:
+          description: >-
+            The disks in the set, each with C(name), C(node), C(level), C(reason), C(parent), C(target) (its image file) and
+            C(bytes).
+          type: list
+          elements: dict
+        left_out:
+          description: The drives that are not in the set, each with C(name) and C(reason).
+          type: list
+          elements: dict
+    warnings:
+      description: What is odd about the request.
+      type: list
+      elements: str
+text:
+  description: The plan, to be read by people.
+  returned: success
+  type: list
+  elements: str
+"""
+
+import os
+from datetime import datetime, timezone
+from typing import TYPE_CHECKING
+
+from ansible.module_utils.basic import AnsibleModule
+
+from ansible_collections.vmfleet.backup.plugins.module_utils._errors import Refused, run_module
+from ansible_collections.vmfleet.backup.plugins.module_utils._names import check_set_id
+from ansible_collections.vmfleet.backup.plugins.module_utils._plan import Policy, Request, describe, reserve_bytes
+from ansible_collections.vmfleet.backup.plugins.module_utils._qmp import require_qmp
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository import find_repository
+from ansible_collections.vmfleet.backup.plugins.module_utils._survey import discover, draw_up, require_qemu_img
+
+if TYPE_CHECKING:
+    from typing import Any
+
+
+def requests(params: dict[str, Any]) -> list[Request]:
+    """The VMs that are listed; what one of them leaves open comes from the module's own options."""
+
+    def names(vm: dict[str, Any], option: str) -> tuple[str, ...]:
+        return tuple(params[option] if vm[option] is None else vm[option])
+
+    return [
+        Request(vm["name"] or "", vm["monitor"], names(vm, "include_disks"), names(vm, "exclude_disks"))
+        for vm in params["vms"] or ()
+    ]
+
+
+def policy(params: dict[str, Any]) -> Policy:
+    if params["speed"] < 0:
+        raise Refused("speed", "%d is negative; give bytes per second, 0 is unlimited" % params["speed"])
+    reserve_bytes(params["reserve"], 0)
+    return Policy(**{name: params[name] for name in ("compression", "speed", "reserve", "checksum", "offline")})
+
+
+async def main_task(module: AnsibleModule) -> dict[str, Any]:
+    params = module.params
+    set_id = check_set_id(params["id"] or datetime.now(timezone.utc).strftime("%Y-%m-%d"))
+    how = policy(params)
+    if not os.path.isabs(params["repository"]):
+        raise Refused("repository", "{!r} is not an absolute path".format(params["repository"]))
+    everywhere = Request("", "", tuple(params["include_disks"]), tuple(params["exclude_disks"]))
+    wanted, warnings = discover(requests(params), params["sockets"] or (), everywhere)
+    require_qemu_img()
+    repository = find_repository(params["repository"], params["create_repository"])
+    plan = await draw_up(repository, wanted, set_id, how, warnings)
+    for warning in warnings:
+        module.warn(warning)
+    text = describe(plan)
+    diff = {"before": "", "after": "\n".join(text) + "\n"}
+    return {"changed": False, "plan": plan.to_dict(), "text": text, "diff": diff}
+
+
+def argument_spec() -> dict[str, Any]:
+    names = {"type": "list", "elements": "str"}
+    return {
+        "repository": {"type": "path", "required": True},
+        "create_repository": {"type": "bool", "default": False},
+        "id": {"type": "str"},
+        "vms": {
+            "type": "list",
+            "elements": "dict",
+            "options": {
+                "name": {"type": "str"},
+                "monitor": {"type": "str", "required": True},
+                "include_disks": names,
+                "exclude_disks": names,
+            },
+        },
+        "sockets": names,
+        "include_disks": {**names, "default": []},
+        "exclude_disks": {**names, "default": []},
+        "compression": {"type": "str", "choices": ["none", "zstd", "zlib"], "default": "none"},
+        "speed": {"type": "bytes", "default": "0"},
+        "reserve": {"type": "str", "default": "5%"},
+        "checksum": {"type": "bool", "default": True},
+        "offline": {"type": "str", "choices": ["fail", "skip"], "default": "fail"},
+    }
+
+
+def main() -> None:
+    module = AnsibleModule(
+        argument_spec=argument_spec(), required_one_of=[("vms", "sockets")], supports_check_mode=True
+    )
+    require_qmp(module)
+    run_module(module, main_task)
+
+
+if __name__ == "__main__":
+    main()

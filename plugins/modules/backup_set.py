@@ -1,0 +1,278 @@
+#!/usr/bin/python
+# Copyright (c) 2026, vmfleet contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: backup_set
+short_description: Bring the backup sets of a hypervisor's virtual machines into being
+version_added: 0.1.0
+description:
+  - Sees to it that every VM of a plan has its set in the repository, that is, the images of all its chosen disks at one
+    point in time, with one manifest.
+  - A set is seen under its name only when it is complete, on stable storage and described. It grows in a directory whose
+    name begins with a dot.
+  - A set that is there is left alone. One that is being made is picked up, by whatever process it was begun. What a process
+    left that was killed is finished or cleaned up. So a run that went wrong is simply run again with the same id.
+  - Every decision of the plan is made once more with locks held. It may only get safer by then.
+  - QEMU needs no access to the repository if its monitor is a UNIX socket.
+  - A VM for which something goes wrong never stops the others. The module fails when it is through with them, with all
+    results.
+author:
+  - vmfleet contributors (@vmfleet)
+extends_documentation_fragment:
+  - vmfleet.backup.attributes
+  - vmfleet.backup.attributes.actiongroup_backup
+requirements:
+  - qemu.qmp >= 0.0.4 (Python library) on the hypervisor
+  - qemu-img on the hypervisor
+options:
+  plan:
+    description:
+      - What M(vmfleet.backup.backup_plan) has returned as RV(vmfleet.backup.backup_plan#module:plan).
+    type: dict
+  repository:
+    description: The directory of the repository, for O(state=cancelled) without a plan.
+    type: path
+  names:
+    description: The VMs whose sets are to be cancelled, as they are called in the repository.
+    type: list
+    elements: str
+  state:
+    description:
+      - V(completed) returns when every set is published or has failed.
+      - V(started) returns when the jobs are running, O(max_vms) VMs at a time. What has ended by then is published. A later
+        call with V(completed), from any process, goes on.
+      - V(cancelled) stops the sets that are being made and removes what there is of them. The run that made them counts
+        them as cancelled and does not begin anew. The next run does.
+    type: str
+    choices: [completed, started, cancelled]
+    default: completed
+  max_vms:
+    description: How many VMs copy at the same time. V(0) sets no limit.
+    type: int
+    default: 4
+  timeout:
+    description:
+      - Seconds after which a set that has been begun by this call and is not finished is cancelled, and counts as failed.
+        V(0) waits without end.
+    type: float
+    default: 0
+  stall_timeout:
+    description: Seconds without any progress after which a set is cancelled, and counts as failed. V(0) waits without end.
+    type: float
+    default: 600
+  unattended:
+    description:
+      - With O(state=started), start copies even if no space can be reserved for them in the repository.
+      - While nobody watches such a copy, a file system that fills up makes the writes of the guest fail.
+    type: bool
+    default: false
+seealso:
+  - module: vmfleet.backup.backup_plan
+"""
+
+EXAMPLES = r"""
+- name: Plan the backup
+  vmfleet.backup.backup_plan:
+    repository: /srv/backup
+    sockets:
+      - /run/qemu/*.qmp
+  register: planned
+
+- name: Back up
+  vmfleet.backup.backup_set:
+    plan: "{{ planned.plan }}"
+    max_vms: 2
+
+- name: Stop the set of web01 that is being made
+  vmfleet.backup.backup_set:
+    repository: /srv/backup
+    names:
+      - web01
+    state: cancelled
+"""
+
+RETURN = r"""
+vms:
+  description: Every VM of the plan, also when the module fails.
+  returned: always
+  type: list
+  elements: dict
+  contains:
+    name:
+      description: What the VM is called in the repository.
+      type: str
+    id:
+      description: The id of the set.
+      type: str
+    state:
+      description: V(published), V(running), V(queued), V(failed), V(cancelled) or V(skipped).
+      type: str
+    level:
+      description: The level of the set, V(full).
+      type: str
+    bytes:
+      description: The size of the set's images.
+      type: int
+    duration:
+      description: Seconds from the start of the jobs to the end of the set.
+      type: float
+    consistency:
+      description: V(crash) if the guest was not asked to bring its file systems to rest.
+      type: str
+    frozen_ms:
+      description: Milliseconds for which the guest's file systems were frozen.
+      type: int
+    path:
+      description: The directory of the set.
+      type: str
+    error:
+      description: Why there is no set.
+      type: str
+    reason:
+      description: Why the VM is in this state, where that is no error.
+      type: str
+    changed:
+      description: Whether this call did something about this VM.
+      type: bool
+summary:
+  description: How many VMs are in each state, how many changed, and the bytes written.
+  returned: always
+  type: dict
+text:
+  description: The results, to be read by people.
+  returned: always
+  type: list
+  elements: str
+qmp:
+  description: The commands that were sent to QEMU, queries left out.
+  returned: always
+  type: list
+  elements: dict
+"""
+
+from typing import TYPE_CHECKING
+
+from ansible.module_utils.basic import AnsibleModule
+
+from ansible_collections.vmfleet.backup.plugins.module_utils._engine import (
+    CANCELLED,
+    FAILED,
+    Engine,
+    Settings,
+    cancellation,
+    describe,
+    results,
+    summarize,
+)
+from ansible_collections.vmfleet.backup.plugins.module_utils._errors import BackupError, run_module
+from ansible_collections.vmfleet.backup.plugins.module_utils._plan import parse_plan
+from ansible_collections.vmfleet.backup.plugins.module_utils._qmp import require_qmp
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository import (
+    create_repository,
+    find_repository,
+    open_repository,
+)
+from ansible_collections.vmfleet.backup.plugins.module_utils._survey import require_qemu_img
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from typing import Any
+
+    from ansible_collections.vmfleet.backup.plugins.module_utils._engine import Outcome
+    from ansible_collections.vmfleet.backup.plugins.module_utils._plan import Plan
+    from ansible_collections.vmfleet.backup.plugins.module_utils._repository import Repository
+
+
+def places(module: AnsibleModule) -> tuple[Repository, Plan, bool]:
+    """The repository, the plan, and whether the repository had to be made."""
+    if module.params["plan"] is None:
+        repository = open_repository(module.params["repository"])
+        return repository, cancellation(repository, module.params["names"]), False
+    plan = parse_plan(module.params["plan"])
+    repository = find_repository(plan.repository, plan.create_repository)
+    if repository.uuid:
+        return repository, plan, False
+    return repository if module.check_mode else create_repository(plan.repository), plan, True
+
+
+def failure(outcomes: Sequence[Outcome], set_id: str, wanted: str) -> str:
+    """What the module says when not every VM is where it should be; empty where all are."""
+    bad = [
+        outcome for outcome in outcomes if outcome.state in ((FAILED,) if wanted == CANCELLED else (FAILED, CANCELLED))
+    ]
+    if not bad:
+        return ""
+    if wanted == CANCELLED:
+        return "%d of %d sets could not be cancelled: %s" % (len(bad), len(outcomes), _reasons(bad))
+    return "%d of %d VMs have no set %s: %s. Run the backup again with id %s: sets that are there stay as they are" % (
+        len(bad),
+        len(outcomes),
+        set_id,
+        _reasons(bad),
+        set_id,
+    )
+
+
+def _reasons(outcomes: Sequence[Outcome]) -> str:
+    return "; ".join(f"{outcome.name}: {outcome.error}" for outcome in outcomes)
+
+
+def diff(outcomes: Sequence[Outcome]) -> dict[str, str]:
+    """The sets before and after; nothing differs where nothing has changed."""
+    after = "".join(f"{outcome.name}/{outcome.id}: {outcome.state}\n" for outcome in outcomes)
+    before = "".join(
+        "{}/{}: {}\n".format(outcome.name, outcome.id, "not published" if outcome.changed else outcome.state)
+        for outcome in outcomes
+    )
+    return {"before": before, "after": after}
+
+
+async def main_task(module: AnsibleModule) -> dict[str, Any]:
+    require_qemu_img()
+    repository, plan, created = places(module)
+    names = ("state", "max_vms", "timeout", "stall_timeout", "unattended")
+    settings = Settings(check_mode=module.check_mode, **{name: module.params[name] for name in names})
+    engine = Engine(repository, plan, settings)
+    outcomes = await engine.run()
+    result = {
+        "changed": created or any(outcome.changed for outcome in outcomes),
+        "vms": results(outcomes),
+        "summary": summarize(outcomes),
+        "text": describe(outcomes),
+        "qmp": engine.commands,
+        "diff": diff(outcomes),
+    }
+    error = failure(outcomes, plan.id, settings.state)
+    if error:
+        raise BackupError(error, **result)
+    return result
+
+
+def main() -> None:
+    module = AnsibleModule(
+        argument_spec={
+            "plan": {"type": "dict"},
+            "repository": {"type": "path"},
+            "names": {"type": "list", "elements": "str"},
+            "state": {"type": "str", "choices": ["completed", "started", "cancelled"], "default": "completed"},
+            "max_vms": {"type": "int", "default": 4},
+            "timeout": {"type": "float", "default": 0},
+            "stall_timeout": {"type": "float", "default": 600},
+            "unattended": {"type": "bool", "default": False},
+        },
+        required_one_of=[("plan", "repository")],
+        required_together=[("repository", "names")],
+        mutually_exclusive=[("plan", "repository")],
+        required_if=[("state", "completed", ("plan",)), ("state", "started", ("plan",))],
+        supports_check_mode=True,
+    )
+    require_qmp(module)
+    run_module(module, main_task)
+
+
+if __name__ == "__main__":
+    main()
