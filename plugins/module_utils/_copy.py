@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from ansible_collections.vmfleet.backup.plugins.module_utils import _receipt
 from ansible_collections.vmfleet.backup.plugins.module_utils._errors import BackupError, Refused
-from ansible_collections.vmfleet.backup.plugins.module_utils._inspect import machine_id
+from ansible_collections.vmfleet.backup.plugins.module_utils._inspect import Disk, machine_id
 from ansible_collections.vmfleet.backup.plugins.module_utils._qmp import Process
 from ansible_collections.vmfleet.backup.plugins.module_utils._target import is_block_device
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from ansible_collections.vmfleet.backup.plugins.module_utils._drive import Drive
-    from ansible_collections.vmfleet.backup.plugins.module_utils._inspect import Disk, Job, Vm
+    from ansible_collections.vmfleet.backup.plugins.module_utils._inspect import Job, Vm
     from ansible_collections.vmfleet.backup.plugins.module_utils._receipt import Record
 
 ABSENT = "absent"
@@ -114,6 +114,13 @@ class Copy:
         }
 
 
+def lost_result(drive: Drive, record: Record, error: str) -> dict[str, Any]:
+    """The entry of a copy whose VM cannot be asked any more."""
+    disk = Disk(name=record.device, node="", driver="")
+    copy = Copy(drive, disk, record.job, DEAD, record)
+    return copy.result(error=error)
+
+
 def attempt_of(copies: list[Copy]) -> str:
     """The attempt that these copies belong to, or the job's id where a bare block device has no record of one."""
     attempts = [copy.record.attempt for copy in copies if copy.record and copy.found != DONE]
@@ -131,10 +138,10 @@ def examine(drive: Drive, vm: Vm) -> Copy:
     process = Process(*record.process) if record.process else None
     if record.identity != vm.identity:
         return replace(copy, job=None, reason=f"it was for VM {record.vm}, which has ended")
-    if record.phase == _receipt.COPIED:
-        return replace(copy, found=COPIED)
     if record.phase == _receipt.CANCELLING:
         return replace(copy, reason="it had been given up")
+    if record.finished:
+        return replace(copy, found=COPIED)
     if process and vm.process and process != vm.process:
         return replace(copy, job=None, reason=f"its QEMU (process {process.pid}) has ended")
     if copy.job is None:
@@ -155,7 +162,7 @@ def _refuse_foreign(drive: Drive, vm: Vm, record: Record) -> None:
             f" good, remove {_receipt.record_path(drive.receipt_path)}"
         )
     alive = bool(record.process) and Process(*record.process).alive
-    if record.identity != vm.identity and (alive or record.phase == _receipt.COPIED):
+    if record.identity != vm.identity and (alive or record.finished):
         raise BackupError(
             f"target: {drive.target} is being made for another VM ({record.vm}, since {record.started}); use another"
             " target"

@@ -3,7 +3,7 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 
 # PRIVATE: this file is not part of the public interface of the collection; it can change without notice.
-"""What a repository's JSON files say: the manifest of a set, the intent of one that grows, the memory of one that failed.
+"""What a repository's JSON files say: the manifest of a set, the intent of one that grows, the memory of a failure.
 
 The files have the fields of these classes. Times are UTC (ISO 8601), sizes bytes.
 """
@@ -209,7 +209,7 @@ def _check_schema(found: Any) -> None:
     if not isinstance(found, dict) or not isinstance(found.get("schema"), int):
         raise DocumentError("it has no schema number")
     if found["schema"] > SCHEMA:
-        raise NewerSchema("its schema %d is newer than this collection; update vmfleet.backup" % found["schema"])
+        raise NewerSchema("its schema {} is newer than this collection; update vmfleet.backup".format(found["schema"]))
 
 
 def _build(cls: type[T], found: dict[str, Any]) -> T:

@@ -31,6 +31,7 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._copy import (
     Copy,
     attempt_of,
     examine,
+    lost_result,
     seconds_since,
     utc_now,
 )
@@ -118,9 +119,10 @@ class DriveBackup:
                     raise MonitorGone(f"{self.request.address}: QEMU was restarted in between")
                 vm, copies = await self._look(monitor)
                 if not self.request.check_mode:
-                    # What a process that died in the middle of a start has left would keep its image locked.
+                    # A process that died in mid-work leaves open files in QEMU, which keep its image locked.
                     for copy in copies:
                         await _jobs.remove_fdsets(monitor, vm, copy.opaque)
+                        _receipt.sweep(copy.drive.receipt_path)
                 if self.request.state == "cancelled":
                     return await self._give_up(monitor, copies), ""
                 return await self._advance(monitor, vm, copies, followed, holding)
@@ -248,6 +250,8 @@ class DriveBackup:
                 await self._make(copy, target, holding)
                 begun[-1] = replace(begun[-1], record=replace(record, reserved=self._reserve(target)))
             await self._launch(monitor, vm, begun, targets)
+        except MonitorGone as error:
+            raise self._lost(attempt, str(error)) from error
         except (BackupError, OSError) as error:
             await self._clean(monitor, begun)
             if isinstance(error, OSError):
@@ -453,14 +457,11 @@ class DriveBackup:
         results = []
         for drive in self.request.drives:
             record = _receipt.read(_receipt.record_path(drive.receipt_path)) if drive.receipt_path else None
-            if record is None or record.attempt != attempt or record.phase == _receipt.COPIED:
-                continue
-            results.append(
-                {"id": record.job, "device": drive.device, "target": drive.target, "state": "failed", "error": reason}
-            )
+            if record and record.attempt == attempt and not record.finished:
+                results.append(lost_result(drive, record, reason))
         return JobFailed(
-            f"{reason}. The backup is lost with it; repeat the call when the VM is up: it removes what is left, and"
-            " starts anew",
+            f"{reason}. QEMU has ended, and the backup with it; repeat the call when the VM is up: it removes what is"
+            " left, and starts anew",
             jobs=results,
         )
 

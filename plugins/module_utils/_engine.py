@@ -13,6 +13,7 @@ once more with the locks held, and then done. Nobody waits for a job with a lock
 from __future__ import annotations
 
 import asyncio
+import errno
 import hashlib
 import os
 import secrets
@@ -62,6 +63,8 @@ UNREACHABLE_PATIENCE = 60.0
 
 READ_SIZE = 4 << 20
 
+NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT})
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -98,7 +101,7 @@ class Outcome:
             said = f"{self.level}, {human(self.bytes)} in {self.duration:.1f} s, {self.path}"
             if not self.changed:
                 said += " (was there)"
-        return "%-9s  %-*s  %s" % (self.state, width, self.name, said)
+        return f"{self.state:9}  {self.name:{width}}  {said}"
 
 
 @dataclass
@@ -157,6 +160,7 @@ class Engine:
         self.settings = settings
         self.commands: list[dict[str, Any]] = []
         self._hypervisor = _survey.this_hypervisor()
+        self._terms = _plan.Terms(plan.id, plan.run, repository.tag, self._hypervisor, plan.policy)
         self._turns = _Turns(settings.max_vms)
         self._gate = asyncio.Lock()
 
@@ -214,7 +218,7 @@ class Engine:
         if outcome or self.settings.check_mode:
             return outcome or self._predict(work, decision)
         if decision.plan.action in (_plan.START, _plan.FINISH) and not await self._turn(work.request.name):
-            return self._outcome(work, QUEUED, reason="at most %d VMs copy at a time" % self.settings.max_vms)
+            return self._outcome(work, QUEUED, reason=f"at most {self.settings.max_vms} VMs copy at a time")
         if decision.intent:
             verdict = self._judge(work, decision.intent, facts, shelf)
             if verdict.state == _plan.UNREACHABLE:
@@ -237,16 +241,7 @@ class Engine:
         return _survey.with_dead(facts, shelf.intents, self._hypervisor), shelf
 
     def _decide(self, work: _Work, facts: Facts, shelf: Shelf) -> Decision:
-        return _plan.decide(
-            work.request,
-            facts,
-            shelf,
-            self.plan.id,
-            self.plan.run,
-            self._hypervisor,
-            self.plan.policy,
-            self.repository.tag,
-        )
+        return _plan.decide(work.request, facts, shelf, self._terms)
 
     def _judge(self, work: _Work, intent: Intent, facts: Facts, shelf: Shelf) -> Verdict:
         verdict = _plan.judge(intent, facts, shelf, _boottime())
@@ -381,9 +376,8 @@ class Engine:
     async def _start(self, work: _Work, monitor: Monitor, vm: Vm, decision: Decision, lock: int) -> Outcome | Verdict:
         work.changed = True
         await self._clear(monitor, vm, work.request.name)
-        images = {disk.name: disk.target for disk in decision.plan.disks}
-        intent = self._intent(work.request, vm, decision, images)
-        targets = {disk.image.name: self._target(intent, disk) for disk in intent.disks}
+        intent = self._intent(work.request, vm, decision)
+        targets = {disk.image.name: self._target_of(intent, disk) for disk in intent.disks}
         try:
             async with self._gate:
                 intent = await self._prepare(intent, decision.choice.disks, targets, lock)
@@ -395,7 +389,7 @@ class Engine:
                 job_id=disk.job,
                 node=disk.image.node,
                 target=targets[disk.image.name],
-                opaque="vmfleet:%s:%s:%d" % (self.repository.tag, intent.attempt, number),
+                opaque=f"vmfleet:{self.repository.tag}:{intent.attempt}:{number}",
                 arguments=_arguments(self.plan.policy),
             )
             for number, disk in enumerate(intent.disks)
@@ -408,14 +402,14 @@ class Engine:
         self.repository.update(replace(intent, phase=COPYING))
         return _plan.Verdict(_plan.RUNNING)
 
-    def _intent(self, request: Request, vm: Vm, decision: Decision, images: dict[str, str]) -> Intent:
+    def _intent(self, request: Request, vm: Vm, decision: Decision) -> Intent:
         attempt = secrets.token_hex(6)
         begun = _boottime()
         policy = self.plan.policy
         disks = tuple(
             Growing(
                 image=_image(disk, planned, policy),
-                job="vmfleet.%s.%s.%d" % (self.repository.tag, attempt, number),
+                job=f"vmfleet.{self.repository.tag}.{attempt}.{number}",
                 expected=0,
             )
             for number, (disk, planned) in enumerate(zip(decision.choice.disks, decision.plan.disks))
@@ -439,7 +433,7 @@ class Engine:
             disks=disks,
         )
 
-    def _target(self, intent: Intent, disk: Growing) -> _target.Target:
+    def _target_of(self, intent: Intent, disk: Growing) -> _target.Target:
         return _target.Target(
             path=self.repository.image_path(intent, disk.image.image),
             format=disk.image.format,
@@ -455,7 +449,7 @@ class Engine:
         expected = await _survey.measure(disks)
         space = _survey.room(self.repository, self.plan.policy, intent.vm.name)
         if sum(expected.values()) > max(space.usable, 0):
-            raise BackupError(_plan.no_room(sum(expected.values()), space.usable, space))
+            raise BackupError(_plan.no_room(sum(expected.values()), space, space.usable))
         intent = replace(
             intent, disks=tuple(replace(disk, expected=expected[disk.image.name]) for disk in intent.disks)
         )
@@ -472,8 +466,8 @@ class Engine:
             grown.append(replace(disk, inode=os.stat(target.path).st_ino))
         if not reserved and self.settings.state == "started" and not self.settings.unattended:
             raise BackupError(
-                f"{self.repository.path} cannot reserve space, so that the guest's writes fail when it fills up while nobody looks;"
-                " use state: completed, or unattended: true"
+                f"{self.repository.path} cannot reserve space: when it fills up while nobody looks, the guest's writes"
+                " fail; use state: completed, or unattended: true"
             )
         intent = replace(intent, disks=tuple(grown), reserved=reserved)
         self.repository.update(intent)
@@ -495,8 +489,11 @@ class Engine:
                     for disk in intent.disks
                 )
             )
-        except FileNotFoundError:
-            # Another process has published or removed it meanwhile: the next look tells.
+        except FileNotFoundError as error:
+            # Another process may have published or removed it meanwhile: the next look tells.
+            there = self.repository.intent(intent.vm.name, intent.id)
+            if there and there.attempt == intent.attempt:
+                work.spoiled[intent.attempt] = f"an image is gone: {error}"
             return
         except (BackupError, OSError) as error:
             work.spoiled[intent.attempt] = f"the copy ended, but could not be brought to stable storage: {error}"
@@ -545,7 +542,15 @@ class Engine:
         """An attempt has come to nothing. That is written down before anything is removed."""
         work.changed = True
         failure = Failure(intent.run, intent.attempt, intent.id, state, error, intent.started, _utc_now())
-        self.repository.record_failure(intent.vm.name, failure)
+        try:
+            self.repository.record_failure(intent.vm.name, failure)
+        except OSError as full:
+            if full.errno not in NO_SPACE:
+                raise
+            # The images themselves are in the way. QEMU still tells how their jobs have ended.
+            await self._stop(monitor, intent.jobs)
+            self.repository.discard_images(intent)
+            self.repository.record_failure(intent.vm.name, failure)
         await self._withdraw(monitor, facts, intent)
 
     async def _withdraw(self, monitor: Monitor | None, facts: Facts, intent: Intent) -> None:
@@ -559,14 +564,18 @@ class Engine:
             raise BackupError(f"{facts.error}; the set is unfinished: run the backup again to clean up")
         self.repository.discard(intent)
 
+    async def _stop(self, monitor: Monitor | None, jobs: Iterable[str]) -> None:
+        stubborn = await _jobs.cancel_jobs(monitor, jobs) if monitor else ()
+        if stubborn:
+            names = ", ".join(job.id for job in stubborn)
+            raise JobFailed(
+                f"job {names} does not end after block-job-cancel: its target hangs. Bring the target back; the next run"
+                " removes what is left"
+            )
+
     async def _remove_traces(self, monitor: Monitor, vm: Vm, attempt: str) -> None:
         jobs = [job.id for job in vm.jobs if job.id.startswith(f"vmfleet.{self.repository.tag}.{attempt}.")]
-        stubborn = await _jobs.cancel_jobs(monitor, jobs)
-        if stubborn:
-            raise JobFailed(
-                "job {} does not end after block-job-cancel: its target hangs. Bring the target back; the next run"
-                " removes what is left".format(", ".join(job.id for job in stubborn))
-            )
+        await self._stop(monitor, jobs)
         await _jobs.dismiss_jobs(monitor, jobs)
         await _jobs.remove_fdsets(monitor, vm, f"vmfleet:{self.repository.tag}:{attempt}:")
 
@@ -575,9 +584,10 @@ class Engine:
         leftovers = self._leftovers(vm, self.repository.shelf(name))
         elsewhere = {intent.attempt: intent for intent in self.repository.intents()} if leftovers else {}
         for attempt in leftovers:
-            if attempt in elsewhere:
+            other = elsewhere.get(attempt)
+            if other:
                 raise BackupError(
-                    f"the same VM is being backed up under the name {elsewhere[attempt].vm.name} (set {elsewhere[attempt].id}); give it one name"
+                    f"the same VM is being backed up under the name {other.vm.name} (set {other.id}); give it one name"
                 )
             await self._remove_traces(monitor, vm, attempt)
 

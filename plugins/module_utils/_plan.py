@@ -225,6 +225,17 @@ def choose_disks(vm: Vm, request: Request) -> Choice:
 
 
 @dataclass(frozen=True)
+class Terms:
+    """What holds for all VMs of a run. C(tag) marks the jobs of its repository."""
+
+    id: str
+    run: str
+    tag: str
+    hypervisor: Hypervisor
+    policy: Policy
+
+
+@dataclass(frozen=True)
 class Decision:
     """What is to be done with a VM now. C(intent) is the one to bring to its end, C(manifest) the set that is there."""
 
@@ -234,70 +245,64 @@ class Decision:
     manifest: Manifest | None = None
 
 
-def decide(
-    request: Request,
-    facts: Facts,
-    shelf: Shelf,
-    set_id: str,
-    run: str,
-    hypervisor: Hypervisor,
-    policy: Policy,
-    tag: str,
-) -> Decision:
-    """What to do with one VM; the first reason that applies wins. C(tag) marks the repository's jobs."""
-    name = request.name
+def decide(request: Request, facts: Facts, shelf: Shelf, terms: Terms) -> Decision:
+    """What to do with one VM; the first reason that applies wins."""
     choice = choose_disks(facts.vm, request) if facts.vm else Choice()
-
-    def decision(action: str, reason: str, intent: Intent | None = None) -> Decision:
-        plan = VmPlan(
-            name=name,
-            monitor=request.monitor,
-            action=action,
-            reason=reason,
-            identity=facts.vm.identity if facts.vm else "",
-            include_disks=request.include_disks,
-            exclude_disks=request.exclude_disks,
-            disks=plan_disks(choice.disks) if action in (START, FINISH) else _disks_of(intent),
-            left_out=choice.left_out,
-        )
-        return Decision(plan, choice, intent, shelf.published(set_id))
-
+    intent = None
     if choice.error:
-        return decision(FAIL, choice.error)
-    published = shelf.published(set_id)
-    if published:
-        wrong = _mismatch(published, facts, choice)
-        return decision(FAIL, wrong) if wrong else decision(SKIP, "the set is published")
-    intent = _next_intent(shelf.intents, set_id)
-    if intent:
-        foreign = _foreign(intent, facts, hypervisor)
-        if foreign:
-            return decision(FAIL, foreign, intent)
-        if intent.id != set_id:
-            return decision(FINISH, f"set {intent.id} of this VM is unfinished, and comes first", intent)
-        return decision(ATTACH, f"the set is being made since {intent.started}", intent)
-    failure = shelf.failure(set_id)
-    if failure and failure.run == run:
-        return decision(FAIL, failure.error)
-    if set_id in shelf.strays:
-        return decision(
-            FAIL, f"in the place of set {set_id} stands something that is no set (no valid manifest.json); move it away"
-        )
+        action, reason = FAIL, choice.error
+    elif shelf.published(terms.id):
+        action, reason = _already_published(facts, shelf, terms, choice)
+    elif shelf.intents:
+        intent = _next_intent(shelf.intents, terms.id)
+        action, reason = _being_made(intent, facts, terms)
+    else:
+        action, reason = _not_begun(facts, shelf, terms, choice)
+    plan = VmPlan(
+        name=request.name,
+        monitor=request.monitor,
+        action=action,
+        reason=reason,
+        identity=facts.vm.identity if facts.vm else "",
+        include_disks=request.include_disks,
+        exclude_disks=request.exclude_disks,
+        disks=plan_disks(choice.disks) if action in (START, FINISH) else _disks_of(intent),
+        left_out=choice.left_out,
+    )
+    return Decision(plan, choice, intent, shelf.published(terms.id))
+
+
+def _already_published(facts: Facts, shelf: Shelf, terms: Terms, choice: Choice) -> tuple[str, str]:
+    manifest = shelf.published(terms.id)
+    wrong = _mismatch(manifest, facts.vm, choice) if manifest and facts.vm else ""
+    return (FAIL, wrong) if wrong else (SKIP, "the set is published")
+
+
+def _being_made(intent: Intent, facts: Facts, terms: Terms) -> tuple[str, str]:
+    foreign = _foreign(intent, facts, terms.hypervisor)
+    if foreign:
+        return FAIL, foreign
+    if intent.id != terms.id:
+        return FINISH, f"set {intent.id} of this VM is unfinished, and comes first"
+    return ATTACH, f"the set is being made since {intent.started}"
+
+
+def _not_begun(facts: Facts, shelf: Shelf, terms: Terms, choice: Choice) -> tuple[str, str]:
+    failure = shelf.failure(terms.id)
+    if failure and failure.run == terms.run:
+        return FAIL, failure.error
+    if terms.id in shelf.strays:
+        return FAIL, f"in the place of set {terms.id} stands something that is no set (no valid manifest); move it away"
     if facts.vm is None:
-        return decision(SKIP if facts.off and policy.offline == "skip" else FAIL, facts.error)
-    busy = foreign_jobs(facts.vm, tag)
+        return SKIP if facts.off and terms.policy.offline == "skip" else FAIL, facts.error
+    busy = ", ".join(f"job {job.id} ({job.type}, {job.status})" for job in _foreign_jobs(facts.vm, terms.tag))
     if busy:
-        return decision(
-            FAIL,
-            "busy: {}; wait for its end, or cancel it with block_job".format(
-                ", ".join(f"job {job.id} ({job.type}, {job.status})" for job in busy)
-            ),
-        )
+        return FAIL, f"busy: {busy}; wait for its end, or cancel it with block_job"
     if facts.vm.status in MIGRATING:
-        return decision(SKIP, f"migrating ({facts.vm.status})")
+        return SKIP, f"migrating ({facts.vm.status})"
     if not choice.disks:
-        return decision(SKIP, "it has no disk to back up")
-    return decision(START, f"there is no set {set_id} of this VM")
+        return SKIP, "it has no disk to back up"
+    return START, f"there is no set {terms.id} of this VM"
 
 
 def plan_disks(disks: Iterable[Disk]) -> tuple[DiskPlan, ...]:
@@ -334,39 +339,42 @@ def _disks_of(intent: Intent | None) -> tuple[DiskPlan, ...]:
     )
 
 
-def _next_intent(intents: tuple[Intent, ...], set_id: str) -> Intent | None:
+def _next_intent(intents: tuple[Intent, ...], set_id: str) -> Intent:
     """An unfinished older set comes to its end before a new one begins."""
     others = [intent for intent in intents if intent.id != set_id]
-    return next(iter([*others, *intents]), None)
+    return [*others, *intents][0]
 
 
-def _mismatch(published: Manifest, facts: Facts, choice: Choice) -> str:
-    """Why a published set is not the one that is asked for; empty where it is. A VM that is off cannot contradict."""
-    if facts.vm is None:
-        return ""
-    if published.vm.identity != facts.vm.identity:
-        return f"set {published.id} belongs to another VM of this name ({published.vm.identity}, this one is {facts.vm.identity}); rename one of them, or use another id"
+def _mismatch(published: Manifest, vm: Vm, choice: Choice) -> str:
+    """Why a published set is not the one that is asked for; empty where it is."""
+    if published.vm.identity != vm.identity:
+        return (
+            f"set {published.id} belongs to another VM of this name ({published.vm.identity};"
+            f" this one is {vm.identity}); rename one of them, or use another id"
+        )
     held = {disk.name for disk in published.disks}
-    missing = [disk.name for disk in choice.disks if disk.name not in held]
-    if missing:
-        return "set {} exists without disk {}; use another id".format(published.id, ", ".join(missing))
-    return ""
+    missing = ", ".join(disk.name for disk in choice.disks if disk.name not in held)
+    return f"set {published.id} exists without disk {missing}; use another id" if missing else ""
 
 
 def _foreign(intent: Intent, facts: Facts, hypervisor: Hypervisor) -> str:
     """Why an intent is somebody else's; empty where it is ours."""
-    if intent.hypervisor.machine_id != hypervisor.machine_id:
+    maker = intent.hypervisor
+    if maker.machine_id != hypervisor.machine_id:
         return (
-            f"set {intent.id} is being made by hypervisor {intent.hypervisor.name} (machine-id {intent.hypervisor.machine_id}) since {intent.started}; let it end there. If that machine is"
-            " gone for"
-            " good, remove the set's staging directory"
+            f"set {intent.id} is being made by hypervisor {maker.name} (machine-id {maker.machine_id}) since"
+            f" {intent.started}; let it end there. If that machine is gone for good, remove the directory"
+            f" .{intent.id}.staging of this VM from the repository"
         )
     if facts.vm and facts.vm.identity != intent.vm.identity and intent.attempt not in facts.dead:
-        return f"set {intent.id} is being made of another VM of this name ({intent.vm.identity}) since {intent.started}; rename one of them"
+        return (
+            f"set {intent.id} is being made of another VM of this name ({intent.vm.identity}) since {intent.started};"
+            " rename one of them"
+        )
     return ""
 
 
-def foreign_jobs(vm: Vm, tag: str) -> tuple[Job, ...]:
+def _foreign_jobs(vm: Vm, tag: str) -> tuple[Job, ...]:
     """The jobs of a VM that are none of this repository's."""
     return tuple(job for job in vm.active_jobs() if not job.id.startswith(f"vmfleet.{tag}."))
 
@@ -402,20 +410,30 @@ def judge(intent: Intent, facts: Facts, shelf: Shelf, now: float) -> Verdict:
         return Verdict(BROKEN, "QEMU ended, or was restarted, while the set was made")
     if facts.vm is None:
         return Verdict(UNREACHABLE, facts.error)
-    jobs = {disk.image.name: facts.vm.job(disk.job) for disk in intent.disks}
+    return _judge_jobs(intent, facts.vm, now)
+
+
+def _judge_jobs(intent: Intent, vm: Vm, now: float) -> Verdict:
+    jobs = {disk.image.name: vm.job(disk.job) for disk in intent.disks}
     if intent.phase == PREPARING and not any(jobs.values()):
         return Verdict(INTERRUPTED)
-    for disk, job in jobs.items():
-        if job is None:
-            return Verdict(BROKEN, f"disk {disk}: its job was dismissed by somebody else: nobody knows how it ended")
-        if job.ended and (job.error or job.status != "concluded"):
-            reason = "cancelled from outside" if job.error == CANCELLED else job.error or job.status
-            return Verdict(BROKEN, f"disk {disk}: {reason}")
-    if all(job is not None and job.ended for job in jobs.values()):
+    errors = [f"disk {disk}: {_job_error(job)}" for disk, job in jobs.items() if _job_error(job)]
+    if errors:
+        return Verdict(BROKEN, "; ".join(errors))
+    if all(job and job.ended for job in jobs.values()):
         return Verdict(COPIED)
     if intent.deadline is not None and now >= intent.deadline:
-        return Verdict(BROKEN, "not done within the timeout of %g s" % (intent.deadline - intent.begun))
+        return Verdict(BROKEN, f"not done within the timeout of {intent.deadline - intent.begun:g} s")
     return Verdict(RUNNING)
+
+
+def _job_error(job: Job | None) -> str:
+    """Why a job comes to nothing; empty while it runs, and where it has ended well."""
+    if job is None:
+        return "its job was dismissed by somebody else: nobody knows how it ended"
+    if not job.ended or (job.status == "concluded" and not job.error):
+        return ""
+    return "cancelled from outside" if job.error == CANCELLED else job.error or f"its job ended as {job.status}"
 
 
 def guest_stopped_by(intent: Intent, facts: Facts, target_full: bool) -> bool:
@@ -461,7 +479,7 @@ def fit_into(space: Space, plans: Iterable[VmPlan]) -> tuple[Space, tuple[VmPlan
     result = []
     for plan in plans:
         if plan.bytes > max(left, 0):
-            result.append(replace(plan, action=FAIL, reason=no_room(plan.bytes, left, space)))
+            result.append(replace(plan, action=FAIL, reason=no_room(plan.bytes, space, left)))
             continue
         left -= plan.bytes
         needed += plan.bytes
@@ -484,45 +502,52 @@ def reserve_bytes(reserve: str, total: int) -> int:
         ) from None
 
 
-def no_room(needed: int, left: int, space: Space) -> str:
-    unreserved = "" if space.reservable else ", which counts double because this file system cannot reserve space"
+def no_room(needed: int, space: Space, left: int) -> str:
+    """What is said of a set for which only C(left) bytes are there."""
+    reserve = human(space.reserve)
+    if not space.reservable:
+        reserve += " (counted twice, because this file system cannot reserve space for a copy)"
     return (
-        f"not enough space: the set may take {human(needed)}, and {human(max(left, 0))} are left ({human(space.free)} free, less the reserve of {human(space.reserve)}{unreserved}, less {human(max(space.free - space.reserve * (1 if space.reservable else 2) - left, 0))} for"
-        " other sets);"
-        " make room, or lower reserve"
+        f"not enough space: the set may take {human(needed)}, and there is room for {human(max(left, 0))}:"
+        f" {human(space.free)} are free, {reserve} are kept in reserve, and the rest is for other sets;"
+        " make room, or lower the reserve"
     )
 
 
 def human(size: int) -> str:
     """C(33.6 MiB)"""
-    number = float(size)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(number) < 1024:
-            return "%.*f %s" % (0 if unit == "B" else 1, number, unit)
+    if size < 1024:
+        return f"{size} B"
+    number = size / 1024
+    for unit in ("KiB", "MiB", "GiB"):
+        if number < 1024:
+            return f"{number:.1f} {unit}"
         number /= 1024
     return f"{number:.1f} TiB"
 
 
 def describe(plan: Plan) -> list[str]:
     """The plan for people to read."""
+    space = plan.space
+    created = " (to be created)" if plan.create_repository else ""
+    amounts = {
+        "needed at most": space.needed,
+        "free": space.free,
+        "kept in reserve": space.reserve,
+        "promised to other sets": space.promised,
+    }
     lines = [
-        "Backup {} to {}{}".format(plan.id, plan.repository, " (to be created)" if plan.create_repository else ""),
-        "Space: {} needed, {} free, {} kept in reserve, {} promised to other sets".format(
-            *tuple(
-                human(size) for size in (plan.space.needed, plan.space.free, plan.space.reserve, plan.space.promised)
-            )
-        ),
+        f"Backup {plan.id} to {plan.repository}{created}",
+        "Space: {}".format(", ".join(f"{human(size)} {what}" for what, size in amounts.items())),
     ]
-    if not plan.space.reservable:
-        lines.append("This file system cannot reserve space for a copy: the reserve counts double.")
+    if not space.reservable:
+        lines.append("This file system cannot reserve space for a copy: the reserve counts twice.")
     lines += [f"Warning: {warning}" for warning in plan.warnings]
     width = max((len(vm.name) for vm in plan.vms), default=0)
     for vm in plan.vms:
-        lines.append("%-6s %-*s  %s" % (vm.action, width, vm.name, vm.reason))
-        if vm.action == FAIL:
-            continue
-        for disk in vm.disks:
-            lines.append("       %-*s  %s: %s, at most %s" % (width, "", disk.name, disk.level, human(disk.bytes)))
-        for left_out in vm.left_out:
-            lines.append("       %-*s  %s: left out, %s" % (width, "", left_out.name, left_out.reason))
+        lines.append(f"{vm.action:6}  {vm.name:{width}}  {vm.reason}")
+        if vm.action in (START, ATTACH):
+            indent = " " * (6 + 2 + width + 2)
+            lines += [f"{indent}{disk.name}: {disk.level}, at most {human(disk.bytes)}" for disk in vm.disks]
+            lines += [f"{indent}{drive.name}: left out, {drive.reason}" for drive in vm.left_out]
     return lines

@@ -73,11 +73,6 @@ class Record:
         """Whether QEMU clears the bitmap when the copy ends well: nothing else knows those changes then."""
         return bool(self.bitmap) and (self.sync == "incremental" or self.bitmap_mode in OVERWRITING_BITMAP_MODES)
 
-    def describes(self, other: Record) -> bool:
-        """Whether both speak of the same backup of the same disk of the same VM."""
-        same = ("identity", "device", "sync", "bitmap", "format", "virtual_size")
-        return all(getattr(self, name) == getattr(other, name) for name in same)
-
     def matches(self, status: os.stat_result, is_device: bool) -> bool:
         """Whether the file that was finished is still there, and untouched. A device has no such marks."""
         return is_device or (self.inode, self.size, self.mtime) == (status.st_ino, status.st_size, status.st_mtime_ns)
@@ -146,6 +141,12 @@ def update(path: str, record: Record) -> None:
     """Replace a record."""
     os.replace(_write(path, record), path)
     sync_directory(os.path.dirname(path))
+
+
+def sweep(receipt: str) -> None:
+    """Remove what a process has left that was killed while it wrote a record."""
+    if receipt:
+        remove(_temporary(record_path(receipt)))
 
 
 def discard(path: str) -> None:

@@ -5,8 +5,9 @@
 # PRIVATE: this file is not part of the public interface of the collection; it can change without notice.
 """A repository: a directory tree of sets.
 
-C(REPOSITORY/<vm>/<set id>/) is a set if it holds a valid manifest. C(.<set id>.staging/) beside it is where a set grows,
-described by its intent; C(.<set id>.failed.json) remembers an attempt that did not end well; C(.lock) is never unlinked.
+C(REPOSITORY/<vm>/<set id>/) is a set if it holds a valid manifest. C(.<set id>.staging/) beside it is where a set
+grows, described by its intent; C(.<set id>.failed.json) remembers an attempt that did not end well; C(.lock) is never
+unlinked.
 What changes something here is called with the VM's lock held.
 """
 
@@ -216,6 +217,11 @@ class Repository:
     def record_failure(self, vm: str, failure: Failure) -> None:
         _write(self.failure_path(vm, failure.id), asdict(failure))
 
+    def discard_images(self, intent: Intent) -> None:
+        """Give back the space that an attempt has taken; its intent stays."""
+        for disk in intent.disks:
+            remove(self.image_path(intent, disk.image.image))
+
     def discard(self, intent: Intent) -> None:
         """Remove what an attempt has left, its intent last: what a crash leaves of it is still known to be ours."""
         staging = self.staging(intent.vm.name, intent.id)
@@ -233,21 +239,22 @@ def open_repository(path: str) -> Repository:
             found = json.load(source)
         if found["schema"] > SCHEMA:
             raise BackupError(
-                "repository: %s has format version %d, newer than this collection; update vmfleet.backup"
-                % (path, found["schema"])
+                "repository: {} has format version {}, newer than this collection; update vmfleet.backup".format(
+                    path, found["schema"]
+                )
             )
         return Repository(path, str(uuids.UUID(found["uuid"])))
     except FileNotFoundError:
         raise BackupError(
-            f"repository: {path} is not a repository: there is no {REPOSITORY_FILE} in it. Is its file system mounted? A new repository is"
-            " made with create_repository: true"
+            f"repository: {path} is not a repository: there is no {REPOSITORY_FILE} in it. Is its file system mounted?"
+            " A new repository is made with create_repository: true"
         ) from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BackupError(f"repository: {marker} cannot be read: {error}") from error
 
 
 def find_repository(path: str, create: bool) -> Repository:
-    """The repository at C(path), fit to be written to, or one without a uuid where it may be made and is not there yet."""
+    """The repository at C(path), fit to be written to; one without a uuid where it may be made and is not there yet."""
     if create and not os.path.lexists(os.path.join(path, REPOSITORY_FILE)):
         check_creatable(path)
         return Repository(path, "")
@@ -265,10 +272,9 @@ def check_creatable(path: str) -> None:
     except OSError as error:
         raise BackupError(f"repository: {path}: {error.strerror}") from error
     if found and REPOSITORY_FILE not in found:
+        others = ", ".join(found[:3])
         raise BackupError(
-            "repository: {} holds {} and is no repository; name an empty directory, or one that does not exist yet".format(
-                path, ", ".join(found[:3])
-            )
+            f"repository: {path} holds {others} and is no repository; name an empty directory, or a new one"
         )
 
 
@@ -293,9 +299,7 @@ def check_writable(path: str) -> None:
     """BackupError where this user cannot write to the repository."""
     if not os.access(path, os.W_OK | os.X_OK):
         reason = "is mounted read-only" if os.statvfs(path).f_flag & os.ST_RDONLY else "is not writable"
-        raise BackupError(
-            "repository: %s %s for user %d; remount it, or become its owner" % (path, reason, os.geteuid())
-        )
+        raise BackupError(f"repository: {path} {reason} for user {os.geteuid()}; remount it, or become its owner")
 
 
 def _probe_lock(path: str) -> None:

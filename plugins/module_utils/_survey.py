@@ -48,7 +48,7 @@ def require_qemu_img() -> None:
 
 
 def discover(listed: Iterable[Request], patterns: Iterable[str], general: Request) -> tuple[list[Request], list[str]]:
-    """The VMs that are listed, and one like C(general) for each further socket of the patterns; and what is odd about it."""
+    """The VMs that are listed, and one like C(general) for each further socket of the patterns; with warnings."""
     requests = [replace(request, monitor=str(parse_address(request.monitor, "vms"))) for request in listed]
     known = {request.monitor for request in requests}
     warnings = []
@@ -149,8 +149,7 @@ async def draw_up(
     repository: Repository, requests: Iterable[Request], set_id: str, policy: Policy, warnings: Iterable[str] = ()
 ) -> Plan:
     """The plan for these VMs: every one of them is in it, whatever its state."""
-    hypervisor = this_hypervisor()
-    run = secrets.token_hex(8)
+    terms = _plan.Terms(set_id, secrets.token_hex(8), repository.tag, this_hypervisor(), policy)
     turns = asyncio.Semaphore(AT_ONCE)
     processes: dict[str, tuple[int, ...]] = {}
 
@@ -164,8 +163,8 @@ async def draw_up(
                 shelf = repository.shelf(named.name)
             except BackupError as error:
                 return VmPlan(named.name, named.monitor, _plan.FAIL, str(error))
-            facts = with_dead(facts, shelf.intents, hypervisor)
-            decision = _plan.decide(named, facts, shelf, set_id, run, hypervisor, policy, repository.tag)
+            facts = with_dead(facts, shelf.intents, terms.hypervisor)
+            decision = _plan.decide(named, facts, shelf, terms)
             if decision.plan.action not in (_plan.START, _plan.FINISH):
                 return decision.plan
             expected = await measure(decision.choice.disks)
@@ -177,7 +176,7 @@ async def draw_up(
     return Plan(
         repository=repository.path,
         create_repository=not repository.uuid,
-        run=run,
+        run=terms.run,
         id=set_id,
         policy=policy,
         space=space,

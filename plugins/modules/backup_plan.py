@@ -13,9 +13,10 @@ description:
   - Asks every VM that is listed, or whose socket matches a pattern, for its disks and jobs, looks into the repository,
     and says for each VM what M(vmfleet.backup.backup_set) would do and why.
   - Changes nothing, in check mode or out of it.
-  - A VM that cannot be backed up is in the plan with RV(plan.vms[].action=fail) and the reason. It never stops the others.
-    M(vmfleet.backup.backup_set) fails when it is through with them.
-  - CD-ROMs, empty drives and other read-only drives are left out, and named in the plan. UEFI variables (pflash) are included.
+  - A VM that cannot be backed up is in the plan with RV(plan.vms[].action=fail) and the reason. It never stops the
+    others. M(vmfleet.backup.backup_set) fails when it is through with them.
+  - CD-ROMs, empty drives and other read-only drives are left out, and named in the plan. UEFI variables (pflash) are
+    included.
 author:
   - vmfleet contributors (@vmfleet)
 extends_documentation_fragment:
@@ -37,19 +38,21 @@ requirements:
 options:
   repository:
     description:
-      - The directory of the repository. It must hold the file C(vmfleet.json), which shows that its file system is mounted.
+      - The directory of the repository. It must hold the file C(vmfleet.json), which shows that its file system is
+        mounted.
     type: path
     required: true
   create_repository:
     description:
-      - Plan to make a repository where there is none. M(vmfleet.backup.backup_set) makes it, in an empty directory, or in
-        one that does not exist yet.
+      - Plan to make a repository where there is none. M(vmfleet.backup.backup_set) makes it, in an empty directory,
+        or in one that does not exist yet.
     type: bool
     default: false
   id:
     description:
       - The id of the sets. A VM that has a set of this id is done.
-      - The default is today's date in UTC, such as V(2026-11-22). For several sets a day, give an id with the time in it.
+      - The default is today's date in UTC, such as V(2026-11-22). For several sets a day, give an id with the time in
+        it.
     type: str
   vms:
     description: The VMs to back up.
@@ -77,13 +80,14 @@ options:
   sockets:
     description:
       - Patterns of the QMP sockets of further VMs, such as V(/run/qemu/*.qmp).
-      - A pattern that matches nothing is worth a warning. A path without wildcards stands for a VM that should be there.
+      - A pattern that matches nothing is worth a warning. A path without wildcards stands for a VM that should be
+        there.
     type: list
     elements: str
   include_disks:
     description:
-      - Back up these disks only, by backend name, node name or device id. A name that a VM does not have is an error for
-        that VM.
+      - Back up these disks only, by backend name, node name or device id. A name that a VM does not have is an error
+        for that VM.
       - A read-only disk that is named here is backed up too.
     type: list
     elements: str
@@ -116,8 +120,8 @@ options:
     default: true
   offline:
     description:
-      - What a VM is that is not there, because nobody listens on its monitor. With V(fail), the default, it counts as not
-        backed up, which is what it is. With V(skip) it is left out with a word.
+      - What a VM is that is not there, because nobody listens on its monitor. With V(fail), the default, it counts as
+        not backed up, which is what it is. With V(skip) it is left out with a word.
       - A VM that is there and does not answer always counts as not backed up.
     type: str
     choices: [fail, skip]
@@ -182,8 +186,8 @@ plan:
           type: str
         action:
           description: >-
-            V(skip) if there is nothing to do, V(attach) if its set is being made, V(finish) if an older set comes first,
-            V(start), or V(fail) if it cannot be backed up.
+            V(skip) if there is nothing to do, V(attach) if its set is being made, V(finish) if an older set comes
+            first, V(start), or V(fail) if it cannot be backed up.
           type: str
         level:
           description: The level of the set, V(full).
@@ -196,8 +200,8 @@ plan:
           type: int
         disks:
           description: >-
-            The disks in the set, each with C(name), C(node), C(level), C(reason), C(parent), C(target) (its image file) and
-            C(bytes).
+            The disks in the set, each with C(name), C(node), C(level), C(reason), C(parent), C(target) (its image
+            file) and C(bytes).
           type: list
           elements: dict
         left_out:
@@ -246,7 +250,7 @@ def requests(params: dict[str, Any]) -> list[Request]:
 
 def policy(params: dict[str, Any]) -> Policy:
     if params["speed"] < 0:
-        raise Refused("speed", "%d is negative; give bytes per second, 0 is unlimited" % params["speed"])
+        raise Refused("speed", "{} is negative; give bytes per second, 0 is unlimited".format(params["speed"]))
     reserve_bytes(params["reserve"], 0)
     return Policy(**{name: params[name] for name in ("compression", "speed", "reserve", "checksum", "offline")})
 

@@ -12,10 +12,11 @@ version_added: 0.1.0
 description:
   - Sees to it that every VM of a plan has its set in the repository, that is, the images of all its chosen disks at one
     point in time, with one manifest.
-  - A set is seen under its name only when it is complete, on stable storage and described. It grows in a directory whose
-    name begins with a dot.
-  - A set that is there is left alone. One that is being made is picked up, by whatever process it was begun. What a process
-    left that was killed is finished or cleaned up. So a run that went wrong is simply run again with the same id.
+  - A set is seen under its name only when it is complete, on stable storage and described. It grows in a directory
+    whose name begins with a dot.
+  - A set that is there is left alone. One that is being made is picked up, by whatever process it was begun. What a
+    process left that was killed is finished or cleaned up. So a run that went wrong is simply run again with the same
+    id.
   - Every decision of the plan is made once more with locks held. It may only get safer by then.
   - QEMU needs no access to the repository if its monitor is a UNIX socket.
   - A VM for which something goes wrong never stops the others. The module fails when it is through with them, with all
@@ -43,8 +44,8 @@ options:
   state:
     description:
       - V(completed) returns when every set is published or has failed.
-      - V(started) returns when the jobs are running, O(max_vms) VMs at a time. What has ended by then is published. A later
-        call with V(completed), from any process, goes on.
+      - V(started) returns when the jobs are running, O(max_vms) VMs at a time. What has ended by then is published. A
+        later call with V(completed), from any process, goes on.
       - V(cancelled) stops the sets that are being made and removes what there is of them. The run that made them counts
         them as cancelled and does not begin anew. The next run does.
     type: str
@@ -56,12 +57,13 @@ options:
     default: 4
   timeout:
     description:
-      - Seconds after which a set that has been begun by this call and is not finished is cancelled, and counts as failed.
-        V(0) waits without end.
+      - Seconds after which a set that has been begun by this call and is not finished is cancelled, and counts as
+        failed. V(0) waits without end.
     type: float
     default: 0
   stall_timeout:
-    description: Seconds without any progress after which a set is cancelled, and counts as failed. V(0) waits without end.
+    description: Seconds without any progress after which a set is cancelled, and counts as failed. V(0) waits without
+      end.
     type: float
     default: 600
   unattended:
@@ -201,19 +203,15 @@ def places(module: AnsibleModule) -> tuple[Repository, Plan, bool]:
 
 def failure(outcomes: Sequence[Outcome], set_id: str, wanted: str) -> str:
     """What the module says when not every VM is where it should be; empty where all are."""
-    bad = [
-        outcome for outcome in outcomes if outcome.state in ((FAILED,) if wanted == CANCELLED else (FAILED, CANCELLED))
-    ]
+    bad_states = (FAILED,) if wanted == CANCELLED else (FAILED, CANCELLED)
+    bad = [outcome for outcome in outcomes if outcome.state in bad_states]
     if not bad:
         return ""
     if wanted == CANCELLED:
-        return "%d of %d sets could not be cancelled: %s" % (len(bad), len(outcomes), _reasons(bad))
-    return "%d of %d VMs have no set %s: %s. Run the backup again with id %s: sets that are there stay as they are" % (
-        len(bad),
-        len(outcomes),
-        set_id,
-        _reasons(bad),
-        set_id,
+        return f"{len(bad)} of {len(outcomes)} sets could not be cancelled: {_reasons(bad)}"
+    return (
+        f"{len(bad)} of {len(outcomes)} VMs have no set {set_id}: {_reasons(bad)}."
+        f" Run the backup again with id {set_id}: sets that are there stay as they are"
     )
 
 
