@@ -569,8 +569,8 @@ class Engine:
         if stubborn:
             names = ", ".join(job.id for job in stubborn)
             raise JobFailed(
-                f"job {names} does not end after block-job-cancel: its target hangs. Bring the target back; the next run"
-                " removes what is left"
+                f"job {names} does not end after block-job-cancel: its target hangs. Bring the target back; the next"
+                " run removes what is left"
             )
 
     async def _remove_traces(self, monitor: Monitor, vm: Vm, attempt: str) -> None:

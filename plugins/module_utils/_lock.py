@@ -30,6 +30,9 @@ RETRY_INTERVAL = 0.02
 def host_lock_path(process: Process | None, address: Address) -> str:
     """The lock of one QEMU on this hypervisor. Over TCP the process is unknown, and the address stands for it."""
     directory = "/run/vmfleet" if os.geteuid() == 0 else os.path.join("/tmp", f"vmfleet-{os.geteuid()}")
+    os.makedirs(directory, mode=0o700, exist_ok=True)
+    if os.stat(directory).st_uid != os.geteuid():
+        raise BackupError(f"{directory} belongs to somebody else, and a lock in it would hold nobody off; remove it")
     if process is not None:
         return os.path.join(directory, f"{process.pid}-{process.start}.lock")
     return os.path.join(directory, str(address).replace("/", "_") + ".lock")

@@ -43,6 +43,7 @@ MANIFEST = "manifest.json"
 INTENT = "intent.json"
 STAGING = ".staging"
 FAILED = ".failed.json"
+TEMPORARY = f".{REPOSITORY_FILE}."
 PUBLISHED_MODE = 0o440
 BLOCK = 512
 """The unit of st_blocks, in bytes."""
@@ -266,7 +267,8 @@ def find_repository(path: str, create: bool) -> Repository:
 def check_creatable(path: str) -> None:
     """Refuse to make a repository out of a directory that holds something else."""
     try:
-        found = sorted(set(os.listdir(path)) - HARMLESS)
+        # Another hypervisor may be making the repository at this moment.
+        found = sorted(entry for entry in set(os.listdir(path)) - HARMLESS if not entry.startswith(TEMPORARY))
     except FileNotFoundError:
         return
     except OSError as error:
@@ -283,14 +285,15 @@ def create_repository(path: str) -> Repository:
     check_creatable(path)
     os.makedirs(path, mode=0o700, exist_ok=True)
     marker = os.path.join(path, REPOSITORY_FILE)
-    temporary = f"{path}/.{REPOSITORY_FILE}.{uuids.uuid4().hex}"
-    _write(temporary, {"schema": SCHEMA, "uuid": str(uuids.uuid4())})
+    temporary = os.path.join(path, TEMPORARY + uuids.uuid4().hex)
     try:
+        _write(temporary, {"schema": SCHEMA, "uuid": str(uuids.uuid4())})
         os.link(temporary, marker)
-    except FileExistsError:
+    except (FileExistsError, FileNotFoundError):
+        # Somebody else was faster, and has tidied up as below.
         pass
-    finally:
-        os.unlink(temporary)
+    for leftover in glob.glob(os.path.join(glob.escape(path), TEMPORARY + "*")):
+        remove(leftover)
     sync_directory(path)
     return open_repository(path)
 

@@ -198,6 +198,9 @@ options:
     type: str
     choices: [cancel, leave]
     default: cancel
+notes:
+  - While a VM is paused, QEMU 7.2 keeps the files that were passed to it open, and with them the lock on the finished
+    image. It lets go when the VM runs again.
 seealso:
   - module: vmfleet.backup.block_job_info
   - module: vmfleet.backup.block_job
