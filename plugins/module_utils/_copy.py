@@ -140,7 +140,7 @@ def examine(drive: Drive, vm: Vm) -> Copy:
         return replace(copy, job=None, reason=f"it was for VM {record.vm}, which has ended")
     if record.phase == _receipt.CANCELLING:
         return replace(copy, reason="it had been given up")
-    if record.finished:
+    if record.whole:
         return replace(copy, found=COPIED)
     if process and vm.process and process != vm.process:
         return replace(copy, job=None, reason=f"its QEMU (process {process.pid}) has ended")
@@ -162,7 +162,7 @@ def _refuse_foreign(drive: Drive, vm: Vm, record: Record) -> None:
             f" good, remove {_receipt.record_path(drive.receipt_path)}"
         )
     alive = bool(record.process) and Process(*record.process).alive
-    if record.identity != vm.identity and (alive or record.finished):
+    if record.identity != vm.identity and (alive or record.whole):
         raise BackupError(
             f"target: {drive.target} is being made for another VM ({record.vm}, since {record.started}); use another"
             " target"
@@ -189,7 +189,7 @@ def _examine_unrecorded(drive: Drive, vm: Vm, disk: Disk) -> Copy:
         return copy
     if receipt is None:
         return replace(copy, found=OCCUPIED, reason="it has no receipt")
-    if receipt.phase != _receipt.COMPLETED:
+    if not receipt.whole:
         return replace(copy, reason="an earlier attempt left it unfinished")
     difference = _difference(drive, vm, disk, receipt)
     return replace(copy, found=OCCUPIED if difference else DONE, record=receipt, reason=difference)

@@ -12,6 +12,7 @@ process, at any time, after any crash: look, decide, act, under the VM's lock; t
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import secrets
 import time
@@ -62,6 +63,9 @@ LONGEST_POLL = 2.0
 
 FULL_BYTES = 64 * 1024 * 1024
 """A file system with less room than this counts as full when a guest has been stopped by an I/O error."""
+
+IO_ERROR = "io-error"
+"""QEMU's status of a VM that was stopped because a write of its guest failed."""
 
 
 @dataclass
@@ -122,7 +126,8 @@ class DriveBackup:
                     # A process that died in mid-work leaves open files in QEMU, which keep its image locked.
                     for copy in copies:
                         await _jobs.remove_fdsets(monitor, vm, copy.opaque)
-                        _receipt.sweep(copy.drive.receipt_path)
+                        if copy.drive.receipt_path:
+                            _receipt.sweep(_receipt.record_path(copy.drive.receipt_path))
                 if self.request.state == "cancelled":
                     return await self._give_up(monitor, copies), ""
                 return await self._advance(monitor, vm, copies, followed, holding)
@@ -337,8 +342,8 @@ class DriveBackup:
         except MonitorError as error:
             return [], str(error)
         running = [copy for copy in copies if copy.found == RUNNING]
-        stopped_before = any(copy.record and copy.record.guest == "io-error" for copy in running)
-        if running and vm.status == "io-error" and not stopped_before:
+        stopped_before = any(copy.record and copy.record.guest == IO_ERROR for copy in running)
+        if running and vm.status == IO_ERROR and not stopped_before:
             await self._save_guest(attempt)
         if any(copy.state == "paused" for copy in running):
             raise _paused(vm, copies)
@@ -365,22 +370,18 @@ class DriveBackup:
         """The VM was stopped by an I/O error while our jobs ran. The backup goes; the guest goes on if that was us."""
         async with self._monitor() as monitor:
             vm, copies = await self._look(monitor)
-        blamed = [copy for copy in copies if _blamed(copy)]
+        blamed = [copy.drive.target for copy in copies if _blamed(copy)]
         reason = "the guest was stopped by an I/O error while the backup ran"
         results = await self._cancel_attempt(attempt, reason)
-        if not blamed:
+        if blamed:
             raise JobFailed(
-                f"VM {vm.name}: {reason}. The backup is cancelled; its targets show no fault, and so the VM was left"
-                " as it is: look at"
-                " its own disks, then `cont`",
+                f"VM {vm.name}: {reason}: No space left on device, or an error, at {', '.join(blamed)}. The backup is"
+                " cancelled, and the guest goes on",
                 jobs=results,
             )
-        async with self._monitor() as monitor:
-            await monitor.execute("cont")
-            status = (await monitor.execute("query-status"))["status"]
         raise JobFailed(
-            "VM {}: {}: No space left on device, or an error, at {}. The backup is cancelled, the guest is let go on"
-            " (status: {})".format(vm.name, reason, ", ".join(copy.drive.target for copy in blamed), status),
+            f"VM {vm.name}: {reason}. The backup is cancelled; its targets show no fault, and so the VM was left as it"
+            " is: look at its own disks, then `cont`",
             jobs=results,
         )
 
@@ -421,12 +422,15 @@ class DriveBackup:
         return done
 
     async def _clean(self, monitor: Monitor, copies: list[Copy]) -> None:
-        """Remove every trace of these copies: job, fdset, image, record, in this order."""
+        """Remove every trace of these copies: job, image, record, in this order. The guest comes before all files."""
         if not copies:
             return
         self.changed = True
+        blamed = any(_blamed(copy) for copy in copies)
         for copy in copies:
-            _write_phase(copy, _receipt.CANCELLING)
+            # The mark only tells the next call what to think of a cancelled job: without it that one says a word more.
+            with contextlib.suppress(OSError):
+                _write_phase(copy, _receipt.CANCELLING)
         job_ids = [copy.job_id for copy in copies]
         stubborn = await _jobs.cancel_jobs(monitor, job_ids)
         if stubborn:
@@ -434,6 +438,8 @@ class DriveBackup:
                 "{}: job {} does not end after block-job-cancel: its target hangs. Bring the target back; the next call"
                 " removes what is left".format(self.request.address, ", ".join(job.id for job in stubborn))
             )
+        if blamed and not any(copy.record and copy.record.guest == IO_ERROR for copy in copies):
+            await _resume(monitor)
         await _jobs.dismiss_jobs(monitor, job_ids)
         for copy in copies:
             _remove_files(copy)
@@ -457,7 +463,7 @@ class DriveBackup:
         results = []
         for drive in self.request.drives:
             record = _receipt.read(_receipt.record_path(drive.receipt_path)) if drive.receipt_path else None
-            if record and record.attempt == attempt and not record.finished:
+            if record and record.attempt == attempt and not record.whole:
                 results.append(lost_result(drive, record, reason))
         return JobFailed(
             f"{reason}. QEMU has ended, and the backup with it; repeat the call when the VM is up: it removes what is"
@@ -485,6 +491,12 @@ def _paused(vm: Vm, copies: list[Copy]) -> JobFailed:
         " State cancelled gives it up",
         jobs=[copy.result() for copy in copies],
     )
+
+
+async def _resume(monitor: Monitor) -> None:
+    """Let a guest go on that our target has stopped: its job is gone, and its writes are tried again."""
+    if (await monitor.execute("query-status"))["status"] == IO_ERROR:
+        await monitor.execute("cont")
 
 
 def _blamed(copy: Copy) -> bool:
@@ -541,7 +553,7 @@ def _flush(copy: Copy) -> Copy:
     status = _target.flush(copy.drive.image_path)
     if copy.record is None:
         return replace(copy, found=DONE)
-    record = copy.record.completed(status, utc_now(), seconds_since(copy.record.started))
+    record = copy.record.copied(status, utc_now(), seconds_since(copy.record.started))
     _receipt.update(_receipt.record_path(copy.drive.receipt_path), record)
     return replace(copy, found=COPIED, record=record)
 
@@ -556,7 +568,7 @@ def _take_name(copy: Copy) -> Copy:
         _target.sync_directory(os.path.dirname(drive.target))
     if not record.matches(os.stat(drive.target), _target.is_block_device(drive.target)):
         raise OSError(f"{drive.target} is not the image that was finished: somebody moved or changed it")
-    _receipt.finish(_receipt.record_path(drive.receipt_path), drive.receipt_path, record)
+    _receipt.finish(_receipt.record_path(drive.receipt_path), drive.receipt_path)
     return replace(copy, found=DONE)
 
 

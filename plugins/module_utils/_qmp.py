@@ -312,15 +312,11 @@ class Monitor:
 
 
 def _clients(path: str) -> tuple[int, int]:
-    """How many clients the socket at C(path) serves, and how many wait to be accepted (those have no inode yet)."""
-    accepted = waiting = 0
-    connected = "03"
+    """How many clients the socket at C(path) serves, and how many wait to be accepted (unix(7), net/unix/af_unix.c)."""
+    counts = {"03": 0, "02": 0}
     with open("/proc/net/unix", encoding="utf-8", errors="replace") as table:
         for line in table:
             columns = line.split(maxsplit=7)
-            if len(columns) == 8 and columns[7].rstrip("\n") == path and columns[5] == connected:
-                if columns[6] == "0":
-                    waiting += 1
-                else:
-                    accepted += 1
-    return accepted, waiting
+            if len(columns) == 8 and columns[7].rstrip("\n") == path and columns[5] in counts:
+                counts[columns[5]] += 1
+    return counts["03"], counts["02"]

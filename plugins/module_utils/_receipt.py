@@ -11,6 +11,7 @@ image is finished, the record becomes the receipt by a rename. Both are JSON wit
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -24,17 +25,20 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 
+SIZE = 4096
+"""Bytes of a record's file: one block."""
+
+AT_FDCWD = -100
+RENAME_EXCHANGE = 2
+
 PREPARING = "preparing"
 """The record was written; the image may exist, and the job may have been started a moment ago."""
 COPYING = "copying"
 """The job has been started."""
 COPIED = "copied"
-"""The job ended well and the image is on stable storage: only renames are missing."""
+"""The job ended well and the image is on stable storage: a rename or two, and the record is the receipt."""
 CANCELLING = "cancelling"
 """This attempt is given up: its job and its image are to go."""
-COMPLETED = "completed"
-"""The image stands under its own name."""
-
 OVERWRITING_BITMAP_MODES = ("on-success", "always")
 
 
@@ -69,6 +73,11 @@ class Record:
     schema: int = field(default=SCHEMA)
 
     @property
+    def whole(self) -> bool:
+        """Whether the image that it speaks of is finished."""
+        return self.phase == COPIED
+
+    @property
     def consumes_bitmap(self) -> bool:
         """Whether QEMU clears the bitmap when the copy ends well: nothing else knows those changes then."""
         return bool(self.bitmap) and (self.sync == "incremental" or self.bitmap_mode in OVERWRITING_BITMAP_MODES)
@@ -77,7 +86,7 @@ class Record:
         """Whether the file that was finished is still there, and untouched. A device has no such marks."""
         return is_device or (self.inode, self.size, self.mtime) == (status.st_ino, status.st_size, status.st_mtime_ns)
 
-    def completed(self, status: os.stat_result, finished: str, duration: float) -> Record:
+    def copied(self, status: os.stat_result, finished: str, duration: float) -> Record:
         """This record when its image is on stable storage."""
         return replace(
             self,
@@ -125,57 +134,84 @@ def _unreadable(path: str, reason: str) -> BackupError:
 
 def create(path: str, record: Record) -> None:
     """Write a record where there is none; FileExistsError where somebody else was first."""
-    temporary = _write(path, record)
+    if os.path.lexists(path):
+        raise FileExistsError(path)
+    spare = _spare(path)
     try:
-        os.link(temporary, path)
-        os.unlink(temporary)
-    except PermissionError:
-        # The file system has no hard links (exFAT, some network mounts), and so nothing that claims a name at once.
-        if os.path.lexists(path):
-            raise FileExistsError(path) from None
-        os.rename(temporary, path)
+        _write(spare, record)
+        try:
+            os.link(spare, path)
+        except PermissionError:
+            # The file system has no hard links (exFAT, some network mounts), and so nothing that claims a name at once.
+            if os.path.lexists(path):
+                raise FileExistsError(path) from None
+            os.rename(spare, path)
+    finally:
+        remove(spare)
+    try:
+        # By this the record can be renewed when the file system is full: that is when it must be.
+        _write(spare, record)
+    except OSError:
+        discard(path)
+        raise
     sync_directory(os.path.dirname(path))
 
 
 def update(path: str, record: Record) -> None:
-    """Replace a record."""
-    os.replace(_write(path, record), path)
+    """Replace a record, also on a full file system: its spare has the space."""
+    spare = _spare(path)
+    if os.path.lexists(spare) and os.lstat(spare).st_nlink > 1:
+        # A process was killed while it claimed the name: this is still the record itself.
+        os.unlink(spare)
+    _write(spare, record)
+    try:
+        _exchange(spare, path)
+    except OSError:
+        # Not every file system can (NFS): the spare is used up then.
+        os.replace(spare, path)
     sync_directory(os.path.dirname(path))
 
 
-def sweep(receipt: str) -> None:
-    """Remove what a process has left that was killed while it wrote a record."""
-    if receipt:
-        remove(_temporary(record_path(receipt)))
+def sweep(path: str) -> None:
+    """Remove what is left where a process was killed before it had claimed the record's name, or after it let it go."""
+    if not os.path.lexists(path):
+        remove(_spare(path))
 
 
 def discard(path: str) -> None:
     """Remove a record or receipt, for good."""
-    remove(_temporary(path))
-    if remove(path):
+    found = remove(path)
+    if remove(_spare(path)) or found:
         sync_directory(os.path.dirname(path))
 
 
-def finish(path: str, receipt: str, record: Record) -> None:
+def finish(path: str, receipt: str) -> None:
     """Turn the record at C(path) into the receipt."""
-    update(path, replace(record, phase=COMPLETED))
     os.replace(path, receipt)
+    remove(_spare(path))
     sync_directory(os.path.dirname(receipt))
 
 
-def _write(path: str, record: Record) -> str:
-    """Write a record beside its place, onto stable storage; returns the temporary file's name."""
-    temporary = _temporary(path)
-    remove(temporary)
-    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    with os.fdopen(fd, "w", encoding="utf-8") as sink:
-        json.dump(asdict(record), sink, indent=1, sort_keys=True)
-        sink.write("\n")
-        sink.flush()
-        os.fsync(sink.fileno())
-    return temporary
+def _write(spare: str, record: Record) -> None:
+    """Write a record into the spare file, over what is there, onto stable storage."""
+    text = json.dumps(asdict(record), indent=1, sort_keys=True)
+    fd = os.open(spare, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        # Always of one size, so that the next one fits into the same blocks.
+        os.pwrite(fd, text.encode("utf-8", "surrogateescape").ljust(SIZE - 1) + b"\n", 0)
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
-def _temporary(path: str) -> str:
-    # One fixed name: what a killed process has left there is replaced by the next one.
+def _exchange(one: str, other: str) -> None:
+    """Swap two files' names at once (renameat2(2))."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.renameat2(AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), RENAME_EXCHANGE) != 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code), other)
+
+
+def _spare(path: str) -> str:
+    # One fixed name: what a killed process has left there is used or removed by the next one.
     return path + ".tmp"

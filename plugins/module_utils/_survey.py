@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 AT_ONCE = 32
 """How many VMs are asked at the same time."""
 
+FULL = 1 << 20
+"""A file system with fewer bytes free than this is full, whatever the reserve: a copy takes pieces of this size."""
+
 
 def this_hypervisor() -> Hypervisor:
     with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as source:
@@ -130,7 +133,7 @@ def short_of_space(repository: Repository, policy: Policy) -> str:
     """What is wrong with the free space for copies whose space could not be reserved; empty where nothing is."""
     status = os.statvfs(repository.path)
     free = status.f_bavail * status.f_frsize
-    reserve = _plan.reserve_bytes(policy.reserve, status.f_blocks * status.f_frsize)
+    reserve = max(FULL, _plan.reserve_bytes(policy.reserve, status.f_blocks * status.f_frsize))
     if free >= reserve:
         return ""
     return f"only {_plan.human(free)} are left in {repository.path}, less than the reserve of {_plan.human(reserve)}"

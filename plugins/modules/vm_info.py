@@ -23,13 +23,11 @@ options:
       - QMP monitors, as V(unix:/run/qemu/web01.qmp), V(/run/qemu/web01.qmp) or V(tcp:127.0.0.1:4444).
     type: list
     elements: str
-    default: []
   sockets:
     description:
       - Patterns of QMP sockets' paths, such as V(/run/qemu/*.qmp). Each socket that matches is asked.
     type: list
     elements: str
-    default: []
 requirements:
   - qemu.qmp >= 0.0.4 (Python library) on the hypervisor
 seealso:
@@ -199,8 +197,8 @@ async def describe(address: Address, places: asyncio.Semaphore) -> dict[str, Any
 
 
 async def main_task(module: AnsibleModule) -> dict[str, Any]:
-    addresses = {parse_address(text, "monitors") for text in module.params["monitors"]}
-    for pattern in module.params["sockets"]:
+    addresses = {parse_address(text, "monitors") for text in module.params["monitors"] or []}
+    for pattern in module.params["sockets"] or []:
         addresses.update(parse_address(path, "sockets") for path in glob.glob(pattern))
     places = asyncio.Semaphore(AT_ONCE)
     vms = await asyncio.gather(*(describe(address, places) for address in sorted(addresses, key=str)))
@@ -210,8 +208,8 @@ async def main_task(module: AnsibleModule) -> dict[str, Any]:
 def main() -> None:
     module = AnsibleModule(
         argument_spec={
-            "monitors": {"type": "list", "elements": "str", "default": []},
-            "sockets": {"type": "list", "elements": "str", "default": []},
+            "monitors": {"type": "list", "elements": "str"},
+            "sockets": {"type": "list", "elements": "str"},
         },
         required_one_of=[("monitors", "sockets")],
         supports_check_mode=True,
