@@ -1,0 +1,52 @@
+# Copyright (c) 2026, vmfleet contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+# Every target installs what it needs first: the tools into .venv, and, where it is run as root on Debian, the packages.
+# ARGS goes to the program behind a target, as in: make unit ARGS="-k plan"
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format sanity unit integration molecule system package docs bench lock clean
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
+
+demo: ## Back up a real Linux guest while it writes, and look into the backup
+	@tools/setup vm
+	@tools/tree demo/run $(ARGS)
+
+test: ## Run all the checks below and show a summary
+	@tools/setup vm
+	@.venv/bin/python tools/check lint sanity unit package integration molecule system
+
+lint: ## Check style, types, documentation and changelog
+sanity: ## Run ansible-test sanity
+unit: ## Run the tests that need no QEMU
+docs: ## Build the reference documentation into build/docs
+lint sanity unit docs:
+	@tools/setup
+	@.venv/bin/python tools/check $@ --arguments="$(ARGS)"
+
+integration: ## Run every module against real QEMU (root)
+molecule: ## Run the roles over several hypervisors (root)
+system: ## Run the tests of crashes and of real guests (root)
+package: ## Build the tarball into dist, install it elsewhere and run its playbook (root)
+integration molecule system package:
+	@tools/setup vm
+	@.venv/bin/python tools/check $@ --arguments="$(ARGS)"
+
+bench: ## Measure against bare QMP, qemu-img and cp
+	@tools/setup vm
+	@tools/tree sh -c 'PYTHONPATH="$$ROOT" benchmarks/run $(ARGS)'
+
+format: ## Bring the Python files into shape, and mend what ruff can mend
+	@tools/setup
+	@.venv/bin/ruff check --fix-only .
+	@.venv/bin/ruff format .
+
+lock: ## Renew requirements-lock.txt from requirements-dev.txt
+	@tools/lock
+
+clean: ## Remove all that these targets made here
+	rm -rf .venv .ansible .mypy_cache .pytest_cache .ruff_cache build dist tests/output
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
