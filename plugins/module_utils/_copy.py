@@ -17,6 +17,7 @@ from datetime import datetime, timezone
 from typing import TYPE_CHECKING
 
 from ansible_collections.vmfleet.backup.plugins.module_utils import _receipt
+from ansible_collections.vmfleet.backup.plugins.module_utils._drive import plain_path
 from ansible_collections.vmfleet.backup.plugins.module_utils._errors import BackupError, Refused
 from ansible_collections.vmfleet.backup.plugins.module_utils._inspect import Disk, machine_id
 from ansible_collections.vmfleet.backup.plugins.module_utils._qmp import Process
@@ -43,6 +44,9 @@ ENDED = "ended"
 DEAD = "dead"
 """An attempt that comes to nothing has left traces."""
 
+JOB_PREFIX = "vmfleet.db."
+FDSET_PREFIX = "vmfleet:db:"
+
 CANCELLED = "Operation canceled"
 """QEMU's words for a cancelled job."""
 
@@ -61,8 +65,8 @@ class Copy:
 
     @property
     def opaque(self) -> str:
-        """The tag of this copy's fdsets begins with this."""
-        return f"vmfleet:db:{_digest(self.drive, self.disk)}:"
+        """The tag of this copy's fdsets."""
+        return FDSET_PREFIX + digest(self.drive, self.disk)
 
     @property
     def who(self) -> str:
@@ -122,36 +126,62 @@ def lost_result(drive: Drive, record: Record, error: str) -> dict[str, Any]:
 
 
 def attempt_of(copies: list[Copy]) -> str:
-    """The attempt that these copies belong to, or the job's id where a bare block device has no record of one."""
-    attempts = [copy.record.attempt for copy in copies if copy.record and copy.found != DONE]
-    return attempts[0] if attempts else copies[0].job_id
+    """The attempt that the running copies belong to, or the job's id where a bare block device has no record."""
+    running = [copy for copy in copies if copy.found == RUNNING]
+    attempts = [copy.record.attempt for copy in running if copy.record]
+    return attempts[0] if attempts else running[0].job_id
 
 
-def examine(drive: Drive, vm: Vm) -> Copy:
-    """Look at one drive; raises BackupError where its target is somebody else's business."""
+def examine(drive: Drive, vm: Vm, owners: dict[str, str]) -> Copy:
+    """Look at one drive; raises BackupError where its target is somebody else's business.
+
+    C(owners) tells whose the jobs are that have an id of the user's choice.
+    """
     disk = vm.disk(drive.device)
     record = _receipt.read(_receipt.record_path(drive.receipt_path)) if drive.receipt_path else None
     if record is None:
-        return _examine_unrecorded(drive, vm, disk)
+        return _examine_unrecorded(drive, vm, disk, owners)
     _refuse_foreign(drive, vm, record)
-    copy = Copy(drive, disk, record.job, DEAD, record, vm.job(record.job))
+    copy = Copy(drive, disk, record.job, DEAD, record, _own_job(drive, vm, disk, record.job, owners))
     process = Process(*record.process) if record.process else None
     if record.identity != vm.identity:
         return replace(copy, job=None, reason=f"it was for VM {record.vm}, which has ended")
     if record.phase == _receipt.CANCELLING:
         return replace(copy, reason="it had been given up")
     if record.whole:
-        return replace(copy, found=COPIED)
+        return _examine_whole(copy, record)
     if process and vm.process and process != vm.process:
         return replace(copy, job=None, reason=f"its QEMU (process {process.pid}) has ended")
     if copy.job is None:
         return replace(copy, reason=f"QEMU does not list its job {record.job}")
-    if (record.device, record.sync, record.bitmap) != (disk.name, drive.sync, drive.bitmap):
+    _refuse_other_request(copy, record)
+    if not copy.job.ended:
+        return replace(copy, found=RUNNING)
+    if not copy.job.error and not record.wrote(drive.image_path):
+        return replace(copy, reason=f"{drive.image_path} is gone, or another file stands there")
+    return replace(copy, found=ENDED)
+
+
+def _examine_whole(copy: Copy, record: Record) -> Copy:
+    """A finished image lies under one of its two names, as it was when it was finished."""
+    _refuse_other_request(copy, record)
+    for path in (copy.drive.image_path, copy.drive.target):
+        if os.path.exists(path) and record.matches(os.stat(path), is_block_device(path)):
+            return replace(copy, found=COPIED)
+    return replace(copy, reason="its finished image was removed or changed before it had its name")
+
+
+def _refuse_other_request(copy: Copy, record: Record) -> None:
+    """What was begun is what is asked for, or it is left to the call that has begun it."""
+    drive = copy.drive
+    asked = (plain_path(drive.target), copy.disk.name, drive.sync, drive.bitmap, drive.bitmap_mode)
+    begun = (plain_path(record.target), record.device, record.sync, record.bitmap, record.bitmap_mode)
+    if asked != begun or drive.format not in ("", record.format):
         raise BackupError(
-            f"target: {drive.target} is being made by job {record.job} from disk {record.device} (sync"
-            f" {record.sync}); use another target, or wait for that job"
+            f"target: {record.target} is being made by job {record.job} from disk {record.device} (sync {record.sync},"
+            f" format {record.format}, since {record.started}), and that is not what is asked for now; repeat the call"
+            " that began it, or use another target"
         )
-    return replace(copy, found=ENDED if copy.job.ended else RUNNING)
 
 
 def _refuse_foreign(drive: Drive, vm: Vm, record: Record) -> None:
@@ -162,16 +192,24 @@ def _refuse_foreign(drive: Drive, vm: Vm, record: Record) -> None:
             f" good, remove {_receipt.record_path(drive.receipt_path)}"
         )
     alive = bool(record.process) and Process(*record.process).alive
-    if record.identity != vm.identity and (alive or record.whole):
+    same_process = vm.process is None or record.process == [vm.process.pid, vm.process.start]
+    if (alive and not same_process) or (record.identity != vm.identity and (alive or record.whole)):
         raise BackupError(
             f"target: {drive.target} is being made for another VM ({record.vm}, since {record.started}); use another"
             " target"
         )
 
 
-def _examine_unrecorded(drive: Drive, vm: Vm, disk: Disk) -> Copy:
-    job_id = drive.job_id or f"vmfleet.db.{_digest(drive, disk)}"
-    job = vm.job(job_id)
+def _own_job(drive: Drive, vm: Vm, disk: Disk, job_id: str, owners: dict[str, str]) -> Job | None:
+    """The job of this id, if it is this copy's. An id of ours tells that itself."""
+    if job_id.startswith(JOB_PREFIX) or owners.get(job_id) == digest(drive, disk):
+        return vm.job(job_id)
+    return None
+
+
+def _examine_unrecorded(drive: Drive, vm: Vm, disk: Disk, owners: dict[str, str]) -> Copy:
+    job_id = drive.job_id or JOB_PREFIX + digest(drive, disk)
+    job = _own_job(drive, vm, disk, job_id, owners)
     copy = Copy(drive, disk, job_id, ABSENT, None, job)
     if not drive.receipt_path:
         # A block device without a receipt: the job in QEMU is all the memory there is.
@@ -208,12 +246,15 @@ def _difference(drive: Drive, vm: Vm, disk: Disk, receipt: Record) -> str:
     for name, (wanted, found) in asked.items():
         if wanted != found:
             return "its receipt is for another {} ({})".format(name, found or "none")
-    if not receipt.matches(os.stat(drive.target), is_block_device(drive.target)):
+    device = is_block_device(drive.target)
+    if device and plain_path(drive.target) != plain_path(receipt.target):
+        return f"its receipt is for another device ({receipt.target})"
+    if not receipt.matches(os.stat(drive.target), device):
         return "it was changed or replaced after its receipt was written"
     return ""
 
 
-def _digest(drive: Drive, disk: Disk) -> str:
+def digest(drive: Drive, disk: Disk) -> str:
     """12 hex digits that tell this copy from others: the same in every call that asks for it."""
     text = f"{drive.target}\0{disk.node}\0{drive.sync}\0{drive.bitmap}"
     return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:12]

@@ -99,12 +99,12 @@ def check_drives(drives: tuple[Drive, ...]) -> None:
             raise Refused("speed", f"{drive.speed} is negative; give bytes per second, 0 is unlimited")
         if drive.compress and drive.format == "raw":
             raise Refused("compress", "a raw image cannot be compressed; use format qcow2")
-    _refuse_twice("target", [_plain(drive.target) for drive in drives])
-    _refuse_twice("receipt", [_plain(drive.receipt_path) for drive in drives if drive.receipt_path])
+    _refuse_twice("target", [plain_path(drive.target) for drive in drives])
+    _refuse_twice("receipt", [plain_path(drive.receipt_path) for drive in drives if drive.receipt_path])
     _refuse_twice("job_id", [drive.job_id for drive in drives if drive.job_id])
 
 
-def _plain(path: str) -> str:
+def plain_path(path: str) -> str:
     """One spelling for each place; the last part may be a link, and is left as it is."""
     return os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path))
 
@@ -116,6 +116,9 @@ def _refuse_twice(option: str, given: list[str]) -> None:
 
 
 def _check_names(drive: Drive) -> None:
+    for option in ("target", "receipt"):
+        if "\0" in getattr(drive, option):
+            raise Refused(option, "a path cannot hold a NUL character")
     if not drive.target.startswith("/"):
         raise Refused(
             "target",

@@ -27,10 +27,12 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._copy import (
     DEAD,
     DONE,
     ENDED,
+    FDSET_PREFIX,
     OCCUPIED,
     RUNNING,
     Copy,
     attempt_of,
+    digest,
     examine,
     lost_result,
     seconds_since,
@@ -44,8 +46,13 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._errors import (
     MonitorGone,
     Refused,
 )
-from ansible_collections.vmfleet.backup.plugins.module_utils._inspect import inspect_vm, machine_id
-from ansible_collections.vmfleet.backup.plugins.module_utils._lock import host_lock_path, locked
+from ansible_collections.vmfleet.backup.plugins.module_utils._inspect import inspect_vm, machine_id, query_jobs
+from ansible_collections.vmfleet.backup.plugins.module_utils._lock import (
+    host_lock_path,
+    locked,
+    read_owners,
+    write_owners,
+)
 from ansible_collections.vmfleet.backup.plugins.module_utils._qmp import Monitor
 
 if TYPE_CHECKING:
@@ -77,6 +84,9 @@ class DriveBackup:
     warnings: list[str] = field(default_factory=list)
     changed: bool = False
 
+    def __post_init__(self) -> None:
+        self._held: dict[str, int] = {}
+
     async def ensure(self) -> list[dict[str, Any]]:
         """Take steps until the asked state is reached; returns the jobs' results."""
         began = time.monotonic()
@@ -101,7 +111,8 @@ class DriveBackup:
 
     async def _look(self, monitor: Monitor) -> tuple[Vm, list[Copy]]:
         vm = await inspect_vm(monitor)
-        copies = [examine(drive, vm) for drive in self.request.drives]
+        owners = read_owners(host_lock_path(vm.process, self.request.address))
+        copies = [examine(drive, vm, owners) for drive in self.request.drives]
         nodes = [copy.disk.node for copy in copies]
         for copy in copies:
             if nodes.count(copy.disk.node) > 1:
@@ -124,8 +135,8 @@ class DriveBackup:
                 vm, copies = await self._look(monitor)
                 if not self.request.check_mode:
                     # A process that died in mid-work leaves open files in QEMU, which keep its image locked.
+                    await _jobs.remove_fdsets(monitor, vm, FDSET_PREFIX)
                     for copy in copies:
-                        await _jobs.remove_fdsets(monitor, vm, copy.opaque)
                         if copy.drive.receipt_path:
                             _receipt.sweep(_receipt.record_path(copy.drive.receipt_path))
                 if self.request.state == "cancelled":
@@ -153,7 +164,10 @@ class DriveBackup:
                 copies,
                 "its job is gone, and no image was finished: it was cancelled elsewhere, or QEMU was restarted",
             )
-        if any(copy.found in (ABSENT, OCCUPIED) for copy in copies):
+        missing = any(copy.found in (ABSENT, OCCUPIED) for copy in copies)
+        if missing and not self.request.check_mode:
+            copies = await self._finish(monitor, copies)
+        if missing:
             return await self._start(monitor, vm, copies, holding)
         self._refuse_other_moments(vm, copies)
         return await self._publish(monitor, copies), ""
@@ -177,7 +191,9 @@ class DriveBackup:
         causes = [copy for copy in bad if copy.failure != CANCELLED] or bad
         reason = "; ".join(f"{copy.who}: {_in_words(copy)}" for copy in causes)
         if not self.request.check_mode:
-            whole = [] if self._together else [copy for copy in copies if copy.state == "completed"]
+            whole = [
+                copy for copy in copies if copy.state == "completed" and (not self._together or _irreplaceable(copy))
+            ]
             await self._finish(monitor, whole)
             await self._clean(
                 monitor, [copy for copy in copies if copy.found in (RUNNING, ENDED, COPIED, DEAD) and copy not in whole]
@@ -205,7 +221,7 @@ class DriveBackup:
                 " together"
             )
         for copy in running:
-            if copy.job and copy.job.speed != copy.drive.speed:
+            if copy.job and copy.drive.speed not in (0, copy.job.speed):
                 self.changed = True
                 if not self.request.check_mode:
                     await monitor.execute("block-job-set-speed", {"device": copy.job_id, "speed": copy.drive.speed})
@@ -244,7 +260,6 @@ class DriveBackup:
         self.changed = True
         if self.request.check_mode:
             return [copy.result("planned" if copy in starting else "") for copy in copies], ""
-        await self._finish(monitor, [copy for copy in copies if copy not in starting])
         begun: list[Copy] = []
         attempt = secrets.token_hex(6)
         try:
@@ -252,9 +267,11 @@ class DriveBackup:
                 record = _new_record(copy, vm, attempt, target)
                 _claim(copy.drive, record)
                 begun.append(replace(copy, found=RUNNING, job=None, record=record))
-                await self._make(copy, target, holding)
-                begun[-1] = replace(begun[-1], record=replace(record, reserved=self._reserve(target)))
-            await self._launch(monitor, vm, begun, targets)
+                inode = await self._make(copy, target, holding)
+                record = replace(record, inode=inode, reserved=self._reserve(target), phase=_receipt.COPYING)
+                begun[-1] = replace(begun[-1], record=record)
+            self._note_owners(vm, begun, holding)
+            await self._launch(monitor, begun, targets)
         except MonitorGone as error:
             raise self._lost(attempt, str(error)) from error
         except (BackupError, OSError) as error:
@@ -266,15 +283,29 @@ class DriveBackup:
         results = [by_node.get(copy.disk.node, copy).result() for copy in copies]
         return results, attempt_of(begun) if self.request.state == "completed" else ""
 
-    async def _make(self, copy: Copy, target: _target.Target, holding: tuple[int, ...]) -> None:
-        """Create the image. One that exists loses its receipt: it will not be what that one speaks of."""
+    async def _make(self, copy: Copy, target: _target.Target, holding: tuple[int, ...]) -> int:
+        """Create the image; returns its inode. One that exists loses its receipt: it will not be what that speaks"
+        " of."""
         drive = copy.drive
         if drive.existing:
             if drive.receipt_path:
                 _receipt.discard(drive.receipt_path)
-            return
-        backing = (copy.disk.backing_file, copy.disk.backing_format)
-        await _target.create(target, backing if drive.sync == "top" and backing[0] else None, holding)
+        else:
+            backing = (copy.disk.backing_file, copy.disk.backing_format)
+            await _target.create(target, backing if drive.sync == "top" and backing[0] else None, holding)
+        if target.block_device:
+            return 0
+        # The kernel tells of a failed write-back only those who had the file open by then.
+        self._held[target.path] = os.open(target.path, os.O_RDWR | os.O_CLOEXEC)
+        return os.fstat(self._held[target.path]).st_ino
+
+    def _note_owners(self, vm: Vm, begun: list[Copy], holding: tuple[int, ...]) -> None:
+        """Remember whose the jobs are whose ids do not tell it."""
+        chosen = {copy.drive.job_id: digest(copy.drive, copy.disk) for copy in begun if copy.drive.job_id}
+        if chosen:
+            known = read_owners(host_lock_path(vm.process, self.request.address))
+            listed = {job.id for job in vm.jobs}
+            write_owners(holding[0], {**{name: known[name] for name in known if name in listed}, **chosen})
 
     def _reserve(self, target: _target.Target) -> bool:
         if _target.reserve(target):
@@ -292,29 +323,27 @@ class DriveBackup:
         )
         return False
 
-    async def _launch(self, monitor: Monitor, vm: Vm, begun: list[Copy], targets: list[_target.Target]) -> None:
+    async def _launch(self, monitor: Monitor, begun: list[Copy], targets: list[_target.Target]) -> None:
         await _jobs.dismiss_jobs(monitor, [copy.job_id for copy in begun])
         starts = [
-            _jobs.BackupStart(copy.job_id, copy.disk.node, target, f"{copy.opaque}{number}", copy.drive.arguments())
-            for number, (copy, target) in enumerate(zip(begun, targets))
+            _jobs.BackupStart(copy.job_id, copy.disk.node, target, copy.opaque, copy.drive.arguments())
+            for copy, target in zip(begun, targets)
         ]
+        for copy in begun:
+            # Before the start: a job that nobody knows of can end, and clear its bitmap.
+            _write_phase(copy, _receipt.COPYING)
         try:
             await _jobs.start_backups(monitor, starts, self.request.completion_mode)
         except CommandError as error:
-            raise BackupError(
-                "VM {}: QEMU did not start the backup of {}: {}".format(
-                    vm.name, ", ".join(copy.who for copy in begun), error.description
-                )
-            ) from error
-        for copy in begun:
-            _write_phase(copy, _receipt.COPYING)
+            disks = ", ".join(copy.who for copy in begun)
+            raise BackupError(f"QEMU did not start the backup of {disks}: {error.description}") from error
 
     # Waiting, without the lock
 
     async def _follow(self, process: Process | None, began: float, attempt: str) -> None:
         """Wait until a step can be taken. Raises where the wait ends for another reason, with what is known by then."""
         request = self.request
-        now = joined = moved = time.monotonic()
+        now = joined = moved = asked = time.monotonic()
         offsets: dict[str, int] = {}
         while True:
             await asyncio.sleep(min(LONGEST_POLL, max(SHORTEST_POLL, (now - joined) / 20)))
@@ -322,13 +351,22 @@ class DriveBackup:
             if not trouble and not any(copy.found == RUNNING for copy in copies):
                 return
             now = time.monotonic()
+            asked = asked if trouble else now
             seen = {copy.job_id: copy.job.offset for copy in copies if copy.job}
-            if seen and seen != offsets:
+            if trouble or seen != offsets or any(copy.job and copy.job.held for copy in copies):
+                # What nobody could see, or somebody has paused, does not stall.
                 offsets, moved = seen, now
             if request.timeout and now - began >= request.timeout:
                 await self._time_out(attempt, f"timeout: not done within {request.timeout:g} s", trouble)
+                return
             if request.stall_timeout and now - moved >= request.stall_timeout:
-                await self._time_out(attempt, f"stall_timeout: no progress for {request.stall_timeout:g} s", trouble)
+                await self._time_out(attempt, f"stall_timeout: no progress for {request.stall_timeout:g} s")
+                return
+            if request.stall_timeout and now - asked >= request.stall_timeout:
+                raise JobFailed(
+                    f"stall_timeout: the VM could not be asked for {request.stall_timeout:g} s ({trouble}); the job was"
+                    " left as it is"
+                )
 
     async def _glance(self, process: Process | None, attempt: str) -> tuple[list[Copy], str]:
         """How the jobs do, or why that could not be seen this time (the monitor may be in use for a while)."""
@@ -342,21 +380,25 @@ class DriveBackup:
         except MonitorError as error:
             return [], str(error)
         running = [copy for copy in copies if copy.found == RUNNING]
-        stopped_before = any(copy.record and copy.record.guest == IO_ERROR for copy in running)
-        if running and vm.status == IO_ERROR and not stopped_before:
+        if running and vm.status == IO_ERROR and not any(_was_stopped(copy) for copy in running):
             await self._save_guest(attempt)
         if any(copy.state == "paused" for copy in running):
             raise _paused(vm, copies)
         return copies, ""
 
-    async def _time_out(self, attempt: str, reason: str, trouble: str) -> None:
-        """End the wait: cancel and clean up, or leave the job, as on_timeout says."""
+    async def _time_out(self, attempt: str, reason: str, trouble: str = "") -> None:
+        """End the wait: cancel and clean up, or leave the job, as on_timeout says. Returns if it has just ended"
+        " well."""
         if trouble:
             reason = f"{reason} ({trouble})"
         if self.request.on_timeout == "leave":
             raise JobFailed(f"{reason}; the job is left running, as on_timeout says", jobs=await self._last_results())
-        results = await self._cancel_attempt(attempt, reason)
-        raise JobFailed(f"{reason}; the job is cancelled, and what it left is removed", jobs=results)
+        try:
+            results = await self._cancel_attempt(attempt, reason)
+        except MonitorError as error:
+            raise JobFailed(f"{reason}; the job could not be cancelled, and was left as it is: {error}") from error
+        if not results or any(job["state"] != "completed" for job in results):
+            raise JobFailed(f"{reason}; the job is cancelled, and what it left is removed", jobs=results)
 
     async def _last_results(self) -> list[dict[str, Any]]:
         try:
@@ -386,14 +428,16 @@ class DriveBackup:
         )
 
     async def _cancel_attempt(self, attempt: str, reason: str) -> list[dict[str, Any]]:
-        """Cancel and clean what belongs to C(attempt); returns the last state of its jobs."""
+        """Cancel and clean what belongs to C(attempt); returns what has become of it."""
         async with self._monitor() as monitor:
             process = monitor.process
         async with self._lock(process), self._monitor() as monitor:
             copies = (await self._look(monitor))[1]
             ours = [copy for copy in copies if copy.belongs_to(attempt)]
-            await self._clean(monitor, ours)
-        return [copy.result("cancelled", reason) for copy in ours]
+            whole = [copy for copy in ours if copy.state == "completed"]
+            done = await self._finish(monitor, whole)
+            done += await self._clean(monitor, [copy for copy in ours if copy not in whole])
+        return _results(ours, done, reason)
 
     # Ending
 
@@ -410,7 +454,7 @@ class DriveBackup:
             return copies
         try:
             # All of a group are safe before the first takes its name: no crash can then take one away from the others.
-            safe = [_flush(copy) for copy in copies]
+            safe = [self._flush(copy) for copy in copies]
             done = [_take_name(copy) for copy in safe]
         except OSError as error:
             raise JobFailed(
@@ -421,42 +465,67 @@ class DriveBackup:
         await _jobs.dismiss_jobs(monitor, [copy.job_id for copy in copies if copy.job])
         return done
 
-    async def _clean(self, monitor: Monitor, copies: list[Copy]) -> None:
-        """Remove every trace of these copies: job, image, record, in this order. The guest comes before all files."""
-        if not copies:
-            return
-        self.changed = True
-        blamed = any(_blamed(copy) for copy in copies)
-        for copy in copies:
-            # The mark only tells the next call what to think of a cancelled job: without it that one says a word more.
+    def _flush(self, copy: Copy) -> Copy:
+        """Bring an ended copy onto stable storage, and its outcome with it: QEMU forgets that with the job."""
+        if copy.found != ENDED:
+            return copy
+        try:
+            status = _target.flush(copy.drive.image_path, self._held.get(copy.drive.image_path))
+        except OSError:
+            # A second fsync may succeed where the first has failed, and mean nothing.
             with contextlib.suppress(OSError):
                 _write_phase(copy, _receipt.CANCELLING)
-        job_ids = [copy.job_id for copy in copies]
+            raise
+        if copy.record is None:
+            return replace(copy, found=DONE)
+        record = copy.record.copied(status, utc_now(), seconds_since(copy.record.started))
+        _receipt.update(_receipt.record_path(copy.drive.receipt_path), record)
+        return replace(copy, found=COPIED, record=record)
+
+    async def _clean(self, monitor: Monitor, copies: list[Copy]) -> list[Copy]:
+        """Remove every trace of these copies: job, image, record, in this order. The guest comes before all files.
+
+        Returns those that were finished instead: they ended well just now, and cleared their bitmaps.
+        """
+        if not copies:
+            return []
+        self.changed = True
+        job_ids = [copy.job_id for copy in copies if copy.job or copy.found == RUNNING]
         stubborn = await _jobs.cancel_jobs(monitor, job_ids)
         if stubborn:
             raise JobFailed(
                 "{}: job {} does not end after block-job-cancel: its target hangs. Bring the target back; the next call"
                 " removes what is left".format(self.request.address, ", ".join(job.id for job in stubborn))
             )
-        if blamed and not any(copy.record and copy.record.guest == IO_ERROR for copy in copies):
+        if any(_blamed(copy) for copy in copies) and not any(_was_stopped(copy) for copy in copies):
             await _resume(monitor)
-        await _jobs.dismiss_jobs(monitor, job_ids)
-        for copy in copies:
+        now = {job.id: job for job in await query_jobs(monitor)}
+        ended = [
+            replace(copy, found=ENDED, job=now[copy.job_id])
+            for copy in copies
+            if copy.found == RUNNING and copy.job_id in now
+        ]
+        kept = [copy for copy in ended if not copy.failure and _irreplaceable(copy)]
+        lost = [copy for copy in copies if copy.job_id not in {one.job_id for one in kept}]
+        for copy in lost:
+            # The mark only tells the next call what to think of a cancelled job: without it that one says a word more.
+            with contextlib.suppress(OSError):
+                _write_phase(copy, _receipt.CANCELLING)
+        await _jobs.dismiss_jobs(monitor, [copy.job_id for copy in lost if copy.job_id in job_ids])
+        for copy in lost:
             _remove_files(copy)
+        return await self._finish(monitor, kept)
 
     async def _give_up(self, monitor: Monitor, copies: list[Copy]) -> list[dict[str, Any]]:
         """state cancelled: running copies are stopped. One that has ended well is whole, and is finished instead."""
         going = [copy for copy in copies if copy.found in (RUNNING, DEAD) or copy.failure]
         for copy in going:
             _preflight.refuse_lost_increment(copy, self.request.overwrite)
-        rest = await self._finish(monitor, [copy for copy in copies if copy not in going])
+        done = await self._finish(monitor, [copy for copy in copies if copy not in going])
         self.changed = self.changed or bool(going)
         if not self.request.check_mode:
-            await self._clean(monitor, going)
-        kept = {copy.disk.node: copy for copy in rest}
-        return [
-            kept[copy.disk.node].result() if copy.disk.node in kept else copy.result("cancelled") for copy in copies
-        ]
+            done += await self._clean(monitor, going)
+        return _results(copies, done)
 
     def _lost(self, attempt: str, reason: str) -> JobFailed:
         """QEMU has ended while this process waited: its jobs are gone, and what they left is no backup."""
@@ -499,6 +568,25 @@ async def _resume(monitor: Monitor) -> None:
         await monitor.execute("cont")
 
 
+def _results(copies: list[Copy], done: list[Copy], error: str = "") -> list[dict[str, Any]]:
+    """What has become of copies that were given up, except for those that were done after all."""
+    by_node = {copy.disk.node: copy for copy in done}
+    return [
+        by_node[copy.disk.node].result() if copy.disk.node in by_node else copy.result("cancelled", error)
+        for copy in copies
+    ]
+
+
+def _irreplaceable(copy: Copy) -> bool:
+    """Whether nothing else knows the changes that this image holds."""
+    return copy.record is not None and copy.record.consumes_bitmap
+
+
+def _was_stopped(copy: Copy) -> bool:
+    """Whether the guest had been stopped before we began."""
+    return copy.record is not None and copy.record.guest == IO_ERROR
+
+
 def _blamed(copy: Copy) -> bool:
     """Whether this copy's target is why the guest's writes fail."""
     if copy.job and (copy.job.error or copy.job.io_status != "ok"):
@@ -538,6 +626,7 @@ def _new_record(copy: Copy, vm: Vm, attempt: str, target: _target.Target) -> Rec
         started=utc_now(),
         guest=vm.status,
         reserved=False,
+        replaces=_target.inode(copy.drive.target),
     )
 
 
@@ -546,28 +635,17 @@ def _write_phase(copy: Copy, phase: str) -> None:
         _receipt.update(_receipt.record_path(copy.drive.receipt_path), replace(copy.record, phase=phase))
 
 
-def _flush(copy: Copy) -> Copy:
-    """Bring an ended copy onto stable storage, and its outcome with it: QEMU forgets that when its job is dismissed."""
-    if copy.found != ENDED:
-        return copy
-    status = _target.flush(copy.drive.image_path)
-    if copy.record is None:
-        return replace(copy, found=DONE)
-    record = copy.record.copied(status, utc_now(), seconds_since(copy.record.started))
-    _receipt.update(_receipt.record_path(copy.drive.receipt_path), record)
-    return replace(copy, found=COPIED, record=record)
-
-
 def _take_name(copy: Copy) -> Copy:
     """Give a finished image its name, and turn its record into the receipt."""
     drive, record = copy.drive, copy.record
     if copy.found != COPIED or record is None:
         return copy
-    if not drive.existing and os.path.lexists(drive.image_path):
-        os.replace(drive.image_path, drive.target)
-        _target.sync_directory(os.path.dirname(drive.target))
-    if not record.matches(os.stat(drive.target), _target.is_block_device(drive.target)):
-        raise OSError(f"{drive.target} is not the image that was finished: somebody moved or changed it")
+    growing = not drive.existing and os.path.lexists(drive.image_path)
+    path = drive.image_path if growing else drive.target
+    if not record.matches(os.stat(path), _target.is_block_device(path)):
+        raise OSError(f"{path} is not the image that was finished: somebody moved or changed it")
+    if growing:
+        _target.take_name(drive.image_path, drive.target, record.replaces)
     _receipt.finish(_receipt.record_path(drive.receipt_path), drive.receipt_path)
     return replace(copy, found=DONE)
 
@@ -582,7 +660,7 @@ def _remove_files(copy: Copy) -> None:
     path = _receipt.record_path(drive.receipt_path)
     if drive.existing and record.phase != _receipt.PREPARING:
         # The image was there before and stays. That it is not whole must be known: by this the next call may write it.
-        os.replace(path, drive.receipt_path)
-        _target.sync_directory(os.path.dirname(path))
+        _target.flush(drive.target)
+        _receipt.finish(path, drive.receipt_path)
     else:
         _receipt.discard(path)

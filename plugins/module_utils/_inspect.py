@@ -117,6 +117,11 @@ class Job:
         return self.paused and self.io_status != "ok" and not self.ended
 
     @property
+    def held(self) -> bool:
+        """Whether somebody has paused it."""
+        return self.status == "paused" and self.io_status == "ok"
+
+    @property
     def percent(self) -> float:
         if self.len == 0:
             return 100.0 if self.ended and not self.error else 0.0
@@ -192,13 +197,15 @@ async def inspect_vm(monitor: Monitor, name: str = "") -> Vm:
         monitor.execute("query-fdsets"),
     )
     block, nodes, stats = graph
-    vm_name = name or named.get("name") or _stem(monitor.address.path) or str(monitor.address)
+    own_name = name or named.get("name")
+    vm_name = own_name or _stem(monitor.address.path) or str(monitor.address)
     vm_uuid = "" if uuid["UUID"] == NO_UUID else uuid["UUID"]
     disks, other_nodes = _disks(block, nodes, stats)
     return Vm(
         name=vm_name,
         uuid=vm_uuid,
-        identity=vm_uuid or f"{machine_id()}:{vm_name}",
+        # Two VMs that nobody has named may have sockets of one file name, in different directories.
+        identity=vm_uuid or f"{machine_id()}:{own_name or monitor.address}",
         status=status["status"],
         version=monitor.version,
         disks=disks,
@@ -274,7 +281,8 @@ def _disks(
     """The VM's disks (those of devices first, in QEMU's order), and the nodes that other nodes are made of."""
     by_name = {node["node-name"]: node for node in nodes}
     below = {entry["node-name"]: entry.get("parent", {}).get("node-name", "") for entry in stats}
-    used = {*below.values(), *(entry.get("backing", {}).get("node-name", "") for entry in stats)}
+    backing_files = {node["image"].get("backing-image", {}).get("filename") for node in nodes}
+    used = {*below.values(), *(node["node-name"] for node in nodes if node["image"]["filename"] in backing_files)}
 
     def filter_path(node_name: str) -> list[str]:
         """The filters on top of a node, and the first node below them."""
@@ -365,8 +373,13 @@ def _backend_name(entry: dict[str, Any]) -> str:
 
 
 def _qdev_id(qdev: str) -> str:
-    """C(vd0) of C(/machine/peripheral/vd0/virtio-backend); empty for devices without an id of their own."""
-    return qdev[len(PERIPHERAL) :].partition("/")[0] if qdev.startswith(PERIPHERAL) else ""
+    """C(vd0) of C(/machine/peripheral/vd0/virtio-backend); empty for devices without an id of their own.
+
+    IDE and SCSI disks are told by their bare id, virtio disks by a path.
+    """
+    if qdev.startswith(PERIPHERAL):
+        return qdev[len(PERIPHERAL) :].partition("/")[0]
+    return "" if qdev.startswith("/") else qdev
 
 
 def _files(nodes: list[dict[str, Any]], process: Process | None) -> tuple[str, ...]:

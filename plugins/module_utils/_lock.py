@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import fcntl
+import json
 import os
 import time
 from contextlib import asynccontextmanager
@@ -30,12 +31,27 @@ RETRY_INTERVAL = 0.02
 def host_lock_path(process: Process | None, address: Address) -> str:
     """The lock of one QEMU on this hypervisor. Over TCP the process is unknown, and the address stands for it."""
     directory = "/run/vmfleet" if os.geteuid() == 0 else os.path.join("/tmp", f"vmfleet-{os.geteuid()}")
-    os.makedirs(directory, mode=0o700, exist_ok=True)
-    if os.stat(directory).st_uid != os.geteuid():
+    if os.path.isdir(directory) and os.stat(directory).st_uid != os.geteuid():
         raise BackupError(f"{directory} belongs to somebody else, and a lock in it would hold nobody off; remove it")
     if process is not None:
         return os.path.join(directory, f"{process.pid}-{process.start}.lock")
     return os.path.join(directory, str(address).replace("/", "_") + ".lock")
+
+
+def read_owners(path: str) -> dict[str, str]:
+    """Whose the jobs with ids of the user's choice are: QEMU does not tell. Kept in the lock of that very QEMU."""
+    try:
+        with open(path, encoding="utf-8") as source:
+            return dict(json.loads(source.read() or "{}"))
+    except FileNotFoundError:
+        return {}
+
+
+def write_owners(lock: int, owners: dict[str, str]) -> None:
+    """Replace what read_owners will tell; C(lock) is the lock's file descriptor."""
+    content = json.dumps(owners).encode()
+    os.pwrite(lock, content, 0)
+    os.ftruncate(lock, len(content))
 
 
 @asynccontextmanager

@@ -69,7 +69,7 @@ def refuse_lost_increment(copy: Copy, accepted: bool) -> None:
     record = copy.record
     if copy.found != DEAD or record is None or not record.consumes_bitmap or accepted:
         return
-    if record.phase != _receipt.COPYING:
+    if record.phase not in (_receipt.COPYING, _receipt.COPIED):
         return
     raise BackupError(
         f"bitmap: the increment of {copy.who} that was started at {record.started} is lost ({copy.reason}), and QEMU"

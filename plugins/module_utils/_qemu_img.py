@@ -11,6 +11,7 @@ Reference: QEMU 7.2, docs/tools/qemu-img.rst.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 from typing import TYPE_CHECKING
@@ -93,6 +94,9 @@ async def run(command: list[str], timeout: float = TIMEOUT, pass_fds: tuple[int,
         output, errors = await asyncio.wait_for(process.communicate(), timeout)
     except asyncio.TimeoutError:
         process.kill()
+        # One that hangs in the kernel cannot be waited for.
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(process.wait(), 1)
         raise ToolError(
             "{}: no end within {:g} s; does its file system hang?".format(" ".join(command), timeout)
         ) from None

@@ -64,7 +64,7 @@ def require_qmp(module: AnsibleModule) -> None:
     """Fail with Ansible's own words for a missing library unless qemu.qmp can be imported."""
     if QMP_IMPORT_ERROR is not None:
         module.fail_json(
-            msg=missing_required_lib("qemu.qmp", url="https://pypi.org/project/qemu.qmp/"),
+            msg=missing_required_lib("qemu.qmp", url="https://gitlab.com/qemu-project/python-qemu-qmp"),
             exception=QMP_IMPORT_ERROR,
         )
 

@@ -65,8 +65,11 @@ class Record:
     guest: str
     """The VM's status at the start."""
     reserved: bool
+    replaces: int = 0
+    """Inode of the file that stood at the target when this began, 0 for none."""
     finished: str = ""
     inode: int = 0
+    """The image's, from its creation on; 0 for a block device."""
     size: int = 0
     mtime: int = 0
     duration: float = 0.0
@@ -81,6 +84,13 @@ class Record:
     def consumes_bitmap(self) -> bool:
         """Whether QEMU clears the bitmap when the copy ends well: nothing else knows those changes then."""
         return bool(self.bitmap) and (self.sync == "incremental" or self.bitmap_mode in OVERWRITING_BITMAP_MODES)
+
+    def wrote(self, path: str) -> bool:
+        """Whether the file at C(path) is the one that the job was given."""
+        try:
+            return not self.inode or os.stat(path).st_ino == self.inode
+        except FileNotFoundError:
+            return False
 
     def matches(self, status: os.stat_result, is_device: bool) -> bool:
         """Whether the file that was finished is still there, and untouched. A device has no such marks."""
@@ -137,8 +147,9 @@ def create(path: str, record: Record) -> None:
     if os.path.lexists(path):
         raise FileExistsError(path)
     spare = _spare(path)
+    remove(spare)
     try:
-        _write(spare, record)
+        inode = _write(spare, record)
         try:
             os.link(spare, path)
         except PermissionError:
@@ -146,6 +157,8 @@ def create(path: str, record: Record) -> None:
             if os.path.lexists(path):
                 raise FileExistsError(path) from None
             os.rename(spare, path)
+        if os.stat(path).st_ino != inode:
+            raise FileExistsError(path)
     finally:
         remove(spare)
     try:
@@ -192,14 +205,17 @@ def finish(path: str, receipt: str) -> None:
     sync_directory(os.path.dirname(receipt))
 
 
-def _write(spare: str, record: Record) -> None:
-    """Write a record into the spare file, over what is there, onto stable storage."""
+def _write(spare: str, record: Record) -> int:
+    """Write a record into the spare file, over what is there, onto stable storage; returns its inode."""
     text = json.dumps(asdict(record), indent=1, sort_keys=True)
     fd = os.open(spare, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
         # Always of one size, so that the next one fits into the same blocks.
-        os.pwrite(fd, text.encode("utf-8", "surrogateescape").ljust(SIZE - 1) + b"\n", 0)
+        content = text.encode("utf-8", "surrogateescape").ljust(SIZE - 1) + b"\n"
+        os.pwrite(fd, content, 0)
+        os.ftruncate(fd, len(content))
         os.fsync(fd)
+        return os.fstat(fd).st_ino
     finally:
         os.close(fd)
 

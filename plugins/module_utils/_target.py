@@ -68,7 +68,7 @@ class Target:
 def is_block_device(path: str) -> bool:
     try:
         return stat.S_ISBLK(os.stat(path).st_mode)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return False
 
 
@@ -138,11 +138,14 @@ def open_pair(target: Target, direct: bool) -> tuple[int, int]:
         raise
 
 
-def flush(path: str) -> os.stat_result:
+def flush(path: str, held: int | None = None) -> os.stat_result:
     """Give back the space that was reserved and not used, and bring the image to stable storage.
 
-    QEMU does not tell of every fsync that failed, and with cache=unsafe makes none: its word is not enough.
+    QEMU does not tell of every fsync that failed, and with cache=unsafe makes none: its word is not enough. C(held) is
+    a file descriptor of the image from before the job, where this process has one.
     """
+    if held is not None:
+        os.fsync(held)
     fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     try:
         status = os.fstat(fd)
@@ -152,6 +155,33 @@ def flush(path: str) -> os.stat_result:
         return os.fstat(fd)
     finally:
         os.close(fd)
+
+
+def inode(path: str) -> int:
+    """The inode of what stands at C(path), 0 for nothing."""
+    try:
+        return os.lstat(path).st_ino
+    except FileNotFoundError:
+        return 0
+
+
+def take_name(image: str, path: str, replaces: int) -> None:
+    """Give an image its final name. Only the file with the inode C(replaces) may be in its way: it goes."""
+    if replaces and inode(path) == replaces:
+        os.replace(image, path)
+    else:
+        try:
+            os.link(image, path)
+        except PermissionError:
+            # The file system has no hard links (exFAT, some network mounts).
+            if os.path.lexists(path):
+                raise FileExistsError(errno.EEXIST, "something has appeared there in between", path) from None
+            os.rename(image, path)
+        except FileExistsError:
+            if inode(path) != inode(image):
+                raise FileExistsError(errno.EEXIST, "something has appeared there in between", path) from None
+        remove(image)
+    sync_directory(os.path.dirname(path))
 
 
 def sync_directory(path: str) -> None:
@@ -183,7 +213,9 @@ async def expected_bytes(disk: Disk, image_format: str, sync: str = "full", bitm
     everything = _fully_allocated(disk.virtual_size)
     tracked = disk.bitmap(bitmap) if bitmap else None
     if sync in ("incremental", "bitmap") and tracked:
-        return min(everything, _fully_allocated(tracked.count) + _metadata(disk.virtual_size))
+        # The least write that a fine bitmap marks can cost a whole cluster.
+        marked = tracked.count // tracked.granularity * max(CLUSTER, tracked.granularity)
+        return min(everything, _fully_allocated(marked) + _metadata(disk.virtual_size))
     if sync == "top":
         held: int | None = disk.layer_size
     else:

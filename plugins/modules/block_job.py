@@ -130,8 +130,10 @@ async def settle(monitor: Monitor, job_id: str, state: str) -> Job | None:
         if reached(job, state):
             return job
         # A job that was let go on can end before the first look at it.
-        if state == "running" and (job is None or job.ended):
+        if state == "running" and job and job.ended and not job.error:
             return job
+        if state == "running" and (job is None or job.ended):
+            raise BackupError(f"job_id: {job_id} ended at once: {job.error if job else 'it is not listed any more'}")
         if time.monotonic() >= deadline:
             raise BackupError(
                 "job_id: {} is {} and not {} after {:g} s".format(

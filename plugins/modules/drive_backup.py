@@ -60,7 +60,7 @@ options:
   speed:
     description:
       - Limit of the job's rate in bytes per second, also as V(50M). V(0) is unlimited.
-      - A job that runs already with another limit gets this one.
+      - A job that runs already gets this limit, unless it is V(0).
     type: bytes
     default: "0"
   on_source_error:

@@ -1,0 +1,311 @@
+# Copyright (c) 2026, vmfleet contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Stand-ins for a VM: a monitor that answers from a script, and QEMU's answers with the fields that QEMU gives them."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+from ansible_collections.vmfleet.backup.plugins.module_utils._errors import CommandError
+from ansible_collections.vmfleet.backup.plugins.module_utils._inspect import Bitmap, Disk, Job, Vm, machine_id
+from ansible_collections.vmfleet.backup.plugins.module_utils._qmp import Address, Monitor, Process
+from ansible_collections.vmfleet.backup.plugins.module_utils._receipt import Record
+
+MIB = 1024 * 1024
+SIZE = 16 * MIB
+UUID = "4b1e3cde-4a29-4f1c-9a55-6b6f1b7c2d10"
+
+
+class FakeMonitor:
+    """A conversation in which each command has its answer.
+
+    An answer is a value, an exception to raise, a function of the arguments, or an iterator of such answers.
+    C(sent) lists all commands, C(passed) the open files that came as fdsets: their opaque and the flags of each.
+    """
+
+    def __init__(
+        self,
+        answers: dict[str, Any] | None = None,
+        *,
+        version: str = "7.2.22",
+        address: str = "/run/qemu/web01.qmp",
+        process: Process | None = None,
+    ) -> None:
+        self.answers = answers or {}
+        self.version = version
+        self.address = Address(path=address) if address.startswith("/") else Address(host=address, port=4444)
+        self.process = process
+        self.commands: list[dict[str, Any]] = []
+        self.sent: list[tuple[str, dict[str, Any]]] = []
+        self.passed: list[tuple[str, list[int]]] = []
+        self.fdsets: set[int] = set()
+
+    async def __aenter__(self) -> FakeMonitor:
+        return self
+
+    async def __aexit__(self, *_error: object) -> None:
+        return None
+
+    @property
+    def passes_fds(self) -> bool:
+        return bool(self.address.path)
+
+    async def execute(self, command: str, arguments: dict[str, Any] | None = None) -> Any:
+        self.sent.append((command, arguments or {}))
+        if not command.startswith(("query-", "qom-")):
+            self.commands.append({"execute": command, "arguments": arguments or {}})
+        if command not in self.answers:
+            raise AssertionError(f"no answer to {command} {arguments}")
+        return self._answer(self.answers[command], arguments or {})
+
+    def _answer(self, answer: Any, arguments: dict[str, Any]) -> Any:
+        if isinstance(answer, Iterator):
+            return self._answer(next(answer), arguments)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer(arguments) if callable(answer) else answer
+
+    async def add_fdset(self, fds: tuple[int, ...], opaque: str) -> int:
+        self.passed.append((opaque, [fcntl.fcntl(fd, fcntl.F_GETFL) for fd in fds]))
+        fdset = len(self.passed) - 1
+        self.fdsets.add(fdset)
+        return fdset
+
+    async def remove_fdset(self, fdset: int) -> None:
+        self.sent.append(("remove-fd", {"fdset-id": fdset}))
+        self.fdsets.discard(fdset)
+
+    def names(self) -> list[str]:
+        """The commands that were sent, without their arguments."""
+        return [command for command, _arguments in self.sent]
+
+
+def monitor(fake: FakeMonitor) -> Monitor:
+    """The fake under the type of what it stands for."""
+    return cast("Monitor", fake)
+
+
+def refusal(description: str = "no", command: str = "drive-backup") -> CommandError:
+    """What Monitor.execute raises when QEMU refuses a command."""
+    return CommandError("unix:/run/qemu/web01.qmp", command, "GenericError", description)
+
+
+@dataclass
+class Node:
+    """A node of the block graph; C(below) is the node it reads from, C(backing) its backing file's."""
+
+    name: str
+    driver: str = "qcow2"
+    filename: str = "/images/web01.qcow2"
+    below: str = ""
+    backing: Node | None = None
+    actual: int | None = 200704
+    size: int = SIZE
+    read_only: bool = False
+    bitmaps: list[dict[str, Any]] = field(default_factory=list)
+
+    def image(self) -> dict[str, Any]:
+        image: dict[str, Any] = {
+            "virtual-size": self.size,
+            "filename": self.filename,
+            "cluster-size": 65536,
+            "format": self.driver,
+            "dirty-flag": False,
+        }
+        if self.actual is not None:
+            image["actual-size"] = self.actual
+        if self.backing:
+            image["backing-image"] = self.backing.image()
+            image["backing-filename"] = os.path.basename(self.backing.filename)
+            image["full-backing-filename"] = self.backing.filename
+            image["backing-filename-format"] = self.backing.driver
+        return image
+
+    def query(self, flat: bool = False) -> dict[str, Any]:
+        """Its entry in query-named-block-nodes."""
+        image = self.image()
+        if flat:
+            image.pop("backing-image", None)
+        entry = {
+            "node-name": self.name,
+            "drv": self.driver,
+            "file": self.filename,
+            "ro": self.read_only,
+            "image": image,
+            "backing_file_depth": 1 if self.backing else 0,
+            "encrypted": False,
+            "cache": {"no-flush": False, "direct": False, "writeback": True},
+        }
+        if self.bitmaps:
+            entry["dirty-bitmaps"] = self.bitmaps
+        return entry
+
+    def stats(self) -> dict[str, Any]:
+        """Its entry in query-blockstats with query-nodes, which tells nothing of backing files."""
+        entry: dict[str, Any] = {"node-name": self.name, "stats": {}}
+        if self.below:
+            entry["parent"] = {"node-name": self.below, "stats": {}}
+        return entry
+
+
+def device(node: str = "", backend: str = "", qdev: str = "", removable: bool = False) -> dict[str, Any]:
+    """An entry of query-block; without C(node) it is a drive without a medium."""
+    entry: dict[str, Any] = {"device": backend, "locked": False, "removable": removable, "type": "unknown"}
+    if qdev:
+        entry["qdev"] = qdev
+    if node:
+        entry["inserted"] = {"node-name": node, "drv": "qcow2", "ro": False, "file": "/images/web01.qcow2"}
+    return entry
+
+
+def bitmap_entry(name: str = "b0", **values: Any) -> dict[str, Any]:
+    """A dirty bitmap as query-named-block-nodes tells it."""
+    entry = {"recording": True, "persistent": True, "busy": False, "granularity": 65536, "count": 131072, **values}
+    return {"name": name, **entry} if name else entry
+
+
+def block_job(job_id: str = "j0", **values: Any) -> dict[str, Any]:
+    """An entry of query-block-jobs."""
+    return {
+        "device": job_id,
+        "type": "backup",
+        "status": "running",
+        "len": SIZE,
+        "offset": MIB,
+        "speed": 0,
+        "paused": False,
+        "busy": False,
+        "ready": False,
+        "io-status": "ok",
+        "auto-finalize": True,
+        "auto-dismiss": False,
+        **values,
+    }
+
+
+def general_job(job_id: str = "j0", **values: Any) -> dict[str, Any]:
+    """An entry of query-jobs."""
+    return {
+        "id": job_id,
+        "type": "backup",
+        "status": "running",
+        "current-progress": MIB,
+        "total-progress": SIZE,
+        **values,
+    }
+
+
+def jobs(*entries: dict[str, Any]) -> dict[str, Any]:
+    """The answers to both job queries, from entries of query-block-jobs."""
+    general = [
+        general_job(entry["device"], status=entry["status"], **({"error": entry["error"]} if "error" in entry else {}))
+        for entry in entries
+    ]
+    return {"query-block-jobs": list(entries), "query-jobs": general}
+
+
+def answers(nodes: list[Node], devices: list[dict[str, Any]], **others: Any) -> dict[str, Any]:
+    """The answers of a VM with this block graph to everything that inspect_vm asks."""
+    return {
+        "query-name": {"name": "web01"},
+        "query-uuid": {"UUID": UUID},
+        "query-status": {"status": "running", "singlestep": False, "running": True},
+        "query-block": devices,
+        "query-named-block-nodes": lambda arguments: [node.query(arguments["flat"]) for node in nodes],
+        "query-blockstats": [node.stats() for node in nodes],
+        "query-block-jobs": [],
+        "query-jobs": [],
+        "query-fdsets": [],
+        **{name.replace("_", "-"): answer for name, answer in others.items()},
+    }
+
+
+def disk(name: str = "drive0", node: str = "n0", **values: Any) -> Disk:
+    given: dict[str, Any] = {
+        "driver": "qcow2",
+        "device": name,
+        "filename": "/images/web01.qcow2",
+        "virtual_size": SIZE,
+        "layer_size": 200704,
+        "actual_size": 200704,
+        **values,
+    }
+    return Disk(name=name, node=node, **given)
+
+
+def bitmap(name: str = "b0", **values: Any) -> Bitmap:
+    given: dict[str, Any] = {
+        "count": 131072,
+        "granularity": 65536,
+        "recording": True,
+        "busy": False,
+        "persistent": True,
+        "inconsistent": False,
+        **values,
+    }
+    return Bitmap(name=name, **given)
+
+
+def job(job_id: str = "j0", status: str = "running", **values: Any) -> Job:
+    return Job(id=job_id, type="backup", status=status, **values)
+
+
+def own_process() -> Process:
+    """A process that is alive: this one."""
+    found = Process.of(os.getpid())
+    assert found
+    return found
+
+
+def dead_process() -> Process:
+    """A process that has ended: its pid belongs to another one now."""
+    return Process(os.getpid(), own_process().start - 1)
+
+
+def vm(*disks: Disk, **values: Any) -> Vm:
+    given: dict[str, Any] = {
+        "name": "web01",
+        "uuid": UUID,
+        "identity": UUID,
+        "status": "running",
+        "version": "7.2.22",
+        "disks": disks or (disk(),),
+        "other_nodes": (),
+        "empty": (),
+        "jobs": (),
+        "fdsets": {},
+        "process": own_process(),
+        **values,
+    }
+    return Vm(**given)
+
+
+def record(**values: Any) -> Record:
+    """A record of a copy of disk() of vm()."""
+    given: dict[str, Any] = {
+        "phase": "copying",
+        "attempt": "0123456789ab",
+        "job": "vmfleet.db.0123456789ab",
+        "vm": "web01",
+        "identity": UUID,
+        "hypervisor": machine_id(),
+        "process": [],
+        "device": "drive0",
+        "sync": "full",
+        "bitmap": "",
+        "bitmap_mode": "",
+        "target": "/b/x.qcow2",
+        "format": "qcow2",
+        "virtual_size": SIZE,
+        "started": "2026-11-22T01:30:00.000Z",
+        "guest": "running",
+        "reserved": False,
+        **values,
+    }
+    return Record(**given)

@@ -1,0 +1,419 @@
+# Copyright (c) 2026, vmfleet contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""The read model of a VM, from QEMU's answers."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from typing import Any
+
+import pytest
+
+from ansible_collections.vmfleet.backup.plugins.module_utils import _inspect
+from ansible_collections.vmfleet.backup.plugins.module_utils._errors import Refused
+from ansible_collections.vmfleet.backup.plugins.module_utils._inspect import (
+    NO_UUID,
+    Vm,
+    inspect_vm,
+    merge_jobs,
+    query_jobs,
+)
+from ansible_collections.vmfleet.backup.plugins.module_utils._qmp import Process
+from ansible_collections.vmfleet.backup.tests.unit.plugins.doubles import (
+    MIB,
+    SIZE,
+    UUID,
+    FakeMonitor,
+    Node,
+    answers,
+    bitmap,
+    bitmap_entry,
+    block_job,
+    device,
+    disk,
+    general_job,
+    job,
+    jobs,
+    monitor,
+    vm,
+)
+
+VD0 = "/machine/peripheral/vd0/virtio-backend"
+ANONYMOUS = "/machine/peripheral-anon/device[1]/virtio-backend"
+
+FILE = Node("#file", "file")
+N0 = Node("n0", below="#file")
+BASE = Node("#base", filename="/images/base.qcow2", below="#basefile", read_only=True)
+
+
+def inspect(nodes: list[Node], devices: list[dict[str, Any]], name: str = "", **others: Any) -> Vm:
+    return asyncio.run(inspect_vm(monitor(FakeMonitor(answers(nodes, devices, **others))), name))
+
+
+@pytest.mark.parametrize(
+    ("nodes", "devices", "expected"),
+    [
+        pytest.param([FILE, N0], [device("n0", "drive0", VD0)], [("drive0", "n0", ())], id="backend"),
+        pytest.param([FILE, N0], [device("n0", "", VD0)], [("vd0", "n0", ())], id="device alone"),
+        pytest.param([FILE, N0], [device("n0", "", ANONYMOUS)], [("n0", "n0", ())], id="device without id"),
+        pytest.param(
+            [FILE, N0],
+            [device("n0", "", "sata0")],
+            [("sata0", "n0", ())],
+            id="device told by its id, as those of SATA and SCSI",
+        ),
+        pytest.param(
+            [FILE, Node("#node", below="#file")],
+            [device(backend="cd0"), device("#node", "", ANONYMOUS)],
+            [("disk1", "#node", ())],
+            id="nothing named",
+        ),
+        pytest.param(
+            [FILE, Node("#node", below="#file")],
+            [device("#node", "virtio0", ANONYMOUS)],
+            [("virtio0", "#node", ())],
+            id="node without name",
+        ),
+        pytest.param(
+            [FILE, N0, Node("thr", "throttle", below="n0")],
+            [device("thr", "", VD0)],
+            [("vd0", "n0", ("thr",))],
+            id="throttle",
+        ),
+        pytest.param(
+            [FILE, N0, Node("#cbw", "copy-before-write", below="n0")],
+            [device("#cbw", "drive0", VD0)],
+            [("drive0", "n0", ("#cbw",))],
+            id="running job",
+        ),
+        pytest.param(
+            [FILE, N0, Node("#cbw", "copy-before-write", below="n0"), Node("thr", "throttle", below="#cbw")],
+            [device("thr", "drive0", VD0)],
+            [("drive0", "n0", ("thr", "#cbw"))],
+            id="running job below a throttle",
+        ),
+        pytest.param([FILE, N0], [], [("n0", "n0", ())], id="node alone"),
+        pytest.param(
+            [Node("#cbw", "copy-before-write", below="n0"), FILE, N0],
+            [],
+            [("n0", "n0", ("#cbw",))],
+            id="node alone with a running job",
+        ),
+        pytest.param(
+            [N0, Node("#cbw", "copy-before-write", below="n0"), FILE],
+            [],
+            [("n0", "n0", ("#cbw",))],
+            id="node alone with a running job, listed after it",
+        ),
+        pytest.param([Node("protocol", "file"), Node("n0", below="protocol")], [], [("n0", "n0", ())], id="named file"),
+        pytest.param(
+            [FILE, Node("n0", below="#file", backing=BASE), Node("#basefile", "file"), BASE],
+            [device("n0", "drive0")],
+            [("drive0", "n0", ())],
+            id="backing file",
+        ),
+        pytest.param(
+            [
+                FILE,
+                Node("n0", below="#file", backing=Node("base", filename="/images/base.qcow2")),
+                Node("base", filename="/images/base.qcow2", read_only=True),
+            ],
+            [device("n0", "", VD0)],
+            [("vd0", "n0", ())],
+            id="backing file with a node name",
+        ),
+        pytest.param(
+            [FILE, N0, Node("n1")],
+            [device("n1", "drive1"), device("n0", "drive0"), device("n0", "again")],
+            [("drive1", "n1", ()), ("drive0", "n0", ())],
+            id="two disks in QEMU's order, one of them in two devices",
+        ),
+        pytest.param([FILE, N0], [device("gone", "drive0")], [("n0", "n0", ())], id="node that has just gone"),
+        pytest.param([], [device(backend="cd0", removable=True)], [], id="drive without medium"),
+    ],
+)
+def test_disks_are_found_below_their_filters(
+    nodes: list[Node], devices: list[dict[str, Any]], expected: list[tuple[str, str, tuple[str, ...]]]
+) -> None:
+    found = inspect(nodes, devices)
+    assert [(disk.name, disk.node, disk.filters) for disk in found.disks] == expected
+    others = {node.node for node in found.other_nodes}
+    in_disks = {name for disk in found.disks for name in (disk.node, *disk.filters)}
+    assert others == {node.name for node in nodes} - in_disks
+
+
+def test_disk_has_what_qemu_tells_of_its_node() -> None:
+    image = Node(
+        "n0",
+        below="#file",
+        filename="/images/top.qcow2",
+        backing=Node("#base", "raw", filename="/images/base.raw", actual=MIB),
+        actual=65536,
+        read_only=True,
+        bitmaps=[bitmap_entry("b0"), bitmap_entry("")],
+    )
+    (found,) = inspect([FILE, image], [device("n0", "cd0", "cdrom", removable=True)]).disks
+    assert found == disk(
+        "cd0",
+        "n0",
+        qdev="cdrom",
+        filename="/images/top.qcow2",
+        backing_file="/images/base.raw",
+        backing_format="raw",
+        layer_size=65536,
+        actual_size=MIB + 65536,
+        read_only=True,
+        removable=True,
+        bitmaps=(bitmap("b0"),),
+    )
+
+
+@pytest.mark.parametrize("unknown", ["layer", "base"])
+def test_size_of_a_chain_is_unknown_where_that_of_one_image_is(unknown: str) -> None:
+    base = Node("#base", actual=None if unknown == "base" else MIB)
+    top = Node("n0", backing=base, actual=None if unknown == "layer" else MIB)
+    (found,) = inspect([top], [device("n0", "drive0")]).disks
+    assert found.actual_size is None
+    assert found.layer_size == (None if unknown == "layer" else MIB)
+
+
+def test_empty_drives_are_told_by_name() -> None:
+    found = inspect([], [device(backend="cd0"), device(qdev=VD0), device(qdev="cdrom"), device(qdev=ANONYMOUS)])
+    assert found.empty == ("cd0", "vd0", "cdrom", ANONYMOUS)
+
+
+def test_graph_is_asked_for_again_when_a_filter_has_gone_meanwhile() -> None:
+    idle, busy = [FILE, N0], [FILE, N0, Node("#cbw", "copy-before-write", below="n0")]
+    lists = iter([[node.query() for node in nodes] for nodes in (busy, idle, idle, idle)])
+    blocks = iter([[device("#cbw", "drive0")], [device("n0", "drive0")]])
+    fake = FakeMonitor(answers(idle, [], query_named_block_nodes=lists, query_block=blocks))
+    found = asyncio.run(inspect_vm(monitor(fake)))
+    assert [(disk.name, disk.node, disk.filters) for disk in found.disks] == [("drive0", "n0", ())]
+    assert fake.names().count("query-block") == 2
+
+
+@pytest.mark.parametrize(
+    ("given", "named", "address", "expected"),
+    [
+        ("mine", {"name": "web01"}, "/run/qemu/s.qmp", "mine"),
+        ("", {"name": "web01"}, "/run/qemu/s.qmp", "web01"),
+        ("", {}, "/run/qemu/db01.qmp", "db01"),
+        ("", {}, "127.0.0.1", "tcp:127.0.0.1:4444"),
+    ],
+)
+def test_name_of_a_vm(given: str, named: dict[str, str], address: str, expected: str) -> None:
+    fake = FakeMonitor(answers([], [], query_name=named), address=address)
+    assert asyncio.run(inspect_vm(monitor(fake), given)).name == expected
+
+
+@pytest.mark.parametrize(
+    ("uuid", "expected"), [(UUID, (UUID, UUID)), (NO_UUID, ("", "0123456789abcdef:web01"))], ids=["uuid", "none"]
+)
+def test_identity_of_a_vm(uuid: str, expected: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_inspect, "machine_id", lambda: "0123456789abcdef")
+    found = inspect([], [], query_uuid={"UUID": uuid})
+    assert (found.uuid, found.identity) == expected
+
+
+def test_vm_as_a_return_value() -> None:
+    fdsets = [
+        {"fdset-id": 3, "fds": [{"fd": 20, "opaque": "vmfleet:db:1"}, {"fd": 21}]},
+        {"fdset-id": 4, "fds": []},
+    ]
+    fake = FakeMonitor(
+        answers([N0], [device("n0", "drive0"), device(backend="cd0")], query_fdsets=fdsets)
+        | jobs(block_job("j0", offset=SIZE // 4)),
+        process=Process(4711, 99),
+    )
+    found = asyncio.run(inspect_vm(monitor(fake)))
+    assert found.fdsets == {3: ("vmfleet:db:1", ""), 4: ()}
+    value = found.as_dict()
+    assert (value["pid"], value["status"], value["version"]) == (4711, "running", "7.2.22")
+    assert [entry["node"] for entry in value["disks"]] == ["n0"]
+    assert value["empty"] == ["cd0"]
+    assert [(entry["id"], entry["percent"]) for entry in value["jobs"]] == [("j0", 25.0)]
+
+
+@pytest.mark.parametrize(
+    ("process", "expected"),
+    [
+        (Process(4711, 99), ("/proc/4711/cwd/web01.qcow2", "/images/base.qcow2")),
+        (None, ("web01.qcow2", "/images/base.qcow2")),
+    ],
+)
+def test_image_files_count_from_qemus_own_directory(process: Process | None, expected: tuple[str, ...]) -> None:
+    nodes = [Node("n0", filename="web01.qcow2"), Node("#file", "file", filename="web01.qcow2"), BASE]
+    found = asyncio.run(inspect_vm(monitor(FakeMonitor(answers(nodes, []), process=process))))
+    assert found.files == expected
+
+
+SYSTEM = disk("drive0", "n0", qdev=VD0, filters=("thr", "#cbw"))
+DATA = disk("vd1", "n1", device="", qdev="/machine/peripheral/vd1/virtio-backend")
+HIDDEN = disk("base", "base", device="")
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("drive0", SYSTEM),
+        ("vd0", SYSTEM),
+        (VD0, SYSTEM),
+        ("thr", SYSTEM),
+        ("#cbw", SYSTEM),
+        ("n0", SYSTEM),
+        ("vd1", DATA),
+        ("n1", DATA),
+        ("base", HIDDEN),
+    ],
+)
+def test_disk_answers_to_all_its_names(name: str, expected: object) -> None:
+    assert vm(SYSTEM, DATA, other_nodes=(HIDDEN,)).disk(name) is expected
+
+
+def test_backend_wins_over_a_node_of_the_same_name() -> None:
+    node, backend = disk("first", "disk0"), disk("disk0", "n1")
+    assert vm(node, backend).disk("disk0") is backend
+
+
+@pytest.mark.parametrize("name", ["drive1", ""])
+def test_unknown_disk_is_refused_with_the_names_there_are(name: str) -> None:
+    with pytest.raises(Refused) as refused:
+        vm(SYSTEM, DATA, empty=("cd0",)).disk(name, "vms.include_disks")
+    assert str(refused.value) == (
+        f"vms.include_disks: VM web01 has no device {name!r}; it has: drive0 = vd0 = {VD0} = thr = #cbw = n0;"
+        " vd1 = /machine/peripheral/vd1/virtio-backend = n1 (without medium: cd0)"
+    )
+
+
+def test_vm_without_disks_says_so() -> None:
+    bare = Vm("web01", "", "", "running", "7.2.22", (), (), (), (), {}, None)
+    with pytest.raises(Refused, match=r"^device: .* it has: none$"):
+        bare.disk("drive0")
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        ({}, ""),
+        ({"recording": False}, "is disabled"),
+        ({"busy": True, "recording": False}, "is in use"),
+        ({"inconsistent": True, "recording": False}, "is inconsistent"),
+    ],
+)
+def test_bitmap_that_no_increment_can_rest_on(values: dict[str, bool], reason: str) -> None:
+    found = inspect([Node("n0", bitmaps=[bitmap_entry("b0", **values)])], []).disks[0].bitmap("b0")
+    assert found
+    assert found.unusable.startswith(reason)
+    assert bool(found.unusable) == bool(reason)
+
+
+def test_bitmap_is_looked_up_by_its_name() -> None:
+    found = disk(bitmaps=(bitmap("b0"), bitmap("b1", count=5)))
+    assert found.bitmap("b1") == bitmap("b1", count=5)
+    assert found.bitmap("b2") is None
+
+
+@pytest.mark.parametrize(
+    ("block_jobs", "general", "expected"),
+    [
+        pytest.param(
+            [block_job(speed=5, paused=True, **{"io-status": "nospace"})],
+            [general_job(status="paused")],
+            [job("j0", "paused", offset=MIB, len=SIZE, speed=5, paused=True, io_status="nospace")],
+            id="both",
+        ),
+        pytest.param(
+            [block_job()],
+            [general_job(status="concluded", error="Input/output error")],
+            [job("j0", "concluded", offset=MIB, len=SIZE, error="Input/output error")],
+            id="ended between the two",
+        ),
+        pytest.param(
+            [block_job(status="concluded", error="Operation canceled")],
+            [],
+            [job("j0", "concluded", offset=MIB, len=SIZE, error="Operation canceled")],
+            id="dismissed between the two",
+        ),
+        pytest.param([], [general_job("create0", type="create")], [], id="not a block job"),
+        pytest.param(
+            [block_job("j1"), block_job("j0", status="standby")],
+            [general_job("j0", status="standby"), general_job("j1")],
+            [job("j1", offset=MIB, len=SIZE), job("j0", "standby", offset=MIB, len=SIZE)],
+            id="each with its own",
+        ),
+    ],
+)
+def test_jobs_of_both_lists_are_merged(
+    block_jobs: list[dict[str, Any]], general: list[dict[str, Any]], expected: list[_inspect.Job]
+) -> None:
+    assert merge_jobs(block_jobs, general) == tuple(expected)
+    fake = FakeMonitor({"query-block-jobs": block_jobs, "query-jobs": general})
+    assert asyncio.run(query_jobs(monitor(fake))) == tuple(expected)
+
+
+@pytest.mark.parametrize(
+    ("status", "ended"),
+    [
+        ("running", False),
+        ("waiting", False),
+        ("pending", False),
+        ("aborting", False),
+        ("concluded", True),
+        ("null", True),
+    ],
+)
+def test_job_has_ended(status: str, ended: bool) -> None:
+    assert job("j0", status).ended is ended
+
+
+@pytest.mark.parametrize(
+    ("status", "paused", "io_status", "stuck"),
+    [
+        ("paused", True, "nospace", True),
+        ("paused", True, "failed", True),
+        ("paused", True, "ok", False),
+        ("running", False, "nospace", False),
+        ("concluded", True, "nospace", False),
+    ],
+)
+def test_job_is_stuck(status: str, paused: bool, io_status: str, stuck: bool) -> None:
+    assert job("j0", status, paused=paused, io_status=io_status).stuck is stuck
+
+
+@pytest.mark.parametrize(
+    ("values", "percent"),
+    [
+        ({"offset": 1, "len": 3}, 33.3),
+        ({"offset": 3, "len": 3}, 100.0),
+        ({"len": 0}, 0.0),
+        ({"len": 0, "status": "concluded"}, 100.0),
+        ({"len": 0, "status": "concluded", "error": "Operation canceled"}, 0.0),
+    ],
+)
+def test_progress_of_a_job(values: dict[str, Any], percent: float) -> None:
+    assert job("j0", **values).as_dict()["percent"] == percent
+
+
+def test_active_jobs_are_those_that_have_not_ended() -> None:
+    found = vm(jobs=(job("a"), job("b"), job("c", "concluded")))
+    assert [entry.id for entry in found.active_jobs()] == ["a", "b"]
+    assert [entry.id for entry in found.active_jobs(besides=["a"])] == ["b"]
+    assert found.job("c") == job("c", "concluded")
+    assert found.job("d") is None
+
+
+@pytest.mark.parametrize("missing", [0, 1, 2])
+def test_machine_id(missing: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    places = {"/etc/machine-id": "one", "/var/lib/dbus/machine-id": "two"}
+
+    def open_instead(path: str, **options: Any) -> Any:
+        if list(places).index(path) < missing:
+            raise FileNotFoundError(path)
+        (tmp_path / places[path]).write_text(places[path] + "\n")
+        return open(tmp_path / places[path], **options)
+
+    monkeypatch.setattr(_inspect, "open", open_instead, raising=False)
+    assert _inspect.machine_id() == ["one", "two", os.uname().nodename][missing]

@@ -1,0 +1,248 @@
+# Copyright (c) 2026, vmfleet contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Backup jobs: what is sent to QEMU, in which order, and what is taken back."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ansible_collections.vmfleet.backup.plugins.module_utils import _jobs, _target
+from ansible_collections.vmfleet.backup.plugins.module_utils._errors import CommandError
+from ansible_collections.vmfleet.backup.plugins.module_utils._jobs import (
+    BackupStart,
+    cancel_jobs,
+    dismiss_jobs,
+    remove_fdsets,
+    start_backups,
+)
+from ansible_collections.vmfleet.backup.plugins.module_utils._target import Target
+from ansible_collections.vmfleet.backup.tests.unit.plugins.doubles import (
+    MIB,
+    FakeMonitor,
+    block_job,
+    job,
+    jobs,
+    monitor,
+    refusal,
+    vm,
+)
+
+
+def start(directory: Path, number: int = 0, **values: Any) -> BackupStart:
+    path = directory / f"{number}.qcow2"
+    path.touch()
+    target = Target(str(path), "qcow2", MIB, **values)
+    return BackupStart(f"j{number}", f"n{number}", target, f"vmfleet:db:{number}", {"sync": "full", "speed": 5})
+
+
+def target_of(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The file node of a drive-backup's json: target."""
+    node: dict[str, Any] = json.loads(arguments["target"][len("json:") :])["file"]
+    return node
+
+
+def begin(fake: FakeMonitor, *starts: BackupStart, **options: Any) -> None:
+    asyncio.run(start_backups(monitor(fake), starts, **options))
+
+
+class TestStart:
+    def test_one(self, tmp_path: Path) -> None:
+        fake = FakeMonitor({"drive-backup": {}})
+        begin(fake, start(tmp_path))
+        (command, arguments), removal = fake.sent
+        assert command == "drive-backup"
+        file = target_of(arguments)
+        assert (file["filename"], file["cache"]["direct"]) == ("/dev/fdset/0", True)
+        assert {name: value for name, value in arguments.items() if name != "target"} == {
+            "job-id": "j0",
+            "device": "n0",
+            "format": "qcow2",
+            "mode": "existing",
+            "auto-dismiss": False,
+            "sync": "full",
+            "speed": 5,
+        }
+        assert removal == ("remove-fd", {"fdset-id": 0})
+
+    @pytest.mark.parametrize("compress", [False, True])
+    def test_files_to_read_and_to_write_are_handed_over(self, compress: bool, tmp_path: Path) -> None:
+        fake = FakeMonitor({"drive-backup": {}})
+        before = len(os.listdir("/proc/self/fd"))
+        begin(fake, start(tmp_path, compress=compress))
+        ((opaque, flags),) = fake.passed
+        assert opaque == "vmfleet:db:0"
+        assert [flag & os.O_ACCMODE for flag in flags] == [os.O_RDONLY, os.O_RDWR]
+        assert [bool(flag & os.O_DIRECT) for flag in flags] == [not compress] * 2
+        assert len(os.listdir("/proc/self/fd")) == before
+
+    def test_several_are_one_transaction(self, tmp_path: Path) -> None:
+        fake = FakeMonitor({"transaction": {}})
+        addition = {"type": "block-dirty-bitmap-add", "data": {"node": "n0", "name": "b"}}
+        begin(
+            fake,
+            start(tmp_path, 0),
+            start(tmp_path, 1, compress=True),
+            completion_mode="individual",
+            bitmap_actions=[addition],
+        )
+        assert fake.names() == ["transaction", "remove-fd", "remove-fd"]
+        arguments = fake.sent[0][1]
+        assert arguments["properties"] == {"completion-mode": "individual"}
+        first, *backups = arguments["actions"]
+        assert first == addition
+        assert [action["type"] for action in backups] == ["drive-backup", "drive-backup"]
+        assert [action["data"]["device"] for action in backups] == ["n0", "n1"]
+        files = [target_of(action["data"]) for action in backups]
+        assert [file["filename"] for file in files] == ["/dev/fdset/0", "/dev/fdset/1"]
+        assert [file["cache"]["direct"] for file in files] == [True, False]
+
+    def test_one_with_its_bitmap_is_a_transaction(self, tmp_path: Path) -> None:
+        fake = FakeMonitor({"transaction": {}})
+        begin(fake, start(tmp_path), bitmap_actions=[{"type": "block-dirty-bitmap-add", "data": {}}])
+        assert [action["type"] for action in fake.sent[0][1]["actions"]] == ["block-dirty-bitmap-add", "drive-backup"]
+
+    def test_paths_where_files_cannot_be_handed_over(self, tmp_path: Path) -> None:
+        fake = FakeMonitor({"drive-backup": {}}, address="127.0.0.1")
+        begin(fake, start(tmp_path))
+        assert fake.names() == ["drive-backup"]
+        assert target_of(fake.sent[0][1])["filename"] == str(tmp_path / "0.qcow2")
+        assert not fake.passed
+
+    def test_page_cache_serves_where_direct_access_is_refused(self, tmp_path: Path) -> None:
+        fake = FakeMonitor({"transaction": iter([refusal("Cannot use direct"), {}])})
+        begin(fake, start(tmp_path, 0), start(tmp_path, 1, compress=True))
+        assert fake.names() == ["transaction", "remove-fd", "remove-fd"] * 2
+        attempts = [arguments["actions"] for command, arguments in fake.sent if command == "transaction"]
+        direct = [[target_of(action["data"])["cache"]["direct"] for action in actions] for actions in attempts]
+        assert direct == [[True, False], [False, False]]
+        assert [bool(flags[0] & os.O_DIRECT) for _opaque, flags in fake.passed] == [True, False, False, False]
+
+    def test_page_cache_serves_where_the_file_system_has_no_direct_access(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        really = _target.open_pair
+
+        def refuse(target: Target, direct: bool) -> tuple[int, int]:
+            if direct:
+                raise OSError(22, "Invalid argument")
+            return really(target, direct)
+
+        monkeypatch.setattr(_jobs, "open_pair", refuse)
+        fake = FakeMonitor({"drive-backup": {}})
+        begin(fake, start(tmp_path))
+        assert target_of(fake.sent[0][1])["cache"]["direct"] is False
+
+    @pytest.mark.parametrize(("compress", "attempts"), [(True, 1), (False, 2)])
+    def test_nothing_is_left_in_qemu_by_a_refusal(self, compress: bool, attempts: int, tmp_path: Path) -> None:
+        fake = FakeMonitor({"transaction": refusal("Image is not in qcow2 format")})
+        with pytest.raises(CommandError, match="not in qcow2 format"):
+            begin(fake, *(start(tmp_path, number, compress=compress) for number in range(2)))
+        assert fake.names().count("transaction") == attempts
+        assert len(fake.passed) == 2 * attempts
+        assert not fake.fdsets
+
+    def test_nothing_is_left_in_qemu_when_a_later_file_cannot_be_opened(self, tmp_path: Path) -> None:
+        missing = start(tmp_path, 1)
+        Path(missing.target.path).unlink()
+        fake = FakeMonitor()
+        with pytest.raises(FileNotFoundError):
+            begin(fake, start(tmp_path, 0), missing)
+        assert fake.passed
+        assert not fake.fdsets
+
+
+def schema(*members: str) -> list[dict[str, Any]]:
+    """What query-qmp-schema says of drive-backup; types are named by numbers."""
+    return [
+        {"name": "30", "meta-type": "object", "members": [{"name": name, "type": "str"} for name in members]},
+        {"name": "31", "meta-type": "object", "members": [{"name": "on-cbw-error", "type": "279"}]},
+        {"name": "drive-backup", "meta-type": "command", "arg-type": "30", "ret-type": "0"},
+        {"name": "blockdev-backup", "meta-type": "command", "arg-type": "31", "ret-type": "0"},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("version", "answer", "used"),
+    [
+        ("7.2.22", AssertionError("an old QEMU need not be asked"), False),
+        ("10.0.13", AssertionError("an old QEMU need not be asked"), False),
+        ("10.1.0", schema("device", "on-cbw-error"), True),
+        ("10.1.0", schema("device"), False),
+        ("11.0.1", schema("on-cbw-error"), True),
+    ],
+)
+def test_guest_comes_first_where_qemu_knows_how(version: str, answer: Any, used: bool, tmp_path: Path) -> None:
+    fake = FakeMonitor({"drive-backup": {}, "query-qmp-schema": answer}, version=version)
+    begin(fake, start(tmp_path))
+    arguments = dict(fake.sent)["drive-backup"]
+    assert arguments.get("on-cbw-error") == ("break-snapshot" if used else None)
+
+
+class Qemu:
+    """Jobs that end when they are cancelled, after some further looks at them."""
+
+    def __init__(self, *ids: str, looks: int = 0, refuses: bool = False) -> None:
+        self.running = dict.fromkeys(ids, looks)
+        self.cancelled: set[str] = set()
+        self.refuses = refuses
+        self.monitor = FakeMonitor({"query-block-jobs": self.query, "query-jobs": [], "block-job-cancel": self.cancel})
+
+    def query(self, _arguments: dict[str, Any]) -> list[dict[str, Any]]:
+        for name in self.cancelled:
+            self.running[name] -= 1
+        return [
+            block_job(name, status="concluded" if name in self.cancelled and looks < 0 else "running")
+            for name, looks in self.running.items()
+        ]
+
+    def cancel(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        assert arguments["force"] is True
+        self.cancelled.add(arguments["device"])
+        if self.refuses:
+            raise refusal("Job not found", "block-job-cancel")
+        return {}
+
+
+class TestCancel:
+    @pytest.mark.parametrize("refuses", [False, True], ids=["running", "ended meanwhile"])
+    def test_named_jobs_are_cancelled_once_and_waited_for(self, refuses: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(_jobs, "SETTLE_INTERVAL", 0)
+        qemu = Qemu("a", "b", "other", looks=3, refuses=refuses)
+        assert asyncio.run(cancel_jobs(monitor(qemu.monitor), ["a", "b", "gone"])) == ()
+        assert [entry["arguments"]["device"] for entry in qemu.monitor.commands] == ["a", "b"]
+
+    def test_job_that_does_not_end_is_told(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(_jobs, "SETTLE_TIMEOUT", 0.1)
+        qemu = Qemu("a", "b")
+        qemu.running["b"] = 10**9
+        left = asyncio.run(cancel_jobs(monitor(qemu.monitor), ["a", "b"]))
+        assert [entry.id for entry in left] == ["b"]
+
+    def test_ended_jobs_are_left_alone(self) -> None:
+        fake = FakeMonitor(jobs(block_job("a", status="concluded")))
+        assert asyncio.run(cancel_jobs(monitor(fake), ["a"])) == ()
+
+
+def test_only_ended_jobs_of_ours_are_dismissed() -> None:
+    entries = [block_job("a", status="concluded"), block_job("b"), block_job("other", status="concluded")]
+    fake = FakeMonitor({**jobs(*entries), "job-dismiss": {}})
+    asyncio.run(dismiss_jobs(monitor(fake), ["a", "b", "gone"]))
+    assert fake.commands == [{"execute": "job-dismiss", "arguments": {"id": "a"}}]
+
+
+def test_only_fdsets_of_ours_are_removed() -> None:
+    found = vm(
+        jobs=(job(),),
+        fdsets={1: ("vmfleet:db:aa:0", "vmfleet:db:aa:0"), 2: ("serial0-source",), 3: ("vmfleet:db:bb:0",), 4: ()},
+    )
+    fake = FakeMonitor()
+    asyncio.run(remove_fdsets(monitor(fake), found, "vmfleet:db:aa:"))
+    assert fake.sent == [("remove-fd", {"fdset-id": 1})]

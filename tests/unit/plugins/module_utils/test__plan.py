@@ -1,0 +1,391 @@
+# Copyright (c) 2026, vmfleet contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""What is done with a VM, and why: no QEMU and no repository needed."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from ansible_collections.vmfleet.backup.plugins.module_utils import _plan
+from ansible_collections.vmfleet.backup.plugins.module_utils._documents import (
+    COPYING,
+    PREPARING,
+    DiskImage,
+    Failure,
+    Growing,
+    Hypervisor,
+    Intent,
+    Manifest,
+    VmName,
+)
+from ansible_collections.vmfleet.backup.plugins.module_utils._errors import Refused
+from ansible_collections.vmfleet.backup.plugins.module_utils._inspect import Disk, Job, Vm
+from ansible_collections.vmfleet.backup.plugins.module_utils._plan import (
+    Facts,
+    Plan,
+    Policy,
+    Request,
+    Space,
+    Terms,
+    VmPlan,
+    choose_disks,
+    decide,
+    fit_into,
+    guest_stopped_by,
+    judge,
+    parse_plan,
+    refuse_twins,
+    reserve_bytes,
+)
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository import Shelf
+
+HERE = Hypervisor("hv1", "machine", "boot")
+TERMS = Terms("today", "run", "12345678", HERE, Policy())
+REQUEST = Request("web01", "unix:/web01.qmp")
+VDA, VDB = (Disk(name=name, node=f"node-{name}", driver="qcow2", device=name) for name in ("vda", "vdb"))
+GOLDEN = Disk(name="golden", node="n2", driver="qcow2", device="golden", read_only=True)
+IDENTITY = VmName("web01", "uuid-1", "uuid-1")
+
+
+def vm(*disks: Disk, **more: Any) -> Vm:
+    given: dict[str, Any] = {
+        "name": "web01",
+        "uuid": "uuid-1",
+        "identity": "uuid-1",
+        "status": "running",
+        "version": "7.2.0",
+        "disks": disks or (VDA, VDB),
+        "other_nodes": (),
+        "empty": ("cd",),
+        "jobs": (),
+        "fdsets": {},
+        "process": None,
+    }
+    return Vm(**{**given, **more})
+
+
+def image(name: str) -> DiskImage:
+    return DiskImage(name, f"node-{name}", "", "/src", "qcow2", 1, "full", "", None, f"{name}.qcow2", "qcow2", "none")
+
+
+def intent(**more: Any) -> Intent:
+    given: dict[str, Any] = {
+        "run": "run",
+        "attempt": "a1",
+        "id": "today",
+        "vm": IDENTITY,
+        "hypervisor": HERE,
+        "monitor": "unix:/web01.qmp",
+        "process": (1, 2),
+        "level": "full",
+        "consistency": "crash",
+        "qemu": "7.2.0",
+        "guest": "running",
+        "started": "then",
+        "begun": 100.0,
+        "deadline": None,
+        "checksum": True,
+        "disks": (Growing(image("vda"), "job0", 10), Growing(image("vdb"), "job1", 10)),
+        "phase": COPYING,
+        "reserved": True,
+    }
+    return Intent(**{**given, **more})
+
+
+def manifest(**more: Any) -> Manifest:
+    given: dict[str, Any] = {
+        "repository": "r",
+        "vm": IDENTITY,
+        "id": "today",
+        "sequence": 1,
+        "level": "full",
+        "run": "run",
+        "attempt": "a0",
+        "started": "",
+        "finished": "",
+        "duration": 1.0,
+        "consistency": "crash",
+        "qemu": "7.2.0",
+        "disks": (image("vda"), image("vdb")),
+    }
+    return Manifest(**{**given, **more})
+
+
+def job(number: int, status: str = "running", **more: Any) -> Job:
+    return Job(id=f"job{number}", type="backup", status=status, **more)
+
+
+FAILED = Failure("run", "a1", "today", "failed", "target full", "then", "now")
+OFF = Facts(error="there is no such socket", off=True)
+
+DECISIONS = {
+    "nothing there": (Facts(vm()), Shelf(), "start", "no set today"),
+    "published": (Facts(vm()), Shelf(sets=(manifest(),)), "skip", "published"),
+    "published, off now": (OFF, Shelf(sets=(manifest(),)), "skip", "published"),
+    "of another VM": (Facts(vm(identity="uuid-2")), Shelf(sets=(manifest(),)), "fail", "uuid-2"),
+    "without a disk": (Facts(vm()), Shelf(sets=(manifest(disks=(image("vda"),)),)), "fail", "without disk vdb"),
+    "published, though this run failed before": (
+        Facts(vm()),
+        Shelf(sets=(manifest(),), failures=(FAILED,)),
+        "skip",
+        "published",
+    ),
+    "being made": (Facts(vm()), Shelf(intents=(intent(),)), "attach", "since then"),
+    "being made, off now": (OFF, Shelf(intents=(intent(),)), "attach", "since then"),
+    "being made elsewhere": (
+        Facts(vm()),
+        Shelf(intents=(intent(hypervisor=Hypervisor("hv2", "other", "boot")),)),
+        "fail",
+        "hypervisor hv2",
+    ),
+    "being made of another VM": (Facts(vm(identity="uuid-2")), Shelf(intents=(intent(),)), "fail", "another VM"),
+    "another VM's attempt is dead": (
+        Facts(vm(identity="uuid-2"), dead=frozenset({"a1"})),
+        Shelf(intents=(intent(),)),
+        "attach",
+        "since",
+    ),
+    "an older one first": (Facts(vm()), Shelf(intents=(intent(id="monday"),)), "finish", "set monday"),
+    "an older one before its own": (
+        Facts(vm()),
+        Shelf(intents=(intent(), intent(id="monday", attempt="a0"))),
+        "finish",
+        "set monday",
+    ),
+    "failed by this run": (Facts(vm()), Shelf(failures=(FAILED,)), "fail", "target full"),
+    "failed by another run": (Facts(vm()), Shelf(failures=(replace(FAILED, run="old"),)), "start", "no set"),
+    "something in the way": (Facts(vm()), Shelf(strays=frozenset({"today"})), "fail", "move it away"),
+    "off": (OFF, Shelf(), "fail", "no such socket"),
+    "busy": (Facts(vm(jobs=(job(7),))), Shelf(), "fail", "busy: job job7"),
+    "somebody's ended job": (Facts(vm(jobs=(job(7, "concluded"),))), Shelf(), "start", "no set"),
+    "our own leftover": (
+        Facts(vm(jobs=(Job("vmfleet.12345678.a9.0", "backup", "running"),))),
+        Shelf(),
+        "start",
+        "no set",
+    ),
+    "another repository's job": (
+        Facts(vm(jobs=(Job("vmfleet.87654321.a9.0", "backup", "running"),))),
+        Shelf(),
+        "fail",
+        "busy",
+    ),
+    "migrating": (Facts(vm(status="inmigrate")), Shelf(), "skip", "migrating"),
+    "no disks": (Facts(vm(GOLDEN)), Shelf(), "skip", "no disk"),
+}
+
+
+@pytest.mark.parametrize(("facts", "shelf", "action", "reason"), DECISIONS.values(), ids=list(DECISIONS))
+def test_decide(facts: Facts, shelf: Shelf, action: str, reason: str) -> None:
+    plan = decide(REQUEST, facts, shelf, TERMS).plan
+    assert plan.action == action
+    assert reason in plan.reason
+
+
+def test_a_vm_that_is_off_may_be_skipped_but_one_that_is_silent_never() -> None:
+    terms = replace(TERMS, policy=Policy(offline="skip"))
+    assert decide(REQUEST, OFF, Shelf(), terms).plan.action == "skip"
+    assert decide(REQUEST, Facts(error="no greeting"), Shelf(), terms).plan.action == "fail"
+
+
+def test_a_wrong_list_of_disks_comes_before_everything_else() -> None:
+    request = replace(REQUEST, include_disks=("vdx",))
+    assert decide(request, Facts(vm()), Shelf(sets=(manifest(),)), TERMS).plan.action == "fail"
+
+
+@pytest.mark.parametrize(
+    ("include", "exclude", "chosen"),
+    [
+        ((), (), ["vda", "vdb"]),
+        (("vdb",), (), ["vdb"]),
+        (("node-vdb",), (), ["vdb"]),
+        ((), ("vdb",), ["vda"]),
+        (("vda", "vdb"), ("vda",), ["vdb"]),
+        (("golden",), (), ["golden"]),
+        ((), ("cd",), ["vda", "vdb"]),
+    ],
+)
+def test_choose_disks(include: tuple[str, ...], exclude: tuple[str, ...], chosen: list[str]) -> None:
+    choice = choose_disks(vm(VDA, VDB, GOLDEN), replace(REQUEST, include_disks=include, exclude_disks=exclude))
+    assert [disk.name for disk in choice.disks] == chosen
+    left_out = {drive.name for drive in choice.left_out}
+    assert left_out == {"vda", "vdb", "golden", "cd"} - set(chosen)
+
+
+@pytest.mark.parametrize(
+    ("lists", "said"),
+    [
+        ({"include_disks": ("vdx",)}, "include_disks: "),
+        ({"exclude_disks": ("vdx",)}, "exclude_disks: "),
+        ({"include_disks": ("cd",)}, "no medium"),
+    ],
+)
+def test_names_that_no_disk_has(lists: dict[str, Any], said: str) -> None:
+    assert said in choose_disks(vm(), replace(REQUEST, **lists)).error
+
+
+BOTH_DONE = (job(0, "concluded"), job(1, "concluded"))
+VERDICTS = {
+    "copying": (intent(), Facts(vm(jobs=(job(0), job(1)))), Shelf(), "running"),
+    "one is done": (intent(), Facts(vm(jobs=(job(0, "concluded"), job(1)))), Shelf(), "running"),
+    "copied": (intent(), Facts(vm(jobs=BOTH_DONE)), Shelf(), "copied"),
+    "started, not yet written down": (
+        intent(phase=PREPARING),
+        Facts(vm(jobs=(job(0), job(1)))),
+        Shelf(),
+        "running",
+    ),
+    "never started": (intent(phase=PREPARING), Facts(vm()), Shelf(), "interrupted"),
+    "never started, QEMU gone": (
+        intent(phase=PREPARING),
+        replace(OFF, dead=frozenset({"a1"})),
+        Shelf(),
+        "interrupted",
+    ),
+    "one failed": (
+        intent(),
+        Facts(vm(jobs=(job(0, "concluded", error="No space left on device"), job(1)))),
+        Shelf(),
+        "broken",
+    ),
+    "not listed is no success": (intent(), Facts(vm()), Shelf(), "broken"),
+    "one dismissed": (intent(), Facts(vm(jobs=(job(0, "concluded"),))), Shelf(), "broken"),
+    "aborting": (intent(), Facts(vm(jobs=(job(0, "null"), job(1)))), Shelf(), "broken"),
+    "QEMU gone": (intent(), replace(OFF, dead=frozenset({"a1"})), Shelf(), "broken"),
+    "silent": (intent(), Facts(error="no greeting"), Shelf(), "unreachable"),
+    "described, then QEMU gone": (
+        intent(),
+        replace(OFF, dead=frozenset({"a1"})),
+        Shelf(described=frozenset({"a1"})),
+        "copied",
+    ),
+    "given up": (intent(), Facts(vm(jobs=BOTH_DONE)), Shelf(failures=(FAILED,)), "given up"),
+    "an older attempt failed": (
+        intent(),
+        Facts(vm(jobs=BOTH_DONE)),
+        Shelf(failures=(replace(FAILED, attempt="a0"),)),
+        "copied",
+    ),
+    "too late": (intent(deadline=150.0), Facts(vm(jobs=(job(0), job(1)))), Shelf(), "broken"),
+    "in time": (intent(deadline=250.0), Facts(vm(jobs=(job(0), job(1)))), Shelf(), "running"),
+    "late but done": (intent(deadline=150.0), Facts(vm(jobs=BOTH_DONE)), Shelf(), "copied"),
+}
+
+
+@pytest.mark.parametrize(("attempt", "facts", "shelf", "state"), VERDICTS.values(), ids=list(VERDICTS))
+def test_judge(attempt: Intent, facts: Facts, shelf: Shelf, state: str) -> None:
+    verdict = judge(attempt, facts, shelf, now=200.0)
+    assert verdict.state == state
+    assert bool(verdict.error) == (state in ("broken", "unreachable", "given up"))
+
+
+@pytest.mark.parametrize(
+    ("attempt", "facts", "full", "ours"),
+    [
+        (intent(reserved=False), Facts(vm(status="io-error", jobs=(job(0), job(1)))), True, True),
+        (intent(reserved=False), Facts(vm(status="io-error", jobs=(job(0), job(1)))), False, False),
+        (intent(reserved=True), Facts(vm(status="io-error", jobs=(job(0), job(1)))), True, False),
+        (intent(), Facts(vm(status="io-error", jobs=(job(0, "concluded", error="EIO"),))), False, True),
+        (intent(guest="io-error"), Facts(vm(status="io-error", jobs=(job(0, error="EIO"),))), True, False),
+        (intent(reserved=False), Facts(vm(status="paused", jobs=(job(0), job(1)))), True, False),
+        (intent(reserved=False), OFF, True, False),
+    ],
+)
+def test_a_guest_is_resumed_only_if_our_target_stopped_it(
+    attempt: Intent, facts: Facts, full: bool, ours: bool
+) -> None:
+    assert guest_stopped_by(attempt, facts, full) is ours
+
+
+def start(name: str, size: int = 0, monitor: str = "") -> VmPlan:
+    disk = _plan.DiskPlan("vda", "n0", "full", "", None, "vda.qcow2", size)
+    return VmPlan(name, monitor or f"unix:/{name}", "start", "", disks=(disk,))
+
+
+def test_each_vm_takes_its_part_of_the_space() -> None:
+    space = Space(free=100, reserve=10, promised=20, reservable=True)
+    space, plans = fit_into(space, [start("a", 40), start("b", 40), start("c", 30)])
+    assert [plan.action for plan in plans] == ["start", "fail", "start"]
+    assert space.needed == 70
+    assert "not enough space" in plans[1].reason
+
+
+def test_the_reserve_counts_twice_where_nothing_can_be_reserved() -> None:
+    space = Space(free=100, reserve=10, promised=0, reservable=False)
+    assert [plan.action for plan in fit_into(space, [start("a", 81)])[1]] == ["fail"]
+    assert [plan.action for plan in fit_into(space, [start("a", 80)])[1]] == ["start"]
+
+
+def test_a_set_that_is_there_needs_no_space() -> None:
+    space = Space(free=0, reserve=10, promised=0, reservable=True)
+    assert [plan.action for plan in fit_into(space, [replace(start("a", 5), action="skip")])[1]] == ["skip"]
+
+
+def test_twins_are_not_touched() -> None:
+    plans = [start("web"), start("web", monitor="unix:/web2"), start("db"), start("db2"), start("good")]
+    processes = {"unix:/db": (7, 1), "unix:/db2": (7, 1), "unix:/good": (8, 1)}
+    checked = refuse_twins(plans, processes)
+    assert [plan.action for plan in checked] == ["fail", "fail", "fail", "fail", "start"]
+    assert "unix:/web2" in checked[0].reason
+    assert "unix:/db2" in checked[2].reason
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("5%", 50), ("0", 0), ("0%", 0), ("12.5%", 125), ("300", 300), ("2K", 2048), ("1G", 1 << 30)]
+)
+def test_reserve(text: str, size: int) -> None:
+    assert reserve_bytes(text, 1000) == size
+
+
+@pytest.mark.parametrize("text", ["much", "100%", "-1%", "%", "5 percent", ""])
+def test_bad_reserve(text: str) -> None:
+    with pytest.raises(Refused, match="reserve"):
+        reserve_bytes(text, 1000)
+
+
+def test_a_plan_survives_the_way_through_ansible() -> None:
+    space = Space(free=100, reserve=10, promised=0, reservable=True)
+    decided = decide(REQUEST, Facts(vm()), Shelf(), TERMS).plan
+    plan = Plan("/srv/backup", False, "run", "today", Policy(), space, (decided,), ("a warning",))
+    assert parse_plan(json.loads(json.dumps(plan.to_dict()))) == plan
+
+
+@pytest.mark.parametrize("found", [{}, {"repository": "/x"}, {"vms": 3}])
+def test_something_else_is_no_plan(found: dict[str, Any]) -> None:
+    with pytest.raises(Refused, match="plan"):
+        parse_plan(found)
+
+
+def test_a_plan_cannot_lead_out_of_the_repository() -> None:
+    space = Space(free=100, reserve=10, promised=0, reservable=True)
+    plan = Plan("/srv/backup", False, "run", "today", Policy(), space, ()).to_dict()
+    with pytest.raises(Refused, match="no id of a set"):
+        parse_plan({**plan, "id": "../../etc"})
+
+
+def test_the_plan_reads_well() -> None:
+    space = Space(free=100 << 20, reserve=10 << 20, promised=0, reservable=False)
+    decided = decide(REQUEST, Facts(vm(VDA, GOLDEN)), Shelf(), TERMS).plan
+    failing = decide(Request("db", "unix:/db"), OFF, Shelf(), TERMS).plan
+    plan = Plan("/srv/backup", True, "run", "today", Policy(), space, (decided, failing), ())
+    assert _plan.describe(plan) == [
+        "Backup today to /srv/backup (to be created)",
+        "Space: 0 B needed at most, 100.0 MiB free, 10.0 MiB kept in reserve, 0 B promised to other sets",
+        "This file system cannot reserve space for a copy: the reserve counts twice.",
+        "start   web01  there is no set today of this VM",
+        "               vda: full, at most 0 B",
+        "               cd: left out, has no medium",
+        "               golden: left out, is read-only",
+        "fail    db     there is no such socket",
+    ]
+
+
+@pytest.mark.parametrize(("size", "said"), [(0, "0 B"), (1023, "1023 B"), (1024, "1.0 KiB"), (5 << 40, "5.0 TiB")])
+def test_human(size: int, said: str) -> None:
+    assert _plan.human(size) == said

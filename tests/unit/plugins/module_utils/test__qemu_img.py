@@ -1,0 +1,87 @@
+# Copyright (c) 2026, vmfleet contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""qemu-img's argument lists, and what becomes of a command's end."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from ansible_collections.vmfleet.backup.plugins.module_utils import _qemu_img
+from ansible_collections.vmfleet.backup.plugins.module_utils._errors import ToolError
+
+
+@pytest.mark.parametrize(
+    ("command", "expected"),
+    [
+        (
+            _qemu_img.create_command("/b/x.qcow2", "qcow2", 1024),
+            "qemu-img create -q -f qcow2 -- /b/x.qcow2 1024",
+        ),
+        (
+            _qemu_img.create_command("/b/x", "qcow2", 0, {"b": "2", "a": "1"}, ("../s1/x", "raw")),
+            "qemu-img create -q -f qcow2 -o a=1,b=2 -u -b ../s1/x -F raw -- /b/x 0",
+        ),
+        (_qemu_img.info_command("/b/x"), "qemu-img info --output=json -- /b/x"),
+        (_qemu_img.info_command("/b/x", "raw", shared=True), "qemu-img info --output=json -U -f raw -- /b/x"),
+        (
+            _qemu_img.measure_command("/b/x", "raw", "qcow2"),
+            "qemu-img measure -U --output=json -f raw -O qcow2 -- /b/x",
+        ),
+        (_qemu_img.map_command("/b/x", "vmdk"), "qemu-img map --output=json -f vmdk -- /b/x"),
+        (_qemu_img.options_command("vmdk"), "qemu-img create -f vmdk -o help"),
+    ],
+)
+def test_argument_lists(command: list[str], expected: str) -> None:
+    assert command == expected.split()
+
+
+def shell(script: str) -> list[str]:
+    return ["sh", "-c", script]
+
+
+class TestRun:
+    def test_output_is_returned_without_errors(self) -> None:
+        assert asyncio.run(_qemu_img.run(shell("echo said; echo noise >&2"))) == "said\n"
+
+    def test_output_is_read_as_json(self) -> None:
+        assert asyncio.run(_qemu_img.run_json(shell("""echo '{"format": "raw"}'"""))) == {"format": "raw"}
+
+    def test_failure_has_the_command_and_its_words(self) -> None:
+        with pytest.raises(ToolError) as failed:
+            asyncio.run(_qemu_img.run(shell("echo said; echo 'No such file' >&2; exit 3")))
+        assert str(failed.value) == "sh -c echo said; echo 'No such file' >&2; exit 3: No such file"
+
+    def test_missing_program_is_told_apart(self, tmp_path: Path) -> None:
+        with pytest.raises(_qemu_img.NotInstalled, match="is not installed on this hypervisor"):
+            asyncio.run(_qemu_img.run([str(tmp_path / "qemu-img")]))
+
+    def test_command_that_hangs_is_killed(self, tmp_path: Path) -> None:
+        async def hang() -> None:
+            with pytest.raises(ToolError, match=r"no end within 0\.3 s; does its file system hang\?"):
+                await _qemu_img.run(shell(f"echo $$ > {tmp_path}/pid; exec sleep 60"), timeout=0.3)
+            process = Path("/proc", (tmp_path / "pid").read_text().strip())
+            deadline = time.monotonic() + 10
+            while process.exists():
+                assert time.monotonic() < deadline
+                await asyncio.sleep(0.01)
+
+        asyncio.run(hang())
+
+    def test_locks_are_inherited(self, tmp_path: Path) -> None:
+        with open(tmp_path / "lock", "w", encoding="ascii") as lock:
+            command = shell(f"readlink /proc/self/fd/{lock.fileno()} || true")
+            assert asyncio.run(_qemu_img.run(command)) == ""
+            assert asyncio.run(_qemu_img.run(command, pass_fds=(lock.fileno(),))) == f"{lock.name}\n"
+
+    def test_answers_are_english_and_nothing_is_asked(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("LC_ALL", "de_DE.UTF-8")
+        monkeypatch.setenv("VMFLEET_TEST", "kept")
+        script = "echo $LC_ALL $VMFLEET_TEST; readlink /proc/self/fd/0"
+        assert asyncio.run(_qemu_img.run(shell(script))) == f"C kept\n{os.devnull}\n"

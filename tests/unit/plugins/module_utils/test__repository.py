@@ -1,0 +1,321 @@
+# Copyright (c) 2026, vmfleet contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""A repository on disk: what is listed after a crash between any two steps, and what is refused."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import stat
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from ansible_collections.vmfleet.backup.plugins.module_utils import _repository
+from ansible_collections.vmfleet.backup.plugins.module_utils._documents import (
+    DiskImage,
+    Failure,
+    Growing,
+    Hypervisor,
+    Intent,
+    Manifest,
+    VmName,
+)
+from ansible_collections.vmfleet.backup.plugins.module_utils._errors import BackupError
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository import (
+    Repository,
+    check_creatable,
+    check_writable,
+    create_repository,
+    find_repository,
+    open_repository,
+)
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+IMAGE = DiskImage("vda", "n0", "", "/src", "qcow2", 1, "full", "", None, "vda.qcow2", "qcow2", "none", 3, "abc")
+FAILURE = Failure("run", "a1", "s1", "failed", "target full", "then", "now")
+
+
+def intent(**more: Any) -> Intent:
+    given: dict[str, Any] = {
+        "run": "run",
+        "attempt": "a1",
+        "id": "s1",
+        "vm": VmName("web01", "uuid-1", "uuid-1"),
+        "hypervisor": Hypervisor("hv1", "machine", "boot"),
+        "monitor": "unix:/web01.qmp",
+        "process": (1, 2),
+        "level": "full",
+        "consistency": "crash",
+        "qemu": "7.2.0",
+        "guest": "running",
+        "started": "then",
+        "begun": 100.0,
+        "deadline": None,
+        "checksum": True,
+        "disks": (Growing(IMAGE, "job0", 1 << 20),),
+    }
+    return Intent(**{**given, **more})
+
+
+def manifest(of: Intent) -> Manifest:
+    return Manifest("uuid", of.vm, of.id, 0, "full", of.run, of.attempt, "then", "now", 1.5, "crash", "7.2.0", (IMAGE,))
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Repository:
+    made = create_repository(str(tmp_path / "repository"))
+    os.mkdir(made.directory("web01"))
+    return made
+
+
+def begin(repository: Repository, of: Intent) -> None:
+    repository.begin(of)
+    for disk in of.disks:
+        with open(repository.image_path(of, disk.image.image), "wb") as image:
+            image.write(b"abc")
+
+
+def publish(repository: Repository, of: Intent) -> Manifest:
+    begin(repository, of)
+    repository.describe(of, manifest(of))
+    published = repository.publish(of)
+    repository.tidy(of.vm.name, of.id)
+    return published
+
+
+def test_documents_come_back_as_they_were_written(repository: Repository) -> None:
+    begin(repository, intent())
+    assert repository.shelf("web01").intents == (intent(),)
+    repository.record_failure("web01", FAILURE)
+    assert repository.shelf("web01").failures == (FAILURE,)
+    repository.describe(intent(), manifest(intent()))
+    repository.publish(intent())
+    assert repository.shelf("web01").sets == (replace(manifest(intent()), sequence=1),)
+
+
+def test_order_is_the_sequence_and_neither_names_nor_times(repository: Repository) -> None:
+    for number, set_id in enumerate(("zulu", "alpha", "s10", "s9"), 1):
+        assert publish(repository, intent(id=set_id, attempt=set_id)).sequence == number
+        os.utime(repository.set_path("web01", set_id), (1000 - number, 1000 - number))
+    assert [found.id for found in repository.shelf("web01").sets] == ["zulu", "alpha", "s10", "s9"]
+
+
+class TestCrash:
+    """Stopped between two steps: a set is listed when it is complete, and never before."""
+
+    def test_before_the_intent(self, repository: Repository) -> None:
+        os.mkdir(repository.staging("web01", "s1"))
+        assert repository.shelf("web01") == _repository.Shelf()
+        repository.begin(intent())
+        assert repository.shelf("web01").intents == (intent(),)
+
+    def test_in_the_middle_of_writing_the_intent(self, repository: Repository) -> None:
+        os.mkdir(repository.staging("web01", "s1"))
+        with open(repository.staging("web01", "s1") + "/intent.json.new", "w", encoding="utf-8") as half:
+            half.write('{"schema": 1, "run"')
+        repository.begin(intent())
+        assert repository.shelf("web01").intents == (intent(),)
+        assert os.listdir(repository.staging("web01", "s1")) == ["intent.json"]
+
+    def test_while_the_images_grow(self, repository: Repository) -> None:
+        begin(repository, intent())
+        shelf = repository.shelf("web01")
+        assert (shelf.sets, shelf.described) == ((), frozenset())
+        with pytest.raises(FileExistsError):
+            repository.begin(intent(attempt="a2"))
+
+    def test_between_manifest_and_rename(self, repository: Repository) -> None:
+        begin(repository, intent())
+        repository.describe(intent(), manifest(intent()))
+        shelf = repository.shelf("web01")
+        assert (shelf.sets, shelf.intents, shelf.described) == ((), (intent(),), frozenset({"a1"}))
+        assert repository.publish(intent()).sequence == 1
+
+    def test_between_rename_and_tidying_up(self, repository: Repository) -> None:
+        repository.record_failure("web01", FAILURE)
+        begin(repository, intent())
+        repository.describe(intent(), manifest(intent()))
+        repository.publish(intent())
+        assert [found.id for found in repository.shelf("web01").sets] == ["s1"]
+        assert repository.shelf("web01").intents == ()
+        for path in ("s1/intent.json.new", ".s1.failed.json.new"):
+            with open(os.path.join(repository.directory("web01"), path), "w", encoding="utf-8"):
+                pass
+        assert repository.untidy("web01", "s1")
+        repository.tidy("web01", "s1")
+        assert not repository.untidy("web01", "s1")
+        assert sorted(os.listdir(repository.directory("web01"))) == ["s1"]
+        assert sorted(os.listdir(repository.set_path("web01", "s1"))) == ["manifest.json", "vda.qcow2"]
+
+    def test_in_the_middle_of_discarding(self, repository: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
+        begin(repository, intent())
+        unlink = os.unlink
+        removed = []
+
+        def dying_unlink(path: str) -> None:
+            if removed:
+                raise KeyboardInterrupt
+            removed.append(path)
+            unlink(path)
+
+        monkeypatch.setattr(os, "unlink", dying_unlink)
+        with pytest.raises(KeyboardInterrupt):
+            repository.discard(intent())
+        # The intent goes last: what is left is known to be ours.
+        assert repository.shelf("web01").intents == (intent(),)
+        monkeypatch.undo()
+        repository.discard(intent())
+        assert os.listdir(repository.directory("web01")) == []
+
+
+def test_another_attempts_staging_is_not_discarded(repository: Repository) -> None:
+    begin(repository, intent())
+    repository.discard(intent(attempt="a2"))
+    assert repository.shelf("web01").intents == (intent(),)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"schema": 1}', '{"schema": "1"}', "null"])
+def test_a_directory_without_a_valid_manifest_is_no_set(repository: Repository, content: str) -> None:
+    os.mkdir(repository.set_path("web01", "s1"))
+    with open(repository.set_path("web01", "s1") + "/manifest.json", "w", encoding="utf-8") as broken:
+        broken.write(content)
+    shelf = repository.shelf("web01")
+    assert (shelf.sets, shelf.strays) == ((), {"s1"})
+
+
+def test_a_set_under_another_name_is_no_set(repository: Repository) -> None:
+    publish(repository, intent())
+    os.rename(repository.set_path("web01", "s1"), repository.set_path("web01", "renamed"))
+    assert repository.shelf("web01").sets == ()
+
+
+def test_what_later_releases_add_is_left_alone(repository: Repository) -> None:
+    publish(repository, intent())
+    path = repository.set_path("web01", "s1") + "/manifest.json"
+    os.chmod(path, 0o600)
+    with open(path, encoding="utf-8") as source:
+        content = json.load(source)
+    with open(path, "w", encoding="utf-8") as sink:
+        json.dump({**content, "colour": "blue"}, sink)
+    assert [found.id for found in repository.shelf("web01").sets] == ["s1"]
+    with open(path, "w", encoding="utf-8") as sink:
+        json.dump({**content, "schema": 2}, sink)
+    with pytest.raises(BackupError, match=r"update vmfleet\.backup"):
+        repository.shelf("web01")
+
+
+def test_publishing_never_replaces_anything(repository: Repository) -> None:
+    begin(repository, intent())
+    repository.describe(intent(), manifest(intent()))
+    # rename(2) would take an empty directory's place.
+    os.mkdir(repository.set_path("web01", "s1"))
+    with pytest.raises(BackupError, match="move it away"):
+        repository.publish(intent())
+
+
+def test_modes(repository: Repository) -> None:
+    begin(repository, intent())
+    assert stat.S_IMODE(os.stat(repository.staging("web01", "s1")).st_mode) == 0o700
+    repository.describe(intent(), manifest(intent()))
+    repository.publish(intent())
+    for name in ("manifest.json", "vda.qcow2"):
+        assert stat.S_IMODE(os.stat(repository.set_path("web01", "s1") + "/" + name).st_mode) == 0o440
+
+
+def test_promised_is_what_is_not_allocated_yet(repository: Repository) -> None:
+    begin(repository, intent())
+    allocated = os.stat(repository.image_path(intent(), "vda.qcow2")).st_blocks * 512
+    assert repository.promised() == (1 << 20) - allocated
+    assert repository.promised(besides="web01") == 0
+
+
+class TestRepository:
+    def test_is_made_once(self, tmp_path: Path) -> None:
+        first = create_repository(str(tmp_path / "new"))
+        assert create_repository(str(tmp_path / "new")) == first == open_repository(str(tmp_path / "new"))
+        assert os.listdir(tmp_path / "new") == ["vmfleet.json"]
+        assert len(first.tag) == 8
+
+    def test_a_creator_that_died_is_no_obstacle(self, tmp_path: Path) -> None:
+        (tmp_path / ".vmfleet.json.0123").touch()
+        create_repository(str(tmp_path))
+        assert os.listdir(tmp_path) == ["vmfleet.json"]
+
+    def test_missing_is_an_error(self, tmp_path: Path) -> None:
+        with pytest.raises(BackupError, match="mounted"):
+            find_repository(str(tmp_path), create=False)
+
+    def test_is_not_made_by_looking(self, tmp_path: Path) -> None:
+        assert find_repository(str(tmp_path / "new"), create=True) == Repository(str(tmp_path / "new"), "")
+        assert os.listdir(tmp_path) == []
+
+    def test_is_not_made_among_other_things(self, tmp_path: Path) -> None:
+        (tmp_path / "holiday.jpg").touch()
+        with pytest.raises(BackupError, match=r"holiday\.jpg"):
+            check_creatable(str(tmp_path))
+
+    def test_lost_and_found_is_nothing(self, tmp_path: Path) -> None:
+        (tmp_path / "lost+found").mkdir()
+        check_creatable(str(tmp_path))
+
+    @pytest.mark.parametrize("content", ["", "[]", "{}", '{"schema": 1, "uuid": "no"}'])
+    def test_broken(self, tmp_path: Path, content: str) -> None:
+        (tmp_path / "vmfleet.json").write_text(content)
+        with pytest.raises(BackupError, match="cannot be read"):
+            open_repository(str(tmp_path))
+
+    def test_newer(self, tmp_path: Path) -> None:
+        (tmp_path / "vmfleet.json").write_text('{"schema": 2, "uuid": ""}')
+        with pytest.raises(BackupError, match=r"update vmfleet\.backup"):
+            open_repository(str(tmp_path))
+
+    def test_not_writable(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(os, "access", lambda *_args: False)
+        with pytest.raises(BackupError, match="not writable"):
+            check_writable(str(tmp_path))
+
+
+class TestLock:
+    def test_keeps_others_out(self, repository: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(_repository, "locked", _impatient)
+
+        async def twice() -> None:
+            async with repository.lock("web01"), repository.lock("db01"):
+                with pytest.raises(BackupError, match="web01"):
+                    await repository.lock("web01").__aenter__()
+
+        asyncio.run(twice())
+
+    def test_that_does_not_lock_is_refused(self, repository: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("fcntl.flock", lambda *_args: None)
+
+        async def once() -> None:
+            async with repository.lock("web01"):
+                pass
+
+        with pytest.raises(BackupError, match="flock does not work"):
+            asyncio.run(once())
+
+    def test_makes_nothing_where_the_repository_has_gone(self, repository: Repository, tmp_path: Path) -> None:
+        os.rename(repository.path, tmp_path / "unmounted")
+
+        async def once() -> None:
+            async with repository.lock("web01"):
+                pass
+
+        with pytest.raises(BackupError, match="mounted"):
+            asyncio.run(once())
+        assert not os.path.lexists(repository.path)
+
+
+def _impatient(path: str, holder_of: str) -> Any:
+    from ansible_collections.vmfleet.backup.plugins.module_utils._lock import locked
+
+    return locked(path, holder_of, timeout=0.05)
