@@ -44,6 +44,8 @@ INTENT = "intent.json"
 STAGING = ".staging"
 FAILED = ".failed.json"
 TEMPORARY = f".{REPOSITORY_FILE}."
+UNFINISHED = ".new"
+"""What a file's name ends with while it is written."""
 PUBLISHED_MODE = 0o440
 BLOCK = 512
 """The unit of st_blocks, in bytes."""
@@ -205,15 +207,18 @@ class Repository:
         return manifest
 
     def untidy(self, vm: str, set_id: str) -> bool:
-        """Whether a published set still has traces of its making beside it."""
-        return os.path.lexists(os.path.join(self.set_path(vm, set_id), INTENT)) or os.path.lexists(
-            self.failure_path(vm, set_id)
-        )
+        """Whether a published set still has traces of its making in it or beside it."""
+        return any(os.path.lexists(path) for path in self._traces(vm, set_id))
 
     def tidy(self, vm: str, set_id: str) -> None:
         """Remove the traces of the making of a published set."""
-        remove(os.path.join(self.set_path(vm, set_id), INTENT))
-        remove(self.failure_path(vm, set_id))
+        for path in self._traces(vm, set_id):
+            remove(path)
+
+    def _traces(self, vm: str, set_id: str) -> tuple[str, ...]:
+        failure = self.failure_path(vm, set_id)
+        intent = os.path.join(self.set_path(vm, set_id), INTENT)
+        return failure + UNFINISHED, failure, intent + UNFINISHED, intent
 
     def record_failure(self, vm: str, failure: Failure) -> None:
         _write(self.failure_path(vm, failure.id), asdict(failure))
@@ -292,10 +297,15 @@ def create_repository(path: str) -> Repository:
     except (FileExistsError, FileNotFoundError):
         # Somebody else was faster, and has tidied up as below.
         pass
-    for leftover in glob.glob(os.path.join(glob.escape(path), TEMPORARY + "*")):
-        remove(leftover)
+    remove_half_made(path)
     sync_directory(path)
     return open_repository(path)
+
+
+def remove_half_made(path: str) -> None:
+    """Remove what processes have left that died while they made the repository, which is there now."""
+    for leftover in glob.glob(os.path.join(glob.escape(path), TEMPORARY + "*")):
+        remove(leftover)
 
 
 def check_writable(path: str) -> None:
@@ -338,7 +348,7 @@ def _read(path: str, kind: Any) -> Any:
 
 def _write(path: str, content: dict[str, Any], mode: int = 0o600) -> None:
     """Write a document onto stable storage, whole or not at all."""
-    temporary = path + ".new"
+    temporary = path + UNFINISHED
     remove(temporary)
     fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     with os.fdopen(fd, "w", encoding="utf-8") as sink:

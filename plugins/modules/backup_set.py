@@ -177,6 +177,7 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._repository import 
     create_repository,
     find_repository,
     open_repository,
+    remove_half_made,
 )
 from ansible_collections.vmfleet.backup.plugins.module_utils._survey import require_qemu_img
 
@@ -196,9 +197,12 @@ def places(module: AnsibleModule) -> tuple[Repository, Plan, bool]:
         return repository, cancellation(repository, module.params["names"]), False
     plan = parse_plan(module.params["plan"])
     repository = find_repository(plan.repository, plan.create_repository)
+    if module.check_mode:
+        return repository, plan, not repository.uuid
     if repository.uuid:
+        remove_half_made(plan.repository)
         return repository, plan, False
-    return repository if module.check_mode else create_repository(plan.repository), plan, True
+    return create_repository(plan.repository), plan, True
 
 
 def failure(outcomes: Sequence[Outcome], set_id: str, wanted: str) -> str:
