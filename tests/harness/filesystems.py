@@ -1,0 +1,115 @@
+# Copyright (c) 2026, vmfleet contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Small real file systems and block devices. They need root, and are always unmounted and detached at the end."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+from pathlib import Path
+
+from ansible_collections.vmfleet.backup.tests.harness.images import MIB
+
+FILLER = "somebody-elses-data"
+
+
+def _run(*command: str | Path) -> str:
+    done = subprocess.run(
+        [str(part) for part in command], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, f"{command}: {done.stderr}"
+    return done.stdout.strip()
+
+
+def _append(fd: int, length: int) -> bool:
+    try:
+        os.posix_fallocate(fd, os.fstat(fd).st_size, length)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        return False
+    return True
+
+
+class FileSystem:
+    """A mounted file system: `tmpfs`, `ext4`, or `ext2`, whose fallocate says EOPNOTSUPP: it cannot reserve space."""
+
+    def __init__(self, path: Path, kind: str, size: int) -> None:
+        self.path = path
+        self._kind = kind
+        self._size = size
+        self._image = path.with_name(path.name + ".img")
+
+    def __enter__(self) -> FileSystem:
+        self.path.mkdir()
+        if self._kind == "tmpfs":
+            _run("mount", "-t", "tmpfs", "-o", f"size={self._size}", "tmpfs", self.path)
+        else:
+            with self._image.open("wb") as image:
+                image.truncate(self._size)
+            # No blocks kept back for root: full is to be full for everybody.
+            _run(f"mkfs.{self._kind}", "-q", "-F", "-m", "0", self._image)
+            _run("mount", "-o", "loop", self._image, self.path)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        try:
+            _run("umount", self.path)
+        except AssertionError:
+            # Somebody still has a file open there: it goes all the same, but the test is to know.
+            _run("umount", "--lazy", self.path)
+            raise
+
+    @property
+    def free(self) -> int:
+        """Bytes that are free."""
+        free = os.statvfs(self.path)
+        return free.f_bavail * free.f_frsize
+
+    @property
+    def source(self) -> str:
+        """The device that is mounted."""
+        return _run("findmnt", "-n", "-o", "SOURCE", "--mountpoint", self.path)
+
+    def fill(self, leave: int = 0) -> None:
+        """Let somebody else write until there is no block left, or only `leave` bytes."""
+        fd = os.open(self.path / FILLER, os.O_RDWR | os.O_CREAT)
+        try:
+            for piece in (MIB, 64 << 10, 4096, 512):
+                while self.free > leave and _append(fd, min(piece, max(512, self.free - leave))):
+                    pass
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+    def clear(self) -> None:
+        """Take away what `fill` has written."""
+        (self.path / FILLER).unlink()
+
+    def grow(self, size: int) -> None:
+        """Make a tmpfs larger while it is in use (containers may not resize an ext4)."""
+        _run("mount", "-o", f"remount,size={size}", self.path)
+
+    def make_read_only(self) -> None:
+        """Remount it, with all that is in it."""
+        _run("mount", "-o", "remount,ro", self.path)
+
+
+class LoopDevice:
+    """A block device of `size` bytes, kept in a file."""
+
+    def __init__(self, backing: Path, size: int) -> None:
+        self._backing = backing
+        with backing.open("wb") as image:
+            image.truncate(size)
+        self.path = Path()
+
+    def __enter__(self) -> LoopDevice:
+        self.path = Path(_run("losetup", "--find", "--show", self._backing))
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        _run("losetup", "--detach", self.path)

@@ -1,0 +1,126 @@
+# Copyright (c) 2026, vmfleet contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Runs the collection's modules as Ansible does: each call a process of its own, arguments in, one JSON object out."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import typing as t
+from pathlib import Path
+
+from ansible_collections.vmfleet.backup.tests.harness.qemu import PATIENCE
+
+# .../ansible_collections/vmfleet/backup/tests/harness/modules.py: the directory that PYTHONPATH has to name.
+ROOT = Path(__file__).parents[5]
+
+
+class ModuleProcess:
+    """A module that runs."""
+
+    def __init__(
+        self, name: str, args: dict[str, t.Any], check: bool = False, diff: bool = False, crash_at: int = 0
+    ) -> None:
+        self.name = name
+        arguments = json.dumps(
+            {"ANSIBLE_MODULE_ARGS": {**args, "_ansible_check_mode": check, "_ansible_diff": diff}}, default=str
+        )
+        command = [sys.executable, "-m", f"ansible_collections.vmfleet.backup.plugins.modules.{name}"]
+        if crash_at:
+            command[2:2] = ["ansible_collections.vmfleet.backup.tests.harness.crash", str(crash_at)]
+        self._process = subprocess.Popen(
+            ["setpriv", "--pdeathsig", "KILL", *command],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+        )
+        assert self._process.stdin
+        self._process.stdin.write(arguments)
+        self._process.stdin.close()
+        # communicate() would flush it once more.
+        self._process.stdin = None
+        self._said: tuple[str, str] | None = None
+
+    @property
+    def pid(self) -> int:
+        """The process id."""
+        return self._process.pid
+
+    @property
+    def running(self) -> bool:
+        """Whether it has not ended yet."""
+        return self._process.poll() is None
+
+    @property
+    def killed(self) -> bool:
+        """Whether it has ended by SIGKILL."""
+        return self._process.poll() == -signal.SIGKILL
+
+    def signal(self, number: int) -> None:
+        """Send it a signal."""
+        self._process.send_signal(number)
+
+    def wait(self, timeout: float = PATIENCE) -> None:
+        """Wait for its end, whatever that is."""
+        if self._said is None:
+            self._said = self._process.communicate(timeout=timeout)
+
+    def kill(self) -> None:
+        """SIGKILL: nothing of the module gets a chance to clean up."""
+        self._process.kill()
+        self.wait()
+
+    def result(self, timeout: float = PATIENCE) -> dict[str, t.Any]:
+        """Wait for the end; returns what the module says, with its exit status as `rc`."""
+        try:
+            self.wait(timeout)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            raise AssertionError(f"{self.name} did not end within {timeout:.0f} s") from None
+        assert self._said
+        output, errors = self._said
+        result: t.Any = None
+        with contextlib.suppress(ValueError):
+            result = json.loads(output)
+        assert isinstance(result, dict), f"{self.name} gave no result: {output}{errors}"
+        assert "Traceback" not in errors, errors
+        warnings = [_text(warning) for warning in result.get("warnings", [])]
+        return {**result, "warnings": warnings, "rc": self._process.returncode}
+
+
+def _text(warning: t.Any) -> str:
+    # A plain string until ansible-core 2.18, an object since.
+    return warning if isinstance(warning, str) else str(warning["event"]["msg"])
+
+
+def run_module(
+    name: str, args: dict[str, t.Any], check: bool = False, diff: bool = False, timeout: float = PATIENCE
+) -> dict[str, t.Any]:
+    """Run a module to its end, whatever that is."""
+    return ModuleProcess(name, args, check, diff).result(timeout)
+
+
+def succeed(name: str, args: dict[str, t.Any], check: bool = False, diff: bool = False) -> dict[str, t.Any]:
+    """Run a module that has to succeed."""
+    result = run_module(name, args, check, diff)
+    assert result["rc"] == 0, result.get("msg", result)
+    assert not result.get("failed"), result
+    return result
+
+
+def fail(name: str, args: dict[str, t.Any], check: bool = False, diff: bool = False) -> dict[str, t.Any]:
+    """Run a module that has to fail, with a message and not with a traceback."""
+    result = run_module(name, args, check, diff)
+    assert result["rc"] != 0, result
+    assert result.get("failed") is True, result
+    assert "exception" not in result, result["exception"]
+    assert result["msg"], result
+    return result

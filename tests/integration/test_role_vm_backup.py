@@ -1,0 +1,190 @@
+# Copyright (c) 2026, vmfleet contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""The role vm_backup and the playbook, as a user runs them."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import typing as t
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import yaml
+
+from ansible_collections.vmfleet.backup.tests.harness.backup import snapshot
+from ansible_collections.vmfleet.backup.tests.harness.modules import ROOT
+from ansible_collections.vmfleet.backup.tests.harness.sets import ID, SLOW, Sets
+
+if t.TYPE_CHECKING:
+    from ansible_collections.vmfleet.backup.tests.harness.fixtures import Vms
+    from ansible_collections.vmfleet.backup.tests.harness.qemu import Qemu
+
+pytestmark = pytest.mark.usefixtures("clean")
+
+
+@dataclass
+class Play:
+    """What one run of the playbook has printed."""
+
+    rc: int
+    output: str
+
+    def recap(self, host: str = "hv1") -> dict[str, int]:
+        [line] = re.findall(rf"^{host} .*$", self.output, re.MULTILINE)
+        return {key: int(value) for key, value in re.findall(r"(\w+)=(\d+)", line)}
+
+
+class Hypervisor:
+    """A host `hv1` in an inventory of its own."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.sets = Sets(directory / "repository")
+        self.variables: dict[str, t.Any] = {
+            "vm_backup_repository": str(self.sets.path),
+            "vm_backup_repository_create": True,
+            "vm_backup_id": ID,
+            "vm_backup_reserve": "0",
+        }
+
+    def run(self, *options: str, **variables: t.Any) -> Play:
+        host = {
+            "ansible_connection": "local",
+            "ansible_python_interpreter": sys.executable,
+            **self.variables,
+            **{f"vm_backup_{name}": value for name, value in variables.items()},
+        }
+        inventory = self.directory / "inventory.yml"
+        inventory.write_text(yaml.safe_dump({"hypervisors": {"hosts": {"hv1": host}}}))
+        command = [str(Path(sys.executable).with_name("ansible-playbook")), "-i", str(inventory)]
+        done = subprocess.run(
+            [*command, "vmfleet.backup.backup", *options],
+            cwd=self.directory,
+            env={
+                **{name: value for name, value in os.environ.items() if not name.startswith("ANSIBLE_")},
+                "ANSIBLE_COLLECTIONS_PATH": str(ROOT),
+                "ANSIBLE_HOME": str(self.directory / "ansible"),
+                "ANSIBLE_NOCOLOR": "1",
+            },
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        return Play(done.returncode, done.stdout + done.stderr)
+
+
+@pytest.fixture
+def hypervisor(directory: Path) -> Hypervisor:
+    return Hypervisor(directory)
+
+
+def sockets(*machines: Qemu) -> list[str]:
+    return [f"{vm.directory}/*.qmp" for vm in machines]
+
+
+def test_check_then_back_up_then_nothing_to_do(vms: Vms, directory: Path, hypervisor: Hypervisor) -> None:
+    vm = vms.start(vms.disk(0), vms.disk(1), name="web01")
+    copies = {str(disk.id): vm.freeze(disk, directory / f"frozen-{disk.id}.qcow2") for disk in vm.disks}
+    checked = hypervisor.run("--check", sockets=sockets(vm))
+    assert checked.rc == 0, checked.output
+    assert "start   web01" in checked.output
+    assert checked.recap()["changed"] == 0
+    assert not hypervisor.sets.path.exists()
+    first = hypervisor.run(sockets=sockets(vm))
+    assert first.rc == 0, first.output
+    assert first.recap()["changed"] > 0
+    assert "published  web01" in first.output
+    hypervisor.sets.assert_good("web01", copies)
+    before = snapshot(hypervisor.sets.path)
+    second = hypervisor.run(sockets=sockets(vm))
+    assert (second.rc, second.recap()["changed"]) == (0, 0)
+    assert snapshot(hypervisor.sets.path) == before
+
+
+def test_the_number_of_tasks_does_not_depend_on_the_number_of_vms(vms: Vms, hypervisor: Hypervisor) -> None:
+    machines = [vms.start(vms.disk(number, size=8 << 20), name=f"vm{number}") for number in range(5)]
+    one = hypervisor.run(sockets=sockets(machines[0]))
+    five = hypervisor.run(sockets=sockets(*machines), id="s2", max_vms=2)
+    assert (one.rc, five.rc) == (0, 0), five.output
+    assert one.output.count("\nTASK [") == five.output.count("\nTASK [")
+    assert "5 of 5 VMs have their set" in five.output
+
+
+def test_case_35_a_vm_that_is_off_fails_at_the_end(vms: Vms, directory: Path, hypervisor: Hypervisor) -> None:
+    vm = vms.start(name="web01")
+    play = hypervisor.run(sockets=[*sockets(vm), f"{directory}/off.qmp"])
+    assert play.rc != 0
+    assert "published  web01" in play.output
+    assert "no set s1 of off;" in play.output
+    assert f"-e vm_backup_id={ID}" in play.output
+    assert hypervisor.run(sockets=[*sockets(vm), f"{directory}/off.qmp"], offline="skip").rc == 0
+
+
+def test_tags_start_here_and_wait_there(vms: Vms, hypervisor: Hypervisor) -> None:
+    vm = vms.start(name="web01")
+    started = hypervisor.run("--tags", "start", sockets=sockets(vm), speed=SLOW)
+    assert started.rc == 0, started.output
+    assert vm.job["status"] == "running"
+    assert not (hypervisor.sets.path / "web01" / ID).exists()
+    vm.qmp.execute("block-job-set-speed", device=vm.job["device"], speed=0)
+    waited = hypervisor.run("--tags", "wait", sockets=sockets(vm))
+    assert waited.rc == 0, waited.output
+    assert "published  web01" in waited.output
+
+
+def test_tag_plan_only_plans(vms: Vms, hypervisor: Hypervisor) -> None:
+    vm = vms.start(name="web01")
+    play = hypervisor.run("--tags", "plan", sockets=sockets(vm))
+    assert play.rc == 0
+    assert "start   web01" in play.output
+    assert not hypervisor.sets.path.exists()
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"repository": "backup"}, "vm_backup_repository is 'backup'"),
+        ({"repository_create": False}, "vm_backup_repository_create: true"),
+        ({"sockets": []}, "vm_backup_vms and vm_backup_sockets are both empty"),
+        ({"id": "../up"}, "no id of a set"),
+        ({"speed": "fast"}, "speed"),
+        ({"reserve": "100000T"}, "lower vm_backup_reserve"),
+        ({"compression": "lzma"}, "value of vm_backup_compression must be one of"),
+    ],
+)
+def test_preflight_refuses_and_says_what_to_do(
+    vms: Vms, hypervisor: Hypervisor, variables: dict[str, t.Any], said: str
+) -> None:
+    vm = vms.start(name="web01")
+    play = hypervisor.run(**{"sockets": sockets(vm), **variables})
+    assert play.rc != 0
+    assert said in play.output
+    assert not hypervisor.sets.path.exists()
+
+
+def test_the_day_is_fixed_by_the_playbook(vms: Vms, hypervisor: Hypervisor) -> None:
+    vm = vms.start(name="web01")
+    play = hypervisor.run(sockets=sockets(vm), id="")
+    assert play.rc == 0, play.output
+    [found] = [path.name for path in (hypervisor.sets.path / "web01").iterdir() if path.name != ".lock"]
+    assert re.fullmatch(r"20\d\d-\d\d-\d\d", found)
+
+
+def test_limited_to_one_hypervisor(vms: Vms, hypervisor: Hypervisor) -> None:
+    vm = vms.start(name="web01")
+    play = hypervisor.run("--limit", "hv1", sockets=sockets(vm), id="")
+    assert play.rc == 0, play.output
+
+
+def test_other_hosts_by_variable(vms: Vms, hypervisor: Hypervisor) -> None:
+    vm = vms.start(name="web01")
+    assert hypervisor.run("-e", "vm_backup_hosts=hv1", sockets=sockets(vm)).rc == 0
+    play = hypervisor.run("-e", "vm_backup_hosts=nobody", sockets=sockets(vm))
+    assert "hv1 " not in play.output
