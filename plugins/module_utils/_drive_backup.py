@@ -353,8 +353,8 @@ class DriveBackup:
             now = time.monotonic()
             asked = asked if trouble else now
             seen = {copy.job_id: copy.job.offset for copy in copies if copy.job}
-            if trouble or seen != offsets or any(copy.job and copy.job.held for copy in copies):
-                # What nobody could see, or somebody has paused, does not stall.
+            if trouble or seen != offsets:
+                # What could not be seen does not stall.
                 offsets, moved = seen, now
             if request.timeout and now - began >= request.timeout:
                 await self._time_out(attempt, f"timeout: not done within {request.timeout:g} s", trouble)

@@ -117,11 +117,6 @@ class Job:
         return self.paused and self.io_status != "ok" and not self.ended
 
     @property
-    def held(self) -> bool:
-        """Whether somebody has paused it."""
-        return self.status == "paused" and self.io_status == "ok"
-
-    @property
     def percent(self) -> float:
         if self.len == 0:
             return 100.0 if self.ended and not self.error else 0.0
@@ -281,8 +276,10 @@ def _disks(
     """The VM's disks (those of devices first, in QEMU's order), and the nodes that other nodes are made of."""
     by_name = {node["node-name"]: node for node in nodes}
     below = {entry["node-name"]: entry.get("parent", {}).get("node-name", "") for entry in stats}
-    backing_files = {node["image"].get("backing-image", {}).get("filename") for node in nodes}
-    used = {*below.values(), *(node["node-name"] for node in nodes if node["image"]["filename"] in backing_files)}
+    # A filter shows what it filters as its backing file, and under the same file name.
+    images = [node for node in nodes if node["drv"] not in FILTERS]
+    backing_files = {node["image"]["backing-image"]["filename"] for node in images if "backing-image" in node["image"]}
+    used = {*below.values(), *(node["node-name"] for node in images if node["image"]["filename"] in backing_files)}
 
     def filter_path(node_name: str) -> list[str]:
         """The filters on top of a node, and the first node below them."""

@@ -36,6 +36,7 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._errors import (
 QMP_IMPORT_ERROR: str | None = None
 try:
     from qemu.qmp import ConnectError, ExecInterruptedError, ExecuteError, QMPClient, QMPError, StateError
+    from qemu.qmp.qmp_client import NegotiationError
 except ImportError:
     QMP_IMPORT_ERROR = traceback.format_exc()
 
@@ -152,7 +153,19 @@ class Monitor:
 
     async def __aenter__(self) -> Monitor:
         deadline = time.monotonic() + CONNECT_TIMEOUT
-        connection = await self._connect(deadline)
+        while self._client is None:
+            connection = await self._connect(deadline)
+            try:
+                self._client = await self._greet(connection, deadline)
+            except ConnectError as error:
+                # An event that comes before the answer to qmp_capabilities is more than qemu.qmp expects.
+                interrupted = isinstance(error.exc, NegotiationError)
+                if not interrupted or time.monotonic() >= deadline:
+                    raise self._bad_greeting(error.exc) from error
+        return self
+
+    async def _greet(self, connection: socket.socket, deadline: float) -> QMPClient:
+        """Begin the conversation, or close the connection: left open, it would take the place of the next client."""
         client = QMPClient("vmfleet")
         greeting = asyncio.ensure_future(client.connect(connection))
         try:
@@ -161,16 +174,12 @@ class Monitor:
                 # Asked while our own connection still stands in the queue: that is what tells the cases apart.
                 raise MonitorTimeout(self._no_greeting())
             greeting.result()
-        except ConnectError as error:
-            raise self._bad_greeting(error.exc) from error
         finally:
             if client.runstate.name != "RUNNING":
-                # A connection left open would take the place of the client before us, and block everybody.
                 greeting.cancel()
                 await asyncio.gather(greeting, return_exceptions=True)
                 connection.close()
-        self._client = client
-        return self
+        return client
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -84,13 +84,19 @@ async def look(request: Request, monitor: Monitor | None = None) -> Facts:
     """Ask one VM for everything; C(monitor) is a connection that is open already."""
     try:
         if monitor is not None:
-            return Facts(await inspect_vm(monitor, request.name))
+            return Facts(await _inspect(monitor, request.name))
         async with Monitor(parse_address(request.monitor)) as own:
-            return Facts(await inspect_vm(own, request.name))
+            return Facts(await _inspect(own, request.name))
     except MonitorGone as error:
         return Facts(error=str(error), off=True)
     except BackupError as error:
         return Facts(error=str(error))
+
+
+async def _inspect(monitor: Monitor, name: str) -> Vm:
+    vm = await inspect_vm(monitor, name)
+    # In a repository a VM without a uuid is known by its name there, wherever that name comes from.
+    return vm if vm.uuid else replace(vm, identity=f"{machine_id()}:{vm.name}")
 
 
 def with_dead(facts: Facts, intents: Iterable[Intent], hypervisor: Hypervisor) -> Facts:

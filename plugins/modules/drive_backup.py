@@ -188,7 +188,11 @@ options:
     type: float
     default: 0
   stall_timeout:
-    description: Seconds without any progress after which the wait ends, V(0) without limit.
+    description:
+      - Seconds without any progress after which the wait ends, V(0) without limit.
+      - A job that somebody has paused makes no progress either.
+      - Where the VM cannot be asked for so long, as another client holds its monitor, the wait ends as well, and the
+        job is left running.
     type: float
     default: 600
   on_timeout:

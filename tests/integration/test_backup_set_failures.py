@@ -123,7 +123,8 @@ def test_case_23_qemu_killed_while_it_copies(
     vm.kill()
     began = time.monotonic()
     result = process.result()
-    assert time.monotonic() - began < 10
+    # The other VM's copy, which takes four seconds of it, is waited for.
+    assert time.monotonic() - began < 20
     assert result_of(result, "web01")["state"] == "failed"
     assert "QEMU ended" in result_of(result, "web01")["error"]
     assert result_of(result, "other")["state"] == "published"

@@ -231,6 +231,10 @@ def test_other_speed_is_set_on_the_job_that_runs(vm: Qemu, target: Path) -> None
     result = backup(vm, target, state="started", speed=2 * SLOW)
     assert result["changed"] is True
     assert vm.job["speed"] == 2 * SLOW
+    # A call that asks for no limit leaves the one that is there.
+    assert backup(vm, target, state="started")["changed"] is False
+    assert vm.job["speed"] == 2 * SLOW
+    release(vm)
     assert backup(vm, target)["jobs"][0]["state"] == "completed"
 
 

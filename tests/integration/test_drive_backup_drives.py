@@ -18,6 +18,7 @@ from ansible_collections.vmfleet.backup.tests.harness.backup import (
     backup,
     fail_backup,
     partial,
+    release,
     sent,
     snapshot,
 )
@@ -51,12 +52,6 @@ def _targets(vm: Qemu, directory: Path) -> list[Path]:
 
 def _freeze(vm: Qemu, directory: Path) -> list[Path]:
     return [vm.freeze(disk, directory / f"frozen-{disk.id}.qcow2") for disk in vm.disks]
-
-
-def _release(vm: Qemu) -> None:
-    for job in vm.block_jobs:
-        if job["status"] == "running":
-            vm.qmp.execute("block-job-set-speed", device=job["device"], speed=0)
 
 
 def test_all_start_in_one_transaction(three: Qemu, directory: Path, target: Path) -> None:
@@ -130,14 +125,14 @@ def test_each_drive_may_have_options_of_its_own(three: Qemu, target: Path) -> No
     assert [data.get("compress", False) for data in told] == [False, False, True]
     assert sorted(job["speed"] for job in three.block_jobs) == [SLOW, SLOW, 2 * SLOW]
     assert len({job["device"] for job in three.block_jobs}) == 3
-    _release(three)
+    release(three)
     backup(three, drives=drives)
 
 
 def test_case_6_all_are_followed_by_another_process(three: Qemu, directory: Path, target: Path) -> None:
     copies = _freeze(three, directory)
     started = backup(three, drives=_drives(three, target.parent), state="started", speed=SLOW)
-    _release(three)
+    release(three)
     completed = backup(three, drives=_drives(three, target.parent))
     assert [job["id"] for job in completed["jobs"]] == [job["id"] for job in started["jobs"]]
     for path, copy in zip(_targets(three, target.parent), copies, strict=True):

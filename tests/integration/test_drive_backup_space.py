@@ -63,7 +63,7 @@ def test_reserved_space_is_given_back(vm: Qemu, storage: Storage) -> None:
     growing = partial(target).stat()
     assert growing.st_blocks * 512 > 32 * MIB
     assert growing.st_size < 8 * MIB
-    vm.qmp.execute("block-job-set-speed", device=vm.job["device"], speed=0)
+    release(vm)
     backup(vm, target)
     finished = target.stat()
     assert finished.st_blocks * 512 <= finished.st_size + 65536

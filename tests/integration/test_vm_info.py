@@ -7,7 +7,9 @@
 from __future__ import annotations
 
 import subprocess
+import threading
 import typing as t
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -124,6 +126,36 @@ def test_names_stay_while_a_backup_runs(vms: Vms, target: Path) -> None:
         vm.qmp.execute("block-job-cancel", device=vm.job["device"], force=True)
         wait_until(lambda: vm.job["status"] == "concluded", "the end of the job")
         vm.qmp.execute("job-dismiss", id=vm.job["device"])
+
+
+def test_names_stay_while_jobs_come_and_go(vms: Vms, directory: Path) -> None:
+    vm = vms.start(vms.disk(0, size=8 * MIB), vms.disk(1, size=8 * MIB, id=None))
+    before = {name: disk["node"] for name, disk in disks_of(vm).items()}
+    target = create(directory / "target.qcow2", 8 * MIB)
+    over = threading.Event()
+
+    def keep_busy() -> None:
+        # Each job puts a filter above its node and takes it away again: in the midst of the module's questions, too.
+        while not over.is_set():
+            vm.qmp.execute(
+                "drive-backup",
+                device="n0",
+                target=str(target),
+                mode="existing",
+                format="qcow2",
+                sync="full",
+                job_id="j",
+            )
+            wait_until(lambda: not vm.block_jobs, "the end of the job")
+
+    with ThreadPoolExecutor(1) as pool:
+        busy = pool.submit(keep_busy)
+        try:
+            for _number in range(8):
+                assert {name: disk["node"] for name, disk in disks_of(vm).items()} == before
+        finally:
+            over.set()
+        busy.result()
 
 
 def test_overlay_is_one_disk(vms: Vms, directory: Path) -> None:

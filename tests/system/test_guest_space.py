@@ -16,6 +16,7 @@ from ansible_collections.vmfleet.backup.tests.harness.backup import (
     assert_absent,
     backup,
     fail_backup,
+    release,
     start_slowly,
 )
 from ansible_collections.vmfleet.backup.tests.harness.fixtures import leftovers
@@ -58,6 +59,7 @@ def test_reserved_and_filled_in_mid_job(guest: Guest, storage: Storage, director
     assert mount.free < 65536
     _writes_on(guest, 20)
     assert guest.status == "running"
+    release(guest)
     result = backup(guest, drives=drives)
     assert {job["state"] for job in result["jobs"]} == {"completed"}
     _writes_on(guest)
@@ -111,7 +113,7 @@ def test_job_that_failed_beside_a_stopped_guest(guest: Guest, storage: Storage, 
     start_slowly(guest, target, device="system")
     mount.fill()
     wait_until(lambda: guest.status == "io-error", "the guest's stop")
-    guest.qmp.execute("block-job-set-speed", device=guest.job["device"], speed=0)
+    release(guest)
     wait_until(lambda: guest.job["status"] == "concluded", "the end of the job")
     assert "No space left on device" in guest.job["error"]
     result = fail_backup(guest, target, device="system")
