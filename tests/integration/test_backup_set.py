@@ -135,7 +135,7 @@ def test_two_runs_at_the_same_moment_start_one_copy(
 ) -> None:
     vm = vms.start(name="web01")
     copies = frozen(vm, directory)
-    plans = [sets.plan(vm)["plan"] for _ in range(4)]
+    plans = [sets.plan(vm)["plan"] for _dummy in range(4)]
     processes = [start_module("backup_set", {"plan": plan}) for plan in plans]
     results = [process.result() for process in processes]
     assert [result["vms"][0]["state"] for result in results] == ["published"] * 4
@@ -416,7 +416,7 @@ def test_a_vm_without_rights_on_the_repository(vms: Vms, directory: Path, sets: 
 def test_no_more_than_max_vms_copy_at_a_time(vms: Vms, sets: Sets) -> None:
     machines = [vms.start(vms.disk(number), name=f"vm{number}") for number in range(3)]
     plan = sets.plan(*machines, speed=SLOW)["plan"]
-    for _ in range(2):
+    for _dummy in range(2):
         result = succeed("backup_set", {"plan": plan, "state": "started", "max_vms": 1})
         assert sorted(vm["state"] for vm in result["vms"]) == ["queued", "queued", "running"]
         assert sum(len(vm.block_jobs) for vm in machines) == 1

@@ -127,8 +127,8 @@ def test_killed_at_random_moments(crash: Crash, clean: t.Callable[[], None]) -> 
     seed = random.randrange(1 << 32)
     print(f"seed {seed}")
     chance = random.Random(seed)
-    for _ in range(8):
-        for _ in range(chance.randint(1, 3)):
+    for _dummy in range(8):
+        for _round in range(chance.randint(1, 3)):
             process = crash.start("backup_set", {"plan": crash.sets.plan(crash.vm, speed="16M")["plan"]})
             time.sleep(chance.uniform(0.2, 1.2))
             process.kill()

@@ -171,6 +171,7 @@ def test_pause_is_reported_to_a_call_that_waits(
 ) -> None:
     target = _start_and_fill(vm, storage.mount("ext2", 96 * MIB), on_target_error="stop")
     following = start_module("drive_backup", arguments(vm, target, on_target_error="stop"))
+    release(vm)
     result = following.result()
     assert result["failed"] is True
     assert [job["state"] for job in result["jobs"]] == ["paused"]

@@ -25,7 +25,7 @@ def port(name: str, chardev: str) -> dict[str, str]:
     return {"name": name, "chardev": chardev}
 
 
-def look(peripheral: Any, anonymous: Any, chardevs: Any = CHARDEVS) -> dict[str, Any] | None:
+def look(peripheral: Any, anonymous: Any, chardevs: Any = None) -> dict[str, Any] | None:
     """Find the agent of a VM with these ports; one without properties is another device, None no container."""
     containers = {"/machine/peripheral": peripheral, "/machine/peripheral-anon": anonymous}
     found = {f"{path}/{name}": port for path, ports in containers.items() for name, port in (ports or {}).items()}
@@ -43,7 +43,7 @@ def look(peripheral: Any, anonymous: Any, chardevs: Any = CHARDEVS) -> dict[str,
         {
             "qom-list": entries,
             "qom-get": lambda arguments: found[arguments["path"]][arguments["property"]],
-            "query-chardev": chardevs,
+            "query-chardev": CHARDEVS if chardevs is None else chardevs,
         }
     )
     return asyncio.run(find_agent(monitor(fake)))

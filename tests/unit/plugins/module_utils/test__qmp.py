@@ -412,7 +412,7 @@ class TestConnect:
         serve(greeting=greeting)
         with pytest.raises(kind, match=reason) as refused:
             converse(path)
-        assert type(refused.value) is kind
+        assert refused.type is kind
 
     def test_unix(self, path: str, serve: Callable[..., Server]) -> None:
         serve(lambda _command, _arguments: {"return": {"status": "running"}})
@@ -432,14 +432,14 @@ class TestConnect:
 
     def test_monitor_is_free_for_the_next_one(self, path: str, serve: Callable[..., Server]) -> None:
         serve(lambda _command, _arguments: {"return": 1})
-        for _ in range(2):
+        for _dummy in range(2):
             assert converse(path, "query-status")[1] == [1]
 
     def test_full_backlog_is_waited_for(self, path: str, serve: Callable[..., Server], resources: ExitStack) -> None:
         with ExitStack() as others:
             server = serve(lambda _command, _arguments: {"return": 1}, backlog=0)
             # The first one is served, the second one fills the backlog.
-            for _ in range(2):
+            for _dummy in range(2):
                 others.enter_context(socket.socket(socket.AF_UNIX)).connect(path)
                 server.served.wait(10)
             leave = threading.Timer(0.2, others.pop_all().close)
@@ -502,7 +502,7 @@ class TestExecute:
 
         async def twice() -> None:
             async with Monitor(parse_address(path)) as monitor:
-                for _ in range(2):
+                for _dummy in range(2):
                     with pytest.raises(MonitorGone):
                         await monitor.execute("quit")
 

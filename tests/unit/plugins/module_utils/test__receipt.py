@@ -113,7 +113,7 @@ class TestUpdate:
     def test_spare_takes_part_in_turn(self, path: str) -> None:
         _receipt.create(path, record(phase=_receipt.PREPARING))
         inodes = {os.stat(path).st_ino, os.stat(path + ".tmp").st_ino}
-        for _ in range(3):
+        for _dummy in range(3):
             _receipt.update(path, record(phase=_receipt.COPYING))
             assert {os.stat(path).st_ino, os.stat(path + ".tmp").st_ino} == inodes
         assert len(inodes) == 2

@@ -100,7 +100,8 @@ class Backup:
     commands: list[dict[str, Any]] = [{"execute": "drive-backup", "arguments": {}}]  # noqa: RUF012
     warnings: list[str] = ["mind the gap"]  # noqa: RUF012
     changed = True
-    outcome: Any = None
+    error: Exception | None = None
+    outcome: Any = ()
 
     def __init__(self, request: Request) -> None:
         type(self).request = request
@@ -108,8 +109,8 @@ class Backup:
     request: Request
 
     async def ensure(self) -> Any:
-        if isinstance(self.outcome, Exception):
-            raise self.outcome
+        if self.error:
+            raise self.error
         return self.outcome
 
 
@@ -123,7 +124,7 @@ class TestMainTask:
 
         def call(outcome: Any, check_mode: bool = False, **params: Any) -> Any:
             monkeypatch.setattr(drive_backup, "DriveBackup", Backup)
-            monkeypatch.setattr(Backup, "outcome", outcome)
+            monkeypatch.setattr(Backup, "error" if isinstance(outcome, Exception) else "outcome", outcome)
             asked = {**ONE, "target": str(tmp_path / "x"), **params}
             if "drives" in asked:
                 asked = {name: value for name, value in asked.items() if name not in ("device", "target")}
