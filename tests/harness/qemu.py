@@ -51,6 +51,8 @@ class Disk:
     """Bytes/s a throttle filter above the node lets through, 0 for no filter."""
     file: dict[str, t.Any] | None = None
     """The protocol layer, where it is to be something else than the plain file (blkdebug)."""
+    cache: dict[str, str] = dataclasses.field(default_factory=dict)
+    """`direct` and `no-flush`, as in QEMU."""
     device: str | None = None
     """Guest device with its properties, as in `virtio-blk-pci,id=vd0`."""
 
@@ -66,6 +68,8 @@ class Disk:
                 node["node-name"] = self.node
             if self.read_only:
                 node["read-only"] = "on"
+            if self.cache:
+                node["cache"] = self.cache
             arguments = []
             if self.throttle:
                 group = f"throttle-{self.node or self.id}"

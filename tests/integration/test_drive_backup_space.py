@@ -21,14 +21,14 @@ from ansible_collections.vmfleet.backup.tests.harness.backup import (
     start_slowly,
     wait_concluded,
 )
-from ansible_collections.vmfleet.backup.tests.harness.images import MIB
+from ansible_collections.vmfleet.backup.tests.harness.images import MIB, patterned
 from ansible_collections.vmfleet.backup.tests.harness.modules import fail, succeed
-from ansible_collections.vmfleet.backup.tests.harness.qemu import wait_until
+from ansible_collections.vmfleet.backup.tests.harness.qemu import Disk, wait_until
 
 if t.TYPE_CHECKING:
     from pathlib import Path
 
-    from ansible_collections.vmfleet.backup.tests.harness.fixtures import Storage
+    from ansible_collections.vmfleet.backup.tests.harness.fixtures import Storage, Vms
     from ansible_collections.vmfleet.backup.tests.harness.modules import ModuleProcess
     from ansible_collections.vmfleet.backup.tests.harness.qemu import Qemu
 
@@ -179,7 +179,7 @@ def test_pause_is_reported_to_a_call_that_waits(
     assert_absent(target)
 
 
-def test_several_drives_and_one_full_target(vms: t.Any, storage: Storage, target: Path) -> None:
+def test_several_drives_and_one_full_target(vms: Vms, storage: Storage, target: Path) -> None:
     vm = vms.start(vms.disk(0), vms.disk(1))
     mount = storage.mount("tmpfs", 24 * MIB)
     drives = [
@@ -190,3 +190,23 @@ def test_several_drives_and_one_full_target(vms: t.Any, storage: Storage, target
     assert "second.qcow2" in result["msg"]
     assert not list(target.parent.iterdir())
     assert not vm.block_jobs
+
+
+def test_data_that_never_reached_the_disk(vms: Vms, storage: Storage, directory: Path) -> None:
+    """A device that fails when the page cache is written back: fsync tells, and QEMU does not ask (cache=unsafe)."""
+    storage.mount("tmpfs", 16 * MIB)
+    # A sparse file on a file system that is much smaller: what does not fit there is an I/O error here.
+    mount = storage.mount("ext2", 96 * MIB, "mnt/inner")
+    # Of a size that rules O_DIRECT out.
+    size = 48 * MIB + 512
+    source = patterned(directory / "source.raw", "raw", size)
+    vm = vms.start(Disk(source, format="raw", cache={"no-flush": "on"}))
+    target = mount.path / "disk.raw"
+    backup(vm, target, format="raw", state="started")
+    assert "error" not in wait_concluded(vm)
+    result = fail_backup(vm, target, format="raw")
+    assert "Input/output error" in result["msg"]
+    assert [job["state"] for job in result["jobs"]] == ["failed"]
+    assert not target.exists()
+    assert vm.status == "running"
+    backup(vm, target, format="raw", state="cancelled")

@@ -100,7 +100,7 @@ class Backup:
     commands: list[dict[str, Any]] = [{"execute": "drive-backup", "arguments": {}}]  # noqa: RUF012
     warnings: list[str] = ["mind the gap"]  # noqa: RUF012
     changed = True
-    error: Exception | None = None
+    failures: tuple[Exception, ...] = ()
     outcome: Any = ()
 
     def __init__(self, request: Request) -> None:
@@ -109,8 +109,8 @@ class Backup:
     request: Request
 
     async def ensure(self) -> Any:
-        if self.error:
-            raise self.error
+        for failure in self.failures:
+            raise failure
         return self.outcome
 
 
@@ -124,7 +124,9 @@ class TestMainTask:
 
         def call(outcome: Any, check_mode: bool = False, **params: Any) -> Any:
             monkeypatch.setattr(drive_backup, "DriveBackup", Backup)
-            monkeypatch.setattr(Backup, "error" if isinstance(outcome, Exception) else "outcome", outcome)
+            if isinstance(outcome, Exception):
+                monkeypatch.setattr(Backup, "failures", (outcome,))
+            monkeypatch.setattr(Backup, "outcome", outcome)
             asked = {**ONE, "target": str(tmp_path / "x"), **params}
             if "drives" in asked:
                 asked = {name: value for name, value in asked.items() if name not in ("device", "target")}
