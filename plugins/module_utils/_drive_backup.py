@@ -173,8 +173,7 @@ class DriveBackup:
         return await self._publish(monitor, copies), ""
 
     def _is_over(self, copies: list[Copy]) -> bool:
-        """Whether an attempt has come to a bad end: at once where the images belong together, else when all have"
-        " ended."""
+        """Whether an attempt has come to a bad end: at once where images belong together, else when all have ended."""
         bad = any(copy.failure or copy.found == DEAD for copy in copies)
         return bad and (self._together or not any(copy.found == RUNNING for copy in copies))
 
@@ -238,8 +237,9 @@ class DriveBackup:
             raise Refused(
                 "target",
                 "VM {}: the targets are there, but come from different moments: {}; use other targets, or"
-                " completion_mode"
-                " individual".format(vm.name, ", ".join(f"{record.target} ({record.started})" for record in records)),
+                " completion_mode individual".format(
+                    vm.name, ", ".join(f"{record.target} ({record.started})" for record in records)
+                ),
             )
 
     # Starting
@@ -284,8 +284,7 @@ class DriveBackup:
         return results, attempt_of(begun) if self.request.state == "completed" else ""
 
     async def _make(self, copy: Copy, target: _target.Target, holding: tuple[int, ...]) -> int:
-        """Create the image; returns its inode. One that exists loses its receipt: it will not be what that speaks"
-        " of."""
+        """Create the image; returns its inode. One that exists loses its receipt, which will not be true any more."""
         drive = copy.drive
         if drive.existing:
             if drive.receipt_path:
@@ -317,9 +316,8 @@ class DriveBackup:
                 f" and {free} are free"
             )
         self.warnings.append(
-            f"{target.path}: its file system cannot reserve space. If it fills up before the copy has ended, the"
-            " backup is cancelled"
-            " for the guest's sake; only a call with state completed watches for that"
+            f"{target.path}: its file system cannot reserve space. If it fills up before the copy has ended, the backup"
+            " is cancelled for the guest's sake; only a call with state completed watches for that"
         )
         return False
 
@@ -336,7 +334,9 @@ class DriveBackup:
             await _jobs.start_backups(monitor, starts, self.request.completion_mode)
         except CommandError as error:
             disks = ", ".join(copy.who for copy in begun)
-            raise BackupError(f"QEMU did not start the backup of {disks}: {error.description}") from error
+            raise BackupError(
+                f"{self.request.address}: QEMU did not start the backup of {disks}: {error.description}"
+            ) from error
 
     # Waiting, without the lock
 
@@ -387,8 +387,7 @@ class DriveBackup:
         return copies, ""
 
     async def _time_out(self, attempt: str, reason: str, trouble: str = "") -> None:
-        """End the wait: cancel and clean up, or leave the job, as on_timeout says. Returns if it has just ended"
-        " well."""
+        """End the wait: cancel and clean up, or leave the job, as on_timeout says. Returns if it just ended well."""
         if trouble:
             reason = f"{reason} ({trouble})"
         if self.request.on_timeout == "leave":

@@ -352,8 +352,7 @@ class Engine:
         return verdict
 
     def _alarm(self, intent: Intent, facts: Facts, work: _Work) -> str:
-        """Why a running attempt has to end for the guest's sake, or because it stands still; empty where it need"
-        " not."""
+        """Why a running attempt must end, for the guest's sake or for standing still; empty where it need not."""
         short = "" if intent.reserved else _survey.short_of_space(self.repository, self.plan.policy)
         if _plan.guest_stopped_by(intent, facts, bool(short)):
             return "the guest was stopped by an I/O error because the backup's target is full or failing"

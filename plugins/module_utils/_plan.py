@@ -120,8 +120,7 @@ class VmPlan:
 
 @dataclass(frozen=True)
 class Space:
-    """Room in the repository, in bytes. C(reserve) stays free; C(promised) is what other sets that grow will still"
-    " take."""
+    """Room in the repository, in bytes. C(reserve) stays free; C(promised) is what other growing sets will take."""
 
     free: int
     reserve: int

@@ -111,8 +111,7 @@ class Repository:
             yield fd
 
     def shelf(self, vm: str) -> Shelf:
-        """What is there about a VM. Raises BackupError where a later release has written something this one must"
-        " not miss."""
+        """What is there about a VM. Raises BackupError where a later release has written what this one must know."""
         directory = self.directory(vm)
         sets: list[Manifest] = []
         intents: list[Intent] = []
