@@ -101,7 +101,7 @@ class DriveBackup:
                 results, followed = await self._step(process, followed, (lock,))
             if not followed:
                 return results
-            await self._follow(process, began, followed)
+            await self._follow(process, began, followed, results)
 
     def _monitor(self) -> Monitor:
         return Monitor(self.request.address, self.commands)
@@ -267,8 +267,10 @@ class DriveBackup:
                 record = _new_record(copy, vm, attempt, target)
                 _claim(copy.drive, record)
                 begun.append(replace(copy, found=RUNNING, job=None, record=record))
-                inode = await self._make(copy, target, holding)
-                record = replace(record, inode=inode, reserved=self._reserve(target), phase=_receipt.COPYING)
+                inode, generation = await self._make(copy, target, holding)
+                record = replace(
+                    record, inode=inode, generation=generation, reserved=self._reserve(target), phase=_receipt.COPYING
+                )
                 begun[-1] = replace(begun[-1], record=record)
             self._note_owners(vm, begun, holding)
             await self._launch(monitor, begun, targets)
@@ -283,8 +285,8 @@ class DriveBackup:
         results = [by_node.get(copy.disk.node, copy).result() for copy in copies]
         return results, attempt_of(begun) if self.request.state == "completed" else ""
 
-    async def _make(self, copy: Copy, target: _target.Target, holding: tuple[int, ...]) -> int:
-        """Create the image; returns its inode. One that exists loses its receipt, which will not be true any more."""
+    async def _make(self, copy: Copy, target: _target.Target, holding: tuple[int, ...]) -> tuple[int, int]:
+        """Create the image; returns its identity. One that exists loses its receipt, which is true no more."""
         drive = copy.drive
         if drive.existing:
             if drive.receipt_path:
@@ -293,10 +295,10 @@ class DriveBackup:
             backing = (copy.disk.backing_file, copy.disk.backing_format)
             await _target.create(target, backing if drive.sync == "top" and backing[0] else None, holding)
         if target.block_device:
-            return 0
+            return 0, 0
         # The kernel tells of a failed write-back only those who had the file open by then.
         self._held[target.path] = os.open(target.path, os.O_RDWR | os.O_CLOEXEC)
-        return os.fstat(self._held[target.path]).st_ino
+        return _target.identity(os.path.realpath(target.path))
 
     def _note_owners(self, vm: Vm, begun: list[Copy], holding: tuple[int, ...]) -> None:
         """Remember whose the jobs are whose ids do not tell it."""
@@ -340,7 +342,7 @@ class DriveBackup:
 
     # Waiting, without the lock
 
-    async def _follow(self, process: Process | None, began: float, attempt: str) -> None:
+    async def _follow(self, process: Process | None, began: float, attempt: str, known: list[dict[str, Any]]) -> None:
         """Wait until a step can be taken. Raises where the wait ends for another reason, with what is known by then."""
         request = self.request
         now = joined = moved = asked = time.monotonic()
@@ -351,21 +353,23 @@ class DriveBackup:
             if not trouble and not any(copy.found == RUNNING for copy in copies):
                 return
             now = time.monotonic()
-            asked = asked if trouble else now
+            if not trouble:
+                asked, known = now, [copy.result() for copy in copies]
             seen = {copy.job_id: copy.job.offset for copy in copies if copy.job}
             if trouble or seen != offsets:
                 # What could not be seen does not stall.
                 offsets, moved = seen, now
             if request.timeout and now - began >= request.timeout:
-                await self._time_out(attempt, f"timeout: not done within {request.timeout:g} s", trouble)
+                await self._time_out(attempt, known, f"timeout: not done within {request.timeout:g} s", trouble)
                 return
             if request.stall_timeout and now - moved >= request.stall_timeout:
-                await self._time_out(attempt, f"stall_timeout: no progress for {request.stall_timeout:g} s")
+                await self._time_out(attempt, known, f"stall_timeout: no progress for {request.stall_timeout:g} s")
                 return
             if request.stall_timeout and now - asked >= request.stall_timeout:
                 raise JobFailed(
                     f"stall_timeout: the VM could not be asked for {request.stall_timeout:g} s ({trouble}); the job was"
-                    " left as it is"
+                    " left as it is",
+                    jobs=known,
                 )
 
     async def _glance(self, process: Process | None, attempt: str) -> tuple[list[Copy], str]:
@@ -386,26 +390,20 @@ class DriveBackup:
             raise _paused(vm, copies)
         return copies, ""
 
-    async def _time_out(self, attempt: str, reason: str, trouble: str = "") -> None:
+    async def _time_out(self, attempt: str, known: list[dict[str, Any]], reason: str, trouble: str = "") -> None:
         """End the wait: cancel and clean up, or leave the job, as on_timeout says. Returns if it just ended well."""
         if trouble:
             reason = f"{reason} ({trouble})"
         if self.request.on_timeout == "leave":
-            raise JobFailed(f"{reason}; the job is left running, as on_timeout says", jobs=await self._last_results())
+            raise JobFailed(f"{reason}; the job is left running, as on_timeout says", jobs=known)
         try:
             results = await self._cancel_attempt(attempt, reason)
         except MonitorError as error:
-            raise JobFailed(f"{reason}; the job could not be cancelled, and was left as it is: {error}") from error
+            raise JobFailed(
+                f"{reason}; the job could not be cancelled, and was left as it is: {error}", jobs=known
+            ) from error
         if not results or any(job["state"] != "completed" for job in results):
             raise JobFailed(f"{reason}; the job is cancelled, and what it left is removed", jobs=results)
-
-    async def _last_results(self) -> list[dict[str, Any]]:
-        try:
-            async with self._monitor() as monitor:
-                return [copy.result() for copy in (await self._look(monitor))[1]]
-        except MonitorError:
-            # The reason for the time-out is told already, and this is it.
-            return []
 
     async def _save_guest(self, attempt: str) -> None:
         """The VM was stopped by an I/O error while our jobs ran. The backup goes; the guest goes on if that was us."""
@@ -432,7 +430,8 @@ class DriveBackup:
             process = monitor.process
         async with self._lock(process), self._monitor() as monitor:
             copies = (await self._look(monitor))[1]
-            ours = [copy for copy in copies if copy.belongs_to(attempt)]
+            # What has ended well of another attempt waits for a call as well, and this is one.
+            ours = [copy for copy in copies if copy.belongs_to(attempt) or copy.state == "completed"]
             whole = [copy for copy in ours if copy.state == "completed"]
             done = await self._finish(monitor, whole)
             done += await self._clean(monitor, [copy for copy in ours if copy not in whole])
@@ -625,7 +624,7 @@ def _new_record(copy: Copy, vm: Vm, attempt: str, target: _target.Target) -> Rec
         started=utc_now(),
         guest=vm.status,
         reserved=False,
-        replaces=_target.inode(copy.drive.target),
+        replaces=list(_target.identity(copy.drive.target)),
     )
 
 
@@ -644,7 +643,7 @@ def _take_name(copy: Copy) -> Copy:
     if not record.matches(os.stat(path), _target.is_block_device(path)):
         raise OSError(f"{path} is not the image that was finished: somebody moved or changed it")
     if growing:
-        _target.take_name(drive.image_path, drive.target, record.replaces)
+        _target.take_name(drive.image_path, drive.target, (record.replaces[0], record.replaces[1]))
     _receipt.finish(_receipt.record_path(drive.receipt_path), drive.receipt_path)
     return replace(copy, found=DONE)
 

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import TYPE_CHECKING
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._errors import BackupError
-from ansible_collections.vmfleet.backup.plugins.module_utils._target import remove, sync_directory
+from ansible_collections.vmfleet.backup.plugins.module_utils._target import identity, remove, sync_directory
 
 if TYPE_CHECKING:
     from typing import Any
@@ -65,11 +65,12 @@ class Record:
     guest: str
     """The VM's status at the start."""
     reserved: bool
-    replaces: int = 0
-    """Inode of the file that stood at the target when this began, 0 for none."""
+    replaces: list[int] = field(default_factory=lambda: [0, 0])
+    """Identity (inode and generation) of the file that stood at the target when this began."""
     finished: str = ""
     inode: int = 0
     """The image's, from its creation on; 0 for a block device."""
+    generation: int = 0
     size: int = 0
     mtime: int = 0
     duration: float = 0.0
@@ -87,10 +88,7 @@ class Record:
 
     def wrote(self, path: str) -> bool:
         """Whether the file at C(path) is the one that the job was given."""
-        try:
-            return not self.inode or os.stat(path).st_ino == self.inode
-        except FileNotFoundError:
-            return False
+        return not self.inode or identity(os.path.realpath(path)) == (self.inode, self.generation)
 
     def matches(self, status: os.stat_result, is_device: bool) -> bool:
         """Whether the file that was finished is still there, and untouched. A device has no such marks."""

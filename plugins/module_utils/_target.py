@@ -7,11 +7,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
+import fcntl
 import json
 import os
 import stat
+import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -29,6 +32,7 @@ CLUSTER = 65536
 """qcow2's default cluster size, in bytes."""
 
 FALLOC_FL_KEEP_SIZE = 1
+FS_IOC_GETVERSION = 0x80087601
 CANNOT_RESERVE = frozenset({errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.ENODEV})
 
 
@@ -157,17 +161,30 @@ def flush(path: str, held: int | None = None) -> os.stat_result:
         os.close(fd)
 
 
-def inode(path: str) -> int:
-    """The inode of what stands at C(path), 0 for nothing."""
+def identity(path: str) -> tuple[int, int]:
+    """Inode and generation of what stands at C(path), zeros for nothing.
+
+    A new file often gets the inode that was freed last, but another generation (FS_IOC_GETVERSION); that is 0 where the
+    file system has none, as on tmpfs.
+    """
     try:
-        return os.lstat(path).st_ino
+        found = os.lstat(path)
     except FileNotFoundError:
-        return 0
+        return 0, 0
+    generation = bytearray(8)
+    if stat.S_ISREG(found.st_mode):
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        try:
+            with contextlib.suppress(OSError):
+                fcntl.ioctl(fd, FS_IOC_GETVERSION, generation)
+        finally:
+            os.close(fd)
+    return found.st_ino, int.from_bytes(generation, sys.byteorder)
 
 
-def take_name(image: str, path: str, replaces: int) -> None:
-    """Give an image its final name. Only the file with the inode C(replaces) may be in its way: it goes."""
-    if replaces and inode(path) == replaces:
+def take_name(image: str, path: str, replaces: tuple[int, int]) -> None:
+    """Give an image its final name. Only the file with the identity C(replaces) may be in its way: it goes."""
+    if replaces[0] and identity(path) == replaces:
         os.replace(image, path)
     else:
         try:
@@ -178,7 +195,7 @@ def take_name(image: str, path: str, replaces: int) -> None:
                 raise FileExistsError(errno.EEXIST, "something has appeared there in between", path) from None
             os.rename(image, path)
         except FileExistsError:
-            if inode(path) != inode(image):
+            if identity(path) != identity(image):
                 raise FileExistsError(errno.EEXIST, "something has appeared there in between", path) from None
         remove(image)
     sync_directory(os.path.dirname(path))

@@ -64,6 +64,16 @@ class ModuleProcess:
         """Whether it has ended by SIGKILL."""
         return self._process.poll() == -signal.SIGKILL
 
+    @property
+    def open_files(self) -> set[Path]:
+        """What it has open in this moment."""
+        found = set()
+        for fd in Path(f"/proc/{self._process.pid}/fd").iterdir():
+            # Some are closed before we get to them.
+            with contextlib.suppress(FileNotFoundError):
+                found.add(fd.readlink())
+        return found
+
     def signal(self, number: int) -> None:
         """Send it a signal."""
         self._process.send_signal(number)

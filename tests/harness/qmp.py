@@ -48,6 +48,9 @@ class Qmp:
         self._stream.flush()
         while True:
             reply = self._receive()
+            if "QMP" in reply:
+                # A client that comes while QEMU starts can be greeted twice.
+                continue
             if "event" in reply:
                 self.events.append(reply)
             elif "error" in reply:

@@ -64,7 +64,7 @@ def test_defaults(vm: Qemu, directory: Path, target: Path) -> None:
 
 
 def test_target_is_handed_over_as_open_files(vm: Qemu, target: Path) -> None:
-    result = backup(vm, target)
+    result = backup(vm, target, state="started")
     [told] = sent(result, "drive-backup")
     node = json.loads(told["target"].removeprefix("json:"))
     assert node["driver"] == "qcow2"
@@ -73,7 +73,9 @@ def test_target_is_handed_over_as_open_files(vm: Qemu, target: Path) -> None:
     assert node["file"]["filename"].startswith("/dev/fdset/")
     assert len(sent(result, "add-fd")) == 2
     assert all(fd["opaque"].startswith("vmfleet:db:") for fd in sent(result, "add-fd"))
+    # At once: QEMU would keep the image open and locked for as long as the fdset is there.
     assert len(sent(result, "remove-fd")) == 1
+    backup(vm, target)
 
 
 @pytest.mark.parametrize(

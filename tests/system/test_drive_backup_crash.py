@@ -6,11 +6,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import itertools
 import os
 import random
 import time
 import typing as t
+from pathlib import Path
 
 import pytest
 
@@ -33,8 +35,6 @@ from ansible_collections.vmfleet.backup.tests.harness.modules import succeed
 from ansible_collections.vmfleet.backup.tests.harness.qemu import wait_until
 
 if t.TYPE_CHECKING:
-    from pathlib import Path
-
     from ansible_collections.vmfleet.backup.tests.harness.fixtures import Vms
     from ansible_collections.vmfleet.backup.tests.harness.modules import ModuleProcess
     from ansible_collections.vmfleet.backup.tests.harness.qemu import Qemu
@@ -290,6 +290,25 @@ def test_two_calls_at_once_for_one_disk(
     assert all(result["rc"] == 0 for result in results), results
     assert sum(len(sent(result, "drive-backup")) for result in results) == 1
     assert_good(target, copy)
+
+
+def test_a_call_waits_for_whoever_works_on_the_vm(
+    vm: Qemu, target: Path, start_module: t.Callable[..., ModuleProcess]
+) -> None:
+    backup(vm, target, state="started", speed=SLOW)
+    backup(vm, target, state="cancelled")
+    started = Path(f"/proc/{vm.pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19]
+    path = Path(f"/run/vmfleet/{vm.pid}-{started}.lock")
+    with path.open("rb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        process = start_module("drive_backup", arguments(vm, target))
+        wait_until(lambda: path in process.open_files, "the module at the lock")
+        # Time enough for one that does not care about locks.
+        time.sleep(0.5)
+        assert process.running
+        assert not vm.block_jobs
+        assert not list(target.parent.iterdir())
+    assert process.result()["changed"] is True
 
 
 def test_two_calls_at_once_for_two_targets(
