@@ -179,7 +179,7 @@ class Qemu:
     def _connect(self) -> Qmp | None:
         try:
             return Qmp(self._control)
-        except (FileNotFoundError, ConnectionError):
+        except (FileNotFoundError, ConnectionError, TimeoutError):
             assert self.alive, f"QEMU did not start: {self._log.read_text()}"
             return None
 

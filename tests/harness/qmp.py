@@ -24,12 +24,14 @@ class Qmp:
     def __init__(self, path: Path, timeout: float = 30) -> None:
         self.events: list[dict[str, t.Any]] = []
         self._socket = socket.socket(socket.AF_UNIX)
-        self._socket.settimeout(timeout)
+        # A client that comes while QEMU starts is not always greeted: it has to try again.
+        self._socket.settimeout(min(timeout, 5))
         try:
             self._socket.connect(str(path))
             self._stream = self._socket.makefile("rw", encoding="utf-8")
             self.greeting = self._receive()
             self.execute("qmp_capabilities")
+            self._socket.settimeout(timeout)
         except BaseException:
             self._socket.close()
             raise
