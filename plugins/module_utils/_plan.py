@@ -530,7 +530,7 @@ def describe(plan: Plan) -> list[str]:
     space = plan.space
     created = " (to be created)" if plan.create_repository else ""
     amounts = {
-        "needed at most": space.needed,
+        "needed": space.needed,
         "free": space.free,
         "kept in reserve": space.reserve,
         "promised to other sets": space.promised,
@@ -547,6 +547,6 @@ def describe(plan: Plan) -> list[str]:
         lines.append(f"{vm.action:6}  {vm.name:{width}}  {vm.reason}")
         if vm.action in (START, ATTACH):
             indent = " " * (6 + 2 + width + 2)
-            lines += [f"{indent}{disk.name}: {disk.level}, at most {human(disk.bytes)}" for disk in vm.disks]
+            lines += [f"{indent}{disk.name}: {disk.level}, about {human(disk.bytes)}" for disk in vm.disks]
             lines += [f"{indent}{drive.name}: left out, {drive.reason}" for drive in vm.left_out]
     return lines

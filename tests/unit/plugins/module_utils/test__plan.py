@@ -376,10 +376,10 @@ def test_the_plan_reads_well() -> None:
     plan = Plan("/srv/backup", True, "run", "today", Policy(), space, (decided, failing), ())
     assert _plan.describe(plan) == [
         "Backup today to /srv/backup (to be created)",
-        "Space: 0 B needed at most, 100.0 MiB free, 10.0 MiB kept in reserve, 0 B promised to other sets",
+        "Space: 0 B needed, 100.0 MiB free, 10.0 MiB kept in reserve, 0 B promised to other sets",
         "This file system cannot reserve space for a copy: the reserve counts twice.",
         "start   web01  there is no set today of this VM",
-        "               vda: full, at most 0 B",
+        "               vda: full, about 0 B",
         "               cd: left out, has no medium",
         "               golden: left out, is read-only",
         "fail    db     there is no such socket",
