@@ -35,7 +35,8 @@ class ModuleProcess:
         if crash_at:
             command[2:2] = ["ansible_collections.vmfleet.backup.tests.harness.crash", str(crash_at)]
         self._process = subprocess.Popen(
-            ["setpriv", "--pdeathsig", "KILL", *command],
+            # Under nohup, SIGHUP would be ignored here as well.
+            ["env", "--default-signal", "setpriv", "--pdeathsig", "KILL", *command],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
