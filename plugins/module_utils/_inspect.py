@@ -226,7 +226,9 @@ async def _query_graph(monitor: Monitor) -> tuple[list[dict[str, Any]], list[dic
             monitor.execute("query-blockstats", {"query-nodes": True}),
             monitor.execute("query-named-block-nodes", {"flat": True}),
         )
-        if [node["node-name"] for node in nodes] == [node["node-name"] for node in after]:
+        names = {node["node-name"] for node in nodes}
+        shown = {entry["inserted"]["node-name"] for entry in block if "inserted" in entry}
+        if names == {node["node-name"] for node in after} and shown <= names:
             return block, nodes, stats
 
 

@@ -51,7 +51,8 @@ def patterned(path: Path, fmt: str = "qcow2", size: int = 64 * MIB, seed: int = 
 
 def info(path: Path) -> dict[str, t.Any]:
     """What qemu-img says of an image."""
-    return json.loads(qemu_img("info", "-U", "--output=json", path))
+    told: dict[str, t.Any] = json.loads(qemu_img("info", "-U", "--output=json", path))
+    return told
 
 
 def identical(one: Path, other: Path, one_format: str = "qcow2", other_format: str = "qcow2") -> bool:

@@ -58,9 +58,9 @@ class Disk:
 
     def arguments(self) -> list[str]:
         """The options of QEMU's command line."""
+        arguments: list[str] = []
         if self.path is None:
             options = [f"if=none,id={self.id},media=cdrom"]
-            arguments = []
         else:
             file = self.file or {"driver": "file", "filename": str(self.path)}
             node: dict[str, t.Any] = {"driver": self.format, "file": file}
@@ -70,7 +70,6 @@ class Disk:
                 node["read-only"] = "on"
             if self.cache:
                 node["cache"] = self.cache
-            arguments = []
             if self.throttle:
                 group = f"throttle-{self.node or self.id}"
                 arguments = ["-object", f"throttle-group,id={group},x-bps-total={self.throttle}"]
@@ -90,6 +89,13 @@ def _flat(options: dict[str, t.Any], prefix: str = "") -> t.Iterator[tuple[str, 
             yield from _flat(value, f"{prefix}{key}.")
         else:
             yield prefix + key, value
+
+
+def faulty(image: Path, event: str, **options: t.Any) -> dict[str, t.Any]:
+    """A protocol layer for `Disk.file` where each `event`, such as read_aio, is an I/O error, within `options`."""
+    fault = {"event": event, "errno": 5, **options}
+    layer = {"driver": "blkdebug", "image": {"driver": "file", "filename": str(image)}}
+    return {**layer, **{f"inject-error.0.{name}": value for name, value in fault.items()}}
 
 
 class Qemu:
@@ -127,7 +133,7 @@ class Qemu:
         self.monitor = self.directory / f"{name or 'vm'}.qmp"
         self._control = self.directory / "control"
 
-    def __enter__(self) -> Qemu:
+    def __enter__(self) -> t.Self:
         try:
             self.start()
         except BaseException:
@@ -249,12 +255,13 @@ class Qemu:
     @property
     def status(self) -> str:
         """The run state."""
-        return self.qmp.execute("query-status")["status"]
+        return str(self.qmp.execute("query-status")["status"])
 
     @property
     def block_jobs(self) -> list[dict[str, t.Any]]:
         """The block jobs as QEMU lists them."""
-        return self.qmp.execute("query-block-jobs")
+        jobs: list[dict[str, t.Any]] = self.qmp.execute("query-block-jobs")
+        return jobs
 
     @property
     def job(self) -> dict[str, t.Any]:
@@ -266,7 +273,8 @@ class Qemu:
     @property
     def fdsets(self) -> list[dict[str, t.Any]]:
         """The fd sets as QEMU lists them."""
-        return self.qmp.execute("query-fdsets")
+        fdsets: list[dict[str, t.Any]] = self.qmp.execute("query-fdsets")
+        return fdsets
 
     def bitmaps(self, node: str) -> dict[str, dict[str, t.Any]]:
         """The named dirty bitmaps of a node."""
@@ -282,4 +290,4 @@ class Qemu:
         return int(address.split(",")[0].rsplit(":", 1)[1])
 
 
-__all__ = ["PATIENCE", "Disk", "Qemu", "Qmp", "QmpError", "wait_until"]
+__all__ = ["PATIENCE", "Disk", "Qemu", "Qmp", "QmpError", "faulty", "wait_until"]

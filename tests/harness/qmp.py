@@ -40,7 +40,8 @@ class Qmp:
         line = self._stream.readline()
         if not line:
             raise ConnectionError("QEMU closed the monitor")
-        return json.loads(line)
+        message: dict[str, t.Any] = json.loads(line)
+        return message
 
     def execute(self, command: str, **arguments: t.Any) -> t.Any:
         """Send one command (underscores in the names of arguments stand for dashes) and return its result."""

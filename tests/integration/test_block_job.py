@@ -36,7 +36,8 @@ def info(vm: Qemu, **options: t.Any) -> list[dict[str, t.Any]]:
     """What block_job_info tells."""
     result = succeed("block_job_info", {"monitor": f"unix:{vm.monitor}", **options})
     assert result["changed"] is False
-    return result["jobs"]
+    jobs: list[dict[str, t.Any]] = result["jobs"]
+    return jobs
 
 
 @pytest.fixture

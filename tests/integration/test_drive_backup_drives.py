@@ -24,7 +24,7 @@ from ansible_collections.vmfleet.backup.tests.harness.backup import (
 )
 from ansible_collections.vmfleet.backup.tests.harness.images import MIB, patterned, qemu_img
 from ansible_collections.vmfleet.backup.tests.harness.modules import succeed
-from ansible_collections.vmfleet.backup.tests.harness.qemu import Disk, wait_until
+from ansible_collections.vmfleet.backup.tests.harness.qemu import Disk, faulty, wait_until
 
 if t.TYPE_CHECKING:
     from pathlib import Path
@@ -175,9 +175,7 @@ def test_case_35_individual_failure_of_one_leaves_the_others(vms: Vms, directory
 
 def _bad(directory: Path) -> Disk:
     image = patterned(directory / "bad.raw", "raw")
-    fault = {"driver": "blkdebug", "image": {"driver": "file", "filename": str(image)}}
-    fault.update({"inject-error.0.event": "read_aio", "inject-error.0.errno": 5, "inject-error.0.sector": 65536})
-    return Disk(image, id="bad", node="bad-node", format="raw", file=fault)
+    return Disk(image, id="bad", node="bad-node", format="raw", file=faulty(image, "read_aio", sector=65536))
 
 
 def test_images_of_different_moments_do_not_go_together(three: Qemu, target: Path) -> None:

@@ -28,6 +28,7 @@ from ansible_collections.vmfleet.backup.tests.harness.qemu import Disk, wait_unt
 if t.TYPE_CHECKING:
     from pathlib import Path
 
+    from ansible_collections.vmfleet.backup.tests.harness.filesystems import FileSystem
     from ansible_collections.vmfleet.backup.tests.harness.fixtures import Storage, Vms
     from ansible_collections.vmfleet.backup.tests.harness.modules import ModuleProcess
     from ansible_collections.vmfleet.backup.tests.harness.qemu import Qemu
@@ -102,7 +103,7 @@ def test_case_20_space_freed_and_called_again(vm: Qemu, storage: Storage, direct
     assert_good(target, copy)
 
 
-def _start_and_fill(vm: Qemu, mount: t.Any, **options: t.Any) -> Path:
+def _start_and_fill(vm: Qemu, mount: FileSystem, **options: t.Any) -> Path:
     """A backup on a file system that cannot reserve, and that is full before the job is half through."""
     target = mount.path / "disk.qcow2"
     started = start_slowly(vm, target, **options)

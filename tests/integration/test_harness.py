@@ -14,7 +14,7 @@ import pytest
 
 from ansible_collections.vmfleet.backup.tests.harness.fixtures import leftovers
 from ansible_collections.vmfleet.backup.tests.harness.images import MIB, create, identical, info, unlocked
-from ansible_collections.vmfleet.backup.tests.harness.qemu import Disk
+from ansible_collections.vmfleet.backup.tests.harness.qemu import Disk, faulty
 
 if t.TYPE_CHECKING:
     from ansible_collections.vmfleet.backup.tests.harness.fixtures import Storage, Vms
@@ -60,8 +60,7 @@ def test_frozen_copy_holds_the_writes_made_before_and_only_those(vm: Qemu, direc
 
 def test_failed_guest_write_is_seen(vms: Vms, directory: Path) -> None:
     image = create(directory / "bad.qcow2")
-    fault = {"driver": "blkdebug", "image": {"driver": "file", "filename": str(image)}}
-    vm = vms.start(Disk(image, file={**fault, "inject-error.0.event": "write_aio", "inject-error.0.errno": 5}))
+    vm = vms.start(Disk(image, file=faulty(image, "write_aio")))
     with pytest.raises(AssertionError, match="Input/output error"):
         vm.write("drive0", 0x11, 0, 65536)
 

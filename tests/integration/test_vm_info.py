@@ -31,7 +31,8 @@ def vm_info(*monitors: object, sockets: t.Sequence[object] = ()) -> list[dict[st
     """What vm_info tells."""
     result = succeed("vm_info", {"monitors": [str(monitor) for monitor in monitors], "sockets": list(sockets)})
     assert result["changed"] is False
-    return result["vms"]
+    vms: list[dict[str, t.Any]] = result["vms"]
+    return vms
 
 
 def disks_of(vm: Qemu) -> dict[str, dict[str, t.Any]]:
