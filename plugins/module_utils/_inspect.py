@@ -33,6 +33,9 @@ ENDED = frozenset({"concluded", "null"})
 
 PERIPHERAL = "/machine/peripheral/"
 
+GRAPH_ATTEMPTS = 20
+"""How often the block graph is asked for until its parts fit together: once and again is the rule."""
+
 
 @dataclass(frozen=True)
 class Bitmap:
@@ -219,7 +222,7 @@ async def _query_graph(monitor: Monitor) -> tuple[list[dict[str, Any]], list[dic
     A job that ends takes its filter node along. Where that happens between two queries, their answers do not fit
     together, and are asked for again.
     """
-    while True:
+    for _attempt in range(GRAPH_ATTEMPTS):
         nodes, block, stats, after = await asyncio.gather(
             monitor.execute("query-named-block-nodes", {"flat": False}),
             monitor.execute("query-block"),
@@ -229,7 +232,8 @@ async def _query_graph(monitor: Monitor) -> tuple[list[dict[str, Any]], list[dic
         names = {node["node-name"] for node in nodes}
         shown = {entry["inserted"]["node-name"] for entry in block if "inserted" in entry}
         if names == {node["node-name"] for node in after} and shown <= names:
-            return block, nodes, stats
+            break
+    return block, nodes, stats
 
 
 async def query_jobs(monitor: Monitor) -> tuple[Job, ...]:
