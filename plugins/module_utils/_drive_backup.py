@@ -46,7 +46,12 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._errors import (
     MonitorGone,
     Refused,
 )
-from ansible_collections.vmfleet.backup.plugins.module_utils._inspect import inspect_vm, machine_id, query_jobs
+from ansible_collections.vmfleet.backup.plugins.module_utils._inspect import (
+    IO_ERROR,
+    inspect_vm,
+    machine_id,
+    query_jobs,
+)
 from ansible_collections.vmfleet.backup.plugins.module_utils._lock import (
     host_lock_path,
     locked,
@@ -70,9 +75,6 @@ LONGEST_POLL = 2.0
 
 FULL_BYTES = 64 * 1024 * 1024
 """A file system with less room than this counts as full when a guest has been stopped by an I/O error."""
-
-IO_ERROR = "io-error"
-"""QEMU's status of a VM that was stopped because a write of its guest failed."""
 
 
 @dataclass
@@ -496,7 +498,7 @@ class DriveBackup:
                 " removes what is left".format(self.request.address, ", ".join(job.id for job in stubborn))
             )
         if any(_blamed(copy) for copy in copies) and not any(_was_stopped(copy) for copy in copies):
-            await _resume(monitor)
+            await _jobs.resume(monitor)
         now = {job.id: job for job in await query_jobs(monitor)}
         ended = [
             replace(copy, found=ENDED, job=now[copy.job_id])
@@ -558,12 +560,6 @@ def _paused(vm: Vm, copies: list[Copy]) -> JobFailed:
         " State cancelled gives it up",
         jobs=[copy.result() for copy in copies],
     )
-
-
-async def _resume(monitor: Monitor) -> None:
-    """Let a guest go on that our target has stopped: its job is gone, and its writes are tried again."""
-    if (await monitor.execute("query-status"))["status"] == IO_ERROR:
-        await monitor.execute("cont")
 
 
 def _results(copies: list[Copy], done: list[Copy], error: str = "") -> list[dict[str, Any]]:

@@ -31,6 +31,9 @@ FILTERS = frozenset({"copy-before-write", "copy-on-read", "compress", "throttle"
 ENDED = frozenset({"concluded", "null"})
 """Job states in which a job does nothing any more."""
 
+IO_ERROR = "io-error"
+"""QEMU's status of a VM that was stopped because a read or a write of its guest failed."""
+
 PERIPHERAL = "/machine/peripheral/"
 
 GRAPH_ATTEMPTS = 20

@@ -17,11 +17,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._errors import CommandError
-from ansible_collections.vmfleet.backup.plugins.module_utils._inspect import query_jobs
+from ansible_collections.vmfleet.backup.plugins.module_utils._inspect import IO_ERROR, query_jobs
 from ansible_collections.vmfleet.backup.plugins.module_utils._target import open_pair
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Awaitable, Callable, Iterable, Sequence
     from typing import Any
 
     from ansible_collections.vmfleet.backup.plugins.module_utils._inspect import Job, Vm
@@ -35,6 +35,9 @@ SETTLE_INTERVAL = 0.02
 
 CBW_ERROR_SINCE = (10, 1)
 """The QEMU version whose backup commands have on-cbw-error: a failing target then fails the job, not the guest."""
+
+ABORTED = "Transaction aborted using Abort action"
+"""What QEMU says of a transaction in which nothing but its action C(abort) has failed."""
 
 
 @dataclass(frozen=True)
@@ -56,24 +59,66 @@ async def start_backups(
 ) -> None:
     """Start all backups at one point in time, or none; raises CommandError with QEMU's reason.
 
-    C(bitmap_actions) are further actions of the same transaction.
+    C(bitmap_actions) are further actions of the same transaction, such as bitmap_add().
     """
+
+    async def begin(actions: list[dict[str, Any]]) -> None:
+        if len(actions) == 1:
+            await monitor.execute("drive-backup", actions[0]["data"])
+        else:
+            await _transact(monitor, actions, completion_mode)
+
+    await _with_targets(monitor, starts, bitmap_actions, begin)
+
+
+async def rehearse_backups(
+    monitor: Monitor, starts: Sequence[BackupStart], bitmap_actions: Sequence[dict[str, Any]] = ()
+) -> None:
+    """Find out whether QEMU would start these backups: a transaction that QEMU itself rolls back at its end.
+
+    Raises CommandError with QEMU's reason where it would not. A VM that is paused is not asked.
+    """
+    # There QEMU keeps the files that it was passed until the VM goes on, and with them the locks of the targets.
+    if not (await monitor.execute("query-status"))["running"]:
+        return
+
+    async def begin_and_abort(actions: list[dict[str, Any]]) -> None:
+        try:
+            await _transact(monitor, [*actions, {"type": "abort", "data": {}}], "individual")
+        except CommandError as error:
+            if error.description != ABORTED:
+                raise
+
+    await _with_targets(monitor, starts, bitmap_actions, begin_and_abort)
+
+
+async def _transact(monitor: Monitor, actions: Sequence[dict[str, Any]], completion_mode: str) -> None:
+    await monitor.execute("transaction", {"actions": actions, "properties": {"completion-mode": completion_mode}})
+
+
+async def _with_targets(
+    monitor: Monitor,
+    starts: Sequence[BackupStart],
+    bitmap_actions: Sequence[dict[str, Any]],
+    execute: Callable[[list[dict[str, Any]]], Awaitable[None]],
+) -> None:
+    """Hand over the targets and C(execute) the actions, past the page cache where that can be."""
     direct = [start.target.direct for start in starts]
     try:
-        await _start(monitor, starts, direct, completion_mode, bitmap_actions)
+        await _with_open_targets(monitor, starts, direct, bitmap_actions, execute)
     except (CommandError, OSError):
         if not any(direct):
             raise
         # Some file systems, and some images on some devices, refuse O_DIRECT: the page cache serves as well.
-        await _start(monitor, starts, [False] * len(starts), completion_mode, bitmap_actions)
+        await _with_open_targets(monitor, starts, [False] * len(starts), bitmap_actions, execute)
 
 
-async def _start(
+async def _with_open_targets(
     monitor: Monitor,
     starts: Sequence[BackupStart],
     direct: Sequence[bool],
-    completion_mode: str,
     bitmap_actions: Sequence[dict[str, Any]],
+    execute: Callable[[list[dict[str, Any]]], Awaitable[None]],
 ) -> None:
     common: dict[str, Any] = {"mode": "existing", "auto-dismiss": False}
     if await _has_cbw_error(monitor):
@@ -95,12 +140,7 @@ async def _start(
                 "format": start.target.format,
             }
             actions.append({"type": "drive-backup", "data": data})
-        if len(actions) == 1:
-            await monitor.execute("drive-backup", actions[0]["data"])
-        else:
-            await monitor.execute(
-                "transaction", {"actions": actions, "properties": {"completion-mode": completion_mode}}
-            )
+        await execute(actions)
     finally:
         # An fdset that is left keeps its image open and locked for the rest of QEMU's life.
         for fdset in fdsets:
@@ -157,3 +197,52 @@ async def remove_fdsets(monitor: Monitor, vm: Vm, prefix: str) -> None:
     for fdset, opaques in vm.fdsets.items():
         if any(opaque.startswith(prefix) for opaque in opaques):
             await monitor.remove_fdset(fdset)
+
+
+def bitmap_add(node: str, name: str, persistent: bool) -> dict[str, Any]:
+    """The action of a transaction that adds a bitmap to a node."""
+    return {"type": "block-dirty-bitmap-add", "data": {"node": node, "name": name, "persistent": persistent}}
+
+
+async def remove_bitmaps(monitor: Monitor, bitmaps: Iterable[tuple[str, str]]) -> None:
+    """Remove bitmaps, each given as node and name; one that is gone already is none to remove.
+
+    Raises CommandError for one that stays, being in use, after all others have been removed.
+    """
+    wanted = [{"node": node, "name": name} for node, name in bitmaps]
+    if len(wanted) > 1:
+        actions = [{"type": "block-dirty-bitmap-remove", "data": bitmap} for bitmap in wanted]
+        try:
+            await monitor.execute("transaction", {"actions": actions})
+        except CommandError:
+            # One of them is gone or in use, which says nothing against the others.
+            pass
+        else:
+            return
+    await _remove_bitmaps_singly(monitor, wanted)
+
+
+async def _remove_bitmaps_singly(monitor: Monitor, wanted: Iterable[dict[str, str]]) -> None:
+    refused: CommandError | None = None
+    for bitmap in wanted:
+        try:
+            await monitor.execute("block-dirty-bitmap-remove", bitmap)
+        except CommandError as error:
+            if await _has_bitmap(monitor, **bitmap):
+                refused = refused or error
+    if refused:
+        raise refused
+
+
+async def _has_bitmap(monitor: Monitor, node: str, name: str) -> bool:
+    nodes = await monitor.execute("query-named-block-nodes", {"flat": True})
+    return any(
+        entry["node-name"] == node and any(bitmap.get("name") == name for bitmap in entry.get("dirty-bitmaps", []))
+        for entry in nodes
+    )
+
+
+async def resume(monitor: Monitor) -> None:
+    """Let a guest go on that a failed write has stopped: the write is tried again."""
+    if (await monitor.execute("query-status"))["status"] == IO_ERROR:
+        await monitor.execute("cont")

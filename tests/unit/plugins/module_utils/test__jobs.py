@@ -17,16 +17,23 @@ import pytest
 from ansible_collections.vmfleet.backup.plugins.module_utils import _jobs, _target
 from ansible_collections.vmfleet.backup.plugins.module_utils._errors import CommandError
 from ansible_collections.vmfleet.backup.plugins.module_utils._jobs import (
+    ABORTED,
     BackupStart,
+    bitmap_add,
     cancel_jobs,
     dismiss_jobs,
+    rehearse_backups,
+    remove_bitmaps,
     remove_fdsets,
+    resume,
     start_backups,
 )
 from ansible_collections.vmfleet.backup.plugins.module_utils._target import Target
 from ansible_collections.vmfleet.backup.tests.unit.plugins.doubles import (
     MIB,
     FakeMonitor,
+    Node,
+    bitmap_entry,
     block_job,
     job,
     jobs,
@@ -159,6 +166,44 @@ class TestStart:
         assert not fake.fdsets
 
 
+class TestRehearsal:
+    @staticmethod
+    def rehearse(fake: FakeMonitor, *starts: BackupStart) -> None:
+        fake.answers.setdefault("query-status", {"running": True})
+        asyncio.run(rehearse_backups(monitor(fake), starts, [bitmap_add("n0", "b", True)]))
+
+    def test_same_transaction_that_ends_with_an_abort(self, tmp_path: Path) -> None:
+        starts = [start(tmp_path, 0), start(tmp_path, 1)]
+        played, rehearsed = FakeMonitor({"transaction": {}}), FakeMonitor({"transaction": refusal(ABORTED)})
+        begin(played, *starts, completion_mode="individual", bitmap_actions=[bitmap_add("n0", "b", True)])
+        self.rehearse(rehearsed, *starts)
+        status, transaction, *removals = rehearsed.sent
+        assert status == ("query-status", {})
+        assert removals == [("remove-fd", {"fdset-id": 0}), ("remove-fd", {"fdset-id": 1})]
+        *actions, last = transaction[1].pop("actions")
+        assert last == {"type": "abort", "data": {}}
+        assert actions == played.sent[0][1].pop("actions")
+        assert transaction[1] == played.sent[0][1] == {"properties": {"completion-mode": "individual"}}
+
+    def test_page_cache_serves_where_direct_access_is_refused(self, tmp_path: Path) -> None:
+        fake = FakeMonitor({"transaction": iter([refusal("Cannot use direct"), refusal(ABORTED)])})
+        self.rehearse(fake, start(tmp_path))
+        assert [bool(flags[0] & os.O_DIRECT) for _opaque, flags in fake.passed] == [True, False]
+        assert not fake.fdsets
+
+    def test_refusal_is_told_and_nothing_is_left(self, tmp_path: Path) -> None:
+        fake = FakeMonitor({"transaction": refusal("Bitmap 'b' could not be found")})
+        with pytest.raises(CommandError, match="could not be found"):
+            self.rehearse(fake, start(tmp_path))
+        assert not fake.fdsets
+
+    def test_paused_vm_is_not_asked(self, tmp_path: Path) -> None:
+        fake = FakeMonitor({"query-status": {"running": False}})
+        self.rehearse(fake, start(tmp_path))
+        assert fake.names() == ["query-status"]
+        assert not fake.passed
+
+
 def schema(*members: str) -> list[dict[str, Any]]:
     """What query-qmp-schema says of drive-backup; types are named by numbers."""
     return [
@@ -246,3 +291,59 @@ def test_only_fdsets_of_ours_are_removed() -> None:
     fake = FakeMonitor()
     asyncio.run(remove_fdsets(monitor(fake), found, "vmfleet:db:aa:"))
     assert fake.sent == [("remove-fd", {"fdset-id": 1})]
+
+
+@pytest.mark.parametrize(("status", "commands"), [("io-error", ["cont"]), ("running", []), ("paused", [])])
+def test_only_a_guest_that_an_error_has_stopped_is_resumed(status: str, commands: list[str]) -> None:
+    fake = FakeMonitor({"query-status": {"status": status}, "cont": {}})
+    asyncio.run(resume(monitor(fake)))
+    assert fake.names() == ["query-status", *commands]
+
+
+class TestBitmaps:
+    """The bitmaps C(b0) and C(b1) are there, on node C(n0)."""
+
+    @staticmethod
+    def remove(fake: FakeMonitor, *bitmaps: tuple[str, str]) -> list[Any]:
+        """Remove these bitmaps; returns what was sent."""
+        there = Node("n0", bitmaps=[bitmap_entry("b0"), bitmap_entry("b1"), {"count": 0}])
+        fake.answers["query-named-block-nodes"] = [there.query(flat=True), Node("n1").query(flat=True)]
+        asyncio.run(remove_bitmaps(monitor(fake), bitmaps))
+        return fake.sent
+
+    def test_added(self) -> None:
+        assert bitmap_add("n0", "b0", False) == {
+            "type": "block-dirty-bitmap-add",
+            "data": {"node": "n0", "name": "b0", "persistent": False},
+        }
+
+    def test_none(self) -> None:
+        assert self.remove(FakeMonitor()) == []
+
+    def test_one(self) -> None:
+        sent = self.remove(FakeMonitor({"block-dirty-bitmap-remove": {}}), ("n0", "b0"))
+        assert sent == [("block-dirty-bitmap-remove", {"node": "n0", "name": "b0"})]
+
+    def test_several_in_one_transaction(self) -> None:
+        ((command, arguments),) = self.remove(FakeMonitor({"transaction": {}}), ("n0", "b0"), ("n1", "b1"))
+        assert command == "transaction"
+        assert arguments["actions"] == [
+            {"type": "block-dirty-bitmap-remove", "data": {"node": "n0", "name": "b0"}},
+            {"type": "block-dirty-bitmap-remove", "data": {"node": "n1", "name": "b1"}},
+        ]
+
+    @pytest.mark.parametrize("gone", [("n0", "b2"), ("n1", "b0"), ("n2", "b0")])
+    def test_one_that_is_gone_is_none_to_remove(self, gone: tuple[str, str]) -> None:
+        fake = FakeMonitor(
+            {"transaction": refusal(), "block-dirty-bitmap-remove": iter([{}, refusal("not found"), {}])}
+        )
+        sent = self.remove(fake, ("n0", "b0"), gone, ("n0", "b1"))
+        tried = [tuple(arguments.values()) for command, arguments in sent if command == "block-dirty-bitmap-remove"]
+        assert tried == [("n0", "b0"), gone, ("n0", "b1")]
+
+    def test_one_that_stays_is_told_when_the_others_are_gone(self) -> None:
+        answers = iter([refusal("'b0' is currently in use"), {}])
+        fake = FakeMonitor({"transaction": refusal(), "block-dirty-bitmap-remove": answers})
+        with pytest.raises(CommandError, match="'b0' is currently in use"):
+            self.remove(fake, ("n0", "b0"), ("n0", "b1"))
+        assert next(answers, None) is None
