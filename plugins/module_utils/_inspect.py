@@ -69,7 +69,8 @@ class Disk:
     """A block node that can be backed up. Sizes are bytes, None where QEMU cannot tell.
 
     C(layer_size) is what the top image holds, C(actual_size) what it holds together with its backing files.
-    C(filters) are the nodes between the device and C(node), such as a throttle.
+    C(filters) are the nodes between the device and C(node), such as a throttle. C(stable_name) is false of a name that
+    another disk can have after a restart of QEMU. C(keeps_bitmaps) tells whether a bitmap can be stored in the image.
     """
 
     name: str
@@ -86,6 +87,8 @@ class Disk:
     actual_size: int | None = None
     read_only: bool = False
     removable: bool = False
+    stable_name: bool = True
+    keeps_bitmaps: bool = False
     bitmaps: tuple[Bitmap, ...] = ()
 
     @property
@@ -303,11 +306,17 @@ def _disks(
         if inserted and inserted["node-name"] in by_name:
             *filters, node_name = filter_path(inserted["node-name"])
             node = by_name[node_name]
-            name = _disk_name(entry, node, number)
-            disks.setdefault(
-                node_name,
-                _disk(node, name, filters, entry["device"], entry.get("qdev", ""), removable=entry["removable"]),
+            own_name = _own_name(entry, node)
+            disk = _disk(
+                node,
+                own_name or f"disk{number}",
+                filters,
+                entry["device"],
+                entry.get("qdev", ""),
+                removable=entry["removable"],
+                stable_name=bool(own_name),
             )
+            disks.setdefault(node_name, disk)
     taken = {*disks, *(name for disk in disks.values() for name in disk.filters)}
     # A bare -blockdev that nothing reads through is a disk as well, below the filter of its job where there is one.
     for top in by_name:
@@ -322,7 +331,13 @@ def _disks(
 
 
 def _disk(
-    node: dict[str, Any], name: str, filters: list[str], device: str = "", qdev: str = "", removable: bool = False
+    node: dict[str, Any],
+    name: str,
+    filters: list[str],
+    device: str = "",
+    qdev: str = "",
+    removable: bool = False,
+    stable_name: bool = True,
 ) -> Disk:
     image = node["image"]
     return Disk(
@@ -340,8 +355,20 @@ def _disk(
         layer_size=image.get("actual-size"),
         actual_size=_chain_size(image),
         read_only=node["ro"],
+        stable_name=stable_name,
+        keeps_bitmaps=_keeps_bitmaps(node),
         bitmaps=tuple(_bitmap(entry) for entry in node.get("dirty-bitmaps", []) if entry.get("name")),
     )
+
+
+def _keeps_bitmaps(node: dict[str, Any]) -> bool:
+    """Whether QEMU can store bitmaps in this node's image, and only QEMU writes its data.
+
+    Those of a read-only one would be accepted and then lost. A raw data file can be written without its qcow2 image.
+    """
+    details = node["image"].get("format-specific", {}).get("data", {})
+    old = details.get("compat", "0.10") == "0.10"
+    return node["drv"] == "qcow2" and not node["ro"] and not old and not details.get("data-file-raw", False)
 
 
 def _bitmap(entry: dict[str, Any]) -> Bitmap:
@@ -368,10 +395,10 @@ def _chain_size(image: dict[str, Any]) -> int | None:
     return total
 
 
-def _disk_name(entry: dict[str, Any], node: dict[str, Any], number: int) -> str:
-    """The backend's name, else the device's id, else the node's, else C(disk<n>), which holds for one boot only."""
+def _own_name(entry: dict[str, Any], node: dict[str, Any]) -> str:
+    """The backend's name, else the device's id, else the node's; empty where it has none that holds beyond one boot."""
     named = "" if node["node-name"].startswith("#") else str(node["node-name"])
-    return entry["device"] or _qdev_id(entry.get("qdev", "")) or named or f"disk{number}"
+    return entry["device"] or _qdev_id(entry.get("qdev", "")) or named
 
 
 def _backend_name(entry: dict[str, Any]) -> str:

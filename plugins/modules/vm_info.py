@@ -118,6 +118,16 @@ vms:
         removable:
           description: Whether its medium can be changed, as that of a CD-ROM.
           type: bool
+        stable_name:
+          description:
+            - Whether RV(vms[].disks[].name) means this disk after a restart of QEMU as well. It does not where neither
+              backend nor device nor node has a name, and the disks are merely counted.
+          type: bool
+        keeps_bitmaps:
+          description:
+            - Whether QEMU can store a persistent bitmap in the image. It can in a writable qcow2 image that is neither
+              of the old version (C(compat=0.10)) nor has a raw data file.
+          type: bool
         bitmaps:
           description: Its dirty bitmaps.
           type: list

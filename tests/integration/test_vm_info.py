@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from ansible_collections.vmfleet.backup.tests.harness.backup import start_slowly
-from ansible_collections.vmfleet.backup.tests.harness.images import MIB, create, patterned
+from ansible_collections.vmfleet.backup.tests.harness.images import MIB, create, patterned, qemu_img
 from ansible_collections.vmfleet.backup.tests.harness.modules import fail, succeed
 from ansible_collections.vmfleet.backup.tests.harness.qemu import Disk, wait_until
 
@@ -103,8 +103,24 @@ def test_names_of_disks(vms: Vms) -> None:
     assert set(disks) == {"drive0", "vd1", "n2", "drive3", "n4", "drive5"}
     assert disks["drive5"]["node"] == "n5"
     assert disks["drive5"]["filters"]
+    assert all(disk["stable_name"] for disk in disks.values())
     [told] = vm_info(vm.monitor)
     assert told["empty"] == ["cd"]
+
+
+def test_images_that_keep_bitmaps(vms: Vms, directory: Path) -> None:
+    images = {
+        "new": (),
+        "old": ("-o", "compat=0.10"),
+        "data": ("-o", f"data_file={directory}/file1"),
+        "raw_data": ("-o", f"data_file={directory}/file2,data_file_raw=on"),
+    }
+    for name, options in images.items():
+        qemu_img("create", "-q", "-f", "qcow2", *options, directory / name, "1M")
+    disks = [Disk(directory / name, id=name, node=None) for name in images]
+    read_only = Disk(create(directory / "ro", MIB), id="ro", node=None, read_only=True)
+    vm = vms.start(*disks, read_only, vms.disk(0, format="raw", id="raw"))
+    assert {name for name, disk in disks_of(vm).items() if disk["keeps_bitmaps"]} == {"new", "data"}
 
 
 def test_names_stay_while_a_backup_runs(vms: Vms, target: Path) -> None:

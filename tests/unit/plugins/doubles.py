@@ -109,6 +109,7 @@ class Node:
     size: int = SIZE
     read_only: bool = False
     bitmaps: list[dict[str, Any]] = field(default_factory=list)
+    specific: dict[str, Any] = field(default_factory=lambda: {"compat": "1.1", "refcount-bits": 16, "corrupt": False})
 
     def image(self) -> dict[str, Any]:
         image: dict[str, Any] = {
@@ -118,6 +119,8 @@ class Node:
             "format": self.driver,
             "dirty-flag": False,
         }
+        if self.driver == "qcow2":
+            image["format-specific"] = {"type": "qcow2", "data": self.specific}
         if self.actual is not None:
             image["actual-size"] = self.actual
         if self.backing:
@@ -234,6 +237,7 @@ def disk(name: str = "drive0", node: str = "n0", **values: Any) -> Disk:
         "virtual_size": SIZE,
         "layer_size": 200704,
         "actual_size": 200704,
+        "keeps_bitmaps": True,
         **values,
     }
     return Disk(name=name, node=node, **given)

@@ -140,6 +140,7 @@ def test_disks_are_found_below_their_filters(
 ) -> None:
     found = inspect(nodes, devices)
     assert [(disk.name, disk.node, disk.filters) for disk in found.disks] == expected
+    assert [disk.stable_name for disk in found.disks] == [name != "disk1" for name, _node, _filters in expected]
     others = {node.node for node in found.other_nodes}
     in_disks = {name for disk in found.disks for name in (disk.node, *disk.filters)}
     assert others == {node.name for node in nodes} - in_disks
@@ -167,8 +168,27 @@ def test_disk_has_what_qemu_tells_of_its_node() -> None:
         actual_size=MIB + 65536,
         read_only=True,
         removable=True,
+        keeps_bitmaps=False,
         bitmaps=(bitmap("b0"),),
     )
+
+
+@pytest.mark.parametrize(
+    ("node", "keeps"),
+    [
+        (Node("n0"), True),
+        (Node("n0", read_only=True), False),
+        (Node("n0", "raw"), False),
+        (Node("n0", "vmdk"), False),
+        (Node("n0", specific={"compat": "0.10", "refcount-bits": 16}), False),
+        (Node("n0", specific={"compat": "1.1", "data-file": "/images/data", "data-file-raw": False}), True),
+        (Node("n0", specific={"compat": "1.1", "data-file": "/images/data", "data-file-raw": True}), False),
+    ],
+    ids=["qcow2", "read-only", "raw", "vmdk", "old qcow2", "data file", "raw data file"],
+)
+def test_images_that_bitmaps_can_be_stored_in(node: Node, keeps: bool) -> None:
+    (found,) = inspect([node], [device("n0", "drive0")]).disks
+    assert found.keeps_bitmaps is keeps
 
 
 @pytest.mark.parametrize("unknown", ["layer", "base"])
@@ -233,6 +253,7 @@ def test_vm_as_a_return_value() -> None:
     value = found.as_dict()
     assert (value["pid"], value["status"], value["version"]) == (4711, "running", "7.2.22")
     assert [entry["node"] for entry in value["disks"]] == ["n0"]
+    assert [(entry["stable_name"], entry["keeps_bitmaps"]) for entry in value["disks"]] == [(True, True)]
     assert value["empty"] == ["cd0"]
     assert [(entry["id"], entry["percent"]) for entry in value["jobs"]] == [("j0", 25.0)]
 
