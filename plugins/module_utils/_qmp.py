@@ -37,6 +37,16 @@ QMP_IMPORT_ERROR: str | None = None
 try:
     from qemu.qmp import ConnectError, ExecInterruptedError, ExecuteError, QMPClient, QMPError, StateError
     from qemu.qmp.qmp_client import NegotiationError
+
+    class _Client(QMPClient):
+        """A client that leaves out the library's debug log: to format each message for it takes as long as all else."""
+
+        def _cb_outbound(self, msg: Message) -> Message:
+            return msg
+
+        def _cb_inbound(self, msg: Message) -> Message:
+            return msg
+
 except ImportError:
     QMP_IMPORT_ERROR = traceback.format_exc()
 
@@ -46,6 +56,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from ansible.module_utils.basic import AnsibleModule
+    from qemu.qmp import Message
 
 CONNECT_TIMEOUT = 10.0
 """Seconds for the connection and the greeting: QEMU needs milliseconds, a monitor that is taken never sends one."""
@@ -166,7 +177,7 @@ class Monitor:
 
     async def _greet(self, connection: socket.socket, deadline: float) -> QMPClient:
         """Begin the conversation, or close the connection: left open, it would take the place of the next client."""
-        client = QMPClient("vmfleet")
+        client = _Client("vmfleet")
         greeting = asyncio.ensure_future(client.connect(connection))
         try:
             await asyncio.wait({greeting}, timeout=max(0.1, deadline - time.monotonic()))
@@ -220,15 +231,16 @@ class Monitor:
         except ExecuteError as error:
             raise CommandError(str(self.address), command, error.error_class, str(error)) from error
         except (ExecInterruptedError, StateError, EOFError, OSError) as error:
-            raise MonitorGone(
-                f"{self.address}: the connection broke off during {command}: QEMU has ended or closed its monitor"
-            ) from error
+            raise self._broken_off(command) from error
 
     async def add_fdset(self, fds: Sequence[int], opaque: str) -> int:
         """Hand open files to QEMU as one fdset; returns its id. QEMU needs one fd per access mode that it will use."""
         fdset: int | None = None
         for fd in fds:
-            self._require_client().send_fd_scm(fd)
+            try:
+                self._require_client().send_fd_scm(fd)
+            except (StateError, OSError) as error:
+                raise self._broken_off("add-fd") from error
             arguments: dict[str, Any] = {"opaque": opaque}
             if fdset is not None:
                 arguments["fdset-id"] = fdset
@@ -285,6 +297,11 @@ class Monitor:
             connection.close()
             raise self._unreachable(error) from error
         return connection
+
+    def _broken_off(self, command: str) -> MonitorGone:
+        return MonitorGone(
+            f"{self.address}: the connection broke off during {command}: QEMU has ended or closed its monitor"
+        )
 
     def _unreachable(self, error: OSError) -> MonitorError:
         if error.errno in (errno.ENOENT, errno.ECONNREFUSED):

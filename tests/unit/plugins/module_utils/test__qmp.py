@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import io
 import json
 import os
@@ -23,6 +24,7 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from qemu.qmp import Message, QMPClient
 
 from ansible_collections.vmfleet.backup.plugins.module_utils import _qmp
 from ansible_collections.vmfleet.backup.plugins.module_utils._errors import (
@@ -527,6 +529,37 @@ class TestExecute:
             {"execute": "add-fd", "arguments": {"opaque": "vmfleet:db:1", "fdset-id": 7}},
             {"execute": "remove-fd", "arguments": {"fdset-id": 7}},
         ]
+
+    @pytest.mark.parametrize("noticed", [True, False])
+    def test_connection_breaks_off_before_a_file_is_sent(
+        self, noticed: bool, path: str, serve: Callable[..., Server], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        serve()
+
+        def break_off(_client: Any, _fd: int) -> None:
+            raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+
+        async def hand_over() -> None:
+            async with Monitor(parse_address(path)) as monitor:
+                if noticed:
+                    with pytest.raises(MonitorGone):
+                        await monitor.execute("quit")
+                else:
+                    monkeypatch.setattr(QMPClient, "send_fd_scm", break_off)
+                with pytest.raises(MonitorGone, match="the connection broke off during add-fd: QEMU has ended"):
+                    await monitor.add_fdset([0], "vmfleet:db:1")
+
+        asyncio.run(hand_over())
+
+    def test_messages_are_not_formatted_for_a_log(
+        self, path: str, serve: Callable[..., Server], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def refuse(_message: object) -> str:
+            raise AssertionError("formatted")
+
+        serve(lambda _command, _arguments: {"return": 1})
+        monkeypatch.setattr(Message, "__str__", refuse)
+        assert converse(path, "query-status")[1] == [1]
 
     def test_set_without_files_is_a_mistake(self) -> None:
         with pytest.raises(ValueError, match="at least one"):
