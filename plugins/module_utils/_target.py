@@ -22,11 +22,12 @@ from ansible_collections.vmfleet.backup.plugins.module_utils import _qemu_img
 from ansible_collections.vmfleet.backup.plugins.module_utils._errors import BackupError, ToolError
 
 if TYPE_CHECKING:
-    from typing import Any
+    from typing import IO, Any
 
     from ansible_collections.vmfleet.backup.plugins.module_utils._inspect import Disk
 
 SECTOR = 512
+PAGE = 4096
 DIRECT_ALIGNMENT = 4096
 CLUSTER = 65536
 """qcow2's default cluster size, in bytes."""
@@ -76,15 +77,56 @@ def is_block_device(path: str) -> bool:
         return False
 
 
-async def create(target: Target, backing: tuple[str, str] | None = None, pass_fds: tuple[int, ...] = ()) -> None:
-    """Make a new image, readable by its owner only. FileExistsError where the path is taken, whatever stands there."""
-    os.close(os.open(target.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
-    if target.format == "raw":
-        os.truncate(target.path, target.size)
-        return
+@dataclass(frozen=True)
+class Blank:
+    """A new image in memory: its length in bytes, and the parts of it that are not zero, each with its offset."""
+
+    length: int
+    parts: tuple[tuple[int, bytes], ...]
+
+    @classmethod
+    def of(cls, path: str) -> Blank:
+        with open(path, "rb") as image:
+            content = image.read()
+        pages = ((offset, content[offset : offset + PAGE]) for offset in range(0, len(content), PAGE))
+        return cls(len(content), tuple((offset, page) for offset, page in pages if any(page)))
+
+    def write(self, image: IO[bytes]) -> None:
+        image.truncate(self.length)
+        for offset, part in self.parts:
+            image.seek(offset)
+            image.write(part)
+
+
+async def create(
+    target: Target,
+    backing: tuple[str, str] | None = None,
+    pass_fds: tuple[int, ...] = (),
+    made: dict[tuple[str, ...], Blank] | None = None,
+) -> None:
+    """Make a new image, readable by its owner only. FileExistsError where the path is taken, whatever stands there.
+
+    C(made) remembers the images made: another one of the same kind is a copy, which spares the run of qemu-img.
+    """
     options = {"compression_type": target.compression_type} if target.format == "qcow2" and target.compress else None
+    kind = tuple(_qemu_img.create_command("", target.format, target.size, options, backing))
+    with _new_file(target.path) as image:
+        if target.format == "raw":
+            image.truncate(target.size)
+            return
+        if made is not None and kind in made:
+            made[kind].write(image)
+            return
     command = _qemu_img.create_command(target.path, target.format, target.size, options, backing)
     await _qemu_img.run(command, pass_fds=pass_fds)
+    # Images of other formats have identifiers of their own.
+    if made is not None and target.format == "qcow2":
+        made[kind] = Blank.of(target.path)
+
+
+def _new_file(path: str) -> IO[bytes]:
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
+    return open(os.open(path, flags, 0o600), "wb")
 
 
 def reserve(target: Target) -> bool:
@@ -94,15 +136,18 @@ def reserve(target: Target) -> bool:
     else can take keeps a full file system from the guest. False where the file system cannot; BackupError where the
     space is not there.
     """
-    if target.block_device:
-        return True
-    fd = os.open(target.path, os.O_RDWR | os.O_CLOEXEC)
+    return target.block_device or top_up(target.path, target.expected)
+
+
+def top_up(path: str, expected: int) -> bool:
+    """Reserve space for an image as reserve() does, up to C(expected) bytes, while a job may be writing it."""
+    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     try:
-        return allocate(fd, target.expected)
+        return allocate(fd, expected)
     except OSError as error:
         free = os.fstatvfs(fd)
         raise BackupError(
-            f"target: {target.path}: {error.strerror}: the backup needs up to {target.expected} bytes there,"
+            f"target: {path}: {error.strerror}: the backup needs up to {expected} bytes there,"
             f" and {free.f_bavail * free.f_frsize} are free"
         ) from error
     finally:

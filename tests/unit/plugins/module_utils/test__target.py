@@ -12,6 +12,7 @@ import errno
 import json
 import os
 import stat
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -137,6 +138,74 @@ class TestCreate:
             assert path.read_text() == "mine"
 
 
+class TestCopyOfANewImage:
+    """The stand-in for qemu-img makes an image with data in its first page, in its sixth and in its last but one."""
+
+    CONTENT = b"QFI\xfb" + bytes(5 * 4096 - 4) + bytes(100) + b"table" + bytes(40960) + b"end" + bytes(4096)
+
+    @pytest.fixture
+    def commands(self, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+        run: list[list[str]] = []
+
+        async def make(command: list[str], pass_fds: tuple[int, ...] = ()) -> str:  # noqa: ARG001
+            run.append(command)
+            with open(command[-2], "r+b") as image:
+                image.write(self.CONTENT)
+            return ""
+
+        monkeypatch.setattr(_qemu_img, "run", make)
+        return run
+
+    @staticmethod
+    def create(directory: Path, *targets: Target, backing: tuple[str, str] | None = None) -> list[Path]:
+        """Make these images, one after the other, with one memory."""
+        made: dict[tuple[str, ...], _target.Blank] = {}
+        paths = [directory / str(number) for number in range(len(targets))]
+        for path, target in zip(paths, targets, strict=True):
+            asyncio.run(_target.create(replace(target, path=str(path)), backing, made=made))
+        return paths
+
+    @pytest.mark.parametrize("backing", [None, ("../s1/x.qcow2", "qcow2")])
+    def test_it_is_the_same(self, backing: tuple[str, str] | None, commands: list[list[str]], tmp_path: Path) -> None:
+        paths = self.create(tmp_path, *[Target("", "qcow2", SIZE)] * 3, backing=backing)
+        assert len(commands) == 1
+        for path in paths:
+            assert path.read_bytes() == self.CONTENT
+            assert stat.S_IMODE(path.stat().st_mode) == 0o600
+        assert paths[1].stat().st_blocks * 512 == 3 * 4096
+
+    @pytest.mark.parametrize(
+        "other",
+        [
+            Target("", "qcow2", SIZE + 512),
+            Target("", "qcow2", SIZE, compress=True),
+            Target("", "qcow2", SIZE, compress=True, compression_type="zlib"),
+            Target("", "qed", SIZE),
+        ],
+    )
+    def test_other_kinds_are_made_anew(self, other: Target, commands: list[list[str]], tmp_path: Path) -> None:
+        self.create(tmp_path, Target("", "qcow2", SIZE), other)
+        assert len(commands) == 2
+
+    def test_another_parent_makes_another_kind(self, commands: list[list[str]], tmp_path: Path) -> None:
+        made: dict[tuple[str, ...], _target.Blank] = {}
+        for number, parent in enumerate(("../s1/x.qcow2", "../s2/x.qcow2", "../s1/x.qcow2")):
+            target = Target(str(tmp_path / str(number)), "qcow2", SIZE)
+            asyncio.run(_target.create(target, (parent, "qcow2"), made=made))
+        assert len(commands) == 2
+
+    def test_formats_with_identifiers_are_made_anew(self, commands: list[list[str]], tmp_path: Path) -> None:
+        self.create(tmp_path, *[Target("", "vmdk", SIZE)] * 2)
+        assert len(commands) == 2
+
+    def test_nothing_is_overwritten(self, commands: list[list[str]], tmp_path: Path) -> None:
+        (tmp_path / "1").write_text("mine")
+        with pytest.raises(FileExistsError):
+            self.create(tmp_path, *[Target("", "qcow2", SIZE)] * 2)
+        assert (tmp_path / "1").read_text() == "mine"
+        assert len(commands) == 1
+
+
 def allocator(*codes: int) -> Any:
     """A libc whose fallocate fails with these errors, one after the other, and then works."""
 
@@ -201,6 +270,16 @@ class TestReserve:
         assert str(failed.value) == (
             f"target: {image}: No space left on device: the backup needs up to 8388608 bytes there, and 409600 are free"
         )
+
+    def test_image_that_is_being_written_keeps_its_data(self, image: Path) -> None:
+        os.truncate(image, MIB)
+        with image.open("r+b") as writer:
+            writer.seek(MIB // 2)
+            writer.write(b"data")
+            assert _target.top_up(str(image), 8 * MIB)
+            writer.write(b"more")
+        assert image.read_bytes() == b"header" + bytes(MIB // 2 - 6) + b"datamore" + bytes(MIB // 2 - 8)
+        assert image.stat().st_blocks * 512 >= 8 * MIB
 
     @pytest.mark.parametrize("values", [{"expected": 0}, {"block_device": True}], ids=["nothing", "device"])
     def test_nothing_to_reserve(self, values: dict[str, Any], image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
