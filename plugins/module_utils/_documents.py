@@ -39,15 +39,22 @@ class NewerSchema(DocumentError):
 
 @dataclass(frozen=True)
 class Parent:
-    """The set that an increment builds on, and its image for this disk."""
+    """The set that an increment builds on, and its image for this disk.
+
+    C(attempt) tells that set from another one of the same id; C(sha256) is None where no checksum was asked for.
+    """
 
     id: str
-    sha256: str
+    sha256: str | None
+    attempt: str = ""
 
 
 @dataclass(frozen=True)
 class DiskImage:
-    """One disk in a set. C(sha256) is None where no checksum was asked for, C(bytes) is the image file's size."""
+    """One disk in a set. C(sha256) is None where no checksum was asked for, C(bytes) is the image file's size.
+
+    C(bitmap) records the writes since this image, on the disk C(node); None where changes are not tracked.
+    """
 
     name: str
     node: str
@@ -81,8 +88,17 @@ class VmName:
 
 
 @dataclass(frozen=True)
+class Hypervisor:
+    """The machine that makes a set, and its boot: no QEMU outlives that."""
+
+    name: str
+    machine_id: str
+    boot_id: str
+
+
+@dataclass(frozen=True)
 class Manifest:
-    """A finished set."""
+    """A finished set. C(frozen_ms) is how long the guest's file systems were frozen for it."""
 
     repository: str
     vm: VmName
@@ -97,6 +113,10 @@ class Manifest:
     consistency: str
     qemu: str
     disks: tuple[DiskImage, ...]
+    hypervisor: Hypervisor | None = None
+    monitor: str = ""
+    consistency_reason: str = ""
+    frozen_ms: int = 0
     collection: str = COLLECTION_VERSION
     schema: int = SCHEMA
 
@@ -104,23 +124,23 @@ class Manifest:
     def bytes(self) -> int:
         return sum(disk.bytes for disk in self.disks)
 
+    def disk(self, name: str) -> DiskImage | None:
+        return next((disk for disk in self.disks if disk.name == name), None)
+
     @classmethod
     def parse(cls, found: Any) -> Manifest:
         _check_schema(found)
         try:
-            disks = tuple(DiskImage.parse(disk) for disk in found["disks"])
-            return _build(cls, {**found, "vm": _build(VmName, found["vm"]), "disks": disks})
+            maker = found.get("hypervisor")
+            parsed = {
+                **found,
+                "vm": _build(VmName, found["vm"]),
+                "disks": tuple(DiskImage.parse(disk) for disk in found["disks"]),
+                "hypervisor": _build(Hypervisor, maker) if maker else None,
+            }
+            return _build(cls, parsed)
         except (KeyError, TypeError, AttributeError) as error:
             raise DocumentError(f"it is no manifest: {error!r}") from error
-
-
-@dataclass(frozen=True)
-class Hypervisor:
-    """The machine that makes a set, and its boot: no QEMU outlives that."""
-
-    name: str
-    machine_id: str
-    boot_id: str
 
 
 @dataclass(frozen=True)
@@ -138,7 +158,8 @@ class Intent:
     """Who is making a set, from when on and how. It is the lock on the set's id between two looks at the jobs.
 
     C(begun) and C(deadline) are seconds of the hypervisor's CLOCK_BOOTTIME: nobody sets that clock.
-    C(guest) is the VM's status at the start. C(process) is QEMU's pid and start time, empty over TCP.
+    C(guest) is the VM's status at the start. C(process) is QEMU's pid and start time, empty over TCP. C(frozen) says
+    that the guest's file systems may be frozen by us, through the agent's socket C(agent).
     """
 
     run: str
@@ -159,12 +180,19 @@ class Intent:
     disks: tuple[Growing, ...]
     phase: str = PREPARING
     reserved: bool = False
+    agent: str = ""
     frozen: bool = False
+    frozen_ms: int = 0
+    consistency_reason: str = ""
     schema: int = SCHEMA
 
     @property
     def jobs(self) -> tuple[str, ...]:
         return tuple(disk.job for disk in self.disks)
+
+    @property
+    def bitmaps(self) -> frozenset[str]:
+        return frozenset(disk.image.bitmap for disk in self.disks if disk.image.bitmap)
 
     @classmethod
     def parse(cls, found: Any) -> Intent:

@@ -14,45 +14,45 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import hashlib
-import os
-import secrets
 import time
 from contextlib import AsyncExitStack
-from dataclasses import asdict, dataclass, field, replace
-from datetime import datetime, timezone
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from ansible_collections.vmfleet.backup.plugins.module_utils import _jobs, _plan, _survey, _target
-from ansible_collections.vmfleet.backup.plugins.module_utils._documents import (
-    COPYING,
-    DiskImage,
-    Failure,
-    Growing,
-    Intent,
-    Manifest,
-    VmName,
+from ansible_collections.vmfleet.backup.plugins.module_utils import _chain, _guard, _jobs, _plan, _survey
+from ansible_collections.vmfleet.backup.plugins.module_utils._attempt import Maker, bitmap_prefix, boottime, utc_now
+from ansible_collections.vmfleet.backup.plugins.module_utils._documents import DiskImage, Failure, Intent, Manifest
+from ansible_collections.vmfleet.backup.plugins.module_utils._errors import (
+    AgentError,
+    BackupError,
+    CommandError,
+    JobFailed,
+    MonitorError,
 )
-from ansible_collections.vmfleet.backup.plugins.module_utils._errors import BackupError, CommandError, JobFailed
+from ansible_collections.vmfleet.backup.plugins.module_utils._inspect import IO_ERROR
 from ansible_collections.vmfleet.backup.plugins.module_utils._lock import host_lock_path, locked
-from ansible_collections.vmfleet.backup.plugins.module_utils._plan import Decision, Request, VmPlan, human
+from ansible_collections.vmfleet.backup.plugins.module_utils._outcome import (
+    CANCELLED,
+    FAILED,
+    PUBLISHED,
+    QUEUED,
+    RUNNING,
+    SKIPPED,
+    UNTRACKED,
+    Outcome,
+    of_disks,
+)
+from ansible_collections.vmfleet.backup.plugins.module_utils._plan import VmPlan
+from ansible_collections.vmfleet.backup.plugins.module_utils._probe import Watch
 from ansible_collections.vmfleet.backup.plugins.module_utils._qmp import Monitor, parse_address
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable
     from typing import Any
 
-    from ansible_collections.vmfleet.backup.plugins.module_utils._inspect import Disk, Job, Vm
-    from ansible_collections.vmfleet.backup.plugins.module_utils._plan import Facts, Plan, Policy, Verdict
+    from ansible_collections.vmfleet.backup.plugins.module_utils._inspect import Job, Vm
+    from ansible_collections.vmfleet.backup.plugins.module_utils._plan import Decision, Facts, Plan, Request, Verdict
     from ansible_collections.vmfleet.backup.plugins.module_utils._repository import Repository, Shelf
-
-PUBLISHED = "published"
-RUNNING = "running"
-QUEUED = "queued"
-FAILED = "failed"
-CANCELLED = "cancelled"
-SKIPPED = "skipped"
-STATES = (PUBLISHED, RUNNING, QUEUED, FAILED, CANCELLED, SKIPPED)
 
 FIRST_PAUSE = 0.05
 LONGEST_PAUSE = 1.0
@@ -61,14 +61,12 @@ PAUSE_GROWTH = 1.5
 UNREACHABLE_PATIENCE = 60.0
 """Seconds that a monitor may be silent, or in somebody else's hands, while its jobs run."""
 
-READ_SIZE = 4 << 20
-
 NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How a run goes. Times are seconds; 0 waits without end."""
+    """How a run goes. Times are seconds; 0 waits without end. The last three are those of _plan.Terms."""
 
     state: str = "completed"
     max_vms: int = 4
@@ -76,32 +74,9 @@ class Settings:
     stall_timeout: float = 600
     unattended: bool = False
     check_mode: bool = False
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What has become of one VM's set."""
-
-    name: str
-    id: str
-    state: str
-    level: str = "full"
-    bytes: int = 0
-    duration: float = 0.0
-    consistency: str = "crash"
-    frozen_ms: int = 0
-    path: str = ""
-    error: str = ""
-    reason: str = ""
-    changed: bool = False
-
-    def describe(self, width: int) -> str:
-        said = self.error or self.reason
-        if self.state == PUBLISHED:
-            said = f"{self.level}, {human(self.bytes)} in {self.duration:.1f} s, {self.path}"
-            if not self.changed:
-                said += " (was there)"
-        return f"{self.state:9}  {self.name:{width}}  {said}"
+    takeover: bool = False
+    supersede: bool = False
+    adopt: bool = False
 
 
 @dataclass
@@ -145,10 +120,17 @@ class _Work:
     """Why finished images could not be brought there, by attempt."""
     progress: tuple[str, int, float] = ("", -1, 0.0)
     """Attempt, bytes copied, and when that was first seen."""
+    copying: tuple[Vm, Intent] | None = None
+    """The VM as it was when its jobs were last seen to run, and whose jobs they are."""
+    warnings: list[str] = field(default_factory=list)
 
     @property
     def request(self) -> Request:
         return self.planned.request
+
+    def warn(self, text: str) -> None:
+        if text not in self.warnings:
+            self.warnings.append(text)
 
 
 class Engine:
@@ -160,9 +142,22 @@ class Engine:
         self.settings = settings
         self.commands: list[dict[str, Any]] = []
         self._hypervisor = _survey.this_hypervisor()
-        self._terms = _plan.Terms(plan.id, plan.run, repository.tag, self._hypervisor, plan.policy)
+        self._terms = _plan.Terms(
+            plan.id,
+            plan.run,
+            repository.tag,
+            self._hypervisor,
+            plan.policy,
+            takeover=settings.takeover,
+            supersede=settings.supersede,
+            adopt=settings.adopt,
+        )
+        watched = settings.state != "started" or settings.unattended
+        self._maker = Maker(repository, plan, self._hypervisor, settings.timeout, watched)
         self._turns = _Turns(settings.max_vms)
         self._gate = asyncio.Lock()
+        # One that is only planned has nothing in it that could hang.
+        self._watch = Watch(repository.path, writing=not settings.check_mode) if repository.uuid else None
 
     async def run(self) -> list[Outcome]:
         """Every VM's outcome, in the plan's order. One VM's failure never stops the others."""
@@ -176,7 +171,9 @@ class Engine:
         try:
             if self.settings.state == CANCELLED:
                 outcome = await self._cancel(work)
-            elif planned.action == _plan.FAIL:
+            elif self.settings.state == UNTRACKED:
+                outcome = await self._untrack(work)
+            elif planned.action == _plan.FAIL and not self._may_overrule:
                 outcome = self._outcome(work, FAILED, error=planned.reason)
             else:
                 outcome = await self._bring_to_end(work)
@@ -186,11 +183,19 @@ class Engine:
             await self._turns.leave(planned.name)
         return outcome
 
+    @property
+    def _may_overrule(self) -> bool:
+        """Whether there are orders that the plan did not know of: what it refused is then looked at anew."""
+        return self.settings.takeover or self.settings.adopt
+
     async def _bring_to_end(self, work: _Work) -> Outcome:
         """Step after step until there is nothing left to do, or, with state started, nothing but to wait."""
         pause = FIRST_PAUSE
         silent_since: float | None = None
         while True:
+            hanging = await self._watch.ask() if self._watch else ""
+            if hanging:
+                return await self._abandon(work, hanging)
             step = await self._step(work)
             if isinstance(step, Outcome):
                 return step
@@ -205,26 +210,29 @@ class Engine:
             else:
                 silent_since = None
             if step.state == _plan.RUNNING and self.settings.state == "started":
-                return self._outcome(work, RUNNING, reason="its jobs are copying")
+                return self._running(work)
             if step.state in (_plan.RUNNING, _plan.UNREACHABLE):
                 await asyncio.sleep(pause)
                 pause = min(pause * PAUSE_GROWTH, LONGEST_PAUSE)
 
     async def _step(self, work: _Work) -> Outcome | Verdict:
         """Look, and do what is to be done. A verdict means: not at the end yet."""
-        facts, shelf = await self._look(work)
+        facts, shelf = await self._look(work, seen=work.copying[0] if work.copying else None)
+        work.copying = None
         decision = self._decide(work, facts, shelf)
         outcome = self._final(work, decision, facts, shelf)
         if outcome or self.settings.check_mode:
             return outcome or self._predict(work, decision)
         if decision.plan.action in (_plan.START, _plan.FINISH) and not await self._turn(work.request.name):
             return self._outcome(work, QUEUED, reason=f"at most {self.settings.max_vms} VMs copy at a time")
-        if decision.intent:
+        if decision.intent and not decision.removal:
             verdict = self._judge(work, decision.intent, facts, shelf)
             if verdict.state == _plan.UNREACHABLE:
                 return verdict
-            if verdict.state == _plan.RUNNING and not self._alarm(decision.intent, facts, work):
-                return verdict
+            if verdict.state == _plan.RUNNING and facts.vm:
+                work.copying = facts.vm, decision.intent
+                if not decision.intent.frozen and not self._alarm(decision.intent, facts, work):
+                    return verdict
             if verdict.state == _plan.COPIED:
                 await self._make_safe(work, decision.intent, shelf)
         return await self._act(work, facts)
@@ -235,16 +243,17 @@ class Engine:
         await self._turns.take(name)
         return True
 
-    async def _look(self, work: _Work, monitor: Monitor | None = None) -> tuple[Facts, Shelf]:
-        facts = await _survey.look(work.request, monitor)
+    async def _look(self, work: _Work, monitor: Monitor | None = None, seen: Vm | None = None) -> tuple[Facts, Shelf]:
+        facts = await (_survey.glance(work.request, seen) if seen else _survey.look(work.request, monitor))
         shelf = self.repository.shelf(work.request.name)
-        return _survey.with_dead(facts, shelf.intents, self._hypervisor), shelf
+        facts = _survey.with_dead(facts, shelf.intents, self._hypervisor)
+        return _survey.with_damage(facts, self.repository, shelf.sets), shelf
 
     def _decide(self, work: _Work, facts: Facts, shelf: Shelf) -> Decision:
         return _plan.decide(work.request, facts, shelf, self._terms)
 
     def _judge(self, work: _Work, intent: Intent, facts: Facts, shelf: Shelf) -> Verdict:
-        verdict = _plan.judge(intent, facts, shelf, _boottime())
+        verdict = _plan.judge(intent, facts, shelf, boottime())
         if intent.attempt in work.spoiled:
             # A second fsync may succeed where the first has failed, and mean nothing.
             return _plan.Verdict(_plan.BROKEN, work.spoiled[intent.attempt])
@@ -259,7 +268,7 @@ class Engine:
         """The outcome, where nothing is left to be done."""
         name, action = work.request.name, decision.plan.action
         if action == _plan.SKIP and decision.manifest:
-            if facts.vm and self._leftovers(facts.vm, shelf):
+            if facts.vm and (self._leftovers(facts.vm, shelf) or self._surplus(work, facts.vm, shelf)):
                 return None
             if self.repository.untidy(name, self.plan.id):
                 return None
@@ -281,9 +290,11 @@ class Engine:
         if decision.manifest:
             return self._published(work, decision.manifest)
         state = PUBLISHED if self.settings.state == "completed" else RUNNING
-        return self._outcome(work, state, reason=decision.plan.reason, path=self._path(work))
+        return self._outcome(work, state, level=decision.plan.level, reason=decision.plan.reason, path=self._path(work))
 
     def _published(self, work: _Work, manifest: Manifest) -> Outcome:
+        if manifest.consistency_reason and work.request.quiesce != _plan.NONE:
+            work.warn(f"the guest's file systems were not frozen: {manifest.consistency_reason}")
         return self._outcome(
             work,
             PUBLISHED,
@@ -291,11 +302,36 @@ class Engine:
             bytes=manifest.bytes,
             duration=manifest.duration,
             consistency=manifest.consistency,
+            consistency_reason=manifest.consistency_reason,
+            frozen_ms=manifest.frozen_ms,
             path=self._path(work),
+            disks=of_disks(manifest.disks),
+        )
+
+    def _running(self, work: _Work) -> Outcome:
+        if not work.copying:
+            return self._outcome(work, RUNNING, reason="its jobs are copying")
+        _vm, intent = work.copying
+        return self._outcome(
+            work,
+            RUNNING,
+            reason="its jobs are copying",
+            level=intent.level,
+            consistency=intent.consistency,
+            consistency_reason=intent.consistency_reason,
+            frozen_ms=intent.frozen_ms,
+            disks=of_disks(disk.image for disk in intent.disks),
         )
 
     def _outcome(self, work: _Work, state: str, **more: Any) -> Outcome:
-        return Outcome(name=work.request.name, id=self.plan.id, state=state, changed=work.changed, **more)
+        return Outcome(
+            name=work.request.name,
+            id=self.plan.id,
+            state=state,
+            warnings=tuple(work.warnings),
+            changed=work.changed,
+            **more,
+        )
 
     def _path(self, work: _Work) -> str:
         return self.repository.set_path(work.request.name, self.plan.id)
@@ -316,32 +352,36 @@ class Engine:
                 if monitor.process != process:
                     # Another QEMU has taken the monitor's place: its lock is another one.
                     return _plan.Verdict(_plan.INTERRUPTED)
-            facts, shelf = await self._look(work, monitor) if monitor else (seen, self.repository.shelf(name))
-            facts = _survey.with_dead(facts, shelf.intents, self._hypervisor)
+            if monitor:
+                facts, shelf = await self._look(work, monitor)
+            else:
+                shelf = self.repository.shelf(name)
+                facts = _survey.with_dead(seen, shelf.intents, self._hypervisor)
             decision = self._decide(work, facts, shelf)
             if decision.plan.action == _plan.SKIP and decision.manifest:
-                await self._tidy(monitor, facts, shelf, decision.manifest)
+                await self._tidy(work, monitor, facts, shelf, decision.manifest)
                 return self._published(work, decision.manifest)
+            if decision.intent and decision.removal:
+                return await self._remove(work, monitor, facts, decision.intent, decision.removal)
             if decision.intent and decision.plan.action != _plan.FAIL:
                 return await self._advance(work, monitor, facts, shelf, decision.intent)
             if decision.plan.action == _plan.START and monitor and facts.vm:
-                return await self._start(work, monitor, facts.vm, decision, lock)
+                return await self._start(work, monitor, facts.vm, shelf, decision, lock)
             return self._final(work, decision, facts, shelf) or _plan.Verdict(_plan.INTERRUPTED)
 
     async def _advance(
         self, work: _Work, monitor: Monitor | None, facts: Facts, shelf: Shelf, intent: Intent
     ) -> Outcome | Verdict:
         """Bring an attempt one step on."""
+        intent = await self._thaw(work, intent, facts)
         verdict = self._judge(work, intent, facts, shelf)
         if verdict.state == _plan.COPIED and (intent.attempt in work.safe or intent.attempt in shelf.described):
             manifest = await self._publish(work, monitor, facts, shelf, intent)
             return self._published(work, manifest) if intent.id == self.plan.id else verdict
-        if verdict.state == _plan.INTERRUPTED:
+        if verdict.state in (_plan.INTERRUPTED, _plan.GIVEN_UP):
             await self._withdraw(monitor, facts, intent)
         elif verdict.state == _plan.BROKEN:
             await self._give_up(work, monitor, facts, intent, verdict.error)
-        elif verdict.state == _plan.GIVEN_UP:
-            await self._withdraw(monitor, facts, intent)
         elif verdict.state == _plan.RUNNING:
             # One at a time: what one set leaves behind may be enough for the others.
             async with self._gate:
@@ -351,19 +391,41 @@ class Engine:
                     return _plan.Verdict(_plan.BROKEN, alarm)
         return verdict
 
+    async def _thaw(self, work: _Work, intent: Intent, facts: Facts) -> Intent:
+        """Undo a freeze of which nobody has seen the end, where there is one."""
+        if not intent.frozen:
+            return intent
+        if facts.vm and intent.attempt not in facts.dead:
+            try:
+                await _guard.thaw(intent.agent)
+            except AgentError as error:
+                work.warn(
+                    f"the guest's file systems may still be frozen by this backup: {error}; thaw them in the guest"
+                )
+                return intent
+        intent = replace(intent, frozen=False)
+        self.repository.update(intent)
+        return intent
+
     def _alarm(self, intent: Intent, facts: Facts, work: _Work) -> str:
         """Why a running attempt must end, for the guest's sake or for standing still; empty where it need not."""
         short = "" if intent.reserved else _survey.short_of_space(self.repository, self.plan.policy)
         if _plan.guest_stopped_by(intent, facts, bool(short)):
             return "the guest was stopped by an I/O error because the backup's target is full or failing"
-        if short:
+        if short and self._is_youngest(intent):
             return f"{short}, and the set's space could not be reserved"
         return self._stalled(intent, facts, work)
+
+    def _is_youngest(self, intent: Intent) -> bool:
+        """Whether no set of this run that could not reserve its space is younger: that one has less to lose."""
+        names = {planned.name for planned in self.plan.vms}
+        mine = (other for other in self.repository.intents() if other.vm.name in names and not other.reserved)
+        return all(other.begun <= intent.begun for other in mine)
 
     def _stalled(self, intent: Intent, facts: Facts, work: _Work) -> str:
         jobs = _jobs_of(intent, facts)
         copied = sum(job.offset for job in jobs)
-        now = _boottime()
+        now = boottime()
         if work.progress[:2] != (intent.attempt, copied) or any(job.paused for job in jobs):
             work.progress = (intent.attempt, copied, now)
         if self.settings.stall_timeout and now - work.progress[2] > self.settings.stall_timeout:
@@ -372,105 +434,44 @@ class Engine:
 
     # Start
 
-    async def _start(self, work: _Work, monitor: Monitor, vm: Vm, decision: Decision, lock: int) -> Outcome | Verdict:
+    async def _start(
+        self, work: _Work, monitor: Monitor, vm: Vm, shelf: Shelf, decision: Decision, lock: int
+    ) -> Outcome | Verdict:
+        decision = _plan.never_bolder(decision, work.planned)
+        for change in _plan.changes(work.planned, decision.plan.disks):
+            work.warn(change)
         work.changed = True
-        await self._clear(monitor, vm, work.request.name)
-        intent = self._intent(work.request, vm, decision)
-        targets = {disk.image.name: self._target_of(intent, disk) for disk in intent.disks}
+        await self._clear(work, monitor, vm, shelf)
         try:
-            async with self._gate:
-                intent = await self._prepare(intent, decision.choice.disks, targets, lock)
+            draft = await self._maker.draft(monitor, work.request, vm, decision)
+        except BackupError as error:
+            return self._refuse(work, str(error))
+        try:
+            intent = await self._maker.prepare(draft, lock)
+            intent = await self._maker.launch(monitor, draft, intent, work.request.quiesce)
+        except MonitorError:
+            # Whether QEMU has started the jobs is for the next look to find out.
+            raise
         except (BackupError, OSError) as error:
-            await self._give_up(work, monitor, _plan.Facts(vm), intent, str(error))
-            return _plan.Verdict(_plan.BROKEN, str(error))
-        starts = [
-            _jobs.BackupStart(
-                job_id=disk.job,
-                node=disk.image.node,
-                target=targets[disk.image.name],
-                opaque=f"vmfleet:{self.repository.tag}:{intent.attempt}:{number}",
-                arguments=_arguments(self.plan.policy),
-            )
-            for number, disk in enumerate(intent.disks)
-        ]
-        try:
-            await _jobs.start_backups(monitor, starts, completion_mode="individual")
-        except (CommandError, OSError) as error:
-            await self._give_up(work, monitor, _plan.Facts(vm), intent, str(error))
-            return _plan.Verdict(_plan.BROKEN, str(error))
-        self.repository.update(replace(intent, phase=COPYING))
+            return await self._undo(work, monitor, draft.intent, str(error))
+        work.copying = vm, intent
         return _plan.Verdict(_plan.RUNNING)
 
-    def _intent(self, request: Request, vm: Vm, decision: Decision) -> Intent:
-        attempt = secrets.token_hex(6)
-        begun = _boottime()
-        policy = self.plan.policy
-        disks = tuple(
-            Growing(
-                image=_image(disk, planned, policy),
-                job=f"vmfleet.{self.repository.tag}.{attempt}.{number}",
-                expected=0,
-            )
-            for number, (disk, planned) in enumerate(zip(decision.choice.disks, decision.plan.disks))
-        )
-        return Intent(
-            run=self.plan.run,
-            attempt=attempt,
-            id=self.plan.id,
-            vm=VmName(request.name, vm.identity, vm.uuid),
-            hypervisor=self._hypervisor,
-            monitor=request.monitor,
-            process=(vm.process.pid, vm.process.start) if vm.process else (),
-            level=decision.plan.level,
-            consistency="crash",
-            qemu=vm.version,
-            guest=vm.status,
-            started=_utc_now(),
-            begun=begun,
-            deadline=begun + self.settings.timeout if self.settings.timeout else None,
-            checksum=policy.checksum,
-            disks=disks,
-        )
+    def _refuse(self, work: _Work, error: str) -> Verdict:
+        """Nothing was begun; that this run need not try again is written down all the same."""
+        now = utc_now()
+        failure = Failure(self.plan.run, "", self.plan.id, FAILED, error, now, now)
+        self.repository.record_failure(work.request.name, failure)
+        return _plan.Verdict(_plan.BROKEN, error)
 
-    def _target_of(self, intent: Intent, disk: Growing) -> _target.Target:
-        return _target.Target(
-            path=self.repository.image_path(intent, disk.image.image),
-            format=disk.image.format,
-            size=disk.image.virtual_size,
-            compress=disk.image.compression != "none",
-            compression_type=disk.image.compression,
-        )
-
-    async def _prepare(
-        self, intent: Intent, disks: Sequence[Disk], targets: dict[str, _target.Target], lock: int
-    ) -> Intent:
-        """Claim the id, make the images, and take the space that they may need."""
-        expected = await _survey.measure(disks)
-        space = _survey.room(self.repository, self.plan.policy, intent.vm.name)
-        if sum(expected.values()) > max(space.usable, 0):
-            raise BackupError(_plan.no_room(sum(expected.values()), space, space.usable))
-        intent = replace(
-            intent, disks=tuple(replace(disk, expected=expected[disk.image.name]) for disk in intent.disks)
-        )
-        try:
-            self.repository.begin(intent)
-        except FileExistsError:
-            raise BackupError(f"VM {intent.vm.name}: somebody else has begun set {intent.id}") from None
-        grown = []
-        reserved = True
-        for disk in intent.disks:
-            target = replace(targets[disk.image.name], expected=disk.expected)
-            await _target.create(target, pass_fds=(lock,))
-            reserved = _target.reserve(target) and reserved
-            grown.append(replace(disk, inode=os.stat(target.path).st_ino))
-        if not reserved and self.settings.state == "started" and not self.settings.unattended:
-            raise BackupError(
-                f"{self.repository.path} cannot reserve space: when it fills up while nobody looks, the guest's writes"
-                " fail; use state: completed, or unattended: true"
-            )
-        intent = replace(intent, disks=tuple(grown), reserved=reserved)
-        self.repository.update(intent)
-        return intent
+    async def _undo(self, work: _Work, monitor: Monitor, drafted: Intent, error: str) -> Verdict:
+        """An attempt came to nothing while it was begun: how far it got, the repository and QEMU tell."""
+        facts = await _survey.look(work.request, monitor)
+        there = self.repository.intent(drafted.vm.name, drafted.id)
+        intent = there if there and there.attempt == drafted.attempt else drafted
+        intent = await self._thaw(work, intent, facts)
+        await self._give_up(work, monitor, facts, intent, error)
+        return _plan.Verdict(_plan.BROKEN, error)
 
     # End
 
@@ -478,61 +479,37 @@ class Engine:
         """Bring finished images onto stable storage and take their checksums: without locks, for it may take long."""
         if intent.attempt in shelf.described or intent.attempt in work.safe:
             return
-        loop = asyncio.get_running_loop()
         try:
-            images = await asyncio.gather(
-                *(
-                    loop.run_in_executor(
-                        None, _finish_image, self.repository.image_path(intent, disk.image.image), disk, intent.checksum
-                    )
-                    for disk in intent.disks
-                )
-            )
+            work.safe[intent.attempt] = await self._maker.finish(intent)
         except FileNotFoundError as error:
             # Another process may have published or removed it meanwhile: the next look tells.
             there = self.repository.intent(intent.vm.name, intent.id)
             if there and there.attempt == intent.attempt:
                 work.spoiled[intent.attempt] = f"an image is gone: {error}"
-            return
         except (BackupError, OSError) as error:
             work.spoiled[intent.attempt] = f"the copy ended, but could not be brought to stable storage: {error}"
-            return
-        work.safe[intent.attempt] = tuple(images)
 
     async def _publish(
         self, work: _Work, monitor: Monitor | None, facts: Facts, shelf: Shelf, intent: Intent
     ) -> Manifest:
         if intent.attempt not in shelf.described:
-            self.repository.describe(intent, self._manifest(intent, work.safe[intent.attempt]))
+            self.repository.describe(intent, self._maker.manifest(intent, work.safe[intent.attempt]))
         manifest = self.repository.publish(intent)
+        self._maker.release(intent)
         work.changed = True
         # From here on the set is good; what is left in QEMU is removed now or by any later run.
-        await self._tidy(monitor, facts, shelf, manifest)
+        await self._tidy(work, monitor, facts, self.repository.shelf(intent.vm.name), manifest)
         return manifest
 
-    def _manifest(self, intent: Intent, images: tuple[DiskImage, ...]) -> Manifest:
-        return Manifest(
-            repository=self.repository.uuid,
-            vm=intent.vm,
-            id=intent.id,
-            sequence=0,
-            level=intent.level,
-            run=intent.run,
-            attempt=intent.attempt,
-            started=intent.started,
-            finished=_utc_now(),
-            duration=round(_boottime() - intent.begun, 3),
-            consistency=intent.consistency,
-            qemu=intent.qemu,
-            disks=images,
-        )
-
-    async def _tidy(self, monitor: Monitor | None, facts: Facts, shelf: Shelf, manifest: Manifest) -> None:
+    async def _tidy(self, work: _Work, monitor: Monitor | None, facts: Facts, shelf: Shelf, manifest: Manifest) -> None:
         """Remove what the making of a published set has left in QEMU and beside the set."""
         if monitor and facts.vm:
-            await self._remove_traces(monitor, facts.vm, manifest.attempt)
-            for attempt in self._leftovers(facts.vm, shelf) - {manifest.attempt}:
-                await self._remove_traces(monitor, facts.vm, attempt)
+            for attempt in {manifest.attempt, *self._leftovers(facts.vm, shelf)}:
+                await self._remove_jobs(monitor, facts.vm, attempt)
+            try:
+                await _jobs.remove_bitmaps(monitor, self._surplus(work, facts.vm, shelf))
+            except CommandError as error:
+                work.warn(f"a bitmap that is needed no more could not be removed: {error}")
         self.repository.tidy(manifest.vm.name, manifest.id)
 
     async def _give_up(
@@ -540,7 +517,7 @@ class Engine:
     ) -> None:
         """An attempt has come to nothing. That is written down before anything is removed."""
         work.changed = True
-        failure = Failure(intent.run, intent.attempt, intent.id, state, error, intent.started, _utc_now())
+        failure = Failure(intent.run, intent.attempt, intent.id, state, error, intent.started, utc_now())
         try:
             self.repository.record_failure(intent.vm.name, failure)
         except OSError as full:
@@ -549,6 +526,7 @@ class Engine:
             # The images themselves are in the way. QEMU still tells how their jobs have ended.
             await self._stop(monitor, intent.jobs)
             self.repository.discard_images(intent)
+            self._maker.release(intent)
             self.repository.record_failure(intent.vm.name, failure)
         await self._withdraw(monitor, facts, intent)
 
@@ -556,12 +534,25 @@ class Engine:
         """Remove every trace of an attempt, in QEMU first."""
         if monitor and facts.vm:
             blamed = any(job.error for job in _jobs_of(intent, facts)) or _plan.guest_stopped_by(intent, facts, True)
-            await self._remove_traces(monitor, facts.vm, intent.attempt)
-            if blamed and intent.guest != "io-error":
-                await _resume(monitor)
-        elif intent.attempt not in facts.dead:
+            await self._remove_jobs(monitor, facts.vm, intent.attempt)
+            await _jobs.remove_bitmaps(monitor, _bitmaps(facts.vm, intent.bitmaps))
+            if blamed and intent.guest != IO_ERROR:
+                await _jobs.resume(monitor)
+        elif self._is_ours(intent) and intent.attempt not in facts.dead:
             raise BackupError(f"{facts.error}; the set is unfinished: run the backup again to clean up")
         self.repository.discard(intent)
+        self._maker.release(intent)
+
+    def _is_ours(self, intent: Intent) -> bool:
+        return intent.hypervisor.machine_id == self._hypervisor.machine_id
+
+    async def _remove(
+        self, work: _Work, monitor: Monitor | None, facts: Facts, intent: Intent, removal: str
+    ) -> Verdict:
+        """Put an end to a set that is not to be finished: superseded by ours, or left behind by others."""
+        work.warn(f"the unfinished set {intent.id} was removed: {removal}")
+        await self._give_up(work, monitor, facts, intent, removal, CANCELLED if self._is_ours(intent) else FAILED)
+        return _plan.Verdict(_plan.INTERRUPTED)
 
     async def _stop(self, monitor: Monitor | None, jobs: Iterable[str]) -> None:
         stubborn = await _jobs.cancel_jobs(monitor, jobs) if monitor else ()
@@ -572,15 +563,16 @@ class Engine:
                 " run removes what is left"
             )
 
-    async def _remove_traces(self, monitor: Monitor, vm: Vm, attempt: str) -> None:
+    async def _remove_jobs(self, monitor: Monitor, vm: Vm, attempt: str) -> None:
+        """Remove the jobs of an attempt, and the files that were handed over for it."""
         jobs = [job.id for job in vm.jobs if job.id.startswith(f"vmfleet.{self.repository.tag}.{attempt}.")]
         await self._stop(monitor, jobs)
         await _jobs.dismiss_jobs(monitor, jobs)
         await _jobs.remove_fdsets(monitor, vm, f"vmfleet:{self.repository.tag}:{attempt}:")
 
-    async def _clear(self, monitor: Monitor, vm: Vm, name: str) -> None:
-        """Before a start: nothing of this repository may be left on the VM."""
-        leftovers = self._leftovers(vm, self.repository.shelf(name))
+    async def _clear(self, work: _Work, monitor: Monitor, vm: Vm, shelf: Shelf) -> None:
+        """Before a start: nothing of this repository may be left on the VM but what the next set may build on."""
+        leftovers = self._leftovers(vm, shelf)
         elsewhere = {intent.attempt: intent for intent in self.repository.intents()} if leftovers else {}
         for attempt in leftovers:
             other = elsewhere.get(attempt)
@@ -588,7 +580,8 @@ class Engine:
                 raise BackupError(
                     f"the same VM is being backed up under the name {other.vm.name} (set {other.id}); give it one name"
                 )
-            await self._remove_traces(monitor, vm, attempt)
+            await self._remove_jobs(monitor, vm, attempt)
+        await _jobs.remove_bitmaps(monitor, self._surplus(work, vm, shelf))
 
     def _leftovers(self, vm: Vm, shelf: Shelf) -> set[str]:
         """The attempts of this repository that QEMU knows and no intent of this VM does."""
@@ -597,129 +590,126 @@ class Engine:
             known |= {tag.split(":")[2] for tag in opaques if tag.startswith(f"vmfleet:{self.repository.tag}:")}
         return known - {intent.attempt for intent in shelf.intents}
 
+    def _surplus(self, work: _Work, vm: Vm, shelf: Shelf) -> list[tuple[str, str]]:
+        """This repository's bitmaps on a VM that no set will build on, as node and name."""
+        keep = _chain.bitmaps_to_keep(shelf.sets, work.request.wanted == _chain.DIFFERENTIAL)
+        keep = keep.union(*(intent.bitmaps for intent in shelf.intents))
+        return [(node, name) for node, name in self._own_bitmaps(vm) if name not in keep]
+
+    def _own_bitmaps(self, vm: Vm) -> list[tuple[str, str]]:
+        # Those of a disk that has become another's backing file are out of reach, and right again if it comes back.
+        prefix = bitmap_prefix(self.repository)
+        return [
+            (disk.node, bitmap.name)
+            for disk in vm.disks
+            if not disk.read_only
+            for bitmap in disk.bitmaps
+            if bitmap.name.startswith(prefix)
+        ]
+
+    # A repository that hangs
+
+    async def _abandon(self, work: _Work, reason: str) -> Outcome:
+        """Free the guest of copies into a repository that does not answer; nothing there can be touched."""
+        if work.copying:
+            _vm, intent = work.copying
+            async with Monitor(parse_address(intent.monitor), self.commands) as monitor:
+                stubborn = await _jobs.cancel_jobs(monitor, intent.jobs)
+                await _jobs.resume(monitor)
+            work.changed = True
+            ended = "its jobs were cancelled, but do not end" if stubborn else "its jobs were cancelled"
+            reason = f"{reason}; {ended}. Run the backup again when it is back"
+        return self._outcome(work, FAILED, error=reason)
+
     # Cancel
 
     async def _cancel(self, work: _Work) -> Outcome:
         """Stop the set that is being made, and remember that somebody wanted it so."""
-        name = work.request.name
-        shelf = self.repository.shelf(name)
+        shelf = self.repository.shelf(work.request.name)
         wanted = [intent for intent in shelf.intents if self.plan.id in ("", intent.id)]
         if not wanted:
             manifest = shelf.published(self.plan.id)
-            return (
-                self._published(work, manifest)
-                if manifest
-                else self._outcome(work, SKIPPED, reason="no set is being made")
-            )
-        foreign = [intent for intent in wanted if intent.hypervisor.machine_id != self._hypervisor.machine_id]
+            if manifest:
+                return self._published(work, manifest)
+            await self._sweep(work.request.name)
+            return self._outcome(work, SKIPPED, reason="no set is being made")
+        foreign = [intent for intent in wanted if not self._is_ours(intent)]
         if foreign:
             error = f"set {foreign[0].id} is being made by hypervisor {foreign[0].hypervisor.name}; cancel it there"
             return self._outcome(work, FAILED, error=error)
         work.changed = True
         if not self.settings.check_mode:
             work.planned = replace(work.planned, monitor=wanted[0].monitor)
-            await self._cancel_intents(work, [intent.id for intent in wanted])
+            async with AsyncExitStack() as stack:
+                monitor, facts, shelf = await self._take_hold(stack, work)
+                for intent in shelf.intents:
+                    if intent.id in [other.id for other in wanted]:
+                        thawed = await self._thaw(work, intent, facts)
+                        await self._give_up(work, monitor, facts, thawed, "cancelled on request", CANCELLED)
         return self._outcome(work, CANCELLED, reason="cancelled on request")
 
-    async def _cancel_intents(self, work: _Work, ids: Sequence[str]) -> None:
-        name = work.request.name
+    async def _sweep(self, name: str) -> None:
+        """Remove what is left of a set whose intent is gone already: a process was killed while it cancelled."""
+        if self.repository.untidy(name, self.plan.id) and not self.settings.check_mode:
+            async with self.repository.lock(name):
+                self.repository.tidy(name, self.plan.id)
+
+    async def _take_hold(self, stack: AsyncExitStack, work: _Work) -> tuple[Monitor | None, Facts, Shelf]:
+        """The VM's locks, its monitor where there is a VM, and a look at it with these in hand."""
         address = parse_address(work.request.monitor)
         facts, shelf = await self._look(work)
+        process = facts.vm.process if facts.vm else None
+        await stack.enter_async_context(locked(host_lock_path(process, address), f"VM {work.request.name}"))
+        await stack.enter_async_context(self.repository.lock(work.request.name))
+        if facts.vm is None:
+            shelf = self.repository.shelf(work.request.name)
+            return None, _survey.with_dead(facts, shelf.intents, self._hypervisor), shelf
+        monitor = await stack.enter_async_context(Monitor(address, self.commands))
+        return (monitor, *await self._look(work, monitor))
+
+    # No tracking any more
+
+    async def _untrack(self, work: _Work) -> Outcome:
+        """Remove all bitmaps of this repository from a VM: its next sets are full ones."""
+        if not work.request.monitor:
+            return self._outcome(work, SKIPPED, reason="this hypervisor has made no set of it here")
         async with AsyncExitStack() as stack:
-            process = facts.vm.process if facts.vm else None
-            await stack.enter_async_context(locked(host_lock_path(process, address), f"VM {name}"))
-            await stack.enter_async_context(self.repository.lock(name))
-            monitor = await stack.enter_async_context(Monitor(address, self.commands)) if facts.vm else None
-            if monitor:
-                facts, shelf = await self._look(work, monitor)
-            for intent in shelf.intents:
-                if intent.id in ids:
-                    await self._give_up(work, monitor, facts, intent, "cancelled on request", CANCELLED)
+            monitor, facts, shelf = await self._take_hold(stack, work)
+            if monitor is None or facts.vm is None:
+                return self._outcome(work, FAILED, error=facts.error)
+            if shelf.intents:
+                error = f"set {shelf.intents[0].id} is being made; wait for its end, or cancel it"
+                return self._outcome(work, FAILED, error=error)
+            found = self._own_bitmaps(facts.vm)
+            work.changed = bool(found)
+            if not self.settings.check_mode:
+                await _jobs.remove_bitmaps(monitor, found)
+        reason = (
+            f"{len(found)} bitmaps removed; the next set is a full one"
+            if found
+            else "it has no bitmaps of this repository"
+        )
+        return self._outcome(work, UNTRACKED, reason=reason)
 
 
-def cancellation(repository: Repository, names: Iterable[str]) -> Plan:
-    """A plan for state cancelled of the VMs with these names: their intents know the rest."""
-    vms = tuple(VmPlan(name, "", _plan.ATTACH, "") for name in names)
+def of_names(repository: Repository, names: Iterable[str]) -> Plan:
+    """A plan for the states cancelled and untracked: what the repository knows of the VMs with these names."""
     policy = _plan.Policy()
-    return _plan.Plan(repository.path, False, "", "", policy, _survey.room(repository, policy), vms)
+    here = _survey.this_hypervisor().machine_id
+    vms = tuple(VmPlan(name, _last_monitor(repository.shelf(name), here), _plan.ATTACH, "") for name in names)
+    return _plan.Plan(repository.path, False, "", "", policy, _survey.Room(repository, policy).space(), vms)
 
 
-def results(outcomes: Iterable[Outcome]) -> list[dict[str, Any]]:
-    return [asdict(outcome) for outcome in outcomes]
+def _last_monitor(shelf: Shelf, machine_id: str) -> str:
+    """Where the VM's newest set was taken; empty where that was on another hypervisor."""
+    newest = shelf.sets[-1] if shelf.sets else None
+    return newest.monitor if newest and newest.hypervisor and newest.hypervisor.machine_id == machine_id else ""
 
 
-def summarize(outcomes: Sequence[Outcome]) -> dict[str, Any]:
-    """How many VMs are in which state, and what was written."""
-    counts: dict[str, Any] = {state: sum(outcome.state == state for outcome in outcomes) for state in STATES}
-    counts["changed"] = sum(outcome.changed for outcome in outcomes)
-    counts["bytes"] = sum(outcome.bytes for outcome in outcomes if outcome.changed)
-    return counts
-
-
-def describe(outcomes: Sequence[Outcome]) -> list[str]:
-    """The results for people to read, what went wrong last."""
-    width = max((len(outcome.name) for outcome in outcomes), default=0)
-    return [outcome.describe(width) for outcome in sorted(outcomes, key=lambda one: one.state in (FAILED, CANCELLED))]
-
-
-def _image(disk: Disk, planned: _plan.DiskPlan, policy: Policy) -> DiskImage:
-    return DiskImage(
-        name=disk.name,
-        node=disk.node,
-        qdev=disk.qdev,
-        source=disk.filename,
-        source_format=disk.driver,
-        virtual_size=disk.virtual_size,
-        level=planned.level,
-        reason=planned.reason,
-        parent=None,
-        image=planned.target,
-        format="qcow2",
-        compression=policy.compression,
-    )
-
-
-def _arguments(policy: Policy) -> dict[str, Any]:
-    arguments: dict[str, Any] = {"sync": "full"}
-    if policy.speed:
-        arguments["speed"] = policy.speed
-    if policy.compression != "none":
-        arguments["compress"] = True
-    return arguments
+def _bitmaps(vm: Vm, names: frozenset[str]) -> list[tuple[str, str]]:
+    """Where these bitmaps are, as node and name."""
+    return [(disk.node, bitmap.name) for disk in vm.disks for bitmap in disk.bitmaps if bitmap.name in names]
 
 
 def _jobs_of(intent: Intent, facts: Facts) -> list[Job]:
     return [job for job in facts.vm.jobs if job.id in intent.jobs] if facts.vm else []
-
-
-async def _resume(monitor: Monitor) -> None:
-    """Let a VM go on that our target had stopped."""
-    if (await monitor.execute("query-status"))["status"] == "io-error":
-        await monitor.execute("cont")
-
-
-def _finish_image(path: str, disk: Growing, checksum: bool) -> DiskImage:
-    if os.stat(path).st_ino != disk.inode:
-        raise BackupError(f"disk {disk.image.name}: {path} is not the file that the backup was started with")
-    status = _target.flush(path)
-    return replace(disk.image, bytes=status.st_size, sha256=_sha256(path) if checksum else None)
-
-
-def _sha256(path: str) -> str:
-    """The checksum of what is on the disk, not of what the page cache remembers."""
-    digest = hashlib.sha256()
-    with open(path, "rb", buffering=0) as image:
-        os.posix_fadvise(image.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        while True:
-            piece = image.read(READ_SIZE)
-            if not piece:
-                return digest.hexdigest()
-            digest.update(piece)
-
-
-def _boottime() -> float:
-    return time.clock_gettime(time.CLOCK_BOOTTIME)
-
-
-def _utc_now() -> str:
-    return datetime.now(timezone.utc).isoformat(timespec="seconds").replace("+00:00", "Z")

@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,7 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._target import open
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable, Sequence
+    from contextlib import AbstractAsyncContextManager
     from typing import Any
 
     from ansible_collections.vmfleet.backup.plugins.module_utils._inspect import Job, Vm
@@ -56,17 +58,22 @@ async def start_backups(
     starts: Sequence[BackupStart],
     completion_mode: str = "grouped",
     bitmap_actions: Sequence[dict[str, Any]] = (),
+    moment: Callable[[], AbstractAsyncContextManager[Any]] | None = None,
 ) -> None:
     """Start all backups at one point in time, or none; raises CommandError with QEMU's reason.
 
-    C(bitmap_actions) are further actions of the same transaction, such as bitmap_add().
+    C(bitmap_actions) are further actions of the same transaction, such as bitmap_add(). C(moment) makes what is entered
+    for just that point in time: then the targets are open already, and nothing touches their file system.
     """
 
     async def begin(actions: list[dict[str, Any]]) -> None:
-        if len(actions) == 1:
-            await monitor.execute("drive-backup", actions[0]["data"])
-        else:
-            await _transact(monitor, actions, completion_mode)
+        async with AsyncExitStack() as stack:
+            if moment:
+                await stack.enter_async_context(moment())
+            if len(actions) == 1:
+                await monitor.execute("drive-backup", actions[0]["data"])
+            else:
+                await _transact(monitor, actions, completion_mode)
 
     await _with_targets(monitor, starts, bitmap_actions, begin)
 

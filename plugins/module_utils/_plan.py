@@ -3,8 +3,7 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 
 # PRIVATE: this file is not part of the public interface of the collection; it can change without notice.
-"""What is to be done with each VM, and why: pure functions of what was asked, what QEMU says and what the"
-" repository holds."""
+"""What is to be done with each VM, and why: pure functions of what was asked, what QEMU says and what there is."""
 
 from __future__ import annotations
 
@@ -13,8 +12,11 @@ from typing import TYPE_CHECKING
 
 from ansible.module_utils.common.text.formatters import human_to_bytes
 
+from ansible_collections.vmfleet.backup.plugins.module_utils import _chain
+from ansible_collections.vmfleet.backup.plugins.module_utils._chain import AUTO, FULL, Link, Wish
 from ansible_collections.vmfleet.backup.plugins.module_utils._documents import PREPARING
 from ansible_collections.vmfleet.backup.plugins.module_utils._errors import Refused
+from ansible_collections.vmfleet.backup.plugins.module_utils._inspect import IO_ERROR
 from ansible_collections.vmfleet.backup.plugins.module_utils._names import check_set_id, image_files
 
 if TYPE_CHECKING:
@@ -33,6 +35,11 @@ FAIL = "fail"
 
 MIGRATING = frozenset({"inmigrate", "postmigrate", "finish-migrate"})
 
+NONE = "none"
+TRY = "try"
+REQUIRE = "require"
+QUIESCE = (NONE, TRY, REQUIRE)
+
 IMAGE_SUFFIX = ".qcow2"
 
 CANCELLED = "Operation canceled"
@@ -48,29 +55,39 @@ class Policy:
     reserve: str = "5%"
     checksum: bool = True
     offline: str = "fail"
+    max_chain: int = 30
+    tracking: bool = True
 
 
 @dataclass(frozen=True)
 class Request:
-    """A VM to back up. C(name) is what the set is called after; the lists name disks by any of their names."""
+    """A VM to back up. C(name) is what the set is called after; the lists name disks by any of their names.
+
+    C(wanted) is the level that is asked for; C(agent) the guest agent's socket, empty for the one that QEMU knows.
+    """
 
     name: str
     monitor: str
     include_disks: tuple[str, ...] = ()
     exclude_disks: tuple[str, ...] = ()
+    wanted: str = AUTO
+    quiesce: str = NONE
+    agent: str = ""
 
 
 @dataclass(frozen=True)
 class Facts:
     """What a look at a VM found. C(vm) is None where it did not answer, and C(off) says that there is no QEMU.
 
-    C(dead) are the attempts whose QEMU has ended.
+    C(dead) are the attempts whose QEMU has ended; C(damage) says, by set id and disk, what is wrong with the files of
+    the images that the next ones would build on.
     """
 
     vm: Vm | None = None
     error: str = ""
     off: bool = False
     dead: frozenset[str] = frozenset()
+    damage: Mapping[tuple[str, str], str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -96,22 +113,27 @@ class DiskPlan:
 
 @dataclass(frozen=True)
 class VmPlan:
-    """One VM: what is to be done, and why."""
+    """One VM: what is to be done, and why. C(wanted) is the level that is asked for, C(level) the one to be made."""
 
     name: str
     monitor: str
     action: str
     reason: str
     identity: str = ""
-    level: str = "full"
+    level: str = FULL
     include_disks: tuple[str, ...] = ()
     exclude_disks: tuple[str, ...] = ()
+    wanted: str = AUTO
+    quiesce: str = NONE
+    agent: str = ""
     disks: tuple[DiskPlan, ...] = ()
     left_out: tuple[LeftOut, ...] = ()
 
     @property
     def request(self) -> Request:
-        return Request(self.name, self.monitor, self.include_disks, self.exclude_disks)
+        return Request(
+            self.name, self.monitor, self.include_disks, self.exclude_disks, self.wanted, self.quiesce, self.agent
+        )
 
     @property
     def bytes(self) -> int:
@@ -225,50 +247,68 @@ def choose_disks(vm: Vm, request: Request) -> Choice:
 
 @dataclass(frozen=True)
 class Terms:
-    """What holds for all VMs of a run. C(tag) marks the jobs of its repository."""
+    """What holds for all VMs of a run. C(tag) marks the jobs of its repository.
+
+    C(takeover) removes what others are making, C(supersede) what we are making under another id, and C(adopt) goes on
+    with a directory that belongs to another VM.
+    """
 
     id: str
     run: str
     tag: str
     hypervisor: Hypervisor
     policy: Policy
+    takeover: bool = False
+    supersede: bool = False
+    adopt: bool = False
 
 
 @dataclass(frozen=True)
 class Decision:
-    """What is to be done with a VM now. C(intent) is the one to bring to its end, C(manifest) the set that is there."""
+    """What is to be done with a VM now. C(intent) is the one to bring to its end, C(manifest) the set that is there.
+
+    C(links) says how each of the chosen disks goes into the set; C(removal) why the intent is removed instead.
+    """
 
     plan: VmPlan
     choice: Choice = field(default_factory=Choice)
+    links: tuple[Link, ...] = ()
     intent: Intent | None = None
     manifest: Manifest | None = None
+    removal: str = ""
 
 
 def decide(request: Request, facts: Facts, shelf: Shelf, terms: Terms) -> Decision:
     """What to do with one VM; the first reason that applies wins."""
     choice = choose_disks(facts.vm, request) if facts.vm else Choice()
-    intent = None
+    intent, removal = None, ""
     if choice.error:
         action, reason = FAIL, choice.error
     elif shelf.published(terms.id):
         action, reason = _already_published(facts, shelf, terms, choice)
     elif shelf.intents:
         intent = _next_intent(shelf.intents, terms.id)
-        action, reason = _being_made(intent, facts, terms)
+        action, reason, removal = _being_made(intent, facts, terms)
     else:
         action, reason = _not_begun(facts, shelf, terms, choice)
+    links = link_disks(request, facts, shelf, terms, choice) if action in (START, FINISH) else ()
+    disks = plan_disks(choice.disks, links) if links else _disks_of(intent)
     plan = VmPlan(
         name=request.name,
         monitor=request.monitor,
         action=action,
         reason=reason,
         identity=facts.vm.identity if facts.vm else "",
+        level=_chain.set_level(disk.level for disk in disks),
         include_disks=request.include_disks,
         exclude_disks=request.exclude_disks,
-        disks=plan_disks(choice.disks) if action in (START, FINISH) else _disks_of(intent),
+        wanted=request.wanted,
+        quiesce=request.quiesce,
+        agent=request.agent,
+        disks=disks,
         left_out=choice.left_out,
     )
-    return Decision(plan, choice, intent, shelf.published(terms.id))
+    return Decision(plan, choice, links, intent, shelf.published(terms.id), removal)
 
 
 def _already_published(facts: Facts, shelf: Shelf, terms: Terms, choice: Choice) -> tuple[str, str]:
@@ -277,13 +317,18 @@ def _already_published(facts: Facts, shelf: Shelf, terms: Terms, choice: Choice)
     return (FAIL, wrong) if wrong else (SKIP, "the set is published")
 
 
-def _being_made(intent: Intent, facts: Facts, terms: Terms) -> tuple[str, str]:
+def _being_made(intent: Intent, facts: Facts, terms: Terms) -> tuple[str, str, str]:
+    """Action, reason, and why the intent is to be removed."""
     foreign = _foreign(intent, facts, terms.hypervisor)
+    if foreign and not terms.takeover:
+        return FAIL, f"{foreign}. If nobody makes it any more, takeover: true removes what is there of it", ""
     if foreign:
-        return FAIL, foreign
+        return FINISH, f"{foreign}; it is taken over", f"taken over by hypervisor {terms.hypervisor.name}"
+    if intent.id != terms.id and terms.supersede:
+        return FINISH, f"set {intent.id} is unfinished, and superseded", f"superseded by set {terms.id}"
     if intent.id != terms.id:
-        return FINISH, f"set {intent.id} of this VM is unfinished, and comes first"
-    return ATTACH, f"the set is being made since {intent.started}"
+        return FINISH, f"set {intent.id} of this VM is unfinished, and comes first", ""
+    return ATTACH, f"the set is being made since {intent.started}", ""
 
 
 def _not_begun(facts: Facts, shelf: Shelf, terms: Terms, choice: Choice) -> tuple[str, str]:
@@ -294,6 +339,13 @@ def _not_begun(facts: Facts, shelf: Shelf, terms: Terms, choice: Choice) -> tupl
         return FAIL, f"in the place of set {terms.id} stands something that is no set (no valid manifest); move it away"
     if facts.vm is None:
         return SKIP if facts.off and terms.policy.offline == "skip" else FAIL, facts.error
+    newest = shelf.sets[-1] if shelf.sets else None
+    if newest and newest.vm.identity != facts.vm.identity and not terms.adopt:
+        return FAIL, (
+            f"the directory belongs to another VM of this name ({newest.vm.identity}, set {newest.id}; this one is"
+            f" {facts.vm.identity}). Give one of them another name; if this VM has taken the other's place, adopt: true"
+            " goes on there, with a full set"
+        )
     busy = ", ".join(f"job {job.id} ({job.type}, {job.status})" for job in _foreign_jobs(facts.vm, terms.tag))
     if busy:
         return FAIL, f"busy: {busy}; wait for its end, or cancel it with block_job"
@@ -304,20 +356,53 @@ def _not_begun(facts: Facts, shelf: Shelf, terms: Terms, choice: Choice) -> tupl
     return START, f"there is no set {terms.id} of this VM"
 
 
-def plan_disks(disks: Iterable[Disk]) -> tuple[DiskPlan, ...]:
-    """How each disk goes into the set."""
+def link_disks(request: Request, facts: Facts, shelf: Shelf, terms: Terms, choice: Choice) -> tuple[Link, ...]:
+    """How each chosen disk goes into the next set."""
+    if facts.vm is None:
+        return ()
+    vm = facts.vm
+    wish = Wish(request.wanted, terms.policy.tracking, terms.policy.max_chain)
+    return tuple(_chain.link(disk, vm.disks, vm.identity, shelf.sets, wish, facts.damage) for disk in choice.disks)
+
+
+def plan_disks(disks: Iterable[Disk], links: Iterable[Link]) -> tuple[DiskPlan, ...]:
+    """What is said of the disks of a set."""
     chosen = tuple(disks)
     images = image_files((disk.name for disk in chosen), IMAGE_SUFFIX)
     return tuple(
         DiskPlan(
             name=disk.name,
             node=disk.node,
-            level="full",
-            reason="every set holds its disks in full",
-            parent=None,
+            level=link.level,
+            reason=link.reason,
+            parent=link.parent.id if link.parent else None,
             target=images[disk.name],
         )
-        for disk in chosen
+        for disk, link in zip(chosen, links)
+    )
+
+
+def never_bolder(decision: Decision, planned: VmPlan) -> Decision:
+    """The decision, with a full image wherever the plan had one: what has changed since makes a run safer only."""
+    if planned.action != START:
+        return decision
+    full = {disk.name: disk.reason for disk in planned.disks if disk.level == FULL}
+    links = tuple(
+        Link(FULL, full[disk.name]) if disk.name in full else link
+        for disk, link in zip(decision.choice.disks, decision.links)
+    )
+    disks = plan_disks(decision.choice.disks, links)
+    level = _chain.set_level(disk.level for disk in disks)
+    return replace(decision, links=links, plan=replace(decision.plan, disks=disks, level=level))
+
+
+def changes(planned: VmPlan, disks: Iterable[DiskPlan]) -> tuple[str, ...]:
+    """What goes otherwise than planned."""
+    before = {disk.name: disk for disk in planned.disks} if planned.action == START else {}
+    return tuple(
+        f"disk {disk.name} is {disk.level} instead of {before[disk.name].level}: {disk.reason}"
+        for disk in disks
+        if disk.name in before and disk.level != before[disk.name].level
     )
 
 
@@ -349,7 +434,7 @@ def _mismatch(published: Manifest, vm: Vm, choice: Choice) -> str:
     if published.vm.identity != vm.identity:
         return (
             f"set {published.id} belongs to another VM of this name ({published.vm.identity};"
-            f" this one is {vm.identity}); rename one of them, or use another id"
+            f" this one is {vm.identity}); rename one of them, or use another id, with adopt: true"
         )
     held = {disk.name for disk in published.disks}
     missing = ", ".join(disk.name for disk in choice.disks if disk.name not in held)
@@ -362,14 +447,10 @@ def _foreign(intent: Intent, facts: Facts, hypervisor: Hypervisor) -> str:
     if maker.machine_id != hypervisor.machine_id:
         return (
             f"set {intent.id} is being made by hypervisor {maker.name} (machine-id {maker.machine_id}) since"
-            f" {intent.started}; let it end there. If that machine is gone for good, remove the directory"
-            f" .{intent.id}.staging of this VM from the repository"
+            f" {intent.started}; let it end there"
         )
     if facts.vm and facts.vm.identity != intent.vm.identity and intent.attempt not in facts.dead:
-        return (
-            f"set {intent.id} is being made of another VM of this name ({intent.vm.identity}) since {intent.started};"
-            " rename one of them"
-        )
+        return f"set {intent.id} is being made of another VM of this name ({intent.vm.identity}) since {intent.started}"
     return ""
 
 
@@ -420,10 +501,22 @@ def _judge_jobs(intent: Intent, vm: Vm, now: float) -> Verdict:
     if errors:
         return Verdict(BROKEN, "; ".join(errors))
     if all(job and job.ended for job in jobs.values()):
-        return Verdict(COPIED)
+        return _judge_sizes(intent, vm)
     if intent.deadline is not None and now >= intent.deadline:
         return Verdict(BROKEN, f"not done within the timeout of {intent.deadline - intent.begun:g} s")
     return Verdict(RUNNING)
+
+
+def _judge_sizes(intent: Intent, vm: Vm) -> Verdict:
+    """A disk that is cut short while it is copied leaves an image that lacks the end, and no error.
+
+    QEMU refuses that for a disk with a job, but not through a filter (such as a throttle) above its node.
+    """
+    now = {disk.node: disk.virtual_size for disk in vm.disks}
+    for disk in intent.disks:
+        if now.get(disk.image.node, disk.image.virtual_size) < disk.image.virtual_size:
+            return Verdict(BROKEN, f"disk {disk.image.name} has been shrunk while it was copied")
+    return Verdict(COPIED)
 
 
 def _job_error(job: Job | None) -> str:
@@ -437,7 +530,7 @@ def _job_error(job: Job | None) -> str:
 
 def guest_stopped_by(intent: Intent, facts: Facts, target_full: bool) -> bool:
     """Whether a VM stands still because of our target: only then is it ours to let it go on."""
-    if facts.vm is None or facts.vm.status != "io-error" or intent.guest == "io-error":
+    if facts.vm is None or facts.vm.status != IO_ERROR or intent.guest == IO_ERROR:
         return False
     in_error = any(job.id in intent.jobs and (job.error or job.io_status != "ok") for job in facts.vm.jobs)
     return in_error or (target_full and not intent.reserved)
@@ -545,8 +638,10 @@ def describe(plan: Plan) -> list[str]:
     width = max((len(vm.name) for vm in plan.vms), default=0)
     for vm in plan.vms:
         lines.append(f"{vm.action:6}  {vm.name:{width}}  {vm.reason}")
-        if vm.action in (START, ATTACH):
+        if vm.action in (START, ATTACH, FINISH):
             indent = " " * (6 + 2 + width + 2)
-            lines += [f"{indent}{disk.name}: {disk.level}, about {human(disk.bytes)}" for disk in vm.disks]
+            lines += [
+                f"{indent}{disk.name}: {disk.level}, about {human(disk.bytes)}: {disk.reason}" for disk in vm.disks
+            ]
             lines += [f"{indent}{drive.name}: left out, {drive.reason}" for drive in vm.left_out]
     return lines

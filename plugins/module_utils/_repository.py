@@ -18,9 +18,10 @@ import fcntl
 import glob
 import json
 import os
+import stat
 import uuid as uuids
 from contextlib import asynccontextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._documents import (
@@ -39,8 +40,11 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from typing import Any
 
+    from ansible_collections.vmfleet.backup.plugins.module_utils._documents import DiskImage
+
 MANIFEST = "manifest.json"
 INTENT = "intent.json"
+DESCRIPTION = "vm.json"
 STAGING = ".staging"
 FAILED = ".failed.json"
 TEMPORARY = f".{REPOSITORY_FILE}."
@@ -81,6 +85,8 @@ class Repository:
 
     path: str
     uuid: str
+    _manifests: dict[str, tuple[tuple[int, ...], Manifest]] = field(default_factory=dict, compare=False, repr=False)
+    """Those that were read before, with the state of their files: a VM of many sets is looked at often."""
 
     @property
     def tag(self) -> str:
@@ -133,7 +139,7 @@ class Repository:
                 manifest = _read(os.path.join(path, MANIFEST), Manifest)
                 described |= {manifest.attempt} if manifest else set()
             elif not entry.startswith("."):
-                found = _read(os.path.join(path, MANIFEST), Manifest)
+                found = self._manifest(os.path.join(path, MANIFEST))
                 if found and found.id == entry:
                     sets.append(found)
                 else:
@@ -141,23 +147,45 @@ class Repository:
         sets.sort(key=lambda found: found.sequence)
         return Shelf(tuple(sets), tuple(intents), tuple(failures), frozenset(described), frozenset(strays))
 
+    def _manifest(self, path: str) -> Manifest | None:
+        try:
+            status = os.stat(path)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        state = (status.st_ino, status.st_mtime_ns, status.st_ctime_ns, status.st_size)
+        if self._manifests.get(path, ((),))[0] != state:
+            found: Manifest | None = _read(path, Manifest)
+            if found is None:
+                return None
+            self._manifests[path] = (state, found)
+        return self._manifests[path][1]
+
+    def damage(self, manifest: Manifest, image: DiskImage) -> str:
+        """What is wrong with an image's file, as far as its metadata tells; empty where nothing is."""
+        path = os.path.join(self.set_path(manifest.vm.name, manifest.id), image.image)
+        try:
+            status = os.stat(path, follow_symlinks=False)
+        except FileNotFoundError:
+            return f"image {path} is missing"
+        if not stat.S_ISREG(status.st_mode) or status.st_size != image.bytes:
+            return f"image {path} is not the file that its manifest describes ({image.bytes} bytes)"
+        return ""
+
     def intents(self) -> tuple[Intent, ...]:
         """All intents of the repository, whoever works on them."""
         pattern = os.path.join(glob.escape(self.path), "*", ".*" + STAGING, INTENT)
         found = (_read(path, Intent) for path in glob.glob(pattern))
         return tuple(intent for intent in found if intent)
 
-    def promised(self, besides: str = "") -> int:
-        """Bytes that the sets that grow here will still take, besides those of one VM."""
-        return sum(self._outstanding(intent) for intent in self.intents() if intent.vm.name != besides)
-
-    def _outstanding(self, intent: Intent) -> int:
-        staging = self.staging(intent.vm.name, intent.id)
+    def outstanding(self, intent: Intent) -> int:
+        """Bytes that a set that grows here will still take; none where it has come to its end."""
+        if not os.path.isdir(self.staging(intent.vm.name, intent.id)):
+            return 0
         total = 0
         for disk in intent.disks:
             try:
                 # Reserved bytes count as allocated: free space is already less by them.
-                allocated = os.stat(os.path.join(staging, disk.image.image)).st_blocks * BLOCK
+                allocated = os.stat(self.image_path(intent, disk.image.image)).st_blocks * BLOCK
             except OSError:
                 allocated = 0
             total += max(0, disk.expected - allocated)
@@ -177,6 +205,10 @@ class Repository:
 
     def update(self, intent: Intent) -> None:
         _write(os.path.join(self.staging(intent.vm.name, intent.id), INTENT), asdict(intent))
+
+    def write_description(self, intent: Intent, description: dict[str, Any]) -> None:
+        """Write down how the VM was built."""
+        _write(os.path.join(self.staging(intent.vm.name, intent.id), DESCRIPTION), description, PUBLISHED_MODE)
 
     def intent(self, vm: str, set_id: str) -> Intent | None:
         found: Intent | None = _read(os.path.join(self.staging(vm, set_id), INTENT), Intent)
@@ -206,18 +238,31 @@ class Repository:
         return manifest
 
     def untidy(self, vm: str, set_id: str) -> bool:
-        """Whether a published set still has traces of its making in it or beside it."""
-        return any(os.path.lexists(path) for path in self._traces(vm, set_id))
+        """Whether there are traces of the making of a published set in it or beside it, or of what came to nothing."""
+        return bool(self._traces(vm, set_id))
 
     def tidy(self, vm: str, set_id: str) -> None:
-        """Remove the traces of the making of a published set."""
+        """Remove those traces."""
         for path in self._traces(vm, set_id):
-            remove(path)
+            if os.path.isdir(path):
+                _empty(path)
+            else:
+                remove(path)
 
-    def _traces(self, vm: str, set_id: str) -> tuple[str, ...]:
-        failure = self.failure_path(vm, set_id)
+    def _traces(self, vm: str, set_id: str) -> list[str]:
+        """What killed processes have left. Nothing but hidden files is looked at: a set's id may look like theirs."""
+        directory = self.directory(vm)
         intent = os.path.join(self.set_path(vm, set_id), INTENT)
-        return failure + UNFINISHED, failure, intent + UNFINISHED, intent
+        found = [path for path in (intent + UNFINISHED, intent) if os.path.lexists(path)]
+        for entry in sorted(os.listdir(directory)) if os.path.isdir(directory) else ():
+            path = os.path.join(directory, entry)
+            if not entry.startswith("."):
+                continue
+            half_written = entry.endswith(FAILED + UNFINISHED)
+            unclaimed = entry.endswith(STAGING) and not os.path.lexists(os.path.join(path, INTENT))
+            if half_written or unclaimed or path == self.failure_path(vm, set_id):
+                found.append(path)
+        return found
 
     def record_failure(self, vm: str, failure: Failure) -> None:
         _write(self.failure_path(vm, failure.id), asdict(failure))

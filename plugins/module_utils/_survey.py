@@ -14,20 +14,23 @@ import secrets
 import shutil
 import stat
 import tempfile
+import time
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ansible_collections.vmfleet.backup.plugins.module_utils import _plan, _target
+from ansible_collections.vmfleet.backup.plugins.module_utils._chain import FULL, walk
 from ansible_collections.vmfleet.backup.plugins.module_utils._documents import Hypervisor
 from ansible_collections.vmfleet.backup.plugins.module_utils._errors import BackupError, MonitorGone, Refused, ToolError
-from ansible_collections.vmfleet.backup.plugins.module_utils._inspect import inspect_vm, machine_id
+from ansible_collections.vmfleet.backup.plugins.module_utils._inspect import inspect_vm, machine_id, query_jobs
 from ansible_collections.vmfleet.backup.plugins.module_utils._plan import Facts, Plan, Request, Space, VmPlan
 from ansible_collections.vmfleet.backup.plugins.module_utils._qmp import Monitor, Process, parse_address
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Awaitable, Callable, Iterable, Sequence
 
-    from ansible_collections.vmfleet.backup.plugins.module_utils._documents import Intent
+    from ansible_collections.vmfleet.backup.plugins.module_utils._chain import Link
+    from ansible_collections.vmfleet.backup.plugins.module_utils._documents import Intent, Manifest
     from ansible_collections.vmfleet.backup.plugins.module_utils._inspect import Disk, Vm
     from ansible_collections.vmfleet.backup.plugins.module_utils._plan import Policy
     from ansible_collections.vmfleet.backup.plugins.module_utils._repository import Repository
@@ -35,7 +38,7 @@ if TYPE_CHECKING:
 AT_ONCE = 32
 """How many VMs are asked at the same time."""
 
-FULL = 1 << 20
+LEAST_FREE = 1 << 20
 """A file system with fewer bytes free than this is full, whatever the reserve: a copy takes pieces of this size."""
 
 
@@ -82,11 +85,27 @@ def _is_socket(path: str) -> bool:
 
 async def look(request: Request, monitor: Monitor | None = None) -> Facts:
     """Ask one VM for everything; C(monitor) is a connection that is open already."""
+    return await _ask(request, lambda asked: _inspect(asked, request.name), monitor)
+
+
+async def glance(request: Request, seen: Vm) -> Facts:
+    """Ask one VM for what changes while its jobs run; C(seen) is what a look has shown."""
+
+    async def question(monitor: Monitor) -> Vm:
+        if monitor.process != seen.process:
+            return await _inspect(monitor, request.name)
+        status, jobs = await asyncio.gather(monitor.execute("query-status"), query_jobs(monitor))
+        return replace(seen, status=status["status"], jobs=jobs)
+
+    return await _ask(request, question)
+
+
+async def _ask(request: Request, question: Callable[[Monitor], Awaitable[Vm]], monitor: Monitor | None = None) -> Facts:
     try:
         if monitor is not None:
-            return Facts(await _inspect(monitor, request.name))
+            return Facts(await question(monitor))
         async with Monitor(parse_address(request.monitor)) as own:
-            return Facts(await _inspect(own, request.name))
+            return Facts(await question(own))
     except MonitorGone as error:
         return Facts(error=str(error), off=True)
     except BackupError as error:
@@ -97,6 +116,21 @@ async def _inspect(monitor: Monitor, name: str) -> Vm:
     vm = await inspect_vm(monitor, name)
     # In a repository a VM without a uuid is known by its name there, wherever that name comes from.
     return vm if vm.uuid else replace(vm, identity=f"{machine_id()}:{vm.name}")
+
+
+def with_damage(facts: Facts, repository: Repository, sets: Sequence[Manifest]) -> Facts:
+    """The facts with what is wrong with the files of the images that this VM's next ones may build on."""
+    if facts.vm is None or not sets:
+        return facts
+    found = {}
+    fulls = {disk.name: manifest for manifest in sets for disk in manifest.disks if disk.level == FULL}
+    for disk in facts.vm.disks:
+        for base in (sets[-1], fulls.get(disk.name, sets[-1])):
+            steps, _broken = walk(sets, base, disk.name)
+            wrong = next(filter(None, (repository.damage(manifest, image) for manifest, image in steps)), "")
+            if wrong:
+                found[(base.id, disk.name)] = wrong
+    return replace(facts, damage=found)
 
 
 def with_dead(facts: Facts, intents: Iterable[Intent], hypervisor: Hypervisor) -> Facts:
@@ -115,31 +149,62 @@ def _ended(intent: Intent, facts: Facts, hypervisor: Hypervisor) -> bool:
     return not process.alive or bool(facts.vm and facts.vm.process and facts.vm.process != process)
 
 
-async def measure(disks: Sequence[Disk]) -> dict[str, int]:
+async def measure(disks: Sequence[Disk], links: Sequence[Link]) -> dict[str, int]:
     """The most that each disk's image is expected to take, in bytes."""
-    sizes = await asyncio.gather(*(_target.expected_bytes(disk, "qcow2") for disk in disks))
+    sizes = await asyncio.gather(
+        *(
+            _target.expected_bytes(disk, "qcow2", "bitmap" if link.bitmap else "full", link.bitmap)
+            for disk, link in zip(disks, links)
+        )
+    )
     return {disk.name: size for disk, size in zip(disks, sizes)}
 
 
-def room(repository: Repository, policy: Policy, besides: str = "") -> Space:
-    """The space in a repository, or where one is to be made, for the set of the VM C(besides)."""
-    path = repository.path
-    while not os.path.isdir(path):
-        path = os.path.dirname(path)
-    status = os.statvfs(path)
-    return Space(
-        free=status.f_bavail * status.f_frsize,
-        reserve=_plan.reserve_bytes(policy.reserve, status.f_blocks * status.f_frsize),
-        promised=repository.promised(besides) if repository.uuid else 0,
-        reservable=_reservable(path),
-    )
+class Room:
+    """The space in a repository, or where one is to be made.
+
+    Which sets grow there, made by whomever, is looked up again after RESCAN seconds: there may be thousands of VMs.
+    """
+
+    RESCAN = 5.0
+
+    def __init__(self, repository: Repository, policy: Policy) -> None:
+        self._repository = repository
+        self._policy = policy
+        self._path = repository.path
+        while not os.path.isdir(self._path):
+            self._path = os.path.dirname(self._path)
+        self._reservable = _reservable(self._path)
+        self._growing: dict[str, Intent] = {}
+        self._seen = -self.RESCAN
+
+    def space(self, besides: str = "") -> Space:
+        """The space for the set of the VM C(besides)."""
+        status = os.statvfs(self._path)
+        return Space(
+            free=status.f_bavail * status.f_frsize,
+            reserve=_plan.reserve_bytes(self._policy.reserve, status.f_blocks * status.f_frsize),
+            promised=self._promised(besides) if self._repository.uuid else 0,
+            reservable=self._reservable,
+        )
+
+    def note(self, intent: Intent) -> None:
+        """A set that has begun to grow since."""
+        self._growing[intent.attempt] = intent
+
+    def _promised(self, besides: str) -> int:
+        if time.monotonic() - self._seen >= self.RESCAN:
+            self._growing = {intent.attempt: intent for intent in self._repository.intents()}
+            self._seen = time.monotonic()
+        others = (intent for intent in self._growing.values() if intent.vm.name != besides)
+        return sum(self._repository.outstanding(intent) for intent in others)
 
 
 def short_of_space(repository: Repository, policy: Policy) -> str:
     """What is wrong with the free space for copies whose space could not be reserved; empty where nothing is."""
     status = os.statvfs(repository.path)
     free = status.f_bavail * status.f_frsize
-    reserve = max(FULL, _plan.reserve_bytes(policy.reserve, status.f_blocks * status.f_frsize))
+    reserve = max(LEAST_FREE, _plan.reserve_bytes(policy.reserve, status.f_blocks * status.f_frsize))
     if free >= reserve:
         return ""
     return f"only {_plan.human(free)} are left in {repository.path}, less than the reserve of {_plan.human(reserve)}"
@@ -172,16 +237,16 @@ async def draw_up(
                 shelf = repository.shelf(named.name)
             except BackupError as error:
                 return VmPlan(named.name, named.monitor, _plan.FAIL, str(error))
-            facts = with_dead(facts, shelf.intents, terms.hypervisor)
+            facts = with_damage(with_dead(facts, shelf.intents, terms.hypervisor), repository, shelf.sets)
             decision = _plan.decide(named, facts, shelf, terms)
             if decision.plan.action not in (_plan.START, _plan.FINISH):
                 return decision.plan
-            expected = await measure(decision.choice.disks)
+            expected = await measure(decision.choice.disks, decision.links)
             disks = tuple(replace(disk, bytes=expected[disk.name]) for disk in decision.plan.disks)
             return replace(decision.plan, disks=disks)
 
     plans = _plan.refuse_twins(await asyncio.gather(*(plan_vm(request) for request in requests)), processes)
-    space, plans = _plan.fit_into(room(repository, policy), plans)
+    space, plans = _plan.fit_into(Room(repository, policy).space(), plans)
     return Plan(
         repository=repository.path,
         create_repository=not repository.uuid,

@@ -77,6 +77,19 @@ options:
         description: Instead of O(exclude_disks) for this VM.
         type: list
         elements: str
+      level:
+        description: Instead of O(level) for this VM.
+        type: str
+        choices: [auto, full, incremental, differential]
+      quiesce:
+        description: Instead of O(quiesce) for this VM.
+        type: str
+        choices: [none, try, require]
+      agent:
+        description:
+          - The socket of the VM's guest agent, such as V(/run/qemu/web01.agent).
+          - The default is the one that QEMU itself has for the channel C(org.qemu.guest_agent.0).
+        type: path
   sockets:
     description:
       - Patterns of the QMP sockets of further VMs, such as V(/run/qemu/*.qmp).
@@ -97,6 +110,38 @@ options:
     type: list
     elements: str
     default: []
+  level:
+    description:
+      - V(auto) and V(incremental) copy what has changed since the newest set, V(differential) what has changed since
+        the newest full image of each disk. V(full) copies everything.
+      - A disk whose changes are not known beyond doubt is copied in full, and the plan says why. So is a disk that is
+        new, one whose size has changed, and one whose chain has O(max_chain) images.
+    type: str
+    choices: [auto, full, incremental, differential]
+    default: auto
+  max_chain:
+    description:
+      - The most images that a chain may have, the full one included. The next one is full.
+      - A chain is only as good as every image in it. A full image now and then also ends what QEMU itself cannot see,
+        such as a bitmap that somebody has disabled and enabled again.
+    type: int
+    default: 30
+  tracking:
+    description:
+      - Let QEMU record which parts of the disks change after a set, in a bitmap for each disk. Without, every set is a
+        full one.
+      - While a disk has bitmaps, QEMU refuses to load internal snapshots (C(loadvm), C(qemu-img snapshot -a)).
+    type: bool
+    default: true
+  quiesce:
+    description:
+      - Whether the guest's file systems are frozen through its guest agent at the moment of the set. They are frozen
+        for the start of the jobs only, not while these copy.
+      - With V(try) a guest that cannot be frozen is backed up as it is, as after a power cut, and the result says so.
+        With V(require) it is not backed up.
+    type: str
+    choices: [none, try, require]
+    default: none
   compression:
     description:
       - V(zstd) takes about half as long again as V(none) and V(zlib) many times as long, and both save space.
@@ -190,7 +235,7 @@ plan:
             first, V(start), or V(fail) if it cannot be backed up.
           type: str
         level:
-          description: The level of the set, V(full).
+          description: The level of the set, V(full) if all its images are, else V(incremental) or V(differential).
           type: str
         reason:
           description: Why.
@@ -225,9 +270,18 @@ from typing import TYPE_CHECKING
 
 from ansible.module_utils.basic import AnsibleModule
 
+from ansible_collections.vmfleet.backup.plugins.module_utils._chain import AUTO, LEVELS
 from ansible_collections.vmfleet.backup.plugins.module_utils._errors import Refused, run_module
 from ansible_collections.vmfleet.backup.plugins.module_utils._names import check_set_id
-from ansible_collections.vmfleet.backup.plugins.module_utils._plan import Policy, Request, describe, reserve_bytes
+from ansible_collections.vmfleet.backup.plugins.module_utils._plan import (
+    NONE,
+    QUIESCE,
+    Policy,
+    Request,
+    describe,
+    reserve_bytes,
+)
+from ansible_collections.vmfleet.backup.plugins.module_utils._probe import probe_if_there
 from ansible_collections.vmfleet.backup.plugins.module_utils._qmp import require_qmp
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository import find_repository
 from ansible_collections.vmfleet.backup.plugins.module_utils._survey import discover, draw_up, require_qemu_img
@@ -239,20 +293,32 @@ if TYPE_CHECKING:
 def requests(params: dict[str, Any]) -> list[Request]:
     """The VMs that are listed; what one of them leaves open comes from the module's own options."""
 
-    def names(vm: dict[str, Any], option: str) -> tuple[str, ...]:
-        return tuple(params[option] if vm[option] is None else vm[option])
+    return [_request(params, vm) for vm in params["vms"] or ()]
 
-    return [
-        Request(vm["name"] or "", vm["monitor"], names(vm, "include_disks"), names(vm, "exclude_disks"))
-        for vm in params["vms"] or ()
-    ]
+
+def _request(params: dict[str, Any], vm: dict[str, Any]) -> Request:
+    def given(option: str) -> Any:
+        return params[option] if vm.get(option) is None else vm[option]
+
+    return Request(
+        name=vm.get("name") or "",
+        monitor=vm.get("monitor") or "",
+        include_disks=tuple(given("include_disks")),
+        exclude_disks=tuple(given("exclude_disks")),
+        wanted=given("level"),
+        quiesce=given("quiesce"),
+        agent=vm.get("agent") or "",
+    )
 
 
 def policy(params: dict[str, Any]) -> Policy:
     if params["speed"] < 0:
         raise Refused("speed", "{} is negative; give bytes per second, 0 is unlimited".format(params["speed"]))
+    if params["max_chain"] < 1:
+        raise Refused("max_chain", "{} is less than 1, which is a full image on its own".format(params["max_chain"]))
     reserve_bytes(params["reserve"], 0)
-    return Policy(**{name: params[name] for name in ("compression", "speed", "reserve", "checksum", "offline")})
+    names = ("compression", "speed", "reserve", "checksum", "offline", "max_chain", "tracking")
+    return Policy(**{name: params[name] for name in names})
 
 
 async def main_task(module: AnsibleModule) -> dict[str, Any]:
@@ -261,9 +327,9 @@ async def main_task(module: AnsibleModule) -> dict[str, Any]:
     how = policy(params)
     if not os.path.isabs(params["repository"]):
         raise Refused("repository", "{!r} is not an absolute path".format(params["repository"]))
-    everywhere = Request("", "", tuple(params["include_disks"]), tuple(params["exclude_disks"]))
-    wanted, warnings = discover(requests(params), params["sockets"] or (), everywhere)
+    wanted, warnings = discover(requests(params), params["sockets"] or (), _request(params, {}))
     require_qemu_img()
+    await probe_if_there(params["repository"])
     repository = find_repository(params["repository"], params["create_repository"])
     plan = await draw_up(repository, wanted, set_id, how, warnings)
     for warning in warnings:
@@ -287,11 +353,18 @@ def argument_spec() -> dict[str, Any]:
                 "monitor": {"type": "str", "required": True},
                 "include_disks": names,
                 "exclude_disks": names,
+                "level": {"type": "str", "choices": list(LEVELS)},
+                "quiesce": {"type": "str", "choices": list(QUIESCE)},
+                "agent": {"type": "path"},
             },
         },
         "sockets": names,
         "include_disks": {**names, "default": []},
         "exclude_disks": {**names, "default": []},
+        "level": {"type": "str", "choices": list(LEVELS), "default": AUTO},
+        "max_chain": {"type": "int", "default": 30},
+        "tracking": {"type": "bool", "default": True},
+        "quiesce": {"type": "str", "choices": list(QUIESCE), "default": NONE},
         "compression": {"type": "str", "choices": ["none", "zstd", "zlib"], "default": "none"},
         "speed": {"type": "bytes", "default": "0"},
         "reserve": {"type": "str", "default": "5%"},

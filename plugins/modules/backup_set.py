@@ -18,6 +18,9 @@ description:
     process left that was killed is finished or cleaned up. So a run that went wrong is simply run again with the same
     id.
   - Every decision of the plan is made once more with locks held. It may only get safer by then.
+  - Every image comes with a bitmap of its own in QEMU, which records the writes since that image. An increment is what
+    the bitmap of the image below it has marked. Where there is any doubt about that bitmap the image is a full one, and
+    RV(vms[].disks[].reason) says why. No bitmap is ever cleared, so that whatever goes wrong, no change is lost.
   - QEMU needs no access to the repository if its monitor is a UNIX socket.
   - A VM for which something goes wrong never stops the others. The module fails when it is through with them, with all
     results.
@@ -35,10 +38,10 @@ options:
       - What M(vmfleet.backup.backup_plan) has returned as RV(vmfleet.backup.backup_plan#module:plan).
     type: dict
   repository:
-    description: The directory of the repository, for O(state=cancelled) without a plan.
+    description: The directory of the repository, for O(state=cancelled) and O(state=untracked) without a plan.
     type: path
   names:
-    description: The VMs whose sets are to be cancelled, as they are called in the repository.
+    description: The VMs that O(state=cancelled) or O(state=untracked) is for, as they are called in the repository.
     type: list
     elements: str
   state:
@@ -48,8 +51,11 @@ options:
         later call with V(completed), from any process, goes on.
       - V(cancelled) stops the sets that are being made and removes what there is of them. The run that made them counts
         them as cancelled and does not begin anew. The next run does.
+      - V(untracked) removes all bitmaps of the repository from the VMs. Sets that are there stay, the next ones are
+        full. This is for VMs that are to be backed up here no more, and for those whose internal snapshots are to be
+        loaded, which QEMU refuses while a disk has bitmaps.
     type: str
-    choices: [completed, started, cancelled]
+    choices: [completed, started, cancelled, untracked]
     default: completed
   max_vms:
     description: How many VMs copy at the same time. V(0) sets no limit.
@@ -70,6 +76,23 @@ options:
     description:
       - With O(state=started), start copies even if no space can be reserved for them in the repository.
       - While nobody watches such a copy, a file system that fills up makes the writes of the guest fail.
+    type: bool
+    default: false
+  takeover:
+    description:
+      - Remove what another hypervisor, or another VM of the same name, is making under the VM's name, and go on.
+      - Only for one that is gone for good. What still runs elsewhere is not stopped by this, and comes to nothing.
+    type: bool
+    default: false
+  supersede:
+    description:
+      - Cancel a set of another id of the same VM that is unfinished. Otherwise it is brought to its end first.
+    type: bool
+    default: false
+  adopt:
+    description:
+      - Go on in the directory of a VM of the same name that had another uuid, with a full set. This is for a VM that
+        has taken the place of the one before, such as one that was built anew.
     type: bool
     default: false
 seealso:
@@ -95,6 +118,13 @@ EXAMPLES = r"""
     names:
       - web01
     state: cancelled
+
+- name: Remove the change records of web01, which is to be reverted to an internal snapshot
+  vmfleet.backup.backup_set:
+    repository: /srv/backup
+    names:
+      - web01
+    state: untracked
 """
 
 RETURN = r"""
@@ -111,10 +141,12 @@ vms:
       description: The id of the set.
       type: str
     state:
-      description: V(published), V(running), V(queued), V(failed), V(cancelled) or V(skipped).
+      description: V(published), V(running), V(queued), V(failed), V(cancelled), V(skipped) or V(untracked).
       type: str
     level:
-      description: The level of the set, V(full).
+      description: >-
+        The level of the set, V(full) if all its images are, else V(incremental) or V(differential). Empty where there
+        is no set.
       type: str
     bytes:
       description: The size of the set's images.
@@ -123,7 +155,12 @@ vms:
       description: Seconds from the start of the jobs to the end of the set.
       type: float
     consistency:
-      description: V(crash) if the guest was not asked to bring its file systems to rest.
+      description: >-
+        V(filesystem) if the guest's file systems were frozen at the moment of the set, V(crash) if not. Empty where
+        there is no set.
+      type: str
+    consistency_reason:
+      description: Why the file systems were not frozen.
       type: str
     frozen_ms:
       description: Milliseconds for which the guest's file systems were frozen.
@@ -137,6 +174,16 @@ vms:
     reason:
       description: Why the VM is in this state, where that is no error.
       type: str
+    warnings:
+      description: What went otherwise than planned or asked for, such as a full image instead of an increment.
+      type: list
+      elements: str
+    disks:
+      description: >-
+        The disks of the set, each with C(name), C(level), C(reason) (why it has this level), C(parent) (the set that
+        its image builds on) and C(bytes).
+      type: list
+      elements: dict
     changed:
       description: Whether this call did something about this VM.
       type: bool
@@ -160,18 +207,18 @@ from typing import TYPE_CHECKING
 
 from ansible.module_utils.basic import AnsibleModule
 
-from ansible_collections.vmfleet.backup.plugins.module_utils._engine import (
+from ansible_collections.vmfleet.backup.plugins.module_utils._engine import Engine, Settings, of_names
+from ansible_collections.vmfleet.backup.plugins.module_utils._errors import BackupError, run_module
+from ansible_collections.vmfleet.backup.plugins.module_utils._outcome import (
     CANCELLED,
     FAILED,
-    Engine,
-    Settings,
-    cancellation,
+    UNTRACKED,
     describe,
     results,
     summarize,
 )
-from ansible_collections.vmfleet.backup.plugins.module_utils._errors import BackupError, run_module
 from ansible_collections.vmfleet.backup.plugins.module_utils._plan import parse_plan
+from ansible_collections.vmfleet.backup.plugins.module_utils._probe import probe_if_there
 from ansible_collections.vmfleet.backup.plugins.module_utils._qmp import require_qmp
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository import (
     create_repository,
@@ -185,17 +232,22 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import Any
 
-    from ansible_collections.vmfleet.backup.plugins.module_utils._engine import Outcome
+    from ansible_collections.vmfleet.backup.plugins.module_utils._outcome import Outcome
     from ansible_collections.vmfleet.backup.plugins.module_utils._plan import Plan
     from ansible_collections.vmfleet.backup.plugins.module_utils._repository import Repository
 
 
-def places(module: AnsibleModule) -> tuple[Repository, Plan, bool]:
+STOPPING = (CANCELLED, UNTRACKED)
+
+
+async def places(module: AnsibleModule) -> tuple[Repository, Plan, bool]:
     """The repository, the plan, and whether the repository had to be made."""
     if module.params["plan"] is None:
+        await probe_if_there(module.params["repository"])
         repository = open_repository(module.params["repository"])
-        return repository, cancellation(repository, module.params["names"]), False
+        return repository, of_names(repository, module.params["names"]), False
     plan = parse_plan(module.params["plan"])
+    await probe_if_there(plan.repository)
     repository = find_repository(plan.repository, plan.create_repository)
     if module.check_mode:
         return repository, plan, not repository.uuid
@@ -207,12 +259,12 @@ def places(module: AnsibleModule) -> tuple[Repository, Plan, bool]:
 
 def failure(outcomes: Sequence[Outcome], set_id: str, wanted: str) -> str:
     """What the module says when not every VM is where it should be; empty where all are."""
-    bad_states = (FAILED,) if wanted == CANCELLED else (FAILED, CANCELLED)
+    bad_states = (FAILED,) if wanted in STOPPING else (FAILED, CANCELLED)
     bad = [outcome for outcome in outcomes if outcome.state in bad_states]
     if not bad:
         return ""
-    if wanted == CANCELLED:
-        return f"{len(bad)} of {len(outcomes)} sets could not be cancelled: {_reasons(bad)}"
+    if wanted in STOPPING:
+        return f"{len(bad)} of {len(outcomes)} VMs could not be {wanted}: {_reasons(bad)}"
     return (
         f"{len(bad)} of {len(outcomes)} VMs have no set {set_id}: {_reasons(bad)}."
         f" Run the backup again with id {set_id}: sets that are there stay as they are"
@@ -235,11 +287,14 @@ def diff(outcomes: Sequence[Outcome]) -> dict[str, str]:
 
 async def main_task(module: AnsibleModule) -> dict[str, Any]:
     require_qemu_img()
-    repository, plan, created = places(module)
-    names = ("state", "max_vms", "timeout", "stall_timeout", "unattended")
+    repository, plan, created = await places(module)
+    names = ("state", "max_vms", "timeout", "stall_timeout", "unattended", "takeover", "supersede", "adopt")
     settings = Settings(check_mode=module.check_mode, **{name: module.params[name] for name in names})
     engine = Engine(repository, plan, settings)
     outcomes = await engine.run()
+    for outcome in outcomes:
+        for warning in outcome.warnings:
+            module.warn(f"{outcome.name}: {warning}")
     result = {
         "changed": created or any(outcome.changed for outcome in outcomes),
         "vms": results(outcomes),
@@ -260,11 +315,14 @@ def main() -> None:
             "plan": {"type": "dict"},
             "repository": {"type": "path"},
             "names": {"type": "list", "elements": "str"},
-            "state": {"type": "str", "choices": ["completed", "started", "cancelled"], "default": "completed"},
+            "state": {"type": "str", "choices": ["completed", "started", *STOPPING], "default": "completed"},
             "max_vms": {"type": "int", "default": 4},
             "timeout": {"type": "float", "default": 0},
             "stall_timeout": {"type": "float", "default": 600},
             "unattended": {"type": "bool", "default": False},
+            "takeover": {"type": "bool", "default": False},
+            "supersede": {"type": "bool", "default": False},
+            "adopt": {"type": "bool", "default": False},
         },
         required_one_of=[("plan", "repository")],
         required_together=[("repository", "names")],

@@ -72,8 +72,21 @@ class Sets:
         directory = self.path / name / set_id
         return {disk["name"]: directory / disk["image"] for disk in self.manifest(name, set_id)["disks"]}
 
-    def assert_good(self, name: str, copies: Mapping[str, Path], set_id: str = ID) -> None:
-        """The set is there, whole, described, closed, with the content of the frozen copies, and nothing else is."""
+    def levels(self, name: str, set_id: str = ID) -> dict[str, str]:
+        """The levels of the images of a set, by the disk's name."""
+        return {disk["name"]: disk["level"] for disk in self.manifest(name, set_id)["disks"]}
+
+    def reasons(self, name: str, set_id: str = ID) -> dict[str, str]:
+        """Why they have these levels."""
+        return {disk["name"]: disk["reason"] for disk in self.manifest(name, set_id)["disks"]}
+
+    def assert_good(
+        self, name: str, copies: Mapping[str, Path], set_id: str = ID, levels: Mapping[str, str] | None = None
+    ) -> None:
+        """The set is there, whole, described, closed, with the content of the frozen copies, and nothing else is.
+
+        Its disks have these `levels`, or are all full.
+        """
         manifest = self.manifest(name, set_id)
         images = self.images(name, set_id)
         assert manifest["schema"] == 1
@@ -87,8 +100,9 @@ class Sets:
             assert stat.S_IMODE(image.stat().st_mode) == 0o440
             assert image.stat().st_size == disk["bytes"]
             assert hashlib.sha256(image.read_bytes()).hexdigest() == disk["sha256"]
-            assert (disk["bitmap"], disk["parent"], disk["level"]) == (None, None, "full")
-        expected = {"manifest.json", *(image.name for image in images.values())}
+            assert disk["level"] == (levels or {}).get(disk["name"], "full")
+            assert (disk["parent"] is None) == (disk["level"] == "full")
+        expected = {"manifest.json", "vm.json", *(image.name for image in images.values())}
         assert {path.name for path in (self.path / name / set_id).iterdir()} == expected
         self.assert_tidy(name)
 

@@ -48,7 +48,9 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._repository import 
 HERE = Hypervisor("hv1", "machine", "boot")
 TERMS = Terms("today", "run", "12345678", HERE, Policy())
 REQUEST = Request("web01", "unix:/web01.qmp")
-VDA, VDB = (Disk(name=name, node=f"node-{name}", driver="qcow2", device=name) for name in ("vda", "vdb"))
+VDA, VDB = (
+    Disk(name=name, node=f"node-{name}", driver="qcow2", device=name, virtual_size=1) for name in ("vda", "vdb")
+)
 GOLDEN = Disk(name="golden", node="n2", driver="qcow2", device="golden", read_only=True)
 IDENTITY = VmName("web01", "uuid-1", "uuid-1")
 
@@ -379,7 +381,7 @@ def test_the_plan_reads_well() -> None:
         "Space: 0 B needed, 100.0 MiB free, 10.0 MiB kept in reserve, 0 B promised to other sets",
         "This file system cannot reserve space for a copy: the reserve counts twice.",
         "start   web01  there is no set today of this VM",
-        "               vda: full, about 0 B",
+        "               vda: full, about 0 B: it is the VM's first set",
         "               cd: left out, has no medium",
         "               golden: left out, is read-only",
         "fail    db     there is no such socket",

@@ -232,8 +232,11 @@ def test_modes(repository: Repository) -> None:
 def test_promised_is_what_is_not_allocated_yet(repository: Repository) -> None:
     begin(repository, intent())
     allocated = os.stat(repository.image_path(intent(), "vda.qcow2")).st_blocks * 512
-    assert repository.promised() == (1 << 20) - allocated
-    assert repository.promised(besides="web01") == 0
+    assert repository.outstanding(intent()) == (1 << 20) - allocated
+
+
+def test_nothing_is_promised_to_a_set_that_has_come_to_its_end(repository: Repository) -> None:
+    assert repository.outstanding(intent()) == 0
 
 
 class TestRepository:

@@ -1,0 +1,378 @@
+# Copyright (c) 2026, vmfleet contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+# PRIVATE: this file is not part of the public interface of the collection; it can change without notice.
+"""One attempt at one VM's set: drafted, prepared, launched, finished. Whether to try at all is the engine's business.
+
+Before each step that QEMU sees, the intent says what is going to happen, so that whoever comes after a crash can undo
+it: the names of the jobs and bitmaps, the images, the freeze.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+import secrets
+import time
+from dataclasses import dataclass, field, replace
+from datetime import datetime, timezone
+from typing import TYPE_CHECKING
+
+from ansible_collections.vmfleet.backup.plugins.module_utils import _guard, _jobs, _plan, _target
+from ansible_collections.vmfleet.backup.plugins.module_utils._agent import find_agent
+from ansible_collections.vmfleet.backup.plugins.module_utils._description import describe_vm
+from ansible_collections.vmfleet.backup.plugins.module_utils._documents import (
+    COPYING,
+    DiskImage,
+    Growing,
+    Intent,
+    Manifest,
+    VmName,
+)
+from ansible_collections.vmfleet.backup.plugins.module_utils._errors import AgentError, BackupError
+from ansible_collections.vmfleet.backup.plugins.module_utils._inspect import query_jobs
+from ansible_collections.vmfleet.backup.plugins.module_utils._survey import Room, measure
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from typing import Any
+
+    from ansible_collections.vmfleet.backup.plugins.module_utils._chain import Link
+    from ansible_collections.vmfleet.backup.plugins.module_utils._documents import Hypervisor
+    from ansible_collections.vmfleet.backup.plugins.module_utils._inspect import Disk, Vm
+    from ansible_collections.vmfleet.backup.plugins.module_utils._plan import Decision, Plan, Policy, Request
+    from ansible_collections.vmfleet.backup.plugins.module_utils._qmp import Monitor
+    from ansible_collections.vmfleet.backup.plugins.module_utils._repository import Repository
+
+CRASH = "crash"
+FILESYSTEM = "filesystem"
+
+READ_SIZE = 4 << 20
+
+
+@dataclass(frozen=True)
+class Draft:
+    """An attempt before anything of it exists. C(description) is what vm.json will say."""
+
+    intent: Intent
+    disks: tuple[Disk, ...]
+    links: tuple[Link, ...]
+    description: dict[str, Any]
+
+
+@dataclass
+class Maker:
+    """Makes attempts for one run. C(timeout) is seconds, 0 for none; C(watched) says that somebody will look on."""
+
+    repository: Repository
+    plan: Plan
+    hypervisor: Hypervisor
+    timeout: float
+    watched: bool
+    held: dict[str, int] = field(default_factory=dict)
+    """Images that grow, opened before their jobs began: the kernel tells only such an fd of every failed write."""
+
+    def __post_init__(self) -> None:
+        self._room = Room(self.repository, self.plan.policy)
+        self._made: dict[Any, Any] = {}
+        self._gate = asyncio.Lock()
+
+    # Draft
+
+    async def draft(self, monitor: Monitor, request: Request, vm: Vm, decision: Decision) -> Draft:
+        """Decide on every name. Raises BackupError where the guest must be frozen and cannot be."""
+        agent, reason = await self._agent(monitor, request, vm)
+        attempt = secrets.token_hex(6)
+        begun = boottime()
+        policy = self.plan.policy
+        disks = tuple(
+            Growing(
+                image=self._image(disk, planned, link, policy),
+                job=f"vmfleet.{self.repository.tag}.{attempt}.{number}",
+                expected=0,
+            )
+            for number, (disk, planned, link) in enumerate(
+                zip(decision.choice.disks, decision.plan.disks, decision.links)
+            )
+        )
+        intent = Intent(
+            run=self.plan.run,
+            attempt=attempt,
+            id=self.plan.id,
+            vm=VmName(request.name, vm.identity, vm.uuid),
+            hypervisor=self.hypervisor,
+            monitor=request.monitor,
+            process=(vm.process.pid, vm.process.start) if vm.process else (),
+            level=decision.plan.level,
+            consistency=CRASH,
+            consistency_reason=reason,
+            qemu=vm.version,
+            guest=vm.status,
+            started=utc_now(),
+            begun=begun,
+            deadline=begun + self.timeout if self.timeout else None,
+            checksum=policy.checksum,
+            disks=disks,
+            agent=agent,
+        )
+        return Draft(intent, decision.choice.disks, decision.links, await describe_vm(monitor, vm))
+
+    async def _agent(self, monitor: Monitor, request: Request, vm: Vm) -> tuple[str, str]:
+        """The socket of an agent that can freeze, or why the set will be crash-consistent only."""
+        if request.quiesce == _plan.NONE:
+            return "", "freezing the guest is not asked for"
+        try:
+            return await self._find_agent(monitor, request, vm), ""
+        except AgentError as error:
+            if request.quiesce == _plan.REQUIRE:
+                raise BackupError(f"VM {request.name}: quiesce: {error}") from error
+            return "", str(error)
+
+    async def _find_agent(self, monitor: Monitor, request: Request, vm: Vm) -> str:
+        if vm.status != "running":
+            raise AgentError(f"the VM does not run ({vm.status}), and so its guest agent does not either")
+        socket = request.agent
+        if not socket:
+            found = await find_agent(monitor)
+            if not found or not found["socket"]:
+                raise AgentError("the VM has no channel for a guest agent (org.qemu.guest_agent.0); add one")
+            if not found["connected"]:
+                raise AgentError("no agent has opened its channel; install and start qemu-guest-agent in the guest")
+            socket = found["socket"]
+        await _guard.check(socket)
+        return socket
+
+    def _image(self, disk: Disk, planned: _plan.DiskPlan, link: Link, policy: Policy) -> DiskImage:
+        tracked = policy.tracking and disk.stable_name and not disk.read_only
+        return DiskImage(
+            name=disk.name,
+            node=disk.node,
+            qdev=disk.qdev,
+            source=disk.filename,
+            source_format=disk.driver,
+            virtual_size=disk.virtual_size,
+            level=link.level,
+            reason=link.reason,
+            parent=link.parent,
+            image=planned.target,
+            format="qcow2",
+            compression=policy.compression,
+            bitmap=f"{bitmap_prefix(self.repository)}{secrets.token_hex(8)}" if tracked else None,
+        )
+
+    # Prepare
+
+    async def prepare(self, draft: Draft, lock: int) -> Intent:
+        """Claim the id, make the images, and take the space that they may need."""
+        # One VM after the other: each must see what those before it have taken.
+        async with self._gate:
+            intent = draft.intent
+            expected = await measure(draft.disks, draft.links)
+            space = self._room.space(intent.vm.name)
+            if sum(expected.values()) > max(space.usable, 0):
+                raise BackupError(_plan.no_room(sum(expected.values()), space, space.usable))
+            disks = tuple(replace(disk, expected=expected[disk.image.name]) for disk in intent.disks)
+            intent = replace(intent, disks=disks)
+            try:
+                self.repository.begin(intent)
+            except FileExistsError:
+                raise BackupError(f"VM {intent.vm.name}: somebody else has begun set {intent.id}") from None
+            self._room.note(intent)
+            self.repository.write_description(intent, draft.description)
+            intent = await self._make_images(intent, draft.links, lock)
+            self.repository.update(intent)
+        return intent
+
+    async def _make_images(self, intent: Intent, links: Sequence[Link], lock: int) -> Intent:
+        grown = []
+        reserved = True
+        for disk, link in zip(intent.disks, links):
+            target = self._target(intent, disk)
+            await _target.create(target, link.backing, pass_fds=(lock,), made=self._made)
+            self.held[target.path] = os.open(target.path, os.O_RDWR | os.O_CLOEXEC)
+            reserved = _target.reserve(target) and reserved
+            grown.append(replace(disk, inode=os.stat(target.path).st_ino))
+        if not reserved and not self.watched:
+            raise BackupError(
+                f"{self.repository.path} cannot reserve space: when it fills up while nobody looks, the guest's writes"
+                " fail; use state: completed, or unattended: true"
+            )
+        return replace(intent, disks=tuple(grown), reserved=reserved)
+
+    def _target(self, intent: Intent, disk: Growing) -> _target.Target:
+        return _target.Target(
+            path=self.repository.image_path(intent, disk.image.image),
+            format=disk.image.format,
+            size=disk.image.virtual_size,
+            expected=disk.expected,
+            compress=disk.image.compression != "none",
+            compression_type=disk.image.compression,
+        )
+
+    # Launch
+
+    async def launch(self, monitor: Monitor, draft: Draft, intent: Intent, quiesce: str) -> Intent:
+        """Start all jobs at one point in time, with the guest's file systems frozen where its agent can do that."""
+        starts = [
+            _jobs.BackupStart(
+                job_id=disk.job,
+                node=disk.image.node,
+                target=self._target(intent, disk),
+                opaque=f"vmfleet:{self.repository.tag}:{intent.attempt}:{number}",
+                arguments=_arguments(self.plan.policy, link),
+            )
+            for number, (disk, link) in enumerate(zip(intent.disks, draft.links))
+        ]
+        bitmaps = [
+            _jobs.bitmap_add(disk.node, growing.image.bitmap, disk.keeps_bitmaps)
+            for disk, growing in zip(draft.disks, intent.disks)
+            if growing.image.bitmap
+        ]
+        if intent.agent:
+            intent = await self._start_frozen(monitor, intent, starts, bitmaps, quiesce)
+        else:
+            await _jobs.start_backups(monitor, starts, "individual", bitmaps)
+        intent = replace(intent, phase=COPYING)
+        self.repository.update(intent)
+        return await self._top_up(monitor, draft, intent)
+
+    async def _start_frozen(
+        self,
+        monitor: Monitor,
+        intent: Intent,
+        starts: Sequence[_jobs.BackupStart],
+        bitmaps: Sequence[dict[str, Any]],
+        quiesce: str,
+    ) -> Intent:
+        # What QEMU would refuse, it is to refuse before the guest is touched.
+        await _jobs.rehearse_backups(monitor, starts, bitmaps)
+        self.repository.update(replace(intent, frozen=True))
+        freezers: list[_guard.Freezer] = []
+
+        def moment() -> _guard.Freezer:
+            freezers.append(_guard.Freezer(intent.agent))
+            return freezers[-1]
+
+        reason = ""
+        try:
+            await _jobs.start_backups(monitor, starts, "individual", bitmaps, moment)
+        except AgentError as error:
+            if quiesce == _plan.REQUIRE:
+                raise BackupError(f"VM {intent.vm.name}: quiesce: {error}") from error
+            reason = str(error)
+            await _jobs.start_backups(monitor, starts, "individual", bitmaps)
+        return replace(
+            intent,
+            frozen=any(freezer.thaw_error for freezer in freezers),
+            frozen_ms=sum(freezer.frozen_ms for freezer in freezers),
+            consistency=CRASH if reason else FILESYSTEM,
+            consistency_reason=reason,
+        )
+
+    async def _top_up(self, monitor: Monitor, draft: Draft, intent: Intent) -> Intent:
+        """Reserve what an increment takes beyond its estimate: the guest has written since that was made."""
+        if not intent.reserved or not any(link.bitmap for link in draft.links):
+            return intent
+        lengths = {job.id: job.len for job in await query_jobs(monitor)}
+        for disk, link, growing in zip(draft.disks, draft.links, intent.disks):
+            bitmap = disk.bitmap(link.bitmap) if link.bitmap else None
+            if bitmap and lengths.get(growing.job, 0) > bitmap.count:
+                more = lengths[growing.job] - bitmap.count
+                path = self.repository.image_path(intent, growing.image.image)
+                try:
+                    _target.top_up(path, growing.expected + more + more // 8)
+                except BackupError:
+                    # Without it, this set has to be watched like one on a file system that cannot reserve.
+                    intent = replace(intent, reserved=False)
+                    self.repository.update(intent)
+        return intent
+
+    # Finish
+
+    async def finish(self, intent: Intent) -> tuple[DiskImage, ...]:
+        """Bring the images onto stable storage, and describe them. Takes long; BackupError, OSError where it fails."""
+        loop = asyncio.get_running_loop()
+        paths = [self.repository.image_path(intent, disk.image.image) for disk in intent.disks]
+        finishing = (
+            loop.run_in_executor(None, finish_image, path, disk, intent.checksum, self.held.get(path))
+            for path, disk in zip(paths, intent.disks)
+        )
+        return tuple(await asyncio.gather(*finishing))
+
+    def release(self, intent: Intent) -> None:
+        """Close the images of an attempt: those that are unlinked keep their space until then."""
+        for disk in intent.disks:
+            held = self.held.pop(self.repository.image_path(intent, disk.image.image), None)
+            if held is not None:
+                os.close(held)
+
+    def manifest(self, intent: Intent, images: tuple[DiskImage, ...]) -> Manifest:
+        """What is said of the set. Its sequence number is given where it is written."""
+        return Manifest(
+            repository=self.repository.uuid,
+            vm=intent.vm,
+            id=intent.id,
+            sequence=0,
+            level=intent.level,
+            run=intent.run,
+            attempt=intent.attempt,
+            started=intent.started,
+            finished=utc_now(),
+            duration=round(boottime() - intent.begun, 3),
+            consistency=intent.consistency,
+            consistency_reason=intent.consistency_reason,
+            frozen_ms=intent.frozen_ms,
+            qemu=intent.qemu,
+            disks=images,
+            hypervisor=intent.hypervisor,
+            monitor=intent.monitor,
+        )
+
+
+def finish_image(path: str, disk: Growing, checksum: bool, held: int | None = None) -> DiskImage:
+    """Bring one image onto stable storage. C(held) is an fd of it from before its job, where there is one."""
+    if os.stat(path).st_ino != disk.inode:
+        raise BackupError(f"disk {disk.image.name}: {path} is not the file that the backup was started with")
+    status = _target.flush(path, held)
+    # Without such an fd, only the disk itself can tell that everything has arrived.
+    digest = _sha256(path) if checksum or held is None else None
+    return replace(disk.image, bytes=status.st_size, sha256=digest if checksum else None)
+
+
+def bitmap_prefix(repository: Repository) -> str:
+    """What the names of all bitmaps of a repository begin with."""
+    return f"vmfleet-{repository.tag}-"
+
+
+def _arguments(policy: Policy, link: Link) -> dict[str, Any]:
+    arguments: dict[str, Any] = {"sync": "full"}
+    if link.bitmap:
+        # Never cleared: what goes wrong later can take no change away.
+        arguments = {"sync": "bitmap", "bitmap": link.bitmap, "bitmap-mode": "never"}
+    if policy.speed:
+        arguments["speed"] = policy.speed
+    if policy.compression != "none":
+        arguments["compress"] = True
+    return arguments
+
+
+def _sha256(path: str) -> str:
+    """The checksum of what is on the disk, not of what the page cache remembers."""
+    digest = hashlib.sha256()
+    with open(path, "rb", buffering=0) as image:
+        os.posix_fadvise(image.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        while True:
+            piece = image.read(READ_SIZE)
+            if not piece:
+                return digest.hexdigest()
+            digest.update(piece)
+
+
+def boottime() -> float:
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+def utc_now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds").replace("+00:00", "Z")

@@ -1,0 +1,183 @@
+# Copyright (c) 2026, vmfleet contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+# PRIVATE: this file is not part of the public interface of the collection; it can change without notice.
+"""Which image a disk's next one builds on, and what has to be kept for that: pure functions of the published sets.
+
+Every image has a bitmap of its own, which records the writes since that image and is never cleared. An increment is
+what the bitmap of the image below it has marked; without any doubt about that bitmap, or it is a full image.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ansible_collections.vmfleet.backup.plugins.module_utils._documents import Parent
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from ansible_collections.vmfleet.backup.plugins.module_utils._documents import DiskImage, Manifest
+    from ansible_collections.vmfleet.backup.plugins.module_utils._inspect import Disk
+
+AUTO = "auto"
+FULL = "full"
+INCREMENTAL = "incremental"
+DIFFERENTIAL = "differential"
+LEVELS = (AUTO, FULL, INCREMENTAL, DIFFERENTIAL)
+
+LONGEST_NAME = 3000
+"""Bytes of a chain's backing file names, joined: QEMU opens C(b/../a/...) and is refused beyond PATH_MAX (4096)."""
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What sort of images is asked for. C(max_chain) is the most images that a chain may have."""
+
+    level: str = AUTO
+    tracking: bool = True
+    max_chain: int = 30
+
+
+@dataclass(frozen=True)
+class Link:
+    """How a disk goes into a set. C(bitmap) has marked the writes since the C(parent)'s file C(image)."""
+
+    level: str
+    reason: str
+    parent: Parent | None = None
+    image: str = ""
+    bitmap: str = ""
+
+    @property
+    def backing(self) -> tuple[str, str] | None:
+        """The backing file's name, as seen from a set's directory and from where it grows, and its format."""
+        return (f"../{self.parent.id}/{self.image}", "qcow2") if self.parent else None
+
+
+def link(
+    disk: Disk,
+    disks: Iterable[Disk],
+    identity: str,
+    sets: Sequence[Manifest],
+    wish: Wish,
+    damage: Mapping[tuple[str, str], str],
+) -> Link:
+    """How C(disk), one of a VM's C(disks), goes into the set that follows C(sets).
+
+    C(damage) says, by set id and disk, what is wrong with the files of an image or of those that it builds on.
+    """
+    if wish.level == FULL:
+        return Link(FULL, "a full image is asked for")
+    if not wish.tracking:
+        return Link(FULL, "changes are not tracked")
+    if not disk.stable_name:
+        return Link(FULL, "it has no name that holds beyond a restart; give the drive or its device an id")
+    if not sets:
+        return Link(FULL, "it is the VM's first set")
+    base = _newest_full(sets, disk.name) if wish.level == DIFFERENTIAL else sets[-1]
+    below = base.disk(disk.name) if base else None
+    if base is None or below is None:
+        return Link(FULL, f"it is not in set {sets[-1].id}" if base else "no set holds it in full")
+    doubt = (
+        _other_disk(base, below, disk, identity)
+        or _lost_record(base, below, disk, disks)
+        or damage.get((base.id, disk.name), "")
+        or _too_long(sets, base, disk.name, wish.max_chain)
+    )
+    if doubt:
+        return Link(FULL, doubt)
+    level = DIFFERENTIAL if wish.level == DIFFERENTIAL else INCREMENTAL
+    return Link(
+        level,
+        f"changes since set {base.id}",
+        Parent(base.id, below.sha256, base.attempt),
+        below.image,
+        below.bitmap or "",
+    )
+
+
+def _newest_full(sets: Sequence[Manifest], disk: str) -> Manifest | None:
+    for manifest in reversed(sets):
+        image = manifest.disk(disk)
+        if image and image.level == FULL:
+            return manifest
+    return None
+
+
+def _other_disk(base: Manifest, below: DiskImage, disk: Disk, identity: str) -> str:
+    if base.vm.identity != identity:
+        return f"set {base.id} is of another VM ({base.vm.identity})"
+    if below.virtual_size != disk.virtual_size:
+        return f"its size has changed from {below.virtual_size} to {disk.virtual_size} bytes since set {base.id}"
+    return ""
+
+
+def _lost_record(base: Manifest, below: DiskImage, disk: Disk, disks: Iterable[Disk]) -> str:
+    """Why the record of the changes since an image cannot be trusted; empty where it can."""
+    if not below.bitmap:
+        return f"set {base.id} was made without a record of the changes after it"
+    record = f"the record of the changes since set {base.id} (bitmap {below.bitmap})"
+    bitmap = disk.bitmap(below.bitmap)
+    if bitmap:
+        return f"{record} {bitmap.unusable}" if bitmap.unusable else ""
+    holder = next((other.name for other in disks if other.bitmap(below.bitmap)), "")
+    if holder:
+        return f"{record} is on disk {holder}: the disks were swapped, or one was copied over the other"
+    if not disk.keeps_bitmaps:
+        return f"{record} is gone: a disk like this one ({disk.driver}) keeps none when QEMU ends"
+    return f"{record} is gone: QEMU was killed, the disk was replaced or reverted, or somebody removed it"
+
+
+def _too_long(sets: Sequence[Manifest], base: Manifest, disk: str, max_chain: int) -> str:
+    steps, broken = walk(sets, base, disk)
+    if broken:
+        return broken
+    if len(steps) >= max_chain:
+        return f"its chain has {len(steps)} images (max_chain is {max_chain})"
+    if sum(len(f"../{manifest.id}/{image.image}") for manifest, image in steps) > LONGEST_NAME:
+        return f"its chain has {len(steps)} images, and with longer backing file names QEMU could not open it"
+    return ""
+
+
+def walk(sets: Sequence[Manifest], start: Manifest, disk: str) -> tuple[list[tuple[Manifest, DiskImage]], str]:
+    """The images that a disk's image in C(start) is made of, itself first; and what is wrong with a broken chain."""
+    by_id = {manifest.id: manifest for manifest in sets}
+    steps: list[tuple[Manifest, DiskImage]] = []
+    manifest: Manifest | None = start
+    image = start.disk(disk)
+    while manifest and image:
+        steps.append((manifest, image))
+        parent = image.parent
+        if parent is None:
+            return steps, ""
+        manifest = by_id.get(parent.id)
+        image = manifest.disk(disk) if manifest else None
+        if manifest is None or image is None:
+            return steps, f"set {parent.id}, which {steps[-1][0].id} builds on, is gone or has no disk {disk}"
+        if manifest.sequence >= steps[-1][0].sequence or _is_another(parent, manifest, image):
+            return steps, f"set {parent.id} is not the one that {steps[-1][0].id} builds on"
+    return steps, f"set {start.id} has no disk {disk}"
+
+
+def _is_another(parent: Parent, manifest: Manifest, image: DiskImage) -> bool:
+    return parent.attempt != manifest.attempt if parent.attempt else parent.sha256 != image.sha256
+
+
+def set_level(levels: Iterable[str]) -> str:
+    """The level of a set whose disks have these: full if all are, else what the others are."""
+    found = set(levels)
+    return next((level for level in (INCREMENTAL, DIFFERENTIAL) if level in found), FULL)
+
+
+def bitmaps_to_keep(sets: Sequence[Manifest], differential: bool) -> frozenset[str]:
+    """The bitmaps that the next set may need: the newest set's, and for differentials those of the disks' fulls."""
+    if not sets:
+        return frozenset()
+    images = list(sets[-1].disks)
+    if differential:
+        fulls = ((_newest_full(sets, disk.name), disk.name) for disk in sets[-1].disks)
+        images += [image for image in (full.disk(name) for full, name in fulls if full) if image]
+    return frozenset(image.bitmap for image in images if image.bitmap)
