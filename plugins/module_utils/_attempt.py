@@ -258,11 +258,14 @@ class Maker:
         reason = ""
         try:
             await _jobs.start_backups(monitor, starts, "individual", bitmaps, moment)
+            if not freezers[-1].held:
+                reason = freezers[-1].thaw_error or "the guest was thawed by others before all jobs had started"
         except AgentError as error:
-            if quiesce == _plan.REQUIRE:
-                raise BackupError(f"VM {intent.vm.name}: quiesce: {error}") from error
             reason = str(error)
-            await _jobs.start_backups(monitor, starts, "individual", bitmaps)
+            if quiesce == _plan.TRY:
+                await _jobs.start_backups(monitor, starts, "individual", bitmaps)
+        if reason and quiesce == _plan.REQUIRE:
+            raise BackupError(f"VM {intent.vm.name}: quiesce: {reason}")
         return replace(
             intent,
             frozen=any(freezer.thaw_error for freezer in freezers),

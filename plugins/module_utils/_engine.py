@@ -173,7 +173,7 @@ class Engine:
                 outcome = await self._cancel(work)
             elif self.settings.state == UNTRACKED:
                 outcome = await self._untrack(work)
-            elif planned.action == _plan.FAIL and not self._may_overrule:
+            elif planned.action == _plan.FAIL and not self._is_overruled(planned):
                 outcome = self._outcome(work, FAILED, error=planned.reason)
             else:
                 outcome = await self._bring_to_end(work)
@@ -183,10 +183,10 @@ class Engine:
             await self._turns.leave(planned.name)
         return outcome
 
-    @property
-    def _may_overrule(self) -> bool:
-        """Whether there are orders that the plan did not know of: what it refused is then looked at anew."""
-        return self.settings.takeover or self.settings.adopt
+    def _is_overruled(self, planned: VmPlan) -> bool:
+        """Whether there is an order that the plan did not know of: what it refused is then looked at anew."""
+        orders = {"takeover": self.settings.takeover, "adopt": self.settings.adopt}
+        return orders.get(planned.unless, False)
 
     async def _bring_to_end(self, work: _Work) -> Outcome:
         """Step after step until there is nothing left to do, or, with state started, nothing but to wait."""
@@ -247,7 +247,8 @@ class Engine:
         facts = await (_survey.glance(work.request, seen) if seen else _survey.look(work.request, monitor))
         shelf = self.repository.shelf(work.request.name)
         facts = _survey.with_dead(facts, shelf.intents, self._hypervisor)
-        return _survey.with_damage(facts, self.repository, shelf.sets), shelf
+        # What a glance shows of a VM, no new set is begun upon.
+        return facts if seen else _survey.with_damage(facts, self.repository, shelf.sets), shelf
 
     def _decide(self, work: _Work, facts: Facts, shelf: Shelf) -> Decision:
         return _plan.decide(work.request, facts, shelf, self._terms)
@@ -312,6 +313,8 @@ class Engine:
         if not work.copying:
             return self._outcome(work, RUNNING, reason="its jobs are copying")
         _vm, intent = work.copying
+        if intent.id != self.plan.id:
+            return self._outcome(work, RUNNING, reason=f"the jobs of set {intent.id} are copying, which comes first")
         return self._outcome(
             work,
             RUNNING,
@@ -615,7 +618,8 @@ class Engine:
             _vm, intent = work.copying
             async with Monitor(parse_address(intent.monitor), self.commands) as monitor:
                 stubborn = await _jobs.cancel_jobs(monitor, intent.jobs)
-                await _jobs.resume(monitor)
+                if intent.guest != IO_ERROR:
+                    await _jobs.resume(monitor)
             work.changed = True
             ended = "its jobs were cancelled, but do not end" if stubborn else "its jobs were cancelled"
             reason = f"{reason}; {ended}. Run the backup again when it is back"

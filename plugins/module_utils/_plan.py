@@ -113,7 +113,10 @@ class DiskPlan:
 
 @dataclass(frozen=True)
 class VmPlan:
-    """One VM: what is to be done, and why. C(wanted) is the level that is asked for, C(level) the one to be made."""
+    """One VM: what is to be done, and why. C(wanted) is the level that is asked for, C(level) the one to be made.
+
+    C(unless) is the option of backup_set with which it goes on after all, where C(action) is C(fail).
+    """
 
     name: str
     monitor: str
@@ -126,6 +129,7 @@ class VmPlan:
     wanted: str = AUTO
     quiesce: str = NONE
     agent: str = ""
+    unless: str = ""
     disks: tuple[DiskPlan, ...] = ()
     left_out: tuple[LeftOut, ...] = ()
 
@@ -281,7 +285,7 @@ class Decision:
 def decide(request: Request, facts: Facts, shelf: Shelf, terms: Terms) -> Decision:
     """What to do with one VM; the first reason that applies wins."""
     choice = choose_disks(facts.vm, request) if facts.vm else Choice()
-    intent, removal = None, ""
+    intent, removal, unless = None, "", ""
     if choice.error:
         action, reason = FAIL, choice.error
     elif shelf.published(terms.id):
@@ -289,6 +293,9 @@ def decide(request: Request, facts: Facts, shelf: Shelf, terms: Terms) -> Decisi
     elif shelf.intents:
         intent = _next_intent(shelf.intents, terms.id)
         action, reason, removal = _being_made(intent, facts, terms)
+        unless = "takeover" if action == FAIL else ""
+    elif _belongs_to_another(facts, shelf) and not terms.adopt:
+        action, reason, unless = FAIL, _belongs_to_another(facts, shelf), "adopt"
     else:
         action, reason = _not_begun(facts, shelf, terms, choice)
     links = link_disks(request, facts, shelf, terms, choice) if action in (START, FINISH) else ()
@@ -305,6 +312,7 @@ def decide(request: Request, facts: Facts, shelf: Shelf, terms: Terms) -> Decisi
         wanted=request.wanted,
         quiesce=request.quiesce,
         agent=request.agent,
+        unless=unless,
         disks=disks,
         left_out=choice.left_out,
     )
@@ -339,13 +347,6 @@ def _not_begun(facts: Facts, shelf: Shelf, terms: Terms, choice: Choice) -> tupl
         return FAIL, f"in the place of set {terms.id} stands something that is no set (no valid manifest); move it away"
     if facts.vm is None:
         return SKIP if facts.off and terms.policy.offline == "skip" else FAIL, facts.error
-    newest = shelf.sets[-1] if shelf.sets else None
-    if newest and newest.vm.identity != facts.vm.identity and not terms.adopt:
-        return FAIL, (
-            f"the directory belongs to another VM of this name ({newest.vm.identity}, set {newest.id}; this one is"
-            f" {facts.vm.identity}). Give one of them another name; if this VM has taken the other's place, adopt: true"
-            " goes on there, with a full set"
-        )
     busy = ", ".join(f"job {job.id} ({job.type}, {job.status})" for job in _foreign_jobs(facts.vm, terms.tag))
     if busy:
         return FAIL, f"busy: {busy}; wait for its end, or cancel it with block_job"
@@ -354,6 +355,18 @@ def _not_begun(facts: Facts, shelf: Shelf, terms: Terms, choice: Choice) -> tupl
     if not choice.disks:
         return SKIP, "it has no disk to back up"
     return START, f"there is no set {terms.id} of this VM"
+
+
+def _belongs_to_another(facts: Facts, shelf: Shelf) -> str:
+    """What is said of a VM in whose directory another one's sets are; empty where there are none."""
+    newest = shelf.sets[-1] if shelf.sets else None
+    if newest is None or facts.vm is None or newest.vm.identity == facts.vm.identity:
+        return ""
+    return (
+        f"the directory belongs to another VM of this name ({newest.vm.identity}, set {newest.id}; this one is"
+        f" {facts.vm.identity}). Give one of them another name; if this VM has taken the other's place, adopt: true"
+        " goes on there, with a full set"
+    )
 
 
 def link_disks(request: Request, facts: Facts, shelf: Shelf, terms: Terms, choice: Choice) -> tuple[Link, ...]:
@@ -560,7 +573,7 @@ def refuse_twins(plans: Iterable[VmPlan], processes: Mapping[str, tuple[int, ...
         else:
             result.append(plan)
             continue
-        result.append(replace(plan, action=FAIL, reason=reason, disks=()))
+        result.append(replace(plan, action=FAIL, reason=reason, unless="", disks=()))
     return tuple(result)
 
 
