@@ -1,0 +1,93 @@
+# Copyright (c) 2026, vmfleet contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""What the benchmarks share: modules run as Ansible runs them, and what that took."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import typing as t
+from pathlib import Path
+
+MODULES = "ansible_collections.vmfleet.backup.plugins.modules"
+
+
+@dataclasses.dataclass(frozen=True)
+class Execution:
+    """One execution of a module, the start of its process included."""
+
+    result: dict[str, t.Any]
+    cpu: float
+    """Seconds of CPU, user and system, of the module and of the programs that it ran."""
+    memory: int
+    """The most memory that it had in use, in bytes."""
+
+
+def execute(module: str, **options: t.Any) -> Execution:
+    """Run a module that has to succeed."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", f"{MODULES}.{module}"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdin
+    assert process.stdout
+    process.stdin.write(json.dumps({"ANSIBLE_MODULE_ARGS": options}, default=str))
+    process.stdin.close()
+    result = json.loads(process.stdout.read())
+    _pid, status, usage = os.wait4(process.pid, 0)
+    assert os.waitstatus_to_exitcode(status) == 0, result
+    return Execution(result, usage.ru_utime + usage.ru_stime, usage.ru_maxrss << 10)
+
+
+def options(description: str | None) -> argparse.Namespace:
+    """What the command line says: all benchmarks take the same options, and each uses those that concern it."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--directory", type=Path, help="where to work; needs three times the data")
+    parser.add_argument("--pairs", type=int, default=5, help="copy: how often each opponent is met")
+    parser.add_argument("--gib", type=float, default=4, help="copy: data on the disk")
+    parser.add_argument("--vms", type=int, default=200, help="control: VMs, of 30 MiB of memory each")
+    return parser.parse_args()
+
+
+def seconds(work: t.Callable[[], object]) -> float:
+    """How long this takes."""
+    begin = time.monotonic()
+    work()
+    return time.monotonic() - begin
+
+
+@contextlib.contextmanager
+def workplace(parent: Path | None) -> t.Iterator[Path]:
+    """A directory for as long as it is needed."""
+    directory = Path(tempfile.mkdtemp(prefix="vmfleet-bench-", dir=parent))
+    try:
+        yield directory
+    finally:
+        shutil.rmtree(directory)
+
+
+def progress(text: str) -> None:
+    """Tell what is going on to whom it may concern."""
+    print(f"  {text}", file=sys.stderr, flush=True)
+
+
+def machine() -> str:
+    """What this was measured on."""
+    qemu = subprocess.run(["qemu-system-x86_64", "--version"], capture_output=True, text=True, check=True).stdout
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >> 30
+    return f"{os.cpu_count()} cores, {memory} GiB, Linux {platform.release()}, {qemu.split(' (')[0]}"
+
+
+def verdict(kept: bool) -> str:
+    """Whether a limit was kept."""
+    return "ok" if kept else "MISSED"
