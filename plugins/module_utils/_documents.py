@@ -226,11 +226,87 @@ class Failure:
 
     @classmethod
     def parse(cls, found: Any) -> Failure:
+        return _parse(cls, found, "record of a failure")
+
+
+@dataclass(frozen=True)
+class Protection:
+    """A set that is not to be removed, whatever the rules say."""
+
+    id: str
+    since: str
+    schema: int = SCHEMA
+
+    @classmethod
+    def parse(cls, found: Any) -> Protection:
+        return _parse(cls, found, "mark of protection")
+
+
+@dataclass(frozen=True)
+class Pin:
+    """Somebody's overlay on an image of a set: C(path) on the machine C(host), made by which that image is read."""
+
+    id: str
+    disk: str
+    path: str
+    host: str
+    machine_id: str
+    since: str
+    schema: int = SCHEMA
+
+    @classmethod
+    def parse(cls, found: Any) -> Pin:
+        return _parse(cls, found, "pin")
+
+
+@dataclass(frozen=True)
+class Verification:
+    """How the last look at a set of this C(attempt) ended. C(errors) are empty where all was well."""
+
+    id: str
+    attempt: str
+    depth: str
+    when: str
+    errors: tuple[str, ...] = ()
+    schema: int = SCHEMA
+
+    @property
+    def ok(self) -> bool:
+        return not self.errors
+
+    @classmethod
+    def parse(cls, found: Any) -> Verification:
+        _check_schema(found)
+        return _parse(cls, {**found, "errors": tuple(found.get("errors", ()))}, "verification")
+
+
+@dataclass(frozen=True)
+class Consolidation:
+    """An increment of the set C(id) becomes a full image: C(image) is what the manifest is going to say of it.
+
+    While this stands, the file may be the one or the other, and their sizes tell which.
+    """
+
+    id: str
+    attempt: str
+    image: DiskImage
+    schema: int = SCHEMA
+
+    @classmethod
+    def parse(cls, found: Any) -> Consolidation:
         _check_schema(found)
         try:
-            return _build(cls, found)
-        except TypeError as error:
-            raise DocumentError(f"it is no record of a failure: {error!r}") from error
+            return _build(cls, {**found, "image": DiskImage.parse(found["image"])})
+        except (KeyError, TypeError, AttributeError) as error:
+            raise DocumentError(f"it is no note of a consolidation: {error!r}") from error
+
+
+def _parse(cls: type[T], found: Any, what: str) -> T:
+    _check_schema(found)
+    try:
+        return _build(cls, found)
+    except TypeError as error:
+        raise DocumentError(f"it is no {what}: {error!r}") from error
 
 
 def _check_schema(found: Any) -> None:

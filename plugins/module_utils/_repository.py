@@ -6,8 +6,9 @@
 """A repository: a directory tree of sets.
 
 C(REPOSITORY/<vm>/<set id>/) is a set if it holds a valid manifest. C(.<set id>.staging/) beside it is where a set
-grows, described by its intent; C(.<set id>.failed.json) remembers an attempt that did not end well; C(.lock) is never
-unlinked.
+grows, described by its intent; C(.<set id>.failed.json) remembers an attempt that did not end well;
+C(.<set id>.removed/) is a set that goes; C(.<set id>.consolidation.json) tells of an increment that becomes a full
+image; C(.lock) is never unlinked. What else is said of a set is in C(_marks).
 What changes something here is called with the VM's lock held.
 """
 
@@ -26,6 +27,7 @@ from typing import TYPE_CHECKING
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._documents import (
     SCHEMA,
+    Consolidation,
     Failure,
     Intent,
     Manifest,
@@ -37,7 +39,7 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._names import REPOS
 from ansible_collections.vmfleet.backup.plugins.module_utils._target import remove, sync_directory
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Iterable
     from typing import Any
 
     from ansible_collections.vmfleet.backup.plugins.module_utils._documents import DiskImage
@@ -47,6 +49,8 @@ INTENT = "intent.json"
 DESCRIPTION = "vm.json"
 STAGING = ".staging"
 FAILED = ".failed.json"
+REMOVED = ".removed"
+NOTE = ".consolidation.json"
 TEMPORARY = f".{REPOSITORY_FILE}."
 UNFINISHED = ".new"
 """What a file's name ends with while it is written."""
@@ -69,6 +73,7 @@ class Shelf:
     sets: tuple[Manifest, ...] = ()
     intents: tuple[Intent, ...] = ()
     failures: tuple[Failure, ...] = ()
+    notes: tuple[Consolidation, ...] = ()
     described: frozenset[str] = frozenset()
     strays: frozenset[str] = frozenset()
 
@@ -122,6 +127,7 @@ class Repository:
         sets: list[Manifest] = []
         intents: list[Intent] = []
         failures: list[Failure] = []
+        notes: list[Consolidation] = []
         described: set[str] = set()
         strays: set[str] = set()
         try:
@@ -131,12 +137,15 @@ class Repository:
         for entry in entries:
             path = os.path.join(directory, entry)
             if entry.startswith(".") and entry.endswith(FAILED):
-                failure = _read(path, Failure)
+                failure = read_document(path, Failure)
                 failures += [failure] if failure else []
+            elif entry.startswith(".") and entry.endswith(NOTE):
+                note = read_document(path, Consolidation)
+                notes += [note] if note else []
             elif entry.startswith(".") and entry.endswith(STAGING):
-                intent = _read(os.path.join(path, INTENT), Intent)
+                intent = read_document(os.path.join(path, INTENT), Intent)
                 intents += [intent] if intent else []
-                manifest = _read(os.path.join(path, MANIFEST), Manifest)
+                manifest = read_document(os.path.join(path, MANIFEST), Manifest)
                 described |= {manifest.attempt} if manifest else set()
             elif not entry.startswith("."):
                 found = self._manifest(os.path.join(path, MANIFEST))
@@ -144,8 +153,19 @@ class Repository:
                     sets.append(found)
                 else:
                     strays.add(entry)
-        sets.sort(key=lambda found: found.sequence)
-        return Shelf(tuple(sets), tuple(intents), tuple(failures), frozenset(described), frozenset(strays))
+        sets = [self._as_noted(found, notes) for found in sorted(sets, key=lambda found: found.sequence)]
+        return Shelf(
+            tuple(sets), tuple(intents), tuple(failures), tuple(notes), frozenset(described), frozenset(strays)
+        )
+
+    def _as_noted(self, manifest: Manifest, notes: Iterable[Consolidation]) -> Manifest:
+        """The manifest as it will be, where the file of an image is the new one already."""
+        for note in notes:
+            old = manifest.disk(note.image.name)
+            if note.attempt == manifest.attempt and old and self.damage(manifest, old):
+                disks = tuple(note.image if disk is old else disk for disk in manifest.disks)
+                manifest = replace(manifest, disks=disks)
+        return manifest
 
     def _manifest(self, path: str) -> Manifest | None:
         try:
@@ -154,7 +174,7 @@ class Repository:
             return None
         state = (status.st_ino, status.st_mtime_ns, status.st_ctime_ns, status.st_size)
         if self._manifests.get(path, ((),))[0] != state:
-            found: Manifest | None = _read(path, Manifest)
+            found: Manifest | None = read_document(path, Manifest)
             if found is None:
                 return None
             self._manifests[path] = (state, found)
@@ -174,7 +194,7 @@ class Repository:
     def intents(self) -> tuple[Intent, ...]:
         """All intents of the repository, whoever works on them."""
         pattern = os.path.join(glob.escape(self.path), "*", ".*" + STAGING, INTENT)
-        found = (_read(path, Intent) for path in glob.glob(pattern))
+        found = (read_document(path, Intent) for path in glob.glob(pattern))
         return tuple(intent for intent in found if intent)
 
     def outstanding(self, intent: Intent) -> int:
@@ -204,14 +224,14 @@ class Repository:
         sync_directory(self.directory(intent.vm.name))
 
     def update(self, intent: Intent) -> None:
-        _write(os.path.join(self.staging(intent.vm.name, intent.id), INTENT), asdict(intent))
+        write_document(os.path.join(self.staging(intent.vm.name, intent.id), INTENT), asdict(intent))
 
     def write_description(self, intent: Intent, description: dict[str, Any]) -> None:
         """Write down how the VM was built."""
-        _write(os.path.join(self.staging(intent.vm.name, intent.id), DESCRIPTION), description, PUBLISHED_MODE)
+        write_document(os.path.join(self.staging(intent.vm.name, intent.id), DESCRIPTION), description, PUBLISHED_MODE)
 
     def intent(self, vm: str, set_id: str) -> Intent | None:
-        found: Intent | None = _read(os.path.join(self.staging(vm, set_id), INTENT), Intent)
+        found: Intent | None = read_document(os.path.join(self.staging(vm, set_id), INTENT), Intent)
         return found
 
     def describe(self, intent: Intent, manifest: Manifest) -> None:
@@ -219,7 +239,7 @@ class Repository:
         sets = self.shelf(intent.vm.name).sets
         manifest = replace(manifest, sequence=sets[-1].sequence + 1 if sets else 1)
         staging = self.staging(intent.vm.name, intent.id)
-        _write(os.path.join(staging, MANIFEST), asdict(manifest), PUBLISHED_MODE)
+        write_document(os.path.join(staging, MANIFEST), asdict(manifest), PUBLISHED_MODE)
 
     def publish(self, intent: Intent) -> Manifest:
         """Make a described set seen, by one rename."""
@@ -232,7 +252,7 @@ class Repository:
             os.chmod(self.image_path(intent, disk.image.image), PUBLISHED_MODE)
         os.rename(self.staging(name, set_id), final)
         sync_directory(self.directory(name))
-        manifest: Manifest | None = _read(os.path.join(final, MANIFEST), Manifest)
+        manifest: Manifest | None = read_document(os.path.join(final, MANIFEST), Manifest)
         if manifest is None:
             raise BackupError(f"VM {name}: the manifest of {final} vanished while the set was published")
         return manifest
@@ -260,12 +280,34 @@ class Repository:
                 continue
             half_written = entry.endswith(FAILED + UNFINISHED)
             unclaimed = entry.endswith(STAGING) and not os.path.lexists(os.path.join(path, INTENT))
-            if half_written or unclaimed or path == self.failure_path(vm, set_id):
+            half_removed = entry.endswith(REMOVED)
+            if half_written or unclaimed or half_removed or path == self.failure_path(vm, set_id):
                 found.append(path)
         return found
 
+    def remove_set(self, vm: str, set_id: str) -> None:
+        """Remove a set: it is listed no more from the first moment on, and what a crash leaves of it tidy() takes."""
+        going = os.path.join(self.directory(vm), f".{set_id}{REMOVED}")
+        os.rename(self.set_path(vm, set_id), going)
+        sync_directory(self.directory(vm))
+        _empty(going)
+        sync_directory(self.directory(vm))
+
+    def note_path(self, vm: str, set_id: str) -> str:
+        return os.path.join(self.directory(vm), f".{set_id}{NOTE}")
+
+    def write_note(self, vm: str, note: Consolidation) -> None:
+        """Say which image a file is about to become."""
+        write_document(self.note_path(vm, note.id), asdict(note))
+
+    def rewrite_manifest(self, manifest: Manifest) -> None:
+        """Replace what is said of a published set."""
+        write_document(
+            os.path.join(self.set_path(manifest.vm.name, manifest.id), MANIFEST), asdict(manifest), PUBLISHED_MODE
+        )
+
     def record_failure(self, vm: str, failure: Failure) -> None:
-        _write(self.failure_path(vm, failure.id), asdict(failure))
+        write_document(self.failure_path(vm, failure.id), asdict(failure))
 
     def discard_images(self, intent: Intent) -> None:
         """Give back the space that an attempt has taken; its intent stays."""
@@ -336,7 +378,7 @@ def create_repository(path: str) -> Repository:
     marker = os.path.join(path, REPOSITORY_FILE)
     temporary = os.path.join(path, TEMPORARY + uuids.uuid4().hex)
     try:
-        _write(temporary, {"schema": SCHEMA, "uuid": str(uuids.uuid4())})
+        write_document(temporary, {"schema": SCHEMA, "uuid": str(uuids.uuid4())})
         os.link(temporary, marker)
     except (FileExistsError, FileNotFoundError):
         # Somebody else was faster, and has tidied up as below.
@@ -377,7 +419,7 @@ def _probe_lock(path: str) -> None:
     )
 
 
-def _read(path: str, kind: Any) -> Any:
+def read_document(path: str, kind: Any) -> Any:
     """A document; None where there is none, or one that is not whole. A newer schema is never skipped over."""
     try:
         with open(path, encoding="utf-8") as source:
@@ -390,7 +432,7 @@ def _read(path: str, kind: Any) -> Any:
         raise BackupError(f"repository: {path} cannot be read: {error.strerror}") from error
 
 
-def _write(path: str, content: dict[str, Any], mode: int = 0o600) -> None:
+def write_document(path: str, content: dict[str, Any], mode: int = 0o600) -> None:
     """Write a document onto stable storage, whole or not at all."""
     temporary = path + UNFINISHED
     remove(temporary)
