@@ -108,6 +108,47 @@ def test_check_then_back_up_then_nothing_to_do(vms: Vms, directory: Path, hyperv
     assert snapshot(hypervisor.sets.path) == before
 
 
+def test_the_second_set_is_an_increment(vms: Vms, directory: Path, hypervisor: Hypervisor) -> None:
+    vm = vms.start(vms.disk(0), vms.disk(1), name="web01")
+    assert hypervisor.run(sockets=sockets(vm)).rc == 0
+    vm.write("drive0", 0x77, 5 << 20, 1 << 20)
+    copies = {str(disk.id): vm.freeze(disk, directory / f"frozen-{disk.id}.qcow2") for disk in vm.disks}
+    checked = hypervisor.run("--check", sockets=sockets(vm), id="s2")
+    assert "drive0: incremental" in checked.output
+    assert "changes since set s1" in checked.output
+    assert not (hypervisor.sets.path / "web01" / "s2").exists()
+    second = hypervisor.run(sockets=sockets(vm), id="s2")
+    assert second.rc == 0, second.output
+    assert "1 incremental, 1 crash consistent" in second.output
+    hypervisor.sets.assert_good("web01", copies, "s2", dict.fromkeys(copies, "incremental"))
+    before = snapshot(hypervisor.sets.path)
+    again = hypervisor.run(sockets=sockets(vm), id="s2")
+    assert (again.rc, again.recap()["changed"]) == (0, 0)
+    assert snapshot(hypervisor.sets.path) == before
+
+
+def test_what_is_said_of_one_vm_wins(vms: Vms, hypervisor: Hypervisor) -> None:
+    vm = vms.start(name="web01")
+    assert hypervisor.run(sockets=sockets(vm)).rc == 0
+    own = [{"name": "web01", "monitor": str(vm.monitor), "level": "full", "quiesce": "none"}]
+    play = hypervisor.run(vms=own, id="s2", level="incremental", quiesce="require")
+    assert play.rc == 0, play.output
+    assert hypervisor.sets.reasons("web01", "s2") == {"drive0": "a full image is asked for"}
+
+
+def test_a_guest_that_must_be_frozen_and_cannot_be_has_no_set(vms: Vms, hypervisor: Hypervisor) -> None:
+    vm = vms.start(name="web01")
+    play = hypervisor.run(sockets=sockets(vm), quiesce="require")
+    assert play.rc != 0
+    assert "quiesce: the VM" in play.output
+    assert "no set s1 of web01;" in play.output
+    hypervisor.sets.assert_absent("web01")
+    # Nothing but the wish stood in its way.
+    play = hypervisor.run(sockets=sockets(vm), quiesce="try")
+    assert play.rc == 0, play.output
+    assert "were not frozen: the VM" in play.output
+
+
 def test_the_number_of_tasks_does_not_depend_on_the_number_of_vms(vms: Vms, hypervisor: Hypervisor) -> None:
     machines = [vms.start(vms.disk(number, size=8 << 20), name=f"vm{number}") for number in range(5)]
     one = hypervisor.run(sockets=sockets(machines[0]))
@@ -155,6 +196,7 @@ def test_tag_plan_only_plans(vms: Vms, hypervisor: Hypervisor) -> None:
         ({"sockets": []}, "vm_backup_vms and vm_backup_sockets are both empty"),
         ({"id": "../up"}, "no id of a set"),
         ({"speed": "fast"}, "speed"),
+        ({"max_chain": 0}, "max_chain: 0 is less than 1"),
         ({"reserve": "100000T"}, "lower vm_backup_reserve"),
         ({"compression": "lzma"}, "value of vm_backup_compression must be one of"),
     ],
