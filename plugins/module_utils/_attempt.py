@@ -12,7 +12,6 @@ it: the names of the jobs and bitmaps, the images, the freeze.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import os
 import secrets
 import time
@@ -22,6 +21,7 @@ from typing import TYPE_CHECKING
 
 from ansible_collections.vmfleet.backup.plugins.module_utils import _guard, _jobs, _plan, _target
 from ansible_collections.vmfleet.backup.plugins.module_utils._agent import find_agent
+from ansible_collections.vmfleet.backup.plugins.module_utils._checksum import sha256
 from ansible_collections.vmfleet.backup.plugins.module_utils._description import describe_vm
 from ansible_collections.vmfleet.backup.plugins.module_utils._documents import (
     COPYING,
@@ -48,8 +48,6 @@ if TYPE_CHECKING:
 
 CRASH = "crash"
 FILESYSTEM = "filesystem"
-
-READ_SIZE = 4 << 20
 
 
 @dataclass(frozen=True)
@@ -340,7 +338,7 @@ def finish_image(path: str, disk: Growing, checksum: bool, held: int | None = No
         raise BackupError(f"disk {disk.image.name}: {path} is not the file that the backup was started with")
     status = _target.flush(path, held)
     # Without such an fd, only the disk itself can tell that everything has arrived.
-    digest = _sha256(path) if checksum or held is None else None
+    digest = sha256(path) if checksum or held is None else None
     return replace(disk.image, bytes=status.st_size, sha256=digest if checksum else None)
 
 
@@ -359,18 +357,6 @@ def _arguments(policy: Policy, link: Link) -> dict[str, Any]:
     if policy.compression != "none":
         arguments["compress"] = True
     return arguments
-
-
-def _sha256(path: str) -> str:
-    """The checksum of what is on the disk, not of what the page cache remembers."""
-    digest = hashlib.sha256()
-    with open(path, "rb", buffering=0) as image:
-        os.posix_fadvise(image.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        while True:
-            piece = image.read(READ_SIZE)
-            if not piece:
-                return digest.hexdigest()
-            digest.update(piece)
 
 
 def boottime() -> float:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from ansible_collections.vmfleet.backup.plugins.module_utils._documents import Parent
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from ansible_collections.vmfleet.backup.plugins.module_utils._documents import DiskImage, Manifest
     from ansible_collections.vmfleet.backup.plugins.module_utils._inspect import Disk
@@ -150,16 +150,43 @@ def walk(sets: Sequence[Manifest], start: Manifest, disk: str) -> tuple[list[tup
     image = start.disk(disk)
     while manifest and image:
         steps.append((manifest, image))
-        parent = image.parent
-        if parent is None:
-            return steps, ""
-        manifest = by_id.get(parent.id)
-        image = manifest.disk(disk) if manifest else None
-        if manifest is None or image is None:
-            return steps, f"set {parent.id}, which {steps[-1][0].id} builds on, is gone or has no disk {disk}"
-        if manifest.sequence >= steps[-1][0].sequence or _is_another(parent, manifest, image):
-            return steps, f"set {parent.id} is not the one that {steps[-1][0].id} builds on"
+        broken = _broken_below(by_id, manifest, image)
+        if broken or image.parent is None:
+            return steps, broken
+        manifest = by_id[image.parent.id]
+        image = manifest.disk(disk)
     return steps, f"set {start.id} has no disk {disk}"
+
+
+def broken_images(sets: Sequence[Manifest], damage: Callable[[Manifest, DiskImage], str]) -> dict[tuple[str, str], str]:
+    """Which images of all sets cannot be read whole, by set id and disk, and why.
+
+    C(damage) says what is wrong with an image's own file; it is asked once for each.
+    """
+    by_id = {manifest.id: manifest for manifest in sets}
+    broken: dict[tuple[str, str], str] = {}
+    for manifest in sets:
+        for image in manifest.disks:
+            reason = damage(manifest, image) or _broken_below(by_id, manifest, image)
+            if not reason and image.parent:
+                reason = broken.get((image.parent.id, image.name), "")
+            if reason:
+                broken[(manifest.id, image.name)] = reason
+    return broken
+
+
+def _broken_below(by_id: Mapping[str, Manifest], manifest: Manifest, image: DiskImage) -> str:
+    """What is wrong with the link from an image to the one that it builds on."""
+    parent = image.parent
+    if parent is None:
+        return ""
+    base = by_id.get(parent.id)
+    below = base.disk(image.name) if base else None
+    if base is None or below is None:
+        return f"set {parent.id}, which {manifest.id} builds on, is gone or has no disk {image.name}"
+    if base.sequence >= manifest.sequence or _is_another(parent, base, below):
+        return f"set {parent.id} is not the one that {manifest.id} builds on"
+    return ""
 
 
 def _is_another(parent: Parent, manifest: Manifest, image: DiskImage) -> bool:

@@ -301,6 +301,31 @@ class Consolidation:
             raise DocumentError(f"it is no note of a consolidation: {error!r}") from error
 
 
+@dataclass(frozen=True)
+class Restoration:
+    """What stands beside a restored disk: where it came from, and what its file is known by.
+
+    C(mtime) is in nanoseconds.
+    """
+
+    repository: str
+    vm: str
+    id: str
+    attempt: str
+    disk: str
+    method: str
+    format: str
+    inode: int
+    size: int
+    mtime: int
+    when: str
+    schema: int = SCHEMA
+
+    @classmethod
+    def parse(cls, found: Any) -> Restoration:
+        return _parse(cls, found, "receipt of a restore")
+
+
 def _parse(cls: type[T], found: Any, what: str) -> T:
     _check_schema(found)
     try:

@@ -61,6 +61,14 @@ def measure_command(path: str, image_format: str, target_format: str) -> list[st
     return ["qemu-img", "measure", "-U", "--output=json", "-f", image_format, "-O", target_format, "--", path]
 
 
+def convert_command(
+    source: str, target: str, source_format: str, target_format: str, onto_device: bool = False
+) -> list[str]:
+    """C(qemu-img convert) of an image with all that it builds on. A device is not made anew, but written onto."""
+    command = ["qemu-img", "convert", "-W", "-m", "16", "-f", source_format, "-O", target_format]
+    return [*command, *(["-n"] if onto_device else []), "--", source, target]
+
+
 def map_command(path: str, image_format: str) -> list[str]:
     """C(qemu-img map)."""
     return ["qemu-img", "map", "--output=json", "-f", image_format, "--", path]

@@ -180,6 +180,12 @@ class Repository:
             self._manifests[path] = (state, found)
         return self._manifests[path][1]
 
+    def any_manifest(self, directory: str) -> Manifest | None:
+        """Some manifest in a VM's directory: the directory's name does not always tell the VM's."""
+        entries = sorted(os.listdir(directory), reverse=True)
+        found = (self._manifest(os.path.join(directory, entry, MANIFEST)) for entry in entries if entry[0] != ".")
+        return next((manifest for manifest in found if manifest), None)
+
     def damage(self, manifest: Manifest, image: DiskImage) -> str:
         """What is wrong with an image's file, as far as its metadata tells; empty where nothing is."""
         path = os.path.join(self.set_path(manifest.vm.name, manifest.id), image.image)

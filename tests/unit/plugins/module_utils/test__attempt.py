@@ -49,7 +49,7 @@ def test_without_an_fd_from_before_the_job_the_image_is_read_back(
     def fail(found: str) -> str:
         raise OSError(5, "Input/output error", found)
 
-    monkeypatch.setattr(_attempt, "_sha256", fail)
+    monkeypatch.setattr(_attempt, "sha256", fail)
     with path.open("rb+") as held:
         assert finish_image(str(path), disk, False, held.fileno()).sha256 is None
     with pytest.raises(OSError, match="Input/output"):

@@ -1,0 +1,93 @@
+# Copyright (c) 2026, vmfleet contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+# PRIVATE: this file is not part of the public interface of the collection; it can change without notice.
+"""What a repository holds of a VM, for those who read it: restore, verify, list, prune. Needs no QEMU and no locks."""
+
+from __future__ import annotations
+
+import glob
+import os
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from typing import TYPE_CHECKING
+
+from ansible_collections.vmfleet.backup.plugins.module_utils._chain import broken_images, walk
+from ansible_collections.vmfleet.backup.plugins.module_utils._errors import BackupError, Refused
+from ansible_collections.vmfleet.backup.plugins.module_utils._marks import Marks, read_marks
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from ansible_collections.vmfleet.backup.plugins.module_utils._documents import DiskImage, Manifest
+    from ansible_collections.vmfleet.backup.plugins.module_utils._repository import Repository, Shelf
+
+
+@dataclass(frozen=True)
+class Holdings:
+    """One VM in a repository. C(broken) says, by set id and disk, why an image cannot be read whole."""
+
+    name: str
+    shelf: Shelf
+    marks: Marks
+    broken: Mapping[tuple[str, str], str]
+
+    @property
+    def broken_sets(self) -> dict[str, str]:
+        """Why sets cannot be restored whole, by id."""
+        found: dict[str, str] = {}
+        for (set_id, disk), reason in self.broken.items():
+            found.setdefault(set_id, f"disk {disk}: {reason}")
+        return found
+
+    def find(self, set_id: str = "", before: datetime | None = None) -> Manifest:
+        """The set with this id, or the newest one, or the newest that was begun no later than C(before)."""
+        if set_id:
+            found = self.shelf.published(set_id)
+            if found is None:
+                raise Refused("id", f"VM {self.name} has no set {set_id}; it has: {self._ids()}")
+            return found
+        fitting = [one for one in self.shelf.sets if before is None or begun(one) <= before]
+        if not fitting:
+            when = f" from before {before.isoformat()}" if before else ""
+            raise Refused("before" if before else "vm", f"VM {self.name} has no set{when}; it has: {self._ids()}")
+        return fitting[-1]
+
+    def chain(self, manifest: Manifest, disk: str) -> list[tuple[Manifest, DiskImage]]:
+        """The images that make up a disk of a set, itself first; BackupError names the link that is missing."""
+        reason = self.broken.get((manifest.id, disk), "")
+        steps, broken = walk(self.shelf.sets, manifest, disk)
+        if broken or reason:
+            raise BackupError(f"VM {self.name}, set {manifest.id}, disk {disk}: {reason or broken}")
+        return steps
+
+    def _ids(self) -> str:
+        return ", ".join(one.id for one in self.shelf.sets) or "none"
+
+
+def holdings(repository: Repository, vm: str) -> Holdings:
+    """All that a repository holds about one VM."""
+    shelf = repository.shelf(vm)
+    return Holdings(vm, shelf, read_marks(repository, vm), broken_images(shelf.sets, repository.damage))
+
+
+def vm_names(repository: Repository) -> list[str]:
+    """The VMs that a repository has sets of, by the names in their manifests."""
+    names = set()
+    for directory in glob.glob(os.path.join(glob.escape(repository.path), "*", "")):
+        found = repository.any_manifest(directory)
+        if found:
+            names.add(found.vm.name)
+    return sorted(names)
+
+
+def begun(manifest: Manifest) -> datetime:
+    return parse_time(manifest.started)
+
+
+def parse_time(text: str) -> datetime:
+    """A time in ISO 8601; without a zone it is UTC. ValueError where it is none."""
+    # Python 3.8 knows no Z.
+    found = datetime.fromisoformat(text.replace("Z", "+00:00"))
+    return found if found.tzinfo else found.replace(tzinfo=timezone.utc)

@@ -1,0 +1,361 @@
+# Copyright (c) 2026, vmfleet contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+# PRIVATE: this file is not part of the public interface of the collection; it can change without notice.
+"""Disks of a set brought back: copied out of their chain, or laid over it.
+
+The repository is read as it lies. All that can be wrong with it or with a target is found before the first byte is
+written. A target appears under its name only when it is whole and on stable storage; a receipt beside it then says what
+it is, so that the same restore is not made twice.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import os
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING
+
+from ansible_collections.vmfleet.backup.plugins.module_utils import _qemu_img, _target
+from ansible_collections.vmfleet.backup.plugins.module_utils._attempt import utc_now
+from ansible_collections.vmfleet.backup.plugins.module_utils._checksum import check_all
+from ansible_collections.vmfleet.backup.plugins.module_utils._documents import Pin, Restoration
+from ansible_collections.vmfleet.backup.plugins.module_utils._errors import BackupError, Refused, ToolError
+from ansible_collections.vmfleet.backup.plugins.module_utils._inspect import machine_id
+from ansible_collections.vmfleet.backup.plugins.module_utils._marks import remove_marks, write_mark
+from ansible_collections.vmfleet.backup.plugins.module_utils._plan import human
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository import (
+    UNFINISHED,
+    read_document,
+    write_document,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from typing import Any
+
+    from ansible_collections.vmfleet.backup.plugins.module_utils._documents import DiskImage, Manifest
+    from ansible_collections.vmfleet.backup.plugins.module_utils._library import Holdings
+    from ansible_collections.vmfleet.backup.plugins.module_utils._repository import Repository
+
+COPY = "copy"
+OVERLAY = "overlay"
+METHODS = (COPY, OVERLAY)
+FORMATS = ("qcow2", "raw")
+
+RECEIPT = ".restored.json"
+PARTIAL = ".partial"
+
+CONVERT_TIMEOUT = 7 * 24 * 3600.0
+"""Seconds for a copy: no sensible one takes as long."""
+
+READ_ONLY = frozenset({errno.EROFS, errno.EACCES, errno.EPERM})
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One disk to be brought back: the images that it is made of, newest first, and where it goes."""
+
+    disk: str
+    steps: tuple[tuple[Manifest, DiskImage], ...]
+    target: str
+    format: str
+    method: str
+
+    @property
+    def image(self) -> DiskImage:
+        return self.steps[0][1]
+
+    @property
+    def manifest(self) -> Manifest:
+        return self.steps[0][0]
+
+    @property
+    def block_device(self) -> bool:
+        return _target.is_block_device(self.target)
+
+    @property
+    def receipt(self) -> str:
+        return self.target + RECEIPT
+
+    @property
+    def partial(self) -> str:
+        return self.target + PARTIAL
+
+    def result(self, changed: bool, size: int) -> dict[str, Any]:
+        return {
+            "disk": self.disk,
+            "target": self.target,
+            "format": self.format,
+            "method": self.method,
+            "virtual_size": self.image.virtual_size,
+            "bytes": size,
+            "chain": [manifest.id for manifest, _image in self.steps],
+            "changed": changed,
+        }
+
+
+@dataclass(frozen=True)
+class Order:
+    """What is asked for. C(checksum) takes the checksums of all images of the chains first."""
+
+    overwrite: bool = False
+    checksum: bool = True
+    check_mode: bool = False
+
+
+async def restore(
+    repository: Repository, held: Holdings, pieces: Sequence[Piece], order: Order
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Bring all pieces back, or none that could not be checked before; returns the results, and warnings."""
+    waiting = [piece for piece in pieces if not _is_done(repository, piece)]
+    for piece in waiting:
+        await _check_target(piece, order.overwrite)
+    await _check_space(repository, [piece for piece in waiting if piece.method == COPY and not piece.block_device])
+    if order.checksum and waiting:
+        await _check_sums(repository, held, waiting)
+    warnings: list[str] = []
+    if not order.check_mode:
+        done = await asyncio.gather(
+            *(_bring_back(repository, held.name, piece, warnings) for piece in waiting), return_exceptions=True
+        )
+        _raise_failures(held.name, waiting, done)
+    return [piece.result(piece in waiting, _size(piece)) for piece in pieces], warnings
+
+
+def _raise_failures(vm: str, pieces: Sequence[Piece], done: Sequence[BaseException | None]) -> None:
+    failed = [(piece, error) for piece, error in zip(pieces, done) if error]
+    for _piece, error in failed:
+        if not isinstance(error, (BackupError, OSError)):
+            raise error
+    if failed:
+        reasons = "; ".join(f"disk {piece.disk} to {piece.target}: {error}" for piece, error in failed)
+        good = [piece.result(True, _size(piece)) for piece, error in zip(pieces, done) if not error]
+        raise BackupError(f"VM {vm}: {reasons}", restored=good)
+
+
+def _size(piece: Piece) -> int:
+    with contextlib.suppress(FileNotFoundError):
+        return os.stat(piece.target).st_blocks * 512 if not piece.block_device else piece.image.virtual_size
+    return 0
+
+
+# What is found before anything is written
+
+
+def _is_done(repository: Repository, piece: Piece) -> bool:
+    """Whether just this was restored to just there, and nobody has touched it since. A block device cannot tell."""
+    receipt: Restoration | None = read_document(piece.receipt, Restoration)
+    if receipt is None or piece.block_device:
+        return False
+    try:
+        status = os.stat(piece.target)
+    except FileNotFoundError:
+        return False
+    asked = _receipt(repository, piece, status)
+    if piece.method == OVERLAY:
+        # It is there to be written to.
+        asked = replace(asked, size=receipt.size, mtime=receipt.mtime)
+    return replace(receipt, when="") == replace(asked, when="")
+
+
+def _receipt(repository: Repository, piece: Piece, status: os.stat_result) -> Restoration:
+    return Restoration(
+        repository=repository.uuid,
+        vm=piece.manifest.vm.name,
+        id=piece.manifest.id,
+        attempt=piece.manifest.attempt,
+        disk=piece.disk,
+        method=piece.method,
+        format=piece.format,
+        inode=status.st_ino,
+        size=status.st_size,
+        mtime=status.st_mtime_ns,
+        when=utc_now(),
+    )
+
+
+async def _check_target(piece: Piece, overwrite: bool) -> None:
+    """Refuse a target that is not to be written to, or that somebody has in use."""
+    directory = os.path.dirname(piece.target)
+    if not os.path.isdir(directory):
+        raise Refused("target", f"{piece.target}: there is no directory {directory}")
+    if piece.block_device:
+        await _check_device(piece, overwrite)
+        return
+    if os.path.lexists(piece.target):
+        if not os.path.isfile(piece.target):
+            raise Refused("target", f"{piece.target} is neither a file nor a block device")
+        if not overwrite:
+            raise Refused(
+                "target", f"{piece.target} exists, and is not this restore; with overwrite: true it is replaced"
+            )
+        await _check_unused(piece.target)
+
+
+async def _check_device(piece: Piece, overwrite: bool) -> None:
+    if piece.method == OVERLAY or piece.format != "raw":
+        raise Refused("target", f"{piece.target} is a block device: it takes a copy in format raw only")
+    if not overwrite:
+        raise Refused("target", f"{piece.target} is a block device: overwrite: true says that its content may go")
+    fd = os.open(piece.target, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        size = os.lseek(fd, 0, os.SEEK_END)
+    finally:
+        os.close(fd)
+    if size < piece.image.virtual_size:
+        raise Refused(
+            "target",
+            f"{piece.target} has {size} bytes, and disk {piece.disk} needs {piece.image.virtual_size}",
+        )
+    try:
+        # The kernel refuses this while the device is mounted or part of another one.
+        os.close(os.open(piece.target, os.O_RDWR | os.O_EXCL | os.O_CLOEXEC))
+    except OSError as error:
+        raise Refused("target", f"{piece.target} is in use: {error.strerror}") from error
+    await _check_unused(piece.target)
+
+
+async def _check_unused(path: str) -> None:
+    """Refuse what a running VM has open: it would go on with a file that has no name any more."""
+    try:
+        await _qemu_img.run(_qemu_img.info_command(path))
+    except ToolError as error:
+        if "lock" in str(error):
+            raise Refused("target", f"{path} is in use by a running VM: {error}") from error
+
+
+async def _check_space(repository: Repository, pieces: Sequence[Piece]) -> None:
+    """Refuse what would not fit; pieces that go to one file system share what is free there."""
+    needed: dict[int, int] = {}
+    for piece in pieces:
+        directory = os.path.dirname(piece.target)
+        command = _qemu_img.measure_command(_path(repository, piece), piece.image.format, piece.format)
+        device = os.stat(directory).st_dev
+        needed[device] = needed.get(device, 0) + (await _qemu_img.run_json(command))["required"]
+        free = _target.free_bytes(directory)
+        if needed[device] > free:
+            raise Refused(
+                "target",
+                f"{directory} has {human(free)} free, and the disks that go there take {human(needed[device])}",
+            )
+
+
+async def _check_sums(repository: Repository, held: Holdings, pieces: Sequence[Piece]) -> None:
+    steps = {(manifest.id, image.name): (manifest, image) for piece in pieces for manifest, image in piece.steps}
+    errors = await check_all(repository, steps.values())
+    if errors:
+        wrong = "; ".join(f"set {set_id}, disk {disk}: {error}" for (set_id, disk), error in errors.items())
+        raise BackupError(f"VM {held.name}: {wrong}. Nothing was restored")
+
+
+# Doing
+
+
+async def _bring_back(repository: Repository, vm: str, piece: Piece, warnings: list[str]) -> None:
+    pin = _pin(piece)
+    pinned = await _put_pin(repository, vm, pin, warnings)
+    try:
+        await (_write_device(repository, piece) if piece.block_device else _write_file(repository, piece))
+    finally:
+        if pinned and not os.path.lexists(pin.path):
+            await take_pins(repository, vm, [pin])
+
+
+async def _write_device(repository: Repository, piece: Piece) -> None:
+    await _convert(repository, piece, piece.target)
+    _target.flush(piece.target)
+
+
+async def _write_file(repository: Repository, piece: Piece) -> None:
+    """Make the file under another name, and give it its own when it is whole."""
+    # A process that was killed may have left one.
+    _target.remove(piece.partial)
+    os.close(os.open(piece.partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+    try:
+        if piece.method == OVERLAY:
+            await _lay_over(repository, piece)
+        else:
+            await _convert(repository, piece, piece.partial)
+        _target.flush(piece.partial)
+        # From here on the old receipt is not true any more.
+        _target.remove(piece.receipt)
+        os.replace(piece.partial, piece.target)
+    except BaseException:
+        _target.remove(piece.partial)
+        raise
+    _target.sync_directory(os.path.dirname(piece.target))
+    write_document(piece.receipt, asdict(_receipt(repository, piece, os.stat(piece.target))))
+
+
+async def _convert(repository: Repository, piece: Piece, path: str) -> None:
+    source = _path(repository, piece)
+    device = piece.block_device
+    await _qemu_img.run(
+        _qemu_img.convert_command(source, path, piece.image.format, piece.format, device), timeout=CONVERT_TIMEOUT
+    )
+
+
+async def _lay_over(repository: Repository, piece: Piece) -> None:
+    backing = (_path(repository, piece), piece.image.format)
+    command = _qemu_img.create_command(piece.partial, "qcow2", piece.image.virtual_size, backing=backing)
+    await _qemu_img.run(command)
+
+
+def _path(repository: Repository, piece: Piece) -> str:
+    return os.path.join(repository.set_path(piece.manifest.vm.name, piece.manifest.id), piece.image.image)
+
+
+# Pins
+
+
+def _pin(piece: Piece) -> Pin:
+    path = piece.target if piece.method == OVERLAY else piece.partial
+    return Pin(piece.manifest.id, piece.disk, path, os.uname().nodename, machine_id(), utc_now())
+
+
+async def _put_pin(repository: Repository, vm: str, pin: Pin, warnings: list[str]) -> bool:
+    """Keep the chain from being pruned while it is read. A repository that is mounted read-only cannot be told so."""
+    try:
+        async with repository.lock(vm):
+            write_mark(repository, vm, pin)
+    except OSError as error:
+        if error.errno not in READ_ONLY:
+            raise
+        warnings.append(
+            f"{repository.path} cannot be written to ({error.strerror}), and so nobody is told that set {pin.id} is in"
+            f" use: do not prune it while {pin.path} is there"
+        )
+        return False
+    return True
+
+
+async def take_pins(repository: Repository, vm: str, pins: Sequence[Pin]) -> None:
+    """Say that these overlays are no more."""
+    async with repository.lock(vm):
+        remove_marks(repository, vm, pins)
+
+
+async def forget(repository: Repository, held: Holdings, targets: Sequence[str], check_mode: bool) -> list[str]:
+    """Remove overlays of a VM that were made here, with their pins; returns the paths of those that were there."""
+    mine = [pin for pin in held.marks.pins if pin.machine_id == machine_id() and pin.path in targets]
+    gone = []
+    for path in targets:
+        receipt: Restoration | None = read_document(path + RECEIPT, Restoration)
+        if os.path.lexists(path) and (receipt is None or receipt.method != OVERLAY):
+            raise Refused("target", f"{path} is no overlay that was made by a restore; remove it by hand")
+        if os.path.lexists(path):
+            await _check_unused(path)
+        if os.path.lexists(path) or any(pin.path == path for pin in mine):
+            gone.append(path)
+    if not check_mode:
+        for path in gone:
+            _target.remove(path)
+            _target.remove(path + RECEIPT)
+            _target.remove(path + RECEIPT + UNFINISHED)
+        if mine:
+            await take_pins(repository, held.name, mine)
+    return gone

@@ -1,0 +1,313 @@
+#!/usr/bin/python
+# Copyright (c) 2026, vmfleet contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: backup_restore
+short_description: Bring disks of a virtual machine back from its backup sets
+version_added: 0.1.0
+description:
+  - Copies disks out of a set to image files or block devices, or lays images over them that can be used at once.
+  - The repository is read as it lies. No file of a set is changed. Only a pin is put beside the set while it is in use.
+  - What is wrong with a chain or a target is found before the first byte is written. That is a missing or changed
+    image, a checksum that does not match, a target that exists, is in use or has no room.
+  - An image file appears under its name when it is complete and on stable storage. Until then it is called like the
+    target, with C(.partial) after it.
+  - A file C(TARGET.restored.json) beside each target says what it is. As long as target and file belong together and
+    nobody has written to the target, the same restore changes nothing.
+  - Needs no QEMU and no virtual machine, and no more than read access to the repository.
+author:
+  - vmfleet contributors (@vmfleet)
+extends_documentation_fragment:
+  - vmfleet.backup.attributes
+  - vmfleet.backup.attributes.actiongroup_backup
+attributes:
+  idempotent:
+    support: partial
+    details:
+      - A block device has nothing beside it that could tell. It is written every time.
+requirements:
+  - qemu-img on the machine
+options:
+  repository:
+    description: The directory of the repository.
+    type: path
+    required: true
+  vm:
+    description: The VM, as it is called in the repository.
+    type: str
+    required: true
+  id:
+    description: The set. The default is the newest one.
+    type: str
+  before:
+    description:
+      - Take the newest set that was begun at this time or earlier, such as V(2026-11-22T03:00:00Z). A time without a
+        zone is UTC.
+    type: str
+  directory:
+    description:
+      - Restore all disks into this directory, each as a qcow2 image that is called after the disk.
+      - With O(state=absent), remove the overlays of all disks from there.
+    type: path
+  disks:
+    description: Restore these disks only.
+    type: list
+    elements: dict
+    suboptions:
+      name:
+        description: The disk, as it is called in the set.
+        type: str
+        required: true
+      target:
+        description: The absolute path of the image file, or a block device.
+        type: path
+        required: true
+      format:
+        description: The format of the target. The default is V(qcow2) for a file and V(raw) for a block device.
+        type: str
+        choices: [qcow2, raw]
+  method:
+    description:
+      - V(copy) makes independent disks.
+      - V(overlay) makes qcow2 images that read from the set what has not been written to them. They are there at once,
+        and a VM can start from them. They need the set as long as they are used. As long as they exist, it is pinned,
+        and M(vmfleet.backup.backup_prune) keeps it.
+      - To make an overlay independent, use C(qemu-img rebase -b "") while no VM has it open, or C(block-stream) while
+        one does. Never commit an overlay, which would write into the backup.
+    type: str
+    choices: [copy, overlay]
+    default: copy
+  overwrite:
+    description: Replace targets that exist. Block devices are always such targets.
+    type: bool
+    default: false
+  checksum:
+    description:
+      - Take the SHA-256 of all images of the chains before anything is written, and compare it with the manifests.
+      - An overlay is there in an instant without.
+    type: bool
+    default: true
+  state:
+    description: V(absent) removes overlays that were made here, and says that their sets are not in use any more.
+    type: str
+    choices: [present, absent]
+    default: present
+notes:
+  - Targets belong to the user that the module runs as, with mode 0600. Give them to the user that QEMU runs as. For an
+    overlay, that user needs to read the repository as well.
+seealso:
+  - module: vmfleet.backup.backup_set
+"""
+
+EXAMPLES = r"""
+- name: Restore all disks of web01 as they were in the newest set
+  vmfleet.backup.backup_restore:
+    repository: /srv/backup
+    vm: web01
+    directory: /var/lib/libvirt/images/restored
+
+- name: Restore one disk as it was before the accident, to a volume
+  vmfleet.backup.backup_restore:
+    repository: /srv/backup
+    vm: web01
+    before: "2026-11-22T03:00:00Z"
+    overwrite: true
+    disks:
+      - name: data
+        target: /dev/vg0/web01-data
+
+- name: Have a quick look
+  vmfleet.backup.backup_restore:
+    repository: /srv/backup
+    vm: web01
+    method: overlay
+    checksum: false
+    directory: /var/tmp/look
+
+- name: Done looking
+  vmfleet.backup.backup_restore:
+    repository: /srv/backup
+    vm: web01
+    method: overlay
+    directory: /var/tmp/look
+    state: absent
+"""
+
+RETURN = r"""
+restored:
+  description: The disks, also those that were there already.
+  returned: success
+  type: list
+  elements: dict
+  contains:
+    disk:
+      description: The disk's name in the set.
+      type: str
+    target:
+      description: Where it is.
+      type: str
+    format:
+      description: The format of the target.
+      type: str
+    method:
+      description: V(copy) or V(overlay).
+      type: str
+    virtual_size:
+      description: The size of the disk, in bytes.
+      type: int
+    bytes:
+      description: What the target takes, in bytes.
+      type: int
+    chain:
+      description: The ids of the sets that it was read from, newest first.
+      type: list
+      elements: str
+    changed:
+      description: Whether this call has made it.
+      type: bool
+id:
+  description: The id of the set.
+  returned: with O(state=present)
+  type: str
+removed:
+  description: The overlays that were removed.
+  returned: with O(state=absent)
+  type: list
+  elements: str
+"""
+
+import os
+from typing import TYPE_CHECKING
+
+from ansible.module_utils.basic import AnsibleModule
+
+from ansible_collections.vmfleet.backup.plugins.module_utils._errors import Refused, run_module
+from ansible_collections.vmfleet.backup.plugins.module_utils._library import holdings, parse_time
+from ansible_collections.vmfleet.backup.plugins.module_utils._names import image_files
+from ansible_collections.vmfleet.backup.plugins.module_utils._probe import probe_if_there
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository import open_repository
+from ansible_collections.vmfleet.backup.plugins.module_utils._restore import (
+    FORMATS,
+    METHODS,
+    OVERLAY,
+    Order,
+    Piece,
+    forget,
+    restore,
+)
+from ansible_collections.vmfleet.backup.plugins.module_utils._survey import require_qemu_img
+from ansible_collections.vmfleet.backup.plugins.module_utils._target import is_block_device
+
+if TYPE_CHECKING:
+    from datetime import datetime
+    from typing import Any
+
+    from ansible_collections.vmfleet.backup.plugins.module_utils._documents import Manifest
+    from ansible_collections.vmfleet.backup.plugins.module_utils._library import Holdings
+
+
+def before(params: dict[str, Any]) -> datetime | None:
+    try:
+        return parse_time(params["before"]) if params["before"] else None
+    except ValueError:
+        raise Refused("before", "{!r} is no time like 2026-11-22T03:00:00Z".format(params["before"])) from None
+
+
+def wanted(params: dict[str, Any], manifest: Manifest) -> list[dict[str, Any]]:
+    """The disks that are asked for, each with its target."""
+    names = [disk.name for disk in manifest.disks]
+    if params["disks"] is None:
+        files = image_files(names, ".qcow2")
+        return [
+            {"name": name, "target": os.path.join(params["directory"], files[name]), "format": "qcow2"}
+            for name in names
+        ]
+    asked: list[dict[str, Any]] = params["disks"]
+    for disk in asked:
+        if disk["name"] not in names:
+            raise Refused(
+                "disks", "set {} has no disk {!r}; it has: {}".format(manifest.id, disk["name"], ", ".join(names))
+            )
+    targets = [disk["target"] for disk in asked]
+    if len(set(targets)) < len(targets):
+        raise Refused("disks", "two of them have the same target")
+    return asked
+
+
+def pieces(params: dict[str, Any], held: Holdings, manifest: Manifest) -> list[Piece]:
+    found = []
+    for disk in wanted(params, manifest):
+        target = disk["target"]
+        if not os.path.isabs(target):
+            raise Refused("target", f"{target!r} is not an absolute path")
+        default = "raw" if is_block_device(target) else "qcow2"
+        steps = tuple(held.chain(manifest, disk["name"]))
+        piece = Piece(disk["name"], steps, target, disk["format"] or default, params["method"])
+        if piece.method == OVERLAY and piece.format != "qcow2":
+            raise Refused("format", f"{target}: an overlay is a qcow2 image")
+        found.append(piece)
+    return found
+
+
+async def main_task(module: AnsibleModule) -> dict[str, Any]:
+    params = module.params
+    require_qemu_img()
+    await probe_if_there(params["repository"])
+    repository = open_repository(params["repository"])
+    held = holdings(repository, params["vm"])
+    manifest = held.find(params["id"] or "", before(params))
+    if params["state"] == "absent":
+        targets = [disk["target"] for disk in wanted(params, manifest)]
+        removed = await forget(repository, held, targets, module.check_mode)
+        return {"changed": bool(removed), "removed": removed}
+    order = Order(params["overwrite"], params["checksum"], module.check_mode)
+    restored, warnings = await restore(repository, held, pieces(params, held, manifest), order)
+    for warning in warnings:
+        module.warn(warning)
+    after = "".join("{target}: {disk} of set ".format(**disk) + f"{manifest.id}\n" for disk in restored)
+    before_text = "".join(
+        "{target}: {disk} of set ".format(**disk) + f"{manifest.id}\n" for disk in restored if not disk["changed"]
+    )
+    return {
+        "changed": any(disk["changed"] for disk in restored),
+        "id": manifest.id,
+        "restored": restored,
+        "diff": {"before": before_text, "after": after},
+    }
+
+
+def main() -> None:
+    module = AnsibleModule(
+        argument_spec={
+            "repository": {"type": "path", "required": True},
+            "vm": {"type": "str", "required": True},
+            "id": {"type": "str"},
+            "before": {"type": "str"},
+            "directory": {"type": "path"},
+            "disks": {
+                "type": "list",
+                "elements": "dict",
+                "options": {
+                    "name": {"type": "str", "required": True},
+                    "target": {"type": "path", "required": True},
+                    "format": {"type": "str", "choices": list(FORMATS)},
+                },
+            },
+            "method": {"type": "str", "choices": list(METHODS), "default": "copy"},
+            "overwrite": {"type": "bool", "default": False},
+            "checksum": {"type": "bool", "default": True},
+            "state": {"type": "str", "choices": ["present", "absent"], "default": "present"},
+        },
+        mutually_exclusive=[("id", "before"), ("directory", "disks")],
+        required_one_of=[("directory", "disks")],
+        supports_check_mode=True,
+    )
+    run_module(module, main_task)
+
+
+if __name__ == "__main__":
+    main()
