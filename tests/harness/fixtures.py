@@ -100,8 +100,8 @@ def start_module() -> t.Iterator[t.Callable[..., ModuleProcess]]:
     """Starts modules that the test kills, or runs side by side."""
     started: list[ModuleProcess] = []
 
-    def start(name: str, args: dict[str, t.Any], crash_at: int = 0) -> ModuleProcess:
-        started.append(ModuleProcess(name, args, crash_at=crash_at))
+    def start(name: str, args: dict[str, t.Any], crash_at: int = 0, victim: int = 0) -> ModuleProcess:
+        started.append(ModuleProcess(name, args, crash_at=crash_at, victim=victim))
         return started[-1]
 
     yield start

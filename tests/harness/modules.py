@@ -2,52 +2,59 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Runs the collection's modules as Ansible does: each call a process of its own, arguments in, one JSON object out."""
+"""Runs the collection's modules as Ansible does: each call a process of its own, arguments in, one JSON object out.
+
+An interpreter of its own would take longer to start than most modules take to work, so that the process is a fork of
+this one, which has imported them all.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
 import signal
-import subprocess
 import sys
 import typing as t
 from pathlib import Path
 
+from ansible_collections.vmfleet.backup.tests.harness import crash
+from ansible_collections.vmfleet.backup.tests.harness.forks import Fork, Timeout
 from ansible_collections.vmfleet.backup.tests.harness.qemu import PATIENCE
 
 # .../ansible_collections/vmfleet/backup/tests/harness/modules.py: the directory that PYTHONPATH has to name.
 ROOT = Path(__file__).parents[5]
+
+PACKAGE = "ansible_collections.vmfleet.backup.plugins.modules"
+NAMES = sorted(path.stem for path in (Path(__file__).parents[2] / "plugins" / "modules").glob("[a-z]*.py"))
 
 
 class ModuleProcess:
     """A module that runs."""
 
     def __init__(
-        self, name: str, args: dict[str, t.Any], check: bool = False, diff: bool = False, crash_at: int = 0
+        self,
+        name: str,
+        args: dict[str, t.Any],
+        check: bool = False,
+        diff: bool = False,
+        crash_at: int = 0,
+        victim: int = 0,
     ) -> None:
+        """`crash_at` kills it, or else the process `victim`, right before that step (see crash.py)."""
         self.name = name
-        arguments = json.dumps(
-            {"ANSIBLE_MODULE_ARGS": {**args, "_ansible_check_mode": check, "_ansible_diff": diff}}, default=str
-        )
-        command = [sys.executable, "-m", f"ansible_collections.vmfleet.backup.plugins.modules.{name}"]
-        if crash_at:
-            command[2:2] = ["ansible_collections.vmfleet.backup.tests.harness.crash", str(crash_at)]
-        self._process = subprocess.Popen(
-            # Under nohup, SIGHUP would be ignored here as well.
-            ["env", "--default-signal", "setpriv", "--pdeathsig", "KILL", *command],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
-        )
-        assert self._process.stdin
-        self._process.stdin.write(arguments)
-        self._process.stdin.close()
-        # communicate() would flush it once more.
-        self._process.stdin = None
+        for each in NAMES:
+            importlib.import_module(f"{PACKAGE}.{each}")
+        module = sys.modules[f"{PACKAGE}.{name}"]
+
+        def main() -> None:
+            sys.argv = [str(module.__file__)]
+            if crash_at:
+                crash.arm(crash_at, victim or os.getpid())
+            module.main()
+
+        self._process = Fork(main, module_input(args, check, diff).encode())
         self._said: tuple[str, str] | None = None
 
     @property
@@ -82,18 +89,18 @@ class ModuleProcess:
     def wait(self, timeout: float = PATIENCE) -> None:
         """Wait for its end, whatever that is."""
         if self._said is None:
-            self._said = self._process.communicate(timeout=timeout)
+            self._said = self._process.communicate(timeout)
 
     def kill(self) -> None:
         """SIGKILL: nothing of the module gets a chance to clean up."""
-        self._process.kill()
+        self._process.send_signal(signal.SIGKILL)
         self.wait()
 
     def result(self, timeout: float = PATIENCE) -> dict[str, t.Any]:
         """Wait for the end; returns what the module says, with its exit status as `rc`."""
         try:
             self.wait(timeout)
-        except subprocess.TimeoutExpired:
+        except Timeout:
             self.kill()
             raise AssertionError(f"{self.name} did not end within {timeout:.0f} s") from None
         assert self._said
@@ -104,7 +111,14 @@ class ModuleProcess:
         assert isinstance(result, dict), f"{self.name} gave no result: {output}{errors}"
         assert "Traceback" not in errors, errors
         warnings = [_text(warning) for warning in result.get("warnings", [])]
-        return {**result, "warnings": warnings, "rc": self._process.returncode}
+        return {**result, "warnings": warnings, "rc": self._process.poll()}
+
+
+def module_input(args: dict[str, t.Any], check: bool = False, diff: bool = False) -> str:
+    """What a module gets on its stdin."""
+    return json.dumps(
+        {"ANSIBLE_MODULE_ARGS": {**args, "_ansible_check_mode": check, "_ansible_diff": diff}}, default=str
+    )
 
 
 def _text(warning: t.Any) -> str:

@@ -6,7 +6,11 @@
 
 from __future__ import annotations
 
+import json
 import os
+import signal
+import subprocess
+import sys
 import typing as t
 from pathlib import Path
 
@@ -14,7 +18,15 @@ import pytest
 
 from ansible_collections.vmfleet.backup.tests.harness.fixtures import leftovers
 from ansible_collections.vmfleet.backup.tests.harness.images import MIB, create, identical, info, unlocked
-from ansible_collections.vmfleet.backup.tests.harness.qemu import Disk, faulty
+from ansible_collections.vmfleet.backup.tests.harness.modules import (
+    NAMES,
+    PACKAGE,
+    ROOT,
+    ModuleProcess,
+    module_input,
+    run_module,
+)
+from ansible_collections.vmfleet.backup.tests.harness.qemu import Disk, faulty, wait_until
 
 if t.TYPE_CHECKING:
     from ansible_collections.vmfleet.backup.tests.harness.fixtures import Storage, Vms
@@ -87,8 +99,7 @@ def test_leftovers_are_found(vm: Qemu, directory: Path, target: Path) -> None:
 
 def test_unprivileged_qemu_has_no_rights(vms: Vms, target: Path) -> None:
     vm = vms.start(unprivileged=True)
-    lines = Path(f"/proc/{vm.pid}/status").read_text(encoding="ascii").splitlines()
-    status = dict(line.split(":\t", 1) for line in lines)
+    status = _status(vm.pid)
     assert status["Uid"].split()[0] != str(os.geteuid())
     assert int(status["CapEff"], 16) == 0
     with pytest.raises(Exception, match="Permission denied"):
@@ -103,3 +114,50 @@ def test_restart_keeps_disks(vm: Qemu) -> None:
     vm.kill()
     vm.restart()
     assert vm.status == "running"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_module_in_an_interpreter_of_its_own_does_the_same(name: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", f"{PACKAGE}.{name}"],
+        input=module_input({}),
+        capture_output=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        text=True,
+        check=False,
+    )
+    result = run_module(name, {})
+    assert done.stderr == ""
+    assert {**json.loads(done.stdout), "rc": done.returncode, "warnings": []} == result
+    assert "required" in result["msg"]
+
+
+def _status(pid: int) -> dict[str, str]:
+    lines = Path(f"/proc/{pid}/status").read_text(encoding="ascii").splitlines()
+    return dict(line.split(":\t", 1) for line in lines)
+
+
+def test_module_is_a_process_of_its_own(vm: Qemu, directory: Path) -> None:
+    with (directory / "ours").open("w") as ours:
+        vm.hang()
+        process = ModuleProcess("vm_info", {"monitors": [str(vm.monitor)]})
+        try:
+            wait_until(lambda: int(_status(process.pid)["SigBlk"], 16) == 0, "the module's beginning")
+            status = _status(process.pid)
+            assert status["PPid"] == str(os.getpid())
+            ignored = {number for number in signal.Signals if int(status["SigIgn"], 16) >> (number - 1) & 1}
+            assert ignored == {signal.SIGPIPE, signal.SIGXFSZ}
+            assert Path(ours.name) not in process.open_files
+            assert process.running
+        finally:
+            process.kill()
+            vm.wake()
+    assert process.killed
+    assert not process.running
+
+
+def test_module_may_say_more_than_a_pipe_holds(vm: Qemu) -> None:
+    monitors = [str(vm.monitor), *(f"/nonexistent/{number:0100}" for number in range(5000))]
+    result = run_module("vm_info", {"monitors": monitors})
+    assert len(result["vms"]) == len(monitors)
+    assert len(json.dumps(result)) > 1 << 20
