@@ -72,9 +72,37 @@ def holdings(repository: Repository, vm: str) -> Holdings:
     return Holdings(vm, shelf, read_marks(repository, vm), broken_images(shelf.sets, repository.damage))
 
 
+def leftovers(repository: Repository, held: Holdings) -> list[dict[str, str]]:
+    """What stands in a VM's directory besides sets, and what it is."""
+
+    def found(path: str, what: str) -> dict[str, str]:
+        return {"vm": held.name, "path": path, "what": what}
+
+    shelf = held.shelf
+    left = [
+        found(
+            repository.staging(held.name, intent.id),
+            f"set {intent.id} is being made by hypervisor {intent.hypervisor.name} since {intent.started}",
+        )
+        for intent in shelf.intents
+    ]
+    left += [
+        found(repository.failure_path(held.name, failure.id), f"set {failure.id} {failure.state}: {failure.error}")
+        for failure in shelf.failures
+    ]
+    left += [
+        found(repository.set_path(held.name, stray), "no set: no valid manifest") for stray in sorted(shelf.strays)
+    ]
+    left += [
+        found(repository.note_path(held.name, note.id), f"set {note.id} becomes a full one; the next prune goes on")
+        for note in shelf.notes
+    ]
+    return left + [found(path, "left by a process that was killed") for path in repository.litter(held.name)]
+
+
 def vm_names(repository: Repository) -> list[str]:
-    """The VMs that a repository has sets of, by the names in their manifests."""
-    names = set()
+    """The VMs that a repository has sets of, or is getting some, by the names in their documents."""
+    names = {intent.vm.name for intent in repository.intents()}
     for directory in glob.glob(os.path.join(glob.escape(repository.path), "*", "")):
         found = repository.any_manifest(directory)
         if found:

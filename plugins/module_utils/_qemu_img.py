@@ -62,11 +62,25 @@ def measure_command(path: str, image_format: str, target_format: str) -> list[st
 
 
 def convert_command(
-    source: str, target: str, source_format: str, target_format: str, onto_device: bool = False
+    source: str,
+    target: str,
+    source_format: str,
+    target_format: str,
+    onto_device: bool = False,
+    compression: str = "none",
 ) -> list[str]:
     """C(qemu-img convert) of an image with all that it builds on. A device is not made anew, but written onto."""
-    command = ["qemu-img", "convert", "-W", "-m", "16", "-f", source_format, "-O", target_format]
-    return [*command, *(["-n"] if onto_device else []), "--", source, target]
+    command = ["qemu-img", "convert", "-m", "16", "-f", source_format, "-O", target_format]
+    if onto_device:
+        command.append("-n")
+    # Compressed clusters are written in order only.
+    command += ["-W"] if compression == "none" else ["-c", "-o", f"compression_type={compression}"]
+    return [*command, "--", source, target]
+
+
+def compare_command(one: str, other: str) -> list[str]:
+    """C(qemu-img compare) of two qcow2 images; fails where a guest would see a difference."""
+    return ["qemu-img", "compare", "-f", "qcow2", "-F", "qcow2", "--", one, other]
 
 
 def map_command(path: str, image_format: str) -> list[str]:

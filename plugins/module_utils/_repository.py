@@ -276,18 +276,21 @@ class Repository:
                 remove(path)
 
     def _traces(self, vm: str, set_id: str) -> list[str]:
+        """What processes that are done or dead have left, of the making of this set or of what came to nothing."""
+        intent = os.path.join(self.set_path(vm, set_id), INTENT)
+        making = (intent + UNFINISHED, intent, self.failure_path(vm, set_id))
+        return [*(path for path in making if os.path.lexists(path)), *self.litter(vm)]
+
+    def litter(self, vm: str) -> list[str]:
         """What killed processes have left. Nothing but hidden files is looked at: a set's id may look like theirs."""
         directory = self.directory(vm)
-        intent = os.path.join(self.set_path(vm, set_id), INTENT)
-        found = [path for path in (intent + UNFINISHED, intent) if os.path.lexists(path)]
+        found = []
         for entry in sorted(os.listdir(directory)) if os.path.isdir(directory) else ():
             path = os.path.join(directory, entry)
-            if not entry.startswith("."):
-                continue
-            half_written = entry.endswith(FAILED + UNFINISHED)
-            unclaimed = entry.endswith(STAGING) and not os.path.lexists(os.path.join(path, INTENT))
+            half_written = entry.endswith(UNFINISHED)
             half_removed = entry.endswith(REMOVED)
-            if half_written or unclaimed or half_removed or path == self.failure_path(vm, set_id):
+            unclaimed = entry.endswith(STAGING) and not os.path.lexists(os.path.join(path, INTENT))
+            if entry.startswith(".") and (half_written or half_removed or unclaimed):
                 found.append(path)
         return found
 
@@ -305,6 +308,11 @@ class Repository:
     def write_note(self, vm: str, note: Consolidation) -> None:
         """Say which image a file is about to become."""
         write_document(self.note_path(vm, note.id), asdict(note))
+
+    def remove_note(self, vm: str, set_id: str) -> None:
+        """The file and what is said of it are one again."""
+        remove(self.note_path(vm, set_id))
+        sync_directory(self.directory(vm))
 
     def rewrite_manifest(self, manifest: Manifest) -> None:
         """Replace what is said of a published set."""

@@ -1,0 +1,233 @@
+# Copyright (c) 2026, vmfleet contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+# PRIVATE: this file is not part of the public interface of the collection; it can change without notice.
+"""Sets of a VM removed, and increments turned into full ones, as the rules of retention have it.
+
+A set is removed by one rename, after all that build on it; what a crash leaves of it is listed no more, and goes with
+the next run. The long work of making an increment full is done without the VM's lock, so that no backup waits for it.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from ansible_collections.vmfleet.backup.plugins.module_utils import _chain, _qemu_img, _retention, _target
+from ansible_collections.vmfleet.backup.plugins.module_utils._attempt import utc_now
+from ansible_collections.vmfleet.backup.plugins.module_utils._checksum import check_all, sha256
+from ansible_collections.vmfleet.backup.plugins.module_utils._documents import Consolidation, Protection
+from ansible_collections.vmfleet.backup.plugins.module_utils._errors import BackupError, Refused
+from ansible_collections.vmfleet.backup.plugins.module_utils._inspect import machine_id
+from ansible_collections.vmfleet.backup.plugins.module_utils._library import holdings
+from ansible_collections.vmfleet.backup.plugins.module_utils._lock import locked
+from ansible_collections.vmfleet.backup.plugins.module_utils._marks import remove_marks, write_mark
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository import PUBLISHED_MODE
+from ansible_collections.vmfleet.backup.plugins.module_utils._retention import Condition, Fate
+
+if TYPE_CHECKING:
+    from ansible_collections.vmfleet.backup.plugins.module_utils._documents import DiskImage, Manifest
+    from ansible_collections.vmfleet.backup.plugins.module_utils._library import Holdings
+    from ansible_collections.vmfleet.backup.plugins.module_utils._repository import Repository
+    from ansible_collections.vmfleet.backup.plugins.module_utils._retention import Rules
+
+GROWING = ".consolidating"
+"""What the hidden file is called in which an increment becomes a full image."""
+
+CONVERT_TIMEOUT = 7 * 24 * 3600.0
+"""Seconds for that: no sensible one takes as long."""
+
+
+@dataclass(frozen=True)
+class Order:
+    """What is asked for. C(may_go) lets VMs lose their newest good set; the lists are ids of sets."""
+
+    rules: Rules
+    consolidate: bool = False
+    may_go: bool = False
+    protect: tuple[str, ...] = ()
+    unprotect: tuple[str, ...] = ()
+    check_mode: bool = False
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """What has become of one VM's sets. C(sizes) are the bytes that each took before."""
+
+    vm: str
+    fates: tuple[Fate, ...]
+    sizes: dict[str, int]
+    marked: bool = False
+
+    @property
+    def changed(self) -> bool:
+        return self.marked or any(not fate.keep or fate.consolidate for fate in self.fates)
+
+
+async def prune(repository: Repository, vm: str, order: Order) -> Pruned:
+    """Bring one VM's sets to what the rules say; in check mode only say it."""
+    held = holdings(repository, vm)
+    marked = _check_marks(held, order)
+    if order.check_mode:
+        held = _as_marked(held, order)
+        return _pruned(held, _fates(held, order), marked)
+    # The VM's own lock is for moments only; this one keeps a second prune away meanwhile.
+    async with locked(os.path.join(repository.directory(vm), ".prune.lock"), f"VM {vm}, prune"):
+        async with repository.lock(vm):
+            _mark(repository, held, order)
+            _finish(repository, vm)
+        held = holdings(repository, vm)
+        fates = _fates(held, order)
+        for fate in fates:
+            if fate.consolidate:
+                await _consolidate(repository, held, fate.id)
+        async with repository.lock(vm):
+            _remove(repository, vm, order, {fate.id for fate in fates if not fate.keep})
+    return _pruned(held, fates, marked)
+
+
+def _pruned(held: Holdings, fates: tuple[Fate, ...], marked: bool) -> Pruned:
+    return Pruned(held.name, fates, {manifest.id: manifest.bytes for manifest in held.shelf.sets}, marked)
+
+
+def _fates(held: Holdings, order: Order) -> tuple[Fate, ...]:
+    return _retention.decide(held.shelf.sets, order.rules, condition(held, order.may_go), order.consolidate)
+
+
+def condition(held: Holdings, may_go: bool) -> Condition:
+    """What keeps sets besides the rules."""
+    guarded = {mark.id: "it is protected" for mark in held.marks.protections}
+    in_use = {}
+    for pin in held.marks.pins:
+        # Whether an overlay on another machine is still there, only that machine can tell.
+        if pin.machine_id != machine_id() or os.path.lexists(pin.path):
+            guarded[pin.id] = in_use[pin.id] = f"{pin.path} on {pin.host} reads it"
+    for intent in held.shelf.intents:
+        for disk in intent.disks:
+            if disk.image.parent:
+                guarded[disk.image.parent.id] = f"set {intent.id}, which is being made, builds on it"
+    failed = {
+        manifest.id: found.errors[0]
+        for manifest in held.shelf.sets
+        for found in [held.marks.verification(manifest)]
+        if found and not found.ok
+    }
+    return Condition(guarded, {**failed, **held.broken_sets}, in_use, may_go)
+
+
+# Protection
+
+
+def _check_marks(held: Holdings, order: Order) -> bool:
+    """Whether there are marks to be changed; Refused where there is no such set."""
+    for option, ids in (("protect", order.protect), ("unprotect", order.unprotect)):
+        for set_id in ids:
+            if held.shelf.published(set_id) is None:
+                raise Refused(option, f"VM {held.name} has no set {set_id}")
+    return any(not held.marks.protected(set_id) for set_id in order.protect) or any(
+        held.marks.protected(set_id) for set_id in order.unprotect
+    )
+
+
+def _mark(repository: Repository, held: Holdings, order: Order) -> None:
+    for set_id in order.protect:
+        if not held.marks.protected(set_id):
+            write_mark(repository, held.name, Protection(set_id, utc_now()))
+    remove_marks(repository, held.name, [mark for mark in held.marks.protections if mark.id in order.unprotect])
+
+
+def _as_marked(held: Holdings, order: Order) -> Holdings:
+    """How it would be, for check mode."""
+    kept = [mark for mark in held.marks.protections if mark.id not in (*order.unprotect, *order.protect)]
+    added = [Protection(set_id, "") for set_id in order.protect]
+    return replace(held, marks=replace(held.marks, protections=(*kept, *added)))
+
+
+# Removal, with the VM's lock held
+
+
+def _remove(repository: Repository, vm: str, order: Order, doomed: set[str]) -> None:
+    """Remove what was to go and still may, those first that build on others."""
+    held = holdings(repository, vm)
+    # Meanwhile a set may have been begun that builds on one of them, or an overlay.
+    fates = {fate.id: fate for fate in _fates(held, order)}
+    for manifest in reversed(held.shelf.sets):
+        if manifest.id in doomed and not fates[manifest.id].keep:
+            repository.remove_set(vm, manifest.id)
+    left = {manifest.id: manifest for manifest in repository.shelf(vm).sets}
+    stale = [mark for mark in held.marks.protections if mark.id not in left]
+    verified = [mark for mark in held.marks.verifications if mark.id not in left]
+    pins = [pin for pin in held.marks.pins if pin.machine_id == machine_id() and not os.path.lexists(pin.path)]
+    remove_marks(repository, vm, [*stale, *verified, *pins])
+
+
+# Increments that become full
+
+
+def _finish(repository: Repository, vm: str) -> None:
+    """Bring to its end what a killed process has left, with the VM's lock held."""
+    for note in repository.shelf(vm).notes:
+        _settle(repository, vm, note)
+    for entry in os.listdir(repository.directory(vm)):
+        if entry.startswith(".") and entry.endswith(GROWING):
+            _target.remove(os.path.join(repository.directory(vm), entry))
+    repository.tidy(vm, "")
+
+
+def _settle(repository: Repository, vm: str, note: Consolidation) -> None:
+    """Let the manifest say what the file is by now, and take the note away."""
+    manifest = repository.shelf(vm).published(note.id)
+    if manifest and manifest.attempt == note.attempt and manifest.disk(note.image.name) == note.image:
+        level = _chain.set_level(disk.level for disk in manifest.disks)
+        repository.rewrite_manifest(replace(manifest, level=level))
+    repository.remove_note(vm, note.id)
+
+
+async def _consolidate(repository: Repository, held: Holdings, set_id: str) -> None:
+    """Make all images of a set full, one after the other."""
+    manifest = held.find(set_id)
+    for image in manifest.disks:
+        if image.parent:
+            await _make_full(repository, held, manifest, image)
+
+
+async def _make_full(repository: Repository, held: Holdings, manifest: Manifest, image: DiskImage) -> None:
+    steps = held.chain(manifest, image.name)
+    errors = await check_all(repository, steps)
+    if errors:
+        # What is wrong would get a good checksum by this.
+        raise BackupError(f"VM {held.name}, set {manifest.id}: not consolidated: {'; '.join(errors.values())}")
+    path = os.path.join(repository.set_path(held.name, manifest.id), image.image)
+    growing = os.path.join(repository.directory(held.name), f".{manifest.id}.{image.image}{GROWING}")
+    try:
+        full = await _copy_full(path, growing, image)
+        async with repository.lock(held.name):
+            there = repository.shelf(held.name).published(manifest.id)
+            if there is None or there.attempt != manifest.attempt or there.disk(image.name) != image:
+                raise BackupError(f"VM {held.name}: set {manifest.id} was changed by somebody else meanwhile")
+            note = Consolidation(manifest.id, manifest.attempt, full)
+            repository.write_note(held.name, note)
+            os.replace(growing, path)
+            _target.sync_directory(os.path.dirname(path))
+            _settle(repository, held.name, note)
+    finally:
+        _target.remove(growing)
+
+
+async def _copy_full(path: str, growing: str, image: DiskImage) -> DiskImage:
+    """A full image of the same content, on stable storage; returns what is to be said of it."""
+    os.close(os.open(growing, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+    command = _qemu_img.convert_command(path, growing, "qcow2", "qcow2", compression=image.compression)
+    await _qemu_img.run(command, timeout=CONVERT_TIMEOUT)
+    await _qemu_img.run(_qemu_img.compare_command(path, growing), timeout=CONVERT_TIMEOUT)
+    if os.stat(growing).st_size == image.bytes:
+        # By their sizes the two are told apart while either may stand there. What follows the last cluster is ignored.
+        os.truncate(growing, image.bytes + _target.CLUSTER)
+    status = _target.flush(growing)
+    os.chmod(growing, PUBLISHED_MODE)
+    digest = sha256(growing) if image.sha256 else None
+    return replace(
+        image, level=_chain.FULL, parent=None, reason="it was consolidated", bytes=status.st_size, sha256=digest
+    )

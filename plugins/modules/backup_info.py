@@ -1,0 +1,260 @@
+#!/usr/bin/python
+# Copyright (c) 2026, vmfleet contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: backup_info
+short_description: List the backup sets in a repository
+version_added: 0.1.0
+description:
+  - Lists the sets of each VM, newest first, with what they build on, whether they are whole, and how their last
+    verification ended.
+  - Reads manifests and the sizes of files only. Whether the images still hold what was written to them is for
+    M(vmfleet.backup.backup_verify) to say.
+author:
+  - vmfleet contributors (@vmfleet)
+extends_documentation_fragment:
+  - vmfleet.backup.attributes
+  - vmfleet.backup.attributes.actiongroup_backup
+attributes:
+  check_mode:
+    description: Can run in C(check_mode), with the same result.
+    support: full
+  diff_mode:
+    description: Changes nothing.
+    support: none
+  idempotent:
+    description: Reads only, so that it can be run at any time, any number of times.
+    support: full
+options:
+  repository:
+    description: The directory of the repository.
+    type: path
+    required: true
+  names:
+    description: The VMs, as they are called in the repository. The default is all that have sets there.
+    type: list
+    elements: str
+seealso:
+  - module: vmfleet.backup.backup_verify
+  - module: vmfleet.backup.backup_prune
+"""
+
+EXAMPLES = r"""
+- name: List what there is
+  vmfleet.backup.backup_info:
+    repository: /srv/backup
+  register: found
+
+- name: Show the age of the newest set of each VM, in hours
+  ansible.builtin.debug:
+    msg: "{{ item.name }}: {{ (item.age / 3600) | round(1) }}"
+  loop: "{{ found.vms }}"
+  loop_control:
+    label: "{{ item.name }}"
+"""
+
+RETURN = r"""
+sets:
+  description: The sets, by VM, newest first.
+  returned: success
+  type: list
+  elements: dict
+  contains:
+    vm:
+      description: What the VM is called in the repository.
+      type: str
+    id:
+      description: The id of the set.
+      type: str
+    sequence:
+      description: Its number. A later set has a higher one, whatever the clocks said.
+      type: int
+    level:
+      description: V(full), V(incremental) or V(differential).
+      type: str
+    created:
+      description: When it was begun (UTC).
+      type: str
+    duration:
+      description: Seconds from its start to its end.
+      type: float
+    bytes:
+      description: The size of its images.
+      type: int
+    consistency:
+      description: V(crash) or V(filesystem).
+      type: str
+    disks:
+      description: >-
+        The disks, each with C(name), C(level), C(reason), C(parent), C(image) (its path), C(virtual_size), C(bytes) and
+        C(chain) (how many images it is made of).
+      type: list
+      elements: dict
+    parents:
+      description: The ids of the sets that it builds on directly.
+      type: list
+      elements: str
+    broken:
+      description: Why it cannot be restored whole. Empty where nothing is missing.
+      type: str
+    verified:
+      description: >-
+        How the last verification ended, with C(depth), C(when), C(ok) and C(errors). Empty where there was none.
+      type: dict
+    protected:
+      description: Whether it is protected from being removed.
+      type: bool
+    used_by:
+      description: The overlays that read it, as C(PATH on HOST).
+      type: list
+      elements: str
+vms:
+  description: >-
+    The VMs, each with C(name), C(sets) (how many), C(bytes), C(newest) (the id of the newest set), C(created), C(age)
+    of that set in seconds, C(level), C(verified) (its depth, or empty) and C(ok) (whether the newest set is whole and
+    has not failed a verification).
+  returned: success
+  type: list
+  elements: dict
+leftovers:
+  description: What else is there, each with C(vm), C(path) and C(what).
+  returned: success
+  type: list
+  elements: dict
+totals:
+  description: C(vms), C(sets), C(bytes), C(broken) sets and C(leftovers).
+  returned: success
+  type: dict
+"""
+
+import os
+from datetime import datetime, timezone
+from typing import TYPE_CHECKING
+
+from ansible.module_utils.basic import AnsibleModule
+
+from ansible_collections.vmfleet.backup.plugins.module_utils._errors import run_module
+from ansible_collections.vmfleet.backup.plugins.module_utils._library import begun, holdings, leftovers, vm_names
+from ansible_collections.vmfleet.backup.plugins.module_utils._probe import probe_if_there
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository import open_repository
+
+if TYPE_CHECKING:
+    from typing import Any
+
+    from ansible_collections.vmfleet.backup.plugins.module_utils._documents import Manifest, Verification
+    from ansible_collections.vmfleet.backup.plugins.module_utils._library import Holdings
+    from ansible_collections.vmfleet.backup.plugins.module_utils._repository import Repository
+
+
+def chain_lengths(held: Holdings) -> dict[tuple[str, str], int]:
+    """How many images each disk of each set is made of."""
+    lengths: dict[tuple[str, str], int] = {}
+    for manifest in held.shelf.sets:
+        for disk in manifest.disks:
+            below = lengths.get((disk.parent.id, disk.name), 0) if disk.parent else 0
+            lengths[(manifest.id, disk.name)] = below + 1
+    return lengths
+
+
+def describe_set(
+    repository: Repository, held: Holdings, manifest: Manifest, lengths: dict[tuple[str, str], int], broken: str
+) -> dict[str, Any]:
+    directory = repository.set_path(held.name, manifest.id)
+    return {
+        "vm": held.name,
+        "id": manifest.id,
+        "sequence": manifest.sequence,
+        "level": manifest.level,
+        "created": manifest.started,
+        "duration": manifest.duration,
+        "bytes": manifest.bytes,
+        "consistency": manifest.consistency,
+        "disks": [
+            {
+                "name": disk.name,
+                "level": disk.level,
+                "reason": disk.reason,
+                "parent": disk.parent.id if disk.parent else None,
+                "image": os.path.join(directory, disk.image),
+                "virtual_size": disk.virtual_size,
+                "bytes": disk.bytes,
+                "chain": lengths[(manifest.id, disk.name)],
+            }
+            for disk in manifest.disks
+        ],
+        "parents": sorted({disk.parent.id for disk in manifest.disks if disk.parent}),
+        "broken": broken,
+        "verified": describe_verification(held.marks.verification(manifest)),
+        "protected": held.marks.protected(manifest.id),
+        "used_by": [f"{pin.path} on {pin.host}" for pin in held.marks.pins_of(manifest.id)],
+    }
+
+
+def describe_verification(found: Verification | None) -> dict[str, Any]:
+    if found is None:
+        return {}
+    return {"depth": found.depth, "when": found.when, "ok": found.ok, "errors": list(found.errors)}
+
+
+def describe_vm(sets: list[dict[str, Any]], held: Holdings, now: datetime) -> dict[str, Any]:
+    """What is said of a VM. C(sets) are its own, newest first, and at least one."""
+    newest = sets[0]
+    verified = newest["verified"]
+    return {
+        "name": held.name,
+        "sets": len(sets),
+        "bytes": sum(one["bytes"] for one in sets),
+        "newest": newest["id"],
+        "created": newest["created"],
+        "age": max(0, int((now - begun(held.shelf.sets[-1])).total_seconds())),
+        "level": newest["level"],
+        "verified": verified["depth"] if verified and verified["ok"] else "",
+        "ok": not newest["broken"] and (not verified or verified["ok"]),
+    }
+
+
+async def main_task(module: AnsibleModule) -> dict[str, Any]:
+    await probe_if_there(module.params["repository"])
+    repository = open_repository(module.params["repository"])
+    now = datetime.now(timezone.utc)
+    sets: list[dict[str, Any]] = []
+    vms: list[dict[str, Any]] = []
+    left: list[dict[str, str]] = []
+    names = vm_names(repository) if module.params["names"] is None else module.params["names"]
+    for name in names:
+        held = holdings(repository, name)
+        lengths, broken = chain_lengths(held), held.broken_sets
+        own = [
+            describe_set(repository, held, manifest, lengths, broken.get(manifest.id, ""))
+            for manifest in reversed(held.shelf.sets)
+        ]
+        sets += own
+        vms += [describe_vm(own, held, now)] if own else []
+        left += leftovers(repository, held)
+    totals = {
+        "vms": len(vms),
+        "sets": len(sets),
+        "bytes": sum(one["bytes"] for one in sets),
+        "broken": sum(bool(one["broken"]) for one in sets),
+        "leftovers": len(left),
+    }
+    return {"changed": False, "sets": sets, "vms": vms, "leftovers": left, "totals": totals}
+
+
+def main() -> None:
+    module = AnsibleModule(
+        argument_spec={
+            "repository": {"type": "path", "required": True},
+            "names": {"type": "list", "elements": "str"},
+        },
+        supports_check_mode=True,
+    )
+    run_module(module, main_task)
+
+
+if __name__ == "__main__":
+    main()

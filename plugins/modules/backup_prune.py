@@ -1,0 +1,279 @@
+#!/usr/bin/python
+# Copyright (c) 2026, vmfleet contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: backup_prune
+short_description: Remove backup sets that are not needed any more
+version_added: 0.1.0
+description:
+  - Removes the sets of each VM that no rule keeps. The rules add up. A set that one of them keeps stays, and so does
+    everything that it builds on.
+  - A VM never loses its newest good set, whatever the rules say, unless O(forget) is set.
+  - Time is counted from the VM's newest set. The sets of a VM that is gone do not grow old.
+  - Sets that are protected, that an overlay reads, or that a set builds on which is being made at this moment stay.
+  - Sets that are broken are not touched, and do not count for any rule.
+  - A set is removed by one rename, after all that build on it. A run that is interrupted leaves no half of a set in the
+    list, and the next run goes on.
+  - In check mode, shows for every set whether it would be kept, and why.
+author:
+  - vmfleet contributors (@vmfleet)
+extends_documentation_fragment:
+  - vmfleet.backup.attributes
+  - vmfleet.backup.attributes.actiongroup_backup
+requirements:
+  - qemu-img on the machine, for O(consolidate)
+options:
+  repository:
+    description: The directory of the repository.
+    type: path
+    required: true
+  names:
+    description: The VMs, as they are called in the repository. The default is all that have sets there.
+    type: list
+    elements: str
+  keep_last:
+    description: Keep so many sets, the newest ones.
+    type: int
+    default: 0
+  keep_hourly:
+    description: Keep the newest set of an hour, for so many hours in which there is one.
+    type: int
+    default: 0
+  keep_daily:
+    description: Keep the newest set of a day (UTC), for so many days in which there is one.
+    type: int
+    default: 0
+  keep_weekly:
+    description: Keep the newest set of a week (ISO 8601), for so many weeks in which there is one.
+    type: int
+    default: 0
+  keep_monthly:
+    description: Keep the newest set of a month, for so many months in which there is one.
+    type: int
+    default: 0
+  keep_yearly:
+    description: Keep the newest set of a year, for so many years in which there is one.
+    type: int
+    default: 0
+  keep_within:
+    description:
+      - Keep all sets that were begun in this time before the VM's newest set, as a number with V(h), V(d), V(w) or
+        V(y), such as V(14d).
+    type: str
+  consolidate:
+    description:
+      - Make a full set of the oldest increment that is kept of a chain, if what it builds on can go then. So a chain of
+        increments may go on for ever.
+      - Takes the room of one more full image of each disk meanwhile. A set that is broken, or a chain that an overlay
+        reads, is left alone.
+    type: bool
+    default: false
+  protect:
+    description: Protect the sets with these ids, of all O(names), from ever being removed.
+    type: list
+    elements: str
+    default: []
+  unprotect:
+    description: Take that back.
+    type: list
+    elements: str
+    default: []
+  forget:
+    description:
+      - Let the VMs in O(names) lose their newest good set, too. Without any rule, all of their sets go that are not
+        protected or in use.
+    type: bool
+    default: false
+seealso:
+  - module: vmfleet.backup.backup_set
+  - module: vmfleet.backup.backup_info
+"""
+
+EXAMPLES = r"""
+- name: Keep two weeks in full, then one set a week, then one a month
+  vmfleet.backup.backup_prune:
+    repository: /srv/backup
+    keep_within: 14d
+    keep_weekly: 8
+    keep_monthly: 12
+
+- name: Increments for ever, of which the last 30 are kept
+  vmfleet.backup.backup_prune:
+    repository: /srv/backup
+    keep_last: 30
+    consolidate: true
+
+- name: Keep the set from before the upgrade of web01
+  vmfleet.backup.backup_prune:
+    repository: /srv/backup
+    names:
+      - web01
+    keep_last: 7
+    protect:
+      - before-upgrade
+
+- name: Remove all sets of a VM that is no more
+  vmfleet.backup.backup_prune:
+    repository: /srv/backup
+    names:
+      - old01
+    forget: true
+"""
+
+RETURN = r"""
+removed:
+  description: The sets that are gone, or would be in check mode, each with C(vm), C(id), C(reason) and C(bytes).
+  returned: always
+  type: list
+  elements: dict
+kept:
+  description: The sets that are kept, each with C(vm), C(id), C(reason), C(bytes) and C(consolidated).
+  returned: always
+  type: list
+  elements: dict
+bytes:
+  description: What the images of the sets took that are gone.
+  returned: always
+  type: int
+text:
+  description: The same, to be read by people.
+  returned: always
+  type: list
+  elements: str
+"""
+
+import re
+from typing import TYPE_CHECKING
+
+from ansible.module_utils.basic import AnsibleModule
+
+from ansible_collections.vmfleet.backup.plugins.module_utils._errors import BackupError, Refused, run_module
+from ansible_collections.vmfleet.backup.plugins.module_utils._library import vm_names
+from ansible_collections.vmfleet.backup.plugins.module_utils._probe import probe_if_there
+from ansible_collections.vmfleet.backup.plugins.module_utils._prune import Order, prune
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository import check_writable, open_repository
+from ansible_collections.vmfleet.backup.plugins.module_utils._retention import PERIODS, Rules, describe
+from ansible_collections.vmfleet.backup.plugins.module_utils._survey import require_qemu_img
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from typing import Any
+
+    from ansible_collections.vmfleet.backup.plugins.module_utils._prune import Pruned
+    from ansible_collections.vmfleet.backup.plugins.module_utils._repository import Repository
+
+SECONDS = {"h": 3600, "d": 86400, "w": 7 * 86400, "y": 365 * 86400}
+
+
+def seconds(text: str) -> float:
+    """C(14d) in seconds."""
+    match = re.fullmatch(r"(\d+)([hdwy])", text)
+    if not match:
+        raise Refused("keep_within", f"{text!r} is not a number with h, d, w or y, such as 14d")
+    return int(match.group(1)) * SECONDS[match.group(2)]
+
+
+def rules(params: dict[str, Any]) -> Rules:
+    counts = {name: params[f"keep_{name}"] for name in ("last", *PERIODS)}
+    for name, count in counts.items():
+        if count < 0:
+            raise Refused(f"keep_{name}", f"{count} is negative")
+    found = Rules(**counts, within=seconds(params["keep_within"]) if params["keep_within"] else 0)
+    if params["forget"] and not params["names"]:
+        raise Refused("forget", "names must say which VMs are to be forgotten")
+    if found.empty and not params["forget"]:
+        raise Refused("keep_last", "no rule says what to keep; give at least one of the keep_ options")
+    return found
+
+
+async def prune_all(repository: Repository, names: Iterable[str], order: Order) -> tuple[list[Pruned], dict[str, str]]:
+    """All VMs, one after the other; one that cannot be pruned never stops the others. Returns what went wrong, too."""
+    done: list[Pruned] = []
+    errors: dict[str, str] = {}
+    for name in names:
+        try:
+            done.append(await prune(repository, name, order))
+        except (BackupError, OSError) as error:
+            errors[name] = str(error)
+    return done, errors
+
+
+def listed(pruned: Iterable[Pruned], keep: bool) -> list[dict[str, Any]]:
+    found = []
+    for one in pruned:
+        for fate in one.fates:
+            if fate.keep == keep:
+                entry = {"vm": one.vm, "id": fate.id, "reason": fate.reason, "bytes": one.sizes[fate.id]}
+                found.append({**entry, "consolidated": fate.consolidate} if keep else entry)
+    return found
+
+
+async def main_task(module: AnsibleModule) -> dict[str, Any]:
+    params = module.params
+    asked = rules(params)
+    if params["consolidate"]:
+        require_qemu_img()
+    await probe_if_there(params["repository"])
+    repository = open_repository(params["repository"])
+    check_writable(repository.path)
+    known = vm_names(repository)
+    unknown = [name for name in params["names"] or () if name not in known]
+    if unknown:
+        raise Refused(
+            "names",
+            "no sets of {} in {}; there are: {}".format(
+                ", ".join(unknown), repository.path, ", ".join(known) or "none"
+            ),
+        )
+    order = Order(
+        asked,
+        params["consolidate"],
+        params["forget"],
+        tuple(params["protect"]),
+        tuple(params["unprotect"]),
+        module.check_mode,
+    )
+    done, errors = await prune_all(repository, params["names"] or known, order)
+    removed = listed(done, keep=False)
+    kept = listed(done, keep=True)
+    before = "".join("{vm}/{id}\n".format(**one) for one in (*removed, *kept))
+    after = "".join("{vm}/{id}\n".format(**one) for one in kept)
+    result = {
+        "changed": any(one.changed for one in done),
+        "removed": removed,
+        "kept": kept,
+        "bytes": sum(one["bytes"] for one in removed),
+        "text": [line for one in done for line in describe(one.vm, one.fates)],
+        "diff": {"before": before, "after": after},
+    }
+    if errors:
+        reasons = "; ".join(f"{name}: {error}" for name, error in errors.items())
+        raise BackupError(f"{len(errors)} VMs could not be pruned: {reasons}", **result)
+    return result
+
+
+def main() -> None:
+    counts = {f"keep_{name}": {"type": "int", "default": 0} for name in ("last", *PERIODS)}
+    names = {"type": "list", "elements": "str"}
+    module = AnsibleModule(
+        argument_spec={
+            "repository": {"type": "path", "required": True},
+            "names": names,
+            **counts,
+            "keep_within": {"type": "str"},
+            "consolidate": {"type": "bool", "default": False},
+            "protect": {**names, "default": []},
+            "unprotect": {**names, "default": []},
+            "forget": {"type": "bool", "default": False},
+        },
+        supports_check_mode=True,
+    )
+    run_module(module, main_task)
+
+
+if __name__ == "__main__":
+    main()
