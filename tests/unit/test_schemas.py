@@ -1,0 +1,262 @@
+# Copyright (c) 2026, vmfleet contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""The JSON Schemas in docs/schema describe what is written into a repository: every field of it, and nothing else."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from dataclasses import MISSING, asdict, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jsonschema
+import pytest
+
+from ansible_collections.vmfleet.backup.plugins.module_utils._description import describe_vm
+from ansible_collections.vmfleet.backup.plugins.module_utils._documents import (
+    COPYING,
+    DiskImage,
+    Failure,
+    Growing,
+    Hypervisor,
+    Intent,
+    Manifest,
+    Parent,
+    VmName,
+)
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository import create_repository
+from ansible_collections.vmfleet.backup.tests.unit.plugins.doubles import UUID, FakeMonitor, disk, monitor, refusal, vm
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+SCHEMAS = Path(__file__).parents[2] / "docs" / "schema"
+NAMES = sorted(path.name.partition(".")[0] for path in SCHEMAS.glob("*.schema.json"))
+
+TIME = "2026-11-22T01:30:00Z"
+ATTEMPT = "0123456789ab"
+VM = VmName("web01", UUID, UUID)
+HYPERVISOR = Hypervisor("hv1", "3d1219c7c4c5404aaa1f6d2a48adfda4", "d25ebed6-213b-4b3c-a9ae-9906199f9926")
+FULL = DiskImage(
+    name="vda",
+    node="#block101",
+    qdev="/machine/peripheral/vd0/virtio-backend",
+    source="/images/web01.qcow2",
+    source_format="qcow2",
+    virtual_size=1 << 30,
+    level="full",
+    reason="it is the VM's first set",
+    parent=None,
+    image="vda.qcow2",
+    format="qcow2",
+    compression="none",
+)
+INCREMENT = replace(
+    FULL,
+    level="incremental",
+    parent=Parent("2026-11-21", "0" * 64, ATTEMPT),
+    bytes=196608,
+    sha256="f" * 64,
+    bitmap="vmfleet-671a3da2-80306f9d42ee92c0",
+)
+MANIFEST = Manifest(
+    repository=UUID,
+    vm=VM,
+    id="2026-11-22",
+    sequence=2,
+    level="incremental",
+    run="033ba100fa7bedfd",
+    attempt=ATTEMPT,
+    started=TIME,
+    finished=TIME,
+    duration=0.471,
+    consistency="filesystem",
+    qemu="7.2.22",
+    disks=(INCREMENT, FULL),
+    hypervisor=HYPERVISOR,
+    monitor="unix:/run/qemu/web01.qmp",
+    frozen_ms=98,
+)
+INTENT = Intent(
+    run="033ba100fa7bedfd",
+    attempt=ATTEMPT,
+    id="2026-11-22",
+    vm=VM,
+    hypervisor=HYPERVISOR,
+    monitor="unix:/run/qemu/web01.qmp",
+    process=(4711, 123456),
+    level="incremental",
+    consistency="crash",
+    qemu="7.2.22",
+    guest="running",
+    started=TIME,
+    begun=1234.5,
+    deadline=None,
+    checksum=True,
+    disks=(Growing(INCREMENT, f"vmfleet.671a3da2.{ATTEMPT}.0", 1 << 20),),
+)
+FAILURE = Failure("033ba100fa7bedfd", "", "2026-11-22", "failed", "disk vda: No space left on device", TIME, TIME)
+
+# The classes whose fields an object of a schema has, by the name of the schema and of the definition in it.
+CLASSES = {
+    ("manifest", ""): Manifest,
+    ("manifest", "vm"): VmName,
+    ("manifest", "disk"): DiskImage,
+    ("manifest", "parent"): Parent,
+    ("manifest", "hypervisor"): Hypervisor,
+    ("intent", ""): Intent,
+    ("intent", "vm"): VmName,
+    ("intent", "disk"): DiskImage,
+    ("intent", "parent"): Parent,
+    ("intent", "hypervisor"): Hypervisor,
+    ("intent", "growing"): Growing,
+    ("failure", ""): Failure,
+}
+
+
+def load(name: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((SCHEMAS / f"{name}.schema.json").read_text(encoding="utf-8"))
+    return found
+
+
+def objects(schema: Any) -> Iterator[dict[str, Any]]:
+    """All objects with fields that a schema describes, itself first."""
+    if isinstance(schema, dict):
+        if isinstance(schema.get("properties"), dict):
+            yield schema
+        for below in schema.values():
+            yield from objects(below)
+    if isinstance(schema, list):
+        for below in schema:
+            yield from objects(below)
+
+
+def strict(schema: dict[str, Any]) -> jsonschema.Draft202012Validator:
+    """What this release writes has every field, and none that is not described."""
+    for each in objects(schema):
+        each["additionalProperties"] = False
+        each["required"] = list(each["properties"])
+    return jsonschema.Draft202012Validator(schema)
+
+
+def describe(**answers: Any) -> dict[str, Any]:
+    commands = ("query-kvm", "query-memory-size-summary", "query-cpus-fast", "query-chardev", "qom-get", "qom-list")
+    fake = FakeMonitor({**dict.fromkeys(commands, refusal()), **answers})
+    return asyncio.run(describe_vm(monitor(fake), vm(disk(), process=None)))
+
+
+@pytest.mark.parametrize("name", NAMES)
+class TestSchema:
+    def test_is_one(self, name: str) -> None:
+        jsonschema.Draft202012Validator.check_schema(load(name))
+
+    def test_says_what_every_field_is(self, name: str) -> None:
+        bare = [
+            field
+            for each in objects(load(name))
+            for field, what in each["properties"].items()
+            if "description" not in what
+        ]
+        assert not bare
+
+    def test_requires_nothing_that_it_does_not_describe(self, name: str) -> None:
+        for each in objects(load(name)):
+            assert set(each["required"]) <= set(each["properties"])
+
+    def test_is_all_in_one_file(self, name: str) -> None:
+        assert '"$ref": "#/' in json.dumps(load(name)) or "$ref" not in json.dumps(load(name))
+
+
+@pytest.mark.parametrize(("name", "part"), CLASSES, ids=lambda name: name or "document")
+def test_fields_are_those_of_the_class(name: str, part: str) -> None:
+    schema = load(name)
+    described = schema["$defs"][part] if part else schema
+    known = fields(CLASSES[name, part])
+    assert set(described["properties"]) == {field.name for field in known}
+    # `schema` has a default, and yet nothing is read without it. The others may be missing in what was written earlier.
+    needed = {field.name for field in known if field.default is MISSING or field.name == "schema"}
+    assert set(described["required"]) == needed
+
+
+def test_every_definition_has_its_class() -> None:
+    parts = {(name, part) for name in ("manifest", "intent", "failure") for part in ("", *load(name).get("$defs", {}))}
+    assert parts == set(CLASSES)
+
+
+def test_both_files_say_the_same_of_a_disk() -> None:
+    ours, theirs = load("manifest")["$defs"], load("intent")["$defs"]
+    assert {name: theirs[name] for name in ours} == ours
+
+
+@pytest.mark.parametrize(
+    ("name", "document"),
+    [
+        pytest.param("manifest", MANIFEST, id="manifest"),
+        pytest.param(
+            "manifest", replace(MANIFEST, hypervisor=None, consistency_reason="no agent"), id="manifest, little"
+        ),
+        pytest.param("intent", INTENT, id="intent"),
+        pytest.param("intent", replace(INTENT, process=(), deadline=5.0, phase=COPYING, agent="/x"), id="intent, TCP"),
+        pytest.param("failure", FAILURE, id="failure"),
+        pytest.param("failure", replace(FAILURE, state="cancelled", attempt=ATTEMPT), id="failure, cancelled"),
+    ],
+)
+def test_what_is_written_is_described(name: str, document: Any) -> None:
+    written = json.loads(json.dumps(asdict(document)))
+    jsonschema.Draft202012Validator(load(name)).validate(written)
+    strict(load(name)).validate(written)
+    assert type(document).parse(written) == document
+
+
+def test_repository(tmp_path: Path) -> None:
+    create_repository(str(tmp_path / "repository"))
+    strict(load("repository")).validate(json.loads((tmp_path / "repository" / "vmfleet.json").read_text()))
+
+
+def test_vm_of_which_qemu_tells_all() -> None:
+    strict(load("vm")).validate(
+        describe(
+            **{
+                "query-kvm": {"enabled": True, "present": True},
+                "query-memory-size-summary": {"base-memory": 1 << 30},
+                "query-cpus-fast": [{"qom-path": "/machine/unattached/device[0]"}],
+                "query-chardev": [
+                    {"label": "agent", "filename": "unix:/run/web01.qga,server=on", "frontend-open": True}
+                ],
+                "qom-get": "pc-q35-7.2-machine",
+                "qom-list": [{"name": "vd0", "type": "child<virtio-blk-pci>"}],
+            }
+        )
+    )
+
+
+def test_vm_of_which_qemu_tells_nothing() -> None:
+    strict(load("vm")).validate(describe())
+
+
+@pytest.mark.parametrize(
+    ("name", "document", "field", "value"),
+    [
+        ("manifest", MANIFEST, "schema", 2),
+        ("manifest", MANIFEST, "id", "../up"),
+        ("manifest", MANIFEST, "id", "a..b"),
+        ("manifest", MANIFEST, "level", "auto"),
+        ("manifest", MANIFEST, "sequence", 0),
+        ("manifest", MANIFEST, "started", "yesterday"),
+        ("manifest", MANIFEST, "disks", []),
+        ("intent", INTENT, "phase", "done"),
+        ("failure", FAILURE, "state", "published"),
+    ],
+)
+def test_what_is_never_written_is_refused(name: str, document: Any, field: str, value: Any) -> None:
+    written = json.loads(json.dumps(asdict(document)))
+    assert not jsonschema.Draft202012Validator(load(name)).is_valid({**written, field: value})
+
+
+def test_a_field_that_a_later_release_adds_is_no_fault() -> None:
+    written = {**json.loads(json.dumps(asdict(MANIFEST))), "labels": {}}
+    jsonschema.Draft202012Validator(load("manifest")).validate(written)
+    assert not strict(load("manifest")).is_valid(written)
