@@ -88,6 +88,7 @@ class DriveBackup:
 
     def __post_init__(self) -> None:
         self._held: dict[str, int] = {}
+        self._writebacks: list[_target.Writeback] = []
 
     async def ensure(self) -> list[dict[str, Any]]:
         """Take steps until the asked state is reached; returns the jobs' results."""
@@ -299,7 +300,9 @@ class DriveBackup:
         if target.block_device:
             return 0, 0
         # The kernel tells of a failed write-back only those who had the file open by then.
-        self._held[target.path] = os.open(target.path, os.O_RDWR | os.O_CLOEXEC)
+        fd = os.open(target.path, os.O_RDWR | os.O_CLOEXEC)
+        self._held[target.path] = fd
+        self._writebacks.append(_target.Writeback(fd))
         return _target.identity(os.path.realpath(target.path))
 
     def _note_owners(self, vm: Vm, begun: list[Copy], holding: tuple[int, ...]) -> None:
@@ -354,6 +357,8 @@ class DriveBackup:
             copies, trouble = await self._glance(process, attempt)
             if not trouble and not any(copy.found == RUNNING for copy in copies):
                 return
+            for writeback in self._writebacks:
+                writeback.nudge()
             now = time.monotonic()
             if not trouble:
                 asked, known = now, [copy.result() for copy in copies]

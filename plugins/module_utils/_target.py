@@ -15,6 +15,7 @@ import json
 import os
 import stat
 import sys
+import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -33,6 +34,7 @@ CLUSTER = 65536
 """qcow2's default cluster size, in bytes."""
 
 FALLOC_FL_KEEP_SIZE = 1
+SYNC_FILE_RANGE_WRITE = 2
 FS_IOC_GETVERSION = 0x80087601
 CANNOT_RESERVE = frozenset({errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.ENODEV})
 
@@ -204,6 +206,27 @@ def flush(path: str, held: int | None = None) -> os.stat_result:
         return os.fstat(fd)
     finally:
         os.close(fd)
+
+
+class Writeback:
+    """Has the kernel write out an image that grows in the page cache: else the flush at the end has all of it to do."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._thread: threading.Thread | None = None
+
+    def nudge(self) -> None:
+        """Begin to write out what is there, unless the last call is still at that."""
+        if self._thread is None or not self._thread.is_alive():
+            # It waits while the device has enough to do, and for ever for one that hangs: nobody is to wait for it.
+            self._thread = threading.Thread(target=_write_out, args=(self._fd,), daemon=True)
+            self._thread.start()
+
+
+def _write_out(fd: int) -> None:
+    # Without a flag that waits, no error is reported here that the flush would then not report.
+    everything = (ctypes.c_int64(0), ctypes.c_int64(0))
+    ctypes.CDLL(None).sync_file_range(ctypes.c_int(fd), *everything, ctypes.c_uint(SYNC_FILE_RANGE_WRITE))
 
 
 def identity(path: str) -> tuple[int, int]:

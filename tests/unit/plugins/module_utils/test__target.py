@@ -12,6 +12,7 @@ import errno
 import json
 import os
 import stat
+import threading
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -344,6 +345,49 @@ def test_flush_raises_what_fsync_says(image: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(OSError, match="Input/output error"):
         _target.flush(str(image))
+
+
+class TestWriteback:
+    @pytest.fixture
+    def calls(self, monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+        """What the kernel was asked for; it is at it until `done` is set."""
+        calls: list[list[int]] = []
+
+        class Library:
+            def __init__(self, *_args: Any) -> None:
+                pass
+
+            def sync_file_range(_self, *arguments: Any) -> int:  # noqa: N805
+                calls.append([argument.value for argument in arguments])
+                self.done.wait(30)
+                return 0
+
+        self.done = threading.Event()
+        monkeypatch.setattr(ctypes, "CDLL", Library)
+        return calls
+
+    @staticmethod
+    def thread(writeback: _target.Writeback) -> threading.Thread:
+        assert writeback._thread
+        return writeback._thread
+
+    def test_one_call_at_a_time_that_nobody_waits_for(self, calls: list[list[int]]) -> None:
+        writeback = _target.Writeback(7)
+        for _dummy in range(3):
+            writeback.nudge()
+        first = self.thread(writeback)
+        assert first.daemon
+        self.done.set()
+        first.join(30)
+        assert calls == [[7, 0, 0, _target.SYNC_FILE_RANGE_WRITE]]
+        writeback.nudge()
+        self.thread(writeback).join(30)
+        assert len(calls) == 2
+
+    def test_kernel_has_it(self, image: Path) -> None:
+        with image.open("r+b") as file:
+            _target._write_out(file.fileno())
+        assert image.read_bytes() == b"header"
 
 
 def test_remove(image: Path) -> None:
