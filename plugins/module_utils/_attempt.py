@@ -74,6 +74,7 @@ class Maker:
 
     def __post_init__(self) -> None:
         self._room = Room(self.repository, self.plan.policy)
+        self._writebacks: dict[str, _target.Writeback] = {}
         self._made: dict[Any, Any] = {}
         self._gate = asyncio.Lock()
 
@@ -190,6 +191,8 @@ class Maker:
             target = self._target(intent, disk)
             await _target.create(target, link.backing, pass_fds=(lock,), made=self._made)
             self.held[target.path] = os.open(target.path, os.O_RDWR | os.O_CLOEXEC)
+            if not target.direct:
+                self._writebacks[target.path] = _target.Writeback(self.held[target.path])
             reserved = _target.reserve(target) and reserved
             grown.append(replace(disk, inode=os.stat(target.path).st_ino))
         if not reserved and not self.watched:
@@ -292,6 +295,13 @@ class Maker:
 
     # Finish
 
+    def nudge(self, intent: Intent) -> None:
+        """Have images written out while they grow, where they grow in the page cache."""
+        for disk in intent.disks:
+            writeback = self._writebacks.get(self.repository.image_path(intent, disk.image.image))
+            if writeback:
+                writeback.nudge()
+
     async def finish(self, intent: Intent) -> tuple[DiskImage, ...]:
         """Bring the images onto stable storage, and describe them. Takes long; BackupError, OSError where it fails."""
         loop = asyncio.get_running_loop()
@@ -305,7 +315,9 @@ class Maker:
     def release(self, intent: Intent) -> None:
         """Close the images of an attempt: those that are unlinked keep their space until then."""
         for disk in intent.disks:
-            held = self.held.pop(self.repository.image_path(intent, disk.image.image), None)
+            path = self.repository.image_path(intent, disk.image.image)
+            self._writebacks.pop(path, None)
+            held = self.held.pop(path, None)
             if held is not None:
                 os.close(held)
 
