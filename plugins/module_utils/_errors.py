@@ -56,6 +56,10 @@ class CommandError(BackupError):
         self.description = description.strip()
 
 
+class AgentError(BackupError):
+    """The guest agent cannot be asked, or does not do what it was asked for."""
+
+
 class ToolError(BackupError):
     """qemu-img is missing, failed, or took too long."""
 
