@@ -22,7 +22,7 @@ from ansible_collections.vmfleet.backup.plugins.module_utils import _agent, _gua
 from ansible_collections.vmfleet.backup.plugins.module_utils._errors import AgentError
 from ansible_collections.vmfleet.backup.plugins.module_utils._guard import Freezer, check, thaw
 from ansible_collections.vmfleet.backup.plugins.module_utils._qmp import Process
-from ansible_collections.vmfleet.backup.tests.harness.qemu import wait_until
+from ansible_collections.vmfleet.backup.tests.harness.qemu import PATIENCE, wait_until
 from ansible_collections.vmfleet.backup.tests.unit.plugins.guest_agent import (
     FILE_SYSTEMS,
     ScriptedAgent,
@@ -354,11 +354,14 @@ def test_module_that_hangs_while_frozen(agent: ScriptedAgent, monkeypatch: pytes
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_module_killed_while_frozen(agent: ScriptedAgent, number: int) -> None:
     with subprocess.Popen([sys.executable, "-c", MODULE, agent.path], stdout=subprocess.PIPE, text=True) as module:
-        assert module.stdout
-        assert module.stdout.readline() == "frozen\n"
-        assert agent.frozen
-        module.send_signal(number)
-        module.wait()
+        try:
+            assert module.stdout
+            assert module.stdout.readline() == "frozen\n"
+            assert agent.frozen
+            module.send_signal(number)
+            module.wait(PATIENCE)
+        finally:
+            module.kill()
     wait_until(lambda: not agent.frozen, "the guard's thaw")
 
 
