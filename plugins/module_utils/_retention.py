@@ -57,7 +57,8 @@ class Condition:
     """What counts besides the rules, each by set id with the reason.
 
     C(guarded) sets stay, C(broken) ones cannot be restored whole, C(in_use) ones are read at this moment, so that none
-    that they build on may be rewritten. C(may_go) lets a VM lose its newest good set, too.
+    that they build on may be rewritten. C(may_go) lets a VM lose its newest good set, too, and without any rule its
+    broken ones.
     """
 
     guarded: Mapping[str, str] = field(default_factory=dict)
@@ -104,7 +105,7 @@ def _chosen(sets: Sequence[Manifest], rules: Rules, condition: Condition) -> dic
     for manifest in sets:
         if manifest.id in condition.guarded:
             chosen.setdefault(manifest.id, []).append(condition.guarded[manifest.id])
-        if manifest.id in condition.broken:
+        if manifest.id in condition.broken and not (condition.may_go and rules.empty):
             chosen.setdefault(manifest.id, []).append(f"it is broken, and left alone: {condition.broken[manifest.id]}")
     return chosen
 
@@ -163,17 +164,28 @@ def _to_consolidate(
     condition: Condition,
 ) -> frozenset[str]:
     """The oldest chosen increments of their chains, where with them what they build on can go."""
-    made_full: set[str] = set()
-    for manifest in sets:
-        name = manifest.id
-        is_oldest = name in chosen and not any(above in chosen for above in _needed_by(parents, [name]))
-        if manifest.level == FULL or not is_oldest or name in condition.broken:
-            continue
-        others = _needed_by(parents, [other for other in chosen if other != name], frozenset({*made_full, name}))
-        if parents[name] <= set(others) or _is_read(name, parents, condition.in_use):
-            continue
-        made_full.add(name)
-    return frozenset(made_full)
+    oldest = [
+        manifest.id
+        for manifest in sets
+        if manifest.id in chosen
+        and manifest.level != FULL
+        and manifest.id not in condition.broken
+        and not any(below in chosen for below in _needed_by(parents, [manifest.id]))
+        and not _is_read(manifest.id, parents, condition.in_use)
+    ]
+    made_full: frozenset[str] = frozenset()
+    while True:
+        more = [name for name in oldest if name not in made_full and _frees(name, parents, chosen, made_full)]
+        if not more:
+            return made_full
+        # With this one full, others may be the last ones that need something.
+        made_full |= {more[0]}
+
+
+def _frees(name: str, parents: Mapping[str, frozenset[str]], chosen: Iterable[str], made_full: frozenset[str]) -> bool:
+    """Whether something that a set builds on is needed by no other one that is kept."""
+    others = _needed_by(parents, [other for other in chosen if other != name], made_full | {name})
+    return not parents[name] <= set(others)
 
 
 def _is_read(name: str, parents: Mapping[str, frozenset[str]], in_use: Iterable[str]) -> bool:
