@@ -19,7 +19,7 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._documents import P
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
-    from ansible_collections.vmfleet.backup.plugins.module_utils._documents import DiskImage, Manifest
+    from ansible_collections.vmfleet.backup.plugins.module_utils._documents import DiskImage, Intent, Manifest
     from ansible_collections.vmfleet.backup.plugins.module_utils._inspect import Disk
 
 AUTO = "auto"
@@ -83,7 +83,7 @@ def link(
         return Link(FULL, f"it is not in set {sets[-1].id}" if base else "no set holds it in full")
     doubt = (
         _other_disk(base, below, disk, identity)
-        or _lost_record(base, below, disk, disks)
+        or _lost_record(base, below, disk, disks, sets[-1])
         or damage.get((base.id, disk.name), "")
         or _too_long(sets, base, disk.name, wish.max_chain)
     )
@@ -115,7 +115,7 @@ def _other_disk(base: Manifest, below: DiskImage, disk: Disk, identity: str) -> 
     return ""
 
 
-def _lost_record(base: Manifest, below: DiskImage, disk: Disk, disks: Iterable[Disk]) -> str:
+def _lost_record(base: Manifest, below: DiskImage, disk: Disk, disks: Iterable[Disk], newest: Manifest) -> str:
     """Why the record of the changes since an image cannot be trusted; empty where it can."""
     if not below.bitmap:
         return f"set {base.id} was made without a record of the changes after it"
@@ -126,6 +126,9 @@ def _lost_record(base: Manifest, below: DiskImage, disk: Disk, disks: Iterable[D
     holder = next((other.name for other in disks if other.bitmap(below.bitmap)), "")
     if holder:
         return f"{record} is on disk {holder}: the disks were swapped, or one was copied over the other"
+    latest = newest.disk(disk.name)
+    if newest is not base and latest and latest.level == INCREMENTAL:
+        return f"{record} is gone: set {newest.id} was incremental, and the next differential one starts anew"
     if not disk.keeps_bitmaps:
         return f"{record} is gone: a disk like this one ({disk.driver}) keeps none when QEMU ends"
     return f"{record} is gone: QEMU was killed, the disk was replaced or reverted, or somebody removed it"
@@ -191,6 +194,18 @@ def _broken_below(by_id: Mapping[str, Manifest], manifest: Manifest, image: Disk
 
 def _is_another(parent: Parent, manifest: Manifest, image: DiskImage) -> bool:
     return parent.attempt != manifest.attempt if parent.attempt else parent.sha256 != image.sha256
+
+
+def lost_parent(intent: Intent, sets: Sequence[Manifest]) -> str:
+    """What is wrong with the chains that a set builds on that is being made; empty where nothing is."""
+    by_id = {manifest.id: manifest for manifest in sets}
+    for disk in intent.disks:
+        name, parent = disk.image.name, disk.image.parent
+        base = by_id.get(parent.id) if parent else None
+        image = base.disk(name) if base else None
+        if parent and (not base or not image or _is_another(parent, base, image) or walk(sets, base, name)[1]):
+            return f"set {parent.id}, which the increment of disk {name} builds on, was removed while it was made"
+    return ""
 
 
 def set_level(levels: Iterable[str]) -> str:

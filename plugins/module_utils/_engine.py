@@ -28,6 +28,7 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._errors import (
     CommandError,
     JobFailed,
     MonitorError,
+    MonitorGone,
 )
 from ansible_collections.vmfleet.backup.plugins.module_utils._inspect import IO_ERROR
 from ansible_collections.vmfleet.backup.plugins.module_utils._lock import host_lock_path, locked
@@ -122,6 +123,8 @@ class _Work:
     """Attempt, bytes copied, and when that was first seen."""
     copying: tuple[Vm, Intent] | None = None
     """The VM as it was when its jobs were last seen to run, and whose jobs they are."""
+    cut_off: bool = False
+    """Whether the connection has broken off once while a set was started."""
     warnings: list[str] = field(default_factory=list)
 
     @property
@@ -173,7 +176,7 @@ class Engine:
                 outcome = await self._cancel(work)
             elif self.settings.state == UNTRACKED:
                 outcome = await self._untrack(work)
-            elif planned.action == _plan.FAIL and not self._is_overruled(planned):
+            elif planned.action == _plan.FAIL and not (planned.unless or planned.identity):
                 outcome = self._outcome(work, FAILED, error=planned.reason)
             else:
                 outcome = await self._bring_to_end(work)
@@ -183,10 +186,10 @@ class Engine:
             await self._turns.leave(planned.name)
         return outcome
 
-    def _is_overruled(self, planned: VmPlan) -> bool:
-        """Whether there is an order that the plan did not know of: what it refused is then looked at anew."""
+    def _is_refused(self, planned: VmPlan) -> bool:
+        """Whether the plan refused it, and there is no order that the plan did not know of."""
         orders = {"takeover": self.settings.takeover, "adopt": self.settings.adopt}
-        return orders.get(planned.unless, False)
+        return planned.action == _plan.FAIL and not orders.get(planned.unless, False)
 
     async def _bring_to_end(self, work: _Work) -> Outcome:
         """Step after step until there is nothing left to do, or, with state started, nothing but to wait."""
@@ -220,6 +223,8 @@ class Engine:
         facts, shelf = await self._look(work, seen=work.copying[0] if work.copying else None)
         work.copying = None
         decision = self._decide(work, facts, shelf)
+        if decision.plan.action == _plan.FAIL and not self.settings.check_mode and self._is_lost(facts, shelf):
+            return await self._act(work, facts)
         outcome = self._final(work, decision, facts, shelf)
         if outcome or self.settings.check_mode:
             return outcome or self._predict(work, decision)
@@ -231,6 +236,7 @@ class Engine:
                 return verdict
             if verdict.state == _plan.RUNNING and facts.vm:
                 work.copying = facts.vm, decision.intent
+                self._maker.nudge(decision.intent)
                 if not decision.intent.frozen and not self._alarm(decision.intent, facts, work):
                     return verdict
             if verdict.state == _plan.COPIED:
@@ -255,10 +261,15 @@ class Engine:
 
     def _judge(self, work: _Work, intent: Intent, facts: Facts, shelf: Shelf) -> Verdict:
         verdict = _plan.judge(intent, facts, shelf, boottime())
+        lost = _chain.lost_parent(intent, shelf.sets)
+        if verdict.state == _plan.GIVEN_UP:
+            return verdict
+        if lost:
+            return _plan.Verdict(_plan.BROKEN, lost)
         if intent.attempt in work.spoiled:
             # A second fsync may succeed where the first has failed, and mean nothing.
             return _plan.Verdict(_plan.BROKEN, work.spoiled[intent.attempt])
-        if intent.attempt in work.safe and verdict.state != _plan.GIVEN_UP:
+        if intent.attempt in work.safe:
             # All its jobs have ended well and its images are flushed: whatever QEMU does now, the set is good.
             return _plan.Verdict(_plan.COPIED)
         return verdict
@@ -283,6 +294,8 @@ class Engine:
         if action == _plan.START and work.planned.action == _plan.SKIP:
             # What has changed since the plan makes it safer, never bolder.
             return self._outcome(work, SKIPPED, reason=f"the plan was to skip it: {work.planned.reason}")
+        if action in (_plan.START, _plan.FINISH) and self._is_refused(work.planned):
+            return self._outcome(work, FAILED, error=work.planned.reason)
         return None
 
     def _predict(self, work: _Work, decision: Decision) -> Outcome:
@@ -368,6 +381,9 @@ class Engine:
                 return await self._remove(work, monitor, facts, decision.intent, decision.removal)
             if decision.intent and decision.plan.action != _plan.FAIL:
                 return await self._advance(work, monitor, facts, shelf, decision.intent)
+            if decision.plan.action == _plan.FAIL and monitor and facts.vm:
+                work.changed = True
+                await self._remove_leftovers(work, monitor, facts.vm, shelf)
             if decision.plan.action == _plan.START and monitor and facts.vm:
                 return await self._start(work, monitor, facts.vm, shelf, decision, lock)
             return self._final(work, decision, facts, shelf) or _plan.Verdict(_plan.INTERRUPTED)
@@ -452,9 +468,12 @@ class Engine:
         try:
             intent = await self._maker.prepare(draft, lock)
             intent = await self._maker.launch(monitor, draft, intent, work.request.quiesce)
-        except MonitorError:
-            # Whether QEMU has started the jobs is for the next look to find out.
-            raise
+        except MonitorError as error:
+            if work.cut_off or not isinstance(error, MonitorGone):
+                raise
+            # Whether QEMU lives, and has started the jobs, is for the next look to find out.
+            work.cut_off = True
+            return _plan.Verdict(_plan.UNREACHABLE, str(error))
         except (BackupError, OSError) as error:
             return await self._undo(work, monitor, draft.intent, str(error))
         work.copying = vm, intent
@@ -507,13 +526,18 @@ class Engine:
     async def _tidy(self, work: _Work, monitor: Monitor | None, facts: Facts, shelf: Shelf, manifest: Manifest) -> None:
         """Remove what the making of a published set has left in QEMU and beside the set."""
         if monitor and facts.vm:
-            for attempt in {manifest.attempt, *self._leftovers(facts.vm, shelf)}:
-                await self._remove_jobs(monitor, facts.vm, attempt)
-            try:
-                await _jobs.remove_bitmaps(monitor, self._surplus(work, facts.vm, shelf))
-            except CommandError as error:
-                work.warn(f"a bitmap that is needed no more could not be removed: {error}")
+            await self._remove_jobs(monitor, facts.vm, manifest.attempt)
+            await self._remove_leftovers(work, monitor, facts.vm, shelf)
         self.repository.tidy(manifest.vm.name, manifest.id)
+
+    async def _remove_leftovers(self, work: _Work, monitor: Monitor, vm: Vm, shelf: Shelf) -> None:
+        """Remove what dead attempts have left in QEMU, and the bitmaps that no set will build on."""
+        for attempt in self._leftovers(vm, shelf):
+            await self._remove_jobs(monitor, vm, attempt)
+        try:
+            await _jobs.remove_bitmaps(monitor, self._surplus(work, vm, shelf))
+        except CommandError as error:
+            work.warn(f"a bitmap that is needed no more could not be removed: {error}")
 
     async def _give_up(
         self, work: _Work, monitor: Monitor | None, facts: Facts, intent: Intent, error: str, state: str = FAILED
@@ -575,26 +599,44 @@ class Engine:
 
     async def _clear(self, work: _Work, monitor: Monitor, vm: Vm, shelf: Shelf) -> None:
         """Before a start: nothing of this repository may be left on the VM but what the next set may build on."""
-        leftovers = self._leftovers(vm, shelf)
-        elsewhere = {intent.attempt: intent for intent in self.repository.intents()} if leftovers else {}
-        for attempt in leftovers:
-            other = elsewhere.get(attempt)
-            if other:
-                raise BackupError(
-                    f"the same VM is being backed up under the name {other.vm.name} (set {other.id}); give it one name"
-                )
+        other = self._under_another_name(vm, shelf)
+        if other:
+            raise BackupError(other)
+        for attempt in self._leftovers(vm, shelf):
             await self._remove_jobs(monitor, vm, attempt)
         await _jobs.remove_bitmaps(monitor, self._surplus(work, vm, shelf))
 
-    def _leftovers(self, vm: Vm, shelf: Shelf) -> set[str]:
-        """The attempts of this repository that QEMU knows and no intent of this VM does."""
+    def _unknown(self, vm: Vm, shelf: Shelf) -> set[str]:
+        """The attempts of this repository that QEMU knows and no intent under this VM's name does."""
         known = {job.id.split(".")[2] for job in vm.jobs if job.id.startswith(f"vmfleet.{self.repository.tag}.")}
         for opaques in vm.fdsets.values():
             known |= {tag.split(":")[2] for tag in opaques if tag.startswith(f"vmfleet:{self.repository.tag}:")}
         return known - {intent.attempt for intent in shelf.intents}
 
+    def _elsewhere(self, vm: Vm, shelf: Shelf) -> dict[str, Intent]:
+        """The intents under other names of which QEMU knows, by attempt."""
+        unknown = self._unknown(vm, shelf)
+        found = self.repository.intents() if unknown else ()
+        return {intent.attempt: intent for intent in found if intent.attempt in unknown}
+
+    def _under_another_name(self, vm: Vm, shelf: Shelf) -> str:
+        """What is wrong with a VM that is being backed up under two names; empty where it has one only."""
+        for other in self._elsewhere(vm, shelf).values():
+            return f"the same VM is being backed up under the name {other.vm.name} (set {other.id}); give it one name"
+        return ""
+
+    def _leftovers(self, vm: Vm, shelf: Shelf) -> set[str]:
+        """The attempts of this repository that QEMU knows and no intent does."""
+        return self._unknown(vm, shelf) - self._elsewhere(vm, shelf).keys()
+
+    def _is_lost(self, facts: Facts, shelf: Shelf) -> bool:
+        """Whether a set that this VM's jobs are making is somebody else's by now: nobody but us can stop them."""
+        return bool(facts.vm and self._leftovers(facts.vm, shelf))
+
     def _surplus(self, work: _Work, vm: Vm, shelf: Shelf) -> list[tuple[str, str]]:
         """This repository's bitmaps on a VM that no set will build on, as node and name."""
+        if self._elsewhere(vm, shelf):
+            return []
         keep = _chain.bitmaps_to_keep(shelf.sets, work.request.wanted == _chain.DIFFERENTIAL)
         keep = keep.union(*(intent.bitmaps for intent in shelf.intents))
         return [(node, name) for node, name in self._own_bitmaps(vm) if name not in keep]
@@ -677,17 +719,16 @@ class Engine:
         """Remove all bitmaps of this repository from a VM: its next sets are full ones."""
         if not work.request.monitor:
             return self._outcome(work, SKIPPED, reason="this hypervisor has made no set of it here")
-        async with AsyncExitStack() as stack:
-            monitor, facts, shelf = await self._take_hold(stack, work)
-            if monitor is None or facts.vm is None:
-                return self._outcome(work, FAILED, error=facts.error)
-            if shelf.intents:
-                error = f"set {shelf.intents[0].id} is being made; wait for its end, or cancel it"
-                return self._outcome(work, FAILED, error=error)
-            found = self._own_bitmaps(facts.vm)
-            work.changed = bool(found)
-            if not self.settings.check_mode:
-                await _jobs.remove_bitmaps(monitor, found)
+        error, found = self._tracked(work, *await self._look(work))
+        if found and not error and not self.settings.check_mode:
+            async with AsyncExitStack() as stack:
+                monitor, facts, shelf = await self._take_hold(stack, work)
+                error, found = self._tracked(work, facts, shelf)
+                if monitor and not error:
+                    await _jobs.remove_bitmaps(monitor, found)
+        if error:
+            return self._outcome(work, FAILED, error=error)
+        work.changed = bool(found)
         reason = (
             f"{len(found)} bitmaps removed; the next set is a full one"
             if found
@@ -695,19 +736,33 @@ class Engine:
         )
         return self._outcome(work, UNTRACKED, reason=reason)
 
+    def _tracked(self, work: _Work, facts: Facts, shelf: Shelf) -> tuple[str, list[tuple[str, str]]]:
+        """Why the bitmaps of a VM cannot be removed now, and where they are, as node and name."""
+        if shelf.intents:
+            return f"set {shelf.intents[0].id} is being made; wait for its end, or cancel it", []
+        if facts.vm is None:
+            return facts.error, []
+        expected = work.planned.identity
+        if expected and facts.vm.identity != expected:
+            return f"another VM is behind {work.request.monitor} now ({facts.vm.identity}; it was {expected})", []
+        return self._under_another_name(facts.vm, shelf), self._own_bitmaps(facts.vm)
+
 
 def of_names(repository: Repository, names: Iterable[str]) -> Plan:
     """A plan for the states cancelled and untracked: what the repository knows of the VMs with these names."""
     policy = _plan.Policy()
     here = _survey.this_hypervisor().machine_id
-    vms = tuple(VmPlan(name, _last_monitor(repository.shelf(name), here), _plan.ATTACH, "") for name in names)
+    vms = tuple(_last_seen(name, repository.shelf(name), here) for name in names)
     return _plan.Plan(repository.path, False, "", "", policy, _survey.Room(repository, policy).space(), vms)
 
 
-def _last_monitor(shelf: Shelf, machine_id: str) -> str:
-    """Where the VM's newest set was taken; empty where that was on another hypervisor."""
-    newest = shelf.sets[-1] if shelf.sets else None
-    return newest.monitor if newest and newest.hypervisor and newest.hypervisor.machine_id == machine_id else ""
+def _last_seen(name: str, shelf: Shelf, machine_id: str) -> VmPlan:
+    """Where the VM's newest set was taken, or is being made; no monitor where that is on another hypervisor."""
+    found: list[Manifest | Intent] = [*shelf.sets, *shelf.intents]
+    maker = found[-1].hypervisor if found else None
+    if maker and maker.machine_id == machine_id:
+        return VmPlan(name, found[-1].monitor, _plan.ATTACH, "", found[-1].vm.identity)
+    return VmPlan(name, "", _plan.ATTACH, "")
 
 
 def _bitmaps(vm: Vm, names: frozenset[str]) -> list[tuple[str, str]]:

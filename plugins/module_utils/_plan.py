@@ -246,6 +246,14 @@ def choose_disks(vm: Vm, request: Request) -> Choice:
             left_out.append(LeftOut(disk.name, "is read-only"))
         else:
             chosen.append(disk)
+    names = [disk.name for disk in chosen]
+    twins = [disk for disk in chosen if names.count(disk.name) > 1]
+    if twins:
+        nodes = ", ".join(disk.node for disk in twins if disk.name == twins[0].name)
+        return Choice(
+            error=f"several disks of VM {vm.name} are called {twins[0].name} (nodes {nodes}); exclude all but one of"
+            " them by its node's name, or give them different names"
+        )
     return Choice(tuple(chosen), tuple(left_out))
 
 
@@ -290,6 +298,8 @@ def decide(request: Request, facts: Facts, shelf: Shelf, terms: Terms) -> Decisi
         action, reason = FAIL, choice.error
     elif shelf.published(terms.id):
         action, reason = _already_published(facts, shelf, terms, choice)
+    elif _has_given_up(shelf, terms):
+        action, reason = FAIL, _has_given_up(shelf, terms)
     elif shelf.intents:
         intent = _next_intent(shelf.intents, terms.id)
         action, reason, removal = _being_made(intent, facts, terms)
@@ -325,6 +335,14 @@ def _already_published(facts: Facts, shelf: Shelf, terms: Terms, choice: Choice)
     return (FAIL, wrong) if wrong else (SKIP, "the set is published")
 
 
+def _has_given_up(shelf: Shelf, terms: Terms) -> str:
+    """Why this run has come to its end without a set: it neither tries again nor stands in the way of others."""
+    failure = shelf.failure(terms.id)
+    if failure and failure.run == terms.run and not any(intent.run == terms.run for intent in shelf.intents):
+        return failure.error
+    return ""
+
+
 def _being_made(intent: Intent, facts: Facts, terms: Terms) -> tuple[str, str, str]:
     """Action, reason, and why the intent is to be removed."""
     foreign = _foreign(intent, facts, terms.hypervisor)
@@ -340,9 +358,6 @@ def _being_made(intent: Intent, facts: Facts, terms: Terms) -> tuple[str, str, s
 
 
 def _not_begun(facts: Facts, shelf: Shelf, terms: Terms, choice: Choice) -> tuple[str, str]:
-    failure = shelf.failure(terms.id)
-    if failure and failure.run == terms.run:
-        return FAIL, failure.error
     if terms.id in shelf.strays:
         return FAIL, f"in the place of set {terms.id} stands something that is no set (no valid manifest); move it away"
     if facts.vm is None:
@@ -462,8 +477,14 @@ def _foreign(intent: Intent, facts: Facts, hypervisor: Hypervisor) -> str:
             f"set {intent.id} is being made by hypervisor {maker.name} (machine-id {maker.machine_id}) since"
             f" {intent.started}; let it end there"
         )
-    if facts.vm and facts.vm.identity != intent.vm.identity and intent.attempt not in facts.dead:
+    vm = facts.vm
+    if vm is None or intent.attempt in facts.dead:
+        return ""
+    if vm.identity != intent.vm.identity:
         return f"set {intent.id} is being made of another VM of this name ({intent.vm.identity}) since {intent.started}"
+    if vm.process and intent.process and (vm.process.pid, vm.process.start) != intent.process:
+        other = f"pid {intent.process[0]}, {intent.monitor}"
+        return f"set {intent.id} is being made of another VM of this name ({other}) since {intent.started}"
     return ""
 
 
@@ -573,7 +594,8 @@ def refuse_twins(plans: Iterable[VmPlan], processes: Mapping[str, tuple[int, ...
         else:
             result.append(plan)
             continue
-        result.append(replace(plan, action=FAIL, reason=reason, unless="", disks=()))
+        # Without an identity: nobody is to look whether it goes on after all.
+        result.append(replace(plan, action=FAIL, reason=reason, unless="", identity="", disks=()))
     return tuple(result)
 
 

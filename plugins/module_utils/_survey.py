@@ -89,12 +89,17 @@ async def look(request: Request, monitor: Monitor | None = None) -> Facts:
 
 
 async def glance(request: Request, seen: Vm) -> Facts:
-    """Ask one VM for what changes while its jobs run; C(seen) is what a look has shown."""
+    """Ask one VM for what changes while its jobs run; C(seen) is what a look has shown.
+
+    When they have ended it is for everything: what they have come to is not told by what was seen before.
+    """
 
     async def question(monitor: Monitor) -> Vm:
         if monitor.process != seen.process:
             return await _inspect(monitor, request.name)
         status, jobs = await asyncio.gather(monitor.execute("query-status"), query_jobs(monitor))
+        if all(job.ended for job in jobs):
+            return await _inspect(monitor, request.name)
         return replace(seen, status=status["status"], jobs=jobs)
 
     return await _ask(request, question)
@@ -145,8 +150,7 @@ def _ended(intent: Intent, facts: Facts, hypervisor: Hypervisor) -> bool:
         return True
     if not intent.process:
         return facts.off
-    process = Process(*intent.process)
-    return not process.alive or bool(facts.vm and facts.vm.process and facts.vm.process != process)
+    return not Process(*intent.process).alive
 
 
 async def measure(disks: Sequence[Disk], links: Sequence[Link]) -> dict[str, int]:

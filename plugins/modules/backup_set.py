@@ -249,6 +249,8 @@ async def places(module: AnsibleModule) -> tuple[Repository, Plan, bool]:
     plan = parse_plan(module.params["plan"])
     await probe_if_there(plan.repository)
     repository = find_repository(plan.repository, plan.create_repository)
+    if module.params["state"] in STOPPING:
+        return repository, plan, False
     if module.check_mode:
         return repository, plan, not repository.uuid
     if repository.uuid:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from ansible_collections.vmfleet.backup.plugins.module_utils import _plan
+from ansible_collections.vmfleet.backup.plugins.module_utils._chain import Link
 from ansible_collections.vmfleet.backup.plugins.module_utils._documents import (
     COPYING,
     PREPARING,
@@ -22,10 +23,11 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._documents import (
     Hypervisor,
     Intent,
     Manifest,
+    Parent,
     VmName,
 )
 from ansible_collections.vmfleet.backup.plugins.module_utils._errors import Refused
-from ansible_collections.vmfleet.backup.plugins.module_utils._inspect import Disk, Job, Vm
+from ansible_collections.vmfleet.backup.plugins.module_utils._inspect import Bitmap, Disk, Job, Vm
 from ansible_collections.vmfleet.backup.plugins.module_utils._plan import (
     Facts,
     Plan,
@@ -34,15 +36,18 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._plan import (
     Space,
     Terms,
     VmPlan,
+    changes,
     choose_disks,
     decide,
     fit_into,
     guest_stopped_by,
     judge,
+    never_bolder,
     parse_plan,
     refuse_twins,
     reserve_bytes,
 )
+from ansible_collections.vmfleet.backup.plugins.module_utils._qmp import Process
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository import Shelf
 
 HERE = Hypervisor("hv1", "machine", "boot")
@@ -72,8 +77,9 @@ def vm(*disks: Disk, **more: Any) -> Vm:
     return Vm(**{**given, **more})
 
 
-def image(name: str) -> DiskImage:
-    return DiskImage(name, f"node-{name}", "", "/src", "qcow2", 1, "full", "", None, f"{name}.qcow2", "qcow2", "none")
+def image(name: str, **more: Any) -> DiskImage:
+    full = DiskImage(name, f"node-{name}", "", "/src", "qcow2", 1, "full", "", None, f"{name}.qcow2", "qcow2", "none")
+    return replace(full, **more)
 
 
 def intent(**more: Any) -> Intent:
@@ -153,6 +159,44 @@ DECISIONS = {
         "attach",
         "since",
     ),
+    "being made of another QEMU of this name and identity": (
+        Facts(vm(process=Process(7, 7))),
+        Shelf(intents=(intent(),)),
+        "fail",
+        "another VM of this name (pid 1, unix:/web01.qmp)",
+    ),
+    "that QEMU has ended": (
+        Facts(vm(process=Process(7, 7)), dead=frozenset({"a1"})),
+        Shelf(intents=(intent(),)),
+        "attach",
+        "since",
+    ),
+    "being made of this QEMU": (Facts(vm(process=Process(1, 2))), Shelf(intents=(intent(),)), "attach", "since"),
+    "being made over TCP": (Facts(vm(process=Process(1, 2))), Shelf(intents=(intent(process=()),)), "attach", "since"),
+    "failed by this run, and being made by another": (
+        Facts(vm()),
+        Shelf(intents=(intent(run="other", attempt="a2"),), failures=(FAILED,)),
+        "fail",
+        "target full",
+    ),
+    "failed by this run, which is not through with it": (
+        Facts(vm()),
+        Shelf(intents=(intent(),), failures=(FAILED,)),
+        "attach",
+        "since",
+    ),
+    "the newest set is another VM's": (
+        Facts(vm(identity="uuid-2")),
+        Shelf(sets=(manifest(id="monday"),)),
+        "fail",
+        "adopt: true",
+    ),
+    "an older set was another VM's": (
+        Facts(vm()),
+        Shelf(sets=(manifest(id="sunday", vm=VmName("web01", "uuid-0", "")), manifest(id="monday", sequence=2))),
+        "start",
+        "no set",
+    ),
     "an older one first": (Facts(vm()), Shelf(intents=(intent(id="monday"),)), "finish", "set monday"),
     "an older one before its own": (
         Facts(vm()),
@@ -199,6 +243,119 @@ def test_a_vm_that_is_off_may_be_skipped_but_one_that_is_silent_never() -> None:
 def test_a_wrong_list_of_disks_comes_before_everything_else() -> None:
     request = replace(REQUEST, include_disks=("vdx",))
     assert decide(request, Facts(vm()), Shelf(sets=(manifest(),)), TERMS).plan.action == "fail"
+
+
+ELSEWHERE = Hypervisor("hv2", "other", "boot")
+FOREIGN = {
+    "another hypervisor's": (Facts(vm()), intent(hypervisor=ELSEWHERE)),
+    "another VM's": (Facts(vm(identity="uuid-2")), intent()),
+    "another QEMU's": (Facts(vm(process=Process(7, 7))), intent()),
+}
+
+
+@pytest.mark.parametrize(("facts", "theirs"), FOREIGN.values(), ids=list(FOREIGN))
+def test_takeover_removes_what_others_make(facts: Facts, theirs: Intent) -> None:
+    shelf = Shelf(intents=(theirs,))
+    refused = decide(REQUEST, facts, shelf, replace(TERMS, supersede=True, adopt=True))
+    assert (refused.plan.action, refused.plan.unless, refused.removal) == ("fail", "takeover", "")
+    assert "takeover: true removes what is there of it" in refused.plan.reason
+    taken = decide(REQUEST, facts, shelf, replace(TERMS, takeover=True))
+    assert (taken.plan.action, taken.intent, taken.removal) == ("finish", theirs, "taken over by hypervisor hv1")
+    assert [disk.level for disk in taken.plan.disks] == ["full", "full"]
+
+
+def test_takeover_is_not_for_what_is_ours() -> None:
+    decision = decide(REQUEST, Facts(vm()), Shelf(intents=(intent(),)), replace(TERMS, takeover=True, supersede=True))
+    assert (decision.plan.action, decision.removal) == ("attach", "")
+
+
+def test_supersede_cancels_an_older_set() -> None:
+    older = intent(id="monday", attempt="a0", run="yesterday")
+    shelf = Shelf(intents=(older,))
+    assert decide(REQUEST, Facts(vm()), shelf, TERMS).removal == ""
+    superseded = decide(REQUEST, Facts(vm()), shelf, replace(TERMS, supersede=True))
+    assert (superseded.plan.action, superseded.intent, superseded.removal) == (
+        "finish",
+        older,
+        "superseded by set today",
+    )
+    # The run whose set it was does not supersede in turn.
+    failed = Failure("yesterday", "a0", "monday", "cancelled", "superseded by set today", "then", "now")
+    terms = replace(TERMS, id="monday", run="yesterday", supersede=True, takeover=True)
+    decision = decide(REQUEST, Facts(vm()), Shelf(intents=(intent(),), failures=(failed,)), terms)
+    assert (decision.plan.action, decision.plan.reason, decision.removal) == ("fail", "superseded by set today", "")
+
+
+def test_adopt_goes_on_with_a_full() -> None:
+    facts = Facts(vm(identity="uuid-2"))
+    shelf = Shelf(sets=(manifest(id="monday"),))
+    assert decide(REQUEST, facts, shelf, TERMS).plan.unless == "adopt"
+    adopted = decide(REQUEST, facts, shelf, replace(TERMS, adopt=True)).plan
+    assert (adopted.action, adopted.level) == ("start", "full")
+    assert {disk.reason for disk in adopted.disks} == {"set monday is of another VM (uuid-1)"}
+    # What is published stays another VM's.
+    shelf = Shelf(sets=(manifest(),))
+    assert decide(REQUEST, facts, shelf, replace(TERMS, adopt=True, takeover=True)).plan.action == "fail"
+
+
+def tracked(name: str, bitmap: str, **more: Any) -> Disk:
+    mark = Bitmap(bitmap, 0, 65536, recording=True, busy=False, persistent=True, inconsistent=False)
+    given = {"driver": "qcow2", "device": name, "virtual_size": 1, "bitmaps": (mark,), **more}
+    return Disk(name=name, node=f"node-{name}", **given)
+
+
+MONDAY = manifest(id="monday", disks=(image("vda", bitmap="b-vda", sha256="x"), image("vdb", bitmap="b-vdb")))
+
+
+def test_increments_name_parent_and_bitmap() -> None:
+    facts = Facts(vm(tracked("vda", "b-vda"), tracked("vdb", "another")))
+    decision = decide(REQUEST, facts, Shelf(sets=(MONDAY,)), TERMS)
+    assert decision.plan.level == "incremental"
+    assert [(disk.level, disk.parent) for disk in decision.plan.disks] == [("incremental", "monday"), ("full", None)]
+    assert decision.links[0] == Link(
+        "incremental", "changes since set monday", Parent("monday", "x", "a0"), "vda.qcow2", "b-vda"
+    )
+    for request, terms in (
+        (replace(REQUEST, wanted="full"), TERMS),
+        (REQUEST, replace(TERMS, policy=Policy(tracking=False))),
+        (REQUEST, replace(TERMS, policy=Policy(max_chain=1))),
+    ):
+        assert decide(request, facts, Shelf(sets=(MONDAY,)), terms).plan.level == "full"
+    damage = {("monday", "vda"): "image /x is missing"}
+    assert decide(REQUEST, replace(facts, damage=damage), Shelf(sets=(MONDAY,)), TERMS).plan.level == "full"
+
+
+def test_what_was_planned_as_a_full_stays_one() -> None:
+    planned = decide(REQUEST, Facts(vm()), Shelf(), TERMS).plan
+    now = Facts(vm(tracked("vda", "b-vda"), tracked("vdb", "b-vdb"), tracked("new", "b")))
+    shelf = Shelf(sets=(MONDAY,))
+    bolder = decide(REQUEST, now, shelf, TERMS)
+    assert [link.level for link in bolder.links] == ["incremental", "incremental", "full"]
+    safe = never_bolder(bolder, planned)
+    assert [(link.level, link.bitmap) for link in safe.links] == [("full", "")] * 3
+    assert [(disk.level, disk.parent) for disk in safe.plan.disks] == [("full", None)] * 3
+    assert safe.plan.level == "full"
+    assert safe.plan.disks[0].reason == "it is the VM's first set"
+    assert changes(planned, safe.plan.disks) == ()
+    # A plan that was to attach, or to finish another set first, has said nothing of this one's disks.
+    for action in ("attach", "finish", "fail"):
+        assert never_bolder(bolder, replace(planned, action=action)) == bolder
+        assert changes(replace(planned, action=action), bolder.plan.disks) == ()
+
+
+def test_what_goes_otherwise_than_planned_is_said() -> None:
+    both = Facts(vm(tracked("vda", "b-vda"), tracked("vdb", "b-vdb")))
+    planned = decide(REQUEST, both, Shelf(sets=(MONDAY,)), TERMS).plan
+    now = decide(REQUEST, Facts(vm(tracked("vda", "b-vda"), tracked("vdb", "gone"))), Shelf(sets=(MONDAY,)), TERMS)
+    [said] = changes(planned, never_bolder(now, planned).plan.disks)
+    assert said.startswith("disk vdb is full instead of incremental: the record of the changes since set monday")
+
+
+def test_disks_of_one_name_cannot_be_told_apart() -> None:
+    twins = (VDA, replace(VDA, node="other"), VDB)
+    assert "(nodes node-vda, other)" in choose_disks(vm(*twins), REQUEST).error
+    choice = choose_disks(vm(*twins), replace(REQUEST, exclude_disks=("other",)))
+    assert [disk.node for disk in choice.disks] == ["node-vda", "node-vdb"]
 
 
 @pytest.mark.parametrize(
@@ -274,6 +431,25 @@ VERDICTS = {
         Shelf(failures=(replace(FAILED, attempt="a0"),)),
         "copied",
     ),
+    "shrunk while it was copied": (
+        intent(),
+        Facts(vm(VDA, replace(VDB, virtual_size=0), jobs=BOTH_DONE)),
+        Shelf(),
+        "broken",
+    ),
+    "grown while it was copied": (
+        intent(),
+        Facts(vm(VDA, replace(VDB, virtual_size=9), jobs=BOTH_DONE)),
+        Shelf(),
+        "copied",
+    ),
+    "unplugged since": (intent(), Facts(vm(VDA, jobs=BOTH_DONE)), Shelf(), "copied"),
+    "shrunk since it was described": (
+        intent(),
+        Facts(vm(VDA, replace(VDB, virtual_size=0), jobs=BOTH_DONE)),
+        Shelf(described=frozenset({"a1"})),
+        "copied",
+    ),
     "too late": (intent(deadline=150.0), Facts(vm(jobs=(job(0), job(1)))), Shelf(), "broken"),
     "in time": (intent(deadline=250.0), Facts(vm(jobs=(job(0), job(1)))), Shelf(), "running"),
     "late but done": (intent(deadline=150.0), Facts(vm(jobs=BOTH_DONE)), Shelf(), "copied"),
@@ -308,6 +484,11 @@ def test_a_guest_is_resumed_only_if_our_target_stopped_it(
 def start(name: str, size: int = 0, monitor: str = "") -> VmPlan:
     disk = _plan.DiskPlan("vda", "n0", "full", "", None, "vda.qcow2", size)
     return VmPlan(name, monitor or f"unix:/{name}", "start", "", disks=(disk,))
+
+
+def test_a_twin_is_nobody_to_look_after() -> None:
+    [twin, _other] = refuse_twins([replace(start("web"), identity="uuid-1", unless="adopt"), start("web")], {})
+    assert (twin.identity, twin.unless) == ("", "")
 
 
 def test_each_vm_takes_its_part_of_the_space() -> None:
@@ -356,6 +537,26 @@ def test_a_plan_survives_the_way_through_ansible() -> None:
     decided = decide(REQUEST, Facts(vm()), Shelf(), TERMS).plan
     plan = Plan("/srv/backup", False, "run", "today", Policy(), space, (decided,), ("a warning",))
     assert parse_plan(json.loads(json.dumps(plan.to_dict()))) == plan
+
+
+def test_a_plan_of_increments_survives_the_way_through_ansible() -> None:
+    space = Space(free=100, reserve=10, promised=5, reservable=False, needed=20)
+    request = replace(
+        REQUEST, include_disks=("vda",), exclude_disks=("vdb",), wanted="differential", quiesce="try", agent="/agent"
+    )
+    facts = Facts(vm(tracked("vda", "b-vda"), VDB))
+    decided = decide(request, facts, Shelf(sets=(MONDAY,)), TERMS).plan
+    assert decided.level == "differential"
+    refused = decide(request, Facts(vm(identity="uuid-2")), Shelf(sets=(MONDAY,)), TERMS).plan
+    policy = Policy("zstd", 1 << 20, "20G", checksum=False, offline="skip", max_chain=7, tracking=False)
+    plan = Plan("/srv/backup", True, "run", "today", policy, space, (decided, refused))
+    found = parse_plan(json.loads(json.dumps(plan.to_dict())))
+    assert found == plan
+    assert [vm.request for vm in found.vms] == [request] * 2
+    # What a later release adds to a plan is no obstacle.
+    later = plan.to_dict()
+    later["vms"][0]["colour"] = later["policy"]["colour"] = later["vms"][0]["disks"][0]["colour"] = "blue"
+    assert parse_plan(later) == plan
 
 
 @pytest.mark.parametrize("found", [{}, {"repository": "/x"}, {"vms": 3}])
