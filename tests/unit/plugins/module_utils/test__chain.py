@@ -53,21 +53,21 @@ def disk(*bitmaps: str | Bitmap, name: str = "vda", **more: Any) -> Disk:
 
 def image(set_id: str, parent: Parent | None = None, name: str = "vda", **more: Any) -> DiskImage:
     """A disk's image in a set, with the bitmap `b-<set>` (`b-<set>-<disk>` for other disks than vda)."""
-    given = {
+    given: dict[str, Any] = {
+        "node": f"n-{name}",
+        "qdev": "",
+        "source": "/src",
+        "source_format": "qcow2",
+        "virtual_size": SIZE,
         "level": INCREMENTAL if parent else FULL,
-        "bitmap": f"b-{set_id}" if name == "vda" else f"b-{set_id}-{name}",
-        "sha256": f"sum-{set_id}",
+        "reason": "",
         "image": f"{name}.qcow2",
+        "format": "qcow2",
+        "compression": "none",
+        "sha256": f"sum-{set_id}",
+        "bitmap": f"b-{set_id}" if name == "vda" else f"b-{set_id}-{name}",
     }
-    given = {"node": f"n-{name}", "qdev": "", "source": "/src", "source_format": "qcow2", "reason": "", **given, **more}
-    return DiskImage(
-        name=name,
-        virtual_size=given.pop("virtual_size", SIZE),
-        parent=parent,
-        format="qcow2",
-        compression="none",
-        **given,
-    )
+    return DiskImage(name=name, parent=parent, **{**given, **more})
 
 
 def manifest(set_id: str, sequence: int, *images: DiskImage, identity: str = IDENTITY) -> Manifest:
