@@ -748,10 +748,15 @@ class Engine:
         return self._under_another_name(facts.vm, shelf), self._own_bitmaps(facts.vm)
 
 
-def of_names(repository: Repository, names: Iterable[str]) -> Plan:
-    """A plan for the states cancelled and untracked: what the repository knows of the VMs with these names."""
+def of_names(repository: Repository, names: Iterable[str] | None) -> Plan:
+    """A plan for the states cancelled and untracked: what the repository knows of the VMs with these names.
+
+    Without names it is for those whose sets this hypervisor is making.
+    """
     policy = _plan.Policy()
     here = _survey.this_hypervisor().machine_id
+    if names is None:
+        names = sorted(intent.vm.name for intent in repository.intents() if intent.hypervisor.machine_id == here)
     vms = tuple(_last_seen(name, repository.shelf(name), here) for name in names)
     return _plan.Plan(repository.path, False, "", "", policy, _survey.Room(repository, policy).space(), vms)
 

@@ -62,8 +62,9 @@ class Outcome:
     def describe(self, width: int) -> list[str]:
         said = self.error or self.reason
         if self.state == PUBLISHED:
-            frozen = f", frozen for {self.frozen_ms} ms" if self.frozen_ms else ""
-            said = f"{self.level}, {human(self.bytes)} in {self.duration:.1f} s{frozen}, {self.path}"
+            frozen = f" (frozen for {self.frozen_ms} ms)" if self.frozen_ms else ""
+            written = f"{human(self.bytes)} in {self.duration:.1f} s"
+            said = f"{self.level}, {self.consistency} consistent{frozen}, {written}, {self.path}"
             if not self.changed:
                 said += " (was there)"
         indent = " " * (9 + 2 + width + 2)

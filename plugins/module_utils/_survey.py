@@ -27,7 +27,7 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._plan import Facts,
 from ansible_collections.vmfleet.backup.plugins.module_utils._qmp import Monitor, Process, parse_address
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterable, Sequence
+    from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 
     from ansible_collections.vmfleet.backup.plugins.module_utils._chain import Link
     from ansible_collections.vmfleet.backup.plugins.module_utils._documents import Intent, Manifest
@@ -224,10 +224,18 @@ def _reservable(directory: str) -> bool:
 
 
 async def draw_up(
-    repository: Repository, requests: Iterable[Request], set_id: str, policy: Policy, warnings: Iterable[str] = ()
+    repository: Repository,
+    requests: Iterable[Request],
+    set_id: str,
+    policy: Policy,
+    warnings: Iterable[str] = (),
+    orders: Mapping[str, bool] | None = None,
 ) -> Plan:
-    """The plan for these VMs: every one of them is in it, whatever its state."""
-    terms = _plan.Terms(set_id, secrets.token_hex(8), repository.tag, this_hypervisor(), policy)
+    """The plan for these VMs: every one of them is in it, whatever its state.
+
+    C(orders) are takeover, supersede and adopt, as _plan.Terms has them.
+    """
+    terms = _plan.Terms(set_id, secrets.token_hex(8), repository.tag, this_hypervisor(), policy, **(orders or {}))
     turns = asyncio.Semaphore(AT_ONCE)
     processes: dict[str, tuple[int, ...]] = {}
 

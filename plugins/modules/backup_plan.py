@@ -163,6 +163,18 @@ options:
     description: Take the SHA-256 of every image, reading it back from the disk.
     type: bool
     default: true
+  takeover:
+    description: Plan as for O(vmfleet.backup.backup_set#module:takeover).
+    type: bool
+    default: false
+  supersede:
+    description: Plan as for O(vmfleet.backup.backup_set#module:supersede).
+    type: bool
+    default: false
+  adopt:
+    description: Plan as for O(vmfleet.backup.backup_set#module:adopt).
+    type: bool
+    default: false
   offline:
     description:
       - What a VM is that is not there, because nobody listens on its monitor. With V(fail), the default, it counts as
@@ -290,6 +302,9 @@ if TYPE_CHECKING:
     from typing import Any
 
 
+ORDERS = ("takeover", "supersede", "adopt")
+
+
 def requests(params: dict[str, Any]) -> list[Request]:
     """The VMs that are listed; what one of them leaves open comes from the module's own options."""
 
@@ -331,7 +346,8 @@ async def main_task(module: AnsibleModule) -> dict[str, Any]:
     require_qemu_img()
     await probe_if_there(params["repository"])
     repository = find_repository(params["repository"], params["create_repository"])
-    plan = await draw_up(repository, wanted, set_id, how, warnings)
+    orders = {name: params[name] for name in ORDERS}
+    plan = await draw_up(repository, wanted, set_id, how, warnings, orders)
     for warning in warnings:
         module.warn(warning)
     text = describe(plan)
@@ -369,6 +385,7 @@ def argument_spec() -> dict[str, Any]:
         "speed": {"type": "bytes", "default": "0"},
         "reserve": {"type": "str", "default": "5%"},
         "checksum": {"type": "bool", "default": True},
+        **{name: {"type": "bool", "default": False} for name in ORDERS},
         "offline": {"type": "str", "choices": ["fail", "skip"], "default": "fail"},
     }
 

@@ -41,7 +41,10 @@ options:
     description: The directory of the repository, for O(state=cancelled) and O(state=untracked) without a plan.
     type: path
   names:
-    description: The VMs that O(state=cancelled) or O(state=untracked) is for, as they are called in the repository.
+    description:
+      - The VMs that O(state=cancelled) or O(state=untracked) is for, as they are called in the repository.
+      - The default for V(cancelled) is all VMs whose sets this hypervisor is making. With V(untracked) they must be
+        named.
     type: list
     elements: str
   state:
@@ -179,11 +182,25 @@ vms:
       type: list
       elements: str
     disks:
-      description: >-
-        The disks of the set, each with C(name), C(level), C(reason) (why it has this level), C(parent) (the set that
-        its image builds on) and C(bytes).
+      description: The disks of the set.
       type: list
       elements: dict
+      contains:
+        name:
+          description: The disk's name.
+          type: str
+        level:
+          description: V(full), V(incremental) or V(differential).
+          type: str
+        reason:
+          description: Why it has this level.
+          type: str
+        parent:
+          description: The set that its image builds on, null for a full one.
+          type: str
+        bytes:
+          description: The size of its image.
+          type: int
     changed:
       description: Whether this call did something about this VM.
       type: bool
@@ -327,9 +344,12 @@ def main() -> None:
             "adopt": {"type": "bool", "default": False},
         },
         required_one_of=[("plan", "repository")],
-        required_together=[("repository", "names")],
         mutually_exclusive=[("plan", "repository")],
-        required_if=[("state", "completed", ("plan",)), ("state", "started", ("plan",))],
+        required_if=[
+            ("state", "completed", ("plan",)),
+            ("state", "started", ("plan",)),
+            ("state", "untracked", ("plan", "names"), True),
+        ],
         supports_check_mode=True,
     )
     require_qmp(module)

@@ -18,16 +18,16 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._outcome import (
 
 OUTCOMES = [
     Outcome("web01", "s1", "failed", error="target full", changed=True),
-    Outcome("db01", "s1", "published", "full", bytes=3 << 20, duration=1.25, path="/srv/db01/s1", changed=True),
-    Outcome("mail01", "s1", "published", "incremental", 5 << 20, 2.0, path="/srv/mail01/s1"),
+    Outcome("db01", "s1", "published", "full", 3 << 20, 1.25, "crash", path="/srv/db01/s1", changed=True),
+    Outcome("mail01", "s1", "published", "incremental", 5 << 20, 2.0, "crash", path="/srv/mail01/s1"),
     Outcome("old", "s1", "skipped", reason="migrating (inmigrate)"),
 ]
 
 
 def test_results_read_well_and_end_with_what_went_wrong() -> None:
     assert describe(OUTCOMES) == [
-        "published  db01    full, 3.0 MiB in 1.2 s, /srv/db01/s1",
-        "published  mail01  incremental, 5.0 MiB in 2.0 s, /srv/mail01/s1 (was there)",
+        "published  db01    full, crash consistent, 3.0 MiB in 1.2 s, /srv/db01/s1",
+        "published  mail01  incremental, crash consistent, 5.0 MiB in 2.0 s, /srv/mail01/s1 (was there)",
         "skipped    old     migrating (inmigrate)",
         "failed     web01   target full",
     ]
@@ -44,7 +44,7 @@ def test_warnings_stand_below_their_vm() -> None:
         "db01", "s1", "published", "full", 3 << 20, 1.25, "filesystem", frozen_ms=80, path="/p", warnings=("careful",)
     )
     assert describe([outcome]) == [
-        "published  db01  full, 3.0 MiB in 1.2 s, frozen for 80 ms, /p (was there)",
+        "published  db01  full, filesystem consistent (frozen for 80 ms), 3.0 MiB in 1.2 s, /p (was there)",
         "                 careful",
     ]
 
