@@ -229,6 +229,136 @@ def test_modes(repository: Repository) -> None:
         assert stat.S_IMODE(os.stat(repository.set_path("web01", "s1") + "/" + name).st_mode) == 0o440
 
 
+class TestTidy:
+    """What killed processes leave goes with the next set; what only looks like it stays."""
+
+    def touch(self, repository: Repository, *paths: str) -> None:
+        for path in paths:
+            full = os.path.join(repository.directory("web01"), path)
+            os.makedirs(os.path.dirname(full), exist_ok=True)
+            with open(full, "w", encoding="utf-8"):
+                pass
+
+    def entries(self, repository: Repository) -> set[str]:
+        return set(os.listdir(repository.directory("web01")))
+
+    def test_nothing_to_do(self, repository: Repository) -> None:
+        assert not repository.untidy("nobody", "s1")
+        repository.tidy("nobody", "s1")
+        publish(repository, intent())
+        assert not repository.untidy("web01", "s1")
+
+    def test_leftovers_of_whatever_set(self, repository: Repository) -> None:
+        publish(repository, intent())
+        left = (".s0.staging/vda.qcow2", ".s9.staging/intent.json.new", ".s5.failed.json.new", ".s4.removed/vda.qcow2")
+        self.touch(repository, *left)
+        assert repository.untidy("web01", "s1")
+        repository.tidy("web01", "s1")
+        assert not repository.untidy("web01", "s1")
+        assert self.entries(repository) == {"s1"}
+
+    def test_what_others_are_at_stays(self, repository: Repository) -> None:
+        publish(repository, intent())
+        begin(repository, intent(id="s2", attempt="a2"))
+        repository.record_failure("web01", replace(FAILURE, id="s3"))
+        self.touch(repository, ".lock", ".snapshot/hourly", "notes.txt")
+        assert not repository.untidy("web01", "s1")
+        repository.tidy("web01", "s1")
+        there = {".lock", ".snapshot", "notes.txt", "s1", ".s2.staging", ".s3.failed.json"}
+        assert self.entries(repository) == there
+        assert [found.id for found in repository.shelf("web01").intents] == ["s2"]
+        assert [found.id for found in repository.shelf("web01").failures] == ["s3"]
+
+    def test_ids_that_look_like_leftovers(self, repository: Repository) -> None:
+        ids = ["x.new", "a.failed.json", "b.staging", "c.removed", "d.failed.json.new", "intent.json", "manifest.json"]
+        for number, set_id in enumerate(ids):
+            publish(repository, intent(id=set_id, attempt=f"a{number}"))
+            # And one that is being made, and one that has failed, under names made of these.
+            begin(repository, intent(id=f"{set_id}.2", attempt=f"b{number}"))
+            repository.record_failure("web01", replace(FAILURE, id=f"{set_id}.3"))
+        for set_id in ids:
+            assert not repository.untidy("web01", set_id)
+            repository.tidy("web01", set_id)
+        shelf = repository.shelf("web01")
+        assert [found.id for found in shelf.sets] == ids
+        assert {found.id for found in shelf.intents} == {f"{set_id}.2" for set_id in ids}
+        assert {found.id for found in shelf.failures} == {f"{set_id}.3" for set_id in ids}
+        assert shelf.strays == set()
+
+
+class TestDamage:
+    """What an image's metadata tells without its being read."""
+
+    def damage(self, repository: Repository) -> str:
+        [found] = repository.shelf("web01").sets
+        return repository.damage(found, found.disks[0])
+
+    def image(self, repository: Repository) -> str:
+        return os.path.join(repository.set_path("web01", "s1"), "vda.qcow2")
+
+    def test_none(self, repository: Repository) -> None:
+        publish(repository, intent())
+        assert self.damage(repository) == ""
+
+    def test_missing(self, repository: Repository) -> None:
+        publish(repository, intent())
+        os.unlink(self.image(repository))
+        assert self.damage(repository) == f"image {self.image(repository)} is missing"
+
+    @pytest.mark.parametrize("content", [b"", b"ab", b"abcd"])
+    def test_of_another_size(self, repository: Repository, content: bytes) -> None:
+        publish(repository, intent())
+        os.unlink(self.image(repository))
+        with open(self.image(repository), "wb") as image:
+            image.write(content)
+        assert "is not the file that its manifest describes (3 bytes)" in self.damage(repository)
+
+    def test_a_link_is_not_the_image(self, repository: Repository) -> None:
+        publish(repository, intent())
+        os.rename(self.image(repository), repository.path + "/elsewhere")
+        os.symlink(repository.path + "/elsewhere", self.image(repository))
+        assert "is not the file" in self.damage(repository)
+        os.unlink(self.image(repository))
+        os.mkdir(self.image(repository))
+        assert "is not the file" in self.damage(repository)
+
+
+class TestManifestsAreReadOnce:
+    """A VM of many sets is looked at often."""
+
+    def test_an_unchanged_one_is_not_read_again(self, repository: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
+        publish(repository, intent())
+        first = repository.shelf("web01")
+        monkeypatch.setattr(_repository, "read_document", lambda *_args: pytest.fail("read again"))
+        assert repository.shelf("web01") == first
+
+    def test_a_changed_one_is(self, repository: Repository) -> None:
+        publish(repository, intent())
+        assert [found.consistency for found in repository.shelf("web01").sets] == ["crash"]
+        path = repository.set_path("web01", "s1") + "/manifest.json"
+        with open(path, encoding="utf-8") as source:
+            content = source.read()
+        status = os.stat(path)
+        os.unlink(path)
+        with open(path, "w", encoding="utf-8") as sink:
+            # Of the same length, and made to look as old.
+            sink.write(content.replace('"crash"', '"clash"'))
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+        assert [found.consistency for found in repository.shelf("web01").sets] == ["clash"]
+        os.truncate(path, 10)
+        assert repository.shelf("web01").strays == {"s1"}
+        os.unlink(path)
+        assert repository.shelf("web01").sets == ()
+
+    def test_one_that_takes_the_place_of_a_removed_one(self, repository: Repository) -> None:
+        publish(repository, intent())
+        repository.shelf("web01")
+        repository.remove_set("web01", "s1")
+        assert repository.shelf("web01").sets == ()
+        publish(repository, intent(attempt="a2"))
+        assert [found.attempt for found in repository.shelf("web01").sets] == ["a2"]
+
+
 def test_promised_is_what_is_not_allocated_yet(repository: Repository) -> None:
     begin(repository, intent())
     allocated = os.stat(repository.image_path(intent(), "vda.qcow2")).st_blocks * 512

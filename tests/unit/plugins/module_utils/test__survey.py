@@ -1,0 +1,248 @@
+# Copyright (c) 2026, vmfleet contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""What a look round finds: the room that others leave, damaged chains, attempts whose QEMU has ended."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ansible_collections.vmfleet.backup.plugins.module_utils import _survey
+from ansible_collections.vmfleet.backup.plugins.module_utils._documents import (
+    DiskImage,
+    Growing,
+    Hypervisor,
+    Intent,
+    Manifest,
+    Parent,
+    VmName,
+)
+from ansible_collections.vmfleet.backup.plugins.module_utils._inspect import Disk, Vm
+from ansible_collections.vmfleet.backup.plugins.module_utils._plan import Facts, Policy, Request
+from ansible_collections.vmfleet.backup.plugins.module_utils._qmp import Process
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository import Repository, create_repository
+from ansible_collections.vmfleet.backup.plugins.module_utils._survey import Room, look, with_damage, with_dead
+from ansible_collections.vmfleet.backup.tests.unit.plugins.doubles import dead_process, own_process
+
+MIB = 1 << 20
+HERE = Hypervisor("hv1", "machine", "boot")
+POLICY = Policy(reserve="0")
+
+
+def image(name: str = "vda", parent: Parent | None = None) -> DiskImage:
+    level = "incremental" if parent else "full"
+    return DiskImage(name, "n0", "", "/src", "qcow2", 1, level, "", parent, f"{name}.qcow2", "qcow2", "none", 3, "abc")
+
+
+def intent(name: str = "web01", **more: Any) -> Intent:
+    given: dict[str, Any] = {
+        "run": "run",
+        "attempt": f"a-{name}",
+        "id": "s1",
+        "vm": VmName(name, "uuid-1", "uuid-1"),
+        "hypervisor": HERE,
+        "monitor": f"unix:/{name}.qmp",
+        "process": (1, 2),
+        "level": "full",
+        "consistency": "crash",
+        "qemu": "7.2.0",
+        "guest": "running",
+        "started": "then",
+        "begun": 100.0,
+        "deadline": None,
+        "checksum": True,
+        "disks": (Growing(image(), "job0", MIB), Growing(image("vdb"), "job1", MIB)),
+    }
+    return Intent(**{**given, **more})
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Repository:
+    return create_repository(str(tmp_path / "repository"))
+
+
+def begin(repository: Repository, of: Intent) -> None:
+    os.makedirs(repository.directory(of.vm.name), exist_ok=True)
+    repository.begin(of)
+
+
+class TestRoom:
+    """Space is free, reserved, or promised to the sets that grow, whoever makes them."""
+
+    def test_what_grows_elsewhere_is_promised(self, repository: Repository) -> None:
+        begin(repository, intent("web01"))
+        begin(repository, intent("db01", hypervisor=Hypervisor("hv2", "other", "boot")))
+        room = Room(repository, POLICY)
+        assert room.space().promised == 4 * MIB
+        # A VM's own set is counted by the one who makes it.
+        assert room.space("web01").promised == room.space("db01").promised == 2 * MIB
+        assert room.space("web01").usable == room.space("web01").free - 2 * MIB
+
+    def test_what_is_allocated_is_promised_no_more(self, repository: Repository) -> None:
+        begin(repository, intent())
+        with open(repository.image_path(intent(), "vda.qcow2"), "wb") as grown:
+            os.posix_fallocate(grown.fileno(), 0, 3 * MIB)
+        assert Room(repository, POLICY).space().promised == MIB
+
+    def test_a_set_begun_since_counts_at_once(self, repository: Repository) -> None:
+        room = Room(repository, POLICY)
+        assert room.space().promised == 0
+        begin(repository, intent())
+        room.note(intent())
+        assert room.space().promised == 2 * MIB
+        # And one that has come to its end does so no more.
+        repository.discard(intent())
+        assert room.space().promised == 0
+
+    def test_what_others_have_begun_is_looked_up_now_and_then(
+        self, repository: Repository, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        now = [1000.0]
+        monkeypatch.setattr(_survey.time, "monotonic", lambda: now[0])
+        room = Room(repository, POLICY)
+        assert room.space().promised == 0
+        begin(repository, intent())
+        now[0] += Room.RESCAN - 1
+        assert room.space().promised == 0
+        now[0] += 1
+        assert room.space().promised == 2 * MIB
+
+    def test_the_reserve_is_a_part_of_the_whole(self, repository: Repository) -> None:
+        status = os.statvfs(repository.path)
+        space = Room(repository, Policy(reserve="10%")).space()
+        assert space.reserve == status.f_blocks * status.f_frsize // 10
+        assert Room(repository, Policy(reserve="3M")).space().reserve == 3 * MIB
+
+    def test_of_a_repository_that_is_planned(self, tmp_path: Path) -> None:
+        room = Room(Repository(str(tmp_path / "not" / "yet"), ""), POLICY)
+        assert room.space().promised == 0
+        assert room.space().free > 0
+        assert list(tmp_path.iterdir()) == []
+
+
+def vm(*names: str, **more: Any) -> Vm:
+    given: dict[str, Any] = {
+        "name": "web01",
+        "uuid": "uuid-1",
+        "identity": "uuid-1",
+        "status": "running",
+        "version": "7.2.0",
+        "disks": tuple(Disk(name=name, node=f"n-{name}", driver="qcow2") for name in names),
+        "other_nodes": (),
+        "empty": (),
+        "jobs": (),
+        "fdsets": {},
+        "process": None,
+    }
+    return Vm(**{**given, **more})
+
+
+def publish(repository: Repository, set_id: str, *images: DiskImage) -> None:
+    this = intent(id=set_id, attempt=f"a-{set_id}", disks=tuple(Growing(found, "job", 3) for found in images))
+    begin(repository, this)
+    for found in images:
+        Path(repository.image_path(this, found.image)).write_bytes(b"abc")
+    level = images[0].level
+    manifest = Manifest(
+        "r", this.vm, set_id, 0, level, "run", this.attempt, "then", "now", 1.5, "crash", "7.2.0", images
+    )
+    repository.describe(this, manifest)
+    repository.publish(this)
+
+
+class TestDamage:
+    """What is wrong with the files below the images that the next ones may build on."""
+
+    @pytest.fixture
+    def chain(self, repository: Repository) -> Repository:
+        """Fulls of vda in s1 and s3 and of vdb in s1, with increments between and after them."""
+        publish(repository, "s1", image("vda"), image("vdb"))
+        publish(repository, "s2", image("vda", Parent("s1", "abc", "a-s1")), image("vdb", Parent("s1", "abc", "a-s1")))
+        publish(repository, "s3", image("vda"), image("vdb", Parent("s2", "abc", "a-s2")))
+        publish(repository, "s4", image("vda", Parent("s3", "abc", "a-s3")), image("vdb", Parent("s3", "abc", "a-s3")))
+        return repository
+
+    def found(self, repository: Repository, *names: str) -> dict[tuple[str, str], str]:
+        return dict(with_damage(Facts(vm(*names)), repository, repository.shelf("web01").sets).damage)
+
+    def remove(self, repository: Repository, set_id: str, name: str) -> str:
+        path = os.path.join(repository.set_path("web01", set_id), f"{name}.qcow2")
+        os.unlink(path)
+        return f"image {path} is missing"
+
+    def test_none(self, chain: Repository) -> None:
+        assert self.found(chain, "vda", "vdb", "new") == {}
+
+    def test_without_sets_or_without_a_vm_nothing_is_looked_at(self, repository: Repository) -> None:
+        assert with_damage(Facts(vm("vda")), repository, ()) == Facts(vm("vda"))
+        assert with_damage(Facts(error="off", off=True), repository, ()) == Facts(error="off", off=True)
+
+    @pytest.mark.parametrize(
+        ("victim", "spoiled"),
+        [
+            (("s4", "vda"), {("s4", "vda")}),
+            # A full spoils what builds on it, and is itself what differentials build on.
+            (("s3", "vda"), {("s3", "vda"), ("s4", "vda")}),
+            (("s1", "vdb"), {("s1", "vdb"), ("s4", "vdb")}),
+            (("s2", "vdb"), {("s4", "vdb")}),
+            # Nothing to come builds on these.
+            (("s1", "vda"), set()),
+            (("s2", "vda"), set()),
+        ],
+    )
+    def test_spoils_what_builds_on_it(
+        self, chain: Repository, victim: tuple[str, str], spoiled: set[tuple[str, str]]
+    ) -> None:
+        said = self.remove(chain, *victim)
+        assert self.found(chain, "vda", "vdb") == dict.fromkeys(spoiled, said)
+
+    def test_of_disks_that_the_vm_has_no_more_does_not_matter(self, chain: Repository) -> None:
+        self.remove(chain, "s4", "vdb")
+        assert self.found(chain, "vda") == {}
+
+
+class TestDead:
+    """An attempt is dead when its QEMU, or the boot of its hypervisor, has ended: nothing else tells."""
+
+    ALIVE = (own_process().pid, own_process().start)
+    GONE = (dead_process().pid, dead_process().start)
+
+    @pytest.mark.parametrize(
+        ("attempt", "facts", "dead"),
+        [
+            ({"process": ALIVE}, Facts(vm()), False),
+            ({"process": GONE}, Facts(vm()), True),
+            ({"process": ALIVE}, Facts(error="no such socket", off=True), False),
+            ({"process": GONE}, Facts(error="no such socket", off=True), True),
+            # Another QEMU answers, and the one that made it is still there.
+            ({"process": ALIVE}, Facts(vm(process=Process(1, 1))), False),
+            ({"process": GONE}, Facts(vm(process=Process(1, 1))), True),
+            # Over TCP, only a refused connection tells.
+            ({"process": ()}, Facts(vm()), False),
+            ({"process": ()}, Facts(error="refused", off=True), True),
+            ({"process": ()}, Facts(error="no greeting"), False),
+            ({"process": ALIVE, "hypervisor": replace(HERE, boot_id="before")}, Facts(vm()), True),
+            ({"process": GONE, "hypervisor": replace(HERE, machine_id="other")}, Facts(vm()), False),
+            (
+                {"process": GONE, "hypervisor": Hypervisor("hv2", "other", "boot2")},
+                Facts(error="no such socket", off=True),
+                False,
+            ),
+        ],
+    )
+    def test_dead(self, attempt: dict[str, Any], facts: Facts, dead: bool) -> None:
+        made = intent(**attempt)
+        assert with_dead(facts, [made], HERE).dead == (frozenset({made.attempt}) if dead else frozenset())
+
+
+def test_a_vm_that_is_off_is_told_from_one_that_is_silent(tmp_path: Path) -> None:
+    facts = asyncio.run(look(Request("web01", f"unix:{tmp_path}/none.qmp")))
+    assert (facts.vm, facts.off) == (None, True)
+    assert str(tmp_path) in facts.error
