@@ -567,8 +567,9 @@ class Engine:
                 await _jobs.resume(monitor)
         elif self._is_ours(intent) and intent.attempt not in facts.dead:
             raise BackupError(f"{facts.error}; the set is unfinished: run the backup again to clean up")
-        self.repository.discard(intent)
+        # NFS renames what is unlinked while it is open, and then the directory is not empty.
         self._maker.release(intent)
+        self.repository.discard(intent)
 
     def _is_ours(self, intent: Intent) -> bool:
         return intent.hypervisor.machine_id == self._hypervisor.machine_id
