@@ -15,13 +15,27 @@ from typing import TYPE_CHECKING
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._chain import broken_images, walk
 from ansible_collections.vmfleet.backup.plugins.module_utils._errors import BackupError, Refused
-from ansible_collections.vmfleet.backup.plugins.module_utils._marks import Marks, read_marks
+from ansible_collections.vmfleet.backup.plugins.module_utils._marks import Marks, is_read, mark_path, read_marks
+from ansible_collections.vmfleet.backup.plugins.module_utils._names import vm_directory
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository import FAILED, HARMLESS
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
-    from ansible_collections.vmfleet.backup.plugins.module_utils._documents import DiskImage, Manifest
+    from ansible_collections.vmfleet.backup.plugins.module_utils._documents import (
+        DiskImage,
+        Manifest,
+        Pin,
+        Protection,
+        Verification,
+    )
     from ansible_collections.vmfleet.backup.plugins.module_utils._repository import Repository, Shelf
+
+GROWING = ".consolidating"
+"""What the name of a hidden file ends with in which an increment becomes a full image."""
+
+DEPTHS = ("manifest", "checksum", "image", "boot")
+"""How deep a verification looks. That a guest does not start says nothing of the sets that build on its own."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +54,27 @@ class Holdings:
         for (set_id, disk), reason in self.broken.items():
             found.setdefault(set_id, f"disk {disk}: {reason}")
         return found
+
+    @property
+    def failed_sets(self) -> dict[str, str]:
+        """Why sets are not to be relied on, by id: they have failed their verification, or one below them has.
+
+        What a set itself was found to be since then, by a look as deep, outweighs what is below it.
+        """
+        reasons: dict[str, str] = {}
+        suspects: dict[str, Verification] = {}
+        for manifest in self.shelf.sets:
+            own = self.marks.verification(manifest)
+            below = (suspects.get(disk.parent.id) for disk in manifest.disks if disk.parent)
+            suspect = next((found for found in below if found and not (own and _outweighs(own, found))), None)
+            if suspect:
+                reasons[manifest.id] = f"set {suspect.id} below it has failed its verification: {suspect.errors[0]}"
+            if own and not own.ok:
+                reasons[manifest.id] = own.errors[0]
+                suspect = suspect if own.depth == DEPTHS[-1] else own
+            if suspect:
+                suspects[manifest.id] = suspect
+        return reasons
 
     def find(self, set_id: str = "", before: datetime | None = None) -> Manifest:
         """The set with this id, or the newest one, or the newest that was begun no later than C(before)."""
@@ -64,6 +99,11 @@ class Holdings:
 
     def _ids(self) -> str:
         return ", ".join(one.id for one in self.shelf.sets) or "none"
+
+
+def _outweighs(own: Verification, below: Verification) -> bool:
+    as_deep = own.depth in DEPTHS and below.depth in DEPTHS and DEPTHS.index(own.depth) >= DEPTHS.index(below.depth)
+    return own.ok and as_deep and own.when >= below.when
 
 
 def holdings(repository: Repository, vm: str) -> Holdings:
@@ -97,17 +137,56 @@ def leftovers(repository: Repository, held: Holdings) -> list[dict[str, str]]:
         found(repository.note_path(held.name, note.id), f"set {note.id} becomes a full one; the next prune goes on")
         for note in shelf.notes
     ]
+    left += [found(path, said) for path, said in _stale_marks(repository, held)]
+    left += [
+        found(path, "an increment that becomes a full image, or was to; the next prune goes on")
+        for path in growing(repository, held.name)
+    ]
     return left + [found(path, "left by a process that was killed") for path in repository.litter(held.name)]
 
 
+def _stale_marks(repository: Repository, held: Holdings) -> Iterator[tuple[str, str]]:
+    """What is said of sets without need, each with the reason."""
+    there = {manifest.id for manifest in held.shelf.sets} | held.shelf.strays
+    marks: list[Protection | Verification | Pin] = [
+        *held.marks.protections,
+        *held.marks.verifications,
+        *held.marks.pins,
+    ]
+    for mark in marks:
+        if mark.id not in there:
+            yield mark_path(repository, held.name, mark), f"said of set {mark.id}, which is gone"
+    for pin in held.marks.pins:
+        if pin.id in there and not is_read(pin):
+            yield mark_path(repository, held.name, pin), f"{pin.path}, which has read set {pin.id}, is gone"
+
+
+def growing(repository: Repository, vm: str) -> list[str]:
+    """The files in which increments become full images, or were to."""
+    directory = repository.directory(vm)
+    entries = sorted(os.listdir(directory)) if os.path.isdir(directory) else []
+    return [os.path.join(directory, entry) for entry in entries if entry.startswith(".") and entry.endswith(GROWING)]
+
+
 def vm_names(repository: Repository) -> list[str]:
-    """The VMs that a repository has sets of, or is getting some, by the names in their documents."""
+    """The VMs that a repository has sets of, is getting some, or was to, by the names in their documents."""
     names = {intent.vm.name for intent in repository.intents()}
     for directory in glob.glob(os.path.join(glob.escape(repository.path), "*", "")):
+        entry = os.path.basename(os.path.dirname(directory))
+        if entry in HARMLESS:
+            continue
         found = repository.any_manifest(directory)
         if found:
             names.add(found.vm.name)
+        elif vm_directory(entry) == entry and _was_used(repository, entry):
+            names.add(entry)
     return sorted(names)
+
+
+def _was_used(repository: Repository, vm: str) -> bool:
+    """Whether there are traces of sets of a VM of which there is none."""
+    failed = glob.glob(os.path.join(glob.escape(repository.directory(vm)), f".*{FAILED}"))
+    return bool(failed or repository.litter(vm))
 
 
 def begun(manifest: Manifest) -> datetime:

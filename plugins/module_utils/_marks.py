@@ -14,9 +14,11 @@ from __future__ import annotations
 import hashlib
 import os
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._documents import Pin, Protection, Verification
+from ansible_collections.vmfleet.backup.plugins.module_utils._inspect import machine_id
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository import read_document, write_document
 from ansible_collections.vmfleet.backup.plugins.module_utils._target import remove, sync_directory
 
@@ -31,6 +33,8 @@ SUFFIX = ".json"
 PROTECTED = ".protected"
 VERIFIED = ".verified"
 PIN = ".pin-"
+PARTIAL = ".partial"
+"""What the name of a restored disk ends with until it is complete."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,11 @@ class Marks:
 
     def verification(self, manifest: Manifest) -> Verification | None:
         """How the last look at a set ended; None for one that nobody has looked at."""
-        return next((mark for mark in self.verifications if mark.attempt == manifest.attempt), None)
+        return self._verified.get(manifest.attempt)
+
+    @cached_property
+    def _verified(self) -> dict[str, Verification]:
+        return {mark.attempt: mark for mark in self.verifications}
 
 
 def read_marks(repository: Repository, vm: str) -> Marks:
@@ -76,19 +84,24 @@ def _kind(stem: str) -> Any:
     return Pin if PIN in stem else None
 
 
+def is_read(pin: Pin) -> bool:
+    """Whether what a pin stands for is still there. On another machine only that machine can tell."""
+    return pin.machine_id != machine_id() or any(os.path.lexists(pin.path + end) for end in ("", PARTIAL))
+
+
 def write_mark(repository: Repository, vm: str, mark: Protection | Pin | Verification) -> None:
     """Say something of a set; what was said before in the same sense is replaced."""
-    write_document(_path(repository, vm, mark), asdict(mark))
+    write_document(mark_path(repository, vm, mark), asdict(mark))
 
 
 def remove_marks(repository: Repository, vm: str, marks: Iterable[Protection | Pin | Verification]) -> None:
     """Take back what was said."""
     for mark in marks:
-        remove(_path(repository, vm, mark))
+        remove(mark_path(repository, vm, mark))
     sync_directory(repository.directory(vm))
 
 
-def _path(repository: Repository, vm: str, mark: Protection | Pin | Verification) -> str:
+def mark_path(repository: Repository, vm: str, mark: Protection | Pin | Verification) -> str:
     if isinstance(mark, Pin):
         # One overlay has one pin, however often it is made.
         place = f"{mark.machine_id}:{mark.path}".encode("utf-8", "surrogateescape")

@@ -35,7 +35,9 @@ options:
     type: path
     required: true
   names:
-    description: The VMs, as they are called in the repository. The default is all that have sets there.
+    description:
+      - The VMs, as they are called in the repository. The default is all that have sets there, or were to get some.
+      - Of one that has nothing there, nothing is listed.
     type: list
     elements: str
 seealso:
@@ -115,8 +117,8 @@ sets:
 vms:
   description: >-
     The VMs, each with C(name), C(sets) (how many), C(bytes), C(newest) (the id of the newest set), C(created), C(age)
-    of that set in seconds, C(level), C(verified) (its depth, or empty) and C(ok) (whether the newest set is whole and
-    has not failed a verification).
+    of that set in seconds, C(level), C(verified) (its depth, or empty) and C(ok) (whether the newest set is whole, and
+    neither it nor one that it builds on has failed a verification).
   returned: success
   type: list
   elements: dict
@@ -213,7 +215,7 @@ def describe_vm(sets: list[dict[str, Any]], held: Holdings, now: datetime) -> di
         "age": max(0, int((now - begun(held.shelf.sets[-1])).total_seconds())),
         "level": newest["level"],
         "verified": verified["depth"] if verified and verified["ok"] else "",
-        "ok": not newest["broken"] and (not verified or verified["ok"]),
+        "ok": not newest["broken"] and newest["id"] not in held.failed_sets,
     }
 
 
@@ -225,7 +227,7 @@ async def main_task(module: AnsibleModule) -> dict[str, Any]:
     vms: list[dict[str, Any]] = []
     left: list[dict[str, str]] = []
     names = vm_names(repository) if module.params["names"] is None else module.params["names"]
-    for name in names:
+    for name in dict.fromkeys(names):
         held = holdings(repository, name)
         lengths, broken = chain_lengths(held), held.broken_sets
         own = [

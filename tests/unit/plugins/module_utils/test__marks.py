@@ -1,0 +1,122 @@
+# Copyright (c) 2026, vmfleet contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""What is said of sets, beside them."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING
+
+import pytest
+
+from ansible_collections.vmfleet.backup.plugins.module_utils._documents import (
+    SCHEMA,
+    Failure,
+    Manifest,
+    Pin,
+    Protection,
+    Verification,
+    VmName,
+)
+from ansible_collections.vmfleet.backup.plugins.module_utils._errors import BackupError
+from ansible_collections.vmfleet.backup.plugins.module_utils._inspect import machine_id
+from ansible_collections.vmfleet.backup.plugins.module_utils._marks import (
+    PARTIAL,
+    Marks,
+    is_read,
+    mark_path,
+    read_marks,
+    remove_marks,
+    write_mark,
+)
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository import create_repository, write_document
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from ansible_collections.vmfleet.backup.plugins.module_utils._repository import Repository
+
+PROTECTION = Protection("s1", "2026-11-22T01:00:00Z")
+PIN = Pin("s1", "vda", "/look/vda.qcow2", "hv1", "machine", "2026-11-22T01:00:00Z")
+VERIFICATION = Verification("s1", "a1", "checksum", "2026-11-22T01:00:00Z", ("vda: changed",))
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Repository:
+    made = create_repository(str(tmp_path / "repository"))
+    os.mkdir(made.directory("web01"))
+    return made
+
+
+def test_marks_come_back_as_they_were_written_and_go(repository: Repository) -> None:
+    assert read_marks(repository, "nosuch") == read_marks(repository, "web01") == Marks()
+    for mark in (PROTECTION, PIN, VERIFICATION):
+        write_mark(repository, "web01", mark)
+    marks = read_marks(repository, "web01")
+    assert marks == Marks((PROTECTION,), (PIN,), (VERIFICATION,))
+    assert (marks.protected("s1"), marks.protected("s2")) == (True, False)
+    assert (marks.pins_of("s1"), marks.pins_of("s2")) == ((PIN,), ())
+    remove_marks(repository, "web01", [PROTECTION, PIN, VERIFICATION, PROTECTION])
+    assert os.listdir(repository.directory("web01")) == []
+
+
+def test_a_verification_is_of_one_attempt(repository: Repository) -> None:
+    write_mark(repository, "web01", VERIFICATION)
+    vm = VmName("web01", "u", "u")
+    manifest = Manifest("r", vm, "s1", 1, "full", "r", "a1", "t", "t", 1.0, "crash", "7", ())
+    assert read_marks(repository, "web01").verification(manifest) == VERIFICATION
+    # The set was removed, and made again under the same id.
+    assert read_marks(repository, "web01").verification(replace(manifest, attempt="a2")) is None
+
+
+def test_a_verification_replaces_the_one_before_and_an_overlay_has_one_pin(repository: Repository) -> None:
+    others = [
+        replace(PIN, path="/look/vdb.qcow2"),
+        replace(PIN, machine_id="another"),
+        replace(PIN, id="s2"),
+    ]
+    for mark in (VERIFICATION, replace(VERIFICATION, errors=()), PIN, replace(PIN, since="later"), *others):
+        write_mark(repository, "web01", mark)
+    marks = read_marks(repository, "web01")
+    assert [mark.ok for mark in marks.verifications] == [True]
+    assert {*marks.pins} == {replace(PIN, since="later"), *others}
+
+
+def test_ids_that_look_like_marks_are_none(repository: Repository) -> None:
+    for set_id in ("a.protected", "a.verified", "a.pin-00000000", "a.pin-b"):
+        failure = Failure("run", "a1", set_id, "failed", "x", "then", "now")
+        write_document(repository.failure_path("web01", set_id), asdict(failure))
+        write_mark(repository, "web01", replace(PROTECTION, id=set_id))
+    marks = read_marks(repository, "web01")
+    assert sorted(mark.id for mark in marks.protections) == ["a.pin-00000000", "a.pin-b", "a.protected", "a.verified"]
+    assert (marks.pins, marks.verifications) == ((), ())
+
+
+def test_half_written_marks_are_none_and_newer_ones_are_not_skipped(repository: Repository) -> None:
+    path = mark_path(repository, "web01", PROTECTION)
+    for content in ("", "{", "{}", '{"schema": 1}'):
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(content)
+        assert read_marks(repository, "web01") == Marks()
+    write_document(path, {**asdict(PROTECTION), "schema": SCHEMA + 1})
+    with pytest.raises(BackupError, match="newer than this collection"):
+        read_marks(repository, "web01")
+
+
+def test_a_pin_of_this_machine_ends_with_its_file_and_that_of_another_never(tmp_path: Path) -> None:
+    path = tmp_path / "vda.qcow2"
+    pin = replace(PIN, path=str(path), machine_id=machine_id())
+    assert not is_read(pin)
+    assert is_read(replace(pin, machine_id="another"))
+    # It grows, under another name.
+    partial = path.with_name(path.name + PARTIAL)
+    partial.touch()
+    assert is_read(pin)
+    partial.rename(path)
+    assert is_read(pin)
+    path.unlink()
+    path.symlink_to("nowhere")
+    assert is_read(pin)
