@@ -595,6 +595,55 @@ def test_case_21_one_disk_fails_and_neither_advances(vms: Vms, sets: Sets, direc
     history.check()
 
 
+def test_case_21_a_disk_that_was_through_loses_nothing_either(vms: Vms, sets: Sets, directory: Path) -> None:
+    history = History(vms.start(vms.disk(0, size=SIZE), vms.disk(1, size=SIZE), name="web01"), sets, directory)
+    vm = history.vm
+    history.back_up("s1")
+    vm.write("drive0", 0xA1, MIB, 65536)
+    overwrite(vm, 0xA1, "drive1")
+    plan = sets.start(vm, id="s2", speed=SLOW)
+
+    def running() -> list[str]:
+        return [job["device"] for job in vm.block_jobs if job["status"] != "concluded"]
+
+    [last] = wait_until(lambda: running() if len(running()) == 1 else [], "the end of the shorter copy")
+    vm.qmp.execute("block-job-cancel", device=last)
+    assert "cancelled from outside" in fail("backup_set", {"plan": plan})["msg"]
+    history.back_up("s2")
+    assert history.note("s2") == {"drive0": "incremental", "drive1": "incremental"}
+    history.check()
+
+
+def test_a_set_that_is_there_is_asked_for_while_the_next_is_made(history: History, sets: Sets) -> None:
+    vm = history.vm
+    history.back_up("s1")
+    overwrite(vm, 0xA1)
+    history.freeze("s2")
+    plan = sets.start(vm, id="s2", speed=SLOW)
+    bitmaps, jobs = set(vm.bitmaps("n0")), [job["device"] for job in vm.block_jobs]
+    again = sets.back_up(vm, id="s1")
+    assert (again["changed"], again["qmp"]) == (False, [])
+    assert (set(vm.bitmaps("n0")), [job["device"] for job in vm.block_jobs]) == (bitmaps, jobs)
+    release(vm)
+    succeed("backup_set", {"plan": plan})
+    assert history.note("s2") == {"drive0": "incremental"}
+    assert history.back_up("s3") == "incremental"
+    history.check()
+
+
+def test_an_image_that_is_replaced_while_it_is_copied(history: History, sets: Sets) -> None:
+    history.back_up("s1")
+    overwrite(history.vm, 0xA1)
+    plan = sets.start(history.vm, id="s2", speed=SLOW)
+    image = sets.path / "web01" / ".s2.staging" / "drive0.qcow2"
+    shutil.copyfile(image, image.with_name("copy"))
+    image.with_name("copy").rename(image)
+    release(history.vm)
+    assert "is not the file that the backup was started with" in fail("backup_set", {"plan": plan})["msg"]
+    assert history.back_up("s2") == "incremental"
+    history.check()
+
+
 def test_case_18_a_full_repository_fails_the_increment_only(
     vms: Vms, sets: Sets, directory: Path, storage: Storage
 ) -> None:

@@ -257,6 +257,16 @@ class TestVms:
         assert one.block_jobs == []
         assert one.bitmaps("n0") == {}
 
+    def test_another_qemu_of_the_same_name_and_no_uuid(self, vms: Vms, sets: Sets) -> None:
+        one, other = (vms.start(vms.disk(number, size=SIZE, id="drive0"), name="web01") for number in range(2))
+        plan = sets.start(one, speed=SLOW)
+        before = records(sets)
+        said = sets.fail(other)["msg"]
+        assert f"being made of another VM of this name (pid {one.pid}, unix:{one.monitor})" in said
+        assert records(sets) == before
+        release(one)
+        assert result_of(succeed("backup_set", {"plan": plan}), "web01")["state"] == "published"
+
     def test_twins_stay_refused_whatever_the_orders(self, vms: Vms, sets: Sets) -> None:
         twins = [vms.start(vms.disk(number, size=SIZE, id="drive0"), name="web01") for number in range(2)]
         plan = sets.plan(*twins)["plan"]
