@@ -64,10 +64,12 @@ def link(
     sets: Sequence[Manifest],
     wish: Wish,
     damage: Mapping[tuple[str, str], str],
+    layers: Iterable[Disk] = (),
 ) -> Link:
     """How C(disk), one of a VM's C(disks), goes into the set that follows C(sets).
 
-    C(damage) says, by set id and disk, what is wrong with the files of an image or of those that it builds on.
+    C(layers) are the nodes that the disks are made of. C(damage) says, by set id and disk, what is wrong with the files
+    of an image or of those that it builds on.
     """
     if wish.level == FULL:
         return Link(FULL, "a full image is asked for")
@@ -83,7 +85,7 @@ def link(
         return Link(FULL, f"it is not in set {sets[-1].id}" if base else "no set holds it in full")
     doubt = (
         _other_disk(base, below, disk, identity)
-        or _lost_record(base, below, disk, disks, sets[-1])
+        or _lost_record(base, below, disk, disks, layers, sets[-1])
         or damage.get((base.id, disk.name), "")
         or _too_long(sets, base, disk.name, wish.max_chain)
     )
@@ -115,7 +117,9 @@ def _other_disk(base: Manifest, below: DiskImage, disk: Disk, identity: str) -> 
     return ""
 
 
-def _lost_record(base: Manifest, below: DiskImage, disk: Disk, disks: Iterable[Disk], newest: Manifest) -> str:
+def _lost_record(
+    base: Manifest, below: DiskImage, disk: Disk, disks: Iterable[Disk], layers: Iterable[Disk], newest: Manifest
+) -> str:
     """Why the record of the changes since an image cannot be trusted; empty where it can."""
     if not below.bitmap:
         return f"set {base.id} was made without a record of the changes after it"
@@ -126,6 +130,9 @@ def _lost_record(base: Manifest, below: DiskImage, disk: Disk, disks: Iterable[D
     holder = next((other.name for other in disks if other.bitmap(below.bitmap)), "")
     if holder:
         return f"{record} is on disk {holder}: the disks were swapped, or one was copied over the other"
+    layer = next((other.node for other in layers if other.bitmap(below.bitmap)), "")
+    if layer:
+        return f"{record} is in a layer below (node {layer}): somebody took an external snapshot since"
     latest = newest.disk(disk.name)
     if newest is not base and latest and latest.level == INCREMENTAL:
         return f"{record} is gone: set {newest.id} was incremental, and the next differential one starts anew"

@@ -309,6 +309,9 @@ class Engine:
     def _published(self, work: _Work, manifest: Manifest) -> Outcome:
         if manifest.consistency_reason and work.request.quiesce != _plan.NONE:
             work.warn(f"the guest's file systems were not frozen: {manifest.consistency_reason}")
+        wanted = work.request.wanted
+        if wanted in (_chain.FULL, _chain.DIFFERENTIAL) and manifest.level not in (_chain.FULL, wanted):
+            work.warn(f"the set is {manifest.level} and stays so; for the level {wanted} use another id")
         return self._outcome(
             work,
             PUBLISHED,

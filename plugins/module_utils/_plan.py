@@ -390,7 +390,10 @@ def link_disks(request: Request, facts: Facts, shelf: Shelf, terms: Terms, choic
         return ()
     vm = facts.vm
     wish = Wish(request.wanted, terms.policy.tracking, terms.policy.max_chain)
-    return tuple(_chain.link(disk, vm.disks, vm.identity, shelf.sets, wish, facts.damage) for disk in choice.disks)
+    return tuple(
+        _chain.link(disk, vm.disks, vm.identity, shelf.sets, wish, facts.damage, vm.other_nodes)
+        for disk in choice.disks
+    )
 
 
 def plan_disks(disks: Iterable[Disk], links: Iterable[Link]) -> tuple[DiskPlan, ...]:

@@ -61,6 +61,14 @@ def run(vm: Qemu) -> None:
     vm.qmp.execute("stop")
 
 
+def merge(vm: Qemu, into: str) -> None:
+    """Commit the layers above a node into it, and go on with it."""
+    vm.qmp.execute("block-commit", job_id="merge", device="drive0", base_node=into)
+    wait_until(lambda: vm.job["ready"], "the merge")
+    vm.qmp.execute("block-job-complete", device="merge")
+    wait_until(lambda: not vm.block_jobs, "the end of the merge")
+
+
 def overwrite(vm: Qemu, pattern: int, disk: str = "drive0") -> None:
     """Change half of a disk of 8 MiB: more than QEMU copies at one go."""
     for at in range(4):
@@ -397,9 +405,31 @@ def test_case_13_disks_with_backing_files(vms: Vms, sets: Sets, directory: Path)
     vm.disks = (Disk(overlay, node="n1"),)
     vm.write("drive0", 0xB1, 3 * MIB, 65536)
     assert history.back_up("s3") == "full"
-    assert "is gone" in history.reason("s3")
+    assert "is in a layer below (node n0): somebody took an external snapshot" in history.reason("s3")
     vm.write("drive0", 0xB2, 4 * MIB, 65536)
     assert history.back_up("s4") == "incremental"
+    # The layers become one again: the bitmap above goes, and the one below is too old.
+    merge(vm, "n0")
+    vm.disks = (Disk(top),)
+    vm.write("drive0", 0xB3, 5 * MIB, 65536)
+    assert history.back_up("s5") == "full"
+    assert history.bitmaps() == history.recorded("s5")
+    history.check()
+
+
+def test_an_external_snapshot_that_comes_and_goes_between_sets(history: History, directory: Path) -> None:
+    vm = history.vm
+    history.back_up("s1")
+    vm.write("drive0", 0xA1, MIB, 65536)
+    overlay = str(directory / "overlay.qcow2")
+    vm.qmp.execute(
+        "blockdev-snapshot-sync", node_name="n0", snapshot_file=overlay, snapshot_node_name="n1", format="qcow2"
+    )
+    vm.write("drive0", 0xA2, 2 * MIB, 65536)
+    merge(vm, "n0")
+    vm.write("drive0", 0xA3, 3 * MIB, 65536)
+    # What was merged into the disk is in its record.
+    assert history.back_up("s2") == "incremental"
     history.check()
 
 

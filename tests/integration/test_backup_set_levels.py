@@ -143,6 +143,19 @@ def test_a_full_in_the_middle_of_a_chain(history: History) -> None:
     history.check()
 
 
+def test_a_set_of_another_level_is_said_and_not_made_anew(history: History, sets: Sets) -> None:
+    history.back_up("s1")
+    history.back_up("s2")
+    for level, said in (("full", True), ("differential", True), ("incremental", False), ("auto", False)):
+        again = sets.back_up(history.vm, id="s2", level=level)
+        assert again["changed"] is False
+        found = [warning for warning in again["warnings"] if "the set is incremental and stays so" in warning]
+        assert len(found) == said
+    # A full one serves whatever is asked for.
+    assert sets.back_up(history.vm, id="s1", level="differential")["warnings"] == []
+    history.check()
+
+
 def test_without_tracking(history: History, sets: Sets) -> None:
     history.back_up("s1")
     assert history.back_up("s2", tracking=False) == "full"

@@ -100,7 +100,8 @@ S3 = manifest("s3", 3, image("s3", parent("s2")))
 def decide(found: Disk, *sets: Manifest, disks: tuple[Disk, ...] = (), **more: Any) -> Link:
     """How a disk goes into the set after these."""
     given: dict[str, Any] = {"identity": IDENTITY, "wish": Wish(), "damage": {}, **more}
-    return link(found, disks or (found,), given["identity"], sets, given["wish"], given["damage"])
+    layers = given.get("layers", ())
+    return link(found, disks or (found,), given["identity"], sets, given["wish"], given["damage"], layers)
 
 
 def test_an_increment_builds_on_the_newest_set() -> None:
@@ -151,6 +152,10 @@ FULLS: dict[str, tuple[Link, str]] = {
     "on another disk": (
         decide(disk(), S1, disks=(disk(), disk("b-s1", name="vdb"))),
         "is on disk vdb: the disks were swapped",
+    ),
+    "in a layer below": (
+        decide(disk(), S1, layers=(disk("b-s1", name=""),)),
+        "is in a layer below (node n-): somebody took an external snapshot",
     ),
     "damaged": (decide(disk("b-s2"), S1, S2, damage={("s2", "vda"): "image x is missing"}), "image x is missing"),
     "chain long enough": (decide(disk("b-s3"), S1, S2, S3, wish=Wish(max_chain=3)), "has 3 images (max_chain is 3)"),
