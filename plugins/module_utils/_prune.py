@@ -20,21 +20,20 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._attempt import utc
 from ansible_collections.vmfleet.backup.plugins.module_utils._checksum import check_all, sha256
 from ansible_collections.vmfleet.backup.plugins.module_utils._documents import Consolidation, Protection
 from ansible_collections.vmfleet.backup.plugins.module_utils._errors import BackupError, Refused
-from ansible_collections.vmfleet.backup.plugins.module_utils._inspect import machine_id
-from ansible_collections.vmfleet.backup.plugins.module_utils._library import holdings
+from ansible_collections.vmfleet.backup.plugins.module_utils._library import GROWING, growing, holdings
 from ansible_collections.vmfleet.backup.plugins.module_utils._lock import locked
-from ansible_collections.vmfleet.backup.plugins.module_utils._marks import remove_marks, write_mark
+from ansible_collections.vmfleet.backup.plugins.module_utils._marks import is_read, remove_marks, write_mark
+from ansible_collections.vmfleet.backup.plugins.module_utils._plan import human
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository import PUBLISHED_MODE
 from ansible_collections.vmfleet.backup.plugins.module_utils._retention import Condition, Fate
 
 if TYPE_CHECKING:
-    from ansible_collections.vmfleet.backup.plugins.module_utils._documents import DiskImage, Manifest
+    from collections.abc import Iterable
+
+    from ansible_collections.vmfleet.backup.plugins.module_utils._documents import DiskImage, Manifest, Verification
     from ansible_collections.vmfleet.backup.plugins.module_utils._library import Holdings
     from ansible_collections.vmfleet.backup.plugins.module_utils._repository import Repository
     from ansible_collections.vmfleet.backup.plugins.module_utils._retention import Rules
-
-GROWING = ".consolidating"
-"""What the hidden file is called in which an increment becomes a full image."""
 
 CONVERT_TIMEOUT = 7 * 24 * 3600.0
 """Seconds for that: no sensible one takes as long."""
@@ -54,12 +53,16 @@ class Order:
 
 @dataclass(frozen=True)
 class Pruned:
-    """What has become of one VM's sets. C(sizes) are the bytes that each took before."""
+    """What has become of one VM's sets. C(sizes) are the bytes that each took before.
+
+    C(error) says what went wrong with the increments that were to become full.
+    """
 
     vm: str
     fates: tuple[Fate, ...]
     sizes: dict[str, int]
     marked: bool = False
+    error: str = ""
 
     @property
     def changed(self) -> bool:
@@ -72,7 +75,7 @@ async def prune(repository: Repository, vm: str, order: Order) -> Pruned:
     marked = _check_marks(held, order)
     if order.check_mode:
         held = _as_marked(held, order)
-        return _pruned(held, _fates(held, order), marked)
+        return Pruned(vm, _fates(held, order), _sizes(held), marked)
     # The VM's own lock is for moments only; this one keeps a second prune away meanwhile.
     async with locked(os.path.join(repository.directory(vm), ".prune.lock"), f"VM {vm}, prune"):
         async with repository.lock(vm):
@@ -80,16 +83,23 @@ async def prune(repository: Repository, vm: str, order: Order) -> Pruned:
             _finish(repository, vm)
         held = holdings(repository, vm)
         fates = _fates(held, order)
-        for fate in fates:
-            if fate.consolidate:
-                await _consolidate(repository, held, fate.id)
+        doomed = {fate.id for fate in fates if not fate.keep}
+        errors: dict[str, str] = {}
+        if any(fate.consolidate for fate in fates):
+            # What nothing builds on makes room for what comes.
+            async with repository.lock(vm):
+                _remove(repository, vm, order, doomed)
+            errors = await _consolidate(repository, held, fates)
         async with repository.lock(vm):
-            _remove(repository, vm, order, {fate.id for fate in fates if not fate.keep})
-    return _pruned(held, fates, marked)
+            spared = _remove(repository, vm, order, doomed)
+    fates = tuple(
+        replace(spared.get(fate.id, fate), consolidate=fate.consolidate and fate.id not in errors) for fate in fates
+    )
+    return Pruned(vm, fates, _sizes(held), marked, "; ".join(errors.values()))
 
 
-def _pruned(held: Holdings, fates: tuple[Fate, ...], marked: bool) -> Pruned:
-    return Pruned(held.name, fates, {manifest.id: manifest.bytes for manifest in held.shelf.sets}, marked)
+def _sizes(held: Holdings) -> dict[str, int]:
+    return {manifest.id: manifest.bytes for manifest in held.shelf.sets}
 
 
 def _fates(held: Holdings, order: Order) -> tuple[Fate, ...]:
@@ -101,20 +111,13 @@ def condition(held: Holdings, may_go: bool) -> Condition:
     guarded = {mark.id: "it is protected" for mark in held.marks.protections}
     in_use = {}
     for pin in held.marks.pins:
-        # Whether an overlay on another machine is still there, only that machine can tell.
-        if pin.machine_id != machine_id() or os.path.lexists(pin.path):
+        if is_read(pin):
             guarded[pin.id] = in_use[pin.id] = f"{pin.path} on {pin.host} reads it"
     for intent in held.shelf.intents:
         for disk in intent.disks:
             if disk.image.parent:
                 guarded[disk.image.parent.id] = f"set {intent.id}, which is being made, builds on it"
-    failed = {
-        manifest.id: found.errors[0]
-        for manifest in held.shelf.sets
-        for found in [held.marks.verification(manifest)]
-        if found and not found.ok
-    }
-    return Condition(guarded, {**failed, **held.broken_sets}, in_use, may_go)
+    return Condition(guarded, {**held.failed_sets, **held.broken_sets}, in_use, may_go)
 
 
 # Protection
@@ -148,19 +151,23 @@ def _as_marked(held: Holdings, order: Order) -> Holdings:
 # Removal, with the VM's lock held
 
 
-def _remove(repository: Repository, vm: str, order: Order, doomed: set[str]) -> None:
-    """Remove what was to go and still may, those first that build on others."""
+def _remove(repository: Repository, vm: str, order: Order, doomed: set[str]) -> dict[str, Fate]:
+    """Remove what was to go and still may, those first that build on others; returns the fates of those that stay."""
     held = holdings(repository, vm)
-    # Meanwhile a set may have been begun that builds on one of them, or an overlay.
-    fates = {fate.id: fate for fate in _fates(held, order)}
+    # Meanwhile a set may have been begun that builds on one of them, or an overlay; or a set has turned out to be bad,
+    # and another one is the newest good set. What has not become a full one by now counts as what it is.
+    fates = {fate.id: fate for fate in _fates(held, replace(order, consolidate=False)) if fate.id in doomed}
     for manifest in reversed(held.shelf.sets):
-        if manifest.id in doomed and not fates[manifest.id].keep:
+        if manifest.id in fates and not fates[manifest.id].keep:
             repository.remove_set(vm, manifest.id)
-    left = {manifest.id: manifest for manifest in repository.shelf(vm).sets}
-    stale = [mark for mark in held.marks.protections if mark.id not in left]
-    verified = [mark for mark in held.marks.verifications if mark.id not in left]
-    pins = [pin for pin in held.marks.pins if pin.machine_id == machine_id() and not os.path.lexists(pin.path)]
-    remove_marks(repository, vm, [*stale, *verified, *pins])
+    _remove_stale_marks(repository, held)
+    return {fate.id: fate for fate in fates.values() if fate.keep}
+
+
+def _remove_stale_marks(repository: Repository, held: Holdings) -> None:
+    said: list[Protection | Verification] = [*held.marks.protections, *held.marks.verifications]
+    gone = [mark for mark in said if not os.path.lexists(repository.set_path(held.name, mark.id))]
+    remove_marks(repository, held.name, [*gone, *(pin for pin in held.marks.pins if not is_read(pin))])
 
 
 # Increments that become full
@@ -170,9 +177,8 @@ def _finish(repository: Repository, vm: str) -> None:
     """Bring to its end what a killed process has left, with the VM's lock held."""
     for note in repository.shelf(vm).notes:
         _settle(repository, vm, note)
-    for entry in os.listdir(repository.directory(vm)):
-        if entry.startswith(".") and entry.endswith(GROWING):
-            _target.remove(os.path.join(repository.directory(vm), entry))
+    for path in growing(repository, vm):
+        _target.remove(path)
     repository.tidy(vm, "")
 
 
@@ -185,12 +191,17 @@ def _settle(repository: Repository, vm: str, note: Consolidation) -> None:
     repository.remove_note(vm, note.id)
 
 
-async def _consolidate(repository: Repository, held: Holdings, set_id: str) -> None:
-    """Make all images of a set full, one after the other."""
-    manifest = held.find(set_id)
-    for image in manifest.disks:
-        if image.parent:
-            await _make_full(repository, held, manifest, image)
+async def _consolidate(repository: Repository, held: Holdings, fates: Iterable[Fate]) -> dict[str, str]:
+    """Make all images of some sets full, one after the other; returns what went wrong, by set id."""
+    errors = {}
+    for manifest in (held.find(fate.id) for fate in fates if fate.consolidate):
+        try:
+            for image in manifest.disks:
+                if image.parent:
+                    await _make_full(repository, held, manifest, image)
+        except (BackupError, OSError) as error:
+            errors[manifest.id] = f"set {manifest.id} was not consolidated: {error}"
+    return errors
 
 
 async def _make_full(repository: Repository, held: Holdings, manifest: Manifest, image: DiskImage) -> None:
@@ -198,36 +209,49 @@ async def _make_full(repository: Repository, held: Holdings, manifest: Manifest,
     errors = await check_all(repository, steps)
     if errors:
         # What is wrong would get a good checksum by this.
-        raise BackupError(f"VM {held.name}, set {manifest.id}: not consolidated: {'; '.join(errors.values())}")
+        raise BackupError("; ".join(errors.values()))
+    _check_room(repository, steps)
     path = os.path.join(repository.set_path(held.name, manifest.id), image.image)
-    growing = os.path.join(repository.directory(held.name), f".{manifest.id}.{image.image}{GROWING}")
+    new = os.path.join(repository.directory(held.name), f".{manifest.id}.{image.image}{GROWING}")
     try:
-        full = await _copy_full(path, growing, image)
+        full = await _copy_full(path, new, image)
         async with repository.lock(held.name):
             there = repository.shelf(held.name).published(manifest.id)
             if there is None or there.attempt != manifest.attempt or there.disk(image.name) != image:
-                raise BackupError(f"VM {held.name}: set {manifest.id} was changed by somebody else meanwhile")
+                raise BackupError("somebody else has changed it meanwhile")
             note = Consolidation(manifest.id, manifest.attempt, full)
             repository.write_note(held.name, note)
-            os.replace(growing, path)
+            os.replace(new, path)
             _target.sync_directory(os.path.dirname(path))
             _settle(repository, held.name, note)
     finally:
-        _target.remove(growing)
+        _target.remove(new)
 
 
-async def _copy_full(path: str, growing: str, image: DiskImage) -> DiskImage:
+def _check_room(repository: Repository, steps: Iterable[tuple[Manifest, DiskImage]]) -> None:
+    """Refuse to take the room that sets which are being made will need: their guests would feel it."""
+    needed = sum(image.bytes for _manifest, image in steps)
+    promised = sum(repository.outstanding(intent) for intent in repository.intents())
+    free = _target.free_bytes(repository.path)
+    if needed + promised > free:
+        raise BackupError(
+            f"{repository.path} has {human(free)} free, of which sets that are being made take {human(promised)}, and"
+            f" the full image may take {human(needed)}"
+        )
+
+
+async def _copy_full(path: str, new: str, image: DiskImage) -> DiskImage:
     """A full image of the same content, on stable storage; returns what is to be said of it."""
-    os.close(os.open(growing, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
-    command = _qemu_img.convert_command(path, growing, "qcow2", "qcow2", compression=image.compression)
+    os.close(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+    command = _qemu_img.convert_command(path, new, "qcow2", "qcow2", compression=image.compression)
     await _qemu_img.run(command, timeout=CONVERT_TIMEOUT)
-    await _qemu_img.run(_qemu_img.compare_command(path, growing), timeout=CONVERT_TIMEOUT)
-    if os.stat(growing).st_size == image.bytes:
+    await _qemu_img.run(_qemu_img.compare_command(path, new), timeout=CONVERT_TIMEOUT)
+    if os.stat(new).st_size == image.bytes:
         # By their sizes the two are told apart while either may stand there. What follows the last cluster is ignored.
-        os.truncate(growing, image.bytes + _target.CLUSTER)
-    status = _target.flush(growing)
-    os.chmod(growing, PUBLISHED_MODE)
-    digest = sha256(growing) if image.sha256 else None
+        os.truncate(new, image.bytes + _target.CLUSTER)
+    status = _target.flush(new)
+    os.chmod(new, PUBLISHED_MODE)
+    digest = sha256(new) if image.sha256 else None
     return replace(
         image, level=_chain.FULL, parent=None, reason="it was consolidated", bytes=status.st_size, sha256=digest
     )

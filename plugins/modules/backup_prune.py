@@ -15,7 +15,8 @@ description:
   - A VM never loses its newest good set, whatever the rules say, unless O(forget) is set.
   - Time is counted from the VM's newest set. The sets of a VM that is gone do not grow old.
   - Sets that are protected, that an overlay reads, or that a set builds on which is being made at this moment stay.
-  - Sets that are broken are not touched, and do not count for any rule.
+  - Sets that are broken are not touched, and do not count for any rule. Broken is what is not there as a whole, and
+    what has failed its verification or builds on such a set.
   - A set is removed by one rename, after all that build on it. A run that is interrupted leaves no half of a set in the
     list, and the next run goes on.
   - In check mode, shows for every set whether it would be kept, and why.
@@ -73,19 +74,22 @@ options:
     type: bool
     default: false
   protect:
-    description: Protect the sets with these ids, of all O(names), from ever being removed.
+    description:
+      - Protect the sets with these ids, of all O(names), from ever being removed.
+      - Without any rule, this is all that is done, and nothing is removed.
     type: list
     elements: str
     default: []
   unprotect:
-    description: Take that back.
+    description: Take that back. Without any rule, nothing is removed.
     type: list
     elements: str
     default: []
   forget:
     description:
       - Let the VMs in O(names) lose their newest good set, too. Without any rule, all of their sets go that are not
-        protected or in use.
+        protected or in use, broken ones as well.
+      - A VM that has no sets any more is forgotten already.
     type: bool
     default: false
 seealso:
@@ -146,7 +150,9 @@ text:
   elements: str
 """
 
+import os
 import re
+import sys
 from typing import TYPE_CHECKING
 
 from ansible.module_utils.basic import AnsibleModule
@@ -185,9 +191,31 @@ def rules(params: dict[str, Any]) -> Rules:
     found = Rules(**counts, within=seconds(params["keep_within"]) if params["keep_within"] else 0)
     if params["forget"] and not params["names"]:
         raise Refused("forget", "names must say which VMs are to be forgotten")
+    both = sorted({*params["protect"]} & {*params["unprotect"]})
+    if both:
+        raise Refused("unprotect", "{} are to be protected as well".format(", ".join(both)))
     if found.empty and not params["forget"]:
+        if params["protect"] or params["unprotect"]:
+            return Rules(last=sys.maxsize)
         raise Refused("keep_last", "no rule says what to keep; give at least one of the keep_ options")
     return found
+
+
+def chosen_names(repository: Repository, params: dict[str, Any]) -> list[str]:
+    """The VMs that are asked for. One that is to be forgotten need not be there any more."""
+    known = vm_names(repository)
+    if params["names"] is None:
+        return known
+    names = list(dict.fromkeys(params["names"]))
+    unknown = [name for name in names if name not in known]
+    if unknown and not params["forget"]:
+        raise Refused(
+            "names",
+            "no sets of {} in {}; there are: {}".format(
+                ", ".join(unknown), repository.path, ", ".join(known) or "none"
+            ),
+        )
+    return [name for name in names if os.path.isdir(repository.directory(name))]
 
 
 async def prune_all(repository: Repository, names: Iterable[str], order: Order) -> tuple[list[Pruned], dict[str, str]]:
@@ -199,6 +227,7 @@ async def prune_all(repository: Repository, names: Iterable[str], order: Order) 
             done.append(await prune(repository, name, order))
         except (BackupError, OSError) as error:
             errors[name] = str(error)
+    errors.update({one.vm: one.error for one in done if one.error})
     return done, errors
 
 
@@ -220,15 +249,6 @@ async def main_task(module: AnsibleModule) -> dict[str, Any]:
     await probe_if_there(params["repository"])
     repository = open_repository(params["repository"])
     check_writable(repository.path)
-    known = vm_names(repository)
-    unknown = [name for name in params["names"] or () if name not in known]
-    if unknown:
-        raise Refused(
-            "names",
-            "no sets of {} in {}; there are: {}".format(
-                ", ".join(unknown), repository.path, ", ".join(known) or "none"
-            ),
-        )
     order = Order(
         asked,
         params["consolidate"],
@@ -237,7 +257,7 @@ async def main_task(module: AnsibleModule) -> dict[str, Any]:
         tuple(params["unprotect"]),
         module.check_mode,
     )
-    done, errors = await prune_all(repository, params["names"] or known, order)
+    done, errors = await prune_all(repository, chosen_names(repository, params), order)
     removed = listed(done, keep=False)
     kept = listed(done, keep=True)
     before = "".join("{vm}/{id}\n".format(**one) for one in (*removed, *kept))
@@ -252,7 +272,7 @@ async def main_task(module: AnsibleModule) -> dict[str, Any]:
     }
     if errors:
         reasons = "; ".join(f"{name}: {error}" for name, error in errors.items())
-        raise BackupError(f"{len(errors)} VMs could not be pruned: {reasons}", **result)
+        raise BackupError(f"{len(errors)} VMs could not be pruned as asked: {reasons}", **result)
     return result
 
 

@@ -1,0 +1,604 @@
+# Copyright (c) 2026, vmfleet contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""backup_prune: what is to go goes, and what stays has the content that it always had."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import itertools
+import json
+import random
+import shutil
+import typing as t
+from dataclasses import replace
+
+import pytest
+
+from ansible_collections.vmfleet.backup.plugins.module_utils import _prune
+from ansible_collections.vmfleet.backup.plugins.module_utils._documents import Verification
+from ansible_collections.vmfleet.backup.plugins.module_utils._marks import write_mark
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository import open_repository
+from ansible_collections.vmfleet.backup.tests.harness.backup import release
+from ansible_collections.vmfleet.backup.tests.harness.images import MIB, identical, info, sound
+from ansible_collections.vmfleet.backup.tests.harness.library import (
+    LOCKS,
+    NAME,
+    Chain,
+    Library,
+    before_converting,
+    prepared,
+    restored_to,
+)
+from ansible_collections.vmfleet.backup.tests.harness.modules import succeed
+from ansible_collections.vmfleet.backup.tests.harness.qemu import wait_until
+
+if t.TYPE_CHECKING:
+    from pathlib import Path
+
+    from ansible_collections.vmfleet.backup.tests.harness.fixtures import Storage, Vms
+    from ansible_collections.vmfleet.backup.tests.harness.modules import ModuleProcess
+
+    Start = t.Callable[..., ModuleProcess]
+
+pytestmark = pytest.mark.usefixtures("clean")
+
+
+@pytest.fixture(scope="module")
+def template() -> t.Iterator[Chain]:
+    with prepared() as chain:
+        chain.vm.restart()
+        chain.go_on(4, level="full")
+        chain.go_on(5)
+        chain.vm.quit()
+        yield chain
+
+
+@pytest.fixture
+def chain(template: Chain, directory: Path) -> Chain:
+    """A full and two increments, and again a full and one increment, of a VM that is off."""
+    return template.copied(directory)
+
+
+@pytest.fixture
+def library(chain: Chain) -> Library:
+    return chain.library
+
+
+@pytest.fixture
+def living(vms: Vms, directory: Path) -> Chain:
+    """A full and two increments of a VM that goes on."""
+    return Chain(vms, directory)
+
+
+def assert_whole(chain: Chain, library: Library, *expected: str) -> None:
+    """These sets are there, newest first, and nothing else; all that is said of them is true."""
+    assert library.listed() == list(expected)
+    assert {path.name for path in (library.path / NAME).iterdir()} - set(LOCKS) == set(expected)
+    for set_id in expected:
+        images = library.images(NAME, set_id)
+        for disk in library.manifest(NAME, set_id)["disks"]:
+            image = images[disk["name"]]
+            assert identical(chain.copies(set_id)[disk["name"]], image), f"{disk['name']} of {set_id}"
+            assert sound(image)
+            assert image.stat().st_mode & 0o777 == 0o440
+            assert image.stat().st_size == disk["bytes"]
+            assert hashlib.sha256(image.read_bytes()).hexdigest() == disk["sha256"]
+            assert (disk["parent"] is None) == (disk["level"] == "full") == ("backing-filename" not in info(image))
+
+
+def fates(result: dict[str, t.Any], which: str = "kept") -> dict[str, str]:
+    return {one["id"]: one["reason"] for one in result[which]}
+
+
+def judge(library: Library, set_id: str, *errors: str, depth: str = "checksum") -> None:
+    """Have a verification of a set ended so."""
+    attempt = library.manifest(NAME, set_id)["attempt"]
+    mark = Verification(set_id, attempt, depth, "2026-12-01T00:00:00Z", errors)
+    write_mark(open_repository(str(library.path)), NAME, mark)
+
+
+def gate(directory: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
+    """Have each copy wait for the second of these files, and make the first one when it does."""
+    begun, go = directory / "begun", directory / "go"
+    before_converting(directory, monkeypatch, f"touch {begun}; while [ ! -e {go} ]; do sleep 0.01; done")
+    return begun, go
+
+
+class TestRemoval:
+    """What goes, what stays, and that nothing else changes."""
+
+    def test_case_51_whole_chains(self, chain: Chain, library: Library) -> None:
+        before = library.content(but=("s1", "s2", "s3"))
+        said = library.prune(keep_last=2)
+        assert said["changed"]
+        assert fates(said, "removed") == dict.fromkeys(("s1", "s2", "s3"), "no rule keeps it")
+        assert fates(said) == {"s4": "last; set s5 builds on it", "s5": "last"}
+        assert said["bytes"] == sum(one["bytes"] for one in said["removed"]) > 4 * MIB
+        assert said["text"][0] == "keep         web01/s5  last"
+        assert said["text"][4] == "remove       web01/s1  no rule keeps it"
+        assert said["diff"]["after"] == "web01/s4\nweb01/s5\n"
+        assert_whole(chain, library, "s5", "s4")
+        after = library.content()
+        after.pop(str(library.path / NAME / ".prune.lock"))
+        assert after == before
+        again = library.prune(keep_last=2)
+        assert (again["changed"], again["removed"]) == (False, [])
+
+    def test_case_51_never_what_a_kept_set_builds_on(self, chain: Chain, library: Library) -> None:
+        said = library.prune(keep_last=3)
+        assert not said["changed"]
+        assert fates(said) == {
+            "s1": "set s2 builds on it",
+            "s2": "set s3 builds on it",
+            "s3": "last",
+            "s4": "last; set s5 builds on it",
+            "s5": "last",
+        }
+        assert_whole(chain, library, "s5", "s4", "s3", "s2", "s1")
+
+    def test_check_mode_lists_everything_and_changes_nothing(self, library: Library) -> None:
+        before = library.content()
+        options = {"keep_last": 1, "consolidate": True, "names": [NAME], "protect": ["s2"], "unprotect": ["s1"]}
+        said = library.prune(check=True, **options)
+        assert library.content() == before
+        assert said["changed"]
+        real = library.prune(**options)
+        assert {key: real[key] for key in ("removed", "kept", "bytes", "text", "diff")} == {
+            key: said[key] for key in ("removed", "kept", "bytes", "text", "diff")
+        }
+        assert set(fates(said)) | set(fates(said, "removed")) == {"s1", "s2", "s3", "s4", "s5"}
+
+    def test_time_is_counted_from_the_newest_set(self, library: Library) -> None:
+        for day in range(1, 6):
+            library.rewrite(f"s{day}", started=f"2001-01-{10 * day - 9:02}T00:00:00Z".replace("-41", "-31"))
+        said = library.prune(keep_within="20d")
+        assert fates(said)["s4"] == "within 20 days, 0:00:00 before set s5; set s5 builds on it"
+        assert library.listed() == ["s5", "s4", "s3", "s2", "s1"]
+        library.prune(keep_within="1w")
+        assert library.listed() == ["s5", "s4"]
+
+    def test_protected_sets_stay_until_they_are_not(self, library: Library) -> None:
+        said = library.prune(names=[NAME], protect=["s2"])
+        assert (said["changed"], said["removed"]) == (True, [])
+        assert not library.prune(names=[NAME], protect=["s2"])["changed"]
+        said = library.prune(keep_last=1)
+        assert fates(said)["s2"] == "it is protected"
+        assert library.listed() == ["s5", "s4", "s2", "s1"]
+        assert [one["protected"] for one in library.info()["sets"]] == [False, False, True, False]
+        assert library.prune(names=[NAME], unprotect=["s2"])["changed"]
+        assert library.listed() == ["s5", "s4", "s2", "s1"]
+        library.prune(keep_last=1)
+        assert library.listed() == ["s5", "s4"]
+        assert library.info()["leftovers"] == []
+
+    def test_a_set_whose_manifest_cannot_be_read_stays_protected(self, library: Library) -> None:
+        library.prune(names=[NAME], protect=["s3"])
+        manifest = library.path / NAME / "s3" / "manifest.json"
+        text = manifest.read_text()
+        manifest.write_text(text[:100])
+        library.prune(keep_last=4)
+        manifest.write_text(text)
+        library.prune(keep_last=1)
+        assert library.listed() == ["s5", "s4", "s3", "s2", "s1"]
+
+    def test_what_killed_processes_have_left_goes(self, chain: Chain, library: Library) -> None:
+        directory = library.path / NAME
+        (directory / "s3").rename(directory / ".s3.removed")
+        (directory / ".s9.staging").mkdir()
+        (directory / ".s2.drive0.qcow2.consolidating").write_text("x")
+        (directory / ".s3.protected.json.new").write_text("{")
+        library.prune(keep_last=2)
+        assert_whole(chain, library, "s5", "s4")
+
+    @pytest.mark.parametrize(
+        ("option", "options"),
+        [
+            ("keep_last", {}),
+            ("keep_last", {"keep_within": "0d"}),
+            ("keep_weekly", {"keep_last": 1, "keep_weekly": -1}),
+            ("keep_within", {"keep_within": "14"}),
+            ("keep_within", {"keep_within": "two weeks"}),
+            ("names", {"keep_last": 1, "names": [NAME, "nosuch"]}),
+            ("forget", {"forget": True}),
+            ("unprotect", {"names": [NAME], "protect": ["s1"], "unprotect": ["s1"]}),
+        ],
+    )
+    def test_refused_by_name(self, library: Library, option: str, options: dict[str, t.Any]) -> None:
+        before = library.content()
+        assert library.fail_prune(**options)["msg"].startswith(f"{option}: ")
+        assert library.content() == before
+
+    def test_sets_that_are_not_there_cannot_be_protected(self, library: Library) -> None:
+        said = library.fail_prune(names=[NAME], protect=["s9"], keep_last=1)["msg"]
+        assert "protect: VM web01 has no set s9" in said
+        assert library.listed() == ["s5", "s4", "s3", "s2", "s1"]
+
+    def test_one_vm_that_cannot_be_pruned_never_stops_the_others(self, library: Library) -> None:
+        shutil.copytree(library.path / NAME, library.path / "web02")
+        for number in range(1, 6):
+            path = library.path / "web02" / f"s{number}" / "manifest.json"
+            found = json.loads(path.read_text())
+            path.write_text(json.dumps({**found, "vm": {**found["vm"], "name": "web02"}}))
+        library.rewrite("s1", schema=99)
+        # The newest manifest tells the VM's name.
+        said = library.fail_prune(keep_last=2)
+        assert said["msg"].startswith("1 VMs could not be pruned as asked: web01: ")
+        assert "schema 99 is newer" in said["msg"]
+        assert {(one["vm"], one["id"]) for one in said["removed"]} == {("web02", f"s{number}") for number in (1, 2, 3)}
+        assert library.listed("web02") == ["s5", "s4"]
+
+    def test_a_repository_that_cannot_be_written_to(self, chain: Chain, storage: Storage) -> None:
+        mount = storage.mount("tmpfs", 64 * MIB)
+        library = chain.library.copy(mount.path / "repository")
+        mount.make_read_only()
+        assert "is mounted read-only" in library.fail_prune(keep_last=1)["msg"]
+
+
+class TestBroken:
+    """Sets that cannot be relied on do not count, and are left alone."""
+
+    def test_what_is_not_there_as_a_whole(self, library: Library) -> None:
+        image = library.images(NAME, "s5")["drive1"]
+        image.unlink()
+        before = library.content(but=("s1", "s2", "s3"))
+        said = library.prune(keep_last=1, consolidate=True)
+        assert fates(said) == {
+            "s4": "last; set s5 builds on it",
+            "s5": f"it is broken, and left alone: disk drive1: image {image} is missing",
+        }
+        assert library.listed() == ["s5", "s4"]
+        after = library.content()
+        after.pop(str(library.path / NAME / ".prune.lock"))
+        assert after == before
+
+    def test_a_broken_set_keeps_what_it_builds_on(self, library: Library) -> None:
+        library.images(NAME, "s2")["drive0"].unlink()
+        said = library.prune(keep_last=1)
+        assert not said["changed"]
+        assert "left alone: disk drive0: image" in fates(said)["s3"]
+
+    def test_what_has_failed_its_verification(self, library: Library) -> None:
+        judge(library, "s5", "drive0: image has changed")
+        said = library.prune(keep_last=1)
+        assert fates(said) == {
+            "s4": "last; set s5 builds on it",
+            "s5": "it is broken, and left alone: drive0: image has changed",
+        }
+
+    def test_what_builds_on_a_set_that_has_failed(self, library: Library) -> None:
+        judge(library, "s4", "drive0: image has changed")
+        said = library.prune(keep_last=1)
+        # The last good chain is another one, however new those sets are.
+        assert not said["changed"]
+        assert fates(said)["s3"] == "last"
+        assert fates(said)["s5"] == (
+            "it is broken, and left alone: set s4 below it has failed its verification: drive0: image has changed"
+        )
+        assert {vm["name"]: vm["ok"] for vm in library.info()["vms"]} == {NAME: False}
+        # Somebody has repaired it, and looked again.
+        judge(library, "s4")
+        library.prune(keep_last=1)
+        assert library.listed() == ["s5", "s4"]
+        judge(library, "s4", "no sign of life", depth="boot")
+        assert library.info()["vms"][0]["ok"]
+
+
+class TestForget:
+    """A VM that is no more."""
+
+    def test_all_of_it_goes_and_stays_away(self, library: Library) -> None:
+        library.images(NAME, "s5")["drive0"].unlink()
+        judge(library, "s4", "bad")
+        options = {"names": [NAME], "forget": True}
+        assert set(fates(library.prune(check=True, **options), "removed")) == {"s1", "s2", "s3", "s4", "s5"}
+        assert set(fates(library.prune(**options), "removed")) == {"s1", "s2", "s3", "s4", "s5"}
+        assert {path.name for path in (library.path / NAME).iterdir()} == set(LOCKS)
+        for names in ([NAME], ["never-there"]):
+            again = library.prune(names=names, forget=True)
+            assert (again["changed"], again["removed"], again["kept"]) == (False, [], [])
+
+    def test_what_is_protected_stays(self, library: Library) -> None:
+        library.prune(names=[NAME], protect=["s2"])
+        library.prune(names=[NAME], forget=True)
+        assert library.listed() == ["s2", "s1"]
+
+    def test_by_rules(self, library: Library) -> None:
+        library.prune(names=[NAME], forget=True, keep_last=1)
+        assert library.listed() == ["s5", "s4"]
+
+    def test_a_vm_that_is_gone_keeps_its_sets(self, library: Library) -> None:
+        library.prune(keep_hourly=1)
+        assert library.listed() == ["s5", "s4"]
+
+
+class TestWithBackups:
+    """Backups and prunes of one VM."""
+
+    def test_a_set_that_is_made_guards_what_it_builds_on(self, living: Chain) -> None:
+        library = living.library
+        for disk in ("drive0", "drive1"):
+            living.vm.write(disk, 0xC1, 0, 4 * MIB)
+        living.freeze("s4")
+        plan = library.start(living.vm, id="s4", speed="64K")
+        said = library.prune(names=[NAME], forget=True)
+        assert not said["changed"]
+        assert fates(said) == {
+            "s1": "set s2 builds on it",
+            "s2": "set s3 builds on it",
+            "s3": "set s4, which is being made, builds on it",
+        }
+        # It may become a full one: what it reads as stays the same.
+        said = library.prune(names=[NAME], forget=True, consolidate=True)
+        assert set(fates(said)) == {"s3"}
+        release(living.vm)
+        succeed("backup_set", {"plan": plan})
+        assert_whole(living, library, "s4", "s3")
+        assert living.go_on(5) == "incremental"
+        assert_whole(living, library, "s5", "s4", "s3")
+
+    def test_a_chain_goes_on_after_a_prune(self, living: Chain) -> None:
+        library = living.library
+        assert living.go_on(4, level="full") == "full"
+        library.prune(keep_last=1)
+        assert living.go_on(5) == "incremental"
+        assert_whole(living, library, "s5", "s4")
+
+    def test_a_chain_goes_on_after_it_was_consolidated(self, living: Chain) -> None:
+        library = living.library
+        library.prune(keep_last=1, consolidate=True)
+        assert_whole(living, library, "s3")
+        assert living.go_on(4) == "incremental"
+        assert living.reason("s4") == "changes since set s3"
+        assert_whole(living, library, "s4", "s3")
+        library.prune(keep_last=1, consolidate=True)
+        living.vm.quit()
+        living.vm.restart()
+        assert living.go_on(5) == "incremental"
+        assert_whole(living, library, "s5", "s4")
+
+    def test_differential_siblings(self, vms: Vms, directory: Path) -> None:
+        chain = Chain(vms, directory, level="differential")
+        library = chain.library
+        assert [library.manifest(NAME, f"s{number}")["disks"][0]["parent"]["id"] for number in (2, 3)] == ["s1", "s1"]
+        assert not library.prune(keep_last=2, consolidate=True)["changed"]
+        library.prune(keep_last=1, consolidate=True)
+        assert_whole(chain, library, "s3")
+        assert chain.go_on(4, level="differential") == "differential"
+        assert chain.reason("s4") == "changes since set s3"
+        assert_whole(chain, library, "s4", "s3")
+
+    def test_a_set_is_made_while_another_becomes_full(
+        self, living: Chain, directory: Path, start_module: Start, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        library = living.library
+        living.freeze("s4")
+        begun, go = gate(directory, monkeypatch)
+        arguments = {"repository": str(library.path), "keep_last": 1, "consolidate": True}
+        process = start_module("backup_prune", arguments)
+        wait_until(begun.exists, "the copy")
+        library.back_up(living.vm, id="s4")
+        go.touch()
+        assert set(fates(process.result(), "removed")) == {"s1", "s2"}
+        assert_whole(living, library, "s4", "s3")
+
+
+class TestConsolidation:
+    """Increments that become full images under those that build on them."""
+
+    def test_all_that_is_kept_has_its_content(self, chain: Chain, library: Library) -> None:
+        before = library.content(but=("s1", "s2"))
+        said = library.prune(keep_last=4, consolidate=True)
+        assert set(fates(said, "removed")) == {"s1"}
+        assert [one["id"] for one in said["kept"] if one["consolidated"]] == ["s2"]
+        assert said["text"][3] == "consolidate  web01/s2  last; set s3 builds on it"
+        assert_whole(chain, library, "s5", "s4", "s3", "s2")
+        manifest = library.manifest(NAME, "s2")
+        assert manifest["level"] == "full"
+        assert {disk["reason"] for disk in manifest["disks"]} == {"it was consolidated"}
+        after = library.content(but=("s2",))
+        after.pop(str(library.path / NAME / ".prune.lock"))
+        assert after == before
+        assert not library.prune(keep_last=4, consolidate=True)["changed"]
+
+    def test_again_and_again(self, chain: Chain, library: Library) -> None:
+        library.prune(keep_last=4, consolidate=True)
+        library.prune(keep_last=3, consolidate=True)
+        library.prune(keep_last=1, consolidate=True)
+        assert_whole(chain, library, "s5")
+
+    def test_one_of_each_chain(self, chain: Chain, library: Library) -> None:
+        library.prune(names=[NAME], protect=["s3"])
+        said = library.prune(keep_last=1, consolidate=True)
+        assert [one["id"] for one in said["kept"] if one["consolidated"]] == ["s3", "s5"]
+        library.prune(names=[NAME], unprotect=["s3"])
+        assert_whole(chain, library, "s5", "s3")
+
+    @pytest.mark.parametrize("compression", ["zstd", "zlib"])
+    def test_compressed_chain(self, vms: Vms, directory: Path, compression: str) -> None:
+        chain = Chain(vms, directory, compression=compression)
+        library = chain.library
+        library.prune(keep_last=1, consolidate=True)
+        assert_whole(chain, library, "s3")
+        for disk, image in library.images(NAME, "s3").items():
+            assert info(image)["format-specific"]["data"]["compression-type"] == compression
+            assert image.stat().st_size < chain.copies("s3")[disk].stat().st_size // 2
+        assert chain.go_on(4) == "incremental"
+        assert_whole(chain, library, "s4", "s3")
+
+    def test_old_and_new_image_of_one_size_are_told_apart(self, library: Library, directory: Path) -> None:
+        repository = open_repository(str(library.path))
+        manifest = repository.shelf(NAME).published("s2")
+        assert manifest
+        [path, new] = [library.images(NAME, "s2")["drive0"], directory / "new"]
+        size = asyncio.run(_prune._copy_full(str(path), str(new), manifest.disks[0])).bytes
+        new.unlink()
+        full = asyncio.run(_prune._copy_full(str(path), str(new), replace(manifest.disks[0], bytes=size)))
+        assert full.bytes == new.stat().st_size == size + 65536
+        assert full.sha256 == hashlib.sha256(new.read_bytes()).hexdigest()
+        assert sound(new)
+        assert identical(path, new)
+
+    def test_what_has_changed_is_not_made_good_by_it(self, library: Library) -> None:
+        image = library.images(NAME, "s2")["drive1"]
+        with image.open("r+b") as file:
+            file.seek(image.stat().st_size - 1000)
+            file.write(b"!")
+        said = library.fail_prune(keep_last=3, consolidate=True)
+        assert "set s3 was not consolidated" in said["msg"]
+        assert f"{image} is not what was written" in said["msg"]
+        # One of its disks is good, and may have become full; what is below stays.
+        assert library.listed() == ["s5", "s4", "s3", "s2", "s1"]
+        assert said["removed"] == []
+        assert fates(said)["s1"] == "set s2 builds on it"
+        assert not any(one["consolidated"] for one in said["kept"])
+
+    def test_what_can_go_makes_room_and_without_room_nothing_is_lost(self, chain: Chain, storage: Storage) -> None:
+        mount = storage.mount("tmpfs", 64 * MIB)
+        library = chain.library.copy(mount.path / "repository")
+        mount.fill(leave=MIB)
+        said = library.fail_prune(keep_last=3, consolidate=True)
+        assert "set s3 was not consolidated" in said["msg"]
+        assert "free, of which sets that are being made take 0" in said["msg"]
+        assert_whole(chain, library, "s5", "s4", "s3", "s2", "s1")
+        # The first chain can go at once, and leaves enough room for the second.
+        library.prune(keep_last=1, consolidate=True)
+        assert_whole(chain, library, "s5")
+
+    def test_two_at_once(
+        self, chain: Chain, library: Library, directory: Path, start_module: Start, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        begun, go = gate(directory, monkeypatch)
+        arguments = {"repository": str(library.path), "keep_last": 4, "consolidate": True}
+        first = start_module("backup_prune", arguments)
+        wait_until(begun.exists, "the copy")
+        second = start_module("backup_prune", {**arguments, "keep_last": 3})
+        lock = library.path / NAME / ".prune.lock"
+        wait_until(lambda: lock in second.open_files, "the second one")
+        go.touch()
+        assert set(fates(first.result(), "removed")) == {"s1"}
+        assert set(fates(second.result(), "removed")) == {"s2"}
+        assert_whole(chain, library, "s5", "s4", "s3")
+
+    def test_a_set_that_turns_out_to_be_bad_meanwhile(
+        self, chain: Chain, library: Library, directory: Path, start_module: Start, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        for set_id in ("s4", "s5"):
+            shutil.rmtree(library.path / NAME / set_id)
+        begun, go = gate(directory, monkeypatch)
+        arguments = {"repository": str(library.path), "keep_last": 1, "consolidate": True}
+        process = start_module("backup_prune", arguments)
+        wait_until(begun.exists, "the copy")
+        judge(library, "s3", "drive0: no good")
+        go.touch()
+        said = process.result()
+        # The one before is the newest good set now, and it is an increment.
+        assert said["removed"] == []
+        assert fates(said)["s2"] == "last"
+        (library.path / NAME / ".s3.verified.json").unlink()
+        assert_whole(chain, library, "s3", "s2", "s1")
+
+    def test_an_overlay_that_is_made_meanwhile(
+        self, chain: Chain, library: Library, directory: Path, start_module: Start, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        begun, go = gate(directory, monkeypatch)
+        for set_id in ("s4", "s5"):
+            shutil.rmtree(library.path / NAME / set_id)
+        arguments = {"repository": str(library.path), "keep_last": 1, "consolidate": True}
+        process = start_module("backup_prune", arguments)
+        wait_until(begun.exists, "the copy")
+        look = [{"name": "drive0", "target": str(directory / "look")}]
+        library.restore(id="s2", method="overlay", disks=look)
+        go.touch()
+        said = process.result()
+        assert said["removed"] == []
+        assert "reads it" in fates(said)["s2"]
+        assert fates(said)["s1"] == "set s2 builds on it"
+        chain.assert_restored("s2", {"drive0": directory / "look"})
+
+    def test_read_sets_are_not_rewritten(self, library: Library, directory: Path) -> None:
+        library.restore(id="s3", method="overlay", disks=[{"name": "drive0", "target": str(directory / "look")}])
+        before = library.content()
+        said = library.prune(keep_last=4, consolidate=True)
+        assert not said["changed"]
+        after = library.content()
+        after.pop(str(library.path / NAME / ".prune.lock"))
+        assert after == before
+
+
+# The steps are dealt out to so many tests, that these can run side by side.
+HANDS = 2
+
+
+def steps(hand: int, every: int = 1) -> t.Iterator[int]:
+    """The steps of one hand: all of them, or in each run of the tests others, so that in time all are visited."""
+    first = 1 + hand * every + random.randrange(every)
+    print(f"killed at steps {first}, {first + HANDS * every}, ...")
+    return itertools.count(first, HANDS * every)
+
+
+def assert_usable(chain: Chain, library: Library, where: Path, *needed: str) -> None:
+    """Whatever has happened: what is listed is what it was, and these sets are."""
+    found = library.info()
+    listed = [one["id"] for one in found["sets"]]
+    assert {*needed} <= {*listed}
+    assert [one["broken"] for one in found["sets"]] == [""] * len(listed)
+    for set_id in listed:
+        for disk, image in library.images(NAME, set_id).items():
+            assert identical(chain.copies(set_id)[disk], image), f"{disk} of {set_id}"
+    # By the module and with all checksums, whichever image it is by now.
+    shutil.rmtree(where, ignore_errors=True)
+    where.mkdir()
+    library.restore(id=needed[0], directory=str(where))
+    chain.assert_restored(needed[0], restored_to(where))
+
+
+class TestKilled:
+    """At every step: what is listed can be restored, and the next run needs no help."""
+
+    def sweep(
+        self,
+        template: Chain,
+        directory: Path,
+        start: Start,
+        numbers: t.Iterator[int],
+        expected: tuple[str, ...],
+        **options: t.Any,
+    ) -> None:
+        for step in numbers:
+            chain = template.copied(directory)
+            library = chain.library
+            process = start("backup_prune", {"repository": str(library.path), **options}, crash_at=step)
+            process.wait()
+            # The oldest is the one that may be in the middle of becoming full.
+            assert_usable(chain, library, directory / "restored", *reversed(expected))
+            library.prune(**options)
+            assert_whole(chain, library, *expected)
+            assert not library.prune(**options)["changed"]
+            if not process.killed:
+                assert step > 30
+                return
+            shutil.rmtree(library.path)
+
+    @pytest.mark.parametrize("hand", range(HANDS))
+    def test_removal(self, template: Chain, directory: Path, start_module: Start, hand: int) -> None:
+        self.sweep(template, directory, start_module, steps(hand, 3), ("s5", "s4"), keep_last=2)
+
+    @pytest.mark.parametrize("hand", range(HANDS))
+    def test_consolidation(self, template: Chain, directory: Path, start_module: Start, hand: int) -> None:
+        expected = ("s5", "s4", "s3")
+        self.sweep(template, directory, start_module, steps(hand, 10), expected, keep_last=3, consolidate=True)
+
+    def test_forgetting(self, template: Chain, directory: Path, start_module: Start) -> None:
+        options = {"names": [NAME], "forget": True}
+        for step in steps(0, 5):
+            library = template.copied(directory).library
+            process = start_module("backup_prune", {"repository": str(library.path), **options}, crash_at=step)
+            process.wait()
+            library.prune(**options)
+            assert {path.name for path in (library.path / NAME).iterdir()} == set(LOCKS)
+            if not process.killed:
+                return
+            shutil.rmtree(library.path)
