@@ -15,7 +15,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import fcntl
+import glob
+import hashlib
 import os
+import struct
+from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -23,10 +28,12 @@ from ansible_collections.vmfleet.backup.plugins.module_utils import _qemu_img, _
 from ansible_collections.vmfleet.backup.plugins.module_utils._attempt import utc_now
 from ansible_collections.vmfleet.backup.plugins.module_utils._checksum import check_all
 from ansible_collections.vmfleet.backup.plugins.module_utils._documents import Pin, Restoration
-from ansible_collections.vmfleet.backup.plugins.module_utils._errors import BackupError, Refused, ToolError
+from ansible_collections.vmfleet.backup.plugins.module_utils._errors import BackupError, Refused
 from ansible_collections.vmfleet.backup.plugins.module_utils._inspect import machine_id
-from ansible_collections.vmfleet.backup.plugins.module_utils._marks import remove_marks, write_mark
+from ansible_collections.vmfleet.backup.plugins.module_utils._lock import host_lock_path, locked
+from ansible_collections.vmfleet.backup.plugins.module_utils._marks import PARTIAL, read_marks, remove_marks, write_mark
 from ansible_collections.vmfleet.backup.plugins.module_utils._plan import human
+from ansible_collections.vmfleet.backup.plugins.module_utils._qmp import Address
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository import (
     UNFINISHED,
     read_document,
@@ -34,7 +41,8 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._repository import 
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import AsyncIterator, Iterable, Sequence
+    from contextlib import AbstractAsyncContextManager
     from typing import Any
 
     from ansible_collections.vmfleet.backup.plugins.module_utils._documents import DiskImage, Manifest
@@ -47,10 +55,18 @@ METHODS = (COPY, OVERLAY)
 FORMATS = ("qcow2", "raw")
 
 RECEIPT = ".restored.json"
-PARTIAL = ".partial"
 
 CONVERT_TIMEOUT = 7 * 24 * 3600.0
 """Seconds for a copy: no sensible one takes as long."""
+
+LOCK_TIMEOUT = 1.0
+"""Seconds to wait for somebody else who restores to the same target: longer than the end of such a work takes."""
+
+FLOCK = "hhqqi"
+"""struct flock: type, whence, start, length, process."""
+
+QEMU_LOCKS = (100, 200)
+"""Where QEMU's locks begin in a file, and the length of all (QEMU 7.2, block/file-posix.c)."""
 
 READ_ONLY = frozenset({errno.EROFS, errno.EACCES, errno.EPERM})
 
@@ -111,18 +127,22 @@ async def restore(
     repository: Repository, held: Holdings, pieces: Sequence[Piece], order: Order
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """Bring all pieces back, or none that could not be checked before; returns the results, and warnings."""
+    _refuse_collisions(repository, pieces)
     waiting = [piece for piece in pieces if not _is_done(repository, piece)]
     for piece in waiting:
-        await _check_target(piece, order.overwrite)
+        _check_target(piece, order.overwrite)
     await _check_space(repository, [piece for piece in waiting if piece.method == COPY and not piece.block_device])
     if order.checksum and waiting:
         await _check_sums(repository, held, waiting)
     warnings: list[str] = []
     if not order.check_mode:
         done = await asyncio.gather(
-            *(_bring_back(repository, held.name, piece, warnings) for piece in waiting), return_exceptions=True
+            *(_bring_back(repository, held.name, piece, order, warnings) for piece in waiting), return_exceptions=True
         )
         _raise_failures(held.name, waiting, done)
+        for piece in pieces:
+            if piece not in waiting:
+                await _go_on(repository, held, piece, warnings)
     return [piece.result(piece in waiting, _size(piece)) for piece in pieces], warnings
 
 
@@ -144,6 +164,19 @@ def _size(piece: Piece) -> int:
 
 
 # What is found before anything is written
+
+
+def _refuse_collisions(repository: Repository, pieces: Sequence[Piece]) -> None:
+    """Refuse targets that come in the way of each other, or of the backups."""
+    taken: set[str] = set()
+    for piece in pieces:
+        target = os.path.realpath(piece.target)
+        if os.path.commonpath([target, os.path.realpath(repository.path)]) == os.path.realpath(repository.path):
+            raise Refused("target", f"{piece.target} is inside of the repository")
+        names = {target, target + PARTIAL, target + RECEIPT}
+        if names & taken:
+            raise Refused("target", f"{piece.target} comes in the way of another disk's target")
+        taken |= names
 
 
 def _is_done(repository: Repository, piece: Piece) -> bool:
@@ -178,13 +211,13 @@ def _receipt(repository: Repository, piece: Piece, status: os.stat_result) -> Re
     )
 
 
-async def _check_target(piece: Piece, overwrite: bool) -> None:
+def _check_target(piece: Piece, overwrite: bool) -> None:
     """Refuse a target that is not to be written to, or that somebody has in use."""
     directory = os.path.dirname(piece.target)
     if not os.path.isdir(directory):
         raise Refused("target", f"{piece.target}: there is no directory {directory}")
     if piece.block_device:
-        await _check_device(piece, overwrite)
+        _check_device(piece, overwrite)
         return
     if os.path.lexists(piece.target):
         if not os.path.isfile(piece.target):
@@ -193,10 +226,10 @@ async def _check_target(piece: Piece, overwrite: bool) -> None:
             raise Refused(
                 "target", f"{piece.target} exists, and is not this restore; with overwrite: true it is replaced"
             )
-        await _check_unused(piece.target)
+        _check_unused(piece.target)
 
 
-async def _check_device(piece: Piece, overwrite: bool) -> None:
+def _check_device(piece: Piece, overwrite: bool) -> None:
     if piece.method == OVERLAY or piece.format != "raw":
         raise Refused("target", f"{piece.target} is a block device: it takes a copy in format raw only")
     if not overwrite:
@@ -215,17 +248,24 @@ async def _check_device(piece: Piece, overwrite: bool) -> None:
         # The kernel refuses this while the device is mounted or part of another one.
         os.close(os.open(piece.target, os.O_RDWR | os.O_EXCL | os.O_CLOEXEC))
     except OSError as error:
-        raise Refused("target", f"{piece.target} is in use: {error.strerror}") from error
-    await _check_unused(piece.target)
+        use = "is in use" if error.errno == errno.EBUSY else "cannot be written to"
+        raise Refused("target", f"{piece.target} {use}: {error.strerror}") from error
+    _check_unused(piece.target)
 
 
-async def _check_unused(path: str) -> None:
-    """Refuse what a running VM has open: it would go on with a file that has no name any more."""
+def _check_unused(path: str) -> None:
+    """Refuse what a running VM has open: it would go on with a file that has no name any more.
+
+    QEMU says with locks on single bytes what it does with a file, and what it does not want others to do. No command
+    of qemu-img asks for them without writing where the format is raw.
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        await _qemu_img.run(_qemu_img.info_command(path))
-    except ToolError as error:
-        if "lock" in str(error):
-            raise Refused("target", f"{path} is in use by a running VM: {error}") from error
+        found = fcntl.fcntl(fd, fcntl.F_GETLK, struct.pack(FLOCK, fcntl.F_WRLCK, os.SEEK_SET, *QEMU_LOCKS, 0))
+    finally:
+        os.close(fd)
+    if struct.unpack(FLOCK, found)[0] != fcntl.F_UNLCK:
+        raise Refused("target", f"{path} is in use by a running VM; see `fuser {path}`")
 
 
 async def _check_space(repository: Repository, pieces: Sequence[Piece]) -> None:
@@ -233,7 +273,8 @@ async def _check_space(repository: Repository, pieces: Sequence[Piece]) -> None:
     needed: dict[int, int] = {}
     for piece in pieces:
         directory = os.path.dirname(piece.target)
-        command = _qemu_img.measure_command(_path(repository, piece), piece.image.format, piece.format)
+        # For raw it would count the holes.
+        command = _qemu_img.measure_command(_path(repository, piece), piece.image.format, "qcow2")
         device = os.stat(directory).st_dev
         needed[device] = needed.get(device, 0) + (await _qemu_img.run_json(command))["required"]
         free = _target.free_bytes(directory)
@@ -255,40 +296,50 @@ async def _check_sums(repository: Repository, held: Holdings, pieces: Sequence[P
 # Doing
 
 
-async def _bring_back(repository: Repository, vm: str, piece: Piece, warnings: list[str]) -> None:
-    pin = _pin(piece)
-    pinned = await _put_pin(repository, vm, pin, warnings)
-    try:
-        await (_write_device(repository, piece) if piece.block_device else _write_file(repository, piece))
-    finally:
-        if pinned and not os.path.lexists(pin.path):
-            await take_pins(repository, vm, [pin])
+async def _bring_back(repository: Repository, vm: str, piece: Piece, order: Order, warnings: list[str]) -> None:
+    # Of two that write to one target, both would be lost.
+    async with _alone(piece.target):
+        if piece.block_device:
+            async with _pinned(repository, vm, piece, warnings):
+                await _convert(repository, piece, piece.target)
+                _target.flush(piece.target)
+        else:
+            await _write_file(repository, vm, piece, order, warnings)
 
 
-async def _write_device(repository: Repository, piece: Piece) -> None:
-    await _convert(repository, piece, piece.target)
-    _target.flush(piece.target)
+def _alone(target: str) -> AbstractAsyncContextManager[int]:
+    """The lock of a target on this machine."""
+    directory = os.path.dirname(host_lock_path(None, Address()))
+    mark = hashlib.sha256(os.path.realpath(target).encode("utf-8", "surrogateescape")).hexdigest()[:16]
+    return locked(os.path.join(directory, f"restore-{mark}.lock"), f"target {target}", LOCK_TIMEOUT)
 
 
-async def _write_file(repository: Repository, piece: Piece) -> None:
+async def _write_file(repository: Repository, vm: str, piece: Piece, order: Order, warnings: list[str]) -> None:
     """Make the file under another name, and give it its own when it is whole."""
+    replaces = _target.identity(piece.target) if order.overwrite else (0, 0)
     # A process that was killed may have left one.
     _target.remove(piece.partial)
     os.close(os.open(piece.partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
     try:
-        if piece.method == OVERLAY:
-            await _lay_over(repository, piece)
-        else:
-            await _convert(repository, piece, piece.partial)
-        _target.flush(piece.partial)
-        # From here on the old receipt is not true any more.
-        _target.remove(piece.receipt)
-        os.replace(piece.partial, piece.target)
+        async with _pinned(repository, vm, piece, warnings):
+            await (_lay_over if piece.method == OVERLAY else _convert)(repository, piece, piece.partial)
+            _target.flush(piece.partial)
+            if replaces[0]:
+                _check_unused(piece.target)
+            _take_name(repository, piece, replaces)
     except BaseException:
         _target.remove(piece.partial)
         raise
-    _target.sync_directory(os.path.dirname(piece.target))
-    write_document(piece.receipt, asdict(_receipt(repository, piece, os.stat(piece.target))))
+
+
+def _take_name(repository: Repository, piece: Piece, replaces: tuple[int, int]) -> None:
+    """Give a complete file its name, and the receipt before: whatever comes in between, the two belong together."""
+    write_document(piece.receipt, asdict(_receipt(repository, piece, os.stat(piece.partial))))
+    try:
+        _target.take_name(piece.partial, piece.target, replaces)
+    except OSError:
+        _target.remove(piece.receipt)
+        raise
 
 
 async def _convert(repository: Repository, piece: Piece, path: str) -> None:
@@ -299,14 +350,23 @@ async def _convert(repository: Repository, piece: Piece, path: str) -> None:
     )
 
 
-async def _lay_over(repository: Repository, piece: Piece) -> None:
+async def _lay_over(repository: Repository, piece: Piece, path: str) -> None:
     backing = (_path(repository, piece), piece.image.format)
-    command = _qemu_img.create_command(piece.partial, "qcow2", piece.image.virtual_size, backing=backing)
-    await _qemu_img.run(command)
+    await _qemu_img.run(_qemu_img.create_command(path, "qcow2", piece.image.virtual_size, backing=backing))
 
 
 def _path(repository: Repository, piece: Piece) -> str:
     return os.path.join(repository.set_path(piece.manifest.vm.name, piece.manifest.id), piece.image.image)
+
+
+async def _go_on(repository: Repository, held: Holdings, piece: Piece, warnings: list[str]) -> None:
+    """Do what a process has left to do that was killed when the target was there already."""
+    if os.path.lexists(piece.partial):
+        async with _alone(piece.target):
+            _target.remove(piece.partial)
+    if piece.method == OVERLAY:
+        await _put_pin(repository, held.name, _pin(piece), warnings)
+    await _take_others(repository, held.name, piece)
 
 
 # Pins
@@ -317,8 +377,24 @@ def _pin(piece: Piece) -> Pin:
     return Pin(piece.manifest.id, piece.disk, path, os.uname().nodename, machine_id(), utc_now())
 
 
+@asynccontextmanager
+async def _pinned(repository: Repository, vm: str, piece: Piece, warnings: list[str]) -> AsyncIterator[None]:
+    """Keep the chain from being pruned while it is read: for a moment, or as long as there is the overlay."""
+    pin = _pin(piece)
+    is_new = await _put_pin(repository, vm, pin, warnings)
+    try:
+        yield
+    except BaseException:
+        if is_new:
+            await take_pins(repository, vm, [pin])
+        raise
+    await _take_others(repository, vm, piece)
+
+
 async def _put_pin(repository: Repository, vm: str, pin: Pin, warnings: list[str]) -> bool:
-    """Keep the chain from being pruned while it is read. A repository that is mounted read-only cannot be told so."""
+    """Whether there is a pin now that was not there before. A repository that is mounted read-only cannot be told."""
+    if _same(pin, read_marks(repository, vm).pins):
+        return False
     try:
         async with repository.lock(vm):
             write_mark(repository, vm, pin)
@@ -333,29 +409,75 @@ async def _put_pin(repository: Repository, vm: str, pin: Pin, warnings: list[str
     return True
 
 
+def _same(pin: Pin, pins: Iterable[Pin]) -> bool:
+    return any(replace(other, since="") == replace(pin, since="") for other in pins)
+
+
+async def _take_others(repository: Repository, vm: str, piece: Piece) -> None:
+    """Take the pins of what has stood under this name before, or was to; that of an overlay which is there stays."""
+    needed = [_pin(piece)] if piece.method == OVERLAY else []
+    others = [
+        pin
+        for pin in read_marks(repository, vm).pins
+        if pin.machine_id == machine_id() and pin.path in (piece.target, piece.partial) and not _same(pin, needed)
+    ]
+    if others:
+        try:
+            await take_pins(repository, vm, others)
+        except OSError as error:
+            # It may have been writable before.
+            if error.errno not in READ_ONLY:
+                raise
+
+
 async def take_pins(repository: Repository, vm: str, pins: Sequence[Pin]) -> None:
     """Say that these overlays are no more."""
     async with repository.lock(vm):
         remove_marks(repository, vm, pins)
 
 
+# Overlays removed
+
+
+def overlays(repository: Repository, held: Holdings, directory: str) -> list[str]:
+    """The overlays on the sets of a VM that were made here in a directory, whichever sets there are by now."""
+    found = {
+        pin.path
+        for pin in held.marks.pins
+        if pin.machine_id == machine_id() and os.path.dirname(pin.path) == os.path.normpath(directory)
+    }
+    for path in glob.glob(os.path.join(glob.escape(os.path.normpath(directory)), "*" + RECEIPT)):
+        receipt: Restoration | None = read_document(path, Restoration)
+        if receipt and (receipt.repository, receipt.vm, receipt.method) == (repository.uuid, held.name, OVERLAY):
+            found.add(path[: -len(RECEIPT)])
+    return sorted(path for path in found if not path.endswith(PARTIAL))
+
+
 async def forget(repository: Repository, held: Holdings, targets: Sequence[str], check_mode: bool) -> list[str]:
     """Remove overlays of a VM that were made here, with their pins; returns the paths of those that were there."""
-    mine = [pin for pin in held.marks.pins if pin.machine_id == machine_id() and pin.path in targets]
+    mine = [pin for pin in held.marks.pins if pin.machine_id == machine_id()]
     gone = []
     for path in targets:
         receipt: Restoration | None = read_document(path + RECEIPT, Restoration)
         if os.path.lexists(path) and (receipt is None or receipt.method != OVERLAY):
             raise Refused("target", f"{path} is no overlay that was made by a restore; remove it by hand")
         if os.path.lexists(path):
-            await _check_unused(path)
-        if os.path.lexists(path) or any(pin.path == path for pin in mine):
+            _check_unused(path)
+        names = {path, path + PARTIAL}
+        if any(os.path.lexists(name) for name in names) or any(pin.path in names for pin in mine):
             gone.append(path)
     if not check_mode:
         for path in gone:
-            _target.remove(path)
-            _target.remove(path + RECEIPT)
-            _target.remove(path + RECEIPT + UNFINISHED)
-        if mine:
-            await take_pins(repository, held.name, mine)
+            await _remove_overlay(repository, held.name, path, mine)
     return gone
+
+
+async def _remove_overlay(repository: Repository, vm: str, path: str, pins: Sequence[Pin]) -> None:
+    async with _alone(path):
+        for end in ("", PARTIAL, RECEIPT, RECEIPT + UNFINISHED):
+            _target.remove(path + end)
+        if os.path.isdir(os.path.dirname(path)):
+            _target.sync_directory(os.path.dirname(path))
+        own = [pin for pin in pins if pin.path in (path, path + PARTIAL)]
+        if own:
+            await take_pins(repository, vm, own)

@@ -51,7 +51,7 @@ options:
   directory:
     description:
       - Restore all disks into this directory, each as a qcow2 image that is called after the disk.
-      - With O(state=absent), remove the overlays of all disks from there.
+      - With O(state=absent), remove all overlays of this VM from there, whichever sets they are of.
     type: path
   disks:
     description: Restore these disks only.
@@ -197,6 +197,7 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._restore import (
     Order,
     Piece,
     forget,
+    overlays,
     restore,
 )
 from ansible_collections.vmfleet.backup.plugins.module_utils._survey import require_qemu_img
@@ -210,6 +211,11 @@ if TYPE_CHECKING:
     from ansible_collections.vmfleet.backup.plugins.module_utils._library import Holdings
 
 
+def check_absolute(option: str, path: str) -> None:
+    if not os.path.isabs(path):
+        raise Refused(option, f"{path!r} is not an absolute path")
+
+
 def before(params: dict[str, Any]) -> datetime | None:
     try:
         return parse_time(params["before"]) if params["before"] else None
@@ -221,6 +227,7 @@ def wanted(params: dict[str, Any], manifest: Manifest) -> list[dict[str, Any]]:
     """The disks that are asked for, each with its target."""
     names = [disk.name for disk in manifest.disks]
     if params["disks"] is None:
+        check_absolute("directory", params["directory"])
         files = image_files(names, ".qcow2")
         return [
             {"name": name, "target": os.path.join(params["directory"], files[name]), "format": "qcow2"}
@@ -232,9 +239,6 @@ def wanted(params: dict[str, Any], manifest: Manifest) -> list[dict[str, Any]]:
             raise Refused(
                 "disks", "set {} has no disk {!r}; it has: {}".format(manifest.id, disk["name"], ", ".join(names))
             )
-    targets = [disk["target"] for disk in asked]
-    if len(set(targets)) < len(targets):
-        raise Refused("disks", "two of them have the same target")
     return asked
 
 
@@ -242,8 +246,7 @@ def pieces(params: dict[str, Any], held: Holdings, manifest: Manifest) -> list[P
     found = []
     for disk in wanted(params, manifest):
         target = disk["target"]
-        if not os.path.isabs(target):
-            raise Refused("target", f"{target!r} is not an absolute path")
+        check_absolute("target", target)
         default = "raw" if is_block_device(target) else "qcow2"
         steps = tuple(held.chain(manifest, disk["name"]))
         piece = Piece(disk["name"], steps, target, disk["format"] or default, params["method"])
@@ -256,14 +259,18 @@ def pieces(params: dict[str, Any], held: Holdings, manifest: Manifest) -> list[P
 async def main_task(module: AnsibleModule) -> dict[str, Any]:
     params = module.params
     require_qemu_img()
+    check_absolute("repository", params["repository"])
     await probe_if_there(params["repository"])
     repository = open_repository(params["repository"])
     held = holdings(repository, params["vm"])
-    manifest = held.find(params["id"] or "", before(params))
     if params["state"] == "absent":
-        targets = [disk["target"] for disk in wanted(params, manifest)]
+        given = params["disks"]
+        targets = (
+            overlays(repository, held, params["directory"]) if given is None else [disk["target"] for disk in given]
+        )
         removed = await forget(repository, held, targets, module.check_mode)
         return {"changed": bool(removed), "removed": removed}
+    manifest = held.find(params["id"] or "", before(params))
     order = Order(params["overwrite"], params["checksum"], module.check_mode)
     restored, warnings = await restore(repository, held, pieces(params, held, manifest), order)
     for warning in warnings:
