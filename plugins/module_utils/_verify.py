@@ -1,0 +1,494 @@
+# Copyright (c) 2026, vmfleet contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+# PRIVATE: this file is not part of the public interface of the collection; it can change without notice.
+"""Whether sets are what they were made to be, as deep as is asked for. Nothing is written into a set.
+
+How a look has ended is written beside the set. Where an image of another set is damaged, that is written beside that
+one, too: all sets that build on it are not to be relied on, and retention is to know.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+from ansible_collections.vmfleet.backup.plugins.module_utils import _boot, _qemu_img
+from ansible_collections.vmfleet.backup.plugins.module_utils._attempt import utc_now
+from ansible_collections.vmfleet.backup.plugins.module_utils._checksum import check_all
+from ansible_collections.vmfleet.backup.plugins.module_utils._documents import SCHEMA, Pin, Verification
+from ansible_collections.vmfleet.backup.plugins.module_utils._errors import BackupError, ToolError
+from ansible_collections.vmfleet.backup.plugins.module_utils._inspect import machine_id
+from ansible_collections.vmfleet.backup.plugins.module_utils._library import DEPTHS, holdings, vm_names
+from ansible_collections.vmfleet.backup.plugins.module_utils._marks import remove_marks, write_mark
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository import (
+    DESCRIPTION,
+    INTENT,
+    MANIFEST,
+    UNFINISHED,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+    from typing import Any
+
+    from ansible_collections.vmfleet.backup.plugins.module_utils._documents import DiskImage, Manifest
+    from ansible_collections.vmfleet.backup.plugins.module_utils._library import Holdings
+    from ansible_collections.vmfleet.backup.plugins.module_utils._repository import Repository
+
+    Step = tuple[Manifest, DiskImage]
+    Key = tuple[str, str]
+
+# Each looks at all that those before it look at.
+SURFACE, CHECKSUM, IMAGE, BOOT = DEPTHS
+
+READING_TIMEOUT = 7 * 24 * 3600.0
+"""Seconds for reading an image to its end: no sensible one takes as long."""
+
+LOOKS = 3
+"""How often a set is looked at that others change meanwhile."""
+
+COMPLAINTS = 3
+"""Lines of qemu-img check that are told; there may be one for each cluster."""
+
+REMEDY = "bring the file back from a copy of the repository, or make a new full backup (level: full)"
+
+
+@dataclass(frozen=True)
+class Order:
+    """What is asked for. C(boot) is there for the depth that needs it."""
+
+    depth: str
+    boot: _boot.Wish | None = None
+    check_mode: bool = False
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What is found of one disk of a set; of the set as a whole where C(disk) is empty.
+
+    C(depth) is how deep the look went: where there is an error, to it. C(guilty) is false of an error that says nothing
+    about the set, such as that there is no room for a throwaway VM.
+    """
+
+    vm: str
+    id: str
+    disk: str
+    depth: str
+    error: str = ""
+    note: str = ""
+    console: tuple[str, ...] = ()
+    guilty: bool = True
+
+    @property
+    def text(self) -> str:
+        return f"disk {self.disk}: {self.error}" if self.disk else self.error
+
+    @property
+    def where(self) -> str:
+        return f"VM {self.vm}" + (f", set {self.id}" if self.id else "") + f": {self.text}"
+
+    def result(self) -> dict[str, Any]:
+        """An entry of the module's return value C(results)."""
+        found: dict[str, Any] = {
+            "vm": self.vm,
+            "id": self.id,
+            "disk": self.disk,
+            "depth": self.depth,
+            "ok": not self.error,
+            "error": self.error,
+            "note": self.note,
+        }
+        return {**found, "console": list(self.console)} if self.depth == BOOT and not self.disk else found
+
+
+@dataclass
+class Look:
+    """One look at one set. C(chains) are the images of the disks that are good so far, each one's own first.
+
+    C(findings) are what was found wrong, by disk; C(damaged) the images that are, by set id and disk.
+    """
+
+    held: Holdings
+    manifest: Manifest
+    chains: dict[str, list[Step]] = field(default_factory=dict)
+    findings: dict[str, Finding] = field(default_factory=dict)
+    damaged: dict[Key, str] = field(default_factory=dict)
+
+    def fail(self, disk: str, depth: str, error: str) -> None:
+        """Note what is wrong; a broken disk is not looked at any deeper."""
+        self.findings[disk] = Finding(self.held.name, self.manifest.id, disk, depth, error)
+        self.chains.pop(disk, None)
+
+    def images(self) -> dict[Key, Step]:
+        """The images of all good chains, each once."""
+        return {(step[0].id, step[1].name): step for steps in self.chains.values() for step in steps}
+
+    def note_damage(self, depth: str, damaged: dict[Key, str]) -> None:
+        """Fail the disks that need one of these images."""
+        self.damaged.update(damaged)
+        for disk, steps in list(self.chains.items()):
+            keys = [(manifest.id, image.name) for manifest, image in steps]
+            reasons = [damaged[key] for key in keys if key in damaged]
+            if reasons:
+                self.fail(disk, depth, "; ".join(reasons))
+
+
+def known_vms(repository: Repository) -> list[str]:
+    """All VMs with sets. One without any manifest that can be read goes by the name of its directory."""
+    names = vm_names(repository)
+    known = {os.path.basename(repository.directory(name)) for name in names}
+    with os.scandir(repository.path) as entries:
+        others = [entry.name for entry in entries if entry.is_dir() and entry.name not in known]
+    return sorted(name for name in (*names, *others) if has_sets(repository, name))
+
+
+def has_sets(repository: Repository, name: str) -> bool:
+    """Whether there are sets of a VM, or what is left of some."""
+    shelf = repository.shelf(name)
+    return bool(shelf.sets or _ruins(repository, name, shelf.strays))
+
+
+def _ruins(repository: Repository, name: str, strays: Iterable[str]) -> list[str]:
+    """Those of a VM's strays that have been sets; others may keep what they like there."""
+
+    def is_one(path: str) -> bool:
+        entries = os.listdir(path) if os.path.isdir(path) else []
+        return any(entry in (MANIFEST, DESCRIPTION) or entry.endswith(".qcow2") for entry in entries)
+
+    return [stray for stray in sorted(strays) if is_one(repository.set_path(name, stray))]
+
+
+async def verify_all(
+    repository: Repository, names: Sequence[str], set_id: str, order: Order
+) -> tuple[list[Finding], list[str]]:
+    """Look at one set of each VM; one VM never stops the others. Returns what is found, and warnings."""
+    work = _Verifier(repository, order)
+    found = await asyncio.gather(*(work.verify_vm(name, set_id) for name in names))
+    return [finding for findings in found for finding in findings], work.warnings
+
+
+class _Verifier:
+    """All looks of one call. They share the processors: an image takes one of them, whoever's it is."""
+
+    def __init__(self, repository: Repository, order: Order) -> None:
+        self.repository = repository
+        self.order = order
+        self.warnings: list[str] = []
+        self._processors = asyncio.Semaphore(len(os.sched_getaffinity(0)))
+        # A throwaway VM takes as much memory as the real one.
+        self._boots = asyncio.Lock()
+
+    async def verify_vm(self, name: str, set_id: str) -> list[Finding]:
+        try:
+            return await self._verify_vm(name, set_id)
+        except (BackupError, OSError) as error:
+            return [Finding(name, set_id, "", self.order.depth, str(error))]
+
+    async def _verify_vm(self, name: str, set_id: str) -> list[Finding]:
+        held = holdings(self.repository, name)
+        ruins = _ruins(self.repository, name, held.shelf.strays)
+        damaged = [self._ruin(name, ruin) for ruin in ruins if set_id in ("", ruin)]
+        if damaged and (set_id or not held.shelf.sets):
+            return damaged
+        look = await self._look(held, held.find(set_id))
+        for _again in range(LOOKS - 1):
+            held = holdings(self.repository, name)
+            if not look.findings or held.shelf.sets == look.held.shelf.sets:
+                break
+            # A set was consolidated or removed while it was read: what was found may be no fault.
+            look = await self._look(held, held.find(look.manifest.id))
+        await self._record(look)
+        return [*damaged, *self._findings(look)]
+
+    def _ruin(self, name: str, ruin: str) -> Finding:
+        path = os.path.join(self.repository.set_path(name, ruin), MANIFEST)
+        error = f"{path} is missing or damaged, so that this is no set any more; {REMEDY} and move the directory away"
+        return Finding(name, ruin, "", SURFACE, error)
+
+    def _findings(self, look: Look) -> list[Finding]:
+        """What is said of each disk, and of the set where there is something to say."""
+        whole = [look.findings[""]] if "" in look.findings else []
+        if self.order.depth == BOOT and not whole:
+            whole = [Finding(look.held.name, look.manifest.id, "", BOOT)]
+        good = {
+            disk: Finding(look.held.name, look.manifest.id, disk, self.order.depth, note=self._unchecked(steps))
+            for disk, steps in look.chains.items()
+        }
+        return [*whole, *({**good, **look.findings}[image.name] for image in look.manifest.disks)]
+
+    def _unchecked(self, steps: Sequence[Step]) -> str:
+        without = ", ".join(self._path(*step) for step in steps if not step[1].sha256)
+        return f"made without a checksum: {without}" if without and self.order.depth != SURFACE else ""
+
+    def _path(self, manifest: Manifest, image: DiskImage) -> str:
+        return os.path.join(self.repository.set_path(manifest.vm.name, manifest.id), image.image)
+
+    async def _look(self, held: Holdings, manifest: Manifest) -> Look:
+        look = Look(held, manifest)
+        self._check_manifest(look)
+        for depth, deeper in ((CHECKSUM, self._check_sums), (IMAGE, self._check_images)):
+            if DEPTHS.index(depth) <= DEPTHS.index(self.order.depth):
+                await deeper(look)
+        if self.order.boot:
+            await self._check_boot(look, self.order.boot)
+        return look
+
+    # manifest
+
+    def _check_manifest(self, look: Look) -> None:
+        held, manifest = look.held, look.manifest
+        for image in manifest.disks:
+            try:
+                look.chains[image.name] = held.chain(manifest, image.name)
+            except BackupError:
+                reason = held.broken.get((manifest.id, image.name), "its chain is not complete")
+                look.fail(image.name, SURFACE, f"{reason}; {REMEDY}")
+        reasons = [*self._oddities(held, manifest), *self._unreadable(manifest)]
+        if reasons:
+            look.fail("", SURFACE, "; ".join(reasons))
+
+    def _oddities(self, held: Holdings, manifest: Manifest) -> list[str]:
+        """What does not belong to a set like this one."""
+        path = self.repository.set_path(held.name, manifest.id)
+        if self.repository.set_path(manifest.vm.name, manifest.id) != path:
+            return [f"{path} is a set of VM {manifest.vm.name}; move it to where it belongs"]
+        images = {image.image for image in manifest.disks}
+        found = [] if manifest.disks else [f"{path} has no disk"]
+        if len(images) < len(manifest.disks) or any(os.path.basename(image) != image for image in images):
+            found.append(f"{os.path.join(path, MANIFEST)} does not name one file of the set for each disk; {REMEDY}")
+        expected = {MANIFEST, DESCRIPTION, *images}
+        # What a killed process leaves of its making, and NFS of a file that somebody still reads.
+        making = {INTENT, *(name + UNFINISHED for name in (MANIFEST, DESCRIPTION, INTENT))}
+        entries = sorted(entry for entry in os.listdir(path) if not entry.startswith(".nfs"))
+        found += [
+            f"{os.path.join(path, entry)} does not belong to the set; move it away"
+            for entry in entries
+            if entry not in expected | making
+        ]
+        return found
+
+    def _unreadable(self, manifest: Manifest) -> list[str]:
+        """What is wrong with the description of the VM."""
+        path = os.path.join(self.repository.set_path(manifest.vm.name, manifest.id), DESCRIPTION)
+        try:
+            self._description(manifest)
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            return [f"{path} cannot be read ({reason}), and nothing else tells how the VM was built; {REMEDY}"]
+        return []
+
+    def _description(self, manifest: Manifest) -> dict[str, Any]:
+        path = os.path.join(self.repository.set_path(manifest.vm.name, manifest.id), DESCRIPTION)
+        with open(path, encoding="utf-8") as source:
+            found = json.load(source)
+        if not isinstance(found, dict) or not isinstance(found.get("schema"), int):
+            raise ValueError("it has no schema number")
+        if found["schema"] > SCHEMA:
+            raise ValueError("its schema {} is newer than this collection".format(found["schema"]))
+        return found
+
+    # checksum
+
+    async def _check_sums(self, look: Look) -> None:
+        images = look.images()
+        errors = await asyncio.gather(*(self._check_sum(step) for step in images.values()))
+        look.note_damage(CHECKSUM, {key: error for key, error in zip(images, errors) if error})
+
+    async def _check_sum(self, step: Step) -> str:
+        async with self._processors:
+            errors = await check_all(self.repository, [step])
+        return "".join(f"{error}; {REMEDY}" for error in errors.values())
+
+    # image
+
+    async def _check_images(self, look: Look) -> None:
+        images = look.images()
+        below = {key: self._backing(look, step) for key, step in images.items()}
+        errors = await asyncio.gather(*(self._check_image(step, below[key]) for key, step in images.items()))
+        look.note_damage(IMAGE, {key: error for key, error in zip(images, errors) if error})
+        disks = list(look.chains)
+        unreadable = await asyncio.gather(*(self._read(look.chains[disk][0]) for disk in disks))
+        for disk, error in zip(disks, unreadable):
+            if error:
+                look.fail(disk, IMAGE, error)
+
+    def _backing(self, look: Look, step: Step) -> str | None:
+        """The name of the image below as it has to stand in an image, None for a full one."""
+        parent = step[1].parent
+        base = look.held.shelf.published(parent.id) if parent else None
+        below = base.disk(step[1].name) if base else None
+        return f"../{base.id}/{below.image}" if base and below else None
+
+    async def _check_image(self, step: Step, backing: str | None) -> str:
+        """What is wrong with one image, the others left aside."""
+        path, image = self._path(*step), step[1]
+        try:
+            async with self._processors:
+                told = await _qemu_img.run_json(_qemu_img.info_command(path, image.format, shared=True))
+                await _qemu_img.run(_check_command(path, image.format), timeout=READING_TIMEOUT)
+        except ToolError as error:
+            return f"image {path} is damaged: {_shortened(str(error))}; {REMEDY}"
+        if told.get("virtual-size") != image.virtual_size:
+            return (
+                f"image {path} is that of another disk: it has {told.get('virtual-size')} bytes, and the disk had"
+                f" {image.virtual_size}; {REMEDY}"
+            )
+        if told.get("backing-filename") != backing:
+            found = told.get("backing-filename") or "nothing"
+            return (
+                f"image {path} is that of another disk or set: it builds on {found}, and should on"
+                f" {backing or 'nothing'}; {REMEDY}"
+            )
+        return ""
+
+    async def _read(self, step: Step) -> str:
+        """Read a disk with all that it is made of, as a restore does."""
+        path = self._path(*step)
+        try:
+            async with self._processors:
+                await _qemu_img.run(_read_command(path, step[1]), timeout=READING_TIMEOUT)
+        except ToolError as error:
+            return f"image {path} cannot be read whole: {_shortened(str(error))}; {REMEDY}"
+        return ""
+
+    # boot
+
+    async def _check_boot(self, look: Look, wish: _boot.Wish) -> None:
+        broken = [image.name for image in look.manifest.disks if image.name not in look.chains]
+        if broken or "" in look.findings:
+            # The set's own faults stay to be seen.
+            reason = "not started, since {} not good".format("disk " + broken[0] + " is" if broken else "the set is")
+            before = look.findings.get("", Finding("", "", "", BOOT)).error
+            look.fail("", BOOT, f"{before}; {reason}" if before else reason)
+            return
+        try:
+            async with self._boots:
+                ending = await self._start(look, wish)
+        except (BackupError, OSError) as error:
+            ending = _boot.Ending(str(error), guilty=False)
+        if ending.error:
+            look.fail("", BOOT, ending.error)
+            look.findings[""] = replace(look.findings[""], console=ending.console, guilty=ending.guilty)
+
+    async def _start(self, look: Look, wish: _boot.Wish) -> _boot.Ending:
+        _boot.clear_places(wish.tmpdir)
+        with _boot.place_for(wish.tmpdir) as place:
+            layers = await self._overlays(look.manifest, place)
+            try:
+                description = self._description(look.manifest)
+                copies = _boot.copy_flash(description, layers, place)
+                options = _boot.command(description, layers, copies, wish, _boot.this_host(), place)
+            except (AttributeError, KeyError, TypeError, ValueError) as error:
+                return _boot.Ending(f"{DESCRIPTION} does not describe a VM: {error!r}")
+            pins = [_pin(look.manifest, layer) for layer in layers]
+            pinned = await self._tell(look, pins, "no prune is told that it is in use")
+            try:
+                return await _boot.watch([wish.qemu, *options], place, wish)
+            finally:
+                if pinned:
+                    await self._take_back(look.held.name, pins)
+
+    async def _overlays(self, manifest: Manifest, place: str) -> list[_boot.Layer]:
+        layers = []
+        for number, image in enumerate(manifest.disks):
+            overlay = os.path.join(place, f"disk{number}.qcow2")
+            backing = (os.path.abspath(self._path(manifest, image)), image.format)
+            await _qemu_img.run(_qemu_img.create_command(overlay, "qcow2", image.virtual_size, backing=backing))
+            layers.append(_boot.Layer(image.name, image.node, image.qdev, backing[0], overlay))
+        return layers
+
+    async def _take_back(self, vm: str, pins: Iterable[Pin]) -> None:
+        async with self.repository.lock(vm):
+            remove_marks(self.repository, vm, pins)
+
+    # What is written beside the sets
+
+    async def _record(self, look: Look) -> None:
+        """Say beside the sets how it went."""
+        outcomes = {manifest.id: (manifest, errors) for manifest, errors in _damaged_sets(look)}
+        outcomes[look.manifest.id] = (look.manifest, _errors(look))
+        depth, when = self._reached(look), utc_now()
+        marks = [Verification(one.id, one.attempt, depth, when, errors) for one, errors in outcomes.values()]
+        await self._tell(look, marks, "nobody is told how this verification ended")
+
+    def _reached(self, look: Look) -> str:
+        """How deep the look went, if not as deep as it should for reasons that are not the set's."""
+        innocent = "" in look.findings and not look.findings[""].guilty
+        return IMAGE if innocent else self.order.depth
+
+    async def _tell(self, look: Look, marks: Sequence[Verification | Pin], otherwise: str) -> bool:
+        """Write marks; a repository that cannot be written to is read all the same, and that is warned of."""
+        vm = look.held.name
+        if self.order.check_mode:
+            return False
+        try:
+            async with self.repository.lock(vm):
+                there = holdings(self.repository, vm)
+                for mark in marks:
+                    if self._holds(there, mark):
+                        write_mark(self.repository, vm, mark)
+        except (BackupError, OSError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            who = f"VM {vm}, set {look.manifest.id}"
+            self.warnings.append(f"{who}: {self.repository.path} cannot be written to ({reason}), so that {otherwise}")
+            return False
+        return True
+
+    def _holds(self, there: Holdings, mark: Verification | Pin) -> bool:
+        """Whether a mark may be written: its set is still there, and nothing graver is known of it."""
+        manifest = there.shelf.published(mark.id)
+        if manifest is None or isinstance(mark, Pin):
+            return manifest is not None
+        before = there.marks.verification(manifest)
+        if before and mark.ok and not before.ok and DEPTHS.index(before.depth) > DEPTHS.index(mark.depth):
+            self.warnings.append(
+                f"VM {there.name}, set {mark.id}: it still counts as not good, by what depth {before.depth} found"
+                f" on {before.when}; look as deep again"
+            )
+            return False
+        return manifest.attempt == mark.attempt
+
+
+def _errors(look: Look) -> tuple[str, ...]:
+    return tuple(finding.text for finding in look.findings.values() if finding.guilty)
+
+
+def _damaged_sets(look: Look) -> Iterator[tuple[Manifest, tuple[str, ...]]]:
+    """The sets that damaged images belong to, and what is wrong with these."""
+    for manifest in look.held.shelf.sets:
+        keys = [(manifest.id, image.name) for image in manifest.disks]
+        errors = tuple(f"disk {key[1]}: {look.damaged[key]}" for key in keys if key in look.damaged)
+        if errors:
+            yield manifest, errors
+
+
+def _pin(manifest: Manifest, layer: _boot.Layer) -> Pin:
+    return Pin(manifest.id, layer.name, layer.overlay, os.uname().nodename, machine_id(), utc_now())
+
+
+# All commands ignore locks (-U): nobody writes to a published image, but the QEMU that has made it may still have it
+# open. While its VM is paused, it does.
+
+
+def _check_command(path: str, image_format: str) -> list[str]:
+    """Check one image. What it builds on is not opened: that has its own look."""
+    image = {"driver": image_format, "backing": None, "file": {"driver": "file", "filename": path}}
+    return ["qemu-img", "check", "-q", "-U", "--", "json:" + json.dumps(image)]
+
+
+def _read_command(path: str, image: DiskImage) -> list[str]:
+    """Convert to nowhere: every cluster is read, and unpacked where it is compressed."""
+    target = f"driver=null-co,size={image.virtual_size}"
+    command = ["qemu-img", "convert", "-U", "-n", "-m", "16", "-W", "-f", image.format, "--target-image-opts"]
+    return [*command, "--", path, target]
+
+
+def _shortened(text: str) -> str:
+    lines = [line for line in text.splitlines() if line]
+    more = len(lines) - COMPLAINTS
+    return " / ".join(lines[:COMPLAINTS]) + (f" and {more} more lines" if more > 0 else "")

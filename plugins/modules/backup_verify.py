@@ -1,0 +1,288 @@
+#!/usr/bin/python
+# Copyright (c) 2026, vmfleet contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: backup_verify
+short_description: Verify that backup sets are good, up to starting a machine from them
+version_added: 0.1.0
+description:
+  - Looks at one set of each VM, as deep as O(depth) says, with all that the set is made of. That includes images
+    of other sets that it builds on.
+  - Fails when one set is not good. The result lists all of them, the good ones as well. What is wrong with one VM never
+    stops the others.
+  - No file of a set is changed. How a verification has ended is written beside the set.
+    M(vmfleet.backup.backup_info) shows it, and M(vmfleet.backup.backup_prune) does not count a set that has failed. A
+    damaged image is noted with the set that it belongs to as well, since all that builds on it is no good either.
+  - A set that has failed is good again when a verification of at least the same depth succeeds.
+  - A repository that cannot be written to is verified all the same, with a warning that nothing could be noted.
+  - Images are read in parallel, one for each processor.
+author:
+  - vmfleet contributors (@vmfleet)
+extends_documentation_fragment:
+  - vmfleet.backup.attributes
+  - vmfleet.backup.attributes.actiongroup_backup
+attributes:
+  check_mode:
+    description: Can run in C(check_mode). Verifies the same, and writes nothing beside the sets.
+    support: full
+  diff_mode:
+    description: Changes no set, so that there is no difference to show.
+    support: none
+  idempotent:
+    description: Never changes a set. What is noted beside a set does not count as a change.
+    support: full
+requirements:
+  - qemu-img on the machine, for O(depth=image) and O(depth=boot)
+  - QEMU on the machine, for O(depth=boot)
+options:
+  repository:
+    description: The directory of the repository.
+    type: path
+    required: true
+  vm:
+    description: The VM, as it is called in the repository. The default is all that have sets there.
+    type: str
+  id:
+    description:
+      - The set. The default is the newest one of each VM. Then directories beside it that were sets, and have no
+        readable manifest any more, are found as well.
+    type: str
+  depth:
+    description:
+      - How deep to look. Each value looks at all that those before it look at.
+      - V(manifest) reads the manifest and the description of the VM. All images have to be there with the sizes that
+        the manifests say, and nothing else.
+      - V(checksum) takes the SHA-256 of all images. An image that was made without a checksum is told of in
+        RV(results[].note).
+      - V(image) runs C(qemu-img check) on all images, compares the size of the disk and the name of the backing file
+        with the manifest, and reads each disk to its end.
+      - V(boot) starts a throwaway VM from the set and waits for a sign of life. It has no network. It writes to
+        temporary overlays only, which are removed with it. While it runs, the set is pinned, and
+        M(vmfleet.backup.backup_prune) keeps it.
+    type: str
+    choices: [manifest, checksum, image, boot]
+    default: checksum
+  boot_timeout:
+    description:
+      - Seconds to wait for the sign of life.
+      - A guest that waits for its network while it starts needs longer than it does normally.
+    type: int
+    default: 120
+  boot_agent:
+    description: Whether an answer of the guest agent is a sign of life.
+    type: bool
+    default: true
+  boot_pattern:
+    description:
+      - A regular expression. What it finds on the guest's serial console is a sign of life, such as V(login:$). C(^)
+        and C($) match at each line.
+      - With O(boot_agent=true), what comes first counts.
+    type: str
+  boot_options:
+    description:
+      - Further options of QEMU, each word an element.
+      - The throwaway VM gets machine, processors, memory, firmware and kernel as the set's C(vm.json) has them, and its
+        disks on devices like their own. KVM is used where the VM had it and this machine has it. An option that is
+        given here takes the place of the one from there.
+      - A network, and C(-daemonize), are refused.
+    type: list
+    elements: str
+    default: []
+  qemu:
+    description: The path of QEMU. The default is the C(qemu-system-) of this machine's architecture.
+    type: path
+  tmpdir:
+    description:
+      - The directory for the overlays and sockets of throwaway VMs. What a VM writes while it starts has to fit in. The
+        VM is stopped before it takes the last 128 MiB.
+    type: path
+    default: /var/tmp
+notes:
+  - Throwaway VMs run one after the other, with a low priority, as the user that the module runs as. Each may take as
+    much memory as the VM that was backed up. Give less with O(boot_options) where that is too much.
+  - A disk that is not in the set is missing in the throwaway VM, too.
+  - Where it is not the set's fault that a VM could not be started, such as a kernel that is not on this machine, the
+    module fails, and the set counts as verified up to V(image).
+seealso:
+  - module: vmfleet.backup.backup_info
+  - module: vmfleet.backup.backup_restore
+"""
+
+EXAMPLES = r"""
+- name: Read the newest set of every VM, and compare it with what was written
+  vmfleet.backup.backup_verify:
+    repository: /srv/backup
+
+- name: Show that web01 starts from its backup
+  vmfleet.backup.backup_verify:
+    repository: /srv/backup
+    vm: web01
+    depth: boot
+    boot_timeout: 300
+
+- name: The same for a guest without an agent, with less memory and more processors than it has
+  vmfleet.backup.backup_verify:
+    repository: /srv/backup
+    vm: web01
+    depth: boot
+    boot_agent: false
+    boot_pattern: "login: *$"
+    boot_options:
+      - -m
+      - 1G
+      - -smp
+      - "4"
+"""
+
+RETURN = r"""
+results:
+  description: What was found, for each disk of each set.
+  returned: always
+  type: list
+  elements: dict
+  contains:
+    vm:
+      description: The VM.
+      type: str
+    id:
+      description: The set.
+      type: str
+    disk:
+      description: The disk. Empty for what concerns the set as a whole, and for the start of a VM from it.
+      type: str
+    depth:
+      description: How deep the look went. Where it found something wrong, the depth at which it did.
+      type: str
+    ok:
+      description: Whether all is well.
+      type: bool
+    error:
+      description: What is wrong, and what to do. Empty where nothing is.
+      type: str
+    note:
+      description: What could not be looked at, such as the checksum of images that were made without one.
+      type: str
+    console:
+      description: The last lines on the console of a VM that gave no sign of life.
+      returned: with O(depth=boot), for the start
+      type: list
+      elements: str
+  sample:
+    - vm: web01
+      id: "2026-11-22"
+      disk: system
+      depth: checksum
+      ok: true
+      error: ""
+      note: ""
+"""
+
+import os
+from typing import TYPE_CHECKING
+
+from ansible.module_utils.basic import AnsibleModule
+
+from ansible_collections.vmfleet.backup.plugins.module_utils._boot import Wish, find_qemu
+from ansible_collections.vmfleet.backup.plugins.module_utils._errors import BackupError, Refused, run_module
+from ansible_collections.vmfleet.backup.plugins.module_utils._library import DEPTHS
+from ansible_collections.vmfleet.backup.plugins.module_utils._names import check_set_id
+from ansible_collections.vmfleet.backup.plugins.module_utils._probe import probe_if_there
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository import open_repository
+from ansible_collections.vmfleet.backup.plugins.module_utils._survey import require_qemu_img
+from ansible_collections.vmfleet.backup.plugins.module_utils._verify import (
+    BOOT,
+    IMAGE,
+    Order,
+    has_sets,
+    known_vms,
+    verify_all,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from typing import Any
+
+    from ansible_collections.vmfleet.backup.plugins.module_utils._repository import Repository
+    from ansible_collections.vmfleet.backup.plugins.module_utils._verify import Finding
+
+TOLD = 5
+"""Errors that the message tells; C(results) has them all."""
+
+
+def boot_wish(params: dict[str, Any]) -> Wish:
+    wish = Wish(
+        qemu=find_qemu(params["qemu"] or ""),
+        tmpdir=os.path.abspath(params["tmpdir"]),
+        timeout=params["boot_timeout"],
+        pattern=params["boot_pattern"] or "",
+        agent=params["boot_agent"],
+        options=tuple(params["boot_options"]),
+    )
+    wish.check()
+    return wish
+
+
+def vms(repository: Repository, vm: str | None) -> list[str]:
+    if vm is not None and has_sets(repository, vm):
+        return [vm]
+    known = known_vms(repository)
+    if vm is not None:
+        there = ", ".join(known) or "none"
+        raise Refused("vm", f"no sets of {vm} in {repository.path}; there are: {there}")
+    return known
+
+
+def message(bad: Sequence[Finding]) -> str:
+    sets = {(finding.vm, finding.id) for finding in bad}
+    told = "; ".join(finding.where for finding in bad[:TOLD])
+    more = f"; and {len(bad) - TOLD} more, see results" if len(bad) > TOLD else ""
+    return f"sets that are not good: {len(sets)}: {told}{more}"
+
+
+async def main_task(module: AnsibleModule) -> dict[str, Any]:
+    params = module.params
+    depth = params["depth"]
+    set_id = check_set_id(params["id"]) if params["id"] else ""
+    if depth in (IMAGE, BOOT):
+        require_qemu_img()
+    order = Order(depth, boot_wish(params) if depth == BOOT else None, module.check_mode)
+    await probe_if_there(params["repository"])
+    repository = open_repository(params["repository"])
+    names = vms(repository, params["vm"])
+    if not names:
+        module.warn(f"there are no sets in {repository.path}, and so nothing was verified")
+    findings, warnings = await verify_all(repository, names, set_id, order)
+    for warning in warnings:
+        module.warn(warning)
+    results = [finding.result() for finding in findings]
+    bad = [finding for finding in findings if finding.error]
+    if bad:
+        raise BackupError(message(bad), results=results)
+    return {"changed": False, "results": results}
+
+
+def main() -> None:
+    module = AnsibleModule(
+        argument_spec={
+            "repository": {"type": "path", "required": True},
+            "vm": {"type": "str"},
+            "id": {"type": "str"},
+            "depth": {"type": "str", "choices": list(DEPTHS), "default": "checksum"},
+            "boot_timeout": {"type": "int", "default": 120},
+            "boot_agent": {"type": "bool", "default": True},
+            "boot_pattern": {"type": "str"},
+            "boot_options": {"type": "list", "elements": "str", "default": []},
+            "qemu": {"type": "path"},
+            "tmpdir": {"type": "path", "default": "/var/tmp"},
+        },
+        supports_check_mode=True,
+    )
+    run_module(module, main_task)
+
+
+if __name__ == "__main__":
+    main()

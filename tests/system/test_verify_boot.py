@@ -1,0 +1,94 @@
+# Copyright (c) 2026, vmfleet contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""backup_verify at its deepest: a real Linux starts from its backup, or it is told why not."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import typing as t
+from pathlib import Path
+
+import pytest
+
+from ansible_collections.vmfleet.backup.tests.harness.backup import snapshot
+from ansible_collections.vmfleet.backup.tests.harness.guest import Guest
+from ansible_collections.vmfleet.backup.tests.harness.images import MIB
+from ansible_collections.vmfleet.backup.tests.harness.modules import run_module, succeed
+from ansible_collections.vmfleet.backup.tests.harness.qemu import wait_until
+from ansible_collections.vmfleet.backup.tests.harness.sets import Sets
+
+pytestmark = pytest.mark.slow
+
+NAME = "guest"
+
+
+@pytest.fixture
+def sets(directory: Path) -> Sets:
+    """A full set `s1`, an increment `s2`, and an increment `s3` from when the system disk had lost its file system."""
+    sets = Sets(directory / "repository")
+    (directory / "vm").mkdir()
+    with Guest(directory / "vm", name=NAME) as guest:
+        sets.back_up(guest, id="s1")
+        rounds = guest.rounds
+        wait_until(lambda: guest.rounds > rounds + 2, "the guest's next writes")
+        sets.back_up(guest, id="s2")
+        guest.qmp.execute("stop")
+        guest.io("system", f"write -z 0 {MIB}")
+        sets.back_up(guest, id="s3")
+    assert [sets.levels(NAME, set_id)["system"] for set_id in ("s1", "s2", "s3")] == ["full", *["incremental"] * 2]
+    return sets
+
+
+def verify(sets: Sets, place: Path, **options: t.Any) -> dict[str, t.Any]:
+    """Start a VM from a set; nothing of it is left, and nothing of the sets is touched."""
+    before = {path: state for path, state in snapshot(sets.path).items() if "/s" in path}
+    given = {"repository": str(sets.path), "vm": NAME, "depth": "boot", "tmpdir": str(place), **options}
+    result = run_module("backup_verify", given, timeout=240)
+    assert {path: state for path, state in snapshot(sets.path).items() if "/s" in path} == before
+    assert list(place.iterdir()) == []
+    lines = [entry.read_bytes() for entry in Path("/proc").glob("[0-9]*/cmdline") if os.access(entry, os.R_OK)]
+    assert not any(os.fsencode(place) in line for line in lines)
+    assert not list((sets.path / NAME).glob(".*.pin-*"))
+    return result
+
+
+def test_boot_of_a_real_guest(sets: Sets) -> None:
+    with tempfile.TemporaryDirectory(prefix="vt-") as path:
+        place = Path(path)
+
+        # From the increment, by the agent; the disks as they are in vm.json are what its init mounts.
+        result = verify(sets, place, id="s2")
+        assert result["rc"] == 0, result
+        assert [(one["disk"], one["ok"]) for one in result["results"]] == [("", True), ("system", True), ("data", True)]
+
+        # From the full one, by what it says, with less memory.
+        says = {"boot_agent": False, "boot_pattern": "^GUEST READY$"}
+        result = verify(sets, place, id="s1", boot_options=["-m", "160M"], **says)
+        assert result["rc"] == 0, result
+
+        # A system disk without a file system: init ends, and with it everything.
+        result = verify(sets, place)
+        assert result["failed"]
+        [start] = [one for one in result["results"] if not one["ok"]]
+        assert (start["id"], start["disk"], start["depth"]) == ("s3", "", "boot")
+        assert "switched off or restarted" in start["error"]
+        assert "Attempted to kill init" in "\n".join(start["console"])
+        assert 1 < len(start["console"]) <= 40
+
+        # One that waits for ever.
+        wait = ["--append", "console=ttyS0 panic=0 rdinit=/nonexistent root=/dev/nothing rootwait"]
+        result = verify(sets, place, id="s2", boot_options=wait, boot_timeout=25)
+        assert result["failed"]
+        [start] = [one for one in result["results"] if not one["ok"]]
+        assert "no sign of life (its agent's answer) within 25 s" in start["error"]
+        assert len(start["console"]) == 40
+
+    told = {one["id"]: one["verified"] for one in succeed("backup_info", {"repository": str(sets.path)})["sets"]}
+    assert {set_id: (one["depth"], one["ok"]) for set_id, one in told.items()} == {
+        "s1": ("boot", True),
+        "s2": ("boot", False),
+        "s3": ("boot", False),
+    }

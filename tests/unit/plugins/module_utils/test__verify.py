@@ -1,0 +1,214 @@
+# Copyright (c) 2026, vmfleet contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""What is said of sets that were looked at, and what is not taken for a fault of theirs."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ansible_collections.vmfleet.backup.plugins.module_utils import _boot, _verify
+from ansible_collections.vmfleet.backup.plugins.module_utils._documents import (
+    DiskImage,
+    Manifest,
+    Parent,
+    Verification,
+    VmName,
+)
+from ansible_collections.vmfleet.backup.plugins.module_utils._library import holdings
+from ansible_collections.vmfleet.backup.plugins.module_utils._marks import read_marks, write_mark
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository import Repository, create_repository
+from ansible_collections.vmfleet.backup.plugins.module_utils._verify import (
+    BOOT,
+    CHECKSUM,
+    IMAGE,
+    SURFACE,
+    Finding,
+    Order,
+)
+
+VM = "web01"
+THEN = "2026-11-23T00:00:00Z"
+NOW = "2026-11-24T00:00:00Z"
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Repository:
+    return create_repository(str(tmp_path / "repository"))
+
+
+def image(name: str, parent: str = "", **fields: Any) -> DiskImage:
+    made = DiskImage(
+        name=name,
+        node="n0",
+        qdev="",
+        source="/source",
+        source_format="qcow2",
+        virtual_size=1,
+        level="incremental" if parent else "full",
+        reason="",
+        parent=Parent(parent, None, f"attempt-{parent}") if parent else None,
+        image=f"{name}.qcow2",
+        format="qcow2",
+        compression="none",
+        bytes=7,
+    )
+    return replace(made, **fields)
+
+
+def publish(repository: Repository, number: int, *images: DiskImage) -> Manifest:
+    """A set whose images are seven bytes of anything."""
+    manifest = Manifest(
+        repository=repository.uuid,
+        vm=VmName(VM, "u", "u"),
+        id=f"s{number}",
+        sequence=number,
+        level="full",
+        run="r",
+        attempt=f"attempt-s{number}",
+        started=THEN,
+        finished=THEN,
+        duration=1.0,
+        consistency="crash",
+        qemu="7.2.22",
+        disks=images,
+    )
+    path = Path(repository.set_path(VM, manifest.id))
+    path.mkdir(parents=True)
+    for one in images:
+        (path / one.image).write_bytes(b"content")
+    (path / "vm.json").write_text(json.dumps({"schema": 1}))
+    (path / "manifest.json").write_text(json.dumps(asdict(manifest)))
+    return manifest
+
+
+def verify(repository: Repository, depth: str = SURFACE, set_id: str = "", check: bool = False) -> list[Finding]:
+    findings, warnings = asyncio.run(_verify.verify_all(repository, [VM], set_id, Order(depth, check_mode=check)))
+    assert not warnings
+    return findings
+
+
+def test_good_set(repository: Repository) -> None:
+    publish(repository, 1, image("a"), image("b"))
+    publish(repository, 2, image("a", "s1"), image("b", "s1"))
+    assert verify(repository) == [Finding(VM, "s2", disk, SURFACE) for disk in "ab"]
+    [mark] = read_marks(repository, VM).verifications
+    assert (mark.id, mark.attempt, mark.depth, mark.errors) == ("s2", "attempt-s2", SURFACE, ())
+
+
+def test_damage_is_noted_with_the_set_that_it_is_in(repository: Repository) -> None:
+    wrong = "0" * 64
+    publish(repository, 1, image("a"), image("b"))
+    publish(repository, 2, image("a", "s1", sha256=wrong), image("b", "s1"))
+    publish(repository, 3, image("a", "s2"), image("b", "s2"))
+    [a, b] = verify(repository, CHECKSUM)
+    assert a.depth == CHECKSUM
+    assert "s2/a.qcow2 is not what was written" in a.error
+    assert not b.error
+    assert b.note.count("qcow2") == 3
+    marks = {mark.id: mark for mark in read_marks(repository, VM).verifications}
+    assert set(marks) == {"s2", "s3"}
+    assert not any(mark.ok for mark in marks.values())
+    # A good look at the full one says nothing about the others.
+    verify(repository, CHECKSUM, "s1")
+    marks = {mark.id: mark for mark in read_marks(repository, VM).verifications}
+    assert [marks[set_id].ok for set_id in ("s1", "s2", "s3")] == [True, False, False]
+
+
+@pytest.mark.parametrize(
+    ("before", "errors", "depth", "kept"),
+    [
+        (CHECKSUM, ("bad",), SURFACE, True),
+        (SURFACE, ("bad",), CHECKSUM, False),
+        (CHECKSUM, ("bad",), CHECKSUM, False),
+        (CHECKSUM, (), SURFACE, False),
+    ],
+)
+def test_what_a_deeper_look_has_found(
+    repository: Repository, before: str, errors: tuple[str, ...], depth: str, kept: bool
+) -> None:
+    manifest = publish(repository, 1, image("a"))
+    write_mark(repository, VM, Verification("s1", manifest.attempt, before, NOW, errors))
+    _findings, warnings = asyncio.run(_verify.verify_all(repository, [VM], "", Order(depth)))
+    [mark] = read_marks(repository, VM).verifications
+    assert (mark.when == NOW) == kept
+    assert bool(warnings) == kept
+
+
+def test_nothing_is_noted_of_another_set_of_the_same_id(repository: Repository) -> None:
+    manifest = publish(repository, 1, image("a"))
+    work = _verify._Verifier(repository, Order(SURFACE))
+    look = _verify.Look(holdings(repository, VM), replace(manifest, attempt="another"))
+    asyncio.run(work._record(look))
+    assert read_marks(repository, VM).verifications == ()
+
+
+def test_check_mode(repository: Repository) -> None:
+    publish(repository, 1, image("a"))
+    before = sorted(os.listdir(repository.directory(VM)))
+    assert verify(repository, check=True) == [Finding(VM, "s1", "a", SURFACE)]
+    assert sorted(os.listdir(repository.directory(VM))) == before
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        ((), "has no disk"),
+        ((image("a", image="../s1/a.qcow2"),), "does not name one file of the set for each disk"),
+        ((image("a"), image("b", image="a.qcow2")), "does not name one file of the set for each disk"),
+    ],
+)
+def test_odd_manifests(repository: Repository, images: tuple[DiskImage, ...], message: str) -> None:
+    publish(repository, 1, *images)
+    found = verify(repository)[0]
+    assert found.disk == ""
+    assert message in found.error
+
+
+def test_what_is_not_the_sets_fault(repository: Repository) -> None:
+    manifest = publish(repository, 1, image("a"))
+    work = _verify._Verifier(repository, Order(BOOT))
+    look = _verify.Look(holdings(repository, VM), manifest)
+    look.fail("", BOOT, "there is no room")
+    assert (work._reached(look), _verify._errors(look)) == (BOOT, ("there is no room",))
+    look.findings[""] = replace(look.findings[""], guilty=False)
+    assert (work._reached(look), _verify._errors(look)) == (IMAGE, ())
+
+
+def test_a_description_that_makes_no_sense(repository: Repository, tmp_path: Path) -> None:
+    """It is JSON, but its parts are not what they should be."""
+    manifest = publish(repository, 1)
+    (Path(repository.set_path(VM, "s1")) / "vm.json").write_text(json.dumps({"schema": 1, "cpus": 4}))
+    work = _verify._Verifier(repository, Order(BOOT))
+    wish = _boot.Wish("/bin/false", str(tmp_path), 1, "x", agent=False)
+    ending = asyncio.run(work._start(_verify.Look(holdings(repository, VM), manifest), wish))
+    assert "vm.json does not describe a VM" in ending.error
+    assert ending.guilty
+
+
+def test_vms_of_a_repository(repository: Repository) -> None:
+    publish(repository, 1, image("a"))
+    for path in ("gone/s1/disk.qcow2", "reports/today/page.html", "notes/todo"):
+        Path(repository.path, path).parent.mkdir(parents=True)
+        Path(repository.path, path).touch()
+    assert _verify.known_vms(repository) == ["gone", VM]
+
+
+def test_long_complaints_are_cut() -> None:
+    assert _verify._shortened("one\n\ntwo") == "one / two"
+    assert _verify._shortened("\n".join("abcde")) == "a / b / c and 2 more lines"
+
+
+def test_results() -> None:
+    assert "console" not in Finding(VM, "s1", "a", BOOT).result()
+    assert Finding(VM, "s1", "", BOOT, console=("x",)).result()["console"] == ["x"]
+    assert Finding(VM, "", "", SURFACE, "wrong").where == "VM web01: wrong"
+    assert Finding(VM, "s1", "a", SURFACE, "wrong").where == "VM web01, set s1: disk a: wrong"
