@@ -18,6 +18,7 @@ import pytest
 from ansible_collections.vmfleet.backup.plugins.module_utils._description import describe_vm
 from ansible_collections.vmfleet.backup.plugins.module_utils._documents import (
     COPYING,
+    Consolidation,
     DiskImage,
     Failure,
     Growing,
@@ -25,6 +26,10 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._documents import (
     Intent,
     Manifest,
     Parent,
+    Pin,
+    Protection,
+    Restoration,
+    Verification,
     VmName,
 )
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository import create_repository
@@ -99,6 +104,23 @@ INTENT = Intent(
     disks=(Growing(INCREMENT, f"vmfleet.671a3da2.{ATTEMPT}.0", 1 << 20),),
 )
 FAILURE = Failure("033ba100fa7bedfd", "", "2026-11-22", "failed", "disk vda: No space left on device", TIME, TIME)
+PROTECTION = Protection("2026-11-22", TIME)
+PIN = Pin("2026-11-22", "vda", "/var/tmp/look/vda.qcow2", "hv1", HYPERVISOR.machine_id, TIME)
+VERIFICATION = Verification("2026-11-22", ATTEMPT, "checksum", TIME)
+CONSOLIDATION = Consolidation("2026-11-22", ATTEMPT, replace(INCREMENT, level="full", parent=None))
+RESTORATION = Restoration(
+    repository=UUID,
+    vm="web01",
+    id="2026-11-22",
+    attempt=ATTEMPT,
+    disk="vda",
+    method="copy",
+    format="qcow2",
+    inode=4711,
+    size=196608,
+    mtime=1795311000000000000,
+    when=TIME,
+)
 
 # The classes whose fields an object of a schema has, by the name of the schema and of the definition in it.
 CLASSES = {
@@ -114,7 +136,17 @@ CLASSES = {
     ("intent", "hypervisor"): Hypervisor,
     ("intent", "growing"): Growing,
     ("failure", ""): Failure,
+    ("protection", ""): Protection,
+    ("pin", ""): Pin,
+    ("verification", ""): Verification,
+    ("consolidation", ""): Consolidation,
+    ("consolidation", "disk"): DiskImage,
+    ("consolidation", "parent"): Parent,
+    ("restoration", ""): Restoration,
 }
+
+# Those of other origin: they have their own tests.
+OTHERS = ("repository", "vm")
 
 
 def load(name: str) -> dict[str, Any]:
@@ -182,13 +214,15 @@ def test_fields_are_those_of_the_class(name: str, part: str) -> None:
 
 
 def test_every_definition_has_its_class() -> None:
-    parts = {(name, part) for name in ("manifest", "intent", "failure") for part in ("", *load(name).get("$defs", {}))}
+    parts = {(name, part) for name in NAMES if name not in OTHERS for part in ("", *load(name).get("$defs", {}))}
     assert parts == set(CLASSES)
 
 
-def test_both_files_say_the_same_of_a_disk() -> None:
-    ours, theirs = load("manifest")["$defs"], load("intent")["$defs"]
-    assert {name: theirs[name] for name in ours} == ours
+@pytest.mark.parametrize("name", ["intent", "consolidation"])
+def test_all_files_say_the_same_of_a_disk(name: str) -> None:
+    ours, theirs = load("manifest")["$defs"], load(name)["$defs"]
+    assert all(theirs[part] == ours[part] for part in ours if part in theirs)
+    assert "disk" in theirs
 
 
 @pytest.mark.parametrize(
@@ -202,6 +236,13 @@ def test_both_files_say_the_same_of_a_disk() -> None:
         pytest.param("intent", replace(INTENT, process=(), deadline=5.0, phase=COPYING, agent="/x"), id="intent, TCP"),
         pytest.param("failure", FAILURE, id="failure"),
         pytest.param("failure", replace(FAILURE, state="cancelled", attempt=ATTEMPT), id="failure, cancelled"),
+        pytest.param("protection", PROTECTION, id="protection"),
+        pytest.param("pin", PIN, id="pin"),
+        pytest.param("verification", VERIFICATION, id="verification"),
+        pytest.param("verification", replace(VERIFICATION, errors=("disk vda: damaged",)), id="verification, bad"),
+        pytest.param("consolidation", CONSOLIDATION, id="consolidation"),
+        pytest.param("restoration", RESTORATION, id="restoration"),
+        pytest.param("restoration", replace(RESTORATION, method="overlay"), id="restoration, overlay"),
     ],
 )
 def test_what_is_written_is_described(name: str, document: Any) -> None:
@@ -249,6 +290,11 @@ def test_vm_of_which_qemu_tells_nothing() -> None:
         ("manifest", MANIFEST, "disks", []),
         ("intent", INTENT, "phase", "done"),
         ("failure", FAILURE, "state", "published"),
+        ("protection", PROTECTION, "since", "yesterday"),
+        ("pin", PIN, "path", ""),
+        ("verification", VERIFICATION, "depth", "deep"),
+        ("consolidation", CONSOLIDATION, "image", None),
+        ("restoration", RESTORATION, "method", "move"),
     ],
 )
 def test_what_is_never_written_is_refused(name: str, document: Any, field: str, value: Any) -> None:
