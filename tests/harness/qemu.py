@@ -55,6 +55,13 @@ class Disk:
     """`direct` and `no-flush`, as in QEMU."""
     device: str | None = None
     """Guest device with its properties, as in `virtio-blk-pci,id=vd0`."""
+    discard: bool = False
+    """Whether a discard of the guest frees clusters; QEMU ignores it otherwise."""
+
+    @property
+    def name(self) -> str:
+        """What the guest's writes go to: on a block backend they pass the filter of a job, on a node alone not."""
+        return self.id or self.node or ""
 
     def arguments(self) -> list[str]:
         """The options of QEMU's command line."""
@@ -74,6 +81,8 @@ class Disk:
                 group = f"throttle-{self.node or self.id}"
                 arguments = ["-object", f"throttle-group,id={group},x-bps-total={self.throttle}"]
                 node = {"driver": "throttle", "throttle-group": group, "file": node}
+            if self.discard:
+                node["discard"] = "unmap"
             options = [f"{key}={str(value).replace(',', ',,')}" for key, value in _flat(node)]
             if self.id:
                 options = ["if=none", f"id={self.id}", *options]
@@ -248,7 +257,7 @@ class Qemu:
         """A flat copy of a disk as the guest sees it now."""
         # QEMU keeps metadata in memory: without a flush, a reader of the file sees an older disk.
         assert disk.path
-        self.io(disk.id or disk.node or "", "flush")
+        self.io(disk.name, "flush")
         qemu_img("convert", "-U", "-f", disk.format, "-O", "qcow2", disk.path, copy)
         return copy
 
