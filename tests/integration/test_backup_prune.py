@@ -141,7 +141,13 @@ class TestRemoval:
 
     def test_check_mode_lists_everything_and_changes_nothing(self, library: Library) -> None:
         before = library.content()
-        options = {"keep_last": 1, "consolidate": True, "names": [NAME], "protect": ["s2"], "unprotect": ["s1"]}
+        options: dict[str, t.Any] = {
+            "keep_last": 1,
+            "consolidate": True,
+            "names": [NAME],
+            "protect": ["s2"],
+            "unprotect": ["s1"],
+        }
         said = library.prune(check=True, **options)
         assert library.content() == before
         assert said["changed"]
@@ -292,7 +298,7 @@ class TestForget:
     def test_all_of_it_goes_and_stays_away(self, library: Library) -> None:
         library.images(NAME, "s5")["drive0"].unlink()
         judge(library, "s4", "bad")
-        options = {"names": [NAME], "forget": True}
+        options: dict[str, t.Any] = {"names": [NAME], "forget": True}
         assert set(fates(library.prune(check=True, **options), "removed")) == {"s1", "s2", "s3", "s4", "s5"}
         assert set(fates(library.prune(**options), "removed")) == {"s1", "s2", "s3", "s4", "s5"}
         assert {path.name for path in (library.path / NAME).iterdir()} == set(LOCKS)
@@ -592,7 +598,7 @@ class TestKilled:
         self.sweep(template, directory, start_module, steps(hand, 10), expected, keep_last=3, consolidate=True)
 
     def test_forgetting(self, template: Chain, directory: Path, start_module: Start) -> None:
-        options = {"names": [NAME], "forget": True}
+        options: dict[str, t.Any] = {"names": [NAME], "forget": True}
         for step in steps(0, 5):
             library = template.copied(directory).library
             process = start_module("backup_prune", {"repository": str(library.path), **options}, crash_at=step)

@@ -90,7 +90,7 @@ class TestContent:
     def test_cases_36_37_49_each_moment_comes_back(self, chain: Chain, where: Path, set_id: str) -> None:
         library = chain.library
         before = library.content()
-        given = {"directory": str(where), **({} if set_id == "s3" else {"id": set_id})}
+        given: dict[str, t.Any] = {"directory": str(where), **({} if set_id == "s3" else {"id": set_id})}
         result = library.restore(**given)
         chain.assert_restored(set_id, restored_to(where))
         assert (result["changed"], result["id"], result["warnings"]) == (True, set_id, [])
@@ -256,7 +256,10 @@ class TestOptions:
         if "directory" in options:
             options = {**options, "directory": placed(options["directory"])}
         if "disks" in options:
-            options = {**options, "disks": [{**disk, "target": placed(disk["target"])} for disk in options["disks"]]}
+            options = {
+                **options,
+                "disks": [{**disk, "target": placed(disk["target"])} for disk in options["disks"]],
+            }
         before = chain.library.content()
         said = chain.library.fail_restore(overwrite=True, **options)
         assert said.startswith(f"{option}: "), said
@@ -497,7 +500,7 @@ class TestReadOnly:
         assert "cannot be written to (Read-only file system)" in said["warnings"][0]
         assert "do not prune it while" in said["warnings"][0]
         unchanged(library, directory=str(where))
-        overlay = {"method": "overlay", "disks": one_disk(where / "look")}
+        overlay: dict[str, t.Any] = {"method": "overlay", "disks": one_disk(where / "look")}
         for changed in (True, False):
             # Every time, as long as nobody else knows.
             said = library.restore(**overlay)
@@ -513,7 +516,7 @@ class TestOverlays:
     def test_one_is_there_at_once_and_pins_its_set(self, chain: Chain, vms: Vms, where: Path) -> None:
         library = chain.library
         before = library.content()
-        given = {"id": "s2", "method": "overlay", "directory": str(where)}
+        given: dict[str, t.Any] = {"id": "s2", "method": "overlay", "directory": str(where)}
         said = library.restore(**given)
         assert [disk["method"] for disk in said["restored"]] == ["overlay", "overlay"]
         chain.assert_restored("s2", restored_to(where))
@@ -578,7 +581,7 @@ class TestOverlays:
         library.restore(disks=one_disk(copy))
         # The newest set has one disk only, by now.
         living.back_up("s4", "drive1", vms=[{"monitor": str(living.vm.monitor), "include_disks": ["drive1"]}])
-        given = {"method": "overlay", "state": "absent", "directory": str(where)}
+        given: dict[str, t.Any] = {"method": "overlay", "state": "absent", "directory": str(where)}
         expected = sorted(str(path) for path in restored_to(where).values())
         assert library.restore(check=True, **given)["removed"] == expected
         assert library.restore(**given)["removed"] == expected
@@ -589,7 +592,7 @@ class TestOverlays:
 
     def test_one_that_is_replaced_pins_no_more(self, chain: Chain, where: Path) -> None:
         library = chain.library
-        look = {"method": "overlay", "disks": one_disk(where / "look"), "overwrite": True}
+        look: dict[str, t.Any] = {"method": "overlay", "disks": one_disk(where / "look"), "overwrite": True}
         library.restore(id="s1", **look)
         library.restore(id="s3", **look)
         assert [pin["id"] for pin in pins(library)] == ["s3"]
@@ -600,7 +603,7 @@ class TestOverlays:
 
     def test_one_that_came_without_a_pin_gets_it(self, chain: Chain, where: Path) -> None:
         library = chain.library
-        look = {"method": "overlay", "disks": one_disk(where / "look")}
+        look: dict[str, t.Any] = {"method": "overlay", "disks": one_disk(where / "look")}
         library.restore(**look)
         for path in (library.path / NAME).glob(".*.pin-*.json"):
             path.unlink()
@@ -702,7 +705,7 @@ class TestKilled:
         self, chain: Chain, where: Path, start_module: t.Callable[..., ModuleProcess], hand: int
     ) -> None:
         library = chain.library
-        look = {"method": "overlay", "directory": str(where)}
+        look: dict[str, t.Any] = {"method": "overlay", "directory": str(where)}
         for step in steps(hand):
             library.restore(**look, checksum=False)
             process = start_module("backup_restore", library.restoration(**look, state="absent"), crash_at=step)

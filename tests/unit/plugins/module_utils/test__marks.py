@@ -78,8 +78,10 @@ def test_a_verification_replaces_the_one_before_and_an_overlay_has_one_pin(repos
         replace(PIN, machine_id="another"),
         replace(PIN, id="s2"),
     ]
-    for mark in (VERIFICATION, replace(VERIFICATION, errors=()), PIN, replace(PIN, since="later"), *others):
-        write_mark(repository, "web01", mark)
+    for verification in (VERIFICATION, replace(VERIFICATION, errors=())):
+        write_mark(repository, "web01", verification)
+    for pin in (PIN, replace(PIN, since="later"), *others):
+        write_mark(repository, "web01", pin)
     marks = read_marks(repository, "web01")
     assert [mark.ok for mark in marks.verifications] == [True]
     assert {*marks.pins} == {replace(PIN, since="later"), *others}

@@ -1,0 +1,157 @@
+# Copyright (c) 2026, vmfleet contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""What keeps sets besides the rules: said of them, read of them, built on them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from ansible_collections.vmfleet.backup.plugins.module_utils._documents import (
+    DiskImage,
+    Growing,
+    Hypervisor,
+    Intent,
+    Manifest,
+    Parent,
+    Pin,
+    Protection,
+    Verification,
+    VmName,
+)
+from ansible_collections.vmfleet.backup.plugins.module_utils._errors import Refused
+from ansible_collections.vmfleet.backup.plugins.module_utils._inspect import machine_id
+from ansible_collections.vmfleet.backup.plugins.module_utils._library import Holdings
+from ansible_collections.vmfleet.backup.plugins.module_utils._marks import Marks
+from ansible_collections.vmfleet.backup.plugins.module_utils._prune import Order, Pruned, _check_marks, condition
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository import Shelf
+from ansible_collections.vmfleet.backup.plugins.module_utils._retention import Fate, Rules
+from ansible_collections.vmfleet.backup.plugins.modules.backup_prune import rules, seconds
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+VM = VmName("web01", "u", "u")
+
+
+def image(disk: str, parent: str | None = None) -> DiskImage:
+    below = Parent(parent, None, f"attempt-{parent}") if parent else None
+    level = "incremental" if parent else "full"
+    return DiskImage(disk, "n0", "", "/src", "qcow2", 1, level, "", below, f"{disk}.qcow2", "qcow2", "none")
+
+
+def manifest(set_id: str, parent: str | None = None) -> Manifest:
+    times = ("2026-11-22T01:00:00Z", "2026-11-22T01:00:00Z", 1.0)
+    attempt = f"attempt-{set_id}"
+    return Manifest(
+        "r", VM, set_id, int(set_id[1:]), "full", "r", attempt, *times, "crash", "7", (image("vda", parent),)
+    )
+
+
+def intent(*disks: DiskImage) -> Intent:
+    growing = tuple(Growing(disk, "job", 1) for disk in disks)
+    here = Hypervisor("hv1", "m", "b")
+    more: dict[str, Any] = {"guest": "running", "started": "then", "begun": 1.0, "deadline": None, "checksum": True}
+    return Intent("r", "a", "s9", VM, here, "unix:/x", (1, 2), "full", "crash", "7", disks=growing, **more)
+
+
+def held(*sets: Manifest, marks: Marks | None = None, **more: Any) -> Holdings:
+    return Holdings("web01", Shelf(sets, more.pop("intents", ())), marks or Marks(), more.pop("broken", {}))
+
+
+def pin(path: str, machine: str = "") -> Pin:
+    return Pin("s1", "vda", path, "hv1", machine or machine_id(), "now")
+
+
+def test_nothing_is_said() -> None:
+    found = condition(held(manifest("s1")), may_go=False)
+    assert (found.guarded, found.broken, found.in_use, found.may_go) == ({}, {}, {}, False)
+    assert condition(held(), may_go=True).may_go
+
+
+def test_protected() -> None:
+    found = condition(held(manifest("s1"), marks=Marks((Protection("s1", "now"),))), may_go=False)
+    assert (found.guarded, found.in_use) == ({"s1": "it is protected"}, {})
+
+
+def test_pins_of_this_machine_and_of_another(tmp_path: Path) -> None:
+    path = tmp_path / "look"
+    for mark, reads in ((pin(str(path)), False), (pin(str(path), "another"), True)):
+        found = condition(held(manifest("s1"), marks=Marks(pins=(mark,))), may_go=False)
+        assert found.guarded == found.in_use == ({"s1": f"{path} on hv1 reads it"} if reads else {})
+    path.touch()
+    assert condition(held(manifest("s1"), marks=Marks(pins=(pin(str(path)),))), may_go=False).in_use
+
+
+def test_what_a_set_builds_on_that_is_being_made() -> None:
+    sets = [manifest("s1"), manifest("s2", "s1"), manifest("s3", "s2")]
+    found = condition(held(*sets, intents=(intent(image("vda", "s3"), image("vdb", "s1"), image("vdc")),)), may_go=True)
+    reason = "set s9, which is being made, builds on it"
+    assert found.guarded == {"s3": reason, "s1": reason}
+    # It is written to no more, and only read later.
+    assert found.in_use == {}
+
+
+def test_broken_by_its_files_or_by_its_verification() -> None:
+    sets = [manifest("s1"), manifest("s2", "s1"), manifest("s3")]
+    marks = Marks(verifications=(Verification("s1", "attempt-s1", "image", "now", ("bad",)),))
+    found = condition(held(*sets, marks=marks, broken={("s3", "vda"): "gone"}), may_go=False)
+    assert found.broken == {
+        "s1": "bad",
+        "s2": "set s1 below it has failed its verification: bad",
+        "s3": "disk vda: gone",
+    }
+
+
+def test_which_marks_would_change() -> None:
+    there = held(manifest("s1"), manifest("s2"), marks=Marks((Protection("s1", "now"),)))
+    for protect, unprotect, changes in (
+        ((), (), False),
+        (("s1",), (), False),
+        (("s2",), (), True),
+        ((), ("s1",), True),
+        ((), ("s2",), False),
+    ):
+        assert _check_marks(there, Order(Rules(), protect=protect, unprotect=unprotect)) == changes
+    for order in (Order(Rules(), protect=("s9",)), Order(Rules(), unprotect=("s9",))):
+        with pytest.raises(Refused, match=r"protect: VM web01 has no set s9"):
+            _check_marks(there, order)
+
+
+def test_what_counts_as_a_change() -> None:
+    stays, goes = Fate("s1", True, "last"), Fate("s1", False, "no rule")
+    assert not Pruned("web01", (stays,), {}).changed
+    assert Pruned("web01", (goes,), {}).changed
+    assert Pruned("web01", (stays,), {}, marked=True).changed
+    assert Pruned("web01", (Fate("s1", True, "last", consolidate=True),), {}).changed
+
+
+class TestOptions:
+    """The module's options."""
+
+    def given(self, **options: Any) -> dict[str, Any]:
+        counts = {f"keep_{name}": 0 for name in ("last", "hourly", "daily", "weekly", "monthly", "yearly")}
+        others: dict[str, Any] = {"keep_within": None, "names": None, "forget": False, "protect": [], "unprotect": []}
+        return {**counts, **others, **options}
+
+    def test_rules(self) -> None:
+        assert rules(self.given(keep_last=3, keep_weekly=2, keep_within="36h")) == Rules(
+            last=3, weekly=2, within=129600
+        )
+
+    def test_marks_alone_keep_everything(self) -> None:
+        assert rules(self.given(protect=["s1"])).last > 1 << 30
+        # Not so where the VM is to be forgotten.
+        assert rules(self.given(protect=["s1"], forget=True, names=["web01"])).empty
+
+    @pytest.mark.parametrize(("text", "days"), [("24h", 1), ("14d", 14), ("2w", 14), ("1y", 365)])
+    def test_spans(self, text: str, days: int) -> None:
+        assert seconds(text) == 86400 * days
+
+    @pytest.mark.parametrize("text", ["", "14", "d", "-1d", "1.5d", "14 d", "14D", "14m", "14d "])
+    def test_no_spans(self, text: str) -> None:
+        with pytest.raises(Refused, match=r"^keep_within: "):
+            seconds(text)

@@ -1,0 +1,141 @@
+# Copyright (c) 2026, vmfleet contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""What a restore decides before it does anything: which targets meet, which are in use, what is done already."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import struct
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from ansible_collections.vmfleet.backup.plugins.module_utils import _restore
+from ansible_collections.vmfleet.backup.plugins.module_utils._documents import DiskImage, Manifest, VmName
+from ansible_collections.vmfleet.backup.plugins.module_utils._errors import Refused
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository import create_repository, write_document
+from ansible_collections.vmfleet.backup.plugins.module_utils._restore import COPY, OVERLAY, Piece
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from ansible_collections.vmfleet.backup.plugins.module_utils._repository import Repository
+
+IMAGE = DiskImage("vda", "n0", "", "/src", "qcow2", 1 << 20, "full", "", None, "vda.qcow2", "qcow2", "none")
+MANIFEST = Manifest(
+    "r", VmName("web01", "u", "u"), "s1", 1, "full", "r", "a1", "then", "now", 1.0, "crash", "7", (IMAGE,)
+)
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Repository:
+    return create_repository(str(tmp_path / "repository"))
+
+
+def piece(target: Path | str, method: str = COPY, **more: Any) -> Piece:
+    return replace(Piece("vda", ((MANIFEST, IMAGE),), str(target), "qcow2", method), **more)
+
+
+class TestCollisions:
+    """No file of a restore is another one's, nor the repository's."""
+
+    def test_different_files(self, repository: Repository, tmp_path: Path) -> None:
+        names = ("a", "b", "a.qcow2", "repository2", "a.partially")
+        _restore._refuse_collisions(repository, [piece(tmp_path / name) for name in names])
+
+    @pytest.mark.parametrize("other", ["a", "./a", "x/../a", "link/a", "a.partial", "a.restored.json"])
+    def test_one_file(self, repository: Repository, tmp_path: Path, other: str) -> None:
+        (tmp_path / "x").mkdir()
+        (tmp_path / "link").symlink_to(tmp_path)
+        with pytest.raises(Refused, match=r"^target: .* comes in the way"):
+            _restore._refuse_collisions(repository, [piece(tmp_path / "a"), piece(f"{tmp_path}/{other}")])
+
+    @pytest.mark.parametrize("target", ["repository/x", "repository/web01/s1/vda.qcow2", "link/x", "x/../repository/y"])
+    def test_inside_of_the_repository(self, repository: Repository, tmp_path: Path, target: str) -> None:
+        (tmp_path / "x").mkdir()
+        (tmp_path / "link").symlink_to(repository.path)
+        with pytest.raises(Refused, match=r"^target: .* is inside of the repository"):
+            _restore._refuse_collisions(repository, [piece(f"{tmp_path}/{target}")])
+
+
+class TestUse:
+    """QEMU's locks are seen, whatever a file holds."""
+
+    @pytest.mark.parametrize(
+        ("start", "length", "used"), [(100, 1, True), (203, 1, True), (0, 100, False), (300, 9, False)]
+    )
+    def test_locks(self, tmp_path: Path, start: int, length: int, used: bool) -> None:
+        path = tmp_path / "disk"
+        path.write_bytes(bytes(1000))
+        # A lock of an open file, as QEMU takes it: it holds off its own process, too.
+        with path.open("rb") as file:
+            lock = struct.pack(_restore.FLOCK, fcntl.F_RDLCK, os.SEEK_SET, start, length, 0)
+            fcntl.fcntl(file, fcntl.F_OFD_SETLK, lock)
+            if used:
+                with pytest.raises(Refused, match=r"is in use by a running VM; see `fuser"):
+                    _restore._check_unused(str(path))
+            else:
+                _restore._check_unused(str(path))
+        _restore._check_unused(str(path))
+
+
+class TestDone:
+    """A receipt is of one file, and of one restore."""
+
+    @pytest.fixture
+    def target(self, tmp_path: Path) -> Path:
+        path = tmp_path / "disk"
+        path.write_bytes(b"content")
+        return path
+
+    def note(self, repository: Repository, path: Path, method: str) -> None:
+        done = piece(path, method)
+        write_document(done.receipt, asdict(_restore._receipt(repository, done, path.stat())))
+
+    def test_the_same_again(self, repository: Repository, target: Path) -> None:
+        self.note(repository, target, COPY)
+        assert _restore._is_done(repository, piece(target))
+        others = (
+            piece(target, OVERLAY),
+            piece(target, format="raw"),
+            piece(target, disk="vdb"),
+            piece(target, steps=((replace(MANIFEST, id="s2"), IMAGE),)),
+            piece(target, steps=((replace(MANIFEST, attempt="a2"), IMAGE),)),
+        )
+        assert not any(_restore._is_done(repository, other) for other in others)
+        assert not _restore._is_done(replace(repository, uuid="another"), piece(target))
+
+    def test_what_was_touched_is_another_unless_it_is_there_to_be_written_to(
+        self, repository: Repository, target: Path
+    ) -> None:
+        for method, stays in ((COPY, False), (OVERLAY, True)):
+            self.note(repository, target, method)
+            assert _restore._is_done(repository, piece(target, method))
+            target.write_bytes(b"written to since then")
+            assert _restore._is_done(repository, piece(target, method)) == stays
+
+    def test_another_file_in_its_place(self, repository: Repository, target: Path) -> None:
+        self.note(repository, target, OVERLAY)
+        status = target.stat()
+        other = target.with_name("other")
+        other.write_bytes(target.read_bytes())
+        os.utime(other, ns=(status.st_mtime_ns, status.st_mtime_ns))
+        other.replace(target)
+        assert not _restore._is_done(repository, piece(target, OVERLAY))
+
+    def test_no_receipt_no_file_half_a_receipt(self, repository: Repository, target: Path) -> None:
+        self.note(repository, target, COPY)
+        receipt = target.with_name("disk.restored.json")
+        text = receipt.read_text()
+        target.rename(target.with_name("away"))
+        assert not _restore._is_done(repository, piece(target))
+        target.with_name("away").rename(target)
+        assert _restore._is_done(repository, piece(target))
+        receipt.write_text(text[:50])
+        assert not _restore._is_done(repository, piece(target))
+        receipt.unlink()
+        assert not _restore._is_done(repository, piece(target))
