@@ -529,13 +529,15 @@ class Engine:
     async def _tidy(self, work: _Work, monitor: Monitor | None, facts: Facts, shelf: Shelf, manifest: Manifest) -> None:
         """Remove what the making of a published set has left in QEMU and beside the set."""
         if monitor and facts.vm:
-            await self._remove_jobs(monitor, facts.vm, manifest.attempt)
-            await self._remove_leftovers(work, monitor, facts.vm, shelf)
+            await self._remove_leftovers(work, monitor, facts.vm, shelf, manifest.attempt)
         self.repository.tidy(manifest.vm.name, manifest.id)
 
-    async def _remove_leftovers(self, work: _Work, monitor: Monitor, vm: Vm, shelf: Shelf) -> None:
-        """Remove what dead attempts have left in QEMU, and the bitmaps that no set will build on."""
-        for attempt in self._leftovers(vm, shelf):
+    async def _remove_leftovers(self, work: _Work, monitor: Monitor, vm: Vm, shelf: Shelf, *published: str) -> None:
+        """Remove what dead attempts have left in QEMU, and the bitmaps that no set will build on.
+
+        C(published) is an attempt that has come to a good end.
+        """
+        for attempt in {*published, *self._leftovers(vm, shelf)}:
             await self._remove_jobs(monitor, vm, attempt)
         try:
             await _jobs.remove_bitmaps(monitor, self._surplus(work, vm, shelf))

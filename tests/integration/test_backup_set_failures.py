@@ -119,7 +119,8 @@ def test_case_23_qemu_killed_while_it_copies(
 ) -> None:
     vm, other = vms.start(name="web01"), vms.start(vms.disk(1, id="drive0"), name="other")
     process = start_module("backup_set", {"plan": sets.plan(vm, other, speed="16M")["plan"]})
-    wait_until(lambda: vm.block_jobs and other.block_jobs, "the start of the jobs")
+    intents = [sets.directory(name) / f".{ID}.staging" / "intent.json" for name in ("web01", "other")]
+    wait_until(lambda: all(path.exists() and '"copying"' in path.read_text() for path in intents), "the copies")
     vm.kill()
     began = time.monotonic()
     result = process.result()
