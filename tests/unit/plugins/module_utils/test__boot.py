@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
 import os
 from dataclasses import replace
@@ -344,3 +346,47 @@ def test_console_without_what_moves_the_cursor(tmp_path: Path) -> None:
     assert _boot._read(str(path)) == "red\n\ufffd end\n"
     path.write_bytes(b"x" * _boot.CONSOLE_LIMIT + b"tail")
     assert len(_boot._read(str(path))) == _boot.CONSOLE_LIMIT
+
+
+LONG = ["/bin/sleep", "86401"]
+
+
+def left_running() -> list[int]:
+    """The children of this process, those included that have ended and were not waited for."""
+    tasks = Path(f"/proc/{os.getpid()}/task").glob("*/children")
+    return [int(child) for path in tasks for child in path.read_text().split()]
+
+
+def test_nothing_is_left_running(tmp_path: Path) -> None:
+    ending = asyncio.run(_boot.watch(LONG, str(tmp_path), replace(WISH, timeout=0)))
+    assert "no sign of life ('login:' on its console) within 0 s: its console said nothing" in ending.error
+    assert ending.guilty
+    assert not left_running()
+
+
+def test_nothing_is_left_running_by_one_that_is_interrupted(tmp_path: Path) -> None:
+    async def interrupted() -> None:
+        watching = asyncio.ensure_future(_boot.watch(LONG, str(tmp_path), WISH))
+        while not left_running():
+            await asyncio.sleep(0.01)
+        watching.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await watching
+
+    asyncio.run(interrupted())
+    assert not left_running()
+
+
+def test_one_that_fills_the_disk_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_boot, "ROOM", 1 << 60)
+    (tmp_path / "console").write_text("much\n")
+    ending = asyncio.run(_boot.watch(LONG, str(tmp_path), WISH))
+    assert "give a tmpdir with more room" in ending.error
+    assert (ending.console, ending.guilty) == (("much",), False)
+    assert not left_running()
+
+
+def test_qemu_that_does_not_start(tmp_path: Path) -> None:
+    ending = asyncio.run(_boot.watch(["/bin/sh", "-c", "echo no such machine >&2; exit 1"], str(tmp_path), WISH))
+    assert "QEMU ended before the guest gave a sign of life: no such machine; give boot_options" in ending.error
+    assert not ending.guilty
