@@ -43,9 +43,10 @@ options:
     description: The directory of the repository.
     type: path
     required: true
-  vm:
-    description: The VM, as it is called in the repository. The default is all that have sets there.
-    type: str
+  names:
+    description: The VMs, as they are called in the repository. The default is all that have sets there.
+    type: list
+    elements: str
   id:
     description:
       - The set. The default is the newest one of each VM. Then directories beside it that were sets, and have no
@@ -120,14 +121,16 @@ EXAMPLES = r"""
 - name: Show that web01 starts from its backup
   vmfleet.backup.backup_verify:
     repository: /srv/backup
-    vm: web01
+    names:
+      - web01
     depth: boot
     boot_timeout: 300
 
 - name: The same for a guest without an agent, with less memory and more processors than it has
   vmfleet.backup.backup_verify:
     repository: /srv/backup
-    vm: web01
+    names:
+      - web01
     depth: boot
     boot_agent: false
     boot_pattern: "login: *$"
@@ -226,14 +229,14 @@ def boot_wish(params: dict[str, Any]) -> Wish:
     return wish
 
 
-def vms(repository: Repository, vm: str | None) -> list[str]:
-    if vm is not None and has_sets(repository, vm):
-        return [vm]
-    known = known_vms(repository)
-    if vm is not None:
-        there = ", ".join(known) or "none"
-        raise Refused("vm", f"no sets of {vm} in {repository.path}; there are: {there}")
-    return known
+def vms(repository: Repository, names: list[str] | None) -> list[str]:
+    if names is None:
+        return known_vms(repository)
+    unknown = ", ".join(name for name in names if not has_sets(repository, name))
+    if unknown:
+        there = ", ".join(known_vms(repository)) or "none"
+        raise Refused("names", f"no sets of {unknown} in {repository.path}; there are: {there}")
+    return names
 
 
 def message(bad: Sequence[Finding]) -> str:
@@ -252,7 +255,7 @@ async def main_task(module: AnsibleModule) -> dict[str, Any]:
     order = Order(depth, boot_wish(params) if depth == BOOT else None, module.check_mode)
     await probe_if_there(params["repository"])
     repository = open_repository(params["repository"])
-    names = vms(repository, params["vm"])
+    names = vms(repository, params["names"])
     if not names:
         module.warn(f"there are no sets in {repository.path}, and so nothing was verified")
     findings, warnings = await verify_all(repository, names, set_id, order)
@@ -269,7 +272,7 @@ def main() -> None:
     module = AnsibleModule(
         argument_spec={
             "repository": {"type": "path", "required": True},
-            "vm": {"type": "str"},
+            "names": {"type": "list", "elements": "str"},
             "id": {"type": "str"},
             "depth": {"type": "str", "choices": list(DEPTHS), "default": "checksum"},
             "boot_timeout": {"type": "int", "default": 120},

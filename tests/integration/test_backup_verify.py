@@ -132,7 +132,7 @@ def test_good_sets(vms: Vms, sets: Sets, depth: str) -> None:
     verified = {set_id: one["verified"] for set_id, one in info(sets).items()}
     assert verified["s1"] == verified["s2"] == {}
     assert (verified["s3"]["depth"], verified["s3"]["ok"], verified["s3"]["errors"]) == (depth, True, [])
-    assert [one["id"] for one in good(sets, vm=NAME, id="s2", depth=depth)] == ["s2", "s2"]
+    assert [one["id"] for one in good(sets, names=[NAME], id="s2", depth=depth)] == ["s2", "s2"]
     assert info(sets)["s2"]["verified"]["ok"]
 
 
@@ -338,22 +338,22 @@ def test_damaged_manifests(vms: Vms, sets: Sets) -> None:
     assert set(found) == {(NAME, "s3", ""), ("db01", "only", "")}
     manifest = sets.path / "db01" / "only" / "manifest.json"
     assert f"{manifest} is missing or damaged" in found[("db01", "only", "")]["error"]
-    assert set(bad(sets, vm=NAME, id="s3")) == {(NAME, "s3", "")}
-    assert {one["id"] for one in good(sets, vm=NAME, id="s2")} == {"s2"}
+    assert set(bad(sets, names=[NAME], id="s3")) == {(NAME, "s3", "")}
+    assert {one["id"] for one in good(sets, names=[NAME], id="s2")} == {"s2"}
 
 
 def test_a_set_in_another_vms_directory(vms: Vms, sets: Sets) -> None:
     chain(vms, sets)
     shutil.copytree(sets.path / NAME, sets.path / "other")
-    found = bad(sets, vm="other")
+    found = bad(sets, names=["other"])
     assert "is a set of VM web01" in found[("other", "s3", "")]["error"]
 
 
 def test_no_such_vm_or_set(vms: Vms, sets: Sets) -> None:
     chain(vms, sets)
-    result = fail("backup_verify", arguments(sets, vm="web02"))
-    assert result["msg"] == f"vm: no sets of web02 in {sets.path}; there are: {NAME}"
-    result = fail("backup_verify", arguments(sets, vm=NAME, id="s9"))
+    result = fail("backup_verify", arguments(sets, names=["web02"]))
+    assert result["msg"] == f"names: no sets of web02 in {sets.path}; there are: {NAME}"
+    result = fail("backup_verify", arguments(sets, names=[NAME], id="s9"))
     assert f"VM {NAME} has no set s9; it has: s1, s2, s3" in result["msg"]
     assert fail("backup_verify", arguments(sets, id="../x"))["msg"].startswith("id: ")
     assert "is not a repository" in fail("backup_verify", {"repository": str(sets.path / NAME)})["msg"]

@@ -45,7 +45,7 @@ def sets(directory: Path) -> Sets:
 def verify(sets: Sets, place: Path, **options: t.Any) -> dict[str, t.Any]:
     """Start a VM from a set; nothing of it is left, and nothing of the sets is touched."""
     before = {path: state for path, state in snapshot(sets.path).items() if "/s" in path}
-    given = {"repository": str(sets.path), "vm": NAME, "depth": "boot", "tmpdir": str(place), **options}
+    given = {"repository": str(sets.path), "names": [NAME], "depth": "boot", "tmpdir": str(place), **options}
     result = run_module("backup_verify", given, timeout=240)
     assert {path: state for path, state in snapshot(sets.path).items() if "/s" in path} == before
     assert list(place.iterdir()) == []
