@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from ansible_collections.vmfleet.backup.plugins.module_utils import _survey
 from ansible_collections.vmfleet.backup.plugins.module_utils._documents import (
     DiskImage,
     Growing,
@@ -105,7 +105,7 @@ class TestRoom:
         self, repository: Repository, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         now = [1000.0]
-        monkeypatch.setattr(_survey.time, "monotonic", lambda: now[0])
+        monkeypatch.setattr(time, "monotonic", lambda: now[0])
         room = Room(repository, POLICY)
         assert room.space().promised == 0
         begin(repository, intent())
