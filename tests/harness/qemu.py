@@ -165,6 +165,13 @@ class Qemu:
         return self._process is not None and self._process.poll() is None
 
     @property
+    def answers(self) -> bool:
+        """Whether it answers: one that was killed a moment ago may still count as alive."""
+        with contextlib.suppress(OSError):
+            return self.alive and bool(self.status)
+        return False
+
+    @property
     def qmp(self) -> Qmp:
         """The test's own connection."""
         assert self._connection

@@ -570,7 +570,7 @@ class Torture:
     def _recover(self, set_id: str) -> None:
         """The next run, of the same id or another, or for now none at all."""
         self._truth.check()
-        if not self._runs():
+        if not self.vm.answers:
             self._truth.stale()
             if self.chance.random() < 0.3:
                 print("  a run while the VM is off")
@@ -583,12 +583,6 @@ class Torture:
         if what != "nothing":
             print(f"  and now the {what} id")
             self._succeed(set_id if what == "same" else self._next_id())
-
-    def _runs(self) -> bool:
-        """Whether QEMU is there. One that was killed a moment ago may look so still."""
-        with contextlib.suppress(OSError):
-            return self.vm.alive and bool(self.vm.status)
-        return False
 
     def untrack(self) -> None:
         """The bitmaps are not wanted any more."""

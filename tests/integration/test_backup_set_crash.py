@@ -62,6 +62,68 @@ class Crash:
         self.assert_good(clean)
 
 
+class Chain:
+    """A VM of two disks with a full set, and increments on it that something happens to."""
+
+    def __init__(self, crash: Crash, directory: Path) -> None:
+        self.vm = crash.vm
+        self._sets = crash.sets
+        self._start = crash.start
+        self._directory = directory
+        self._copies: dict[str, dict[str, Path]] = {}
+        self._levels: dict[str, dict[str, str]] = {}
+        self._number = 0
+        self._sets.back_up(self.vm, id="full")
+
+    @property
+    def id(self) -> str:
+        """The set that is being made."""
+        return f"s{self._number}"
+
+    def interrupt(self, step: int, victim: int = 0) -> ModuleProcess:
+        """Let the guest write, and kill the module, or else the victim, while it makes the next set of that."""
+        self._number += 1
+        for disk in self.vm.disks:
+            self.vm.write(disk.name, self._number % 255 + 1, self._number % 64 * 65536, 100 * 1024)
+        self._copies[self.id] = {
+            disk.name: self.vm.freeze(disk, self._directory / f"frozen-{self.id}-{disk.name}.qcow2")
+            for disk in self.vm.disks
+        }
+        plan = self._sets.plan(self.vm, id=self.id)["plan"]
+        process = self._start("backup_set", {"plan": plan}, crash_at=step, victim=victim)
+        process.wait()
+        return process
+
+    def assert_recovered(self, clean: t.Callable[[], None]) -> None:
+        """One more run, and the set is there; nothing else is left but, if its QEMU lives, the record that it began."""
+        self._sets.back_up(self.vm, id=self.id)
+        levels = self._levels[self.id] = self._sets.levels("web01", self.id)
+        self._sets.assert_good("web01", self._copies[self.id], self.id, levels)
+        for node, bitmap in self._records().items():
+            assert set(self.vm.bitmaps(node)) <= {bitmap}
+        clean()
+
+    def _records(self) -> dict[str, str]:
+        """The bitmap of the newest set on each node."""
+        return {disk["node"]: disk["bitmap"] for disk in self._sets.manifest("web01", self.id)["disks"]}
+
+    def assert_unbroken(self) -> None:
+        """No change has been lost, and so there was no reason for a full image, nor will there be one."""
+        assert set(self._levels[self.id].values()) == {"incremental"}
+        for node, bitmap in self._records().items():
+            assert list(self.vm.bitmaps(node)) == [bitmap]
+
+    def assert_good(self) -> None:
+        """Every set is what it was."""
+        for set_id, levels in self._levels.items():
+            self._sets.assert_good("web01", self._copies[set_id], set_id, levels)
+
+
+@pytest.fixture
+def chain(crash: Crash, directory: Path) -> Chain:
+    return Chain(crash, directory)
+
+
 @pytest.fixture
 def crash(vms: Vms, directory: Path, start_module: t.Callable[..., ModuleProcess]) -> Crash:
     return Crash(vms, directory, start_module)
@@ -121,6 +183,48 @@ def test_killed_at_any_step_of_cancelling(crash: Crash, clean: t.Callable[[], No
         if not process.killed:
             return
         crash.forget()
+
+
+@pytest.mark.parametrize("hand", range(HANDS))
+def test_killed_at_any_step_of_an_increment_and_run_again(chain: Chain, clean: t.Callable[[], None], hand: int) -> None:
+    for step in steps(hand, every=3):
+        process = chain.interrupt(step)
+        chain.assert_recovered(clean)
+        chain.assert_unbroken()
+        if not process.killed:
+            assert step > 5 * HANDS
+            break
+    chain.assert_good()
+
+
+@pytest.mark.parametrize("hand", range(HANDS))
+def test_killed_at_any_step_of_an_increment_together_with_qemu(
+    chain: Chain, clean: t.Callable[[], None], hand: int
+) -> None:
+    for step in steps(hand, every=3):
+        process = chain.interrupt(step)
+        chain.vm.kill()
+        chain.vm.restart()
+        chain.assert_recovered(clean)
+        if not process.killed:
+            break
+    chain.assert_good()
+
+
+@pytest.mark.parametrize("hand", range(HANDS))
+def test_qemu_killed_at_any_step_of_an_increment(chain: Chain, clean: t.Callable[[], None], hand: int) -> None:
+    for step in steps(hand, every=3):
+        result = chain.interrupt(step, victim=chain.vm.pid).result()
+        survived = chain.vm.answers
+        if survived:
+            assert result["vms"][0]["state"] == "published"
+        else:
+            chain.vm.kill()
+            chain.vm.restart()
+        chain.assert_recovered(clean)
+        if survived:
+            break
+    chain.assert_good()
 
 
 def test_killed_at_random_moments(crash: Crash, clean: t.Callable[[], None]) -> None:
