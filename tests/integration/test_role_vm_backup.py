@@ -6,78 +6,22 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 import typing as t
-from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
-import yaml
 
 from ansible_collections.vmfleet.backup.tests.harness.backup import snapshot
-from ansible_collections.vmfleet.backup.tests.harness.modules import ROOT
-from ansible_collections.vmfleet.backup.tests.harness.sets import ID, SLOW, Sets
+from ansible_collections.vmfleet.backup.tests.harness.playbooks import Hypervisor
+from ansible_collections.vmfleet.backup.tests.harness.sets import ID, SLOW
 
 if t.TYPE_CHECKING:
+    from pathlib import Path
+
     from ansible_collections.vmfleet.backup.tests.harness.fixtures import Vms
     from ansible_collections.vmfleet.backup.tests.harness.qemu import Qemu
 
 pytestmark = pytest.mark.usefixtures("clean")
-
-
-@dataclass
-class Play:
-    """What one run of the playbook has printed."""
-
-    rc: int
-    output: str
-
-    def recap(self, host: str = "hv1") -> dict[str, int]:
-        [line] = re.findall(rf"^{host} .*$", self.output, re.MULTILINE)
-        return {key: int(value) for key, value in re.findall(r"(\w+)=(\d+)", line)}
-
-
-class Hypervisor:
-    """A host `hv1` in an inventory of its own."""
-
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-        self.sets = Sets(directory / "repository")
-        self.variables: dict[str, t.Any] = {
-            "vm_backup_repository": str(self.sets.path),
-            "vm_backup_repository_create": True,
-            "vm_backup_id": ID,
-            "vm_backup_reserve": "0",
-        }
-
-    def run(self, *options: str, **variables: t.Any) -> Play:
-        host = {
-            "ansible_connection": "local",
-            "ansible_python_interpreter": sys.executable,
-            **self.variables,
-            **{f"vm_backup_{name}": value for name, value in variables.items()},
-        }
-        inventory = self.directory / "inventory.yml"
-        inventory.write_text(yaml.safe_dump({"hypervisors": {"hosts": {"hv1": host}}}))
-        command = [str(Path(sys.executable).with_name("ansible-playbook")), "-i", str(inventory)]
-        done = subprocess.run(
-            [*command, "vmfleet.backup.backup", *options],
-            cwd=self.directory,
-            env={
-                **{name: value for name, value in os.environ.items() if not name.startswith("ANSIBLE_")},
-                "ANSIBLE_COLLECTIONS_PATH": str(ROOT),
-                "ANSIBLE_HOME": str(self.directory / "ansible"),
-                "ANSIBLE_NOCOLOR": "1",
-            },
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        return Play(done.returncode, done.stdout + done.stderr)
 
 
 @pytest.fixture
