@@ -276,9 +276,12 @@ def machine_id() -> str:
     for path in ("/etc/machine-id", "/var/lib/dbus/machine-id"):
         try:
             with open(path, encoding="ascii") as source:
-                return source.read().strip()
+                found = source.read().strip()
         except FileNotFoundError:
             continue
+        # It is empty in images that are to be cloned, until their first boot.
+        if found:
+            return found
     return os.uname().nodename
 
 

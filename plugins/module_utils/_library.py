@@ -175,10 +175,15 @@ def vm_names(repository: Repository) -> list[str]:
         entry = os.path.basename(os.path.dirname(directory))
         if entry in HARMLESS:
             continue
-        found = repository.any_manifest(directory)
+        try:
+            found = repository.any_manifest(directory)
+            used = not found and _was_used(repository, entry)
+        except BackupError:
+            # What cannot be read is said by whoever looks at this VM.
+            found, used = None, True
         if found:
             names.add(found.vm.name)
-        elif vm_directory(entry) == entry and _was_used(repository, entry):
+        elif used and vm_directory(entry) == entry:
             names.add(entry)
     return sorted(names)
 

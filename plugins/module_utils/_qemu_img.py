@@ -69,8 +69,11 @@ def convert_command(
     onto_device: bool = False,
     compression: str = "none",
 ) -> list[str]:
-    """C(qemu-img convert) of an image with all that it builds on. A device is not made anew, but written onto."""
-    command = ["qemu-img", "convert", "-m", "16", "-f", source_format, "-O", target_format]
+    """C(qemu-img convert) of an image with all that it builds on. A device is not made anew, but written onto.
+
+    Nobody writes to the source, but a QEMU whose VM is paused may still have it open, and locked.
+    """
+    command = ["qemu-img", "convert", "-U", "-m", "16", "-f", source_format, "-O", target_format]
     if onto_device:
         command.append("-n")
     # Compressed clusters are written in order only.
@@ -80,7 +83,7 @@ def convert_command(
 
 def compare_command(one: str, other: str) -> list[str]:
     """C(qemu-img compare) of two qcow2 images; fails where a guest would see a difference."""
-    return ["qemu-img", "compare", "-f", "qcow2", "-F", "qcow2", "--", one, other]
+    return ["qemu-img", "compare", "-U", "-f", "qcow2", "-F", "qcow2", "--", one, other]
 
 
 def map_command(path: str, image_format: str) -> list[str]:

@@ -62,7 +62,7 @@ EXAMPLES = r"""
 RETURN = r"""
 sets:
   description: The sets, by VM, newest first.
-  returned: success
+  returned: always, also where a VM could not be read
   type: list
   elements: dict
   contains:
@@ -119,17 +119,17 @@ vms:
     The VMs, each with C(name), C(sets) (how many), C(bytes), C(newest) (the id of the newest set), C(created), C(age)
     of that set in seconds, C(level), C(verified) (its depth, or empty) and C(ok) (whether the newest set is whole, and
     neither it nor one that it builds on has failed a verification).
-  returned: success
+  returned: always, also where a VM could not be read
   type: list
   elements: dict
 leftovers:
   description: What else is there, each with C(vm), C(path) and C(what).
-  returned: success
+  returned: always, also where a VM could not be read
   type: list
   elements: dict
 totals:
   description: C(vms), C(sets), C(bytes), C(broken) sets and C(leftovers).
-  returned: success
+  returned: always, also where a VM could not be read
   type: dict
 """
 
@@ -139,7 +139,7 @@ from typing import TYPE_CHECKING
 
 from ansible.module_utils.basic import AnsibleModule
 
-from ansible_collections.vmfleet.backup.plugins.module_utils._errors import run_module
+from ansible_collections.vmfleet.backup.plugins.module_utils._errors import BackupError, run_module
 from ansible_collections.vmfleet.backup.plugins.module_utils._library import begun, holdings, leftovers, vm_names
 from ansible_collections.vmfleet.backup.plugins.module_utils._probe import probe_if_there
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository import open_repository
@@ -226,9 +226,14 @@ async def main_task(module: AnsibleModule) -> dict[str, Any]:
     sets: list[dict[str, Any]] = []
     vms: list[dict[str, Any]] = []
     left: list[dict[str, str]] = []
+    errors: list[str] = []
     names = vm_names(repository) if module.params["names"] is None else module.params["names"]
     for name in dict.fromkeys(names):
-        held = holdings(repository, name)
+        try:
+            held = holdings(repository, name)
+        except BackupError as error:
+            errors.append(f"VM {name}: {error}")
+            continue
         lengths, broken = chain_lengths(held), held.broken_sets
         own = [
             describe_set(repository, held, manifest, lengths, broken.get(manifest.id, ""))
@@ -244,7 +249,10 @@ async def main_task(module: AnsibleModule) -> dict[str, Any]:
         "broken": sum(bool(one["broken"]) for one in sets),
         "leftovers": len(left),
     }
-    return {"changed": False, "sets": sets, "vms": vms, "leftovers": left, "totals": totals}
+    result = {"changed": False, "sets": sets, "vms": vms, "leftovers": left, "totals": totals}
+    if errors:
+        raise BackupError("; ".join(errors), **result)
+    return result
 
 
 def main() -> None:

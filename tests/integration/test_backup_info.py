@@ -220,3 +220,14 @@ def test_a_repository_that_can_only_be_read(library: Library, storage: Storage) 
     there = library.copy(mount.path / "repository")
     mount.make_read_only()
     assert there.info()["totals"]["sets"] == 3
+
+
+def test_a_vm_whose_sets_a_later_release_has_made_does_not_hide_the_others(library: Library) -> None:
+    shutil.copytree(library.path / NAME, library.path / "db01")
+    for path in (library.path / "db01").glob("*/manifest.json"):
+        path.chmod(0o600)
+        path.write_text(json.dumps({**json.loads(path.read_text()), "schema": 99}))
+    result = fail("backup_info", {"repository": str(library.path)})
+    assert "VM db01" in result["msg"]
+    assert "update vmfleet.backup" in result["msg"]
+    assert [vm["name"] for vm in result["vms"]] == [NAME]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -40,6 +40,9 @@ from ansible_collections.vmfleet.backup.tests.unit.plugins.doubles import (
     monitor,
     vm,
 )
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 VD0 = "/machine/peripheral/vd0/virtio-backend"
 ANONYMOUS = "/machine/peripheral-anon/device[1]/virtio-backend"
@@ -438,3 +441,13 @@ def test_machine_id(missing: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
 
     monkeypatch.setattr(_inspect, "open", open_instead, raising=False)
     assert _inspect.machine_id() == ["one", "two", os.uname().nodename][missing]
+
+
+def test_a_machine_id_that_is_still_to_be_made_is_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "empty").touch()
+
+    def open_empty(_path: str, **options: Any) -> Any:
+        return open(tmp_path / "empty", **options)
+
+    monkeypatch.setattr(_inspect, "open", open_empty, raising=False)
+    assert _inspect.machine_id() == os.uname().nodename
