@@ -34,6 +34,12 @@ INTERVAL = 10.0
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 """A full file system has answered; what that means is said where space is counted."""
 
+UNWRITABLE = frozenset({errno.EROFS, errno.EACCES, errno.EPERM})
+"""Answers of a file system that is not to be written to."""
+
+NO_NAMELESS_FILES = frozenset({errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL})
+"""Answers of a file system, or a kernel, that has no files without a name."""
+
 PROC_FDS = "/proc/self/fd"
 
 _left_behind: list[int] = []
@@ -85,8 +91,9 @@ class Probe:
             _left_behind.append(self._child)
 
 
-async def probe(path: str, timeout: float = TIMEOUT, writing: bool = False) -> None:
+async def probe(path: str, timeout: float | None = None, writing: bool = False) -> None:
     """Return once the file system of C(path) has answered; BackupError where it hangs, OSError where it refuses."""
+    timeout = TIMEOUT if timeout is None else timeout
     question = Probe(path, writing)
     try:
         if not await question.answered(timeout):
@@ -96,18 +103,28 @@ async def probe(path: str, timeout: float = TIMEOUT, writing: bool = False) -> N
         question.close()
 
 
-async def probe_if_there(path: str) -> None:
-    """The same for a directory that may be missing: who opens it knows what that means."""
-    with contextlib.suppress(FileNotFoundError):
-        await probe(path)
+async def probe_if_there(path: str, writing: bool = False) -> None:
+    """The same for a directory that may be missing, in whose place the nearest one above it answers.
+
+    That it is missing, or cannot be written to, is no error here: who opens it knows what that means.
+    """
+    try:
+        await probe(path, writing=writing)
+    except FileNotFoundError:
+        above = os.path.dirname(path)
+        if above != path:
+            await probe_if_there(above, writing)
+    except OSError as error:
+        if not writing or error.errno not in UNWRITABLE:
+            raise
 
 
 class Watch:
     """Asks the same file system again and again, with one child at most, whoever and how many ask."""
 
-    def __init__(self, path: str, timeout: float = TIMEOUT, writing: bool = False) -> None:
+    def __init__(self, path: str, timeout: float | None = None, writing: bool = False) -> None:
         self.path = path
-        self.timeout = timeout
+        self.timeout = TIMEOUT if timeout is None else timeout
         self.writing = writing
         self._question: Probe | None = None
         self._good_until = 0.0
@@ -208,6 +225,21 @@ def _ask(path: str, writing: bool) -> int:
 
 
 def _write(path: str) -> None:
+    try:
+        # Nobody sees it, and nothing of it is left, whatever ends this process.
+        fd = os.open(path, os.O_WRONLY | os.O_TMPFILE | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        if error.errno not in NO_NAMELESS_FILES:
+            raise
+        _write_named(path)
+        return
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _write_named(path: str) -> None:
     # Named like a repository that is being made: somebody who makes one at this moment is not irritated by it.
     name = os.path.join(path, f".{REPOSITORY_FILE}.{os.urandom(16).hex()}")
     fd = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)

@@ -344,7 +344,7 @@ async def main_task(module: AnsibleModule) -> dict[str, Any]:
         raise Refused("repository", "{!r} is not an absolute path".format(params["repository"]))
     wanted, warnings = discover(requests(params), params["sockets"] or (), _request(params, {}))
     require_qemu_img()
-    await probe_if_there(params["repository"])
+    await probe_if_there(params["repository"], writing=True)
     repository = find_repository(params["repository"], params["create_repository"])
     orders = {name: params[name] for name in ORDERS}
     plan = await draw_up(repository, wanted, set_id, how, warnings, orders)

@@ -260,11 +260,11 @@ STOPPING = (CANCELLED, UNTRACKED)
 async def places(module: AnsibleModule) -> tuple[Repository, Plan, bool]:
     """The repository, the plan, and whether the repository had to be made."""
     if module.params["plan"] is None:
-        await probe_if_there(module.params["repository"])
+        await probe_if_there(module.params["repository"], writing=True)
         repository = open_repository(module.params["repository"])
         return repository, of_names(repository, module.params["names"]), False
     plan = parse_plan(module.params["plan"])
-    await probe_if_there(plan.repository)
+    await probe_if_there(plan.repository, writing=True)
     repository = find_repository(plan.repository, plan.create_repository)
     if module.params["state"] in STOPPING:
         return repository, plan, False

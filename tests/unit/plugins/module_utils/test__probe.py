@@ -96,6 +96,33 @@ def path(tmp_path: Path) -> str:
     return str(tmp_path / "repository")
 
 
+@pytest.fixture
+def named_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file system as NFS, where every file has a name."""
+
+    def open_named(path: str, flags: int, mode: int = 0o777) -> int:
+        if flags & os.O_TMPFILE == os.O_TMPFILE:
+            raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+        return opened(path, flags, mode)
+
+    opened = os.open
+    monkeypatch.setattr(os, "open", open_named)
+
+
+@pytest.mark.usefixtures("named_only")
+def test_good_file_system_without_nameless_files(path: str) -> None:
+    asyncio.run(probe(path, writing=True))
+    assert not os.listdir(path)
+
+
+@pytest.mark.usefixtures("named_only")
+def test_refusal_of_a_file_system_without_nameless_files(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "fsync", fails_with(errno.EIO))
+    with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+        asyncio.run(probe(path, writing=True))
+    assert not os.listdir(path)
+
+
 @pytest.mark.parametrize("writing", [False, True])
 def test_good_file_system(path: str, writing: bool, children: list[int]) -> None:
     asyncio.run(probe(path, writing=writing))
@@ -147,6 +174,36 @@ def test_directory_that_may_be_missing(path: str, monkeypatch: pytest.MonkeyPatc
         asyncio.run(probe_if_there(path))
 
 
+@pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES])
+def test_directory_that_cannot_be_written_to_is_none_that_hangs(
+    code: int, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "fsync", fails_with(code))
+    asyncio.run(probe_if_there(path, writing=True))
+    monkeypatch.setattr(os, "fsync", fails_with(errno.EIO))
+    with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+        asyncio.run(probe_if_there(path, writing=True))
+
+
+def test_directory_above_one_that_is_missing_is_asked(
+    path: str, hung: HungFileSystem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_probe, "TIMEOUT", AT_ONCE)
+    missing = path + "/missing/repository"
+    statvfs = os.statvfs
+
+    def hang_here(asked: str) -> None:
+        if asked == path:
+            statvfs(asked)
+        elif not os.path.exists(asked):
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), asked)
+
+    monkeypatch.setattr(os, "statvfs", hang_here)
+    with pytest.raises(BackupError, match=f"^repository: {path} does not answer"):
+        asyncio.run(probe_if_there(missing))
+    hung.come_back()
+
+
 def test_reading_does_not_write(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for call in ("open", "fsync"):
         monkeypatch.setattr(os, call, fails_with(errno.EROFS))
@@ -160,6 +217,7 @@ def test_full_file_system_answers(code: int, path: str, monkeypatch: pytest.Monk
     assert asyncio.run(Watch(path, writing=True).ask()) == ""
 
 
+@pytest.mark.usefixtures("named_only")
 def test_probing_is_not_in_the_way_of_a_new_repository(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "unlink", lambda _path: None)
     asyncio.run(probe(path, writing=True))
