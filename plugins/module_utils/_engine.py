@@ -19,7 +19,7 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from ansible_collections.vmfleet.backup.plugins.module_utils import _chain, _guard, _jobs, _plan, _survey
+from ansible_collections.vmfleet.backup.plugins.module_utils import _chain, _guard, _jobs, _plan, _probe, _survey
 from ansible_collections.vmfleet.backup.plugins.module_utils._attempt import Maker, bitmap_prefix, boottime, utc_now
 from ansible_collections.vmfleet.backup.plugins.module_utils._documents import DiskImage, Failure, Intent, Manifest
 from ansible_collections.vmfleet.backup.plugins.module_utils._errors import (
@@ -30,7 +30,7 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._errors import (
     MonitorError,
     MonitorGone,
 )
-from ansible_collections.vmfleet.backup.plugins.module_utils._inspect import IO_ERROR
+from ansible_collections.vmfleet.backup.plugins.module_utils._inspect import IO_ERROR, query_jobs
 from ansible_collections.vmfleet.backup.plugins.module_utils._lock import host_lock_path, locked
 from ansible_collections.vmfleet.backup.plugins.module_utils._outcome import (
     CANCELLED,
@@ -61,6 +61,9 @@ PAUSE_GROWTH = 1.5
 
 UNREACHABLE_PATIENCE = 60.0
 """Seconds that a monitor may be silent, or in somebody else's hands, while its jobs run."""
+
+PIECE = 1 << 20
+"""Bytes that a job copies at a time; with a limited speed, it rests after each."""
 
 NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT})
 
@@ -662,16 +665,33 @@ class Engine:
 
     async def _abandon(self, work: _Work, reason: str) -> Outcome:
         """Free the guest of copies into a repository that does not answer; nothing there can be touched."""
-        if work.copying:
-            _vm, intent = work.copying
+        if not work.copying:
+            return self._outcome(work, FAILED, error=reason)
+        _vm, intent = work.copying
+        try:
             async with Monitor(parse_address(intent.monitor), self.commands) as monitor:
-                stubborn = await _jobs.cancel_jobs(monitor, intent.jobs)
+                fate = await self._cancel_hanging(monitor, intent)
                 if intent.guest != IO_ERROR:
                     await _jobs.resume(monitor)
             work.changed = True
-            ended = "its jobs were cancelled, but do not end" if stubborn else "its jobs were cancelled"
-            reason = f"{reason}; {ended}. Run the backup again when it is back"
-        return self._outcome(work, FAILED, error=reason)
+        except BackupError as error:
+            # Why the repository cannot be used is still the first thing to be told.
+            fate = f"its jobs could not be cancelled: {error}"
+        return self._outcome(work, FAILED, error=f"{reason}; {fate}. Run the backup again when it is back")
+
+    async def _cancel_hanging(self, monitor: Monitor, intent: Intent) -> str:
+        """Cancel jobs whose target hangs; returns what has become of them.
+
+        One that waits for its target ends when that is back. One that rests would end now, and QEMU would close its
+        image: that stops QEMU, and the guest with it, until the target is back. It is better left alone.
+        """
+        jobs = [job for job in await query_jobs(monitor) if job.id in intent.jobs and not job.ended]
+        slow = PIECE / _probe.TIMEOUT
+        resting = [job for job in jobs if job.paused or 0 < job.speed < slow]
+        stubborn = await _jobs.cancel_jobs(monitor, (job.id for job in jobs if job not in resting))
+        if resting:
+            return "its jobs are so slow, or paused, that they are left to the next run"
+        return "its jobs were cancelled, but do not end before that" if stubborn else "its jobs were cancelled"
 
     # Cancel
 

@@ -1,0 +1,291 @@
+# Copyright (c) 2026, vmfleet contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""backup_set when somebody does not answer, or never comes back: the repository, a monitor, QEMU, the module itself."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import typing as t
+
+import pytest
+
+from ansible_collections.vmfleet.backup.plugins.module_utils import _engine, _jobs, _probe, _qmp
+from ansible_collections.vmfleet.backup.tests.harness.backup import release
+from ansible_collections.vmfleet.backup.tests.harness.guest import Guest
+from ansible_collections.vmfleet.backup.tests.harness.images import MIB
+from ansible_collections.vmfleet.backup.tests.harness.modules import fail, succeed
+from ansible_collections.vmfleet.backup.tests.harness.qemu import wait_until
+from ansible_collections.vmfleet.backup.tests.harness.sets import ID, Sets, result_of
+
+if t.TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from ansible_collections.vmfleet.backup.tests.harness.filesystems import FileSystem
+    from ansible_collections.vmfleet.backup.tests.harness.fixtures import Storage, Vms
+    from ansible_collections.vmfleet.backup.tests.harness.modules import ModuleProcess
+    from ansible_collections.vmfleet.backup.tests.harness.qemu import Qemu
+
+    Start = t.Callable[..., ModuleProcess]
+
+pytestmark = pytest.mark.usefixtures("clean")
+
+# After its first piece, a copy at this speed rests for longer than any test takes.
+AT_REST = "1"
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Modules are forks of this process: they do not wait long for what never comes."""
+    monkeypatch.setattr(_probe, "TIMEOUT", 5.0)
+    monkeypatch.setattr(_probe, "INTERVAL", 0.2)
+    monkeypatch.setattr(_qmp, "CONNECT_TIMEOUT", 3.0)
+    monkeypatch.setattr(_jobs, "SETTLE_TIMEOUT", 2.0)
+    monkeypatch.setattr(_engine, "UNREACHABLE_PATIENCE", 1.0)
+
+
+@contextlib.contextmanager
+def frozen(file_system: FileSystem) -> Iterator[None]:
+    """Every write to the file system waits in the kernel, and nothing can interrupt it."""
+    subprocess.run(["fsfreeze", "--freeze", str(file_system.path)], stdin=subprocess.DEVNULL, check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["fsfreeze", "--unfreeze", str(file_system.path)], stdin=subprocess.DEVNULL, check=True)
+
+
+@pytest.fixture
+def mounted(storage: Storage) -> FileSystem:
+    return storage.mount("ext4", 256 * MIB)
+
+
+@pytest.fixture
+def sets(mounted: FileSystem) -> Sets:
+    return Sets(mounted.path / "repository")
+
+
+def copy_of(vm: Qemu, directory: Path) -> dict[str, Path]:
+    """A frozen copy of the VM's only disk."""
+    return {str(vm.disks[0].id): vm.freeze(vm.disks[0], directory / f"frozen-{vm.pid}.qcow2")}
+
+
+def wait_for_copies(sets: Sets, *names: str) -> None:
+    """Wait until the sets of these VMs copy, and nothing of their start is left to be done."""
+
+    def copying(name: str) -> bool:
+        with contextlib.suppress(FileNotFoundError):
+            intent = json.loads((sets.path / name / f".{ID}.staging" / "intent.json").read_text())
+            return bool(intent["phase"] == "copying")
+        return False
+
+    wait_until(lambda: all(copying(name) for name in names), "the start of the copies")
+
+
+def attempt(sets: Sets, name: str, set_id: str = ID) -> str:
+    """Which attempt has made a set."""
+    return str(sets.manifest(name, set_id)["attempt"])
+
+
+def test_nothing_is_begun_in_a_repository_that_hangs(
+    vm: Qemu, directory: Path, mounted: FileSystem, sets: Sets, start_module: Start
+) -> None:
+    sets.back_up(vm, id="s0")
+    bitmaps = vm.bitmaps("n0")
+    plan = sets.plan(vm)["plan"]
+    names = {"repository": str(sets.path), "names": ["vm"]}
+    calls = [
+        ("backup_plan", sets.arguments(vm)),
+        # One that is to be made there.
+        ("backup_plan", Sets(mounted.path / "below" / "another").arguments(vm)),
+        ("backup_set", {"plan": plan}),
+        ("backup_set", {"plan": plan, "state": "started"}),
+        ("backup_set", {**names, "state": "cancelled"}),
+        ("backup_set", {**names, "state": "untracked"}),
+    ]
+    with frozen(mounted):
+        processes = [start_module(name, args) for name, args in calls]
+        results = [process.result() for process in processes]
+    for result in results:
+        assert result["failed"] is True
+        assert "does not answer within 5 s: its file system hangs; bring it back, or unmount it" in result["msg"]
+        assert not result.get("qmp")
+    assert vm.bitmaps("n0") == bitmaps
+    assert not (mounted.path / "below").exists()
+    assert {path.name for path in (sets.path / "vm").iterdir()} == {".lock", "s0"}
+    copies = copy_of(vm, directory)
+    succeed("backup_set", {"plan": plan})
+    sets.assert_good("vm", copies, levels={"drive0": "incremental"})
+
+
+def test_a_new_repository_is_not_made_where_writing_hangs(
+    vm: Qemu, mounted: FileSystem, sets: Sets, start_module: Start
+) -> None:
+    plan = sets.plan(vm)["plan"]
+    with frozen(mounted):
+        assert "its file system hangs" in start_module("backup_set", {"plan": plan}).result()["msg"]
+    assert not sets.path.exists()
+    succeed("backup_set", {"plan": plan})
+
+
+def test_a_copy_that_rests_does_not_stop_qemu(
+    vms: Vms, directory: Path, mounted: FileSystem, sets: Sets, start_module: Start
+) -> None:
+    vm, other = vms.start(name="web01"), vms.start(vms.disk(1), name="web02")
+    copies = {each.monitor.stem: copy_of(each, directory) for each in (vm, other)}
+    plan = sets.plan(vm, other, speed=AT_REST)["plan"]
+    process = start_module("backup_set", {"plan": plan})
+    wait_for_copies(sets, "web01", "web02")
+    wait_until(lambda: vm.job["offset"] and other.job["offset"], "the first pieces")
+    with frozen(mounted):
+        result = process.result()
+        for each, disk in ((vm, "drive0"), (other, "drive1")):
+            found = result_of(result, each.monitor.stem)
+            assert found["state"] == "failed"
+            assert "its file system hangs" in found["error"]
+            assert found["error"].endswith("are left to the next run. Run the backup again when it is back")
+            # If the job were cancelled, QEMU would close its image, and wait for the repository with all that it does.
+            assert each.status == "running"
+            # Into a part that is copied already: the others wait, as the copy has to come first.
+            each.write(disk, 7, 0, 65536)
+        assert "its file system hangs" in start_module("backup_set", {"plan": plan}).result()["msg"]
+    release(vm)
+    release(other)
+    succeed("backup_set", {"plan": plan})
+    for each in (vm, other):
+        sets.assert_good(each.monitor.stem, copies[each.monitor.stem])
+
+
+@pytest.mark.slow
+def test_a_guest_in_the_middle_of_a_copy_goes_on_when_the_repository_is_back(
+    directory: Path, mounted: FileSystem, sets: Sets, start_module: Start
+) -> None:
+    (directory / "vm").mkdir()
+    with Guest(directory / "vm") as guest:
+        # So fast that pieces are on their way at any time: what QEMU waits for, no command can take back.
+        process = start_module("backup_set", {"plan": sets.plan(guest, speed="8M")["plan"]})
+        wait_for_copies(sets, "guest")
+        with frozen(mounted):
+            result = process.result()
+            assert "its file system hangs" in result["msg"]
+            assert "its jobs were cancelled, but do not end before that" in result["msg"]
+            assert guest.status == "running"
+            assert "its file system hangs" in start_module("backup_plan", sets.arguments(guest)).result()["msg"]
+        wait_until(lambda: all(job["status"] == "concluded" for job in guest.block_jobs), "the end of the jobs")
+        rounds = guest.rounds
+        wait_until(lambda: guest.rounds > rounds + 2, "the guest's next writes")
+        assert guest.status == "running"
+        sets.back_up(guest)
+        assert guest.block_jobs == []
+        assert guest.fdsets == []
+        sets.assert_tidy("guest")
+
+
+def test_neither_repository_nor_monitor_answer(
+    vm: Qemu, mounted: FileSystem, sets: Sets, start_module: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cancel_jobs = _jobs.cancel_jobs
+
+    async def hang_and_cancel(*args: t.Any) -> t.Any:
+        vm.hang()
+        return await cancel_jobs(*args)
+
+    monkeypatch.setattr(_jobs, "cancel_jobs", hang_and_cancel)
+    monkeypatch.setattr(_qmp, "COMMAND_TIMEOUT", 2.0)
+    process = start_module("backup_set", {"plan": sets.plan(vm, speed=AT_REST)["plan"]})
+    wait_for_copies(sets, "vm")
+    try:
+        with frozen(mounted):
+            result = process.result()
+    finally:
+        vm.wake()
+    assert "its file system hangs" in result["msg"]
+    assert "its jobs could not be cancelled" in result["msg"]
+    monkeypatch.undo()
+    # Nothing has become of the copy: it goes on.
+    release(vm)
+    sets.back_up(vm)
+
+
+def test_a_monitor_that_hangs_beside_others(vms: Vms, sets: Sets) -> None:
+    vm, other = vms.start(name="web01"), vms.start(vms.disk(1), name="other")
+    plan = sets.plan(vm, other)["plan"]
+    vm.hang()
+    try:
+        result = fail("backup_set", {"plan": plan})
+        assert [found["state"] for found in result["vms"]] == ["failed", "published"]
+        assert f"(process {vm.pid} is stopped)" in result_of(result, "web01")["error"]
+        planned = sets.plan(vm, other, id="s2")["plan"]["vms"]
+        assert sorted(found["action"] for found in planned) == ["fail", "start"]
+    finally:
+        vm.wake()
+    assert result_of(succeed("backup_set", {"plan": plan}), "web01")["state"] == "published"
+
+
+def test_a_monitor_that_hangs_while_its_jobs_copy(vms: Vms, sets: Sets, start_module: Start) -> None:
+    vm, other = vms.start(name="web01"), vms.start(vms.disk(1), name="other")
+    plan = sets.plan(vm, other, speed="16M")["plan"]
+    process = start_module("backup_set", {"plan": plan})
+    wait_for_copies(sets, "web01", "other")
+    vm.hang()
+    try:
+        result = process.result()
+    finally:
+        vm.wake()
+    assert result_of(result, "other")["state"] == "published"
+    assert result_of(result, "web01")["state"] == "failed"
+    assert "the set is unfinished: run the backup again to go on with it" in result_of(result, "web01")["error"]
+    assert succeed("backup_set", {"plan": plan})["summary"]["published"] == 2
+    sets.assert_tidy("web01")
+
+
+@pytest.mark.parametrize("handed_over", [0, 1])
+def test_qemu_ends_while_it_is_handed_the_targets(
+    vms: Vms, sets: Sets, start_module: Start, monkeypatch: pytest.MonkeyPatch, handed_over: int
+) -> None:
+    vm, other = vms.start(vms.disk(0), vms.disk(1), name="web01"), vms.start(vms.disk(2), name="other")
+    plan = sets.plan(vm, other)["plan"]
+    add_fdset, pid, left = _qmp.Monitor.add_fdset, vm.pid, [handed_over]
+
+    async def kill_and_hand_over(monitor: _qmp.Monitor, *args: t.Any) -> int:
+        if monitor.process and monitor.process.pid == pid:
+            left[0] -= 1
+            if left[0] < 0:
+                # A zombie until the test looks: its pid is nobody else's.
+                os.kill(pid, signal.SIGKILL)
+        return await add_fdset(monitor, *args)
+
+    monkeypatch.setattr(_qmp.Monitor, "add_fdset", kill_and_hand_over)
+    result = start_module("backup_set", {"plan": plan}).result()
+    monkeypatch.undo()
+    assert result_of(result, "other")["state"] == "published"
+    assert result_of(result, "web01")["state"] == "failed"
+    assert "the VM is off" in result_of(result, "web01")["error"]
+    sets.assert_absent("web01")
+    vm.kill()
+    vm.restart()
+    sets.back_up(vm)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_module_that_is_ended_leaves_its_jobs_to_the_next(
+    vms: Vms, directory: Path, sets: Sets, start_module: Start, number: signal.Signals
+) -> None:
+    vm = vms.start(name="web01")
+    copies = copy_of(vm, directory)
+    process = start_module("backup_set", {"plan": sets.plan(vm, speed=AT_REST)["plan"]})
+    wait_for_copies(sets, "web01")
+    process.signal(number)
+    process.wait()
+    assert vm.job["status"] == "running"
+    made_by = vm.job["device"].split(".")[2]
+    vm.write("drive0", 9, 0, 65536)
+    release(vm)
+    sets.back_up(vm)
+    sets.assert_good("web01", copies)
+    assert attempt(sets, "web01") == made_by
