@@ -242,10 +242,10 @@ class Machine:
         jobs = bool(self.vm.block_jobs)
         after = self._new_size()
         if disk.throttle:
-            if jobs and (self._shrunk or after > before):
+            if jobs and (self._shrunk or self._in_increment(disk)):
                 # Grown on again, it would look as if it had never been shrunk.
                 return
-            self._shrunk = jobs
+            self._shrunk = jobs and after < before
             how = {"device": disk.id}
         else:
             how = {"node_name": disk.node}
@@ -253,6 +253,10 @@ class Machine:
         with contextlib.suppress(QmpError):
             self.vm.qmp.execute("block_resize", size=after, **how)
         self._truth.stale(disk.name)
+
+    def _in_increment(self, disk: Disk) -> bool:
+        """Whether a job uses a bitmap of this disk: a size that QEMU 7.2 does not refuse then is the end of QEMU."""
+        return any(bitmap["busy"] for bitmap in self.vm.bitmaps(disk.node or "").values())
 
     def stretch(self) -> None:
         """A disk is cut short, and grows on beyond its old size: what was at its end is gone."""
