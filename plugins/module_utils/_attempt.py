@@ -36,7 +36,7 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._inspect import que
 from ansible_collections.vmfleet.backup.plugins.module_utils._survey import Room, measure
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
     from typing import Any
 
     from ansible_collections.vmfleet.backup.plugins.module_utils._chain import Link
@@ -106,7 +106,8 @@ class Maker:
             process=(vm.process.pid, vm.process.start) if vm.process else (),
             level=decision.plan.level,
             consistency=CRASH,
-            consistency_reason=reason,
+            # Until it is known better.
+            consistency_reason=reason or "the process was killed before it had seen its jobs start in a frozen guest",
             qemu=vm.version,
             guest=vm.status,
             started=utc_now(),
@@ -258,18 +259,23 @@ class Maker:
 
         reason = ""
         try:
-            await _jobs.start_backups(monitor, starts, "individual", bitmaps, moment)
-            if not freezers[-1].held:
-                reason = freezers[-1].thaw_error or "the guest was thawed by others before all jobs had started"
-        except AgentError as error:
-            reason = str(error)
-            if quiesce == _plan.TRY:
-                await _jobs.start_backups(monitor, starts, "individual", bitmaps)
-        if reason and quiesce == _plan.REQUIRE:
-            raise BackupError(f"VM {intent.vm.name}: quiesce: {reason}")
+            try:
+                await _jobs.start_backups(monitor, starts, "individual", bitmaps, moment)
+                if not freezers[-1].held:
+                    reason = freezers[-1].thaw_error or "the guest was thawed by others before all jobs had started"
+            except AgentError as error:
+                reason = str(error)
+                if quiesce == _plan.TRY:
+                    await _jobs.start_backups(monitor, starts, "individual", bitmaps)
+            if reason and quiesce == _plan.REQUIRE:
+                raise BackupError(f"VM {intent.vm.name}: quiesce: {reason}")
+        except (BackupError, OSError):
+            # Whoever undoes this is not to thaw what was seen thawed, or what others have frozen.
+            self.repository.update(replace(intent, frozen=_any_unthawed(freezers)))
+            raise
         return replace(
             intent,
-            frozen=any(freezer.thaw_error for freezer in freezers),
+            frozen=_any_unthawed(freezers),
             frozen_ms=sum(freezer.frozen_ms for freezer in freezers),
             consistency=CRASH if reason else FILESYSTEM,
             consistency_reason=reason,
@@ -352,6 +358,11 @@ def finish_image(path: str, disk: Growing, checksum: bool, held: int | None = No
     # Without such an fd, only the disk itself can tell that everything has arrived.
     digest = sha256(path) if checksum or held is None else None
     return replace(disk.image, bytes=status.st_size, sha256=digest if checksum else None)
+
+
+def _any_unthawed(freezers: Iterable[_guard.Freezer]) -> bool:
+    """Whether a guest that was frozen has not been seen thawed."""
+    return any(freezer.thaw_error for freezer in freezers)
 
 
 def bitmap_prefix(repository: Repository) -> str:

@@ -21,7 +21,13 @@ from typing import TYPE_CHECKING
 
 from ansible_collections.vmfleet.backup.plugins.module_utils import _chain, _guard, _jobs, _plan, _probe, _survey
 from ansible_collections.vmfleet.backup.plugins.module_utils._attempt import Maker, bitmap_prefix, boottime, utc_now
-from ansible_collections.vmfleet.backup.plugins.module_utils._documents import DiskImage, Failure, Intent, Manifest
+from ansible_collections.vmfleet.backup.plugins.module_utils._documents import (
+    PREPARING,
+    DiskImage,
+    Failure,
+    Intent,
+    Manifest,
+)
 from ansible_collections.vmfleet.backup.plugins.module_utils._errors import (
     AgentError,
     BackupError,
@@ -275,7 +281,17 @@ class Engine:
         if intent.attempt in work.safe:
             # All its jobs have ended well and its images are flushed: whatever QEMU does now, the set is good.
             return _plan.Verdict(_plan.COPIED)
+        if self._lacks_freeze(work, intent, shelf) and verdict.state in (_plan.RUNNING, _plan.COPIED):
+            return _plan.Verdict(_plan.INTERRUPTED)
         return verdict
+
+    def _lacks_freeze(self, work: _Work, intent: Intent, shelf: Shelf) -> bool:
+        """Whether nobody can tell that the guest was frozen when the jobs of an attempt started, and it has to be.
+
+        The process that started them was killed at that very moment. Little is lost, as the set has hardly begun.
+        """
+        unknown = intent.phase == PREPARING and intent.agent and intent.attempt not in shelf.described
+        return bool(unknown) and work.request.quiesce == _plan.REQUIRE and intent.id == self.plan.id
 
     # What needs no hand
 
