@@ -251,7 +251,8 @@ async def draw_up(
                 return VmPlan(named.name, named.monitor, _plan.FAIL, str(error))
             facts = with_damage(with_dead(facts, shelf.intents, terms.hypervisor), repository, shelf.sets)
             decision = _plan.decide(named, facts, shelf, terms)
-            if decision.plan.action not in (_plan.START, _plan.FINISH):
+            if not decision.links:
+                # Nothing is to be started, or the VM is off, and only what was begun is to be brought to its end.
                 return decision.plan
             expected = await measure(decision.choice.disks, decision.links)
             disks = tuple(replace(disk, bytes=expected[disk.name]) for disk in decision.plan.disks)

@@ -429,6 +429,18 @@ def test_no_more_than_max_vms_copy_at_a_time(vms: Vms, sets: Sets) -> None:
     assert [vm["state"] for vm in result["vms"]] == ["published"] * 3
 
 
+def test_an_older_set_of_a_vm_that_has_gone_off_since(vms: Vms, sets: Sets) -> None:
+    vm = vms.start(name="web01")
+    sets.start(vm, id="monday")
+    vm.kill()
+    named = [{"name": "web01", "monitor": str(vm.monitor)}]
+    planned = sets.plan(vms=named, id="tuesday")["plan"]
+    assert planned["vms"][0]["action"] == "finish"
+    result = fail("backup_set", {"plan": planned})
+    assert "the VM is off" in result_of(result, "web01")["error"]
+    sets.assert_absent("web01", "monday")
+
+
 def test_an_older_set_comes_first(vm: Qemu, directory: Path, sets: Sets) -> None:
     copies = frozen(vm, directory)
     sets.start(vm, id="monday")

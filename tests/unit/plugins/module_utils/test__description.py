@@ -11,6 +11,7 @@ import json
 import os
 import re
 import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._description import
 from ansible_collections.vmfleet.backup.plugins.module_utils._documents import COLLECTION_VERSION
 from ansible_collections.vmfleet.backup.plugins.module_utils._errors import MonitorGone
 from ansible_collections.vmfleet.backup.plugins.module_utils._qmp import Process
+from ansible_collections.vmfleet.backup.tests.harness.qemu import wait_until
 from ansible_collections.vmfleet.backup.tests.unit.plugins.doubles import (
     SIZE,
     UUID,
@@ -321,6 +323,8 @@ def test_command_line_of_the_process() -> None:
     # The last argument is empty, the one before it is no UTF-8.
     command = ["/bin/cat", "-", os.fsdecode(b"\xff"), ""]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as cat:
+        # For a moment after exec(3) the kernel does not tell it yet.
+        wait_until(Path(f"/proc/{cat.pid}/cmdline").read_bytes, "the command line of cat")
         found = describe(FakeMonitor(Q35), process=Process.of(cat.pid))
     assert found["command_line"] == command
     assert json.loads(json.dumps(found)) == found

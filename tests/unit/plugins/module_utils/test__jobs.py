@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -291,6 +292,18 @@ def test_only_fdsets_of_ours_are_removed() -> None:
     fake = FakeMonitor()
     asyncio.run(remove_fdsets(monitor(fake), found, "vmfleet:db:aa:"))
     assert fake.sent == [("remove-fd", {"fdset-id": 1})]
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_an_fdset_that_has_gone_by_itself_is_none_to_remove(there: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def refuse(_fdset: int) -> None:
+        raise refusal("not found", "remove-fd")
+
+    fake = FakeMonitor({"query-fdsets": [{"fdset-id": 1}] if there else []})
+    monkeypatch.setattr(fake, "remove_fdset", refuse)
+    found = vm(fdsets={1: ("vmfleet:db:aa:0",)})
+    with pytest.raises(CommandError) if there else contextlib.nullcontext():
+        asyncio.run(remove_fdsets(monitor(fake), found, "vmfleet:db:aa:"))
 
 
 @pytest.mark.parametrize(("status", "commands"), [("io-error", ["cont"]), ("running", []), ("paused", [])])

@@ -188,7 +188,8 @@ def test_directory_that_cannot_be_written_to_is_none_that_hangs(
 def test_directory_above_one_that_is_missing_is_asked(
     path: str, hung: HungFileSystem, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_probe, "TIMEOUT", AT_ONCE)
+    # Long enough for the directories that are missing, each of which is asked for by a process of its own.
+    monkeypatch.setattr(_probe, "TIMEOUT", 5)
     missing = path + "/missing/repository"
     statvfs = os.statvfs
 

@@ -14,6 +14,7 @@ import os
 import stat
 import threading
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -353,17 +354,14 @@ class TestWriteback:
         """What the kernel was asked for; it is at it until `done` is set."""
         calls: list[list[int]] = []
 
-        class Library:
-            def __init__(self, *_args: Any) -> None:
-                pass
+        done = self.done = threading.Event()
 
-            def sync_file_range(_self, *arguments: Any) -> int:  # noqa: N805
-                calls.append([argument.value for argument in arguments])
-                self.done.wait(30)
-                return 0
+        def sync_file_range(*arguments: Any) -> int:
+            calls.append([argument.value for argument in arguments])
+            done.wait(30)
+            return 0
 
-        self.done = threading.Event()
-        monkeypatch.setattr(ctypes, "CDLL", Library)
+        monkeypatch.setattr(ctypes, "CDLL", lambda _name: SimpleNamespace(sync_file_range=sync_file_range))
         return calls
 
     @staticmethod
