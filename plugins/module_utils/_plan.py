@@ -347,7 +347,11 @@ def _being_made(intent: Intent, facts: Facts, terms: Terms) -> tuple[str, str, s
     """Action, reason, and why the intent is to be removed."""
     foreign = _foreign(intent, facts, terms.hypervisor)
     if foreign and not terms.takeover:
-        return FAIL, f"{foreign}. If nobody makes it any more, takeover: true removes what is there of it", ""
+        return (
+            FAIL,
+            f"{foreign}; let it end. If nobody makes it any more, takeover: true removes what is there of it",
+            "",
+        )
     if foreign:
         return FINISH, f"{foreign}; it is taken over", f"taken over by hypervisor {terms.hypervisor.name}"
     if intent.id != terms.id and terms.supersede:
@@ -478,7 +482,7 @@ def _foreign(intent: Intent, facts: Facts, hypervisor: Hypervisor) -> str:
     if maker.machine_id != hypervisor.machine_id:
         return (
             f"set {intent.id} is being made by hypervisor {maker.name} (machine-id {maker.machine_id}) since"
-            f" {intent.started}; let it end there"
+            f" {intent.started}"
         )
     vm = facts.vm
     if vm is None or intent.attempt in facts.dead:

@@ -161,6 +161,7 @@ def _remove(repository: Repository, vm: str, order: Order, doomed: set[str]) -> 
         if manifest.id in fates and not fates[manifest.id].keep:
             repository.remove_set(vm, manifest.id)
     _remove_stale_marks(repository, held)
+    _forget_failures(repository, held)
     return {fate.id: fate for fate in fates.values() if fate.keep}
 
 
@@ -168,6 +169,14 @@ def _remove_stale_marks(repository: Repository, held: Holdings) -> None:
     said: list[Protection | Verification] = [*held.marks.protections, *held.marks.verifications]
     gone = [mark for mark in said if not os.path.lexists(repository.set_path(held.name, mark.id))]
     remove_marks(repository, held.name, [*gone, *(pin for pin in held.marks.pins if not is_read(pin))])
+
+
+def _forget_failures(repository: Repository, held: Holdings) -> None:
+    """Forget the attempts that failed before the VM's newest set was begun: their runs have long ended."""
+    newest = held.shelf.sets[-1].started if held.shelf.sets else ""
+    for failure in held.shelf.failures:
+        if failure.ended < newest:
+            _target.remove(repository.failure_path(held.name, failure.id))
 
 
 # Increments that become full

@@ -119,9 +119,11 @@ def _by_rules(good: Sequence[Manifest], rules: Rules) -> Iterator[tuple[Manifest
             yield manifest, f"{period} {when}"
     if rules.within and good:
         span = timedelta(seconds=rules.within)
+        # A part of a day that is none is not told.
+        told = str(span).replace(", 0:00:00", "")
         for manifest in good:
             if _time(manifest) >= _time(good[0]) - span:
-                yield manifest, f"within {span} before set {good[0].id}"
+                yield manifest, f"within {told} before set {good[0].id}"
 
 
 def _newest_of_each(good: Iterable[Manifest], form: str, count: int) -> list[tuple[Manifest, str]]:

@@ -246,7 +246,7 @@ async def main_task(module: AnsibleModule) -> dict[str, Any]:
     asked = rules(params)
     if params["consolidate"]:
         require_qemu_img()
-    await probe_if_there(params["repository"])
+    await probe_if_there(params["repository"], writing=not module.check_mode)
     repository = open_repository(params["repository"])
     check_writable(repository.path)
     order = Order(

@@ -260,7 +260,7 @@ async def main_task(module: AnsibleModule) -> dict[str, Any]:
     params = module.params
     require_qemu_img()
     check_absolute("repository", params["repository"])
-    await probe_if_there(params["repository"])
+    await probe_if_there(params["repository"], writing=not module.check_mode)
     repository = open_repository(params["repository"])
     held = holdings(repository, params["vm"])
     if params["state"] == "absent":

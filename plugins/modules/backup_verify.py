@@ -253,7 +253,7 @@ async def main_task(module: AnsibleModule) -> dict[str, Any]:
     if depth in (IMAGE, BOOT):
         require_qemu_img()
     order = Order(depth, boot_wish(params) if depth == BOOT else None, module.check_mode)
-    await probe_if_there(params["repository"])
+    await probe_if_there(params["repository"], writing=not module.check_mode)
     repository = open_repository(params["repository"])
     names = vms(repository, params["names"])
     if not names:
