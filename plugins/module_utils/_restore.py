@@ -344,10 +344,19 @@ def _take_name(repository: Repository, piece: Piece, replaces: tuple[int, int]) 
 
 async def _convert(repository: Repository, piece: Piece, path: str) -> None:
     source = _path(repository, piece)
-    device = piece.block_device
-    await _qemu_img.run(
-        _qemu_img.convert_command(source, path, piece.image.format, piece.format, device), timeout=CONVERT_TIMEOUT
-    )
+    command = _qemu_img.convert_command(source, path, piece.image.format, piece.format, piece.block_device)
+    if _target.Target(path, piece.format, piece.image.virtual_size).direct and _takes_direct(path):
+        # All of it is to be on stable storage in the end: the page cache would be a detour, and others need it.
+        command[2:2] = ["-t", "none"]
+    await _qemu_img.run(command, timeout=CONVERT_TIMEOUT)
+
+
+def _takes_direct(path: str) -> bool:
+    try:
+        os.close(os.open(path, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC))
+    except OSError:
+        return False
+    return True
 
 
 async def _lay_over(repository: Repository, piece: Piece, path: str) -> None:
@@ -453,28 +462,48 @@ def overlays(repository: Repository, held: Holdings, directory: str) -> list[str
     return sorted(path for path in found if not path.endswith(PARTIAL))
 
 
-async def forget(repository: Repository, held: Holdings, targets: Sequence[str], check_mode: bool) -> list[str]:
-    """Remove overlays of a VM that were made here, with their pins; returns the paths of those that were there."""
+async def forget(
+    repository: Repository, held: Holdings, targets: Sequence[str], check_mode: bool
+) -> tuple[list[str], list[str]]:
+    """Remove overlays of a VM that were made here, with their pins; returns the paths of those that were there.
+
+    One that reads nothing from its set any more is somebody's disk by now: it stays, without its pin, and its path is
+    among the second.
+    """
     mine = [pin for pin in held.marks.pins if pin.machine_id == machine_id()]
-    gone = []
+    gone: list[str] = []
+    independent: list[str] = []
     for path in targets:
         receipt: Restoration | None = read_document(path + RECEIPT, Restoration)
-        if os.path.lexists(path) and (receipt is None or receipt.method != OVERLAY):
+        there = os.path.lexists(path)
+        if there and (receipt is None or receipt.method != OVERLAY):
             raise Refused("target", f"{path} is no overlay that was made by a restore; remove it by hand")
-        if os.path.lexists(path):
+        if there and await _is_independent(path):
+            independent.append(path)
+            continue
+        if there:
             _check_unused(path)
         names = {path, path + PARTIAL}
         if any(os.path.lexists(name) for name in names) or any(pin.path in names for pin in mine):
             gone.append(path)
     if not check_mode:
         for path in gone:
-            await _remove_overlay(repository, held.name, path, mine)
-    return gone
+            await _let_go(repository, held.name, path, mine, ("", PARTIAL, RECEIPT, RECEIPT + UNFINISHED))
+        for path in independent:
+            await _let_go(repository, held.name, path, mine, (RECEIPT, RECEIPT + UNFINISHED))
+    return gone, independent
 
 
-async def _remove_overlay(repository: Repository, vm: str, path: str, pins: Sequence[Pin]) -> None:
+async def _is_independent(path: str) -> bool:
+    """Whether an overlay was rebased or streamed, so that all of its content is its own."""
+    found = await _qemu_img.run_json(_qemu_img.info_command(path, "qcow2", shared=True))
+    return "backing-filename" not in found
+
+
+async def _let_go(repository: Repository, vm: str, path: str, pins: Sequence[Pin], ends: Iterable[str]) -> None:
+    """Remove what stands at and beside an overlay's path, and its pins."""
     async with _alone(path):
-        for end in ("", PARTIAL, RECEIPT, RECEIPT + UNFINISHED):
+        for end in ends:
             _target.remove(path + end)
         if os.path.isdir(os.path.dirname(path)):
             _target.sync_directory(os.path.dirname(path))

@@ -92,7 +92,9 @@ options:
     type: bool
     default: true
   state:
-    description: V(absent) removes overlays that were made here, and says that their sets are not in use any more.
+    description:
+      - V(absent) removes overlays that were made here, and says that their sets are not in use any more.
+      - An overlay that was made independent stays. Only its set is let go.
     type: str
     choices: [present, absent]
     default: present
@@ -175,6 +177,11 @@ id:
   type: str
 removed:
   description: The overlays that were removed.
+  returned: with O(state=absent)
+  type: list
+  elements: str
+independent:
+  description: The images that were overlays and were kept, because they read nothing from their sets any more.
   returned: with O(state=absent)
   type: list
   elements: str
@@ -268,8 +275,8 @@ async def main_task(module: AnsibleModule) -> dict[str, Any]:
         targets = (
             overlays(repository, held, params["directory"]) if given is None else [disk["target"] for disk in given]
         )
-        removed = await forget(repository, held, targets, module.check_mode)
-        return {"changed": bool(removed), "removed": removed}
+        removed, independent = await forget(repository, held, targets, module.check_mode)
+        return {"changed": bool(removed or independent), "removed": removed, "independent": independent}
     manifest = held.find(params["id"] or "", before(params))
     order = Order(params["overwrite"], params["checksum"], module.check_mode)
     restored, warnings = await restore(repository, held, pieces(params, held, manifest), order)

@@ -18,6 +18,7 @@ import typing as t
 import pytest
 
 from ansible_collections.vmfleet.backup.tests.harness.backup import snapshot
+from ansible_collections.vmfleet.backup.tests.harness.history import History
 from ansible_collections.vmfleet.backup.tests.harness.images import MIB, create, identical, info, qemu_img, write
 from ansible_collections.vmfleet.backup.tests.harness.library import (
     NAME,
@@ -143,6 +144,17 @@ class TestContent:
         # Half of the disk was never written to.
         for path in (raw, image):
             assert path.stat().st_blocks * 512 <= SIZE // 2 + MIB
+
+    @pytest.mark.parametrize("fmt", ["qcow2", "raw"])
+    def test_a_disk_of_an_odd_size(self, vms: Vms, directory: Path, where: Path, fmt: str) -> None:
+        vm = vms.start(vms.disk(0, size=SIZE + 512), name=NAME)
+        library = Library(directory / "repository")
+        history = History(vm, library, directory)
+        vm.write("drive0", 0xEE, SIZE, 512)
+        history.back_up("s1")
+        library.restore(disks=one_disk(where / "d", format=fmt))
+        assert identical(history.copies("s1")["drive0"], where / "d", other_format=fmt)
+        assert info(where / "d")["virtual-size"] == SIZE + 512
 
     def test_case_50_a_chain_of_more_than_ten(self, vms: Vms, directory: Path, where: Path) -> None:
         chain = Chain(vms, directory, sets=1)
@@ -573,6 +585,19 @@ class TestOverlays:
         # Not ours to take.
         assert not library.restore(state="absent", disks=one_disk(where / "nosuch"))["changed"]
         assert len(pins(library)) == 1
+
+    def test_absent_keeps_what_has_become_independent(self, living: Chain, where: Path) -> None:
+        library = living.library
+        look = where / "look"
+        library.restore(id="s1", method="overlay", disks=one_disk(look))
+        qemu_img("rebase", "-f", "qcow2", "-b", "", look)
+        given: dict[str, t.Any] = {"state": "absent", "disks": one_disk(look)}
+        for check in (True, False):
+            said = library.restore(check=check, **given)
+            assert (said["removed"], said["independent"]) == ([], [str(look)])
+        assert pins(library) == []
+        assert [path.name for path in where.iterdir()] == ["look"]
+        assert identical(look, library.images(NAME, "s1")["drive0"])
 
     def test_absent_finds_them_whatever_sets_there_are_now(self, living: Chain, where: Path) -> None:
         library = living.library
