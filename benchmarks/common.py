@@ -56,6 +56,7 @@ def options(description: str | None) -> argparse.Namespace:
     parser.add_argument("--pairs", type=int, default=5, help="copy: how often each opponent is met")
     parser.add_argument("--gib", type=float, default=4, help="copy: data on the disk")
     parser.add_argument("--vms", type=int, default=200, help="control: VMs, of 30 MiB of memory each")
+    parser.add_argument("--sets", type=int, default=10_000, help="info: sets in the repository")
     return parser.parse_args()
 
 

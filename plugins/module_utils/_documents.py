@@ -343,5 +343,8 @@ def _check_schema(found: Any) -> None:
 
 def _build(cls: type[T], found: dict[str, Any]) -> T:
     """An object of C(cls); fields that a later release has added to the same schema are left out."""
-    names = {entry.name for entry in fields(cls)}  # type: ignore[arg-type]
-    return cls(**{name: value for name, value in found.items() if name in names})
+    try:
+        return cls(**found)
+    except TypeError:
+        names = {entry.name for entry in fields(cls)}  # type: ignore[arg-type]
+        return cls(**{name: value for name, value in found.items() if name in names})

@@ -436,8 +436,9 @@ def _probe_lock(path: str) -> None:
 def read_document(path: str, kind: Any) -> Any:
     """A document; None where there is none, or one that is not whole. A newer schema is never skipped over."""
     try:
-        with open(path, encoding="utf-8") as source:
-            return kind.parse(json.load(source))
+        # Thousands are read at a time: neither a buffer nor a decoder is worth its while for one small file.
+        with open(path, "rb", buffering=0) as source:
+            return kind.parse(json.loads(source.readall()))
     except NewerSchema as error:
         raise BackupError(f"{path}: {error}") from error
     except (FileNotFoundError, NotADirectoryError, ValueError):
