@@ -20,7 +20,7 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._names import vm_di
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository import FAILED, HARMLESS
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
     from ansible_collections.vmfleet.backup.plugins.module_utils._documents import (
         DiskImage,
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 GROWING = ".consolidating"
 """What the name of a hidden file ends with in which an increment becomes a full image."""
 
-DEPTHS = ("manifest", "checksum", "image", "boot")
+SURFACE, CHECKSUM, IMAGE, BOOT = DEPTHS = ("manifest", "checksum", "image", "boot")
 """How deep a verification looks. That a guest does not start says nothing of the sets that build on its own."""
 
 
@@ -57,24 +57,8 @@ class Holdings:
 
     @property
     def failed_sets(self) -> dict[str, str]:
-        """Why sets are not to be relied on, by id: they have failed their verification, or one below them has.
-
-        What a set itself was found to be since then, by a look as deep, outweighs what is below it.
-        """
-        reasons: dict[str, str] = {}
-        suspects: dict[str, Verification] = {}
-        for manifest in self.shelf.sets:
-            own = self.marks.verification(manifest)
-            below = (suspects.get(disk.parent.id) for disk in manifest.disks if disk.parent)
-            suspect = next((found for found in below if found and not (own and _outweighs(own, found))), None)
-            if suspect:
-                reasons[manifest.id] = f"set {suspect.id} below it has failed its verification: {suspect.errors[0]}"
-            if own and not own.ok:
-                reasons[manifest.id] = own.errors[0]
-                suspect = suspect if own.depth == DEPTHS[-1] else own
-            if suspect:
-                suspects[manifest.id] = suspect
-        return reasons
+        """Why sets are not to be relied on, by id."""
+        return failed_sets(self.shelf.sets, self.marks)
 
     def find(self, set_id: str = "", before: datetime | None = None) -> Manifest:
         """The set with this id, or the newest one, or the newest that was begun no later than C(before)."""
@@ -99,6 +83,27 @@ class Holdings:
 
     def _ids(self) -> str:
         return ", ".join(one.id for one in self.shelf.sets) or "none"
+
+
+def failed_sets(sets: Iterable[Manifest], marks: Marks) -> dict[str, str]:
+    """Why sets are not to be relied on, by id: they have failed their verification, or one below them has.
+
+    What a set itself was found to be since then, by a look as deep, outweighs what is below it.
+    """
+    reasons: dict[str, str] = {}
+    suspects: dict[str, Verification] = {}
+    for manifest in sets:
+        own = marks.verification(manifest)
+        below = (suspects.get(disk.parent.id) for disk in manifest.disks if disk.parent)
+        suspect = next((found for found in below if found and not (own and _outweighs(own, found))), None)
+        if suspect:
+            reasons[manifest.id] = f"set {suspect.id} below it has failed its verification: {suspect.errors[0]}"
+        if own and not own.ok:
+            reasons[manifest.id] = own.errors[0]
+            suspect = suspect if own.depth == BOOT else own
+        if suspect:
+            suspects[manifest.id] = suspect
+    return reasons
 
 
 def _outweighs(own: Verification, below: Verification) -> bool:

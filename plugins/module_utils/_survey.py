@@ -23,6 +23,8 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._chain import FULL,
 from ansible_collections.vmfleet.backup.plugins.module_utils._documents import Hypervisor
 from ansible_collections.vmfleet.backup.plugins.module_utils._errors import BackupError, MonitorGone, Refused, ToolError
 from ansible_collections.vmfleet.backup.plugins.module_utils._inspect import inspect_vm, machine_id, query_jobs
+from ansible_collections.vmfleet.backup.plugins.module_utils._library import BOOT, failed_sets
+from ansible_collections.vmfleet.backup.plugins.module_utils._marks import read_marks
 from ansible_collections.vmfleet.backup.plugins.module_utils._plan import Facts, Plan, Request, Space, VmPlan
 from ansible_collections.vmfleet.backup.plugins.module_utils._qmp import Monitor, Process, parse_address
 
@@ -124,15 +126,21 @@ async def _inspect(monitor: Monitor, name: str) -> Vm:
 
 
 def with_damage(facts: Facts, repository: Repository, sets: Sequence[Manifest]) -> Facts:
-    """The facts with what is wrong with the files of the images that this VM's next ones may build on."""
+    """The facts with what is wrong with the images that this VM's next ones may build on."""
     if facts.vm is None or not sets:
         return facts
     found = {}
+    marks = read_marks(repository, sets[-1].vm.name)
+    # That a guest did not start says nothing of what its disks' images hold.
+    looks = tuple(mark for mark in marks.verifications if mark.ok or mark.depth != BOOT)
+    failed = failed_sets(sets, replace(marks, verifications=looks))
     fulls = {disk.name: manifest for manifest in sets for disk in manifest.disks if disk.level == FULL}
     for disk in facts.vm.disks:
         for base in (sets[-1], fulls.get(disk.name, sets[-1])):
             steps, _broken = walk(sets, base, disk.name)
             wrong = next(filter(None, (repository.damage(manifest, image) for manifest, image in steps)), "")
+            if not wrong and base.id in failed:
+                wrong = f"set {base.id} has failed its verification: {failed[base.id]}"
             if wrong:
                 found[(base.id, disk.name)] = wrong
     return replace(facts, damage=found)

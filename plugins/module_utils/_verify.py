@@ -23,7 +23,15 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._checksum import ch
 from ansible_collections.vmfleet.backup.plugins.module_utils._documents import SCHEMA, Pin, Verification
 from ansible_collections.vmfleet.backup.plugins.module_utils._errors import BackupError, ToolError
 from ansible_collections.vmfleet.backup.plugins.module_utils._inspect import machine_id
-from ansible_collections.vmfleet.backup.plugins.module_utils._library import DEPTHS, holdings, vm_names
+from ansible_collections.vmfleet.backup.plugins.module_utils._library import (
+    BOOT,
+    CHECKSUM,
+    DEPTHS,
+    IMAGE,
+    SURFACE,
+    holdings,
+    vm_names,
+)
 from ansible_collections.vmfleet.backup.plugins.module_utils._marks import remove_marks, write_mark
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository import (
     DESCRIPTION,
@@ -44,7 +52,6 @@ if TYPE_CHECKING:
     Key = tuple[str, str]
 
 # Each looks at all that those before it look at.
-SURFACE, CHECKSUM, IMAGE, BOOT = DEPTHS
 
 READING_TIMEOUT = 7 * 24 * 3600.0
 """Seconds for reading an image to its end: no sensible one takes as long."""

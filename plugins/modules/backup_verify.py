@@ -191,14 +191,12 @@ from ansible.module_utils.basic import AnsibleModule
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._boot import Wish, find_qemu
 from ansible_collections.vmfleet.backup.plugins.module_utils._errors import BackupError, Refused, run_module
-from ansible_collections.vmfleet.backup.plugins.module_utils._library import DEPTHS
+from ansible_collections.vmfleet.backup.plugins.module_utils._library import BOOT, DEPTHS, IMAGE
 from ansible_collections.vmfleet.backup.plugins.module_utils._names import check_set_id
 from ansible_collections.vmfleet.backup.plugins.module_utils._probe import probe_if_there
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository import open_repository
 from ansible_collections.vmfleet.backup.plugins.module_utils._survey import require_qemu_img
 from ansible_collections.vmfleet.backup.plugins.module_utils._verify import (
-    BOOT,
-    IMAGE,
     Order,
     has_sets,
     known_vms,

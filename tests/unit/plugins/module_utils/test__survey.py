@@ -22,9 +22,11 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._documents import (
     Intent,
     Manifest,
     Parent,
+    Verification,
     VmName,
 )
 from ansible_collections.vmfleet.backup.plugins.module_utils._inspect import Disk, Vm
+from ansible_collections.vmfleet.backup.plugins.module_utils._marks import write_mark
 from ansible_collections.vmfleet.backup.plugins.module_utils._plan import Facts, Policy, Request
 from ansible_collections.vmfleet.backup.plugins.module_utils._qmp import Process
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository import Repository, create_repository
@@ -202,6 +204,14 @@ class TestDamage:
     ) -> None:
         said = self.remove(chain, *victim)
         assert self.found(chain, "vda", "vdb") == dict.fromkeys(spoiled, said)
+
+    def test_a_failed_verification_counts(self, chain: Repository) -> None:
+        attempt = chain.shelf("web01").sets[-1].attempt
+        write_mark(chain, "web01", Verification("s4", attempt, "checksum", "2026-11-22T00:00:00Z", ("flipped",)))
+        said = "set s4 has failed its verification: flipped"
+        assert self.found(chain, "vda", "vdb") == {("s4", "vda"): said, ("s4", "vdb"): said}
+        write_mark(chain, "web01", Verification("s4", attempt, "boot", "2026-11-22T00:00:00Z", ("no sign of life",)))
+        assert self.found(chain, "vda", "vdb") == {}
 
     def test_of_disks_that_the_vm_has_no_more_does_not_matter(self, chain: Repository) -> None:
         self.remove(chain, "s4", "vdb")
