@@ -226,7 +226,7 @@ class DriveBackup:
             if copy.job and copy.drive.speed not in (0, copy.job.speed):
                 self.changed = True
                 if not self.request.check_mode:
-                    await monitor.execute("block-job-set-speed", {"device": copy.job_id, "speed": copy.drive.speed})
+                    await _jobs.set_speed(monitor, copy.job_id, copy.drive.speed)
         results = [copy.result() for copy in copies]
         if self.request.state == "started":
             return results, ""

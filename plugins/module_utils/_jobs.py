@@ -171,6 +171,15 @@ async def _has_cbw_error(monitor: Monitor) -> bool:
     return any(member["name"] == "on-cbw-error" for member in arguments["members"])
 
 
+async def set_speed(monitor: Monitor, job_id: str, speed: int) -> None:
+    """Limit a job to C(speed) bytes/s, 0 for no limit; one that has ended meanwhile needs none."""
+    try:
+        await monitor.execute("block-job-set-speed", {"device": job_id, "speed": speed})
+    except CommandError:
+        if any(job.id == job_id and not job.ended for job in await query_jobs(monitor)):
+            raise
+
+
 async def cancel_jobs(monitor: Monitor, job_ids: Iterable[str]) -> tuple[Job, ...]:
     """Cancel these jobs and wait for a moment until they have ended; returns those that have not."""
     wanted = set(job_ids)

@@ -11,7 +11,14 @@ import typing as t
 
 import pytest
 
-from ansible_collections.vmfleet.backup.tests.harness.backup import arguments, backup, sent, snapshot, start_slowly
+from ansible_collections.vmfleet.backup.tests.harness.backup import (
+    arguments,
+    backup,
+    sent,
+    snapshot,
+    start_slowly,
+    wait_concluded,
+)
 from ansible_collections.vmfleet.backup.tests.harness.images import MIB, create, patterned
 from ansible_collections.vmfleet.backup.tests.harness.modules import fail
 from ansible_collections.vmfleet.backup.tests.harness.qemu import Disk
@@ -252,6 +259,7 @@ def test_job_id_that_is_taken(vm: Qemu, directory: Path, target: Path) -> None:
         job_id="alien",
         auto_dismiss=False,
     )
+    wait_concluded(vm)
     refuse(vm, target.parent, "job_id", arguments(vm, target, job_id="alien"))
     vm.qmp.execute("job-dismiss", id="alien")
 

@@ -27,6 +27,7 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._jobs import (
     remove_bitmaps,
     remove_fdsets,
     resume,
+    set_speed,
     start_backups,
 )
 from ansible_collections.vmfleet.backup.plugins.module_utils._target import Target
@@ -304,6 +305,13 @@ def test_an_fdset_that_has_gone_by_itself_is_none_to_remove(there: bool, monkeyp
     found = vm(fdsets={1: ("vmfleet:db:aa:0",)})
     with pytest.raises(CommandError) if there else contextlib.nullcontext():
         asyncio.run(remove_fdsets(monitor(fake), found, "vmfleet:db:aa:"))
+
+
+@pytest.mark.parametrize("status", ["running", "concluded"])
+def test_speed_of_a_job_that_ends_meanwhile(status: str) -> None:
+    fake = FakeMonitor({"block-job-set-speed": refusal("cannot accept"), **jobs(block_job("j0", status=status))})
+    with pytest.raises(CommandError) if status == "running" else contextlib.nullcontext():
+        asyncio.run(set_speed(monitor(fake), "j0", 5))
 
 
 @pytest.mark.parametrize(("status", "commands"), [("io-error", ["cont"]), ("running", []), ("paused", [])])
