@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from ansible_collections.vmfleet.backup.plugins.module_utils import _boot, _qemu_img
@@ -79,7 +79,7 @@ class Finding:
     """What is found of one disk of a set; of the set as a whole where C(disk) is empty.
 
     C(depth) is how deep the look went: where there is an error, to it. C(guilty) is false of an error that says nothing
-    about the set, such as that there is no room for a throwaway VM.
+    about the set that is not said elsewhere, such as that there is no room for a throwaway VM.
     """
 
     vm: str
@@ -117,27 +117,31 @@ class Finding:
 class Look:
     """One look at one set. C(chains) are the images of the disks that are good so far, each one's own first.
 
-    C(findings) are what was found wrong, by disk; C(damaged) the images that are, by set id and disk.
+    C(findings) are what was found wrong, by disk; C(damaged) the same of images, by set id and disk.
     """
 
     held: Holdings
     manifest: Manifest
     chains: dict[str, list[Step]] = field(default_factory=dict)
     findings: dict[str, Finding] = field(default_factory=dict)
-    damaged: dict[Key, str] = field(default_factory=dict)
+    damaged: dict[Key, Finding] = field(default_factory=dict)
 
-    def fail(self, disk: str, depth: str, error: str) -> None:
+    def fail(self, disk: str, depth: str, error: str, **more: Any) -> None:
         """Note what is wrong; a broken disk is not looked at any deeper."""
-        self.findings[disk] = Finding(self.held.name, self.manifest.id, disk, depth, error)
+        self.findings[disk] = Finding(self.held.name, self.manifest.id, disk, depth, error, **more)
         self.chains.pop(disk, None)
 
     def images(self) -> dict[Key, Step]:
         """The images of all good chains, each once."""
         return {(step[0].id, step[1].name): step for steps in self.chains.values() for step in steps}
 
+    def guilty(self) -> list[Finding]:
+        """What is wrong with the set."""
+        return [finding for finding in self.findings.values() if finding.guilty]
+
     def note_damage(self, depth: str, damaged: dict[Key, str]) -> None:
         """Fail the disks that need one of these images."""
-        self.damaged.update(damaged)
+        self.damaged.update({key: Finding(self.held.name, *key, depth, error) for key, error in damaged.items()})
         for disk, steps in list(self.chains.items()):
             keys = [(manifest.id, image.name) for manifest, image in steps]
             reasons = [damaged[key] for key in keys if key in damaged]
@@ -368,10 +372,13 @@ class _Verifier:
     async def _check_boot(self, look: Look, wish: _boot.Wish) -> None:
         broken = [image.name for image in look.manifest.disks if image.name not in look.chains]
         if broken or "" in look.findings:
-            # The set's own faults stay to be seen.
             reason = "not started, since {} not good".format("disk " + broken[0] + " is" if broken else "the set is")
-            before = look.findings.get("", Finding("", "", "", BOOT)).error
-            look.fail("", BOOT, f"{before}; {reason}" if before else reason)
+            before = look.findings.get("")
+            if before:
+                # The set's own faults stay to be seen.
+                look.fail("", before.depth, f"{before.error}; {reason}")
+            else:
+                look.fail("", BOOT, reason, guilty=False)
             return
         try:
             async with self._boots:
@@ -379,8 +386,7 @@ class _Verifier:
         except (BackupError, OSError) as error:
             ending = _boot.Ending(str(error), guilty=False)
         if ending.error:
-            look.fail("", BOOT, ending.error)
-            look.findings[""] = replace(look.findings[""], console=ending.console, guilty=ending.guilty)
+            look.fail("", BOOT, ending.error, console=ending.console, guilty=ending.guilty)
 
     async def _start(self, look: Look, wish: _boot.Wish) -> _boot.Ending:
         _boot.clear_places(wish.tmpdir)
@@ -417,16 +423,21 @@ class _Verifier:
 
     async def _record(self, look: Look) -> None:
         """Say beside the sets how it went."""
-        outcomes = {manifest.id: (manifest, errors) for manifest, errors in _damaged_sets(look)}
-        outcomes[look.manifest.id] = (look.manifest, _errors(look))
-        depth, when = self._reached(look), utc_now()
-        marks = [Verification(one.id, one.attempt, depth, when, errors) for one, errors in outcomes.values()]
+        outcomes = {manifest.id: (manifest, found) for manifest, found in _damaged_sets(look)}
+        outcomes[look.manifest.id] = (look.manifest, look.guilty())
+        when = utc_now()
+        marks = [
+            Verification(one.id, one.attempt, self._reached(look, found), when, tuple(each.text for each in found))
+            for one, found in outcomes.values()
+        ]
         await self._tell(look, marks, "nobody is told how this verification ended")
 
-    def _reached(self, look: Look) -> str:
-        """How deep the look went, if not as deep as it should for reasons that are not the set's."""
-        innocent = "" in look.findings and not look.findings[""].guilty
-        return IMAGE if innocent else self.order.depth
+    def _reached(self, look: Look, found: Sequence[Finding]) -> str:
+        """How deep one has to look to see what was found, all of it. Without any, how deep the look went."""
+        if found:
+            return max((finding.depth for finding in found), key=DEPTHS.index)
+        # For reasons that are not the set's, it may not have gone as deep as it should.
+        return IMAGE if "" in look.findings else self.order.depth
 
     async def _tell(self, look: Look, marks: Sequence[Verification | Pin], otherwise: str) -> bool:
         """Write marks; a repository that cannot be written to is read all the same, and that is warned of."""
@@ -461,17 +472,13 @@ class _Verifier:
         return manifest.attempt == mark.attempt
 
 
-def _errors(look: Look) -> tuple[str, ...]:
-    return tuple(finding.text for finding in look.findings.values() if finding.guilty)
-
-
-def _damaged_sets(look: Look) -> Iterator[tuple[Manifest, tuple[str, ...]]]:
+def _damaged_sets(look: Look) -> Iterator[tuple[Manifest, list[Finding]]]:
     """The sets that damaged images belong to, and what is wrong with these."""
     for manifest in look.held.shelf.sets:
         keys = [(manifest.id, image.name) for image in manifest.disks]
-        errors = tuple(f"disk {key[1]}: {look.damaged[key]}" for key in keys if key in look.damaged)
-        if errors:
-            yield manifest, errors
+        found = [look.damaged[key] for key in keys if key in look.damaged]
+        if found:
+            yield manifest, found
 
 
 def _pin(manifest: Manifest, layer: _boot.Layer) -> Pin:

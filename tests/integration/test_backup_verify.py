@@ -518,6 +518,23 @@ def test_boot_of_a_broken_set(vms: Vms, sets: Sets, directory: Path, place: Path
     found = bad(sets, **boot(place))
     assert found[(NAME, "s2", "drive0")]["depth"] == "checksum"
     assert found[(NAME, "s2", "")]["error"] == "not started, since disk drive0 is not good"
+    for one in info(sets).values():
+        assert (one["verified"]["depth"], one["verified"]["ok"]) == ("checksum", False)
+
+
+def test_what_boot_finds_in_a_parent_is_known_of_all_that_build_on_it(vms: Vms, sets: Sets, place: Path) -> None:
+    """The good chain stays, as none of the sets that lie between counts as a good one."""
+    vm = chain(vms, sets)
+    for number in (4, 5, 6, 7):
+        sets.back_up(vm, id=f"s{number}", level="full" if number == 4 else "auto")
+    flip(images(sets, "s4")[0])
+    assert set(bad(sets, **boot(place))) == {(NAME, "s7", ""), (NAME, "s7", "drive0")}
+    pruned = succeed("backup_prune", {"repository": str(sets.path), "keep_last": 2})
+    assert pruned["removed"] == []
+    reasons = {one["id"]: one["reason"] for one in pruned["kept"]}
+    assert all("it is broken" in reasons[f"s{number}"] for number in (4, 5, 6, 7))
+    assert "last" in reasons["s2"]
+    assert "last" in reasons["s3"]
 
 
 @pytest.mark.parametrize(

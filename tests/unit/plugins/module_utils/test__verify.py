@@ -24,8 +24,11 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._documents import (
     VmName,
 )
 from ansible_collections.vmfleet.backup.plugins.module_utils._library import holdings
-from ansible_collections.vmfleet.backup.plugins.module_utils._marks import read_marks, write_mark
+from ansible_collections.vmfleet.backup.plugins.module_utils._marks import read_marks, remove_marks, write_mark
+from ansible_collections.vmfleet.backup.plugins.module_utils._prune import Order as PruneOrder
+from ansible_collections.vmfleet.backup.plugins.module_utils._prune import prune
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository import Repository, create_repository
+from ansible_collections.vmfleet.backup.plugins.module_utils._retention import Rules
 from ansible_collections.vmfleet.backup.plugins.module_utils._verify import (
     BOOT,
     CHECKSUM,
@@ -123,6 +126,55 @@ def test_damage_is_noted_with_the_set_that_it_is_in(repository: Repository) -> N
     assert [marks[set_id].ok for set_id in ("s1", "s2", "s3")] == [True, False, False]
 
 
+def start_from(repository: Repository, place: Path, set_id: str = "") -> list[Finding]:
+    """Look as deep as it goes, with a QEMU that never starts anything."""
+    wish = _boot.Wish("/bin/false", str(place), 1, "x", agent=False)
+    findings, warnings = asyncio.run(_verify.verify_all(repository, [VM], set_id, Order(BOOT, wish)))
+    assert not warnings
+    return findings
+
+
+def test_a_deep_look_does_not_hide_how_shallow_a_fault_is(repository: Repository, tmp_path: Path) -> None:
+    """The sets between the damaged one and the one that was looked at are not to be relied on either."""
+    publish(repository, 1, image("a"))
+    publish(repository, 2, image("a", "s1"))
+    publish(repository, 3, image("a", sha256="0" * 64))
+    for number in (4, 5, 6):
+        publish(repository, number, image("a", f"s{number - 1}"))
+    found = start_from(repository, tmp_path)
+    assert [(one.id, one.disk, one.depth) for one in found] == [("s6", "", BOOT), ("s6", "a", CHECKSUM)]
+    marks = {mark.id: mark for mark in read_marks(repository, VM).verifications}
+    assert {set_id: (mark.depth, len(mark.errors)) for set_id, mark in marks.items()} == {
+        "s3": (CHECKSUM, 1),
+        "s6": (CHECKSUM, 1),
+    }
+    held = holdings(repository, VM)
+    assert set(held.failed_sets) == {"s3", "s4", "s5", "s6"}
+    pruned = asyncio.run(prune(repository, VM, PruneOrder(Rules(last=2))))
+    assert [fate.id for fate in pruned.fates if fate.keep] == ["s1", "s2", "s3", "s4", "s5", "s6"]
+
+
+def test_a_set_with_faults_of_its_own_is_not_started(repository: Repository, tmp_path: Path) -> None:
+    publish(repository, 1)
+    [found] = start_from(repository, tmp_path)
+    assert found.depth == SURFACE
+    assert found.error.endswith("has no disk; not started, since the set is not good")
+    [mark] = read_marks(repository, VM).verifications
+    assert (mark.depth, mark.errors) == (SURFACE, (found.error,))
+
+
+def test_of_two_faults_the_deeper_one_is_not_forgotten(repository: Repository) -> None:
+    publish(repository, 1, image("a"), image("b", sha256="0" * 64))
+    missing = Path(repository.set_path(VM, "s1")) / "a.qcow2"
+    missing.rename(missing.with_name("elsewhere"))
+    assert [one.depth for one in verify(repository, IMAGE)] == [SURFACE, SURFACE, CHECKSUM]
+    missing.with_name("elsewhere").rename(missing)
+    _findings, [warning] = asyncio.run(_verify.verify_all(repository, [VM], "", Order(SURFACE)))
+    assert "what depth checksum found" in warning
+    [mark] = read_marks(repository, VM).verifications
+    assert (mark.ok, mark.depth) == (False, CHECKSUM)
+
+
 @pytest.mark.parametrize(
     ("before", "errors", "depth", "kept"),
     [
@@ -177,10 +229,12 @@ def test_what_is_not_the_sets_fault(repository: Repository) -> None:
     manifest = publish(repository, 1, image("a"))
     work = _verify._Verifier(repository, Order(BOOT))
     look = _verify.Look(holdings(repository, VM), manifest)
-    look.fail("", BOOT, "there is no room")
-    assert (work._reached(look), _verify._errors(look)) == (BOOT, ("there is no room",))
-    look.findings[""] = replace(look.findings[""], guilty=False)
-    assert (work._reached(look), _verify._errors(look)) == (IMAGE, ())
+    for guilty, depth, errors in ((True, BOOT, ("there is no room",)), (False, IMAGE, ())):
+        look.fail("", BOOT, "there is no room", guilty=guilty)
+        asyncio.run(work._record(look))
+        [mark] = read_marks(repository, VM).verifications
+        assert (mark.depth, mark.errors) == (depth, errors)
+        remove_marks(repository, VM, [mark])
 
 
 def test_a_description_that_makes_no_sense(repository: Repository, tmp_path: Path) -> None:
