@@ -86,7 +86,18 @@ def _kind(stem: str) -> Any:
 
 def is_read(pin: Pin) -> bool:
     """Whether what a pin stands for is still there. On another machine only that machine can tell."""
-    return pin.machine_id != machine_id() or any(os.path.lexists(pin.path + end) for end in ("", PARTIAL))
+    return pin.machine_id != machine_id() or any(_may_be_there(pin.path + end) for end in ("", PARTIAL))
+
+
+def _may_be_there(path: str) -> bool:
+    """False only where there is nothing for certain: a path that this user may not look up is no such one."""
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def write_mark(repository: Repository, vm: str, mark: Protection | Pin | Verification) -> None:

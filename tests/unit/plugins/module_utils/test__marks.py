@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
@@ -122,3 +123,23 @@ def test_a_pin_of_this_machine_ends_with_its_file_and_that_of_another_never(tmp_
     path.unlink()
     path.symlink_to("nowhere")
     assert is_read(pin)
+
+
+@pytest.mark.parametrize("error", [errno.EACCES, errno.ESTALE, errno.EIO])
+def test_a_pin_whose_file_cannot_be_looked_up_stays(monkeypatch: pytest.MonkeyPatch, error: int) -> None:
+    def refuse(_path: str) -> None:
+        raise OSError(error, os.strerror(error))
+
+    pin = replace(PIN, machine_id=machine_id())
+    monkeypatch.setattr(os, "lstat", refuse)
+    assert is_read(pin)
+
+
+def test_a_pin_below_what_cannot_be_entered(tmp_path: Path) -> None:
+    loop, file = tmp_path / "loop", tmp_path / "file"
+    loop.symlink_to(loop)
+    file.touch()
+    pin = replace(PIN, machine_id=machine_id())
+    assert is_read(replace(pin, path=str(loop / "vda.qcow2")))
+    # Below a file there is nothing, for certain.
+    assert not is_read(replace(pin, path=str(file / "vda.qcow2")))
