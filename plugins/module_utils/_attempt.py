@@ -36,7 +36,7 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._inspect import que
 from ansible_collections.vmfleet.backup.plugins.module_utils._survey import Room, measure
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Sequence
     from typing import Any
 
     from ansible_collections.vmfleet.backup.plugins.module_utils._chain import Link
@@ -249,20 +249,17 @@ class Maker:
         quiesce: str,
     ) -> Intent:
         # What QEMU would refuse, it is to refuse before the guest is touched.
-        await _jobs.rehearse_backups(monitor, starts, bitmaps)
+        direct = await _jobs.rehearse_backups(monitor, starts, bitmaps)
         self.repository.update(replace(intent, frozen=True))
-        freezers: list[_guard.Freezer] = []
-
-        def moment() -> _guard.Freezer:
-            freezers.append(_guard.Freezer(intent.agent))
-            return freezers[-1]
-
+        freezer = _guard.Freezer(intent.agent)
         reason = ""
         try:
             try:
-                await _jobs.start_backups(monitor, starts, "individual", bitmaps, moment)
-                if not freezers[-1].held:
-                    reason = freezers[-1].thaw_error or "the guest was thawed by others before all jobs had started"
+                if direct is None:
+                    raise AgentError("the VM has stopped, and its guest agent with it")
+                await _jobs.start_backups(monitor, starts, "individual", bitmaps, freezer, direct)
+                if not freezer.held:
+                    reason = freezer.thaw_error or "the guest was thawed by others before all jobs had started"
             except AgentError as error:
                 reason = str(error)
                 if quiesce == _plan.TRY:
@@ -271,12 +268,12 @@ class Maker:
                 raise BackupError(f"VM {intent.vm.name}: quiesce: {reason}")
         except (BackupError, OSError):
             # Whoever undoes this is not to thaw what was seen thawed, or what others have frozen.
-            self.repository.update(replace(intent, frozen=_any_unthawed(freezers)))
+            self.repository.update(replace(intent, frozen=bool(freezer.thaw_error)))
             raise
         return replace(
             intent,
-            frozen=_any_unthawed(freezers),
-            frozen_ms=sum(freezer.frozen_ms for freezer in freezers),
+            frozen=bool(freezer.thaw_error),
+            frozen_ms=freezer.frozen_ms,
             consistency=CRASH if reason else FILESYSTEM,
             consistency_reason=reason,
         )
@@ -358,11 +355,6 @@ def finish_image(path: str, disk: Growing, checksum: bool, held: int | None = No
     # Without such an fd, only the disk itself can tell that everything has arrived.
     digest = sha256(path) if checksum or held is None else None
     return replace(disk.image, bytes=status.st_size, sha256=digest if checksum else None)
-
-
-def _any_unthawed(freezers: Iterable[_guard.Freezer]) -> bool:
-    """Whether a guest that was frozen has not been seen thawed."""
-    return any(freezer.thaw_error for freezer in freezers)
 
 
 def bitmap_prefix(repository: Repository) -> str:

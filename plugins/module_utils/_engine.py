@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import time
+import traceback
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
@@ -52,6 +53,7 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._outcome import (
 from ansible_collections.vmfleet.backup.plugins.module_utils._plan import VmPlan
 from ansible_collections.vmfleet.backup.plugins.module_utils._probe import Watch
 from ansible_collections.vmfleet.backup.plugins.module_utils._qmp import Monitor, parse_address
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository import open_repository
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -132,6 +134,8 @@ class _Work:
     """Attempt, bytes copied, and when that was first seen."""
     copying: tuple[Vm, Intent] | None = None
     """The VM as it was when its jobs were last seen to run, and whose jobs they are."""
+    followed: Intent | None = None
+    """The last attempt whose jobs were seen to run: they may still do."""
     cut_off: bool = False
     """Whether the connection has broken off once while a set was started."""
     warnings: list[str] = field(default_factory=list)
@@ -190,10 +194,28 @@ class Engine:
             else:
                 outcome = await self._bring_to_end(work)
         except (BackupError, OSError) as error:
-            outcome = self._outcome(work, FAILED, error=str(error))
+            outcome = await self._fail(work, str(error))
+        except Exception as error:  # noqa: BLE001
+            # A defect of ours that shows with one VM is not to take the others along.
+            work.warn(traceback.format_exc())
+            outcome = await self._fail(work, f"internal error: {error!r}; report it with the warning")
         if outcome.state != RUNNING:
             await self._turns.leave(planned.name)
         return outcome
+
+    async def _fail(self, work: _Work, error: str) -> Outcome:
+        """Give up on a VM for now. Where the repository itself is gone, no later run can free the guest of its jobs."""
+        if work.followed and await self._is_gone():
+            return await self._abandon(work, error)
+        return self._outcome(work, FAILED, error=error)
+
+    async def _is_gone(self) -> bool:
+        """Whether the repository cannot be used any more: unmounted, exchanged, or its disk has failed."""
+        try:
+            await _probe.probe(self.repository.path, writing=True)
+            return open_repository(self.repository.path) != self.repository
+        except (BackupError, OSError):
+            return True
 
     def _is_refused(self, planned: VmPlan) -> bool:
         """Whether the plan refused it, and there is no order that the plan did not know of."""
@@ -237,26 +259,25 @@ class Engine:
         outcome = self._final(work, decision, facts, shelf)
         if outcome or self.settings.check_mode:
             return outcome or self._predict(work, decision)
-        if decision.plan.action in (_plan.START, _plan.FINISH) and not await self._turn(work.request.name):
-            return self._outcome(work, QUEUED, reason=f"at most {self.settings.max_vms} VMs copy at a time")
+        if decision.plan.action in (_plan.START, _plan.FINISH) and not self._turns.try_take(work.request.name):
+            if self.settings.state == "started":
+                return self._outcome(work, QUEUED, reason=f"at most {self.settings.max_vms} VMs copy at a time")
+            await self._turns.take(work.request.name)
+            # That may have taken hours.
+            return _plan.Verdict(_plan.INTERRUPTED)
         if decision.intent and not decision.removal:
             verdict = self._judge(work, decision.intent, facts, shelf)
             if verdict.state == _plan.UNREACHABLE:
                 return verdict
             if verdict.state == _plan.RUNNING and facts.vm:
                 work.copying = facts.vm, decision.intent
+                work.followed = decision.intent
                 self._maker.nudge(decision.intent)
                 if not decision.intent.frozen and not self._alarm(decision.intent, facts, work):
                     return verdict
             if verdict.state == _plan.COPIED:
                 await self._make_safe(work, decision.intent, shelf)
         return await self._act(work, facts)
-
-    async def _turn(self, name: str) -> bool:
-        if self.settings.state == "started":
-            return self._turns.try_take(name)
-        await self._turns.take(name)
-        return True
 
     async def _look(self, work: _Work, monitor: Monitor | None = None, seen: Vm | None = None) -> tuple[Facts, Shelf]:
         facts = await (_survey.glance(work.request, seen) if seen else _survey.look(work.request, monitor))
@@ -311,6 +332,8 @@ class Engine:
             cancelled = failure and failure.run == self.plan.run and failure.state == CANCELLED
             return self._outcome(work, CANCELLED if cancelled else FAILED, error=decision.plan.reason)
         if action == _plan.START and work.planned.action == _plan.SKIP:
+            if work.planned.reason == _plan.PUBLISHED_ALREADY:
+                return self._outcome(work, FAILED, error="its set has been removed since the plan; plan again")
             # What has changed since the plan makes it safer, never bolder.
             return self._outcome(work, SKIPPED, reason=f"the plan was to skip it: {work.planned.reason}")
         if action in (_plan.START, _plan.FINISH) and self._is_refused(work.planned):
@@ -386,7 +409,11 @@ class Engine:
             lock = await stack.enter_async_context(self.repository.lock(name))
             monitor = None
             if seen.vm:
-                monitor = await stack.enter_async_context(Monitor(address, self.commands))
+                try:
+                    monitor = await stack.enter_async_context(Monitor(address, self.commands))
+                except MonitorError as error:
+                    # A set whose images are safe needs no QEMU any more: the next look goes on without one.
+                    return _plan.Verdict(_plan.UNREACHABLE, str(error))
                 if monitor.process != process:
                     # Another QEMU has taken the monitor's place: its lock is another one.
                     return _plan.Verdict(_plan.INTERRUPTED)
@@ -444,9 +471,15 @@ class Engine:
                     f"the guest's file systems may still be frozen by this backup: {error}; thaw them in the guest"
                 )
                 return intent
-        intent = replace(intent, frozen=False)
-        self.repository.update(intent)
-        return intent
+        thawed = replace(intent, frozen=False)
+        try:
+            self.repository.update(thawed)
+        except OSError as full:
+            if full.errno not in NO_SPACE:
+                raise
+            # The mark stays, and is looked at again.
+            return intent
+        return thawed
 
     def _alarm(self, intent: Intent, facts: Facts, work: _Work) -> str:
         """Why a running attempt must end, for the guest's sake or for standing still; empty where it need not."""
@@ -488,6 +521,7 @@ class Engine:
         except BackupError as error:
             return self._refuse(work, str(error))
         try:
+            work.followed = draft.intent
             intent = await self._maker.prepare(draft, lock)
             intent = await self._maker.launch(monitor, draft, intent, work.request.quiesce)
         except MonitorError as error:
@@ -584,7 +618,8 @@ class Engine:
     async def _withdraw(self, monitor: Monitor | None, facts: Facts, intent: Intent) -> None:
         """Remove every trace of an attempt, in QEMU first."""
         if monitor and facts.vm:
-            blamed = any(job.error for job in _jobs_of(intent, facts)) or _plan.guest_stopped_by(intent, facts, True)
+            # One that stands still for another reason only tries its write again, and stops again.
+            blamed = any(job.error or not job.ended for job in _jobs_of(intent, facts))
             await self._remove_jobs(monitor, facts.vm, intent.attempt)
             await _jobs.remove_bitmaps(monitor, _bitmaps(facts.vm, intent.bitmaps))
             if blamed and intent.guest != IO_ERROR:
@@ -681,9 +716,9 @@ class Engine:
 
     async def _abandon(self, work: _Work, reason: str) -> Outcome:
         """Free the guest of copies into a repository that does not answer; nothing there can be touched."""
-        if not work.copying:
+        intent = work.followed
+        if intent is None:
             return self._outcome(work, FAILED, error=reason)
-        _vm, intent = work.copying
         try:
             async with Monitor(parse_address(intent.monitor), self.commands) as monitor:
                 fate = await self._cancel_hanging(monitor, intent)

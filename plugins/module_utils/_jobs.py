@@ -58,36 +58,42 @@ async def start_backups(
     starts: Sequence[BackupStart],
     completion_mode: str = "grouped",
     bitmap_actions: Sequence[dict[str, Any]] = (),
-    moment: Callable[[], AbstractAsyncContextManager[Any]] | None = None,
+    moment: AbstractAsyncContextManager[Any] | None = None,
+    direct: Sequence[bool] | None = None,
 ) -> None:
     """Start all backups at one point in time, or none; raises CommandError with QEMU's reason.
 
-    C(bitmap_actions) are further actions of the same transaction, such as bitmap_add(). C(moment) makes what is entered
-    for just that point in time: then the targets are open already, and nothing touches their file system.
+    C(bitmap_actions) are further actions of the same transaction, such as bitmap_add(). C(moment) is entered for just
+    that point in time: then the targets are open already, and nothing touches their file system. C(direct) is what a
+    rehearsal has found out.
     """
 
     async def begin(actions: list[dict[str, Any]]) -> None:
         async with AsyncExitStack() as stack:
             if moment:
-                await stack.enter_async_context(moment())
+                await stack.enter_async_context(moment)
             if len(actions) == 1:
                 await monitor.execute("drive-backup", actions[0]["data"])
             else:
                 await _transact(monitor, actions, completion_mode)
 
-    await _with_targets(monitor, starts, bitmap_actions, begin)
+    if direct is None:
+        await _with_targets(monitor, starts, bitmap_actions, begin)
+    else:
+        await _with_open_targets(monitor, starts, direct, bitmap_actions, begin)
 
 
 async def rehearse_backups(
     monitor: Monitor, starts: Sequence[BackupStart], bitmap_actions: Sequence[dict[str, Any]] = ()
-) -> None:
+) -> Sequence[bool] | None:
     """Find out whether QEMU would start these backups: a transaction that QEMU itself rolls back at its end.
 
-    Raises CommandError with QEMU's reason where it would not. A VM that is paused is not asked.
+    Returns for each target whether it can be opened past the page cache; raises CommandError with QEMU's reason where
+    it would not start them. A VM that is paused is not asked.
     """
     # There QEMU keeps the files that it was passed until the VM goes on, and with them the locks of the targets.
     if not (await monitor.execute("query-status"))["running"]:
-        return
+        return None
 
     async def begin_and_abort(actions: list[dict[str, Any]]) -> None:
         try:
@@ -96,7 +102,7 @@ async def rehearse_backups(
             if error.description != ABORTED:
                 raise
 
-    await _with_targets(monitor, starts, bitmap_actions, begin_and_abort)
+    return await _with_targets(monitor, starts, bitmap_actions, begin_and_abort)
 
 
 async def _transact(monitor: Monitor, actions: Sequence[dict[str, Any]], completion_mode: str) -> None:
@@ -108,8 +114,8 @@ async def _with_targets(
     starts: Sequence[BackupStart],
     bitmap_actions: Sequence[dict[str, Any]],
     execute: Callable[[list[dict[str, Any]]], Awaitable[None]],
-) -> None:
-    """Hand over the targets and C(execute) the actions, past the page cache where that can be."""
+) -> Sequence[bool]:
+    """Hand over the targets and C(execute) the actions, past the page cache where that can be; returns for which."""
     direct = [start.target.direct for start in starts]
     try:
         await _with_open_targets(monitor, starts, direct, bitmap_actions, execute)
@@ -117,7 +123,9 @@ async def _with_targets(
         if not any(direct):
             raise
         # Some file systems, and some images on some devices, refuse O_DIRECT: the page cache serves as well.
-        await _with_open_targets(monitor, starts, [False] * len(starts), bitmap_actions, execute)
+        direct = [False] * len(starts)
+        await _with_open_targets(monitor, starts, direct, bitmap_actions, execute)
+    return direct
 
 
 async def _with_open_targets(

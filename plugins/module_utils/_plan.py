@@ -40,6 +40,8 @@ TRY = "try"
 REQUIRE = "require"
 QUIESCE = (NONE, TRY, REQUIRE)
 
+PUBLISHED_ALREADY = "the set is published"
+
 IMAGE_SUFFIX = ".qcow2"
 
 CANCELLED = "Operation canceled"
@@ -332,7 +334,7 @@ def decide(request: Request, facts: Facts, shelf: Shelf, terms: Terms) -> Decisi
 def _already_published(facts: Facts, shelf: Shelf, terms: Terms, choice: Choice) -> tuple[str, str]:
     manifest = shelf.published(terms.id)
     wrong = _mismatch(manifest, facts.vm, choice) if manifest and facts.vm else ""
-    return (FAIL, wrong) if wrong else (SKIP, "the set is published")
+    return (FAIL, wrong) if wrong else (SKIP, PUBLISHED_ALREADY)
 
 
 def _has_given_up(shelf: Shelf, terms: Terms) -> str:

@@ -115,7 +115,11 @@ class Repository:
     async def lock(self, vm: str) -> AsyncIterator[int]:
         """Hold the lock of one VM in this repository, for a moment."""
         # A file system that was unmounted meanwhile would otherwise get directories under its mount point.
-        open_repository(self.path)
+        if open_repository(self.path) != self:
+            raise BackupError(
+                f"repository: {self.path} is another repository now: its file system was unmounted, or its disk"
+                " exchanged; bring the right one back"
+            )
         path = os.path.join(self.directory(vm), ".lock")
         async with locked(path, f"VM {vm}") as fd:
             _probe_lock(path)

@@ -136,7 +136,8 @@ def with_damage(facts: Facts, repository: Repository, sets: Sequence[Manifest]) 
     failed = failed_sets(sets, replace(marks, verifications=looks))
     fulls = {disk.name: manifest for manifest in sets for disk in manifest.disks if disk.level == FULL}
     for disk in facts.vm.disks:
-        for base in (sets[-1], fulls.get(disk.name, sets[-1])):
+        # Manifests are not hashable as a whole; the two are often one.
+        for base in {one.id: one for one in (sets[-1], fulls.get(disk.name, sets[-1]))}.values():
             steps, _broken = walk(sets, base, disk.name)
             wrong = next(filter(None, (repository.damage(manifest, image) for manifest, image in steps)), "")
             if not wrong and base.id in failed:

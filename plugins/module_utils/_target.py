@@ -169,7 +169,8 @@ def allocate(fd: int, length: int) -> bool:
     arguments = (ctypes.c_int(fd), ctypes.c_int(FALLOC_FL_KEEP_SIZE), ctypes.c_int64(0), ctypes.c_int64(length))
     while length:
         if libc.fallocate(*arguments) == 0:
-            return True
+            # ZFS says so without allocating anything.
+            return os.fstat(fd).st_blocks * SECTOR >= length
         code = ctypes.get_errno()
         if code in CANNOT_RESERVE:
             return False

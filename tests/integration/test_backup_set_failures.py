@@ -7,12 +7,15 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import time
 import typing as t
 
 import pytest
 
+from ansible_collections.vmfleet.backup.plugins.module_utils import _attempt, _plan
 from ansible_collections.vmfleet.backup.tests.harness.backup import release, wait_concluded
 from ansible_collections.vmfleet.backup.tests.harness.images import MIB, patterned
 from ansible_collections.vmfleet.backup.tests.harness.modules import fail, succeed
@@ -253,6 +256,68 @@ def test_the_repository_goes_away(vm: Qemu, sets: Sets) -> None:
     assert not sets.path.exists()
     away.rename(sets.path)
     succeed("backup_set", {"plan": plan})
+
+
+def test_qemu_ends_while_finished_images_are_brought_to_the_disk(
+    vms: Vms, directory: Path, sets: Sets, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vm = vms.start(name="web01")
+    copies = copy_of(vm, directory)
+    finish = _attempt.finish_image
+
+    def finish_last(*args: t.Any) -> t.Any:
+        os.kill(vm.pid, signal.SIGKILL)
+        return finish(*args)
+
+    monkeypatch.setattr(_attempt, "finish_image", finish_last)
+    assert sets.back_up(vm)["vms"][0]["state"] == "published"
+    vm.kill()
+    sets.assert_good("web01", copies)
+
+
+@pytest.mark.parametrize("other", [False, True], ids=["missing", "another"])
+def test_the_repository_goes_away_while_it_is_written_to(
+    vms: Vms, directory: Path, sets: Sets, start_module: t.Callable[..., ModuleProcess], other: bool
+) -> None:
+    vm = vms.start(name="web01")
+    sets.back_up(vm, id="s0")
+    tracked = set(vm.bitmaps("n0"))
+    vm.write("drive0", 7, 0, 4 * MIB)
+    process = start_module("backup_set", {"plan": sets.plan(vm, speed=SLOW)["plan"]})
+    wait_until(lambda: vm.block_jobs, "the start of the job")
+    away = sets.path.with_name("away")
+    sets.path.rename(away)
+    if other:
+        sets.back_up(vms.start(vms.disk(1), name="db01"))
+    result = process.result()
+    assert result_of(result, "web01")["state"] == "failed"
+    assert "its jobs were cancelled" in result["msg"]
+    # Nobody else could have freed the guest of it, and what the next increment rests on is still there.
+    assert wait_concluded(vm)["device"]
+    assert tracked <= set(vm.bitmaps("n0"))
+    if other:
+        sets.path.rename(sets.path.with_name("other"))
+    away.rename(sets.path)
+    copies = copy_of(vm, directory)
+    sets.back_up(vm)
+    sets.assert_good("web01", copies, levels={"drive0": "incremental"})
+
+
+def test_a_defect_that_shows_with_one_vm_does_not_take_the_others_along(
+    vms: Vms, sets: Sets, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decide = _plan.decide
+
+    def stumble(request: _plan.Request, *args: t.Any) -> t.Any:
+        return {}[request.name] if request.name == "web01" else decide(request, *args)
+
+    machines = [vms.start(vms.disk(number, size=8 * MIB), name=name) for number, name in enumerate(("web01", "db01"))]
+    plan = sets.plan(*machines)["plan"]
+    monkeypatch.setattr(_plan, "decide", stumble)
+    result = fail("backup_set", {"plan": plan})
+    assert [vm["state"] for vm in result["vms"]] == ["failed", "published"]
+    assert "internal error: KeyError('web01')" in result["msg"]
+    assert any("Traceback" in warning for warning in result["warnings"])
 
 
 def test_a_read_only_repository(vms: Vms, storage: Storage) -> None:

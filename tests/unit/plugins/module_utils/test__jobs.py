@@ -170,9 +170,9 @@ class TestStart:
 
 class TestRehearsal:
     @staticmethod
-    def rehearse(fake: FakeMonitor, *starts: BackupStart) -> None:
+    def rehearse(fake: FakeMonitor, *starts: BackupStart) -> Any:
         fake.answers.setdefault("query-status", {"running": True})
-        asyncio.run(rehearse_backups(monitor(fake), starts, [bitmap_add("n0", "b", True)]))
+        return asyncio.run(rehearse_backups(monitor(fake), starts, [bitmap_add("n0", "b", True)]))
 
     def test_same_transaction_that_ends_with_an_abort(self, tmp_path: Path) -> None:
         starts = [start(tmp_path, 0), start(tmp_path, 1)]
@@ -189,9 +189,16 @@ class TestRehearsal:
 
     def test_page_cache_serves_where_direct_access_is_refused(self, tmp_path: Path) -> None:
         fake = FakeMonitor({"transaction": iter([refusal("Cannot use direct"), refusal(ABORTED)])})
-        self.rehearse(fake, start(tmp_path))
+        assert self.rehearse(fake, start(tmp_path)) == [False]
         assert [bool(flags[0] & os.O_DIRECT) for _opaque, flags in fake.passed] == [True, False]
         assert not fake.fdsets
+
+    @pytest.mark.parametrize("direct", [True, False])
+    def test_what_it_has_found_out_is_not_tried_again(self, direct: bool, tmp_path: Path) -> None:
+        fake = FakeMonitor({"drive-backup": refusal("no")})
+        with pytest.raises(CommandError):
+            begin(fake, start(tmp_path), direct=[direct])
+        assert [bool(flags[0] & os.O_DIRECT) for _opaque, flags in fake.passed] == [direct]
 
     def test_refusal_is_told_and_nothing_is_left(self, tmp_path: Path) -> None:
         fake = FakeMonitor({"transaction": refusal("Bitmap 'b' could not be found")})

@@ -257,10 +257,14 @@ class TestReserve:
         monkeypatch.setattr(ctypes, "CDLL", allocator(code))
         assert not _target.reserve(self.target(image))
 
+    def test_file_system_that_only_says_so(self, image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(ctypes, "CDLL", allocator())
+        assert not _target.reserve(self.target(image))
+
     def test_interrupted_call_is_made_again(self, image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         library = allocator(errno.EINTR, errno.EINTR)
         monkeypatch.setattr(ctypes, "CDLL", library)
-        assert _target.reserve(self.target(image))
+        _target.reserve(self.target(image))
         assert [call[1:] for call in library.calls] == [[_target.FALLOC_FL_KEEP_SIZE, 0, 8 * MIB]] * 3
 
     def test_no_space(self, image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
