@@ -30,6 +30,7 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._checksum import ch
 from ansible_collections.vmfleet.backup.plugins.module_utils._documents import Pin, Restoration
 from ansible_collections.vmfleet.backup.plugins.module_utils._errors import BackupError, Refused
 from ansible_collections.vmfleet.backup.plugins.module_utils._inspect import machine_id
+from ansible_collections.vmfleet.backup.plugins.module_utils._library import holdings
 from ansible_collections.vmfleet.backup.plugins.module_utils._lock import host_lock_path, locked
 from ansible_collections.vmfleet.backup.plugins.module_utils._marks import PARTIAL, read_marks, remove_marks, write_mark
 from ansible_collections.vmfleet.backup.plugins.module_utils._plan import human
@@ -373,8 +374,8 @@ async def _go_on(repository: Repository, held: Holdings, piece: Piece, warnings:
     if os.path.lexists(piece.partial):
         async with _alone(piece.target):
             _target.remove(piece.partial)
-    if piece.method == OVERLAY:
-        await _put_pin(repository, held.name, _pin(piece), warnings)
+    if piece.method == OVERLAY and not _same(_pin(piece), read_marks(repository, held.name).pins):
+        await _put_pin(repository, held.name, piece, warnings)
     await _take_others(repository, held.name, piece)
 
 
@@ -389,33 +390,48 @@ def _pin(piece: Piece) -> Pin:
 @asynccontextmanager
 async def _pinned(repository: Repository, vm: str, piece: Piece, warnings: list[str]) -> AsyncIterator[None]:
     """Keep the chain from being pruned while it is read: for a moment, or as long as there is the overlay."""
-    pin = _pin(piece)
-    is_new = await _put_pin(repository, vm, pin, warnings)
+    is_new = await _put_pin(repository, vm, piece, warnings)
     try:
         yield
     except BaseException:
         if is_new:
-            await take_pins(repository, vm, [pin])
+            await take_pins(repository, vm, [_pin(piece)])
         raise
     await _take_others(repository, vm, piece)
 
 
-async def _put_pin(repository: Repository, vm: str, pin: Pin, warnings: list[str]) -> bool:
-    """Whether there is a pin now that was not there before. A repository that is mounted read-only cannot be told."""
-    if _same(pin, read_marks(repository, vm).pins):
-        return False
+async def _put_pin(repository: Repository, vm: str, piece: Piece, warnings: list[str]) -> bool:
+    """Whether there is a pin now that was not there before. A repository that is mounted read-only cannot be told.
+
+    Raises BackupError where the set has gone since the sets were read: from here on the pin would keep it.
+    """
+    pin = _pin(piece)
     try:
         async with repository.lock(vm):
+            _check_there(repository, vm, piece)
+            if _same(pin, read_marks(repository, vm).pins):
+                return False
             write_mark(repository, vm, pin)
     except OSError as error:
         if error.errno not in READ_ONLY:
             raise
+        _check_there(repository, vm, piece)
         warnings.append(
             f"{repository.path} cannot be written to ({error.strerror}), and so nobody is told that set {pin.id} is in"
             f" use: do not prune it while {pin.path} is there"
         )
         return False
     return True
+
+
+def _check_there(repository: Repository, vm: str, piece: Piece) -> None:
+    """BackupError where a set is not the one any more that was looked at, or cannot be read whole."""
+    held = holdings(repository, vm)
+    there = held.shelf.published(piece.manifest.id)
+    if there is None or there.attempt != piece.manifest.attempt:
+        raise BackupError(f"VM {vm}: set {piece.manifest.id} was removed meanwhile, and cannot be restored any more")
+    # Its chain may have become shorter: what a disk reads as stays the same then.
+    held.chain(there, piece.disk)
 
 
 def _same(pin: Pin, pins: Iterable[Pin]) -> bool:

@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import itertools
 import json
 import os
@@ -73,6 +75,16 @@ def one_disk(target: Path, disk: str = "drive0", **more: t.Any) -> list[dict[str
 
 def pins(library: Library) -> list[dict[str, t.Any]]:
     return [json.loads(path.read_text()) for path in sorted((library.path / NAME).glob(".*.pin-*.json"))]
+
+
+@contextlib.contextmanager
+def lock_held(library: Library) -> t.Iterator[None]:
+    """Be another process that has the VM's lock."""
+    with (library.path / NAME / ".lock").open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+        # The modules that were started meanwhile have inherited the file.
+        fcntl.flock(file, fcntl.LOCK_UN)
 
 
 def unchanged(library: Library, **options: t.Any) -> None:
@@ -634,6 +646,35 @@ class TestOverlays:
             path.unlink()
         assert not library.restore(**look)["changed"]
         assert len(pins(library)) == 1
+
+    @pytest.mark.parametrize("method", ["overlay", "copy"])
+    @pytest.mark.parametrize("gone", ["s2", "s1"])
+    def test_a_set_that_goes_before_the_pin(
+        self, chain: Chain, where: Path, start_module: t.Callable[..., ModuleProcess], method: str, gone: str
+    ) -> None:
+        library = chain.library
+        given: dict[str, t.Any] = {"id": "s2", "method": method, "checksum": False, "disks": one_disk(where / "d")}
+        with lock_held(library):
+            module = start_module("backup_restore", library.restoration(**given))
+            wait_until((where / "d.partial").exists, "the restore")
+            # As a prune does that has looked at the pins before.
+            (library.path / NAME / gone).rename(library.path / NAME / f".{gone}.removed")
+        expected = "set s2 was removed meanwhile" if gone == "s2" else "set s1, which s2 builds on, is gone"
+        assert expected in module.result()["msg"]
+        assert list(where.iterdir()) == []
+        assert pins(library) == []
+
+    def test_a_set_that_is_made_anew_before_the_pin(
+        self, chain: Chain, where: Path, start_module: t.Callable[..., ModuleProcess]
+    ) -> None:
+        library = chain.library
+        given: dict[str, t.Any] = {"method": "overlay", "checksum": False, "disks": one_disk(where / "d")}
+        with lock_held(library):
+            module = start_module("backup_restore", library.restoration(**given))
+            wait_until((where / "d.partial").exists, "the restore")
+            library.rewrite("s3", attempt="another")
+        assert "set s3 was removed meanwhile" in module.result()["msg"]
+        assert list(where.iterdir()) == []
 
     def test_a_prune_between_the_pin_and_the_overlay(
         self, chain: Chain, where: Path, monkeypatch: pytest.MonkeyPatch, start_module: t.Callable[..., ModuleProcess]
