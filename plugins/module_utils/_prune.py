@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, replace
+from datetime import datetime, timezone
 from typing import TYPE_CHECKING
 
 from ansible_collections.vmfleet.backup.plugins.module_utils import _chain, _qemu_img, _retention, _target
@@ -103,7 +104,8 @@ def _sizes(held: Holdings) -> dict[str, int]:
 
 
 def _fates(held: Holdings, order: Order) -> tuple[Fate, ...]:
-    return _retention.decide(held.shelf.sets, order.rules, condition(held, order.may_go), order.consolidate)
+    now = datetime.now(timezone.utc)
+    return _retention.decide(held.shelf.sets, order.rules, condition(held, order.may_go), now, order.consolidate)
 
 
 def condition(held: Holdings, may_go: bool) -> Condition:

@@ -3,10 +3,11 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 
 # PRIVATE: this file is not part of the public interface of the collection; it can change without notice.
-"""Which sets of a VM stay and which go, and why: a pure function of the sets and the rules.
+"""Which sets of a VM stay and which go, and why: a pure function of the sets, the rules and the present time.
 
 The rules choose sets; everything that these build on stays with them. Time is counted from the VM's newest set, never
-from now: the sets of a VM that is gone do not grow old.
+from now: the sets of a VM that is gone do not grow old. Now is only there to tell which sets were made with a clock
+that was wrong: nothing is counted from these.
 """
 
 from __future__ import annotations
@@ -30,6 +31,9 @@ PERIODS: dict[str, str] = {
     "yearly": "%Y",
 }
 """What two sets of the same hour, day, week (ISO 8601), month or year have in common."""
+
+AHEAD = timedelta(days=1)
+"""By how much the clocks of two machines may differ at most."""
 
 
 @dataclass(frozen=True)
@@ -77,9 +81,11 @@ class Fate:
     consolidate: bool = False
 
 
-def decide(sets: Sequence[Manifest], rules: Rules, condition: Condition, consolidate: bool = False) -> tuple[Fate, ...]:
+def decide(
+    sets: Sequence[Manifest], rules: Rules, condition: Condition, now: datetime, consolidate: bool = False
+) -> tuple[Fate, ...]:
     """The fate of each of a VM's sets, which are in the order of their making."""
-    chosen = _chosen(sets, rules, condition)
+    chosen = _chosen(sets, rules, condition, now)
     parents = {manifest.id: _parents(manifest) for manifest in sets}
     made_full = _to_consolidate(sets, parents, chosen, condition) if consolidate else frozenset()
     needed = _needed_by(parents, chosen, made_full)
@@ -94,11 +100,11 @@ def decide(sets: Sequence[Manifest], rules: Rules, condition: Condition, consoli
     return tuple(fates)
 
 
-def _chosen(sets: Sequence[Manifest], rules: Rules, condition: Condition) -> dict[str, list[str]]:
+def _chosen(sets: Sequence[Manifest], rules: Rules, condition: Condition, now: datetime) -> dict[str, list[str]]:
     """The sets that are kept for their own sake, with the reasons."""
     chosen: dict[str, list[str]] = {}
     good = [manifest for manifest in reversed(sets) if manifest.id not in condition.broken]
-    for manifest, reason in _by_rules(good, rules):
+    for manifest, reason in _by_rules(good, rules, now):
         chosen.setdefault(manifest.id, []).append(reason)
     if good and not condition.may_go:
         chosen.setdefault(good[0].id, ["it is the newest good set"])
@@ -110,20 +116,26 @@ def _chosen(sets: Sequence[Manifest], rules: Rules, condition: Condition) -> dic
     return chosen
 
 
-def _by_rules(good: Sequence[Manifest], rules: Rules) -> Iterator[tuple[Manifest, str]]:
+def _by_rules(good: Sequence[Manifest], rules: Rules, now: datetime) -> Iterator[tuple[Manifest, str]]:
     """The sets that the rules choose, among the good ones, newest first."""
     for manifest in good[: rules.last]:
         yield manifest, "last"
     for period, form in PERIODS.items():
         for manifest, when in _newest_of_each(good, form, getattr(rules, period)):
             yield manifest, f"{period} {when}"
-    if rules.within and good:
-        span = timedelta(seconds=rules.within)
-        # A part of a day that is none is not told.
-        told = str(span).replace(", 0:00:00", "")
-        for manifest in good:
-            if _time(manifest) >= _time(good[0]) - span:
-                yield manifest, f"within {told} before set {good[0].id}"
+    if rules.within:
+        yield from _within(good, timedelta(seconds=rules.within), now)
+
+
+def _within(good: Sequence[Manifest], span: timedelta, now: datetime) -> Iterator[tuple[Manifest, str]]:
+    # A part of a day that is none is not told.
+    told = str(span).replace(", 0:00:00", "")
+    newest = next((manifest for manifest in good if _time(manifest) - now <= AHEAD), None)
+    for manifest in good:
+        if _time(manifest) - now > AHEAD:
+            yield manifest, f"it is from the future ({manifest.started}), and so its age is not known"
+        elif newest and _time(newest) - _time(manifest) <= span:
+            yield manifest, f"within {told} before set {newest.id}"
 
 
 def _newest_of_each(good: Iterable[Manifest], form: str, count: int) -> list[tuple[Manifest, str]]:

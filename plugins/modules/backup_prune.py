@@ -64,6 +64,8 @@ options:
     description:
       - Keep all sets that were begun in this time before the VM's newest set, as a number with V(h), V(d), V(w) or
         V(y), such as V(14d).
+      - A set from more than a day in the future was made with a clock that was wrong. It stays until then, and no time
+        is counted from it.
     type: str
   consolidate:
     description:

@@ -68,13 +68,14 @@ def reason(fates: Sequence[Fate], set_id: str) -> str:
 
 
 NOTHING = Condition()
+NOW = MONDAY + 1000 * DAY
 
 
 class TestRules:
     """Each rule alone."""
 
     def test_last(self) -> None:
-        fates = decide(daily("a", "b", "c", "d"), Rules(last=2), NOTHING)
+        fates = decide(daily("a", "b", "c", "d"), Rules(last=2), NOTHING, NOW)
         assert kept(fates) == ["c", "d"]
         assert [fate.reason for fate in fates] == ["no rule keeps it", "no rule keeps it", "last", "last"]
 
@@ -92,41 +93,63 @@ class TestRules:
     def test_the_newest_of_each_period(self, rules: Rules, step: timedelta, expected: list[str], why: str) -> None:
         start = MONDAY.replace(minute=0)
         sets = [made(name, None, start + number * step, number) for number, name in enumerate("abcdef")]
-        fates = decide(sets, rules, NOTHING)
+        fates = decide(sets, rules, NOTHING, NOW)
         assert kept(fates) == expected
         assert reason(fates, expected[0]) == why
 
     def test_periods_without_a_set_do_not_count(self) -> None:
         sets = [made("a"), made("b", None, MONDAY + 100 * DAY), made("c", None, MONDAY + 300 * DAY)]
-        assert kept(decide(sets, Rules(daily=2), NOTHING)) == ["b", "c"]
+        assert kept(decide(sets, Rules(daily=2), NOTHING, NOW)) == ["b", "c"]
 
     def test_a_week_at_the_turn_of_the_year_is_one_week(self) -> None:
         eve = datetime(2026, 12, 31, tzinfo=UTC)
-        fates = decide([made("a", None, eve), made("b", None, eve + DAY)], Rules(weekly=5), NOTHING)
+        fates = decide([made("a", None, eve), made("b", None, eve + DAY)], Rules(weekly=5), NOTHING, NOW)
         assert kept(fates) == ["b"]
         assert reason(fates, "b") == "weekly 2026-W53"
 
     def test_within_is_counted_from_the_newest_good_set_and_never_from_now(self) -> None:
-        fates = decide(daily("a", "b", "c", "d"), Rules(within=86400), NOTHING)
+        fates = decide(daily("a", "b", "c", "d"), Rules(within=86400), NOTHING, NOW)
         assert kept(fates) == ["c", "d"]
         assert reason(fates, "c") == "within 1 day before set d"
-        fates = decide(daily("a", "b", "c", "d"), Rules(within=86400), Condition(broken={"d": "x"}))
+        fates = decide(daily("a", "b", "c", "d"), Rules(within=86400), Condition(broken={"d": "x"}), NOW)
         assert kept(fates) == ["b", "c", "d"]
 
+    def test_nothing_is_counted_from_a_set_of_the_future(self) -> None:
+        sets = [*daily("a", "b", "c", "d"), made("e", "d", MONDAY.replace(year=2036), 5)]
+        now = MONDAY + 4 * DAY
+        fates = decide(sets, Rules(within=86400), NOTHING, now)
+        assert kept(fates) == ["c", "d", "e"]
+        assert reason(fates, "c") == "within 1 day before set d"
+        assert reason(fates, "e") == "it is from the future (2036-11-16T01:30:00Z), and so its age is not known"
+        # Other rules count, whatever the clocks said, and it can be forgotten.
+        assert kept(decide([*sets, made("f", None, now, 6)], Rules(last=1), NOTHING, now)) == ["f"]
+        assert kept(decide(sets, Rules(), Condition(may_go=True), now)) == []
+        # Where it has become the present, it counts.
+        assert kept(decide(sets, Rules(within=86400), NOTHING, MONDAY.replace(year=2037))) == ["d", "e"]
+
+    def test_clocks_may_differ_by_a_day(self) -> None:
+        sets = daily("a", "b", "c")
+        for now, expected in ((MONDAY + DAY, ["b", "c"]), (MONDAY + DAY - timedelta(seconds=1), ["a", "b", "c"])):
+            assert kept(decide(sets, Rules(within=86400), NOTHING, now)) == expected
+
+    def test_a_machine_whose_clock_is_far_behind_removes_nothing_by_its_age(self) -> None:
+        past = datetime(1970, 1, 1, tzinfo=UTC)
+        assert kept(decide(daily("a", "b", "c"), Rules(within=86400), NOTHING, past)) == ["a", "b", "c"]
+
     def test_rules_add_up(self) -> None:
-        fates = decide(daily("a", "b", "c", "d"), Rules(last=1, daily=2, yearly=1), NOTHING)
+        fates = decide(daily("a", "b", "c", "d"), Rules(last=1, daily=2, yearly=1), NOTHING, NOW)
         assert kept(fates) == ["c", "d"]
         assert reason(fates, "d") == "last; daily 2026-11-19; yearly 2026"
 
     def test_the_order_is_that_of_the_making_whatever_the_clocks_said(self) -> None:
         sets = [made("z", None, MONDAY + 9 * DAY, 1), made("y", None, MONDAY, 2), made("x", None, MONDAY, 3)]
-        assert kept(decide(sets, Rules(last=1), NOTHING)) == ["x"]
-        assert kept(decide(sets, Rules(daily=2), NOTHING)) == ["z", "x"]
+        assert kept(decide(sets, Rules(last=1), NOTHING, NOW)) == ["x"]
+        assert kept(decide(sets, Rules(daily=2), NOTHING, NOW)) == ["z", "x"]
         # What is from the future is not older than a day.
-        assert kept(decide(sets, Rules(within=86400), NOTHING)) == ["z", "y", "x"]
+        assert kept(decide(sets, Rules(within=86400), NOTHING, NOW)) == ["z", "y", "x"]
 
     def test_no_sets(self) -> None:
-        assert decide([], Rules(last=1, within=1), NOTHING, consolidate=True) == ()
+        assert decide([], Rules(last=1, within=1), NOTHING, NOW, consolidate=True) == ()
 
     def test_which_rules_say_nothing(self) -> None:
         assert Rules().empty
@@ -137,7 +160,7 @@ class TestGuards:
     """What keeps sets besides the rules."""
 
     def test_what_a_kept_set_builds_on(self) -> None:
-        fates = decide(daily("a", "b<a", "c<b", "d", "e<d"), Rules(), Condition(guarded={"b": "it is protected"}))
+        fates = decide(daily("a", "b<a", "c<b", "d", "e<d"), Rules(), Condition(guarded={"b": "it is protected"}), NOW)
         assert kept(fates) == ["a", "b", "d", "e"]
         assert [reason(fates, name) for name in "abde"] == [
             "set b builds on it",
@@ -148,40 +171,40 @@ class TestGuards:
 
     def test_each_disk_has_its_own_chain(self) -> None:
         sets = [made("a", {"vda": None, "vdb": None}), made("b", {"vda": "a", "vdb": None}), made("c", {"vdb": "b"})]
-        assert kept(decide(sets, Rules(last=1), NOTHING)) == ["a", "b", "c"]
+        assert kept(decide(sets, Rules(last=1), NOTHING, NOW)) == ["a", "b", "c"]
 
     def test_the_newest_good_set_goes_only_where_it_may(self) -> None:
         sets = daily("a", "b")
-        assert kept(decide(sets, Rules(), NOTHING)) == ["b"]
-        assert kept(decide(sets, Rules(), Condition(may_go=True))) == []
-        assert kept(decide(sets, Rules(last=1), Condition(may_go=True))) == ["b"]
+        assert kept(decide(sets, Rules(), NOTHING, NOW)) == ["b"]
+        assert kept(decide(sets, Rules(), Condition(may_go=True), NOW)) == []
+        assert kept(decide(sets, Rules(last=1), Condition(may_go=True), NOW)) == ["b"]
 
     def test_broken_sets_do_not_count_and_are_left_alone(self) -> None:
-        fates = decide(daily("a", "b", "c<b"), Rules(last=1), Condition(broken={"c": "image gone"}))
+        fates = decide(daily("a", "b", "c<b"), Rules(last=1), Condition(broken={"c": "image gone"}), NOW)
         assert kept(fates) == ["b", "c"]
         assert reason(fates, "c") == "it is broken, and left alone: image gone"
         assert reason(fates, "b") == "last; set c builds on it"
-        fates = decide(daily("a", "b", "c"), Rules(daily=1), Condition(broken={"c": "image gone"}))
+        fates = decide(daily("a", "b", "c"), Rules(daily=1), Condition(broken={"c": "image gone"}), NOW)
         assert kept(fates) == ["b", "c"]
 
     def test_a_vm_that_is_forgotten_loses_its_broken_sets_and_no_guarded_ones(self) -> None:
         condition = Condition(guarded={"b": "it is protected"}, broken={"d": "gone", "b": "gone"}, may_go=True)
-        assert kept(decide(daily("a", "b<a", "c", "d"), Rules(), condition)) == ["a", "b"]
+        assert kept(decide(daily("a", "b<a", "c", "d"), Rules(), condition, NOW)) == ["a", "b"]
         # With a rule, somebody still cares for this VM.
-        assert kept(decide(daily("a", "b<a", "c", "d"), Rules(last=1), condition)) == ["a", "b", "c", "d"]
+        assert kept(decide(daily("a", "b<a", "c", "d"), Rules(last=1), condition, NOW)) == ["a", "b", "c", "d"]
 
 
 class TestConsolidation:
     """Increments that become full."""
 
     def consolidated(self, sets: Sequence[Manifest], rules: Rules, condition: Condition = NOTHING) -> list[str]:
-        return [fate.id for fate in decide(sets, rules, condition, consolidate=True) if fate.consolidate]
+        return [fate.id for fate in decide(sets, rules, condition, NOW, consolidate=True) if fate.consolidate]
 
     def test_the_oldest_that_is_kept_and_what_it_builds_on_goes(self) -> None:
-        fates = decide(daily("a", "b<a", "c<b", "d<c"), Rules(last=2), NOTHING, consolidate=True)
+        fates = decide(daily("a", "b<a", "c<b", "d<c"), Rules(last=2), NOTHING, NOW, consolidate=True)
         assert kept(fates) == ["c", "d"]
         assert [fate.id for fate in fates if fate.consolidate] == ["c"]
-        assert kept(decide(daily("a", "b<a", "c<b", "d<c"), Rules(last=2), NOTHING)) == ["a", "b", "c", "d"]
+        assert kept(decide(daily("a", "b<a", "c<b", "d<c"), Rules(last=2), NOTHING, NOW)) == ["a", "b", "c", "d"]
 
     def test_not_where_nothing_could_go(self) -> None:
         assert self.consolidated(daily("a", "b<a"), Rules(last=2)) == []
@@ -221,7 +244,7 @@ class TestConsolidation:
 
 
 def test_text_for_people_is_newest_first() -> None:
-    fates = decide(daily("a", "b<a", "c<b"), Rules(last=2), NOTHING, consolidate=True)
+    fates = decide(daily("a", "b<a", "c<b"), Rules(last=2), NOTHING, NOW, consolidate=True)
     assert describe("web01", fates) == [
         "keep         web01/c  last",
         "consolidate  web01/b  last; set c builds on it",
@@ -265,8 +288,11 @@ def random_condition(chance: random.Random, sets: Sequence[Manifest]) -> Conditi
 class Model:
     """The same said in another way: for each set alone, with sets and recursion, and without any care for speed."""
 
-    def __init__(self, sets: Sequence[Manifest], rules: Rules, condition: Condition, consolidate: bool) -> None:
+    def __init__(
+        self, sets: Sequence[Manifest], rules: Rules, condition: Condition, now: datetime, consolidate: bool
+    ) -> None:
         self.sets = sets
+        self.now = now
         self.rules = rules
         self.condition = condition
         self.below = {one.id: {disk.parent.id for disk in one.disks if disk.parent} for one in sets}
@@ -290,13 +316,19 @@ class Model:
         if one.id in condition.broken:
             return not condition.may_go or not rules.empty
         newer = [other for other in self.sets[number + 1 :] if other.id not in condition.broken]
-        newest = newer[-1] if newer else one
         return (
             (not newer and not condition.may_go)
             or len(newer) < rules.last
             or any(self._newest_of_its(period, one, newer) for period in PERIODS)
-            or bool(rules.within and moment(one) >= moment(newest) - timedelta(seconds=rules.within))
+            or bool(rules.within and (self._ahead(one) or self._is_within(one, newer)))
         )
+
+    def _ahead(self, one: Manifest) -> bool:
+        return moment(one) > self.now + DAY
+
+    def _is_within(self, one: Manifest, newer: Sequence[Manifest]) -> bool:
+        newest = [one, *(other for other in newer if not self._ahead(other))][-1]
+        return moment(one) >= moment(newest) - timedelta(seconds=self.rules.within)
 
     def _newest_of_its(self, period: str, one: Manifest, newer: Sequence[Manifest]) -> bool:
         later = {part(period, other) for other in newer}
@@ -337,8 +369,10 @@ def after(sets: Sequence[Manifest], fates: Sequence[Fate]) -> list[Manifest]:
     return left
 
 
-def check_promises(sets: Sequence[Manifest], rules: Rules, condition: Condition, consolidate: bool) -> None:
-    fates = decide(sets, rules, condition, consolidate)
+def check_promises(
+    sets: Sequence[Manifest], rules: Rules, condition: Condition, now: datetime, consolidate: bool
+) -> None:
+    fates = decide(sets, rules, condition, now, consolidate)
     assert [fate.id for fate in fates] == [one.id for one in sets]
     stay = set(kept(fates))
     full = {fate.id for fate in fates if fate.consolidate}
@@ -352,14 +386,14 @@ def check_promises(sets: Sequence[Manifest], rules: Rules, condition: Condition,
     assert set(condition.guarded) & {one.id for one in sets} <= stay
     assert full <= stay - set(condition.broken)
     assert all(fate.reason for fate in fates)
-    model = Model(sets, rules, condition, consolidate)
+    model = Model(sets, rules, condition, now, consolidate)
     assert full.isdisjoint(condition.in_use)
     for name in (*condition.in_use, *full):
         # Nobody reads what is rewritten, and of one chain only one is.
         assert full.isdisjoint(model._needs({name}, set()))
     assert (stay, full) == (model.kept, model.full)
     # A second run has nothing to do.
-    again = decide(left, rules, condition, consolidate)
+    again = decide(left, rules, condition, now, consolidate)
     assert kept(again) == [one.id for one in left]
     assert not any(fate.consolidate for fate in again)
 
@@ -372,10 +406,11 @@ def test_random_histories_and_rules(consolidate: bool) -> None:
         chance = random.Random(seed + number)
         sets = random_sets(chance)
         condition, rules = random_condition(chance, sets), random_rules(chance)
+        now = chance.choice([NOW, MONDAY + chance.randint(-2, 100) * DAY])
         try:
-            check_promises(sets, rules, condition, consolidate)
+            check_promises(sets, rules, condition, now, consolidate)
         except AssertionError:
-            print(f"history {number}: {rules} {condition}")
+            print(f"history {number}: {rules} {condition} {now}")
             for one in sets:
                 print(one.id, one.started, {disk.name: disk.parent and disk.parent.id for disk in one.disks})
             raise
