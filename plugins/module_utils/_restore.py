@@ -254,7 +254,7 @@ def _check_device(piece: Piece, overwrite: bool) -> None:
     _check_unused(piece.target)
 
 
-def _check_unused(path: str) -> None:
+def _check_unused(path: str, user: str = "a running VM") -> None:
     """Refuse what a running VM has open: it would go on with a file that has no name any more.
 
     QEMU says with locks on single bytes what it does with a file, and what it does not want others to do. No command
@@ -266,7 +266,7 @@ def _check_unused(path: str) -> None:
     finally:
         os.close(fd)
     if struct.unpack(FLOCK, found)[0] != fcntl.F_UNLCK:
-        raise Refused("target", f"{path} is in use by a running VM; see `fuser {path}`")
+        raise Refused("target", f"{path} is in use by {user}; see `fuser {path}`")
 
 
 async def _check_space(repository: Repository, pieces: Sequence[Piece]) -> None:
@@ -319,18 +319,29 @@ async def _write_file(repository: Repository, vm: str, piece: Piece, order: Orde
     """Make the file under another name, and give it its own when it is whole."""
     replaces = _target.identity(piece.target) if order.overwrite else (0, 0)
     # A process that was killed may have left one.
-    _target.remove(piece.partial)
+    _remove_partial(piece.partial)
     os.close(os.open(piece.partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+    made = _target.identity(piece.partial)
     try:
         async with _pinned(repository, vm, piece, warnings):
             await (_lay_over if piece.method == OVERLAY else _convert)(repository, piece, piece.partial)
             _target.flush(piece.partial)
             if replaces[0]:
                 _check_unused(piece.target)
+            if _target.identity(piece.partial) != made:
+                raise BackupError(f"{piece.partial} is another file by now: somebody else restores to the same place")
             _take_name(repository, piece, replaces)
     except BaseException:
-        _target.remove(piece.partial)
+        if _target.identity(piece.partial) == made:
+            _target.remove(piece.partial)
         raise
+
+
+def _remove_partial(path: str) -> None:
+    """Remove what a restore has left unfinished. Refused where somebody is at it, perhaps on another machine."""
+    if os.path.isfile(path):
+        _check_unused(path, "another process, such as a backup or a restore to the same place")
+    _target.remove(path)
 
 
 def _take_name(repository: Repository, piece: Piece, replaces: tuple[int, int]) -> None:
@@ -373,7 +384,9 @@ async def _go_on(repository: Repository, held: Holdings, piece: Piece, warnings:
     """Do what a process has left to do that was killed when the target was there already."""
     if os.path.lexists(piece.partial):
         async with _alone(piece.target):
-            _target.remove(piece.partial)
+            # Who is at it puts it away.
+            with contextlib.suppress(Refused):
+                _remove_partial(piece.partial)
     if piece.method == OVERLAY and not _same(_pin(piece), read_marks(repository, held.name).pins):
         await _put_pin(repository, held.name, piece, warnings)
     await _take_others(repository, held.name, piece)
@@ -499,6 +512,8 @@ async def forget(
             continue
         if there:
             _check_unused(path)
+        if os.path.isfile(path + PARTIAL):
+            _check_unused(path + PARTIAL)
         names = {path, path + PARTIAL}
         if any(os.path.lexists(name) for name in names) or any(pin.path in names for pin in mine):
             gone.append(path)

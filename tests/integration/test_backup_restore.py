@@ -397,6 +397,40 @@ class TestTargets:
         assert first.result()["changed"]
         chain.assert_restored("s3", {"drive0": where / "d"})
 
+    def test_somebody_elses_file_under_the_unfinished_name_stays(self, chain: Chain, vms: Vms, where: Path) -> None:
+        # A backup that runs to that very name, or a restore on another machine.
+        partial = create(where / "d.partial", SIZE)
+        vm = vms.start(Disk(partial, "other", "another"))
+        inode = partial.stat().st_ino
+        given: dict[str, t.Any] = {"disks": one_disk(where / "d")}
+        for options in (given, {**given, "state": "absent", "method": "overlay"}):
+            assert f"target: {partial} is in use by" in chain.library.fail_restore(**options)
+        assert partial.stat().st_ino == inode
+        assert [path.name for path in where.iterdir()] == ["d.partial"]
+        # One that nobody has open was left by a process that was killed.
+        vm.quit()
+        chain.library.restore(**given)
+        chain.assert_restored("s3", {"drive0": where / "d"})
+        # What is done already is no reason to refuse.
+        vm = vms.start(Disk(create(partial, SIZE), "other", "third"))
+        assert not chain.library.restore(**given)["changed"]
+        assert partial.exists()
+        vm.quit()
+
+    @pytest.mark.parametrize("method", ["copy", "overlay"])
+    def test_an_unfinished_file_that_is_another_by_now_gets_no_name(
+        self, chain: Chain, where: Path, monkeypatch: pytest.MonkeyPatch, method: str
+    ) -> None:
+        before_converting(where.parent, monkeypatch, "")
+        shim = where.parent / "bin" / "qemu-img"
+        steal = f"mv {where}/d.partial {where}/mine; touch {where}/d.partial;"
+        shim.write_text(shim.read_text().replace("= convert ] && {", f'= convert -o "$1" = create ] && {{ {steal}'))
+        said = chain.library.fail_restore(method=method, disks=one_disk(where / "d"))
+        assert f"{where}/d.partial is another file by now" in said
+        # It is another one's to remove.
+        assert sorted(path.name for path in where.iterdir()) == ["d.partial", "mine"]
+        assert pins(chain.library) == []
+
     def test_no_room_is_found_before(self, chain: Chain, storage: Storage) -> None:
         mount = storage.mount("tmpfs", 4 * MIB)
         mount.fill(leave=2 * MIB)
