@@ -227,9 +227,13 @@ async def _make_full(repository: Repository, held: Holdings, manifest: Manifest,
     try:
         full = await _copy_full(path, new, image)
         async with repository.lock(held.name):
-            there = repository.shelf(held.name).published(manifest.id)
+            now = holdings(repository, held.name)
+            there = now.shelf.published(manifest.id)
             if there is None or there.attempt != manifest.attempt or there.disk(image.name) != image:
                 raise BackupError("somebody else has changed it meanwhile")
+            reader = _reader(now, manifest.id)
+            if reader:
+                raise BackupError(reader)
             note = Consolidation(manifest.id, manifest.attempt, full)
             repository.write_note(held.name, note)
             os.replace(new, path)
@@ -237,6 +241,16 @@ async def _make_full(repository: Repository, held: Holdings, manifest: Manifest,
             _settle(repository, held.name, note)
     finally:
         _target.remove(new)
+
+
+def _reader(held: Holdings, set_id: str) -> str:
+    """Who reads a set at this moment, or one that builds on it; empty where nobody does."""
+    in_use = condition(held, may_go=False).in_use
+    for manifest in held.shelf.sets:
+        chains = (_chain.walk(held.shelf.sets, manifest, image.name)[0] for image in manifest.disks)
+        if manifest.id in in_use and any(below.id == set_id for steps in chains for below, _image in steps):
+            return in_use[manifest.id]
+    return ""
 
 
 def _check_room(repository: Repository, steps: Iterable[tuple[Manifest, DiskImage]]) -> None:

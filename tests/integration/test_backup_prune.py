@@ -533,6 +533,32 @@ class TestConsolidation:
         assert fates(said)["s1"] == "set s2 builds on it"
         chain.assert_restored("s2", {"drive0": directory / "look"})
 
+    @pytest.mark.parametrize("read", ["s2", "s3"])
+    def test_a_set_that_is_read_meanwhile_is_not_rewritten(
+        self,
+        chain: Chain,
+        library: Library,
+        directory: Path,
+        start_module: Start,
+        monkeypatch: pytest.MonkeyPatch,
+        read: str,
+    ) -> None:
+        begun, go = gate(directory, monkeypatch)
+        images = library.images(NAME, "s2")
+        before = {disk: image.stat().st_ino for disk, image in images.items()}
+        process = start_module("backup_prune", {"repository": str(library.path), "keep_last": 4, "consolidate": True})
+        wait_until(begun.exists, "the copy")
+        look = directory / "look"
+        library.restore(id=read, method="overlay", disks=[{"name": "drive1", "target": str(look)}])
+        go.touch()
+        said = process.result()
+        assert f"set s2 was not consolidated: {look} on " in said["msg"]
+        assert "reads it" in said["msg"]
+        assert said["removed"] == []
+        assert {disk: image.stat().st_ino for disk, image in images.items()} == before
+        assert library.listed() == ["s5", "s4", "s3", "s2", "s1"]
+        chain.assert_restored(read, {"drive1": look})
+
     def test_read_sets_are_not_rewritten(self, library: Library, directory: Path) -> None:
         library.restore(id="s3", method="overlay", disks=[{"name": "drive0", "target": str(directory / "look")}])
         before = library.content()
