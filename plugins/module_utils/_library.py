@@ -14,10 +14,17 @@ from datetime import datetime, timezone
 from typing import TYPE_CHECKING
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._chain import broken_images, walk
+from ansible_collections.vmfleet.backup.plugins.module_utils._documents import Intent
 from ansible_collections.vmfleet.backup.plugins.module_utils._errors import BackupError, Refused
 from ansible_collections.vmfleet.backup.plugins.module_utils._marks import Marks, is_read, mark_path, read_marks
 from ansible_collections.vmfleet.backup.plugins.module_utils._names import vm_directory
-from ansible_collections.vmfleet.backup.plugins.module_utils._repository import FAILED, HARMLESS
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository import (
+    FAILED,
+    HARMLESS,
+    INTENT,
+    STAGING,
+    read_document,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -175,15 +182,15 @@ def growing(repository: Repository, vm: str) -> list[str]:
 
 def vm_names(repository: Repository) -> list[str]:
     """The VMs that a repository has sets of, is getting some, or was to, by the names in their documents."""
-    names = {intent.vm.name for intent in repository.intents()}
+    names = set()
     for directory in glob.glob(os.path.join(glob.escape(repository.path), "*", "")):
         entry = os.path.basename(os.path.dirname(directory))
         if entry in HARMLESS:
             continue
         try:
-            found = repository.any_manifest(directory)
+            found = repository.any_manifest(directory) or _any_intent(directory)
             used = not found and _was_used(repository, entry)
-        except BackupError:
+        except (BackupError, OSError):
             # What cannot be read is said by whoever looks at this VM.
             found, used = None, True
         if found:
@@ -191,6 +198,12 @@ def vm_names(repository: Repository) -> list[str]:
         elif used and vm_directory(entry) == entry:
             names.add(entry)
     return sorted(names)
+
+
+def _any_intent(directory: str) -> Intent | None:
+    """Some intent in a VM's directory."""
+    paths = glob.glob(os.path.join(glob.escape(directory), f".*{STAGING}", INTENT))
+    return next((intent for intent in (read_document(path, Intent) for path in paths) if intent), None)
 
 
 def _was_used(repository: Repository, vm: str) -> bool:

@@ -35,6 +35,7 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._library import (
 from ansible_collections.vmfleet.backup.plugins.module_utils._marks import remove_marks, write_mark
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository import (
     DESCRIPTION,
+    HARMLESS,
     INTENT,
     MANIFEST,
     UNFINISHED,
@@ -154,14 +155,26 @@ def known_vms(repository: Repository) -> list[str]:
     names = vm_names(repository)
     known = {os.path.basename(repository.directory(name)) for name in names}
     with os.scandir(repository.path) as entries:
-        others = [entry.name for entry in entries if entry.is_dir() and entry.name not in known]
+        others = [entry.name for entry in entries if _is_directory(entry) and entry.name not in known | HARMLESS]
     return sorted(name for name in (*names, *others) if has_sets(repository, name))
+
+
+def _is_directory(entry: os.DirEntry[str]) -> bool:
+    """Whether it may be one: what cannot be looked up is not passed over."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return True
 
 
 def has_sets(repository: Repository, name: str) -> bool:
     """Whether there are sets of a VM, or what is left of some."""
-    shelf = repository.shelf(name)
-    return bool(shelf.sets or _ruins(repository, name, shelf.strays))
+    try:
+        shelf = repository.shelf(name)
+        return bool(shelf.sets or _ruins(repository, name, shelf.strays))
+    except (BackupError, OSError):
+        # What cannot be read is said by the look at this VM.
+        return True
 
 
 def _ruins(repository: Repository, name: str, strays: Iterable[str]) -> list[str]:

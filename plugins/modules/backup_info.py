@@ -233,7 +233,8 @@ async def main_task(module: AnsibleModule) -> dict[str, Any]:
     for name in dict.fromkeys(names):
         try:
             held = holdings(repository, name)
-        except BackupError as error:
+            left += leftovers(repository, held)
+        except (BackupError, OSError) as error:
             errors.append(f"VM {name}: {error}")
             continue
         lengths, broken = chain_lengths(held), held.broken_sets
@@ -243,7 +244,6 @@ async def main_task(module: AnsibleModule) -> dict[str, Any]:
         ]
         sets += own
         vms += [describe_vm(own, held, now)] if own else []
-        left += leftovers(repository, held)
     totals = {
         "vms": len(vms),
         "sets": len(sets),

@@ -227,7 +227,13 @@ def test_a_vm_whose_sets_a_later_release_has_made_does_not_hide_the_others(libra
     for path in (library.path / "db01").glob("*/manifest.json"):
         path.chmod(0o600)
         path.write_text(json.dumps({**json.loads(path.read_text()), "schema": 99}))
+    # And here is one that the file system does not tell.
+    loop = library.path / "db02" / "s1" / "manifest.json"
+    loop.parent.mkdir(parents=True)
+    loop.symlink_to(loop)
     result = fail("backup_info", {"repository": str(library.path)})
     assert "VM db01" in result["msg"]
     assert "update vmfleet.backup" in result["msg"]
+    assert "VM db02" in result["msg"]
+    assert str(loop) in result["msg"]
     assert [vm["name"] for vm in result["vms"]] == [NAME]

@@ -383,6 +383,22 @@ def test_one_bad_vm_does_not_stop_the_others(vms: Vms, sets: Sets) -> None:
     ]  # fmt: skip
 
 
+def test_a_vm_that_cannot_be_read_does_not_stop_the_others(vms: Vms, sets: Sets) -> None:
+    chain(vms, sets)
+    loop = sets.path / "db01" / "s1" / "manifest.json"
+    newer = sets.path / "db02" / ".s1.staging" / "intent.json"
+    for path in (loop, newer):
+        path.parent.mkdir(parents=True)
+    loop.symlink_to(loop)
+    newer.write_text('{"schema": 99}')
+    for names in ({}, {"names": ["db01", "db02", NAME]}):
+        result = fail("backup_verify", arguments(sets, **names))
+        found = [(one["vm"], one["disk"], one["ok"]) for one in result["results"]]
+        assert found == [("db01", "", False), ("db02", "", False), *((NAME, disk, True) for disk in BOTH)]
+        assert str(loop) in result["results"][0]["error"]
+        assert str(newer) in result["results"][1]["error"]
+
+
 def test_read_only_repository(vms: Vms, storage: Storage) -> None:
     mount = storage.mount("ext4", 64 * MIB)
     sets = Sets(mount.path / "repository")

@@ -9,14 +9,17 @@ from __future__ import annotations
 import os
 from dataclasses import asdict
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._chain import set_level
 from ansible_collections.vmfleet.backup.plugins.module_utils._documents import (
+    SCHEMA,
     DiskImage,
     Failure,
+    Hypervisor,
+    Intent,
     Manifest,
     Parent,
     Pin,
@@ -238,6 +241,30 @@ class TestNames:
         failure = Failure("r", "a", "s3", "failed", "full", "then", "now")
         write_document(repository.failure_path("web03", "s3"), asdict(failure))
         assert vm_names(repository) == ["web03"]
+
+    def test_a_vm_whose_first_set_is_being_made(self, repository: Repository) -> None:
+        name = "web 01/ä"
+        here = Hypervisor("hv1", "m", "b")
+        times: dict[str, Any] = {"started": "then", "begun": 1.0, "deadline": None}
+        making = Intent(
+            "r", "a", "s1", VmName(name, "u", "u"), here, "unix:/x", (1, 2), "full", "crash", "7", "running", **times,
+            disks=(), checksum=True,
+        )  # fmt: skip
+        os.mkdir(repository.directory(name))
+        repository.begin(making)
+        assert vm_names(repository) == [name]
+
+    @pytest.mark.parametrize("document", ["s1/manifest.json", ".s1.staging/intent.json"])
+    def test_a_vm_that_cannot_be_read_is_named_by_its_directory(self, repository: Repository, document: str) -> None:
+        put(repository, "s1")
+        for vm in ("web02", "web03"):
+            path = os.path.join(repository.directory(vm), document)
+            os.makedirs(os.path.dirname(path))
+            if vm == "web02":
+                os.symlink(path, path)
+            else:
+                write_document(path, {"schema": SCHEMA + 1})
+        assert vm_names(repository) == ["web01", "web02", "web03"]
 
     def test_what_is_no_vm(self, repository: Repository) -> None:
         put(repository, "s1", vm="lost+found")

@@ -256,6 +256,37 @@ def test_vms_of_a_repository(repository: Repository) -> None:
     assert _verify.known_vms(repository) == ["gone", VM]
 
 
+def spoil(repository: Repository, path: str, text: str) -> None:
+    """Put something that cannot be read where a document of a VM stands."""
+    document = Path(repository.path, path)
+    document.parent.mkdir(parents=True)
+    if text:
+        document.write_text(text)
+    else:
+        document.symlink_to(document)
+
+
+@pytest.mark.parametrize("text", ['{"schema": 99}', ""], ids=["newer", "unreadable"])
+@pytest.mark.parametrize("document", ["s1/manifest.json", ".s1.staging/intent.json", ".s1.staging/manifest.json"])
+def test_one_vm_that_cannot_be_read_does_not_stop_the_others(repository: Repository, document: str, text: str) -> None:
+    publish(repository, 1, image("a"))
+    spoil(repository, f"db01/{document}", text)
+    names = _verify.known_vms(repository)
+    assert names == ["db01", VM]
+    findings, warnings = asyncio.run(_verify.verify_all(repository, names, "", Order(SURFACE)))
+    assert [(one.vm, bool(one.error)) for one in findings] == [("db01", True), (VM, False)]
+    assert document in findings[0].error
+    assert not warnings
+
+
+def test_what_may_be_a_vm_is_not_passed_over(repository: Repository) -> None:
+    """It leads to where nobody gets to, as a file server that does not answer."""
+    publish(repository, 1, image("a"))
+    for name in ("db01", "lost+found"):
+        Path(repository.path, name).symlink_to(Path(repository.path, name))
+    assert _verify.known_vms(repository) == ["db01", VM]
+
+
 def test_long_complaints_are_cut() -> None:
     assert _verify._shortened("one\n\ntwo") == "one / two"
     assert _verify._shortened("\n".join("abcde")) == "a / b / c and 2 more lines"
