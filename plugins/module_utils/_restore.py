@@ -69,8 +69,6 @@ FLOCK = "hhqqi"
 QEMU_LOCKS = (100, 200)
 """Where QEMU's locks begin in a file, and the length of all (QEMU 7.2, block/file-posix.c)."""
 
-READ_ONLY = frozenset({errno.EROFS, errno.EACCES, errno.EPERM})
-
 
 @dataclass(frozen=True)
 class Piece:
@@ -389,7 +387,7 @@ async def _go_on(repository: Repository, held: Holdings, piece: Piece, warnings:
                 _remove_partial(piece.partial)
     if piece.method == OVERLAY and not _same(_pin(piece), read_marks(repository, held.name).pins):
         await _put_pin(repository, held.name, piece, warnings)
-    await _take_others(repository, held.name, piece)
+    await _take_others(repository, held.name, piece, warnings)
 
 
 # Pins
@@ -408,15 +406,17 @@ async def _pinned(repository: Repository, vm: str, piece: Piece, warnings: list[
         yield
     except BaseException:
         if is_new:
-            await take_pins(repository, vm, [_pin(piece)])
+            await _take_back(repository, vm, [_pin(piece)], warnings)
         raise
-    await _take_others(repository, vm, piece)
+    await _take_others(repository, vm, piece, warnings)
 
 
 async def _put_pin(repository: Repository, vm: str, piece: Piece, warnings: list[str]) -> bool:
-    """Whether there is a pin now that was not there before. A repository that is mounted read-only cannot be told.
+    """Whether there is a pin now that was not there before.
 
-    Raises BackupError where the set has gone since the sets were read: from here on the pin would keep it.
+    A repository that is mounted read-only cannot be told, nor one whose lock is held by a machine that has died: it is
+    read all the same. Raises BackupError where the set has gone since the sets were read: from here on the pin would
+    keep it.
     """
     pin = _pin(piece)
     try:
@@ -425,16 +425,19 @@ async def _put_pin(repository: Repository, vm: str, piece: Piece, warnings: list
             if _same(pin, read_marks(repository, vm).pins):
                 return False
             write_mark(repository, vm, pin)
-    except OSError as error:
-        if error.errno not in READ_ONLY:
-            raise
+    except (BackupError, OSError) as error:
+        # This is what nothing can be restored without, with the lock or not.
         _check_there(repository, vm, piece)
         warnings.append(
-            f"{repository.path} cannot be written to ({error.strerror}), and so nobody is told that set {pin.id} is in"
+            f"{repository.path} cannot be written to ({_reason(error)}), and so nobody is told that set {pin.id} is in"
             f" use: do not prune it while {pin.path} is there"
         )
         return False
     return True
+
+
+def _reason(error: Exception) -> str:
+    return (error.strerror if isinstance(error, OSError) else "") or str(error)
 
 
 def _check_there(repository: Repository, vm: str, piece: Piece) -> None:
@@ -451,7 +454,7 @@ def _same(pin: Pin, pins: Iterable[Pin]) -> bool:
     return any(replace(other, since="") == replace(pin, since="") for other in pins)
 
 
-async def _take_others(repository: Repository, vm: str, piece: Piece) -> None:
+async def _take_others(repository: Repository, vm: str, piece: Piece, warnings: list[str]) -> None:
     """Take the pins of what has stood under this name before, or was to; that of an overlay which is there stays."""
     needed = [_pin(piece)] if piece.method == OVERLAY else []
     others = [
@@ -460,12 +463,19 @@ async def _take_others(repository: Repository, vm: str, piece: Piece) -> None:
         if pin.machine_id == machine_id() and pin.path in (piece.target, piece.partial) and not _same(pin, needed)
     ]
     if others:
-        try:
-            await take_pins(repository, vm, others)
-        except OSError as error:
-            # It may have been writable before.
-            if error.errno not in READ_ONLY:
-                raise
+        await _take_back(repository, vm, others, warnings)
+
+
+async def _take_back(repository: Repository, vm: str, pins: Sequence[Pin], warnings: list[str]) -> None:
+    """Take back pins, as far as that can be done: what was restored is good without it."""
+    try:
+        await take_pins(repository, vm, pins)
+    except (BackupError, OSError) as error:
+        ids = ", ".join(sorted({pin.id for pin in pins}))
+        warnings.append(
+            f"{repository.path} cannot be written to ({_reason(error)}), and so set {ids} still counts as in use by"
+            f" {pins[0].path}: restore once more, or leave it to the next prune on this machine"
+        )
 
 
 async def take_pins(repository: Repository, vm: str, pins: Sequence[Pin]) -> None:

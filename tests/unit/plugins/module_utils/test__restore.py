@@ -6,9 +6,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import fcntl
 import os
 import struct
+from contextlib import asynccontextmanager
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
@@ -16,14 +18,17 @@ import pytest
 
 from ansible_collections.vmfleet.backup.plugins.module_utils import _restore
 from ansible_collections.vmfleet.backup.plugins.module_utils._documents import DiskImage, Manifest, VmName
-from ansible_collections.vmfleet.backup.plugins.module_utils._errors import Refused
-from ansible_collections.vmfleet.backup.plugins.module_utils._repository import create_repository, write_document
+from ansible_collections.vmfleet.backup.plugins.module_utils._errors import BackupError, Refused
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository import (
+    Repository,
+    create_repository,
+    write_document,
+)
 from ansible_collections.vmfleet.backup.plugins.module_utils._restore import COPY, OVERLAY, Piece
 
 if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
     from pathlib import Path
-
-    from ansible_collections.vmfleet.backup.plugins.module_utils._repository import Repository
 
 IMAGE = DiskImage("vda", "n0", "", "/src", "qcow2", 1 << 20, "full", "", None, "vda.qcow2", "qcow2", "none")
 MANIFEST = Manifest(
@@ -139,3 +144,18 @@ class TestDone:
         assert not _restore._is_done(repository, piece(target))
         receipt.unlink()
         assert not _restore._is_done(repository, piece(target))
+
+
+def test_a_set_that_is_gone_is_an_error_without_the_lock_as_well(
+    repository: Repository, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @asynccontextmanager
+    async def held_by_somebody_else(*_args: Any) -> AsyncIterator[int]:
+        raise BackupError("held")
+        yield 0
+
+    monkeypatch.setattr(Repository, "lock", held_by_somebody_else)
+    warnings: list[str] = []
+    with pytest.raises(BackupError, match=r"set s1 was removed meanwhile"):
+        asyncio.run(_restore._put_pin(repository, "web01", piece(tmp_path / "d"), warnings))
+    assert warnings == []
