@@ -14,9 +14,7 @@ from __future__ import annotations
 import asyncio
 import os
 import secrets
-import time
 from dataclasses import dataclass, field, replace
-from datetime import datetime, timezone
 from typing import TYPE_CHECKING
 
 from ansible_collections.vmfleet.backup.plugins.module_utils import _guard, _jobs, _plan, _target
@@ -34,6 +32,7 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._documents import (
 from ansible_collections.vmfleet.backup.plugins.module_utils._errors import AgentError, BackupError
 from ansible_collections.vmfleet.backup.plugins.module_utils._inspect import query_jobs
 from ansible_collections.vmfleet.backup.plugins.module_utils._survey import Room, measure
+from ansible_collections.vmfleet.backup.plugins.module_utils._units import boottime, utc_now
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -372,11 +371,3 @@ def _arguments(policy: Policy, link: Link) -> dict[str, Any]:
     if policy.compression != "none":
         arguments["compress"] = True
     return arguments
-
-
-def boottime() -> float:
-    return time.clock_gettime(time.CLOCK_BOOTTIME)
-
-
-def utc_now() -> str:
-    return datetime.now(timezone.utc).isoformat(timespec="seconds").replace("+00:00", "Z")

@@ -29,9 +29,9 @@ from typing import TYPE_CHECKING
 from ansible_collections.vmfleet.backup.plugins.module_utils._agent import Agent
 from ansible_collections.vmfleet.backup.plugins.module_utils._description import FLASH, ITEM
 from ansible_collections.vmfleet.backup.plugins.module_utils._errors import AgentError, Refused
-from ansible_collections.vmfleet.backup.plugins.module_utils._plan import human
 from ansible_collections.vmfleet.backup.plugins.module_utils._qmp import Process
 from ansible_collections.vmfleet.backup.plugins.module_utils._target import free_bytes
+from ansible_collections.vmfleet.backup.plugins.module_utils._units import human
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from ansible_collections.vmfleet.backup.plugins.module_utils import _chain, _guard, _jobs, _plan, _probe, _survey
-from ansible_collections.vmfleet.backup.plugins.module_utils._attempt import Maker, bitmap_prefix, boottime, utc_now
+from ansible_collections.vmfleet.backup.plugins.module_utils._attempt import Maker, bitmap_prefix
 from ansible_collections.vmfleet.backup.plugins.module_utils._documents import (
     PREPARING,
     DiskImage,
@@ -54,6 +54,7 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._plan import VmPlan
 from ansible_collections.vmfleet.backup.plugins.module_utils._probe import Watch
 from ansible_collections.vmfleet.backup.plugins.module_utils._qmp import Monitor, parse_address
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository import open_repository
+from ansible_collections.vmfleet.backup.plugins.module_utils._units import boottime, utc_now
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

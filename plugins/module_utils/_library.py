@@ -10,7 +10,6 @@ from __future__ import annotations
 import glob
 import os
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from typing import TYPE_CHECKING
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._chain import broken_images, walk
@@ -25,9 +24,11 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._repository import 
     STAGING,
     read_document,
 )
+from ansible_collections.vmfleet.backup.plugins.module_utils._units import parse_time
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
+    from datetime import datetime
 
     from ansible_collections.vmfleet.backup.plugins.module_utils._documents import (
         DiskImage,
@@ -214,10 +215,3 @@ def _was_used(repository: Repository, vm: str) -> bool:
 
 def begun(manifest: Manifest) -> datetime:
     return parse_time(manifest.started)
-
-
-def parse_time(text: str) -> datetime:
-    """A time in ISO 8601; without a zone it is UTC. ValueError where it is none."""
-    # Python 3.8 knows no Z.
-    found = datetime.fromisoformat(text.replace("Z", "+00:00"))
-    return found if found.tzinfo else found.replace(tzinfo=timezone.utc)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
-from ansible_collections.vmfleet.backup.plugins.module_utils._plan import human
+from ansible_collections.vmfleet.backup.plugins.module_utils._units import human
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

@@ -18,6 +18,7 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._documents import P
 from ansible_collections.vmfleet.backup.plugins.module_utils._errors import Refused
 from ansible_collections.vmfleet.backup.plugins.module_utils._inspect import IO_ERROR
 from ansible_collections.vmfleet.backup.plugins.module_utils._names import check_set_id, image_files
+from ansible_collections.vmfleet.backup.plugins.module_utils._units import human
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -648,18 +649,6 @@ def no_room(needed: int, space: Space, left: int) -> str:
         f" {human(space.free)} are free, {reserve} are kept in reserve, and the rest is for other sets;"
         " make room, or lower the reserve"
     )
-
-
-def human(size: int) -> str:
-    """C(33.6 MiB)"""
-    if size < 1024:
-        return f"{size} B"
-    number = size / 1024
-    for unit in ("KiB", "MiB", "GiB"):
-        if number < 1024:
-            return f"{number:.1f} {unit}"
-        number /= 1024
-    return f"{number:.1f} TiB"
 
 
 def describe(plan: Plan) -> list[str]:

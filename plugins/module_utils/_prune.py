@@ -17,16 +17,15 @@ from datetime import datetime, timezone
 from typing import TYPE_CHECKING
 
 from ansible_collections.vmfleet.backup.plugins.module_utils import _chain, _qemu_img, _retention, _target
-from ansible_collections.vmfleet.backup.plugins.module_utils._attempt import utc_now
 from ansible_collections.vmfleet.backup.plugins.module_utils._checksum import check_all, sha256
 from ansible_collections.vmfleet.backup.plugins.module_utils._documents import Consolidation, Protection
 from ansible_collections.vmfleet.backup.plugins.module_utils._errors import BackupError, Refused
 from ansible_collections.vmfleet.backup.plugins.module_utils._library import GROWING, growing, holdings
 from ansible_collections.vmfleet.backup.plugins.module_utils._lock import locked
 from ansible_collections.vmfleet.backup.plugins.module_utils._marks import is_read, remove_marks, write_mark
-from ansible_collections.vmfleet.backup.plugins.module_utils._plan import human
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository import PUBLISHED_MODE
 from ansible_collections.vmfleet.backup.plugins.module_utils._retention import Condition, Fate
+from ansible_collections.vmfleet.backup.plugins.module_utils._units import human, utc_now
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

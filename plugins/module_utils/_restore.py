@@ -25,7 +25,6 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
 from ansible_collections.vmfleet.backup.plugins.module_utils import _qemu_img, _target
-from ansible_collections.vmfleet.backup.plugins.module_utils._attempt import utc_now
 from ansible_collections.vmfleet.backup.plugins.module_utils._checksum import check_all
 from ansible_collections.vmfleet.backup.plugins.module_utils._documents import Pin, Restoration
 from ansible_collections.vmfleet.backup.plugins.module_utils._errors import BackupError, Refused
@@ -33,13 +32,13 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._inspect import mac
 from ansible_collections.vmfleet.backup.plugins.module_utils._library import holdings
 from ansible_collections.vmfleet.backup.plugins.module_utils._lock import host_lock_path, locked
 from ansible_collections.vmfleet.backup.plugins.module_utils._marks import PARTIAL, read_marks, remove_marks, write_mark
-from ansible_collections.vmfleet.backup.plugins.module_utils._plan import human
 from ansible_collections.vmfleet.backup.plugins.module_utils._qmp import Address
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository import (
     UNFINISHED,
     read_document,
     write_document,
 )
+from ansible_collections.vmfleet.backup.plugins.module_utils._units import human, utc_now
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterable, Sequence

@@ -13,13 +13,15 @@ that was wrong: nothing is counted from these.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta
+from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._chain import FULL
+from ansible_collections.vmfleet.backup.plugins.module_utils._library import begun
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from datetime import datetime
 
     from ansible_collections.vmfleet.backup.plugins.module_utils._documents import Manifest
 
@@ -130,26 +132,21 @@ def _by_rules(good: Sequence[Manifest], rules: Rules, now: datetime) -> Iterator
 def _within(good: Sequence[Manifest], span: timedelta, now: datetime) -> Iterator[tuple[Manifest, str]]:
     # A part of a day that is none is not told.
     told = str(span).replace(", 0:00:00", "")
-    newest = next((manifest for manifest in good if _time(manifest) - now <= AHEAD), None)
+    newest = next((manifest for manifest in good if begun(manifest) - now <= AHEAD), None)
     for manifest in good:
-        if _time(manifest) - now > AHEAD:
+        if begun(manifest) - now > AHEAD:
             yield manifest, f"it is from the future ({manifest.started}), and so its age is not known"
-        elif newest and _time(newest) - _time(manifest) <= span:
+        elif newest and begun(newest) - begun(manifest) <= span:
             yield manifest, f"within {told} before set {newest.id}"
 
 
 def _newest_of_each(good: Iterable[Manifest], form: str, count: int) -> list[tuple[Manifest, str]]:
     found: list[tuple[Manifest, str]] = []
     for manifest in good:
-        when = _time(manifest).strftime(form)
+        when = begun(manifest).strftime(form)
         if len(found) < count and when not in [before for _other, before in found]:
             found.append((manifest, when))
     return found
-
-
-def _time(manifest: Manifest) -> datetime:
-    # Python 3.8 knows no Z.
-    return datetime.fromisoformat(manifest.started.replace("Z", "+00:00"))
 
 
 def _parents(manifest: Manifest) -> frozenset[str]:

@@ -27,6 +27,7 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._library import BOO
 from ansible_collections.vmfleet.backup.plugins.module_utils._marks import read_marks
 from ansible_collections.vmfleet.backup.plugins.module_utils._plan import Facts, Plan, Request, Space, VmPlan
 from ansible_collections.vmfleet.backup.plugins.module_utils._qmp import Monitor, Process, parse_address
+from ansible_collections.vmfleet.backup.plugins.module_utils._units import human
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
@@ -220,7 +221,7 @@ def short_of_space(repository: Repository, policy: Policy) -> str:
     reserve = max(LEAST_FREE, _plan.reserve_bytes(policy.reserve, status.f_blocks * status.f_frsize))
     if free >= reserve:
         return ""
-    return f"only {_plan.human(free)} are left in {repository.path}, less than the reserve of {_plan.human(reserve)}"
+    return f"only {human(free)} are left in {repository.path}, less than the reserve of {human(reserve)}"
 
 
 def _reservable(directory: str) -> bool:

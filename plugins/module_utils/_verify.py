@@ -18,7 +18,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from ansible_collections.vmfleet.backup.plugins.module_utils import _boot, _qemu_img
-from ansible_collections.vmfleet.backup.plugins.module_utils._attempt import utc_now
 from ansible_collections.vmfleet.backup.plugins.module_utils._checksum import check_all
 from ansible_collections.vmfleet.backup.plugins.module_utils._documents import SCHEMA, Pin, Verification
 from ansible_collections.vmfleet.backup.plugins.module_utils._errors import BackupError, ToolError
@@ -40,6 +39,7 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._repository import 
     MANIFEST,
     UNFINISHED,
 )
+from ansible_collections.vmfleet.backup.plugins.module_utils._units import utc_now
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence

@@ -193,7 +193,7 @@ from typing import TYPE_CHECKING
 from ansible.module_utils.basic import AnsibleModule
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._errors import Refused, run_module
-from ansible_collections.vmfleet.backup.plugins.module_utils._library import holdings, parse_time
+from ansible_collections.vmfleet.backup.plugins.module_utils._library import holdings
 from ansible_collections.vmfleet.backup.plugins.module_utils._names import image_files
 from ansible_collections.vmfleet.backup.plugins.module_utils._probe import probe_if_there
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository import open_repository
@@ -209,6 +209,7 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._restore import (
 )
 from ansible_collections.vmfleet.backup.plugins.module_utils._survey import require_qemu_img
 from ansible_collections.vmfleet.backup.plugins.module_utils._target import is_block_device
+from ansible_collections.vmfleet.backup.plugins.module_utils._units import parse_time
 
 if TYPE_CHECKING:
     from datetime import datetime

@@ -587,8 +587,3 @@ def test_the_plan_reads_well() -> None:
         "               golden: left out, is read-only",
         "fail    db     there is no such socket",
     ]
-
-
-@pytest.mark.parametrize(("size", "said"), [(0, "0 B"), (1023, "1023 B"), (1024, "1.0 KiB"), (5 << 40, "5.0 TiB")])
-def test_human(size: int, said: str) -> None:
-    assert _plan.human(size) == said

@@ -1,0 +1,40 @@
+# Copyright (c) 2026, vmfleet contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+# PRIVATE: this file is not part of the public interface of the collection; it can change without notice.
+"""Times and sizes, as they are taken, written and read."""
+
+from __future__ import annotations
+
+import time
+from datetime import datetime, timezone
+
+
+def boottime() -> float:
+    """Seconds of a clock that nobody sets, and that goes on while the machine sleeps."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+def utc_now() -> str:
+    """The time as it stands in documents."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds").replace("+00:00", "Z")
+
+
+def parse_time(text: str) -> datetime:
+    """A time in ISO 8601; without a zone it is UTC. ValueError where it is none."""
+    # Python 3.8 knows no Z.
+    found = datetime.fromisoformat(text.replace("Z", "+00:00"))
+    return found if found.tzinfo else found.replace(tzinfo=timezone.utc)
+
+
+def human(size: int) -> str:
+    """C(33.6 MiB)"""
+    if size < 1024:
+        return f"{size} B"
+    number = size / 1024
+    for unit in ("KiB", "MiB", "GiB"):
+        if number < 1024:
+            return f"{number:.1f} {unit}"
+        number /= 1024
+    return f"{number:.1f} TiB"
