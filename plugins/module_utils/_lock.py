@@ -28,6 +28,10 @@ TIMEOUT = 120.0
 RETRY_INTERVAL = 0.02
 
 
+class LockHeld(BackupError):
+    """Somebody else has had the lock all the time."""
+
+
 def host_lock_path(process: Process | None, address: Address) -> str:
     """The lock of one QEMU on this hypervisor. Over TCP the process is unknown, and the address stands for it."""
     directory = "/run/vmfleet" if os.geteuid() == 0 else os.path.join("/tmp", f"vmfleet-{os.geteuid()}")
@@ -67,7 +71,7 @@ async def locked(path: str, holder_of: str, timeout: float = TIMEOUT) -> AsyncIt
                 break
             except BlockingIOError:
                 if time.monotonic() >= deadline:
-                    raise BackupError(
+                    raise LockHeld(
                         f"{holder_of}: another backup process has held {path} for more than {timeout:g} s; see"
                         f" `fuser {path}`"
                     ) from None

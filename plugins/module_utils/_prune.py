@@ -12,6 +12,7 @@ the next run. The long work of making an increment full is done without the VM's
 from __future__ import annotations
 
 import os
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING
@@ -21,7 +22,7 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._checksum import ch
 from ansible_collections.vmfleet.backup.plugins.module_utils._documents import Consolidation, Protection
 from ansible_collections.vmfleet.backup.plugins.module_utils._errors import BackupError, Refused
 from ansible_collections.vmfleet.backup.plugins.module_utils._library import GROWING, growing, holdings
-from ansible_collections.vmfleet.backup.plugins.module_utils._lock import locked
+from ansible_collections.vmfleet.backup.plugins.module_utils._lock import LockHeld, locked
 from ansible_collections.vmfleet.backup.plugins.module_utils._marks import is_read, remove_marks, write_mark
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository import PUBLISHED_MODE
 from ansible_collections.vmfleet.backup.plugins.module_utils._retention import Condition, Fate
@@ -76,10 +77,25 @@ async def prune(repository: Repository, vm: str, order: Order) -> Pruned:
     if order.check_mode:
         held = _as_marked(held, order)
         return Pruned(vm, _fates(held, order), _sizes(held), marked)
-    # The VM's own lock is for moments only; this one keeps a second prune away meanwhile.
-    async with locked(os.path.join(repository.directory(vm), ".prune.lock"), f"VM {vm}, prune"):
+    if order.protect or order.unprotect:
         async with repository.lock(vm):
+            # A set that is marked is not to go any more: it has to be there at this moment.
+            held = holdings(repository, vm)
+            marked = _check_marks(held, order)
             _mark(repository, held, order)
+        held = holdings(repository, vm)
+        fates = _fates(held, order)
+        if all(fate.keep and not fate.consolidate for fate in fates):
+            # So that nobody has to wait for a prune that makes full images for hours.
+            return Pruned(vm, fates, _sizes(held), marked)
+    async with AsyncExitStack() as stack:
+        # The VM's own lock is for moments only; this one keeps a second prune away meanwhile.
+        lock = locked(os.path.join(repository.directory(vm), ".prune.lock"), f"VM {vm}, prune")
+        try:
+            await stack.enter_async_context(lock)
+        except LockHeld:
+            raise BackupError(f"VM {vm} is being pruned by another process; run again later") from None
+        async with repository.lock(vm):
             _finish(repository, vm)
         held = holdings(repository, vm)
         fates = _fates(held, order)

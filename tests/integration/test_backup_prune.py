@@ -7,6 +7,8 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
+import functools
 import hashlib
 import itertools
 import json
@@ -14,10 +16,11 @@ import random
 import shutil
 import typing as t
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from ansible_collections.vmfleet.backup.plugins.module_utils import _prune
+from ansible_collections.vmfleet.backup.plugins.module_utils import _lock, _prune
 from ansible_collections.vmfleet.backup.plugins.module_utils._documents import Verification
 from ansible_collections.vmfleet.backup.plugins.module_utils._marks import write_mark
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository import open_repository
@@ -36,8 +39,6 @@ from ansible_collections.vmfleet.backup.tests.harness.modules import succeed
 from ansible_collections.vmfleet.backup.tests.harness.qemu import wait_until
 
 if t.TYPE_CHECKING:
-    from pathlib import Path
-
     from ansible_collections.vmfleet.backup.tests.harness.fixtures import Storage, Vms
     from ansible_collections.vmfleet.backup.tests.harness.modules import ModuleProcess
 
@@ -230,6 +231,20 @@ class TestRemoval:
         said = library.fail_prune(names=[NAME], protect=["s9"], keep_last=1)["msg"]
         assert "protect: VM web01 has no set s9" in said
         assert library.listed() == ["s5", "s4", "s3", "s2", "s1"]
+
+    def test_a_set_that_goes_meanwhile_is_not_protected(self, library: Library, start_module: Start) -> None:
+        path = library.path / NAME / ".lock"
+        with path.open("a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            process = start_module(
+                "backup_prune", {"repository": str(library.path), "names": [NAME], "protect": ["s3"]}
+            )
+            # What it has inherited is closed before its event loop begins.
+            wait_until(lambda: {path, Path("anon_inode:[eventpoll]")} <= process.open_files, "the second process")
+            # As a prune does that has the lock.
+            (library.path / NAME / "s3").rename(library.path / NAME / ".s3.removed")
+        assert "protect: VM web01 has no set s3" in process.result()["msg"]
+        assert list((library.path / NAME).glob(".*.protected.json")) == []
 
     def test_one_vm_that_cannot_be_pruned_never_stops_the_others(self, library: Library) -> None:
         shutil.copytree(library.path / NAME, library.path / "web02")
@@ -496,6 +511,23 @@ class TestConsolidation:
         assert set(fates(first.result(), "removed")) == {"s1"}
         assert set(fates(second.result(), "removed")) == {"s2"}
         assert_whole(chain, library, "s5", "s4", "s3")
+
+    def test_marks_do_not_wait_for_it(
+        self, chain: Chain, library: Library, directory: Path, start_module: Start, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        begun, go = gate(directory, monkeypatch)
+        process = start_module("backup_prune", {"repository": str(library.path), "keep_last": 4, "consolidate": True})
+        wait_until(begun.exists, "the copy")
+        monkeypatch.setattr(_prune, "locked", functools.partial(_lock.locked, timeout=0.1))
+        assert library.prune(names=[NAME], protect=["s1"])["changed"]
+        said = library.fail_prune(names=[NAME], protect=["s4"], keep_last=1)
+        assert said["msg"].endswith("web01: VM web01 is being pruned by another process; run again later")
+        go.touch()
+        said = process.result()
+        assert (said["removed"], fates(said)["s1"]) == ([], "it is protected")
+        assert [one["id"] for one in library.info()["sets"] if one["protected"]] == ["s4", "s1"]
+        library.prune(names=[NAME], unprotect=["s1", "s4"])
+        assert_whole(chain, library, "s5", "s4", "s3", "s2", "s1")
 
     def test_a_set_that_turns_out_to_be_bad_meanwhile(
         self, chain: Chain, library: Library, directory: Path, start_module: Start, monkeypatch: pytest.MonkeyPatch

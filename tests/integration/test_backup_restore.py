@@ -85,8 +85,6 @@ def lock_held(library: Library) -> t.Iterator[None]:
     with (library.path / NAME / ".lock").open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
-        # The modules that were started meanwhile have inherited the file.
-        fcntl.flock(file, fcntl.LOCK_UN)
 
 
 def unchanged(library: Library, **options: t.Any) -> None:
