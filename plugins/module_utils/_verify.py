@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from ansible_collections.vmfleet.backup.plugins.module_utils import _boot, _qemu_img
@@ -461,8 +461,9 @@ class _Verifier:
             async with self.repository.lock(vm):
                 there = holdings(self.repository, vm)
                 for mark in marks:
-                    if self._holds(there, mark):
-                        write_mark(self.repository, vm, mark)
+                    fitting = self._fitting(there, mark)
+                    if fitting:
+                        write_mark(self.repository, vm, fitting)
         except (BackupError, OSError) as error:
             reason = error.strerror if isinstance(error, OSError) else error
             who = f"VM {vm}, set {look.manifest.id}"
@@ -470,19 +471,31 @@ class _Verifier:
             return False
         return True
 
-    def _holds(self, there: Holdings, mark: Verification | Pin) -> bool:
-        """Whether a mark may be written: its set is still there, and nothing graver is known of it."""
+    def _fitting(self, there: Holdings, mark: Verification | Pin) -> Verification | Pin | None:
+        """The mark as it may be written, with what is known besides. None where its set is gone, or is not good yet."""
         manifest = there.shelf.published(mark.id)
         if manifest is None or isinstance(mark, Pin):
-            return manifest is not None
+            return mark if manifest else None
+        if manifest.attempt != mark.attempt:
+            return None
         before = there.marks.verification(manifest)
-        if before and mark.ok and not before.ok and DEPTHS.index(before.depth) > DEPTHS.index(mark.depth):
-            self.warnings.append(
-                f"VM {there.name}, set {mark.id}: it still counts as not good, by what depth {before.depth} found"
-                f" on {before.when}; look as deep again"
-            )
-            return False
-        return manifest.attempt == mark.attempt
+        if before and not before.ok and _deeper(before, mark):
+            if mark.ok:
+                self.warnings.append(
+                    f"VM {there.name}, set {mark.id}: it still counts as not good, by what depth {before.depth} found"
+                    f" on {before.when}; look as deep again"
+                )
+                return None
+            # That a guest did not start is not to hide that its images are damaged.
+            if before.depth != BOOT:
+                errors = tuple(dict.fromkeys((*mark.errors, *before.errors)))
+                mark = replace(mark, depth=before.depth, errors=errors)
+        return mark
+
+
+def _deeper(one: Verification, other: Verification) -> bool:
+    """Whether one look went deeper than another of this release; what a later one calls a depth is deeper."""
+    return one.depth not in DEPTHS or DEPTHS.index(one.depth) > DEPTHS.index(other.depth)
 
 
 def _damaged_sets(look: Look) -> Iterator[tuple[Manifest, list[Finding]]]:

@@ -182,6 +182,8 @@ def test_of_two_faults_the_deeper_one_is_not_forgotten(repository: Repository) -
         (SURFACE, ("bad",), CHECKSUM, False),
         (CHECKSUM, ("bad",), CHECKSUM, False),
         (CHECKSUM, (), SURFACE, False),
+        # As a later release may call it.
+        ("bits", ("bad",), CHECKSUM, True),
     ],
 )
 def test_what_a_deeper_look_has_found(
@@ -193,6 +195,22 @@ def test_what_a_deeper_look_has_found(
     [mark] = read_marks(repository, VM).verifications
     assert (mark.when == NOW) == kept
     assert bool(warnings) == kept
+
+
+@pytest.mark.parametrize(
+    ("before", "depth", "errors"),
+    [(SURFACE, SURFACE, 1), (IMAGE, IMAGE, 2), ("bits", "bits", 2), (BOOT, SURFACE, 1)],
+)
+def test_another_fault_does_not_hide_a_deeper_one(repository: Repository, before: str, depth: str, errors: int) -> None:
+    manifest = publish(repository, 1, image("a"))
+    write_mark(repository, VM, Verification("s1", manifest.attempt, before, NOW, ("bad",)))
+    (Path(repository.set_path(VM, "s1")) / "a.qcow2").unlink()
+    # Twice, as the same is not said again.
+    for _again in range(2):
+        verify(repository, SURFACE)
+        [mark] = read_marks(repository, VM).verifications
+        assert (mark.depth, len(mark.errors)) == (depth, errors)
+        assert "a.qcow2 is missing" in mark.errors[0]
 
 
 def test_nothing_is_noted_of_another_set_of_the_same_id(repository: Repository) -> None:
