@@ -512,18 +512,14 @@ async def forget(
     gone: list[str] = []
     independent: list[str] = []
     for path in targets:
-        receipt: Restoration | None = read_document(path + RECEIPT, Restoration)
-        there = os.path.lexists(path)
-        if there and (receipt is None or receipt.method != OVERLAY):
-            raise Refused("target", f"{path} is no overlay that was made by a restore; remove it by hand")
+        names = {path, path + PARTIAL}
+        there = _is_overlay(repository, held.name, path)
         if there and await _is_independent(path):
             independent.append(path)
             continue
-        if there:
-            _check_unused(path)
-        if os.path.isfile(path + PARTIAL):
-            _check_unused(path + PARTIAL)
-        names = {path, path + PARTIAL}
+        for name in names:
+            if os.path.isfile(name):
+                _check_unused(name)
         if any(os.path.lexists(name) for name in names) or any(pin.path in names for pin in mine):
             gone.append(path)
     if not check_mode:
@@ -532,6 +528,19 @@ async def forget(
         for path in independent:
             await _let_go(repository, held.name, path, mine, (RECEIPT, RECEIPT + UNFINISHED))
     return gone, independent
+
+
+def _is_overlay(repository: Repository, vm: str, path: str) -> bool:
+    """Whether there is an overlay of a VM; Refused where something else stands there, such as that of another VM."""
+    receipt: Restoration | None = read_document(path + RECEIPT, Restoration)
+    there = os.path.lexists(path)
+    if there and (receipt is None or receipt.method != OVERLAY):
+        raise Refused("target", f"{path} is no overlay that was made by a restore; remove it by hand")
+    is_begun = there or os.path.lexists(path + PARTIAL)
+    if receipt and is_begun and (receipt.repository, receipt.vm) != (repository.uuid, vm):
+        where = "" if receipt.repository == repository.uuid else " from another repository"
+        raise Refused("target", f"{path} is disk {receipt.disk} of VM {receipt.vm}{where}, and not of VM {vm}")
+    return there
 
 
 async def _is_independent(path: str) -> bool:

@@ -17,6 +17,7 @@ import shutil
 import stat
 import subprocess
 import typing as t
+import uuid
 
 import pytest
 
@@ -713,6 +714,23 @@ class TestOverlays:
         assert pins(library) == []
         assert not library.restore(**given)["changed"]
         assert library.fail_restore(state="absent", disks=one_disk(copy)).startswith(f"target: {copy} is no overlay")
+
+    def test_absent_leaves_what_is_another_vms(self, chain: Chain, where: Path, directory: Path) -> None:
+        library = chain.library
+        look = where / "look"
+        library.restore(method="overlay", disks=one_disk(look))
+        (library.path / "web02").mkdir()
+        given: dict[str, t.Any] = {"state": "absent", "disks": one_disk(look)}
+        assert library.fail_restore(vm="web02", **given) == (
+            f"target: {look} is disk drive0 of VM web01, and not of VM web02"
+        )
+        # The same VM in another repository.
+        other = library.copy(directory / "other")
+        marker = other.path / "vmfleet.json"
+        marker.write_text(json.dumps({**json.loads(marker.read_text()), "uuid": str(uuid.uuid4())}))
+        assert "is disk drive0 of VM web01 from another repository" in other.fail_restore(**given)
+        chain.assert_restored("s3", {"drive0": look})
+        assert len(pins(library)) == 1
 
     def test_one_that_is_replaced_pins_no_more(self, chain: Chain, where: Path) -> None:
         library = chain.library
