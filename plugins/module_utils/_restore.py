@@ -299,6 +299,8 @@ async def _bring_back(repository: Repository, vm: str, piece: Piece, order: Orde
     async with _alone(piece.target):
         if piece.block_device:
             async with _pinned(repository, vm, piece, warnings):
+                # Checksums take long.
+                _check_device(piece, order.overwrite)
                 await _convert(repository, piece, piece.target)
                 _target.flush(piece.target)
         else:
@@ -393,7 +395,8 @@ async def _go_on(repository: Repository, held: Holdings, piece: Piece, warnings:
 
 
 def _pin(piece: Piece) -> Pin:
-    path = piece.target if piece.method == OVERLAY else piece.partial
+    # A device is written to under its own name: nothing else stands for the restore.
+    path = piece.target if piece.method == OVERLAY or piece.block_device else piece.partial
     return Pin(piece.manifest.id, piece.disk, path, os.uname().nodename, machine_id(), utc_now())
 
 
@@ -506,13 +509,17 @@ async def forget(
     """Remove overlays of a VM that were made here, with their pins; returns the paths of those that were there.
 
     One that reads nothing from its set any more is somebody's disk by now: it stays, without its pin, and its path is
-    among the second.
+    among the second. So does a block device.
     """
     mine = [pin for pin in held.marks.pins if pin.machine_id == machine_id()]
     gone: list[str] = []
     independent: list[str] = []
     for path in targets:
         names = {path, path + PARTIAL}
+        if _target.is_block_device(path):
+            # What a restore that was killed has left is the pin alone: whatever is on the device stays.
+            independent += [path] if any(pin.path == path for pin in mine) else []
+            continue
         there = _is_overlay(repository, held.name, path)
         if there and await _is_independent(path):
             independent.append(path)

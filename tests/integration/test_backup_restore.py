@@ -18,6 +18,7 @@ import stat
 import subprocess
 import typing as t
 import uuid
+from pathlib import Path
 
 import pytest
 
@@ -38,8 +39,6 @@ from ansible_collections.vmfleet.backup.tests.harness.modules import run_module
 from ansible_collections.vmfleet.backup.tests.harness.qemu import Disk, wait_until
 
 if t.TYPE_CHECKING:
-    from pathlib import Path
-
     from ansible_collections.vmfleet.backup.tests.harness.fixtures import Storage, Vms
     from ansible_collections.vmfleet.backup.tests.harness.modules import ModuleProcess
 
@@ -536,6 +535,59 @@ class TestBlockDevices:
             assert "is not writable" in chain.library.fail_restore(disks=one_disk(device), overwrite=True)
         finally:
             subprocess.run(["blockdev", "--setrw", device], check=True)
+        assert pins(chain.library) == []
+
+    def test_its_set_is_kept_while_it_is_read(
+        self,
+        chain: Chain,
+        storage: Storage,
+        directory: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        start_module: t.Callable[..., ModuleProcess],
+    ) -> None:
+        library, device = chain.library, storage.loop(SIZE)
+        begun, go = directory / "begun", directory / "go"
+        before_converting(directory, monkeypatch, f"touch {begun}; while [ ! -e {go} ]; do sleep 0.01; done")
+        given: dict[str, t.Any] = {"id": "s2", "disks": one_disk(device), "overwrite": True}
+        module = start_module("backup_restore", library.restoration(**given))
+        wait_until(begun.exists, "the copy")
+        library.rewrite("s3", disks=[])
+        said = library.prune(keep_last=1)
+        assert [one["reason"] for one in said["kept"] if one["id"] == "s2"] == [
+            f"{device} on {os.uname().nodename} reads it"
+        ]
+        # One that is killed leaves its pin, as the device is there still.
+        module.kill()
+        go.touch()
+        library.prune(keep_last=1)
+        assert [pin["path"] for pin in pins(library)] == [str(device)]
+        absent: dict[str, t.Any] = {"state": "absent", "disks": one_disk(device)}
+        before = device.read_bytes()
+        said = library.restore(**absent)
+        assert (said["removed"], said["independent"], pins(library)) == ([], [str(device)], [])
+        assert not library.restore(**absent)["changed"]
+        assert (device.is_block_device(), device.read_bytes()) == (True, before)
+        # A restore to it takes it away as well.
+        library.restore(**given)
+        assert pins(library) == []
+        assert self.content(chain, device, directory, "s2")
+
+    def test_one_that_is_in_use_by_now_is_not_written_to(
+        self, chain: Chain, storage: Storage, vms: Vms, start_module: t.Callable[..., ModuleProcess]
+    ) -> None:
+        device = storage.loop(SIZE)
+        lock = chain.library.path / NAME / ".lock"
+        with lock_held(chain.library):
+            module = start_module(
+                "backup_restore",
+                chain.library.restoration(checksum=False, disks=one_disk(device), overwrite=True),
+            )
+            # What it has inherited is closed before its event loop begins.
+            wait_until(lambda: {lock, Path("anon_inode:[eventpoll]")} <= module.open_files, "the restore")
+            file = {"driver": "host_device", "filename": str(device)}
+            vms.start(Disk(device, "other", "another", format="raw", file=file))
+        assert f"{device} is in use by a running VM" in module.result()["msg"]
+        assert device.read_bytes() == bytes(SIZE)
         assert pins(chain.library) == []
 
     def test_by_a_link(self, chain: Chain, storage: Storage, directory: Path) -> None:
