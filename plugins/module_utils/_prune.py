@@ -56,7 +56,7 @@ class Order:
 class Pruned:
     """What has become of one VM's sets. C(sizes) are the bytes that each took before.
 
-    C(error) says what went wrong with the increments that were to become full.
+    C(error) says what went wrong with the increments that were to become full, and what is left of removed sets.
     """
 
     vm: str
@@ -104,10 +104,10 @@ async def prune(repository: Repository, vm: str, order: Order) -> Pruned:
         if any(fate.consolidate for fate in fates):
             # What nothing builds on makes room for what comes.
             async with repository.lock(vm):
-                _remove(repository, vm, order, doomed)
-            errors = await _consolidate(repository, held, fates)
+                _remove(repository, vm, order, doomed, errors)
+            errors.update(await _consolidate(repository, held, fates))
         async with repository.lock(vm):
-            spared = _remove(repository, vm, order, doomed)
+            spared = _remove(repository, vm, order, doomed, errors)
     fates = tuple(
         replace(spared.get(fate.id, fate), consolidate=fate.consolidate and fate.id not in errors) for fate in fates
     )
@@ -168,15 +168,20 @@ def _as_marked(held: Holdings, order: Order) -> Holdings:
 # Removal, with the VM's lock held
 
 
-def _remove(repository: Repository, vm: str, order: Order, doomed: set[str]) -> dict[str, Fate]:
-    """Remove what was to go and still may, those first that build on others; returns the fates of those that stay."""
+def _remove(repository: Repository, vm: str, order: Order, doomed: set[str], errors: dict[str, str]) -> dict[str, Fate]:
+    """Remove what was to go and still may, those first that build on others; returns the fates of those that stay.
+
+    What is left of a set all the same is added to C(errors), by set id.
+    """
     held = holdings(repository, vm)
     # Meanwhile a set may have been begun that builds on one of them, or an overlay; or a set has turned out to be bad,
     # and another one is the newest good set. What has not become a full one by now counts as what it is.
     fates = {fate.id: fate for fate in _fates(held, replace(order, consolidate=False)) if fate.id in doomed}
     for manifest in reversed(held.shelf.sets):
         if manifest.id in fates and not fates[manifest.id].keep:
-            repository.remove_set(vm, manifest.id)
+            left = repository.remove_set(vm, manifest.id)
+            if left:
+                errors[manifest.id] = f"set {manifest.id} was removed, but {left}; remove that by hand"
     _remove_stale_marks(repository, held)
     _forget_failures(repository, held)
     return {fate.id: fate for fate in fates.values() if fate.keep}

@@ -58,6 +58,9 @@ PUBLISHED_MODE = 0o440
 BLOCK = 512
 """The unit of st_blocks, in bytes."""
 
+IN_THE_WAY = frozenset({errno.EISDIR, errno.EPERM, errno.EBUSY, errno.ENOTEMPTY, errno.EEXIST})
+"""Why what is left of a set may stay. Any other error says that the repository cannot be worked on."""
+
 HARMLESS = frozenset({"lost+found", ".snapshot"})
 """What a directory may hold and still count as empty."""
 
@@ -228,7 +231,9 @@ class Repository:
         """Claim a set's id. FileExistsError where somebody has; what they left without an intent goes first."""
         staging = self.staging(intent.vm.name, intent.id)
         if os.path.isdir(staging) and self.intent(intent.vm.name, intent.id) is None:
-            _empty(staging)
+            left = _empty(staging)
+            if left:
+                raise BackupError(f"VM {intent.vm.name}: {left}; remove it by hand, or give the set another id")
         os.mkdir(staging, 0o700)
         self.update(intent)
         sync_directory(self.directory(intent.vm.name))
@@ -272,7 +277,7 @@ class Repository:
         return bool(self._traces(vm, set_id))
 
     def tidy(self, vm: str, set_id: str) -> None:
-        """Remove those traces."""
+        """Remove those traces. What stands in the way of that is told by litter() as before: it does no harm."""
         for path in self._traces(vm, set_id):
             if os.path.isdir(path):
                 _empty(path)
@@ -298,13 +303,22 @@ class Repository:
                 found.append(path)
         return found
 
-    def remove_set(self, vm: str, set_id: str) -> None:
-        """Remove a set: it is listed no more from the first moment on, and what a crash leaves of it tidy() takes."""
+    def remove_set(self, vm: str, set_id: str) -> str:
+        """Remove a set: it is listed no more from the first moment on, and what a crash leaves of it tidy() takes.
+
+        Returns what could not be removed and why, empty where all could. That is for tidy(), too.
+        """
         going = os.path.join(self.directory(vm), f".{set_id}{REMOVED}")
+        number = 1
+        while os.path.lexists(going):
+            # What could not be removed of another one.
+            number += 1
+            going = os.path.join(self.directory(vm), f".{set_id}.{number}{REMOVED}")
         os.rename(self.set_path(vm, set_id), going)
         sync_directory(self.directory(vm))
-        _empty(going)
+        left = _empty(going)
         sync_directory(self.directory(vm))
+        return left
 
     def note_path(self, vm: str, set_id: str) -> str:
         return os.path.join(self.directory(vm), f".{set_id}{NOTE}")
@@ -466,7 +480,25 @@ def write_document(path: str, content: dict[str, Any], mode: int = 0o600) -> Non
     sync_directory(os.path.dirname(path))
 
 
-def _empty(directory: str) -> None:
+def _empty(directory: str) -> str:
+    """Remove a directory with its files; what cannot be removed stays, and is returned with the reason.
+
+    That is a directory, which somebody has put there, an immutable file, or on NFS one that somebody has open.
+    """
+    left = []
     for entry in sorted(os.listdir(directory), key=lambda entry: entry == INTENT):
-        os.unlink(os.path.join(directory, entry))
-    os.rmdir(directory)
+        path = os.path.join(directory, entry)
+        try:
+            remove(path)
+        except OSError as error:
+            if error.errno not in IN_THE_WAY:
+                raise
+            left.append(f"{path} cannot be removed ({error.strerror})")
+    if not left:
+        try:
+            os.rmdir(directory)
+        except OSError as error:
+            if error.errno not in IN_THE_WAY:
+                raise
+            left.append(f"{directory} cannot be removed ({error.strerror})")
+    return "; ".join(left)

@@ -209,6 +209,33 @@ class TestRemoval:
         library.prune(keep_last=2)
         assert_whole(chain, library, "s5", "s4")
 
+    def test_what_cannot_be_removed_is_told_and_in_nobodys_way(self, living: Chain) -> None:
+        library = living.library
+        stray = library.path / NAME / "s2" / "mine"
+        stray.mkdir()
+        (stray / "notes").write_text("precious")
+        living.go_on(4, level="full")
+        said = library.fail_prune(keep_last=1)
+        left = library.path / NAME / ".s2.removed"
+        assert (
+            f"set s2 was removed, but {left}/mine cannot be removed (Is a directory); remove that by hand"
+            in said["msg"]
+        )
+        assert set(fates(said, "removed")) == {"s1", "s2", "s3"}
+        assert library.listed() == ["s4"]
+        # From now on it is litter, for the next prune as for the next backup.
+        assert not library.prune(keep_last=1)["changed"]
+        assert [one["path"] for one in library.info()["leftovers"]] == [str(left)]
+        assert living.go_on(5, level="full") == "full"
+        # Another set of that name goes as well.
+        living.back_up("s2", level="full")
+        living.go_on(6, level="full")
+        library.prune(keep_last=1)
+        assert library.listed() == ["s6"]
+        assert (left / "mine" / "notes").read_text() == "precious"
+        shutil.rmtree(left)
+        library.assert_tidy(NAME)
+
     @pytest.mark.parametrize(
         ("option", "options"),
         [

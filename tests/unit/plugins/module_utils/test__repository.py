@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import os
 import stat
@@ -284,6 +285,55 @@ class TestTidy:
         assert {found.id for found in shelf.intents} == {f"{set_id}.2" for set_id in ids}
         assert {found.id for found in shelf.failures} == {f"{set_id}.3" for set_id in ids}
         assert shelf.strays == set()
+
+
+class TestLitterThatStays:
+    """What cannot be removed is in nobody's way."""
+
+    @pytest.mark.parametrize("code", [errno.EBUSY, errno.EPERM])
+    def test_of_a_set(self, repository: Repository, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+        publish(repository, intent())
+        unlink = os.unlink
+
+        def busy(path: str) -> None:
+            if path.endswith(".nfs0001"):
+                raise OSError(code, os.strerror(code), path)
+            unlink(path)
+
+        with open(os.path.join(repository.set_path("web01", "s1"), ".nfs0001"), "w", encoding="utf-8"):
+            pass
+        monkeypatch.setattr(os, "unlink", busy)
+        left = os.path.join(repository.directory("web01"), ".s1.removed")
+        assert repository.remove_set("web01", "s1") == f"{left}/.nfs0001 cannot be removed ({os.strerror(code)})"
+        assert os.listdir(left) == [".nfs0001"]
+        repository.tidy("web01", "s2")
+        assert repository.litter("web01") == [left]
+        monkeypatch.undo()
+        repository.tidy("web01", "s2")
+        assert os.listdir(repository.directory("web01")) == []
+
+    def test_of_an_attempt(self, repository: Repository) -> None:
+        begin(repository, intent())
+        stray = os.path.join(repository.staging("web01", "s1"), "mine")
+        os.mkdir(stray)
+        repository.discard(intent())
+        assert repository.litter("web01") == [repository.staging("web01", "s1")]
+        with pytest.raises(BackupError, match=rf"^VM web01: {stray} cannot be removed \(Is a directory\); remove it"):
+            repository.begin(intent())
+        os.rmdir(stray)
+        repository.begin(intent())
+
+    def test_a_repository_that_gives_out_is_an_error(
+        self, repository: Repository, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        publish(repository, intent())
+
+        def broken(path: str) -> None:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), path)
+
+        monkeypatch.setattr(os, "unlink", broken)
+        with pytest.raises(OSError, match="Input/output error"):
+            repository.remove_set("web01", "s1")
 
 
 class TestDamage:
