@@ -14,6 +14,8 @@ import asyncio
 import contextlib
 import json
 import os
+import shutil
+import sys
 from typing import TYPE_CHECKING
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._errors import ToolError
@@ -28,6 +30,15 @@ class NotInstalled(ToolError):
 
 TIMEOUT = 60.0
 """Seconds for one qemu-img command that looks at metadata only; a hung file system is what comes near it."""
+
+
+LAUNCHER = """
+import ctypes, os, signal, sys
+ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+if os.getppid() == int(sys.argv[1]):
+    os.execv(sys.argv[2], sys.argv[2:])
+"""
+"""Becomes the command, which then dies with the module, however that ends (PR_SET_PDEATHSIG)."""
 
 
 def create_command(
@@ -96,15 +107,18 @@ def options_command(image_format: str) -> list[str]:
     return ["qemu-img", "create", "-f", image_format, "-o", "help"]
 
 
-async def run(command: list[str], timeout: float = TIMEOUT, pass_fds: tuple[int, ...] = ()) -> str:
+async def run(
+    command: list[str], timeout: float = TIMEOUT, pass_fds: tuple[int, ...] = (), is_long: bool = False
+) -> str:
     """Run a command and return what it printed; raises ToolError with the command's own words.
 
     C(pass_fds) are inherited: a lock given to a command that writes lasts until that command has ended,
-    even where its parent is killed before.
+    even where its parent is killed before. A command that C(is_long) ends with its parent instead: nobody needs what it
+    would go on to write.
     """
     try:
         process = await asyncio.create_subprocess_exec(
-            *command,
+            *(_bound(command) if is_long else command),
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
@@ -117,8 +131,11 @@ async def run(command: list[str], timeout: float = TIMEOUT, pass_fds: tuple[int,
         ) from None
     try:
         output, errors = await asyncio.wait_for(process.communicate(), timeout)
-    except asyncio.TimeoutError:
-        process.kill()
+    except BaseException as error:
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+        if not isinstance(error, asyncio.TimeoutError):
+            raise
         # One that hangs in the kernel cannot be waited for.
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(process.wait(), 1)
@@ -128,6 +145,14 @@ async def run(command: list[str], timeout: float = TIMEOUT, pass_fds: tuple[int,
     if process.returncode != 0:
         raise ToolError("{}: {}".format(" ".join(command), errors.decode("utf-8", "replace").strip()))
     return output.decode("utf-8", "replace")
+
+
+def _bound(command: list[str]) -> list[str]:
+    """A command that dies with this process; FileNotFoundError where it is not installed."""
+    program = shutil.which(command[0])
+    if program is None:
+        raise FileNotFoundError(command[0])
+    return [sys.executable, "-I", "-S", "-c", LAUNCHER, str(os.getpid()), program, *command[1:]]
 
 
 async def run_json(command: list[str], timeout: float = TIMEOUT) -> Any:

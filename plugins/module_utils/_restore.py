@@ -359,7 +359,7 @@ async def _convert(repository: Repository, piece: Piece, path: str) -> None:
     if _target.Target(path, piece.format, piece.image.virtual_size).direct and _takes_direct(path):
         # All of it is to be on stable storage in the end: the page cache would be a detour, and others need it.
         command[2:2] = ["-t", "none"]
-    await _qemu_img.run(command, timeout=CONVERT_TIMEOUT)
+    await _qemu_img.run(command, timeout=CONVERT_TIMEOUT, is_long=True)
 
 
 def _takes_direct(path: str) -> bool:

@@ -7,6 +7,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import multiprocessing
 import os
 import time
 from pathlib import Path
@@ -46,6 +48,23 @@ def shell(script: str) -> list[str]:
     return ["sh", "-c", script]
 
 
+async def written(path: Path) -> None:
+    deadline = time.monotonic() + 10
+    while not path.exists() or not path.read_text():
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.01)
+
+
+async def gone(pid: Path) -> None:
+    """Wait for the end of a process; nobody may be there to take its status."""
+    status = Path("/proc", pid.read_text().strip(), "stat")
+    deadline = time.monotonic() + 10
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        while status.read_text().rpartition(")")[2].split()[0] != "Z":
+            assert time.monotonic() < deadline
+            await asyncio.sleep(0.01)
+
+
 class TestRun:
     def test_output_is_returned_without_errors(self) -> None:
         assert asyncio.run(_qemu_img.run(shell("echo said; echo noise >&2"))) == "said\n"
@@ -66,13 +85,41 @@ class TestRun:
         async def hang() -> None:
             with pytest.raises(ToolError, match=r"no end within 0\.3 s; does its file system hang\?"):
                 await _qemu_img.run(shell(f"echo $$ > {tmp_path}/pid; exec sleep 60"), timeout=0.3)
-            process = Path("/proc", (tmp_path / "pid").read_text().strip())
-            deadline = time.monotonic() + 10
-            while process.exists():
-                assert time.monotonic() < deadline
-                await asyncio.sleep(0.01)
+            await gone(tmp_path / "pid")
 
         asyncio.run(hang())
+
+    def test_command_of_a_task_that_is_cancelled_is_killed(self, tmp_path: Path) -> None:
+        async def cancel() -> None:
+            task = asyncio.ensure_future(_qemu_img.run(shell(f"echo $$ > {tmp_path}/pid; exec sleep 60")))
+            await written(tmp_path / "pid")
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            await gone(tmp_path / "pid")
+
+        asyncio.run(cancel())
+
+    def test_long_command_dies_with_its_parent(self, tmp_path: Path) -> None:
+        def work() -> None:
+            asyncio.run(_qemu_img.run(shell(f"echo $$ > {tmp_path}/pid; exec sleep 60"), is_long=True))
+
+        async def kill() -> None:
+            parent = multiprocessing.get_context("fork").Process(target=work)
+            parent.start()
+            await written(tmp_path / "pid")
+            parent.kill()
+            parent.join()
+            await gone(tmp_path / "pid")
+
+        asyncio.run(kill())
+
+    def test_long_command_is_like_any_other(self, tmp_path: Path) -> None:
+        assert asyncio.run(_qemu_img.run(shell("echo said; echo noise >&2"), is_long=True)) == "said\n"
+        with pytest.raises(ToolError, match=r"^sh -c echo no >&2; exit 3: no$"):
+            asyncio.run(_qemu_img.run(shell("echo no >&2; exit 3"), is_long=True))
+        with pytest.raises(_qemu_img.NotInstalled, match="is not installed on this hypervisor"):
+            asyncio.run(_qemu_img.run([str(tmp_path / "qemu-img")], is_long=True))
 
     def test_locks_are_inherited(self, tmp_path: Path) -> None:
         with open(tmp_path / "lock", "w", encoding="ascii") as lock:
