@@ -32,6 +32,9 @@ TIMEOUT = 60.0
 """Seconds for one qemu-img command that looks at metadata only; a hung file system is what comes near it."""
 
 
+MEASURE_TIMEOUT = 600.0
+"""Seconds for measuring an image: for that the tables of all images of its chain are read."""
+
 LAUNCHER = """
 import ctypes, os, signal, sys
 ctypes.CDLL(None).prctl(1, signal.SIGKILL)

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING
 from ansible_collections.vmfleet.backup.plugins.module_utils import _qemu_img, _target
 from ansible_collections.vmfleet.backup.plugins.module_utils._checksum import check_all
 from ansible_collections.vmfleet.backup.plugins.module_utils._documents import Pin, Restoration
-from ansible_collections.vmfleet.backup.plugins.module_utils._errors import BackupError, Refused
+from ansible_collections.vmfleet.backup.plugins.module_utils._errors import BackupError, Refused, ToolError
 from ansible_collections.vmfleet.backup.plugins.module_utils._inspect import machine_id
 from ansible_collections.vmfleet.backup.plugins.module_utils._library import holdings
 from ansible_collections.vmfleet.backup.plugins.module_utils._lock import host_lock_path, locked
@@ -271,16 +271,24 @@ async def _check_space(repository: Repository, pieces: Sequence[Piece]) -> None:
     needed: dict[int, int] = {}
     for piece in pieces:
         directory = os.path.dirname(piece.target)
-        # For raw it would count the holes.
-        command = _qemu_img.measure_command(_path(repository, piece), piece.image.format, "qcow2")
         device = os.stat(directory).st_dev
-        needed[device] = needed.get(device, 0) + (await _qemu_img.run_json(command))["required"]
+        needed[device] = needed.get(device, 0) + await _measured(repository, piece)
         free = _target.free_bytes(directory)
         if needed[device] > free:
             raise Refused(
                 "target",
                 f"{directory} has {human(free)} free, and the disks that go there take {human(needed[device])}",
             )
+
+
+async def _measured(repository: Repository, piece: Piece) -> int:
+    """Bytes that a copy takes; where that cannot be found out, what its images take, which is no reason to refuse."""
+    # For raw it would count the holes.
+    command = _qemu_img.measure_command(_path(repository, piece), piece.image.format, "qcow2")
+    try:
+        return int((await _qemu_img.run_json(command, _qemu_img.MEASURE_TIMEOUT))["required"])
+    except ToolError:
+        return min(piece.image.virtual_size, sum(image.bytes for _manifest, image in piece.steps))
 
 
 async def _check_sums(repository: Repository, held: Holdings, pieces: Sequence[Piece]) -> None:

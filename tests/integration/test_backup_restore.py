@@ -22,7 +22,7 @@ from pathlib import Path
 
 import pytest
 
-from ansible_collections.vmfleet.backup.plugins.module_utils import _lock, _repository
+from ansible_collections.vmfleet.backup.plugins.module_utils import _lock, _qemu_img, _repository
 from ansible_collections.vmfleet.backup.tests.harness.backup import snapshot
 from ansible_collections.vmfleet.backup.tests.harness.history import History
 from ansible_collections.vmfleet.backup.tests.harness.images import MIB, create, identical, info, qemu_img, write
@@ -442,6 +442,20 @@ class TestTargets:
         mount.grow(7 * MIB)
         assert "the disks that go there" in chain.library.fail_restore(directory=str(mount.path))
         assert list(mount.path.iterdir()) == []
+
+    def test_a_chain_that_cannot_be_measured_in_time_is_restored(
+        self, chain: Chain, storage: Storage, directory: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        before_converting(directory, monkeypatch, "")
+        shim = directory / "bin" / "qemu-img"
+        shim.write_text(shim.read_text().replace("= convert ] && {", "= measure ] && { exec sleep 60;"))
+        monkeypatch.setattr(_qemu_img, "MEASURE_TIMEOUT", 0.1)
+        chain.library.restore(disks=one_disk(directory / "d"))
+        chain.assert_restored("s3", {"drive0": directory / "d"})
+        # What its images take is what has to be there.
+        mount = storage.mount("tmpfs", 4 * MIB)
+        said = chain.library.fail_restore(disks=one_disk(mount.path / "d"))
+        assert "the disks that go there take" in said
 
     def test_holes_need_no_room(self, chain: Chain, storage: Storage) -> None:
         mount = storage.mount("tmpfs", 6 * MIB)
