@@ -28,7 +28,8 @@ class Qmp:
         self._socket.settimeout(min(timeout, 5))
         try:
             self._socket.connect(str(path))
-            self._stream = self._socket.makefile("rw", encoding="utf-8")
+            # For reading only: a stream for both forgets with each write what it has read ahead.
+            self._stream = self._socket.makefile("r", encoding="utf-8")
             self.greeting = self._receive()
             self.execute("qmp_capabilities")
             self._socket.settimeout(timeout)
@@ -47,8 +48,7 @@ class Qmp:
         """Send one command (underscores in the names of arguments stand for dashes) and return its result."""
         renamed = {name.replace("_", "-"): value for name, value in arguments.items()}
         message = {"execute": command, "arguments": renamed}
-        self._stream.write(json.dumps(message) + "\n")
-        self._stream.flush()
+        self._socket.sendall(json.dumps(message).encode() + b"\n")
         while True:
             reply = self._receive()
             if "QMP" in reply:
