@@ -169,7 +169,10 @@ class Repository:
         """The manifest as it will be, where the file of an image is the new one already."""
         for note in notes:
             old = manifest.disk(note.image.name)
-            if note.attempt == manifest.attempt and old and self.damage(manifest, old):
+            if note.attempt != manifest.attempt or old is None:
+                continue
+            # A file that is neither the one nor the other is damaged: what the increment builds on is to stay.
+            if self.damage(manifest, old) and not self.damage(manifest, note.image):
                 disks = tuple(note.image if disk is old else disk for disk in manifest.disks)
                 manifest = replace(manifest, disks=disks)
         return manifest

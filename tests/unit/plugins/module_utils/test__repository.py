@@ -18,12 +18,14 @@ import pytest
 
 from ansible_collections.vmfleet.backup.plugins.module_utils import _repository
 from ansible_collections.vmfleet.backup.plugins.module_utils._documents import (
+    Consolidation,
     DiskImage,
     Failure,
     Growing,
     Hypervisor,
     Intent,
     Manifest,
+    Parent,
     VmName,
 )
 from ansible_collections.vmfleet.backup.plugins.module_utils._errors import BackupError
@@ -285,6 +287,27 @@ class TestTidy:
         assert {found.id for found in shelf.intents} == {f"{set_id}.2" for set_id in ids}
         assert {found.id for found in shelf.failures} == {f"{set_id}.3" for set_id in ids}
         assert shelf.strays == set()
+
+
+class TestNotes:
+    """While an increment becomes a full image, its file tells which of the two it is."""
+
+    @pytest.mark.parametrize(
+        ("content", "level"), [(b"abc", "incremental"), (b"abcde", "full"), (b"", "incremental"), (None, "incremental")]
+    )
+    def test_which_image_it_is(self, repository: Repository, content: bytes | None, level: str) -> None:
+        increment = replace(IMAGE, level="incremental", parent=Parent("s0", None, "a0"))
+        begin(repository, intent())
+        repository.describe(intent(), replace(manifest(intent()), disks=(increment,)))
+        repository.publish(intent())
+        image = os.path.join(repository.set_path("web01", "s1"), "vda.qcow2")
+        os.unlink(image)
+        if content is not None:
+            with open(image, "wb") as file:
+                file.write(content)
+        repository.write_note("web01", Consolidation("s1", "a1", replace(IMAGE, bytes=5)))
+        [found] = repository.shelf("web01").sets
+        assert (found.disks[0].level, found.disks[0].parent is None) == (level, level == "full")
 
 
 class TestLitterThatStays:
