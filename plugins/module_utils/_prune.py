@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from ansible_collections.vmfleet.backup.plugins.module_utils import _chain, _qemu_img, _retention, _target
 from ansible_collections.vmfleet.backup.plugins.module_utils._checksum import check_all, sha256
 from ansible_collections.vmfleet.backup.plugins.module_utils._documents import Consolidation, Protection
-from ansible_collections.vmfleet.backup.plugins.module_utils._errors import BackupError, Refused
+from ansible_collections.vmfleet.backup.plugins.module_utils._errors import BackupError, Refused, ToolError
 from ansible_collections.vmfleet.backup.plugins.module_utils._library import GROWING, growing, holdings
 from ansible_collections.vmfleet.backup.plugins.module_utils._lock import LockHeld, locked
 from ansible_collections.vmfleet.backup.plugins.module_utils._marks import is_read, remove_marks, write_mark
@@ -29,7 +29,7 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._retention import C
 from ansible_collections.vmfleet.backup.plugins.module_utils._units import human, utc_now
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     from ansible_collections.vmfleet.backup.plugins.module_utils._documents import DiskImage, Manifest, Verification
     from ansible_collections.vmfleet.backup.plugins.module_utils._library import Holdings
@@ -241,8 +241,8 @@ async def _make_full(repository: Repository, held: Holdings, manifest: Manifest,
     if errors:
         # What is wrong would get a good checksum by this.
         raise BackupError("; ".join(errors.values()))
-    _check_room(repository, steps)
     path = os.path.join(repository.set_path(held.name, manifest.id), image.image)
+    _check_room(repository, await _most(path, steps))
     new = os.path.join(repository.directory(held.name), f".{manifest.id}.{image.image}{GROWING}")
     try:
         full = await _copy_full(path, new, image)
@@ -273,9 +273,21 @@ def _reader(held: Holdings, set_id: str) -> str:
     return ""
 
 
-def _check_room(repository: Repository, steps: Iterable[tuple[Manifest, DiskImage]]) -> None:
+async def _most(path: str, steps: Sequence[tuple[Manifest, DiskImage]]) -> int:
+    """The most bytes that a full image of a chain can take."""
+    image = steps[0][1]
+    if all(below.compression == image.compression for _manifest, below in steps):
+        return sum(below.bytes for _manifest, below in steps)
+    # The same content may take more when it is packed in another way.
+    try:
+        command = _qemu_img.measure_command(path, image.format, "qcow2")
+        return int((await _qemu_img.run_json(command, _qemu_img.MEASURE_TIMEOUT))["required"])
+    except ToolError:
+        return image.virtual_size
+
+
+def _check_room(repository: Repository, needed: int) -> None:
     """Refuse to take the room that sets which are being made will need: their guests would feel it."""
-    needed = sum(image.bytes for _manifest, image in steps)
     promised = sum(repository.outstanding(intent) for intent in repository.intents())
     free = _target.free_bytes(repository.path)
     if needed + promised > free:
@@ -285,11 +297,22 @@ def _check_room(repository: Repository, steps: Iterable[tuple[Manifest, DiskImag
         )
 
 
+def _forget_cached(path: str) -> None:
+    """Bring a file to stable storage, and have whoever reads it next see what is there."""
+    _target.flush(path)
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(fd)
+
+
 async def _copy_full(path: str, new: str, image: DiskImage) -> DiskImage:
     """A full image of the same content, on stable storage; returns what is to be said of it."""
     os.close(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
     command = _qemu_img.convert_command(path, new, "qcow2", "qcow2", compression=image.compression)
     await _qemu_img.run(command, timeout=CONVERT_TIMEOUT, is_long=True)
+    _forget_cached(new)
     await _qemu_img.run(_qemu_img.compare_command(path, new), timeout=CONVERT_TIMEOUT, is_long=True)
     if os.stat(new).st_size == image.bytes:
         # By their sizes the two are told apart while either may stand there. What follows the last cluster is ignored.

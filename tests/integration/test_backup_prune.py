@@ -12,6 +12,7 @@ import functools
 import hashlib
 import itertools
 import json
+import os
 import random
 import shutil
 import typing as t
@@ -20,7 +21,7 @@ from pathlib import Path
 
 import pytest
 
-from ansible_collections.vmfleet.backup.plugins.module_utils import _lock, _prune
+from ansible_collections.vmfleet.backup.plugins.module_utils import _lock, _prune, _qemu_img
 from ansible_collections.vmfleet.backup.plugins.module_utils._documents import Verification
 from ansible_collections.vmfleet.backup.plugins.module_utils._marks import write_mark
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository import open_repository
@@ -484,6 +485,44 @@ class TestConsolidation:
             assert image.stat().st_size < chain.copies("s3")[disk].stat().st_size // 2
         assert chain.go_on(4) == "incremental"
         assert_whole(chain, library, "s4", "s3")
+
+    def test_room_for_what_was_compressed(self, vms: Vms, storage: Storage, directory: Path) -> None:
+        chain = Chain(vms, directory, sets=2, compression="zstd")
+        # The guest has written next to nothing since; what it reads is all there uncompressed.
+        chain.go_on(3, compression="none")
+        mount = storage.mount("tmpfs", 32 * MIB)
+        library = chain.library.copy(mount.path / "repository")
+        mount.fill(leave=2 * MIB)
+        assert sum(library.manifest(NAME, f"s{number}")["disks"][0]["bytes"] for number in (1, 2, 3)) < 2 * MIB
+        said = library.fail_prune(keep_last=1, consolidate=True)
+        assert "the full image may take 4" in said["msg"]
+        assert_whole(chain, library, "s3", "s2", "s1")
+        mount.clear()
+        library.prune(keep_last=1, consolidate=True)
+        assert_whole(chain, library, "s3")
+
+    def test_the_copy_is_compared_as_it_lies_on_the_disk(
+        self, library: Library, directory: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        manifest = open_repository(str(library.path)).shelf(NAME).published("s2")
+        assert manifest
+        new = directory / "new"
+        done: list[str] = []
+        run, advise = _qemu_img.run, os.posix_fadvise
+
+        async def told_run(command: list[str], **options: t.Any) -> str:
+            done.append(command[1])
+            return await run(command, **options)
+
+        def told_advise(fd: int, *arguments: int) -> None:
+            if os.path.samestat(os.fstat(fd), new.stat()):
+                done.append("forget")
+            advise(fd, *arguments)
+
+        monkeypatch.setattr(_qemu_img, "run", told_run)
+        monkeypatch.setattr(os, "posix_fadvise", told_advise)
+        asyncio.run(_prune._copy_full(str(library.images(NAME, "s2")["drive0"]), str(new), manifest.disks[0]))
+        assert done[:3] == ["convert", "forget", "compare"]
 
     def test_old_and_new_image_of_one_size_are_told_apart(self, library: Library, directory: Path) -> None:
         repository = open_repository(str(library.path))
