@@ -86,10 +86,10 @@ def _kind(stem: str) -> Any:
 
 def is_read(pin: Pin) -> bool:
     """Whether what a pin stands for is still there. On another machine only that machine can tell."""
-    return pin.machine_id != machine_id() or any(_may_be_there(pin.path + end) for end in ("", PARTIAL))
+    return pin.machine_id != machine_id() or any(may_be_there(pin.path + end) for end in ("", PARTIAL))
 
 
-def _may_be_there(path: str) -> bool:
+def may_be_there(path: str) -> bool:
     """False only where there is nothing for certain: a path that this user may not look up is no such one."""
     try:
         os.lstat(path)

@@ -23,7 +23,12 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._documents import C
 from ansible_collections.vmfleet.backup.plugins.module_utils._errors import BackupError, Refused, ToolError
 from ansible_collections.vmfleet.backup.plugins.module_utils._library import GROWING, growing, holdings
 from ansible_collections.vmfleet.backup.plugins.module_utils._lock import LockHeld, locked
-from ansible_collections.vmfleet.backup.plugins.module_utils._marks import is_read, remove_marks, write_mark
+from ansible_collections.vmfleet.backup.plugins.module_utils._marks import (
+    is_read,
+    may_be_there,
+    remove_marks,
+    write_mark,
+)
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository import PUBLISHED_MODE
 from ansible_collections.vmfleet.backup.plugins.module_utils._retention import Condition, Fate
 from ansible_collections.vmfleet.backup.plugins.module_utils._units import human, utc_now
@@ -189,7 +194,7 @@ def _remove(repository: Repository, vm: str, order: Order, doomed: set[str], err
 
 def _remove_stale_marks(repository: Repository, held: Holdings) -> None:
     said: list[Protection | Verification] = [*held.marks.protections, *held.marks.verifications]
-    gone = [mark for mark in said if not os.path.lexists(repository.set_path(held.name, mark.id))]
+    gone = [mark for mark in said if not may_be_there(repository.set_path(held.name, mark.id))]
     remove_marks(repository, held.name, [*gone, *(pin for pin in held.marks.pins if not is_read(pin))])
 
 

@@ -181,7 +181,9 @@ removed:
   type: list
   elements: str
 independent:
-  description: The images that were overlays and were kept, because they read nothing from their sets any more.
+  description:
+    - The images that were overlays and were kept, because they read nothing from their sets any more, and the block
+      devices whose sets are said to be in use no more.
   returned: with O(state=absent)
   type: list
   elements: str
