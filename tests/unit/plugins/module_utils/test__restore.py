@@ -10,7 +10,6 @@ import asyncio
 import fcntl
 import os
 import struct
-from contextlib import asynccontextmanager
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +26,6 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._repository import 
 from ansible_collections.vmfleet.backup.plugins.module_utils._restore import COPY, OVERLAY, Piece
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
     from pathlib import Path
 
 IMAGE = DiskImage("vda", "n0", "", "/src", "qcow2", 1 << 20, "full", "", None, "vda.qcow2", "qcow2", "none")
@@ -149,10 +147,8 @@ class TestDone:
 def test_a_set_that_is_gone_is_an_error_without_the_lock_as_well(
     repository: Repository, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    @asynccontextmanager
-    async def held_by_somebody_else(*_args: Any) -> AsyncIterator[int]:
+    def held_by_somebody_else(*_args: Any) -> Any:
         raise BackupError("held")
-        yield 0
 
     monkeypatch.setattr(Repository, "lock", held_by_somebody_else)
     warnings: list[str] = []
