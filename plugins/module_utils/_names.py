@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import re
 from typing import TYPE_CHECKING
@@ -34,6 +35,7 @@ def check_set_id(text: str, option: str = "id") -> str:
     return text
 
 
+@functools.lru_cache(maxsize=1024)
 def vm_directory(name: str) -> str:
     """The name of a VM's directory: the VM's own where that is fit for it."""
     if VM_NAME.match(name) and ".." not in name and name.casefold() != REPOSITORY_FILE:
