@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import subprocess
@@ -14,6 +15,8 @@ from pathlib import Path
 from ansible_collections.vmfleet.backup.tests.harness.images import MIB
 
 FILLER = "somebody-elses-data"
+
+MS_REMOUNT = 32
 
 
 def _run(*command: str | Path) -> str:
@@ -91,7 +94,11 @@ class FileSystem:
 
     def grow(self, size: int) -> None:
         """Make a tmpfs larger while it is in use (containers may not resize an ext4)."""
-        _run("mount", "-o", f"remount,size={size}", self.path)
+        # mount(8) looks into the table of mounts, which other tests change at the same time, and can miss this one.
+        libc = ctypes.CDLL(None, use_errno=True)
+        options = ctypes.c_char_p(f"size={size}".encode())
+        if libc.mount(b"tmpfs", os.fsencode(self.path), b"tmpfs", ctypes.c_ulong(MS_REMOUNT), options) != 0:
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(self.path))
 
     def make_read_only(self) -> None:
         """Remount it, with all that is in it."""
