@@ -13,7 +13,6 @@ once more with the locks held, and then done. Nobody waits for a job with a lock
 from __future__ import annotations
 
 import asyncio
-import errno
 import time
 import traceback
 from contextlib import AsyncExitStack
@@ -73,8 +72,6 @@ UNREACHABLE_PATIENCE = 60.0
 
 PIECE = 1 << 20
 """Bytes that a job copies at a time; with a limited speed, it rests after each."""
-
-NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
 @dataclass(frozen=True)
@@ -476,7 +473,7 @@ class Engine:
         try:
             self.repository.update(thawed)
         except OSError as full:
-            if full.errno not in NO_SPACE:
+            if full.errno not in _probe.NO_SPACE:
                 raise
             # The mark stays, and is looked at again.
             return intent
@@ -607,7 +604,7 @@ class Engine:
         try:
             self.repository.record_failure(intent.vm.name, failure)
         except OSError as full:
-            if full.errno not in NO_SPACE:
+            if full.errno not in _probe.NO_SPACE:
                 raise
             # The images themselves are in the way. QEMU still tells how their jobs have ended.
             await self._stop(monitor, intent.jobs)

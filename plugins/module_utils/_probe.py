@@ -31,7 +31,7 @@ TIMEOUT = 30.0
 INTERVAL = 10.0
 """Seconds for which a Watch trusts an answer."""
 
-FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT})
 """A full file system has answered; what that means is said where space is counted."""
 
 UNWRITABLE = frozenset({errno.EROFS, errno.EACCES, errno.EPERM})
@@ -220,7 +220,7 @@ def _ask(path: str, writing: bool) -> int:
         if writing:
             _write(path)
     except OSError as error:
-        return 0 if error.errno in FULL else error.errno or errno.EIO
+        return 0 if error.errno in NO_SPACE else error.errno or errno.EIO
     return 0
 
 

@@ -41,9 +41,6 @@ if TYPE_CHECKING:
     from ansible_collections.vmfleet.backup.plugins.module_utils._repository import Repository
     from ansible_collections.vmfleet.backup.plugins.module_utils._retention import Rules
 
-CONVERT_TIMEOUT = 7 * 24 * 3600.0
-"""Seconds for that: no sensible one takes as long."""
-
 
 @dataclass(frozen=True)
 class Order:
@@ -316,9 +313,9 @@ async def _copy_full(path: str, new: str, image: DiskImage) -> DiskImage:
     """A full image of the same content, on stable storage; returns what is to be said of it."""
     os.close(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
     command = _qemu_img.convert_command(path, new, "qcow2", "qcow2", compression=image.compression)
-    await _qemu_img.run(command, timeout=CONVERT_TIMEOUT, is_long=True)
+    await _qemu_img.run(command, timeout=_qemu_img.LONG_TIMEOUT, is_long=True)
     _forget_cached(new)
-    await _qemu_img.run(_qemu_img.compare_command(path, new), timeout=CONVERT_TIMEOUT, is_long=True)
+    await _qemu_img.run(_qemu_img.compare_command(path, new), timeout=_qemu_img.LONG_TIMEOUT, is_long=True)
     if os.stat(new).st_size == image.bytes:
         # By their sizes the two are told apart while either may stand there. What follows the last cluster is ignored.
         os.truncate(new, image.bytes + _target.CLUSTER)

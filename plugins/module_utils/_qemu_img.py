@@ -35,6 +35,9 @@ TIMEOUT = 60.0
 MEASURE_TIMEOUT = 600.0
 """Seconds for measuring an image: for that the tables of all images of its chain are read."""
 
+LONG_TIMEOUT = 7 * 24 * 3600.0
+"""Seconds for reading an image to its end: no sensible one takes as long."""
+
 LAUNCHER = """
 import ctypes, os, signal, sys
 ctypes.CDLL(None).prctl(1, signal.SIGKILL)

@@ -56,9 +56,6 @@ FORMATS = ("qcow2", "raw")
 
 RECEIPT = ".restored.json"
 
-CONVERT_TIMEOUT = 7 * 24 * 3600.0
-"""Seconds for a copy: no sensible one takes as long."""
-
 LOCK_TIMEOUT = 1.0
 """Seconds to wait for somebody else who restores to the same target: longer than the end of such a work takes."""
 
@@ -367,7 +364,7 @@ async def _convert(repository: Repository, piece: Piece, path: str) -> None:
     if _target.Target(path, piece.format, piece.image.virtual_size).direct and _takes_direct(path):
         # All of it is to be on stable storage in the end: the page cache would be a detour, and others need it.
         command[2:2] = ["-t", "none"]
-    await _qemu_img.run(command, timeout=CONVERT_TIMEOUT, is_long=True)
+    await _qemu_img.run(command, timeout=_qemu_img.LONG_TIMEOUT, is_long=True)
 
 
 def _takes_direct(path: str) -> bool:

@@ -54,9 +54,6 @@ if TYPE_CHECKING:
 
 # Each looks at all that those before it look at.
 
-READING_TIMEOUT = 7 * 24 * 3600.0
-"""Seconds for reading an image to its end: no sensible one takes as long."""
-
 LOOKS = 3
 """How often a set is looked at that others change meanwhile."""
 
@@ -354,7 +351,7 @@ class _Verifier:
         try:
             async with self._processors:
                 told = await _qemu_img.run_json(_qemu_img.info_command(path, image.format, shared=True))
-                await _qemu_img.run(_check_command(path, image.format), timeout=READING_TIMEOUT)
+                await _qemu_img.run(_check_command(path, image.format), timeout=_qemu_img.LONG_TIMEOUT)
         except ToolError as error:
             return f"image {path} is damaged: {_shortened(str(error))}; {REMEDY}"
         if told.get("virtual-size") != image.virtual_size:
@@ -375,7 +372,7 @@ class _Verifier:
         path = self._path(*step)
         try:
             async with self._processors:
-                await _qemu_img.run(_read_command(path, step[1]), timeout=READING_TIMEOUT)
+                await _qemu_img.run(_read_command(path, step[1]), timeout=_qemu_img.LONG_TIMEOUT)
         except ToolError as error:
             return f"image {path} cannot be read whole: {_shortened(str(error))}; {REMEDY}"
         return ""

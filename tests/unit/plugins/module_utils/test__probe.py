@@ -211,7 +211,7 @@ def test_reading_does_not_write(path: str, monkeypatch: pytest.MonkeyPatch) -> N
     asyncio.run(probe(path))
 
 
-@pytest.mark.parametrize("code", sorted(_probe.FULL))
+@pytest.mark.parametrize("code", sorted(_probe.NO_SPACE))
 def test_full_file_system_answers(code: int, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "fsync", fails_with(code))
     asyncio.run(probe(path, writing=True))
