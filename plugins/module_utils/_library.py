@@ -43,7 +43,10 @@ GROWING = ".consolidating"
 """What the name of a hidden file ends with in which an increment becomes a full image."""
 
 SURFACE, CHECKSUM, IMAGE, BOOT = DEPTHS = ("manifest", "checksum", "image", "boot")
-"""How deep a verification looks. That a guest does not start says nothing of the sets that build on its own."""
+"""How deep a verification looks, each at all that those before it look at.
+
+That a guest does not start says nothing of the sets that build on its own.
+"""
 
 
 @dataclass(frozen=True)

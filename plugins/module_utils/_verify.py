@@ -52,8 +52,6 @@ if TYPE_CHECKING:
     Step = tuple[Manifest, DiskImage]
     Key = tuple[str, str]
 
-# Each looks at all that those before it look at.
-
 LOOKS = 3
 """How often a set is looked at that others change meanwhile."""
 
