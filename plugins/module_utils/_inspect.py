@@ -31,6 +31,9 @@ FILTERS = frozenset({"copy-before-write", "copy-on-read", "compress", "throttle"
 ENDED = frozenset({"concluded", "null"})
 """Job states in which a job does nothing any more."""
 
+SETTLING = frozenset({"waiting", "pending", "aborting"})
+"""Job states in which a job copies nothing any more: it waits for the others of its transaction, or goes back."""
+
 IO_ERROR = "io-error"
 """QEMU's status of a VM that was stopped because a read or a write of its guest failed."""
 
@@ -119,6 +122,11 @@ class Job:
     @property
     def ended(self) -> bool:
         return self.status in ENDED
+
+    @property
+    def copied(self) -> bool:
+        """Whether there is nothing left for it to copy: it has ended, or is about to."""
+        return self.ended or self.status in SETTLING
 
     @property
     def stuck(self) -> bool:

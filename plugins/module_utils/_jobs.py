@@ -180,11 +180,11 @@ async def _has_cbw_error(monitor: Monitor) -> bool:
 
 
 async def set_speed(monitor: Monitor, job_id: str, speed: int) -> None:
-    """Limit a job to C(speed) bytes/s, 0 for no limit; one that has ended meanwhile needs none."""
+    """Limit a job to C(speed) bytes/s, 0 for no limit; one that has nothing left to copy takes none, and needs none."""
     try:
         await monitor.execute("block-job-set-speed", {"device": job_id, "speed": speed})
     except CommandError:
-        if any(job.id == job_id and not job.ended for job in await query_jobs(monitor)):
+        if any(job.id == job_id and not job.copied for job in await query_jobs(monitor)):
             raise
 
 

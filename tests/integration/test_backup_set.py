@@ -72,8 +72,7 @@ def test_case_2_all_disks_in_one_transaction(vms: Vms, directory: Path, sets: Se
     # Written while the copies run, and so not in them.
     vm.write("drive0", 0xAA, 0, 65536)
     vm.write("drive1", 0xAA, 60 << 20, 65536)
-    for job in vm.block_jobs:
-        vm.qmp.execute("block-job-set-speed", device=job["device"], speed=0)
+    release(vm)
     succeed("backup_set", {"plan": plan})
     sets.assert_good("web01", copies)
 

@@ -11,7 +11,7 @@ import typing as t
 
 import pytest
 
-from ansible_collections.vmfleet.backup.tests.harness.backup import snapshot
+from ansible_collections.vmfleet.backup.tests.harness.backup import release, snapshot
 from ansible_collections.vmfleet.backup.tests.harness.playbooks import Hypervisor
 from ansible_collections.vmfleet.backup.tests.harness.sets import ID, SLOW
 
@@ -118,7 +118,7 @@ def test_tags_start_here_and_wait_there(vms: Vms, hypervisor: Hypervisor) -> Non
     assert started.rc == 0, started.output
     assert vm.job["status"] == "running"
     assert not (hypervisor.sets.path / "web01" / ID).exists()
-    vm.qmp.execute("block-job-set-speed", device=vm.job["device"], speed=0)
+    release(vm)
     waited = hypervisor.run("--tags", "wait", sockets=sockets(vm))
     assert waited.rc == 0, waited.output
     assert "published  web01" in waited.output

@@ -314,7 +314,7 @@ def test_an_fdset_that_has_gone_by_itself_is_none_to_remove(there: bool, monkeyp
         asyncio.run(remove_fdsets(monitor(fake), found, "vmfleet:db:aa:"))
 
 
-@pytest.mark.parametrize("status", ["running", "concluded"])
+@pytest.mark.parametrize("status", ["running", "waiting", "pending", "concluded"])
 def test_speed_of_a_job_that_ends_meanwhile(status: str) -> None:
     fake = FakeMonitor({"block-job-set-speed": refusal("cannot accept"), **jobs(block_job("j0", status=status))})
     with pytest.raises(CommandError) if status == "running" else contextlib.nullcontext():
