@@ -214,15 +214,18 @@ class Maker:
 
     # Launch
 
-    async def launch(self, monitor: Monitor, draft: Draft, intent: Intent, quiesce: str) -> Intent:
-        """Start all jobs at one point in time, with the guest's file systems frozen where its agent can do that."""
+    async def launch(self, monitor: Monitor, draft: Draft, intent: Intent, quiesce: str, speed: int) -> Intent:
+        """Start all jobs at one point in time, with the guest's file systems frozen where its agent can do that.
+
+        C(speed) is bytes/s for each job, 0 for no limit.
+        """
         starts = [
             _jobs.BackupStart(
                 job_id=disk.job,
                 node=disk.image.node,
                 target=self._target(intent, disk),
                 opaque=f"vmfleet:{self.repository.tag}:{intent.attempt}:{number}",
-                arguments=_arguments(self.plan.policy, link),
+                arguments=_arguments(self.plan.policy, link, speed),
             )
             for number, (disk, link) in enumerate(zip(intent.disks, draft.links))
         ]
@@ -361,13 +364,13 @@ def bitmap_prefix(repository: Repository) -> str:
     return f"vmfleet-{repository.tag}-"
 
 
-def _arguments(policy: Policy, link: Link) -> dict[str, Any]:
+def _arguments(policy: Policy, link: Link, speed: int) -> dict[str, Any]:
     arguments: dict[str, Any] = {"sync": "full"}
     if link.bitmap:
         # Never cleared: what goes wrong later can take no change away.
         arguments = {"sync": "bitmap", "bitmap": link.bitmap, "bitmap-mode": "never"}
-    if policy.speed:
-        arguments["speed"] = policy.speed
+    if speed:
+        arguments["speed"] = speed
     if policy.compression != "none":
         arguments["compress"] = True
     return arguments

@@ -159,7 +159,8 @@ class Intent:
 
     C(begun) and C(deadline) are seconds of the hypervisor's CLOCK_BOOTTIME: nobody sets that clock.
     C(guest) is the VM's status at the start. C(process) is QEMU's pid and start time, empty over TCP. C(frozen) says
-    that the guest's file systems may be frozen by us, through the agent's socket C(agent).
+    that the guest's file systems may be frozen by us, through the agent's socket C(agent). C(progress) is where a set
+    stood that did not advance while it was last watched: bytes copied, and since when, by that clock.
     """
 
     run: str
@@ -184,6 +185,7 @@ class Intent:
     frozen: bool = False
     frozen_ms: int = 0
     consistency_reason: str = ""
+    progress: tuple[int, float] | tuple[()] = ()
     schema: int = SCHEMA
 
     @property
@@ -204,6 +206,7 @@ class Intent:
                 "vm": _build(VmName, found["vm"]),
                 "hypervisor": _build(Hypervisor, found["hypervisor"]),
                 "process": tuple(found["process"]),
+                "progress": tuple(found.get("progress", ())),
                 "disks": disks,
             }
             return _build(cls, parsed)

@@ -53,6 +53,7 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._plan import VmPlan
 from ansible_collections.vmfleet.backup.plugins.module_utils._probe import Watch
 from ansible_collections.vmfleet.backup.plugins.module_utils._qmp import Monitor, parse_address
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository import open_repository
+from ansible_collections.vmfleet.backup.plugins.module_utils._turns import Budget, Slice, Turns
 from ansible_collections.vmfleet.backup.plugins.module_utils._units import boottime, utc_now
 
 if TYPE_CHECKING:
@@ -76,10 +77,15 @@ PIECE = 1 << 20
 
 @dataclass(frozen=True)
 class Settings:
-    """How a run goes. Times are seconds; 0 waits without end. The last three are those of _plan.Terms."""
+    """How a run goes. Times are seconds; 0 waits without end. The last three are those of _plan.Terms.
+
+    C(bandwidth) is bytes/s for all jobs together, 0 for no limit; C(slice) is when to come back, done or not.
+    """
 
     state: str = "completed"
     max_vms: int = 4
+    bandwidth: int = 0
+    slice: float = 0
     timeout: float = 0
     stall_timeout: float = 600
     unattended: bool = False
@@ -87,35 +93,6 @@ class Settings:
     takeover: bool = False
     supersede: bool = False
     adopt: bool = False
-
-
-@dataclass
-class _Turns:
-    """At most so many VMs copy at a time. One that is found copying counts too, however many there are."""
-
-    limit: int
-    taken: set[str] = field(default_factory=set)
-
-    def __post_init__(self) -> None:
-        self._changed = asyncio.Condition()
-
-    def join(self, name: str) -> None:
-        self.taken.add(name)
-
-    def try_take(self, name: str) -> bool:
-        if name not in self.taken and self.limit and len(self.taken) >= self.limit:
-            return False
-        self.taken.add(name)
-        return True
-
-    async def take(self, name: str) -> None:
-        async with self._changed:
-            await self._changed.wait_for(lambda: self.try_take(name))
-
-    async def leave(self, name: str) -> None:
-        async with self._changed:
-            self.taken.discard(name)
-            self._changed.notify_all()
 
 
 @dataclass
@@ -128,19 +105,31 @@ class _Work:
     """Finished images on stable storage, by attempt."""
     spoiled: dict[str, str] = field(default_factory=dict)
     """Why finished images could not be brought there, by attempt."""
+    order: tuple[str, int] = ("", 0)
+    """Its place among those that wait for their turn: when its newest set was begun, and its place in the plan."""
     progress: tuple[str, int, float] = ("", -1, 0.0)
     """Attempt, bytes copied, and when that was first seen."""
+    moved: bool = False
+    """Whether this process has seen it advance."""
     copying: tuple[Vm, Intent] | None = None
     """The VM as it was when its jobs were last seen to run, and whose jobs they are."""
     followed: Intent | None = None
     """The last attempt whose jobs were seen to run: they may still do."""
     cut_off: bool = False
     """Whether the connection has broken off once while a set was started."""
+    silent_since: float = 0.0
+    """When its monitor was first found not to answer."""
+    pause: float = FIRST_PAUSE
     warnings: list[str] = field(default_factory=list)
 
     @property
     def request(self) -> Request:
         return self.planned.request
+
+    def next_pause(self) -> float:
+        """Seconds until the next look: short at first, as most sets are small."""
+        pause, self.pause = self.pause, min(self.pause * PAUSE_GROWTH, LONGEST_PAUSE)
+        return pause
 
     def warn(self, text: str) -> None:
         if text not in self.warnings:
@@ -168,7 +157,9 @@ class Engine:
         )
         watched = settings.state != "started" or settings.unattended
         self._maker = Maker(repository, plan, self._hypervisor, settings.timeout, watched)
-        self._turns = _Turns(settings.max_vms)
+        self._turns = Turns(settings.max_vms, (planned.name for planned in plan.vms))
+        self._budget = Budget(settings.bandwidth, plan.policy.speed)
+        self._slice = Slice(settings.slice)
         self._gate = asyncio.Lock()
         # One that is only planned has nothing in it that could hang.
         self._watch = Watch(repository.path, writing=not settings.check_mode) if repository.uuid else None
@@ -178,10 +169,12 @@ class Engine:
         for intent in self.repository.intents():
             if intent.vm.name in {planned.name for planned in self.plan.vms}:
                 self._turns.join(intent.vm.name)
-        return list(await asyncio.gather(*(self._settle(planned) for planned in self.plan.vms)))
+                self._budget.count(intent.vm.name, len(intent.disks))
+        works = [_Work(planned, order=("", place)) for place, planned in enumerate(self.plan.vms)]
+        return list(await asyncio.gather(*(self._settle(work) for work in works)))
 
-    async def _settle(self, planned: VmPlan) -> Outcome:
-        work = _Work(planned)
+    async def _settle(self, work: _Work) -> Outcome:
+        planned = work.planned
         try:
             if self.settings.state == CANCELLED:
                 outcome = await self._cancel(work)
@@ -198,7 +191,8 @@ class Engine:
             work.warn(traceback.format_exc())
             outcome = await self._fail(work, f"internal error: {error!r}; report it with the warning")
         if outcome.state != RUNNING:
-            await self._turns.leave(planned.name)
+            self._turns.leave(planned.name)
+            self._budget.count(planned.name, 0)
         return outcome
 
     async def _fail(self, work: _Work, error: str) -> Outcome:
@@ -221,31 +215,41 @@ class Engine:
         return planned.action == _plan.FAIL and not orders.get(planned.unless, False)
 
     async def _bring_to_end(self, work: _Work) -> Outcome:
-        """Step after step until there is nothing left to do, or, with state started, nothing but to wait."""
-        pause = FIRST_PAUSE
-        silent_since: float | None = None
+        """Step after step until there is nothing left to do, or nothing but to wait, and this call does not do that."""
         while True:
             hanging = await self._watch.ask() if self._watch else ""
             if hanging:
                 return await self._abandon(work, hanging)
-            step = await self._step(work)
-            if isinstance(step, Outcome):
-                return step
-            if step.state == _plan.UNREACHABLE:
-                silent_since = silent_since or time.monotonic()
-                if self.settings.state == "started" or time.monotonic() - silent_since > UNREACHABLE_PATIENCE:
-                    return self._outcome(
-                        work,
-                        FAILED,
-                        error=f"{step.error}; the set is unfinished: run the backup again to go on with it",
-                    )
-            else:
-                silent_since = None
-            if step.state == _plan.RUNNING and self.settings.state == "started":
+            with self._slice.busy():
+                step = await self._step(work)
+            self._turns.arrive(work.request.name)
+            outcome = step if isinstance(step, Outcome) else await self._wait(work, step)
+            if outcome:
+                return outcome
+
+    async def _wait(self, work: _Work, verdict: Verdict) -> Outcome | None:
+        """Wait for what the next step needs; an outcome where this call is not to wait, or has waited long enough."""
+        starting = self.settings.state == "started"
+        if verdict.state != _plan.UNREACHABLE:
+            work.silent_since = 0.0
+        if verdict.state == QUEUED:
+            until = None if starting else self._slice.over
+            if not await self._turns.take(work.request.name, work.order, until):
+                return self._outcome(work, QUEUED, reason=verdict.error)
+        elif verdict.state == _plan.RUNNING:
+            if starting or self._slice.over.is_set():
+                await self._note_progress(work)
                 return self._running(work)
-            if step.state in (_plan.RUNNING, _plan.UNREACHABLE):
-                await asyncio.sleep(pause)
-                pause = min(pause * PAUSE_GROWTH, LONGEST_PAUSE)
+            await self._budget.pause(work.next_pause())
+        elif verdict.state == _plan.UNREACHABLE:
+            work.silent_since = work.silent_since or time.monotonic()
+            if starting or time.monotonic() - work.silent_since > UNREACHABLE_PATIENCE:
+                error = f"{verdict.error}; the set is unfinished: run the backup again to go on with it"
+                return self._outcome(work, FAILED, error=error)
+            # The next call would not know for how long it has been silent.
+            with self._slice.busy():
+                await asyncio.sleep(work.next_pause())
+        return None
 
     async def _step(self, work: _Work) -> Outcome | Verdict:
         """Look, and do what is to be done. A verdict means: not at the end yet."""
@@ -257,16 +261,14 @@ class Engine:
         outcome = self._final(work, decision, facts, shelf)
         if outcome or self.settings.check_mode:
             return outcome or self._predict(work, decision)
-        if decision.plan.action in (_plan.START, _plan.FINISH) and not self._turns.try_take(work.request.name):
-            if self.settings.state == "started":
-                return self._outcome(work, QUEUED, reason=f"at most {self.settings.max_vms} VMs copy at a time")
-            await self._turns.take(work.request.name)
-            # That may have taken hours.
-            return _plan.Verdict(_plan.INTERRUPTED)
+        if decision.plan.action in (_plan.START, _plan.FINISH) and not self._turns.has(work.request.name):
+            work.order = (shelf.sets[-1].started if shelf.sets else "", work.order[1])
+            return _plan.Verdict(QUEUED, f"at most {self.settings.max_vms} VMs copy at a time")
         if decision.intent and not decision.removal:
             verdict = self._judge(work, decision.intent, facts, shelf)
             if verdict.state == _plan.UNREACHABLE:
                 return verdict
+            await self._pace(work, decision.intent, facts)
             if verdict.state == _plan.RUNNING and facts.vm:
                 work.copying = facts.vm, decision.intent
                 work.followed = decision.intent
@@ -274,6 +276,9 @@ class Engine:
                 if not decision.intent.frozen and not self._alarm(decision.intent, facts, work):
                     return verdict
             if verdict.state == _plan.COPIED:
+                if self._slice.over.is_set():
+                    # The others have gone, and this may take long.
+                    return _plan.Verdict(_plan.RUNNING)
                 await self._make_safe(work, decision.intent, shelf)
         return await self._act(work, facts)
 
@@ -367,7 +372,7 @@ class Engine:
 
     def _running(self, work: _Work) -> Outcome:
         if not work.copying:
-            return self._outcome(work, RUNNING, reason="its jobs are copying")
+            return self._outcome(work, RUNNING, reason="its jobs have ended, and it is about to be finished")
         _vm, intent = work.copying
         if intent.id != self.plan.id:
             return self._outcome(work, RUNNING, reason=f"the jobs of set {intent.id} are copying, which comes first")
@@ -488,6 +493,24 @@ class Engine:
             return f"{short}, and the set's space could not be reserved"
         return self._stalled(intent, facts, work)
 
+    async def _pace(self, work: _Work, intent: Intent, facts: Facts) -> None:
+        """Give each of a VM's running jobs its share of the bandwidth."""
+        if not self.settings.bandwidth:
+            return
+        name = work.request.name
+        jobs = [job for job in _jobs_of(intent, facts) if not job.copied]
+        share = self._budget.count(name, len(jobs))
+        late = [job for job in jobs if job.speed != share]
+        try:
+            if late:
+                async with Monitor(parse_address(work.request.monitor), self.commands) as monitor:
+                    for job in late:
+                        await _jobs.set_speed(monitor, job.id, share)
+        except MonitorError:
+            # The next look tells what has become of it.
+            return
+        self._budget.confirm(name, share)
+
     def _is_youngest(self, intent: Intent) -> bool:
         """Whether no set of this run that could not reserve its space is younger: that one has less to lose."""
         names = {planned.name for planned in self.plan.vms}
@@ -499,10 +522,23 @@ class Engine:
         copied = sum(job.offset for job in jobs)
         now = boottime()
         if work.progress[:2] != (intent.attempt, copied) or any(job.paused for job in jobs):
-            work.progress = (intent.attempt, copied, now)
+            # Where it stood when an earlier call came back, and since when.
+            seen, since = intent.progress or (-1, now)
+            work.moved = bool(work.progress[0])
+            work.progress = (intent.attempt, copied, since if seen == copied and not work.moved else now)
         if self.settings.stall_timeout and now - work.progress[2] > self.settings.stall_timeout:
             return f"no progress for {self.settings.stall_timeout:g} s"
         return ""
+
+    async def _note_progress(self, work: _Work) -> None:
+        """Write down since when a set stands still: the call that goes on cannot know."""
+        attempt, copied, since = work.progress
+        if not work.copying or work.copying[1].attempt != attempt or work.moved:
+            return
+        async with self.repository.lock(work.request.name):
+            there = self.repository.intent(work.request.name, work.copying[1].id)
+            if there and there.attempt == attempt and there.progress != (copied, since):
+                self.repository.update(replace(there, progress=(copied, since)))
 
     # Start
 
@@ -521,7 +557,8 @@ class Engine:
         try:
             work.followed = draft.intent
             intent = await self._maker.prepare(draft, lock)
-            intent = await self._maker.launch(monitor, draft, intent, work.request.quiesce)
+            speed = await self._budget.make_way(work.request.name, len(intent.disks))
+            intent = await self._maker.launch(monitor, draft, intent, work.request.quiesce, speed)
         except MonitorError as error:
             if work.cut_off or not isinstance(error, MonitorGone):
                 raise

@@ -64,6 +64,25 @@ options:
     description: How many VMs copy at the same time. V(0) sets no limit.
     type: int
     default: 4
+  bandwidth:
+    description:
+      - What all copies of this call may take together, in bytes per second, or with a unit as in V(200M). V(0) sets no
+        limit.
+      - It is shared out equally among the running jobs, anew whenever one starts or ends. A job gets no more than
+        O(vmfleet.backup.backup_plan#module:speed). Copies that run faster than that already are slowed down, so that
+        the limit also holds for those that an earlier call has started.
+      - With O(state=started), copies keep what they have when the call is over.
+    type: bytes
+    default: "0"
+  slice:
+    description:
+      - Seconds after which O(state=completed) comes back even though sets are still being made. RV(vms[].state) is
+        V(running) or V(queued) for those, and the same call goes on with them. V(0) waits for the end.
+      - Used in a playbook, the module is called in such slices anyway, and what has come to pass is shown between them.
+        Give it only to wait bit by bit yourself.
+      - A call takes longer where it is in the middle of something, such as the checksum of an image.
+    type: float
+    default: 0
   timeout:
     description:
       - Seconds after which a set that has been begun by this call and is not finished is cancelled, and counts as
@@ -225,10 +244,12 @@ from typing import TYPE_CHECKING
 from ansible.module_utils.basic import AnsibleModule
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._engine import Engine, Settings, of_names
-from ansible_collections.vmfleet.backup.plugins.module_utils._errors import BackupError, run_module
+from ansible_collections.vmfleet.backup.plugins.module_utils._errors import BackupError, Refused, run_module
 from ansible_collections.vmfleet.backup.plugins.module_utils._outcome import (
     CANCELLED,
     FAILED,
+    QUEUED,
+    RUNNING,
     UNTRACKED,
     describe,
     results,
@@ -304,10 +325,31 @@ def diff(outcomes: Sequence[Outcome]) -> dict[str, str]:
     return {"before": before, "after": after}
 
 
+def check_options(params: dict[str, Any]) -> None:
+    """Refuse what cannot be meant."""
+    for option in ("max_vms", "bandwidth", "slice", "timeout", "stall_timeout"):
+        if params[option] < 0:
+            raise Refused(option, f"{params[option]} is negative; 0 sets no limit")
+    if params["slice"] and params["state"] != "completed":
+        raise Refused("slice", "only state: completed waits")
+
+
 async def main_task(module: AnsibleModule) -> dict[str, Any]:
+    check_options(module.params)
     require_qemu_img()
     repository, plan, created = await places(module)
-    names = ("state", "max_vms", "timeout", "stall_timeout", "unattended", "takeover", "supersede", "adopt")
+    names = (
+        "state",
+        "max_vms",
+        "bandwidth",
+        "slice",
+        "timeout",
+        "stall_timeout",
+        "unattended",
+        "takeover",
+        "supersede",
+        "adopt",
+    )
     settings = Settings(check_mode=module.check_mode, **{name: module.params[name] for name in names})
     engine = Engine(repository, plan, settings)
     outcomes = await engine.run()
@@ -323,7 +365,8 @@ async def main_task(module: AnsibleModule) -> dict[str, Any]:
         "diff": diff(outcomes),
     }
     error = failure(outcomes, plan.id, settings.state)
-    if error:
+    # While others are being made, there is more to come.
+    if error and not (settings.slice and any(outcome.state in (RUNNING, QUEUED) for outcome in outcomes)):
         raise BackupError(error, **result)
     return result
 
@@ -336,6 +379,8 @@ def main() -> None:
             "names": {"type": "list", "elements": "str"},
             "state": {"type": "str", "choices": ["completed", "started", *STOPPING], "default": "completed"},
             "max_vms": {"type": "int", "default": 4},
+            "bandwidth": {"type": "bytes", "default": "0"},
+            "slice": {"type": "float", "default": 0},
             "timeout": {"type": "float", "default": 0},
             "stall_timeout": {"type": "float", "default": 600},
             "unattended": {"type": "bool", "default": False},
