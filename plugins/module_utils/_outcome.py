@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from ansible_collections.vmfleet.backup.plugins.module_utils._units import human
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
     from typing import Any
 
     from ansible_collections.vmfleet.backup.plugins.module_utils._documents import DiskImage
@@ -26,6 +26,9 @@ CANCELLED = "cancelled"
 SKIPPED = "skipped"
 UNTRACKED = "untracked"
 STATES = (PUBLISHED, RUNNING, QUEUED, FAILED, CANCELLED, SKIPPED, UNTRACKED)
+UNFINISHED = (RUNNING, QUEUED)
+STOPPING = (CANCELLED, UNTRACKED)
+"""What may be asked for instead of sets."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,10 @@ class DiskOutcome:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What has become of one VM's set. C(consistency) is empty where there is none."""
+    """What has become of one VM's set. C(consistency) is empty where there is none.
+
+    C(offset) of C(len) bytes have been copied, where the jobs still run.
+    """
 
     name: str
     id: str
@@ -58,6 +64,8 @@ class Outcome:
     warnings: tuple[str, ...] = ()
     disks: tuple[DiskOutcome, ...] = ()
     changed: bool = False
+    offset: int = 0
+    len: int = 0
 
     def describe(self, width: int) -> list[str]:
         said = self.error or self.reason
@@ -82,6 +90,12 @@ def results(outcomes: Iterable[Outcome]) -> list[dict[str, Any]]:
     return [asdict(outcome) for outcome in outcomes]
 
 
+def of_result(found: Mapping[str, Any]) -> Outcome:
+    """The outcome that C(results) has written."""
+    disks = tuple(DiskOutcome(**disk) for disk in found["disks"])
+    return Outcome(**{**found, "warnings": tuple(found["warnings"]), "disks": disks})
+
+
 def summarize(outcomes: Sequence[Outcome]) -> dict[str, Any]:
     """How many VMs are in which state, and what was written."""
     counts: dict[str, Any] = {state: sum(outcome.state == state for outcome in outcomes) for state in STATES}
@@ -95,3 +109,31 @@ def describe(outcomes: Sequence[Outcome]) -> list[str]:
     width = max((len(outcome.name) for outcome in outcomes), default=0)
     ordered = sorted(outcomes, key=lambda one: one.state in (FAILED, CANCELLED))
     return [line for outcome in ordered for line in outcome.describe(width)]
+
+
+def diff(outcomes: Iterable[Outcome]) -> dict[str, str]:
+    """The sets before and after; nothing differs where nothing has changed."""
+    before, after = "", ""
+    for outcome in outcomes:
+        was = "not published" if outcome.changed else outcome.state
+        before += f"{outcome.name}/{outcome.id}: {was}\n"
+        after += f"{outcome.name}/{outcome.id}: {outcome.state}\n"
+    return {"before": before, "after": after}
+
+
+def failure(outcomes: Sequence[Outcome], set_id: str, wanted: str) -> str:
+    """What the module says when not every VM is where it should be; empty where all are."""
+    bad_states = (FAILED,) if wanted in STOPPING else (FAILED, CANCELLED)
+    bad = [outcome for outcome in outcomes if outcome.state in bad_states]
+    if not bad:
+        return ""
+    if wanted in STOPPING:
+        return f"{len(bad)} of {len(outcomes)} VMs could not be {wanted}: {_reasons(bad)}"
+    return (
+        f"{len(bad)} of {len(outcomes)} VMs have no set {set_id}: {_reasons(bad)}."
+        f" Run the backup again with id {set_id}: sets that are there stay as they are"
+    )
+
+
+def _reasons(outcomes: Iterable[Outcome]) -> str:
+    return "; ".join(f"{outcome.name}: {outcome.error}" for outcome in outcomes)

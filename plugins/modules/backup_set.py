@@ -83,6 +83,17 @@ options:
       - A call takes longer where it is in the middle of something, such as the checksum of an image.
     type: float
     default: 0
+  progress:
+    description:
+      - What is shown while O(state=completed) waits.
+      - On a terminal, V(auto) shows how many VMs are done, how much is copied and how long it will still take, every
+        second at first and every half a minute later on, with a bar for each VM that is copied where these are few.
+        Elsewhere it is as V(quiet).
+      - V(quiet) shows one line a minute for each hypervisor, without bars. V(none) shows nothing.
+      - With C(async), in check mode and with O(slice), nothing is shown.
+    type: str
+    choices: [auto, quiet, none]
+    default: auto
   timeout:
     description:
       - Seconds after which a set that has been begun by this call and is not finished is cancelled, and counts as
@@ -223,6 +234,12 @@ vms:
     changed:
       description: Whether this call did something about this VM.
       type: bool
+    offset:
+      description: How many bytes its jobs have copied. Only of a VM that is V(running).
+      type: int
+    len:
+      description: How many bytes its jobs have to copy. Only of a VM that is V(running).
+      type: int
 summary:
   description: How many VMs are in each state, how many changed, and the bytes written.
   returned: always
@@ -246,12 +263,11 @@ from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.vmfleet.backup.plugins.module_utils._engine import Engine, Settings, of_names
 from ansible_collections.vmfleet.backup.plugins.module_utils._errors import BackupError, Refused, run_module
 from ansible_collections.vmfleet.backup.plugins.module_utils._outcome import (
-    CANCELLED,
-    FAILED,
-    QUEUED,
-    RUNNING,
-    UNTRACKED,
+    STOPPING,
+    UNFINISHED,
     describe,
+    diff,
+    failure,
     results,
     summarize,
 )
@@ -267,15 +283,10 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._repository import 
 from ansible_collections.vmfleet.backup.plugins.module_utils._survey import require_qemu_img
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
     from typing import Any
 
-    from ansible_collections.vmfleet.backup.plugins.module_utils._outcome import Outcome
     from ansible_collections.vmfleet.backup.plugins.module_utils._plan import Plan
     from ansible_collections.vmfleet.backup.plugins.module_utils._repository import Repository
-
-
-STOPPING = (CANCELLED, UNTRACKED)
 
 
 async def places(module: AnsibleModule) -> tuple[Repository, Plan, bool]:
@@ -295,34 +306,6 @@ async def places(module: AnsibleModule) -> tuple[Repository, Plan, bool]:
         remove_half_made(plan.repository)
         return repository, plan, False
     return create_repository(plan.repository), plan, True
-
-
-def failure(outcomes: Sequence[Outcome], set_id: str, wanted: str) -> str:
-    """What the module says when not every VM is where it should be; empty where all are."""
-    bad_states = (FAILED,) if wanted in STOPPING else (FAILED, CANCELLED)
-    bad = [outcome for outcome in outcomes if outcome.state in bad_states]
-    if not bad:
-        return ""
-    if wanted in STOPPING:
-        return f"{len(bad)} of {len(outcomes)} VMs could not be {wanted}: {_reasons(bad)}"
-    return (
-        f"{len(bad)} of {len(outcomes)} VMs have no set {set_id}: {_reasons(bad)}."
-        f" Run the backup again with id {set_id}: sets that are there stay as they are"
-    )
-
-
-def _reasons(outcomes: Sequence[Outcome]) -> str:
-    return "; ".join(f"{outcome.name}: {outcome.error}" for outcome in outcomes)
-
-
-def diff(outcomes: Sequence[Outcome]) -> dict[str, str]:
-    """The sets before and after; nothing differs where nothing has changed."""
-    after = "".join(f"{outcome.name}/{outcome.id}: {outcome.state}\n" for outcome in outcomes)
-    before = "".join(
-        "{}/{}: {}\n".format(outcome.name, outcome.id, "not published" if outcome.changed else outcome.state)
-        for outcome in outcomes
-    )
-    return {"before": before, "after": after}
 
 
 def check_options(params: dict[str, Any]) -> None:
@@ -366,7 +349,7 @@ async def main_task(module: AnsibleModule) -> dict[str, Any]:
     }
     error = failure(outcomes, plan.id, settings.state)
     # While others are being made, there is more to come.
-    if error and not (settings.slice and any(outcome.state in (RUNNING, QUEUED) for outcome in outcomes)):
+    if error and not (settings.slice and any(outcome.state in UNFINISHED for outcome in outcomes)):
         raise BackupError(error, **result)
     return result
 
@@ -381,6 +364,8 @@ def main() -> None:
             "max_vms": {"type": "int", "default": 4},
             "bandwidth": {"type": "bytes", "default": "0"},
             "slice": {"type": "float", "default": 0},
+            # For the action plugin.
+            "progress": {"type": "str", "choices": ["auto", "quiet", "none"], "default": "auto"},
             "timeout": {"type": "float", "default": 0},
             "stall_timeout": {"type": "float", "default": 600},
             "unattended": {"type": "bool", "default": False},
