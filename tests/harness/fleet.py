@@ -110,16 +110,21 @@ class Machine:
         self._space.stdout.read()
         self._space.stdout.close()
 
+    @property
+    def pid(self) -> int:
+        """The process that is on that machine and on this one: what it starts is there, what it sees as well."""
+        return self._space.pid
+
     def seen_here(self, path: Path) -> Path:
         """Where a path of that machine is for this process."""
-        return Path(f"/proc/{self._space.pid}/root{path}")
+        return Path(f"/proc/{self.pid}/root{path}")
 
     @contextlib.contextmanager
     def inside(self) -> t.Iterator[None]:
         """The processes that this thread starts meanwhile are that machine's, but see the mounts of this one."""
         with (
             open("/proc/self/ns/pid", "rb") as here,
-            open(f"/proc/{self._space.pid}/ns/pid_for_children", "rb") as there,
+            open(f"/proc/{self.pid}/ns/pid_for_children", "rb") as there,
         ):
             _set_namespace(there.fileno())
             try:
@@ -129,7 +134,7 @@ class Machine:
 
     def start(self, *command: str | Path, log: Path, env: dict[str, str] | None = None) -> subprocess.Popen[bytes]:
         """Start a program on that machine, with its mounts."""
-        enter = ["nsenter", "--target", str(self._space.pid), "--mount", "--uts", f"--wd={self.directory}"]
+        enter = ["nsenter", "--target", str(self.pid), "--mount", "--uts", f"--wd={self.directory}"]
         with log.open("ab") as sink, self.inside():
             return subprocess.Popen(
                 [*enter, "setpriv", "--pdeathsig", "KILL", *command],
@@ -146,7 +151,7 @@ class Machine:
 
     def pids(self, program: str) -> list[int]:
         """The processes of a program on that machine."""
-        own = os.readlink(f"/proc/{self._space.pid}/ns/pid_for_children")
+        own = os.readlink(f"/proc/{self.pid}/ns/pid_for_children")
         found = []
         for process in Path("/proc").glob("[1-9]*"):
             # Processes come and go meanwhile, and not everybody's may be looked into.
