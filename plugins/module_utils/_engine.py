@@ -217,11 +217,9 @@ class Engine:
     async def _bring_to_end(self, work: _Work) -> Outcome:
         """Step after step until there is nothing left to do, or nothing but to wait, and this call does not do that."""
         while True:
-            hanging = await self._watch.ask() if self._watch else ""
-            if hanging:
-                return await self._abandon(work, hanging)
             with self._slice.busy():
-                step = await self._step(work)
+                hanging = await self._watch.ask() if self._watch else ""
+                step = await (self._abandon(work, hanging) if hanging else self._step(work))
             self._turns.arrive(work.request.name)
             outcome = step if isinstance(step, Outcome) else await self._wait(work, step)
             if outcome:
@@ -373,13 +371,17 @@ class Engine:
     def _running(self, work: _Work) -> Outcome:
         if not work.copying:
             return self._outcome(work, RUNNING, reason="its jobs have ended, and it is about to be finished")
-        _vm, intent = work.copying
+        vm, intent = work.copying
+        jobs = [job for job in vm.jobs if job.id in intent.jobs]
+        advance = {"offset": sum(job.offset for job in jobs), "len": sum(job.len for job in jobs)}
         if intent.id != self.plan.id:
-            return self._outcome(work, RUNNING, reason=f"the jobs of set {intent.id} are copying, which comes first")
+            reason = f"the jobs of set {intent.id} are copying, which comes first"
+            return self._outcome(work, RUNNING, reason=reason, **advance)
         return self._outcome(
             work,
             RUNNING,
             reason="its jobs are copying",
+            **advance,
             level=intent.level,
             consistency=intent.consistency,
             consistency_reason=intent.consistency_reason,

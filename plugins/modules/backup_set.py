@@ -310,7 +310,7 @@ async def places(module: AnsibleModule) -> tuple[Repository, Plan, bool]:
 
 def check_options(params: dict[str, Any]) -> None:
     """Refuse what cannot be meant."""
-    for option in ("max_vms", "bandwidth", "slice", "timeout", "stall_timeout"):
+    for option in ("max_vms", "slice", "timeout", "stall_timeout"):
         if params[option] < 0:
             raise Refused(option, f"{params[option]} is negative; 0 sets no limit")
     if params["slice"] and params["state"] != "completed":
