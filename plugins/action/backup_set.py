@@ -1,0 +1,140 @@
+# Copyright (c) 2026, vmfleet contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Has the module backup_set wait in slices, and tells between them how far it is."""
+
+from __future__ import annotations
+
+import sys
+import time
+from multiprocessing import get_context
+from typing import TYPE_CHECKING
+
+from ansible.errors import AnsibleConnectionFailure
+from ansible.plugins.action import ActionBase
+
+from ansible_collections.vmfleet.backup.plugins.module_utils._outcome import RUNNING
+from ansible_collections.vmfleet.backup.plugins.plugin_utils._progress import Progress
+from ansible_collections.vmfleet.backup.plugins.plugin_utils._slices import Slices
+
+if TYPE_CHECKING:
+    from typing import Any
+
+    from ansible.playbook.task import Task
+    from ansible.utils.display import Display
+
+QUIET_PACE = 60.0
+"""Seconds between two lines where nobody watches."""
+
+MANY = 12
+"""Running VMs of all hypervisors together beyond which nobody could follow a bar for each."""
+
+HOW_TO_GO_ON = """\
+Ctrl-C, or a lost connection, leaves the copies running.
+To go on with them, run the same playbook with -e vm_backup_id={}; to stop them, vmfleet.backup.cancel.
+"""
+
+# Ansible loads this file before it forks a worker process for every host. A worker has no terminal of its own, and
+# shares nothing with the others but what was there before: whoever gets the lock says what is to be said once.
+ON_TERMINAL = sys.stdout.isatty()
+FIRST_TO_SPEAK = get_context("fork").Lock()
+
+
+class ActionModule(ActionBase):
+    """Calls the module once, or slice by slice where it has to wait."""
+
+    _supports_check_mode = True
+    _supports_async = True
+
+    def run(self, tmp: str | None = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
+        result: dict[str, Any] = super().run(tmp, task_vars)
+        found = self._in_slices(task_vars or {}) if self._waits() else self._once(task_vars or {})
+        return {**result, **found}
+
+    def _waits(self) -> bool:
+        """Whether there may be something to show; whatever is wrong with the arguments, the module says."""
+        args = self._task.args
+        plan = args.get("plan")
+        return (
+            not self._task.async_val
+            and not self._task.check_mode
+            and args.get("slice") is None
+            and args.get("state") in (None, "completed")
+            and isinstance(plan, dict)
+            and "id" in plan
+            and isinstance(plan.get("vms"), list)
+        )
+
+    def _once(self, task_vars: dict[str, Any]) -> dict[str, Any]:
+        wrap_async = bool(self._task.async_val) and not self._connection.has_native_async
+        found: dict[str, Any] = self._execute_module(task_vars=task_vars, wrap_async=wrap_async)
+        return found
+
+    def _in_slices(self, task_vars: dict[str, Any]) -> dict[str, Any]:
+        slices = Slices(self._task.args["plan"])
+        speaker = _Speaker(self._display, self._task, slices, task_vars)
+        while True:
+            arguments = {**self._task.args, **slices.arguments}
+            try:
+                found = self._execute_module(module_args=arguments, task_vars=task_vars)
+            except AnsibleConnectionFailure:
+                speaker.give_up()
+                raise
+            if "vms" not in found:
+                return slices.broken_off(found)
+            slices.note(found)
+            if not slices.unfinished:
+                speaker.end()
+                return slices.result()
+            speaker.speak()
+
+
+class _Speaker:
+    """Tells how far the sets of one hypervisor are, as often as it is wanted."""
+
+    def __init__(self, display: Display, task: Task, slices: Slices, task_vars: dict[str, Any]) -> None:
+        hosts = task_vars.get("ansible_play_batch") or [task_vars["inventory_hostname"]]
+        width = max(len(host) for host in hosts) + 1
+        expected = [vm.get("bytes", 0) for vm in task.args["plan"]["vms"]]
+        wanted = task.args.get("progress") or "auto"
+        self._display = display
+        self._slices = slices
+        self._progress = Progress(f"{task_vars['inventory_hostname']}:".ljust(width), expected)
+        self._hosts = len(hosts)
+        self._silent = wanted == "none" or task.no_log
+        self._quiet = wanted == "quiet" or not ON_TERMINAL
+        self._spoke: float | None = None
+
+    def speak(self) -> None:
+        """Tell where they are, if it is time for it."""
+        now = self._note()
+        if self._silent or (self._quiet and self._spoke is not None and now - self._spoke < QUIET_PACE):
+            return
+        running = sum(outcome.state == RUNNING for outcome in self._slices.outcomes)
+        few = running * self._hosts <= MANY or self._display.verbosity > 0
+        lines = self._progress.lines(bars=few and not self._quiet)
+        if self._spoke is None and FIRST_TO_SPEAK.acquire(block=False):
+            lines[:0] = HOW_TO_GO_ON.format(self._slices.id).splitlines()
+        self._spoke = now
+        self._say(lines)
+
+    def end(self) -> None:
+        """Tell that they are at their end, where somebody has been watching."""
+        self._note()
+        if self._spoke is not None and not self._quiet:
+            self._say(self._progress.lines(bars=False))
+
+    def give_up(self) -> None:
+        """Tell what becomes of them when the hypervisor cannot be reached any more."""
+        if self._slices.unfinished and not self._silent:
+            self._say([self._progress.about(self._slices.how_to_go_on())])
+
+    def _note(self) -> float:
+        now = time.monotonic()
+        self._progress.note(now, self._slices.outcomes)
+        return now
+
+    def _say(self, lines: list[str]) -> None:
+        # In one piece, so that nothing of another hypervisor gets in between, and it is one event of ansible-runner.
+        self._display.display("\n".join(lines))

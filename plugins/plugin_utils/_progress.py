@@ -1,0 +1,153 @@
+# Copyright (c) 2026, vmfleet contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+# PRIVATE: this file is not part of the public interface of the collection; it can change without notice.
+"""How far the sets of one hypervisor are, as lines for people to read."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ansible_collections.vmfleet.backup.plugins.module_utils._outcome import (
+    CANCELLED,
+    FAILED,
+    PUBLISHED,
+    QUEUED,
+    RUNNING,
+    STATES,
+    UNFINISHED,
+)
+from ansible_collections.vmfleet.backup.plugins.module_utils._units import human
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from ansible_collections.vmfleet.backup.plugins.module_utils._outcome import Outcome
+
+WINDOW = 30.0
+"""Seconds over which the rate is taken: long enough to be steady, short enough to be of now."""
+
+SOONEST = 5.0
+"""Seconds that have to be seen before anything is said of the time that is left."""
+
+WIDTH = 20
+
+
+class _Share:
+    """One VM's share of the bytes to copy."""
+
+    def __init__(self, expected: int) -> None:
+        self.expected = expected
+        """What the plan says: the size of the images, which is less than what the jobs go through."""
+        self.len = 0
+        self.copied = 0
+        self.waits = False
+        """Whether nobody knows yet how much there is to copy."""
+
+    def note(self, outcome: Outcome) -> None:
+        if outcome.len:
+            self.len, self.copied = outcome.len, outcome.offset
+        elif outcome.state == RUNNING:
+            # Its jobs are gone already, or not there yet.
+            self.copied = self.len
+        elif outcome.state == PUBLISHED and outcome.changed:
+            self.len = self.copied = self.len or self.expected
+        elif outcome.state != QUEUED:
+            self.len = self.copied
+        self.waits = outcome.state in UNFINISHED and not self.len
+
+
+class Progress:
+    """What is told of one hypervisor.
+
+    C(label) begins every line; C(expected) are the bytes that the plan has for each VM.
+    """
+
+    def __init__(self, label: str, expected: Sequence[int]) -> None:
+        self._label = label
+        self._shares = [_Share(each) for each in expected]
+        self._outcomes: Sequence[Outcome] = ()
+        self._seen: list[tuple[float, int]] = []
+        self._told: set[str] = set()
+
+    def note(self, now: float, outcomes: Sequence[Outcome]) -> None:
+        """Take in where the VMs are at a time of the monotonic clock; always all of them, in the same order."""
+        self._outcomes = outcomes
+        for share, outcome in zip(self._shares, outcomes):
+            share.note(outcome)
+        self._seen.append((now, sum(share.copied for share in self._shares)))
+        while len(self._seen) > 2 and self._seen[1][0] <= now - WINDOW:
+            del self._seen[0]
+
+    def lines(self, bars: bool) -> list[str]:
+        """What there is to tell now: what has failed since the last time, all VMs in one line, and those that run."""
+        running = [outcome for outcome in self._outcomes if outcome.state == RUNNING] if bars else []
+        width = max((len(outcome.name) for outcome in running), default=0)
+        shares = (share for share, outcome in zip(self._shares, self._outcomes) if outcome.state == RUNNING)
+        drawn = [_bar(outcome, share, width) for outcome, share in zip(running, shares)]
+        return [self.about(line) for line in (*self._news(), self._overview(), *drawn)]
+
+    def about(self, text: str) -> str:
+        """A line that is about this hypervisor."""
+        return f"{self._label} {text}"
+
+    def _news(self) -> list[str]:
+        bad = [outcome for outcome in self._outcomes if outcome.state in (FAILED, CANCELLED)]
+        news = [outcome for outcome in bad if outcome.name not in self._told]
+        self._told.update(outcome.name for outcome in news)
+        return [f"{outcome.name} {outcome.state}: {outcome.error}" for outcome in news]
+
+    def _overview(self) -> str:
+        states = [outcome.state for outcome in self._outcomes]
+        counts = [f"{states.count(state)} {state}" for state in STATES if state in states and state != PUBLISHED]
+        done = f"{states.count(PUBLISHED)} of {len(states)} VMs done"
+        return "; ".join((", ".join((done, *counts)), *self._amounts()))
+
+    def _amounts(self) -> list[str]:
+        copied, total = self._seen[-1][1], self._total()
+        if not total:
+            return []
+        about = "about " if any(share.waits for share in self._shares) else ""
+        amount = f"{human(copied)} of {about}{human(total)} ({_percent(copied, total)} %)"
+        span = self._seen[-1][0] - self._seen[0][0]
+        if copied == total or span <= 0:
+            return [amount]
+        # A set that had to be begun anew goes backwards.
+        rate = max(0.0, (copied - self._seen[0][1]) / span)
+        speed = f"{human(int(rate))}/s"
+        if span < SOONEST or not rate:
+            return [amount, speed]
+        return [amount, speed, f"{duration((total - copied) / rate)} left"]
+
+    def _total(self) -> int:
+        """All bytes there are to copy; of those that wait, guessed by how far the plan was out for the others."""
+        begun = [share for share in self._shares if share.len and share.expected]
+        expected = sum(share.expected for share in begun)
+        scale = sum(share.len for share in begun) / expected if expected else 1.0
+        return sum(share.len or int(share.expected * scale * share.waits) for share in self._shares)
+
+
+def _bar(outcome: Outcome, share: _Share, width: int) -> str:
+    done = _percent(share.copied, share.len)
+    filled = done * WIDTH // 100
+    amount = f"{human(share.copied)} of {human(share.len)}" if outcome.len else outcome.reason
+    return f"  {outcome.name:{width}}  [{'#' * filled}{'.' * (WIDTH - filled)}] {done:3} %  {amount}"
+
+
+def _percent(part: int, whole: int) -> int:
+    """Rounded down: 100 is all of it."""
+    return part * 100 // whole if whole else 0
+
+
+def duration(seconds: float) -> str:
+    """C(45 s), C(12 min), C(3 h 05 min), C(4 d 2 h)"""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 100:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    if hours < 48:
+        return f"{hours} h {minutes:02} min"
+    return f"{hours // 24} d {hours % 24} h"

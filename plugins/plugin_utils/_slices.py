@@ -1,0 +1,123 @@
+# Copyright (c) 2026, vmfleet contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+# PRIVATE: this file is not part of the public interface of the collection; it can change without notice.
+"""Many calls of backup_set, each for those that the one before has left unfinished, as if they had been one."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from ansible_collections.vmfleet.backup.plugins.module_utils._outcome import (
+    UNFINISHED,
+    Outcome,
+    describe,
+    diff,
+    failure,
+    of_result,
+    results,
+    summarize,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from typing import Any
+
+FIRST_SLICE = 1.0
+LONGEST_SLICE = 30.0
+GROWTH = 1.5
+
+
+class Slices:
+    """The calls for one plan, as backup_plan has returned it."""
+
+    def __init__(self, plan: Mapping[str, Any]) -> None:
+        self._plan = plan
+        self._calls: list[Mapping[str, Any]] = []
+        self._outcomes: dict[int, Outcome] = {}
+        """By the VM's place in the plan."""
+        self._next = list(range(len(plan["vms"])))
+
+    @property
+    def id(self) -> str:
+        """The id of the sets."""
+        return str(self._plan["id"])
+
+    @property
+    def outcomes(self) -> list[Outcome]:
+        """Where every VM is now, in the plan's order; nothing before the first call has come back."""
+        return [outcome for _place, outcome in sorted(self._outcomes.items())]
+
+    @property
+    def unfinished(self) -> list[str]:
+        """The VMs that are not at their end."""
+        return [outcome.name for outcome in self.outcomes if outcome.state in UNFINISHED]
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What the next call is about."""
+        length = min(FIRST_SLICE * GROWTH ** len(self._calls), LONGEST_SLICE)
+        if not self._calls:
+            return {"plan": self._plan, "slice": length}
+        # What was to be made is made by now: a repository that is missing has gone away.
+        rest = {"vms": [self._plan["vms"][place] for place in self._next], "create_repository": False}
+        return {"plan": {**self._plan, **rest}, "slice": length}
+
+    def note(self, result: Mapping[str, Any]) -> None:
+        """Take in what such a call has returned."""
+        self._calls.append(result)
+        for place, found in zip(self._next, result["vms"]):
+            outcome, before = of_result(found), self._outcomes.get(place)
+            if before:
+                # A call knows of itself only.
+                warnings = tuple(dict.fromkeys((*before.warnings, *outcome.warnings)))
+                outcome = replace(outcome, changed=before.changed or outcome.changed, warnings=warnings)
+            self._outcomes[place] = outcome
+        self._next = [place for place in self._next if self._outcomes[place].state in UNFINISHED]
+
+    def result(self) -> dict[str, Any]:
+        """What one call to the end would have returned."""
+        if len(self._calls) == 1:
+            return dict(self._calls[0])
+        return self._merged(self._calls[-1], failure(self.outcomes, self.id, "completed"))
+
+    def broken_off(self, error: Mapping[str, Any]) -> dict[str, Any]:
+        """What is returned where a call has failed as a whole."""
+        if not self._calls:
+            return dict(error)
+        return self._merged(error, f"{error['msg']}; {self.how_to_go_on()}")
+
+    def how_to_go_on(self) -> str:
+        """What is to be said where nobody follows the sets any more."""
+        names = self.unfinished
+        return (
+            f"{len(names)} of {len(self.outcomes)} VMs are unfinished, and their copies may still run:"
+            f" {', '.join(names)}. Run the backup again with id {self.id} to go on with them"
+        )
+
+    def _merged(self, last: Mapping[str, Any], error: str) -> dict[str, Any]:
+        outcomes = self.outcomes
+        calls = [*self._calls, last] if last is not self._calls[-1] else self._calls
+        merged: dict[str, Any] = {
+            **last,
+            "invocation": self._calls[0].get("invocation", {}),
+            "changed": any(call.get("changed") for call in calls),
+            "vms": results(outcomes),
+            "summary": summarize(outcomes),
+            "text": describe(outcomes),
+            "qmp": [command for call in calls for command in call.get("qmp", ())],
+            "diff": diff(outcomes),
+        }
+        for key in ("warnings", "deprecations"):
+            said: list[Any] = []
+            for each in (one for call in calls for one in call.get(key, ())):
+                if each not in said:
+                    said.append(each)
+            if said:
+                merged[key] = said
+        # These speak of the last call only.
+        for key in ("failed", "msg", "exception"):
+            merged.pop(key, None)
+        return {**merged, "failed": True, "msg": error} if error else merged
