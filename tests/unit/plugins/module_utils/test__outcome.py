@@ -6,12 +6,17 @@
 
 from __future__ import annotations
 
+import json
+
 from ansible_collections.vmfleet.backup.plugins.module_utils._documents import DiskImage, Parent
 from ansible_collections.vmfleet.backup.plugins.module_utils._outcome import (
     DiskOutcome,
     Outcome,
     describe,
+    diff,
+    failure,
     of_disks,
+    of_result,
     results,
     summarize,
 )
@@ -57,3 +62,30 @@ def test_the_disks_of_a_set() -> None:
         DiskOutcome("vdb", "incremental", "changes", "s0", 0),
     )
     assert results([Outcome("a", "b", "published", disks=of_disks([image]))])[0]["disks"][0]["reason"] == "why"
+
+
+def test_what_was_returned_can_be_read_back() -> None:
+    disks = (DiskOutcome("vda", "full", "why", None, 7),)
+    outcomes = [*OUTCOMES, Outcome("db02", "s1", "running", warnings=("careful",), disks=disks, offset=1, len=2)]
+    assert [of_result(json.loads(json.dumps(found))) for found in results(outcomes)] == outcomes
+
+
+def test_failures_are_told_with_their_reasons_and_what_to_do() -> None:
+    assert failure(OUTCOMES, "s1", "completed") == (
+        "1 of 4 VMs have no set s1: web01: target full."
+        " Run the backup again with id s1: sets that are there stay as they are"
+    )
+    cancelled = Outcome("db01", "s1", "cancelled", error="on request")
+    assert failure([cancelled], "s1", "started").startswith("1 of 1 VMs have no set s1: db01: on request.")
+    assert failure([cancelled, OUTCOMES[0]], "s1", "cancelled") == (
+        "1 of 2 VMs could not be cancelled: web01: target full"
+    )
+    assert not failure([cancelled], "s1", "cancelled")
+    assert not failure(OUTCOMES[1:], "s1", "completed")
+
+
+def test_a_difference_is_what_has_changed() -> None:
+    assert diff(OUTCOMES[1:3]) == {
+        "before": "db01/s1: not published\nmail01/s1: published\n",
+        "after": "db01/s1: published\nmail01/s1: published\n",
+    }
