@@ -6,8 +6,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import re
+import select
+import signal
 import subprocess
 import sys
 import typing as t
@@ -17,6 +21,7 @@ from pathlib import Path
 import yaml
 
 from ansible_collections.vmfleet.backup.tests.harness.modules import ROOT
+from ansible_collections.vmfleet.backup.tests.harness.qemu import PATIENCE, wait_until
 from ansible_collections.vmfleet.backup.tests.harness.sets import ID, Sets
 
 
@@ -33,11 +38,14 @@ class Play:
 
 
 class Hypervisor:
-    """A host `hv1` in an inventory of its own, and others that are this machine as well where `hosts` names them."""
+    """A host `hv1` in an inventory of its own, and others that are this machine as well where `hosts` names them.
 
-    def __init__(self, directory: Path, hosts: t.Sequence[str] = ("hv1",)) -> None:
+    `hosts` may give them variables of their own.
+    """
+
+    def __init__(self, directory: Path, hosts: t.Collection[str] = ("hv1",)) -> None:
         self.directory = directory
-        self.hosts = hosts
+        self.hosts = hosts if isinstance(hosts, dict) else dict.fromkeys(hosts)
         self.sets = Sets(directory / "repository")
         self.variables: dict[str, t.Any] = {
             "vm_backup_repository": str(self.sets.path),
@@ -51,7 +59,25 @@ class Hypervisor:
         return self.play("backup", *options, **variables)
 
     def play(self, playbook: str, *options: str, **variables: t.Any) -> Play:
-        """Run one of the playbooks with these variables, without their prefix."""
+        """Run one of the playbooks, or a file in the directory, with these variables, without their prefix."""
+        done = subprocess.run(
+            self._command(playbook, *options, **variables),
+            cwd=self.directory,
+            env=self._environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        return Play(done.returncode, done.stdout + done.stderr)
+
+    @contextlib.contextmanager
+    def on_terminal(self, playbook: str, *options: str, **variables: t.Any) -> t.Iterator[Screen]:
+        """Run it on a terminal of its own, while the test goes on."""
+        with Screen(self._command(playbook, *options, **variables), self.directory, self._environment) as screen:
+            yield screen
+
+    def _command(self, playbook: str, *options: str, **variables: t.Any) -> list[str]:
         host = {
             "ansible_connection": "local",
             "ansible_python_interpreter": sys.executable,
@@ -59,20 +85,78 @@ class Hypervisor:
             **{f"vm_backup_{name}": value for name, value in variables.items()},
         }
         inventory = self.directory / "inventory.yml"
-        inventory.write_text(yaml.safe_dump({"hypervisors": {"hosts": dict.fromkeys(self.hosts), "vars": host}}))
-        command = [str(Path(sys.executable).with_name("ansible-playbook")), "-i", str(inventory)]
-        done = subprocess.run(
-            [*command, f"vmfleet.backup.{playbook}", *options],
-            cwd=self.directory,
-            env={
-                **{name: value for name, value in os.environ.items() if not name.startswith("ANSIBLE_")},
-                "ANSIBLE_COLLECTIONS_PATH": str(ROOT),
-                "ANSIBLE_HOME": str(self.directory / "ansible"),
-                "ANSIBLE_NOCOLOR": "1",
-            },
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            check=False,
+        inventory.write_text(yaml.safe_dump({"hypervisors": {"hosts": self.hosts, "vars": host}}))
+        name = playbook if playbook.endswith(".yml") else f"vmfleet.backup.{playbook}"
+        return [str(Path(sys.executable).with_name("ansible-playbook")), "-i", str(inventory), name, *options]
+
+    @property
+    def _environment(self) -> dict[str, str]:
+        return {
+            **{name: value for name, value in os.environ.items() if not name.startswith("ANSIBLE_")},
+            "ANSIBLE_COLLECTIONS_PATH": str(ROOT),
+            "ANSIBLE_HOME": str(self.directory / "ansible"),
+            "ANSIBLE_NOCOLOR": "1",
+        }
+
+
+class Screen:
+    """A program on a terminal."""
+
+    def __init__(self, command: list[str], directory: Path, environment: dict[str, str]) -> None:
+        self.text = ""
+        self._fd, terminal = os.openpty()
+        self._process = subprocess.Popen(
+            command,
+            cwd=directory,
+            env=environment,
+            stdin=terminal,
+            stdout=terminal,
+            stderr=terminal,
+            start_new_session=True,
         )
-        return Play(done.returncode, done.stdout + done.stderr)
+        os.close(terminal)
+
+    def __enter__(self) -> Screen:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self._process.kill()
+        self._process.wait()
+        os.close(self._fd)
+
+    def wait_for(self, pattern: str) -> str:
+        """Read until a line matches; returns that line."""
+
+        def found() -> re.Match[str] | None:
+            self._read()
+            return re.search(f"^.*(?:{pattern}).*$", self.text, re.MULTILINE)
+
+        return wait_until(found, f"{pattern!r} on the screen", 3 * PATIENCE)[0]
+
+    def interrupt(self) -> None:
+        """What Ctrl-C does."""
+        self._process.send_signal(signal.SIGINT)
+
+    def end(self) -> Play:
+        """Wait for its end."""
+
+        def ended() -> bool:
+            return not self._read() and self._process.poll() is not None
+
+        wait_until(ended, "the end of the playbook", 3 * PATIENCE)
+        return Play(self._process.returncode, self.text)
+
+    def _read(self) -> bool:
+        """Take in what is there; whether there was something."""
+        ready, _write, _error = select.select([self._fd], [], [], 0)
+        if not ready:
+            return False
+        try:
+            piece = os.read(self._fd, 1 << 16)
+        except OSError as error:
+            # That is how a terminal says that nobody has it open any more.
+            if error.errno != errno.EIO:
+                raise
+            return False
+        self.text += piece.decode("utf-8", "replace").replace("\r\n", "\n")
+        return bool(piece)
