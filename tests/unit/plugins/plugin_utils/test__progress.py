@@ -133,7 +133,7 @@ def test_one_that_fails_has_nothing_left_to_copy() -> None:
 
 
 def test_what_was_there_before_does_not_count() -> None:
-    told = progress(0, 10)
+    told = progress(7, 10)
     told.note(0.0, [Outcome("web01", "s1", "published", bytes=MIB), vm("web02", "running", 5, 10)])
     assert told.lines(bars=False) == ["hv1: 1 of 2 VMs done, 1 running; 5.0 MiB of 10.0 MiB (50 %)"]
 
