@@ -143,7 +143,7 @@ def _percent(part: int, whole: int) -> int:
 def duration(seconds: float) -> str:
     """C(45 s), C(12 min), C(3 h 05 min), C(4 d 2 h)"""
     if seconds < 100:
-        return f"{seconds:.0f} s"
+        return f"{max(1.0, seconds):.0f} s"
     minutes = round(seconds / 60)
     if minutes < 100:
         return f"{minutes} min"

@@ -164,7 +164,7 @@ def test_all_of_it_is_not_said_too_early() -> None:
 @pytest.mark.parametrize(
     ("seconds", "text"),
     [
-        (0.2, "0 s"),
+        (0.2, "1 s"),
         (99.4, "99 s"),
         (100, "2 min"),
         (5700, "95 min"),
