@@ -36,9 +36,9 @@ integration molecule system torture package:
 	@tools/setup vm
 	@.venv/bin/python tools/check $@ --arguments="$(ARGS)"
 
-bench: ## Measure backup and restore against qemu-img and others, and the work beside them for many VMs and sets
+bench: ## Measure against qemu-img and others, and what there is to do beside copying for many VMs, sets and hypervisors
 	@tools/setup vm
-	@tools/tree sh -c 'export PYTHONPATH="$$ROOT"; s=0; for b in copy control restore info; do benchmarks/$$b $(ARGS) || s=1; done; exit $$s'
+	@tools/tree sh -c 'export PYTHONPATH="$$ROOT"; s=0; for b in copy control restore info fleet; do benchmarks/$$b $(ARGS) || s=1; done; exit $$s'
 
 format: ## Bring the Python files into shape, and mend what ruff can mend
 	@tools/setup

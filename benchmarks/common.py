@@ -56,6 +56,12 @@ def options(description: str | None) -> argparse.Namespace:
     parser.add_argument("--pairs", type=int, default=5, help="copy: how often each opponent is met")
     parser.add_argument("--gib", type=float, default=4, help="copy: data on the disk")
     parser.add_argument("--vms", type=int, default=200, help="control: VMs, of 30 MiB of memory each")
+    parser.add_argument("--hypervisors", type=int, default=8, help="fleet: hypervisors")
+    parser.add_argument("--each", type=int, default=10, help="fleet: VMs on each hypervisor")
+    parser.add_argument("--mib", type=int, default=16, help="fleet: size of each disk, half of which is data")
+    parser.add_argument("--growth", default="1,10,50,200", help="fleet: numbers of VMs on one hypervisor")
+    parser.add_argument("--opponent", type=int, default=50, help="fleet: most VMs there that the obvious role is given")
+    parser.add_argument("--svg", type=Path, help="fleet: where to write the plot")
     parser.add_argument("--sets", type=int, default=10_000, help="info: sets in the repository")
     return parser.parse_args()
 
