@@ -285,7 +285,7 @@ class Run:
         self._process.kill()
         self._process.wait()
 
-    def wait(self, meanwhile: t.Callable[[], object] = lambda: None, timeout: float = 240) -> Play:
+    def wait(self, meanwhile: t.Callable[[], object] = lambda: None, timeout: float = 600) -> Play:
         """Wait for the end, doing something meanwhile."""
 
         def ended() -> bool:
