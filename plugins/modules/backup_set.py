@@ -29,6 +29,17 @@ author:
 extends_documentation_fragment:
   - vmfleet.backup.attributes
   - vmfleet.backup.attributes.actiongroup_backup
+attributes:
+  action:
+    description: Has an action plugin of the same name, which runs on the controller.
+    support: full
+    details:
+      - It calls the module again and again while O(state=completed) waits, and shows what has come to pass.
+  async:
+    description: Supports being used with the C(async) keyword.
+    support: full
+    details:
+      - The module is called once then, and nothing is shown.
 requirements:
   - qemu.qmp >= 0.0.4 (Python library) on the hypervisor
   - qemu-img on the hypervisor
