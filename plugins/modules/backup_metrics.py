@@ -1,0 +1,208 @@
+#!/usr/bin/python
+# Copyright (c) 2026, vmfleet contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: backup_metrics
+short_description: Tell how the backups of a hypervisor's virtual machines stand, and write it for Prometheus
+version_added: 0.1.0
+description:
+  - Puts together what has become of the VMs of a run and what the repository holds of them, such as the newest good set
+    of a VM whose backup has failed today.
+  - With O(directory) it writes this as a file for the textfile collector of Prometheus' node_exporter. There is one
+    file for each repository, C(vmfleet_backup_REPOSITORY_HASH.prom), so that runs into several of them leave each
+    other's numbers alone.
+  - A VM that was in that file and is in the run no more stays in it, and grows old there, until another hypervisor has
+    made a set of it, or until it has no more sets.
+  - This is what M(vmfleet.backup.backup_report) makes the page of a run from.
+author:
+  - vmfleet contributors (@vmfleet)
+extends_documentation_fragment:
+  - vmfleet.backup.attributes
+  - vmfleet.backup.attributes.actiongroup_backup
+attributes:
+  idempotent:
+    description: The file says when it was written.
+    support: none
+options:
+  repository:
+    description: The directory of the repository.
+    type: path
+    required: true
+  id:
+    description: The id of the run's sets.
+    type: str
+    required: true
+  results:
+    description: What M(vmfleet.backup.backup_set) has returned as RV(vmfleet.backup.backup_set#module:vms).
+    type: list
+    elements: dict
+    default: []
+  directory:
+    description:
+      - The directory in which node_exporter looks for files, which is what its C(--collector.textfile.directory) says.
+        It must be there.
+      - By default no file is written.
+    type: path
+seealso:
+  - module: vmfleet.backup.backup_report
+  - module: vmfleet.backup.backup_set
+"""
+
+EXAMPLES = r"""
+- name: Back up
+  vmfleet.backup.backup_set:
+    plan: "{{ planned.plan }}"
+  register: done
+  ignore_errors: true
+
+- name: Let Prometheus know
+  vmfleet.backup.backup_metrics:
+    repository: /srv/backup
+    id: "{{ planned.plan.id }}"
+    results: "{{ done.vms }}"
+    directory: /var/lib/prometheus/node-exporter
+"""
+
+RETURN = r"""
+hypervisor:
+  description: What M(vmfleet.backup.backup_report) takes.
+  returned: always, also where a VM could not be read
+  type: dict
+  contains:
+    repository:
+      description: The directory of the repository.
+      type: str
+    id:
+      description: The id of the run's sets.
+      type: str
+    written:
+      description: When this was told (UTC).
+      type: str
+    error:
+      description: What could not be read or written.
+      type: str
+    vms:
+      description: >-
+        The VMs, with C(name), C(state), C(changed), C(error), C(reason), C(warnings), C(consistency_reason),
+        C(frozen_ms) and C(path) as M(vmfleet.backup.backup_set) has them. C(set) is the set of this id, C(last) the
+        newest good one, each with C(id), C(started), C(duration), C(bytes), C(level), C(consistency), C(chain) (how
+        many images it needs) and C(verified) (the depth, or empty); null where there is none. C(damage) is what is
+        wrong with the newest set of all, C(verified_at) when a set was last found to be good.
+      type: list
+      elements: dict
+path:
+  description: The file. Empty where none is written.
+  returned: success
+  type: str
+"""
+
+import contextlib
+import os
+from typing import TYPE_CHECKING
+
+from ansible.module_utils.basic import AnsibleModule
+
+from ansible_collections.vmfleet.backup.plugins.module_utils._errors import BackupError, Refused, run_module
+from ansible_collections.vmfleet.backup.plugins.module_utils._files import read_text, write_text
+from ansible_collections.vmfleet.backup.plugins.module_utils._metrics import file_name, metrics, vms_in
+from ansible_collections.vmfleet.backup.plugins.module_utils._names import check_set_id
+from ansible_collections.vmfleet.backup.plugins.module_utils._probe import probe_if_there
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository import open_repository
+from ansible_collections.vmfleet.backup.plugins.module_utils._standing import (
+    made_here,
+    of_absent,
+    of_repository,
+    of_run,
+)
+from ansible_collections.vmfleet.backup.plugins.module_utils._units import parse_time, utc_now
+
+if TYPE_CHECKING:
+    from typing import Any
+
+    from ansible_collections.vmfleet.backup.plugins.module_utils._repository import Repository
+
+
+def look(repository: Repository, set_id: str, vms: list[dict[str, Any]]) -> list[str]:
+    """Add to each VM what the repository holds of it; returns what cannot be read."""
+    errors: list[str] = []
+    for vm in vms:
+        try:
+            vm.update(of_repository(repository, vm["name"], set_id))
+        except (BackupError, OSError) as error:
+            vm["damage"] = f"its sets cannot be read: {error}"
+            errors.append("VM {}: {}".format(vm["name"], vm["damage"]))
+    return errors
+
+
+def gone(repository: Repository, names: list[str]) -> list[dict[str, Any]]:
+    """Those of the VMs of earlier runs that are still this hypervisor's matter."""
+    found = []
+    for name in names:
+        with contextlib.suppress(BackupError, OSError):
+            if not made_here(repository, name):
+                continue
+        # One that cannot be read is as well, and will be said to be damaged.
+        found.append(of_absent(name))
+    return found
+
+
+def metrics_path(directory: str, place: str) -> str:
+    if not os.path.isdir(directory):
+        raise Refused(
+            "directory",
+            f"{directory} is no directory; make it, and name it in --collector.textfile.directory of node_exporter",
+        )
+    return os.path.join(directory, file_name(place))
+
+
+async def main_task(module: AnsibleModule) -> dict[str, Any]:
+    params = module.params
+    place = os.path.normpath(params["repository"])
+    now = utc_now()
+    vms = [of_run(result) for result in params["results"]]
+    record = {"repository": place, "id": check_set_id(params["id"]), "written": now, "error": "", "vms": vms}
+    path = before = after = ""
+    try:
+        await probe_if_there(place)
+        repository = open_repository(place)
+        errors = look(repository, params["id"], vms)
+        if params["directory"]:
+            path = metrics_path(params["directory"], place)
+            before = read_text(path)
+            in_run = {vm["name"] for vm in vms}
+            absent = gone(repository, [name for name in vms_in(before) if name not in in_run])
+            errors += look(repository, params["id"], absent)
+            after = metrics(place, [*vms, *absent], int(parse_time(now).timestamp()))
+            if not module.check_mode:
+                write_text(path, after)
+        if errors:
+            raise BackupError("; ".join(errors))
+    except BackupError as error:
+        # What the run itself has told is to be in the report all the same.
+        raise BackupError(str(error), hypervisor={**record, "error": str(error)}) from error
+    except OSError as error:
+        said = f"{error.filename or path}: {error.strerror}"
+        raise BackupError(said, hypervisor={**record, "error": said}) from error
+    diff = {"before_header": path, "after_header": path, "before": before, "after": after} if path else {}
+    return {"changed": bool(path), "hypervisor": record, "path": path, "diff": diff}
+
+
+def main() -> None:
+    module = AnsibleModule(
+        argument_spec={
+            "repository": {"type": "path", "required": True},
+            "id": {"type": "str", "required": True},
+            "results": {"type": "list", "elements": "dict", "default": []},
+            "directory": {"type": "path"},
+        },
+        supports_check_mode=True,
+    )
+    run_module(module, main_task)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,192 @@
+#!/usr/bin/python
+# Copyright (c) 2026, vmfleet contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: backup_report
+short_description: Write the report of a backup run over all hypervisors, as a page and as data
+version_added: 0.1.0
+description:
+  - Writes C(ID.html), a page that needs nothing but itself, and C(ID.json), the same as data. C(index.html) is the page
+    of the newest run that is there.
+  - The page shows what went wrong first, then how long the copying took and how large the sets were over the last runs
+    in the directory, then each VM.
+  - A run that is repeated with the same id replaces its report. What that said of hypervisors that have told nothing
+    new stays in it.
+  - It is meant to be run once, on the controller, with what M(vmfleet.backup.backup_metrics) has returned on each
+    hypervisor. The role P(vmfleet.backup.vm_backup#role) does it where C(vm_backup_report_dir) is set.
+author:
+  - vmfleet contributors (@vmfleet)
+extends_documentation_fragment:
+  - vmfleet.backup.attributes
+  - vmfleet.backup.attributes.actiongroup_backup
+attributes:
+  diff_mode:
+    description: Shows the summary before and after.
+    support: full
+  idempotent:
+    description: The report says when it was written.
+    support: none
+options:
+  directory:
+    description: The directory of the reports. It is made if it is not there.
+    type: path
+    required: true
+  id:
+    description: The id of the run's sets.
+    type: str
+    required: true
+  hypervisors:
+    description:
+      - By the name of each hypervisor of the run, what M(vmfleet.backup.backup_metrics) has returned as
+        RV(vmfleet.backup.backup_metrics#module:hypervisor). Empty for one that has told nothing.
+    type: dict
+    required: true
+  errors:
+    description: By the name of a hypervisor that has told nothing, why.
+    type: dict
+    default: {}
+  pending:
+    description:
+      - The hypervisors that may still tell something, such as those of later batches (C(serial)). Any other that has
+        told nothing counts as failed.
+    type: list
+    elements: str
+    default: []
+seealso:
+  - module: vmfleet.backup.backup_metrics
+"""
+
+EXAMPLES = r"""
+- name: Write the report of all hypervisors
+  vmfleet.backup.backup_report:
+    directory: /var/www/backup
+    id: "2026-11-22"
+    hypervisors: "{{ dict(ansible_play_hosts_all | zip(ansible_play_hosts_all | map('extract', hostvars)
+      | map(attribute='told.hypervisor', default={}))) }}"
+  delegate_to: localhost
+  run_once: true
+"""
+
+RETURN = r"""
+page:
+  description: The page.
+  returned: success
+  type: str
+data:
+  description: The same as data.
+  returned: success
+  type: str
+summary:
+  description: >-
+    C(hypervisors), C(hypervisors_failed) and C(hypervisors_waiting), C(vms), of them C(published), C(failed),
+    C(cancelled) and C(skipped), C(new) sets, their C(bytes), the C(seconds) in which at least one copy ran, when the
+    first of them was C(began), and how many are C(frozen) (consistent as far as file systems are), C(verified) and
+    C(damaged).
+  returned: success
+  type: dict
+"""
+
+import fcntl
+import glob
+import json
+import os
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from ansible.module_utils.basic import AnsibleModule
+
+from ansible_collections.vmfleet.backup.plugins.module_utils._errors import run_module
+from ansible_collections.vmfleet.backup.plugins.module_utils._files import read_text, write_text
+from ansible_collections.vmfleet.backup.plugins.module_utils._names import check_set_id
+from ansible_collections.vmfleet.backup.plugins.module_utils._page import BARS, page
+from ansible_collections.vmfleet.backup.plugins.module_utils._report import Run, collect
+from ansible_collections.vmfleet.backup.plugins.module_utils._units import utc_now
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from typing import Any
+
+
+@contextmanager
+def alone(directory: str, check_mode: bool) -> Iterator[None]:
+    """Two runs may write into one directory: each adds to what the other has written."""
+    if check_mode:
+        yield
+        return
+    os.makedirs(directory, exist_ok=True)
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
+
+
+def read_report(module: AnsibleModule, path: str) -> dict[str, Any] | None:
+    """A report that is there; None, with a warning, for what is none."""
+    try:
+        found: dict[str, Any] = json.loads(read_text(path))
+        if os.path.basename(path) != Run.of(found).id + ".json":
+            raise ValueError("the name of the file is another id")
+    except ValueError as error:
+        module.warn(f"{path} is left out: it is no report of this release: {error}")
+        return None
+    return found
+
+
+def others(module: AnsibleModule, directory: str, path: str) -> dict[str, Run]:
+    """The newest other runs of which there are reports, by the files of these."""
+    paths = [one for one in glob.glob(os.path.join(glob.escape(directory), "*.json")) if one != path]
+    newest = sorted(paths, key=lambda one: os.stat(one).st_mtime_ns)[-BARS:]
+    found = ((one, read_report(module, one)) for one in newest)
+    return {one: Run.of(report) for one, report in found if report}
+
+
+async def main_task(module: AnsibleModule) -> dict[str, Any]:
+    params = module.params
+    directory = os.path.abspath(params["directory"])
+    stem = os.path.join(directory, check_set_id(params["id"]))
+    told = (params["hypervisors"], params["errors"], params["pending"])
+    with alone(directory, module.check_mode):
+        earlier = read_report(module, stem + ".json") if os.path.exists(stem + ".json") else None
+        report = collect(params["id"], utc_now(), *told, earlier)
+        runs = others(module, directory, stem + ".json")
+        runs[stem + ".json"] = Run.of(report)
+        ordered = sorted(runs, key=lambda path: (runs[path].began, path))
+        if not module.check_mode:
+            history = [runs[path] for path in ordered]
+            write_text(stem + ".json", json.dumps(report, indent=1) + "\n")
+            write_text(stem + ".html", page(report, history))
+            newest = json.loads(read_text(ordered[-1]))
+            write_text(os.path.join(directory, "index.html"), page(newest, history))
+    # All the rest would be thousands of lines.
+    diff = {"before": earlier["summary"] if earlier else {}, "after": report["summary"]}
+    return {
+        "changed": True,
+        "page": stem + ".html",
+        "data": stem + ".json",
+        "summary": report["summary"],
+        "diff": diff,
+    }
+
+
+def main() -> None:
+    module = AnsibleModule(
+        argument_spec={
+            "directory": {"type": "path", "required": True},
+            "id": {"type": "str", "required": True},
+            "hypervisors": {"type": "dict", "required": True},
+            "errors": {"type": "dict", "default": {}},
+            "pending": {"type": "list", "elements": "str", "default": []},
+        },
+        supports_check_mode=True,
+    )
+    run_module(module, main_task)
+
+
+if __name__ == "__main__":
+    main()
