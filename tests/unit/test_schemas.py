@@ -2,7 +2,7 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""The JSON Schemas in docs/schema describe what is written into a repository: every field of it, and nothing else."""
+"""The JSON Schemas in docs/schema describe what is written into a repository or a report: all of it, and no more."""
 
 from __future__ import annotations
 
@@ -33,6 +33,7 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._documents import (
     VmName,
 )
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository import create_repository
+from ansible_collections.vmfleet.backup.tests.harness.reports import a_vm, failed, report, told
 from ansible_collections.vmfleet.backup.tests.unit.plugins.doubles import UUID, FakeMonitor, disk, monitor, refusal, vm
 
 if TYPE_CHECKING:
@@ -146,7 +147,7 @@ CLASSES = {
 }
 
 # Those of other origin: they have their own tests.
-OTHERS = ("repository", "vm")
+OTHERS = ("repository", "vm", "report")
 
 
 def load(name: str) -> dict[str, Any]:
@@ -276,6 +277,12 @@ def test_vm_of_which_qemu_tells_all() -> None:
 
 def test_vm_of_which_qemu_tells_nothing() -> None:
     strict(load("vm")).validate(describe())
+
+
+def test_report() -> None:
+    found = report({"hv3": "no route to host"}, hv1=told(a_vm(warnings=["slow"])), hv2=told(failed()), hv3={})
+    strict(load("report")).validate(json.loads(json.dumps(found)))
+    strict(load("report")).validate(report())
 
 
 @pytest.mark.parametrize(
