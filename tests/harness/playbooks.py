@@ -45,7 +45,7 @@ class Hypervisor:
 
     def __init__(self, directory: Path, hosts: t.Collection[str] = ("hv1",)) -> None:
         self.directory = directory
-        self.hosts = hosts if isinstance(hosts, dict) else dict.fromkeys(hosts)
+        self.hosts = hosts
         self.sets = Sets(directory / "repository")
         self.variables: dict[str, t.Any] = {
             "vm_backup_repository": str(self.sets.path),
@@ -84,8 +84,9 @@ class Hypervisor:
             **self.variables,
             **{f"vm_backup_{name}": value for name, value in variables.items()},
         }
+        hosts = self.hosts if isinstance(self.hosts, dict) else dict.fromkeys(self.hosts)
         inventory = self.directory / "inventory.yml"
-        inventory.write_text(yaml.safe_dump({"hypervisors": {"hosts": self.hosts, "vars": host}}))
+        inventory.write_text(yaml.safe_dump({"hypervisors": {"hosts": hosts, "vars": host}}))
         name = playbook if playbook.endswith(".yml") else f"vmfleet.backup.{playbook}"
         return [str(Path(sys.executable).with_name("ansible-playbook")), "-i", str(inventory), name, *options]
 
