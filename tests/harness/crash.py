@@ -241,7 +241,7 @@ def _program(command: t.Sequence[str]) -> str:
     if "qemu-img" not in words:
         return words[0]
     verb = words[words.index("qemu-img") + 1]
-    return "" if verb in READERS else f"qemu-img {verb}"
+    return "" if verb in READERS or "help" in words else f"qemu-img {verb}"
 
 
 def _place() -> str:
@@ -258,6 +258,9 @@ def _place() -> str:
             if chain and chain[-1][0] == room:
                 chain.pop()
             chain.append((room, function))
+        elif room == "_apart":
+            # The process that waits for the one that works does nothing of its own.
+            return ""
         elif room and room != "_qmp":
             engine = f"{room}.{function}"
             break
