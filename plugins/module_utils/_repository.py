@@ -25,6 +25,7 @@ from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING
 
+from ansible_collections.vmfleet.backup.plugins.module_utils._calls import AT_ONCE
 from ansible_collections.vmfleet.backup.plugins.module_utils._documents import (
     SCHEMA,
     Consolidation,
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterable
     from typing import Any
 
+    from ansible_collections.vmfleet.backup.plugins.module_utils._calls import Calls
     from ansible_collections.vmfleet.backup.plugins.module_utils._documents import DiskImage
 
 MANIFEST = "manifest.json"
@@ -117,18 +119,22 @@ class Repository:
         return os.path.join(self.directory(vm), f".{set_id}{FAILED}")
 
     @asynccontextmanager
-    async def lock(self, vm: str) -> AsyncIterator[int]:
+    async def lock(self, vm: str, calls: Calls = AT_ONCE) -> AsyncIterator[int]:
         """Hold the lock of one VM in this repository, for a moment."""
         # A file system that was unmounted meanwhile would otherwise get directories under its mount point.
+        await calls.run(self.check_same)
+        path = os.path.join(self.directory(vm), ".lock")
+        async with locked(path, f"VM {vm}", calls=calls) as fd:
+            await calls.run(_probe_lock, path)
+            yield fd
+
+    def check_same(self) -> None:
+        """BackupError where another repository is at this path by now, or none."""
         if open_repository(self.path) != self:
             raise BackupError(
                 f"repository: {self.path} is another repository now: its file system was unmounted, or its disk"
                 " exchanged; bring the right one back"
             )
-        path = os.path.join(self.directory(vm), ".lock")
-        async with locked(path, f"VM {vm}") as fd:
-            _probe_lock(path)
-            yield fd
 
     def shelf(self, vm: str) -> Shelf:
         """What is there about a VM. Raises BackupError where a later release has written what this one must know."""

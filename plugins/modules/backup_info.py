@@ -136,7 +136,8 @@ from typing import TYPE_CHECKING
 
 from ansible.module_utils.basic import AnsibleModule
 
-from ansible_collections.vmfleet.backup.plugins.module_utils._errors import BackupError, run_module
+from ansible_collections.vmfleet.backup.plugins.module_utils._apart import run_apart
+from ansible_collections.vmfleet.backup.plugins.module_utils._errors import BackupError
 from ansible_collections.vmfleet.backup.plugins.module_utils._library import begun, holdings, leftovers, vm_names
 from ansible_collections.vmfleet.backup.plugins.module_utils._probe import probe_if_there
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository import open_repository
@@ -252,7 +253,7 @@ def main() -> None:
         },
         supports_check_mode=True,
     )
-    run_module(module, main_task)
+    run_apart(module, main_task, module.params["repository"])
 
 
 if __name__ == "__main__":
