@@ -6,7 +6,7 @@
 # ARGS goes to the program behind a target, as in: make unit ARGS="-k plan"
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format sanity unit integration molecule system torture package docs bench lock clean
+.PHONY: help demo test lint format sanity unit integration molecule system torture crashes package docs bench lock clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -31,8 +31,9 @@ integration: ## Run every module against real QEMU (root)
 molecule: ## Run the roles over several hypervisors (root)
 system: ## Run the tests of crashes and of real guests (root)
 torture: ## Drive 200 random chains of sets, where `make system` drives 25 (root)
+crashes: ## Kill modules, QEMU or both at every hit of every point, where `make test` kills at some (root)
 package: ## Build the tarball into dist, install it elsewhere and run its playbook (root)
-integration molecule system torture package:
+integration molecule system torture crashes package:
 	@tools/setup vm
 	@.venv/bin/python tools/check $@ --arguments="$(ARGS)"
 

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import time
 from multiprocessing import get_context
@@ -136,5 +137,11 @@ class _Speaker:
         return now
 
     def _say(self, lines: list[str]) -> None:
-        # In one piece, so that nothing of another hypervisor gets in between, and it is one event of ansible-runner.
-        self._display.display("\n".join(lines))
+        # Ctrl-C ends a worker wherever it is. In the middle of this it would keep the lock of the queue to the main
+        # process for ever, which then hangs.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+        try:
+            # In one piece, so that nothing of another hypervisor gets in between, and it is one event of ansible-runner.
+            self._display.display("\n".join(lines))
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from ansible_collections.vmfleet.backup.plugins.module_utils._inspect import Disk, Vm
     from ansible_collections.vmfleet.backup.plugins.module_utils._plan import Decision, Plan, Policy, Request
     from ansible_collections.vmfleet.backup.plugins.module_utils._qmp import Monitor
-    from ansible_collections.vmfleet.backup.plugins.module_utils._repository import Repository
+    from ansible_collections.vmfleet.backup.plugins.module_utils._watched import WatchedRepository
 
 CRASH = "crash"
 FILESYSTEM = "filesystem"
@@ -63,7 +63,7 @@ class Draft:
 class Maker:
     """Makes attempts for one run. C(timeout) is seconds, 0 for none; C(watched) says that somebody will look on."""
 
-    repository: Repository
+    repository: WatchedRepository
     plan: Plan
     hypervisor: Hypervisor
     timeout: float
@@ -72,7 +72,8 @@ class Maker:
     """Images that grow, opened before their jobs began: the kernel tells only such an fd of every failed write."""
 
     def __post_init__(self) -> None:
-        self._room = Room(self.repository, self.plan.policy)
+        self._calls = self.repository.calls
+        self._room: Room | None = None
         self._writebacks: dict[str, _target.Writeback] = {}
         self._made: dict[Any, Any] = {}
         self._gate = asyncio.Lock()
@@ -169,19 +170,21 @@ class Maker:
         async with self._gate:
             intent = draft.intent
             expected = await measure(draft.disks, draft.links)
-            space = self._room.space(intent.vm.name)
+            if self._room is None:
+                self._room = await self.repository.run(Room, self.plan.policy)
+            space = await self._calls.run(self._room.space, intent.vm.name)
             if sum(expected.values()) > max(space.usable, 0):
                 raise BackupError(_plan.no_room(sum(expected.values()), space, space.usable))
             disks = tuple(replace(disk, expected=expected[disk.image.name]) for disk in intent.disks)
             intent = replace(intent, disks=disks)
             try:
-                self.repository.begin(intent)
+                await self.repository.begin(intent)
             except FileExistsError:
                 raise BackupError(f"VM {intent.vm.name}: somebody else has begun set {intent.id}") from None
             self._room.note(intent)
-            self.repository.write_description(intent, draft.description)
+            await self.repository.write_description(intent, draft.description)
             intent = await self._make_images(intent, draft.links, lock)
-            self.repository.update(intent)
+            await self.repository.update(intent)
         return intent
 
     async def _make_images(self, intent: Intent, links: Sequence[Link], lock: int) -> Intent:
@@ -189,18 +192,23 @@ class Maker:
         reserved = True
         for disk, link in zip(intent.disks, links):
             target = self._target(intent, disk)
-            await _target.create(target, link.backing, pass_fds=(lock,), made=self._made)
-            self.held[target.path] = os.open(target.path, os.O_RDWR | os.O_CLOEXEC)
-            if not target.direct:
-                self._writebacks[target.path] = _target.Writeback(self.held[target.path])
-            reserved = _target.reserve(target) and reserved
-            grown.append(replace(disk, inode=os.stat(target.path).st_ino))
+            await _target.create(target, link.backing, (lock,), self._made, self._calls)
+            inode, is_reserved = await self._calls.run(self._hold, target)
+            reserved = is_reserved and reserved
+            grown.append(replace(disk, inode=inode))
         if not reserved and not self.watched:
             raise BackupError(
                 f"{self.repository.path} cannot reserve space: when it fills up while nobody looks, the guest's writes"
                 " fail; use state: completed, or unattended: true"
             )
         return replace(intent, disks=tuple(grown), reserved=reserved)
+
+    def _hold(self, target: _target.Target) -> tuple[int, bool]:
+        """Open an image and take its space; returns its inode, and whether its space could be reserved."""
+        self.held[target.path] = held = os.open(target.path, os.O_RDWR | os.O_CLOEXEC)
+        if not target.direct:
+            self._writebacks[target.path] = _target.Writeback(held)
+        return os.fstat(held).st_ino, _target.reserve(target)
 
     def _target(self, intent: Intent, disk: Growing) -> _target.Target:
         return _target.Target(
@@ -226,6 +234,7 @@ class Maker:
                 target=self._target(intent, disk),
                 opaque=f"vmfleet:{self.repository.tag}:{intent.attempt}:{number}",
                 arguments=_arguments(self.plan.policy, link, speed),
+                calls=self._calls,
             )
             for number, (disk, link) in enumerate(zip(intent.disks, draft.links))
         ]
@@ -239,7 +248,7 @@ class Maker:
         else:
             await _jobs.start_backups(monitor, starts, "individual", bitmaps)
         intent = replace(intent, phase=COPYING)
-        self.repository.update(intent)
+        await self.repository.update(intent)
         return await self._top_up(monitor, draft, intent)
 
     async def _start_frozen(
@@ -252,7 +261,7 @@ class Maker:
     ) -> Intent:
         # What QEMU would refuse, it is to refuse before the guest is touched.
         direct = await _jobs.rehearse_backups(monitor, starts, bitmaps)
-        self.repository.update(replace(intent, frozen=True))
+        await self.repository.update(replace(intent, frozen=True))
         freezer = _guard.Freezer(intent.agent)
         reason = ""
         try:
@@ -270,7 +279,7 @@ class Maker:
                 raise BackupError(f"VM {intent.vm.name}: quiesce: {reason}")
         except (BackupError, OSError):
             # Whoever undoes this is not to thaw what was seen thawed, or what others have frozen.
-            self.repository.update(replace(intent, frozen=bool(freezer.thaw_error)))
+            await self.repository.update(replace(intent, frozen=bool(freezer.thaw_error)))
             raise
         return replace(
             intent,
@@ -291,11 +300,11 @@ class Maker:
                 more = lengths[growing.job] - bitmap.count
                 path = self.repository.image_path(intent, growing.image.image)
                 try:
-                    _target.top_up(path, growing.expected + more + more // 8)
+                    await self._calls.run(_target.top_up, path, growing.expected + more + more // 8)
                 except BackupError:
                     # Without it, this set has to be watched like one on a file system that cannot reserve.
                     intent = replace(intent, reserved=False)
-                    self.repository.update(intent)
+                    await self.repository.update(intent)
         return intent
 
     # Finish
@@ -309,10 +318,9 @@ class Maker:
 
     async def finish(self, intent: Intent) -> tuple[DiskImage, ...]:
         """Bring the images onto stable storage, and describe them. Takes long; BackupError, OSError where it fails."""
-        loop = asyncio.get_running_loop()
         paths = [self.repository.image_path(intent, disk.image.image) for disk in intent.disks]
         finishing = (
-            loop.run_in_executor(None, finish_image, path, disk, intent.checksum, self.held.get(path))
+            self._calls.run_long(finish_image, path, disk, intent.checksum, self.held.get(path))
             for path, disk in zip(paths, intent.disks)
         )
         return tuple(await asyncio.gather(*finishing))
@@ -324,7 +332,7 @@ class Maker:
             self._writebacks.pop(path, None)
             held = self.held.pop(path, None)
             if held is not None:
-                os.close(held)
+                self._calls.close(held)
 
     def manifest(self, intent: Intent, images: tuple[DiskImage, ...]) -> Manifest:
         """What is said of the set. Its sequence number is given where it is written."""
@@ -359,7 +367,7 @@ def finish_image(path: str, disk: Growing, checksum: bool, held: int | None = No
     return replace(disk.image, bytes=status.st_size, sha256=digest if checksum else None)
 
 
-def bitmap_prefix(repository: Repository) -> str:
+def bitmap_prefix(repository: WatchedRepository) -> str:
     """What the names of all bitmaps of a repository begin with."""
     return f"vmfleet-{repository.tag}-"
 

@@ -35,6 +35,7 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._errors import (
     JobFailed,
     MonitorError,
     MonitorGone,
+    RepositoryHangs,
 )
 from ansible_collections.vmfleet.backup.plugins.module_utils._inspect import IO_ERROR, query_jobs
 from ansible_collections.vmfleet.backup.plugins.module_utils._lock import host_lock_path, locked
@@ -50,9 +51,7 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._outcome import (
     of_disks,
 )
 from ansible_collections.vmfleet.backup.plugins.module_utils._plan import VmPlan
-from ansible_collections.vmfleet.backup.plugins.module_utils._probe import Watch
 from ansible_collections.vmfleet.backup.plugins.module_utils._qmp import Monitor, parse_address
-from ansible_collections.vmfleet.backup.plugins.module_utils._repository import open_repository
 from ansible_collections.vmfleet.backup.plugins.module_utils._turns import Budget, Slice, Turns
 from ansible_collections.vmfleet.backup.plugins.module_utils._units import boottime, utc_now
 
@@ -63,6 +62,7 @@ if TYPE_CHECKING:
     from ansible_collections.vmfleet.backup.plugins.module_utils._inspect import Job, Vm
     from ansible_collections.vmfleet.backup.plugins.module_utils._plan import Decision, Facts, Plan, Request, Verdict
     from ansible_collections.vmfleet.backup.plugins.module_utils._repository import Repository, Shelf
+    from ansible_collections.vmfleet.backup.plugins.module_utils._watched import WatchedRepository
 
 FIRST_PAUSE = 0.05
 LONGEST_PAUSE = 1.0
@@ -114,7 +114,7 @@ class _Work:
     copying: tuple[Vm, Intent] | None = None
     """The VM as it was when its jobs were last seen to run, and whose jobs they are."""
     followed: Intent | None = None
-    """The last attempt whose jobs were seen to run: they may still do."""
+    """The last attempt whose jobs may run on this hypervisor."""
     cut_off: bool = False
     """Whether the connection has broken off once while a set was started."""
     silent_since: float = 0.0
@@ -139,7 +139,7 @@ class _Work:
 class Engine:
     """Brings the VMs of a plan to their sets. C(commands) lists what QEMU was told."""
 
-    def __init__(self, repository: Repository, plan: Plan, settings: Settings) -> None:
+    def __init__(self, repository: WatchedRepository, plan: Plan, settings: Settings) -> None:
         self.repository = repository
         self.plan = plan
         self.settings = settings
@@ -162,11 +162,11 @@ class Engine:
         self._slice = Slice(settings.slice)
         self._gate = asyncio.Lock()
         # One that is only planned has nothing in it that could hang.
-        self._watch = Watch(repository.path, writing=not settings.check_mode) if repository.uuid else None
+        self._watch = repository.calls.watch if repository.uuid else None
 
     async def run(self) -> list[Outcome]:
         """Every VM's outcome, in the plan's order. One VM's failure never stops the others."""
-        for intent in self.repository.intents():
+        for intent in await self.repository.intents():
             if intent.vm.name in {planned.name for planned in self.plan.vms}:
                 self._turns.join(intent.vm.name)
                 self._budget.count(intent.vm.name, len(intent.disks))
@@ -184,6 +184,8 @@ class Engine:
                 outcome = self._outcome(work, FAILED, error=planned.reason)
             else:
                 outcome = await self._bring_to_end(work)
+        except RepositoryHangs as error:
+            outcome = await self._abandon(work, str(error))
         except (BackupError, OSError) as error:
             outcome = await self._fail(work, str(error))
         except Exception as error:  # noqa: BLE001
@@ -205,9 +207,10 @@ class Engine:
         """Whether the repository cannot be used any more: unmounted, exchanged, or its disk has failed."""
         try:
             await _probe.probe(self.repository.path, writing=True)
-            return open_repository(self.repository.path) != self.repository
+            await self.repository.check_same()
         except (BackupError, OSError):
             return True
+        return False
 
     def _is_refused(self, planned: VmPlan) -> bool:
         """Whether the plan refused it, and there is no order that the plan did not know of."""
@@ -254,38 +257,48 @@ class Engine:
         facts, shelf = await self._look(work, seen=work.copying[0] if work.copying else None)
         work.copying = None
         decision = self._decide(work, facts, shelf)
-        if decision.plan.action == _plan.FAIL and not self.settings.check_mode and self._is_lost(facts, shelf):
+        if decision.plan.action == _plan.FAIL and not self.settings.check_mode and await self._is_lost(facts, shelf):
             return await self._act(work, facts)
-        outcome = self._final(work, decision, facts, shelf)
+        outcome = await self._final(work, decision, facts, shelf)
         if outcome or self.settings.check_mode:
             return outcome or self._predict(work, decision)
         if decision.plan.action in (_plan.START, _plan.FINISH) and not self._turns.has(work.request.name):
             work.order = (shelf.sets[-1].started if shelf.sets else "", work.order[1])
             return _plan.Verdict(QUEUED, f"at most {self.settings.max_vms} VMs copy at a time")
+        if decision.intent and self._is_ours(decision.intent):
+            work.followed = decision.intent
         if decision.intent and not decision.removal:
-            verdict = self._judge(work, decision.intent, facts, shelf)
-            if verdict.state == _plan.UNREACHABLE:
+            verdict = await self._follow(work, decision.intent, facts, shelf)
+            if verdict:
                 return verdict
-            await self._pace(work, decision.intent, facts)
-            if verdict.state == _plan.RUNNING and facts.vm:
-                work.copying = facts.vm, decision.intent
-                work.followed = decision.intent
-                self._maker.nudge(decision.intent)
-                if not decision.intent.frozen and not self._alarm(decision.intent, facts, work):
-                    return verdict
-            if verdict.state == _plan.COPIED:
-                if self._slice.over.is_set():
-                    # The others have gone, and this may take long.
-                    return _plan.Verdict(_plan.RUNNING)
-                await self._make_safe(work, decision.intent, shelf)
         return await self._act(work, facts)
+
+    async def _follow(self, work: _Work, intent: Intent, facts: Facts, shelf: Shelf) -> Verdict | None:
+        """Do for an attempt what needs no locks. A verdict means: there is nothing else to be done now."""
+        verdict = self._judge(work, intent, facts, shelf)
+        if verdict.state == _plan.UNREACHABLE:
+            return verdict
+        await self._pace(work, intent, facts)
+        if verdict.state == _plan.RUNNING and facts.vm:
+            work.copying = facts.vm, intent
+            self._maker.nudge(intent)
+            if not intent.frozen and not await self._alarm(intent, facts, work):
+                return verdict
+        if verdict.state == _plan.COPIED:
+            if self._slice.over.is_set():
+                # The others have gone, and this may take long.
+                return _plan.Verdict(_plan.RUNNING)
+            await self._make_safe(work, intent, shelf)
+        return None
 
     async def _look(self, work: _Work, monitor: Monitor | None = None, seen: Vm | None = None) -> tuple[Facts, Shelf]:
         facts = await (_survey.glance(work.request, seen) if seen else _survey.look(work.request, monitor))
-        shelf = self.repository.shelf(work.request.name)
-        facts = _survey.with_dead(facts, shelf.intents, self._hypervisor)
         # What a glance shows of a VM, no new set is begun upon.
-        return facts if seen else _survey.with_damage(facts, self.repository, shelf.sets), shelf
+        return await self._on_shelf(work, facts, damage=not seen)
+
+    async def _on_shelf(self, work: _Work, facts: Facts, damage: bool = False) -> tuple[Facts, Shelf]:
+        name = work.request.name
+        return await self.repository.run(_survey.with_shelf, facts, name, self._hypervisor, damage)
 
     def _decide(self, work: _Work, facts: Facts, shelf: Shelf) -> Decision:
         return _plan.decide(work.request, facts, shelf, self._terms)
@@ -317,13 +330,13 @@ class Engine:
 
     # What needs no hand
 
-    def _final(self, work: _Work, decision: Decision, facts: Facts, shelf: Shelf) -> Outcome | None:
+    async def _final(self, work: _Work, decision: Decision, facts: Facts, shelf: Shelf) -> Outcome | None:
         """The outcome, where nothing is left to be done."""
         name, action = work.request.name, decision.plan.action
         if action == _plan.SKIP and decision.manifest:
-            if facts.vm and (self._leftovers(facts.vm, shelf) or self._surplus(work, facts.vm, shelf)):
+            if facts.vm and (await self._leftovers(facts.vm, shelf) or await self._surplus(work, facts.vm, shelf)):
                 return None
-            if self.repository.untidy(name, self.plan.id):
+            if await self.repository.untidy(name, self.plan.id):
                 return None
             return self._published(work, decision.manifest)
         if action == _plan.SKIP:
@@ -425,8 +438,7 @@ class Engine:
             if monitor:
                 facts, shelf = await self._look(work, monitor)
             else:
-                shelf = self.repository.shelf(name)
-                facts = _survey.with_dead(seen, shelf.intents, self._hypervisor)
+                facts, shelf = await self._on_shelf(work, seen)
             decision = self._decide(work, facts, shelf)
             if decision.plan.action == _plan.SKIP and decision.manifest:
                 await self._tidy(work, monitor, facts, shelf, decision.manifest)
@@ -440,7 +452,7 @@ class Engine:
                 await self._remove_leftovers(work, monitor, facts.vm, shelf)
             if decision.plan.action == _plan.START and monitor and facts.vm:
                 return await self._start(work, monitor, facts.vm, shelf, decision, lock)
-            return self._final(work, decision, facts, shelf) or _plan.Verdict(_plan.INTERRUPTED)
+            return await self._final(work, decision, facts, shelf) or _plan.Verdict(_plan.INTERRUPTED)
 
     async def _advance(
         self, work: _Work, monitor: Monitor | None, facts: Facts, shelf: Shelf, intent: Intent
@@ -458,7 +470,7 @@ class Engine:
         elif verdict.state == _plan.RUNNING:
             # One at a time: what one set leaves behind may be enough for the others.
             async with self._gate:
-                alarm = self._alarm(intent, facts, work)
+                alarm = await self._alarm(intent, facts, work)
                 if alarm:
                     await self._give_up(work, monitor, facts, intent, alarm)
                     return _plan.Verdict(_plan.BROKEN, alarm)
@@ -478,7 +490,7 @@ class Engine:
                 return intent
         thawed = replace(intent, frozen=False)
         try:
-            self.repository.update(thawed)
+            await self.repository.update(thawed)
         except OSError as full:
             if full.errno not in _probe.NO_SPACE:
                 raise
@@ -486,12 +498,12 @@ class Engine:
             return intent
         return thawed
 
-    def _alarm(self, intent: Intent, facts: Facts, work: _Work) -> str:
+    async def _alarm(self, intent: Intent, facts: Facts, work: _Work) -> str:
         """Why a running attempt must end, for the guest's sake or for standing still; empty where it need not."""
-        short = "" if intent.reserved else _survey.short_of_space(self.repository, self.plan.policy)
+        short = "" if intent.reserved else await self.repository.run(_survey.short_of_space, self.plan.policy)
         if _plan.guest_stopped_by(intent, facts, bool(short)):
             return "the guest was stopped by an I/O error because the backup's target is full or failing"
-        if short and self._is_youngest(intent):
+        if short and await self._is_youngest(intent):
             return f"{short}, and the set's space could not be reserved"
         return self._stalled(intent, facts, work)
 
@@ -513,10 +525,10 @@ class Engine:
             return
         self._budget.confirm(name, share)
 
-    def _is_youngest(self, intent: Intent) -> bool:
+    async def _is_youngest(self, intent: Intent) -> bool:
         """Whether no set of this run that could not reserve its space is younger: that one has less to lose."""
         names = {planned.name for planned in self.plan.vms}
-        mine = (other for other in self.repository.intents() if other.vm.name in names and not other.reserved)
+        mine = (other for other in await self.repository.intents() if other.vm.name in names and not other.reserved)
         return all(other.begun <= intent.begun for other in mine)
 
     def _stalled(self, intent: Intent, facts: Facts, work: _Work) -> str:
@@ -538,9 +550,9 @@ class Engine:
         if not work.copying or work.copying[1].attempt != attempt or work.moved:
             return
         async with self.repository.lock(work.request.name):
-            there = self.repository.intent(work.request.name, work.copying[1].id)
+            there = await self.repository.intent(work.request.name, work.copying[1].id)
             if there and there.attempt == attempt and there.progress != (copied, since):
-                self.repository.update(replace(there, progress=(copied, since)))
+                await self.repository.update(replace(there, progress=(copied, since)))
 
     # Start
 
@@ -555,7 +567,7 @@ class Engine:
         try:
             draft = await self._maker.draft(monitor, work.request, vm, decision)
         except BackupError as error:
-            return self._refuse(work, str(error))
+            return await self._refuse(work, str(error))
         try:
             work.followed = draft.intent
             intent = await self._maker.prepare(draft, lock)
@@ -567,22 +579,24 @@ class Engine:
             # Whether QEMU lives, and has started the jobs, is for the next look to find out.
             work.cut_off = True
             return _plan.Verdict(_plan.UNREACHABLE, str(error))
+        except RepositoryHangs:
+            raise
         except (BackupError, OSError) as error:
             return await self._undo(work, monitor, draft.intent, str(error))
         work.copying = vm, intent
         return _plan.Verdict(_plan.RUNNING)
 
-    def _refuse(self, work: _Work, error: str) -> Verdict:
+    async def _refuse(self, work: _Work, error: str) -> Verdict:
         """Nothing was begun; that this run need not try again is written down all the same."""
         now = utc_now()
         failure = Failure(self.plan.run, "", self.plan.id, FAILED, error, now, now)
-        self.repository.record_failure(work.request.name, failure)
+        await self.repository.record_failure(work.request.name, failure)
         return _plan.Verdict(_plan.BROKEN, error)
 
     async def _undo(self, work: _Work, monitor: Monitor, drafted: Intent, error: str) -> Verdict:
         """An attempt came to nothing while it was begun: how far it got, the repository and QEMU tell."""
         facts = await _survey.look(work.request, monitor)
-        there = self.repository.intent(drafted.vm.name, drafted.id)
+        there = await self.repository.intent(drafted.vm.name, drafted.id)
         intent = there if there and there.attempt == drafted.attempt else drafted
         intent = await self._thaw(work, intent, facts)
         await self._give_up(work, monitor, facts, intent, error)
@@ -598,9 +612,11 @@ class Engine:
             work.safe[intent.attempt] = await self._maker.finish(intent)
         except FileNotFoundError as error:
             # Another process may have published or removed it meanwhile: the next look tells.
-            there = self.repository.intent(intent.vm.name, intent.id)
+            there = await self.repository.intent(intent.vm.name, intent.id)
             if there and there.attempt == intent.attempt:
                 work.spoiled[intent.attempt] = f"an image is gone: {error}"
+        except RepositoryHangs:
+            raise
         except (BackupError, OSError) as error:
             work.spoiled[intent.attempt] = f"the copy ended, but could not be brought to stable storage: {error}"
 
@@ -608,29 +624,29 @@ class Engine:
         self, work: _Work, monitor: Monitor | None, facts: Facts, shelf: Shelf, intent: Intent
     ) -> Manifest:
         if intent.attempt not in shelf.described:
-            self.repository.describe(intent, self._maker.manifest(intent, work.safe[intent.attempt]))
-        manifest = self.repository.publish(intent)
+            await self.repository.describe(intent, self._maker.manifest(intent, work.safe[intent.attempt]))
+        manifest = await self.repository.publish(intent)
         self._maker.release(intent)
         work.changed = True
         # From here on the set is good; what is left in QEMU is removed now or by any later run.
-        await self._tidy(work, monitor, facts, self.repository.shelf(intent.vm.name), manifest)
+        await self._tidy(work, monitor, facts, await self.repository.shelf(intent.vm.name), manifest)
         return manifest
 
     async def _tidy(self, work: _Work, monitor: Monitor | None, facts: Facts, shelf: Shelf, manifest: Manifest) -> None:
         """Remove what the making of a published set has left in QEMU and beside the set."""
         if monitor and facts.vm:
             await self._remove_leftovers(work, monitor, facts.vm, shelf, manifest.attempt)
-        self.repository.tidy(manifest.vm.name, manifest.id)
+        await self.repository.tidy(manifest.vm.name, manifest.id)
 
     async def _remove_leftovers(self, work: _Work, monitor: Monitor, vm: Vm, shelf: Shelf, *published: str) -> None:
         """Remove what dead attempts have left in QEMU, and the bitmaps that no set will build on.
 
         C(published) is an attempt that has come to a good end.
         """
-        for attempt in {*published, *self._leftovers(vm, shelf)}:
+        for attempt in {*published, *await self._leftovers(vm, shelf)}:
             await self._remove_jobs(monitor, vm, attempt)
         try:
-            await _jobs.remove_bitmaps(monitor, self._surplus(work, vm, shelf))
+            await _jobs.remove_bitmaps(monitor, await self._surplus(work, vm, shelf))
         except CommandError as error:
             work.warn(f"a bitmap that is needed no more could not be removed: {error}")
 
@@ -641,15 +657,15 @@ class Engine:
         work.changed = True
         failure = Failure(intent.run, intent.attempt, intent.id, state, error, intent.started, utc_now())
         try:
-            self.repository.record_failure(intent.vm.name, failure)
+            await self.repository.record_failure(intent.vm.name, failure)
         except OSError as full:
             if full.errno not in _probe.NO_SPACE:
                 raise
             # The images themselves are in the way. QEMU still tells how their jobs have ended.
             await self._stop(monitor, intent.jobs)
-            self.repository.discard_images(intent)
+            await self.repository.discard_images(intent)
             self._maker.release(intent)
-            self.repository.record_failure(intent.vm.name, failure)
+            await self.repository.record_failure(intent.vm.name, failure)
         await self._withdraw(monitor, facts, intent)
 
     async def _withdraw(self, monitor: Monitor | None, facts: Facts, intent: Intent) -> None:
@@ -665,7 +681,7 @@ class Engine:
             raise BackupError(f"{facts.error}; the set is unfinished: run the backup again to clean up")
         # NFS renames what is unlinked while it is open, and then the directory is not empty.
         self._maker.release(intent)
-        self.repository.discard(intent)
+        await self.repository.discard(intent)
 
     def _is_ours(self, intent: Intent) -> bool:
         return intent.hypervisor.machine_id == self._hypervisor.machine_id
@@ -696,12 +712,12 @@ class Engine:
 
     async def _clear(self, work: _Work, monitor: Monitor, vm: Vm, shelf: Shelf) -> None:
         """Before a start: nothing of this repository may be left on the VM but what the next set may build on."""
-        other = self._under_another_name(vm, shelf)
+        other = await self._under_another_name(vm, shelf)
         if other:
             raise BackupError(other)
-        for attempt in self._leftovers(vm, shelf):
+        for attempt in await self._leftovers(vm, shelf):
             await self._remove_jobs(monitor, vm, attempt)
-        await _jobs.remove_bitmaps(monitor, self._surplus(work, vm, shelf))
+        await _jobs.remove_bitmaps(monitor, await self._surplus(work, vm, shelf))
 
     def _unknown(self, vm: Vm, shelf: Shelf) -> set[str]:
         """The attempts of this repository that QEMU knows and no intent under this VM's name does."""
@@ -710,29 +726,29 @@ class Engine:
             known |= {tag.split(":")[2] for tag in opaques if tag.startswith(f"vmfleet:{self.repository.tag}:")}
         return known - {intent.attempt for intent in shelf.intents}
 
-    def _elsewhere(self, vm: Vm, shelf: Shelf) -> dict[str, Intent]:
+    async def _elsewhere(self, vm: Vm, shelf: Shelf) -> dict[str, Intent]:
         """The intents under other names of which QEMU knows, by attempt."""
         unknown = self._unknown(vm, shelf)
-        found = self.repository.intents() if unknown else ()
+        found = await self.repository.intents() if unknown else ()
         return {intent.attempt: intent for intent in found if intent.attempt in unknown}
 
-    def _under_another_name(self, vm: Vm, shelf: Shelf) -> str:
+    async def _under_another_name(self, vm: Vm, shelf: Shelf) -> str:
         """What is wrong with a VM that is being backed up under two names; empty where it has one only."""
-        for other in self._elsewhere(vm, shelf).values():
+        for other in (await self._elsewhere(vm, shelf)).values():
             return f"the same VM is being backed up under the name {other.vm.name} (set {other.id}); give it one name"
         return ""
 
-    def _leftovers(self, vm: Vm, shelf: Shelf) -> set[str]:
+    async def _leftovers(self, vm: Vm, shelf: Shelf) -> set[str]:
         """The attempts of this repository that QEMU knows and no intent does."""
-        return self._unknown(vm, shelf) - self._elsewhere(vm, shelf).keys()
+        return self._unknown(vm, shelf) - (await self._elsewhere(vm, shelf)).keys()
 
-    def _is_lost(self, facts: Facts, shelf: Shelf) -> bool:
+    async def _is_lost(self, facts: Facts, shelf: Shelf) -> bool:
         """Whether a set that this VM's jobs are making is somebody else's by now: nobody but us can stop them."""
-        return bool(facts.vm and self._leftovers(facts.vm, shelf))
+        return bool(facts.vm and await self._leftovers(facts.vm, shelf))
 
-    def _surplus(self, work: _Work, vm: Vm, shelf: Shelf) -> list[tuple[str, str]]:
+    async def _surplus(self, work: _Work, vm: Vm, shelf: Shelf) -> list[tuple[str, str]]:
         """This repository's bitmaps on a VM that no set will build on, as node and name."""
-        if self._elsewhere(vm, shelf):
+        if await self._elsewhere(vm, shelf):
             return []
         keep = _chain.bitmaps_to_keep(shelf.sets, work.request.wanted == _chain.DIFFERENTIAL)
         keep = keep.union(*(intent.bitmaps for intent in shelf.intents))
@@ -774,6 +790,8 @@ class Engine:
         image: that stops QEMU, and the guest with it, until the target is back. It is better left alone.
         """
         jobs = [job for job in await query_jobs(monitor) if job.id in intent.jobs and not job.ended]
+        if not jobs:
+            return "none of its jobs runs"
         slow = PIECE / _probe.TIMEOUT
         resting = [job for job in jobs if job.paused or 0 < job.speed < slow]
         stubborn = await _jobs.cancel_jobs(monitor, (job.id for job in jobs if job not in resting))
@@ -785,7 +803,7 @@ class Engine:
 
     async def _cancel(self, work: _Work) -> Outcome:
         """Stop the set that is being made, and remember that somebody wanted it so."""
-        shelf = self.repository.shelf(work.request.name)
+        shelf = await self.repository.shelf(work.request.name)
         wanted = [intent for intent in shelf.intents if self.plan.id in ("", intent.id)]
         if not wanted:
             manifest = shelf.published(self.plan.id)
@@ -800,6 +818,7 @@ class Engine:
         work.changed = True
         if not self.settings.check_mode:
             work.planned = replace(work.planned, monitor=wanted[0].monitor)
+            work.followed = wanted[0]
             async with AsyncExitStack() as stack:
                 monitor, facts, shelf = await self._take_hold(stack, work)
                 for intent in shelf.intents:
@@ -810,20 +829,19 @@ class Engine:
 
     async def _sweep(self, name: str) -> None:
         """Remove what is left of a set whose intent is gone already: a process was killed while it cancelled."""
-        if self.repository.untidy(name, self.plan.id) and not self.settings.check_mode:
+        if await self.repository.untidy(name, self.plan.id) and not self.settings.check_mode:
             async with self.repository.lock(name):
-                self.repository.tidy(name, self.plan.id)
+                await self.repository.tidy(name, self.plan.id)
 
     async def _take_hold(self, stack: AsyncExitStack, work: _Work) -> tuple[Monitor | None, Facts, Shelf]:
         """The VM's locks, its monitor where there is a VM, and a look at it with these in hand."""
         address = parse_address(work.request.monitor)
-        facts, shelf = await self._look(work)
+        facts, _shelf = await self._look(work)
         process = facts.vm.process if facts.vm else None
         await stack.enter_async_context(locked(host_lock_path(process, address), f"VM {work.request.name}"))
         await stack.enter_async_context(self.repository.lock(work.request.name))
         if facts.vm is None:
-            shelf = self.repository.shelf(work.request.name)
-            return None, _survey.with_dead(facts, shelf.intents, self._hypervisor), shelf
+            return (None, *await self._on_shelf(work, facts))
         monitor = await stack.enter_async_context(Monitor(address, self.commands))
         return (monitor, *await self._look(work, monitor))
 
@@ -833,11 +851,11 @@ class Engine:
         """Remove all bitmaps of this repository from a VM: its next sets are full ones."""
         if not work.request.monitor:
             return self._outcome(work, SKIPPED, reason="this hypervisor has made no set of it here")
-        error, found = self._tracked(work, *await self._look(work))
+        error, found = await self._tracked(work, *await self._look(work))
         if found and not error and not self.settings.check_mode:
             async with AsyncExitStack() as stack:
                 monitor, facts, shelf = await self._take_hold(stack, work)
-                error, found = self._tracked(work, facts, shelf)
+                error, found = await self._tracked(work, facts, shelf)
                 if monitor and not error:
                     await _jobs.remove_bitmaps(monitor, found)
         if error:
@@ -850,7 +868,7 @@ class Engine:
         )
         return self._outcome(work, UNTRACKED, reason=reason)
 
-    def _tracked(self, work: _Work, facts: Facts, shelf: Shelf) -> tuple[str, list[tuple[str, str]]]:
+    async def _tracked(self, work: _Work, facts: Facts, shelf: Shelf) -> tuple[str, list[tuple[str, str]]]:
         """Why the bitmaps of a VM cannot be removed now, and where they are, as node and name."""
         if shelf.intents:
             return f"set {shelf.intents[0].id} is being made; wait for its end, or cancel it", []
@@ -859,7 +877,7 @@ class Engine:
         expected = work.planned.identity
         if expected and facts.vm.identity != expected:
             return f"another VM is behind {work.request.monitor} now ({facts.vm.identity}; it was {expected})", []
-        return self._under_another_name(facts.vm, shelf), self._own_bitmaps(facts.vm)
+        return await self._under_another_name(facts.vm, shelf), self._own_bitmaps(facts.vm)
 
 
 def of_names(repository: Repository, names: Iterable[str] | None) -> Plan:
@@ -872,7 +890,7 @@ def of_names(repository: Repository, names: Iterable[str] | None) -> Plan:
     if names is None:
         names = sorted(intent.vm.name for intent in repository.intents() if intent.hypervisor.machine_id == here)
     vms = tuple(_last_seen(name, repository.shelf(name), here) for name in names)
-    return _plan.Plan(repository.path, False, "", "", policy, _survey.Room(repository, policy).space(), vms)
+    return _plan.Plan(repository.path, False, "", "", policy, _survey.space_in(repository, policy), vms)
 
 
 def _last_seen(name: str, shelf: Shelf, machine_id: str) -> VmPlan:

@@ -64,6 +64,10 @@ class ToolError(BackupError):
     """qemu-img is missing, failed, or took too long."""
 
 
+class RepositoryHangs(BackupError):
+    """The repository's file system has ceased to answer. What was asked of it last may yet be done, or never."""
+
+
 class JobFailed(BackupError):
     """A backup did not end well; everything of that attempt has been cleaned up, or the message says what was not."""
 

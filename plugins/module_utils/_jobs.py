@@ -11,12 +11,12 @@ Reference: QEMU QMP Reference Manual 7.2, drive-backup, transaction, block-job-c
 from __future__ import annotations
 
 import asyncio
-import os
 import time
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from ansible_collections.vmfleet.backup.plugins.module_utils._calls import AT_ONCE
 from ansible_collections.vmfleet.backup.plugins.module_utils._errors import CommandError
 from ansible_collections.vmfleet.backup.plugins.module_utils._inspect import IO_ERROR, query_jobs
 from ansible_collections.vmfleet.backup.plugins.module_utils._target import open_pair
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractAsyncContextManager
     from typing import Any
 
+    from ansible_collections.vmfleet.backup.plugins.module_utils._calls import Calls
     from ansible_collections.vmfleet.backup.plugins.module_utils._inspect import Job, Vm
     from ansible_collections.vmfleet.backup.plugins.module_utils._qmp import Monitor
     from ansible_collections.vmfleet.backup.plugins.module_utils._target import Target
@@ -44,13 +45,17 @@ ABORTED = "Transaction aborted using Abort action"
 
 @dataclass(frozen=True)
 class BackupStart:
-    """One drive-backup to start: C(arguments) are QEMU's own, those of the target and of the job's identity apart."""
+    """One drive-backup to start: C(arguments) are QEMU's own, those of the target and of the job's identity apart.
+
+    C(calls) is how the target's file system is called.
+    """
 
     job_id: str
     node: str
     target: Target
     opaque: str
     arguments: dict[str, Any] = field(default_factory=dict)
+    calls: Calls = AT_ONCE
 
 
 async def start_backups(
@@ -163,12 +168,12 @@ async def _with_open_targets(
 
 
 async def _pass_target(monitor: Monitor, start: BackupStart, direct: bool) -> int:
-    fds = open_pair(start.target, direct)
+    fds = await start.calls.run(open_pair, start.target, direct)
     try:
         return await monitor.add_fdset(fds, start.opaque)
     finally:
         for fd in fds:
-            os.close(fd)
+            start.calls.close(fd)
 
 
 async def _has_cbw_error(monitor: Monitor) -> bool:

@@ -15,11 +15,13 @@ import time
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
+from ansible_collections.vmfleet.backup.plugins.module_utils._calls import AT_ONCE
 from ansible_collections.vmfleet.backup.plugins.module_utils._errors import BackupError
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
+    from ansible_collections.vmfleet.backup.plugins.module_utils._calls import Calls
     from ansible_collections.vmfleet.backup.plugins.module_utils._qmp import Address, Process
 
 TIMEOUT = 120.0
@@ -59,23 +61,41 @@ def write_owners(lock: int, owners: dict[str, str]) -> None:
 
 
 @asynccontextmanager
-async def locked(path: str, holder_of: str, timeout: float = TIMEOUT) -> AsyncIterator[int]:
-    """Hold the lock at C(path), waiting for it at most C(timeout) seconds; gives its file descriptor."""
+async def locked(path: str, holder_of: str, timeout: float = TIMEOUT, calls: Calls = AT_ONCE) -> AsyncIterator[int]:
+    """Hold the lock at C(path), waiting for it at most C(timeout) seconds; gives its file descriptor.
+
+    C(calls) is how its file system is called.
+    """
+    fd, taken = await calls.run(_open, path)
+    try:
+        deadline = time.monotonic() + timeout
+        while not taken:
+            if time.monotonic() >= deadline:
+                raise LockHeld(
+                    f"{holder_of}: another backup process has held {path} for more than {timeout:g} s; see"
+                    f" `fuser {path}`"
+                )
+            await asyncio.sleep(RETRY_INTERVAL)
+            taken = await calls.run(_take, fd)
+        yield fd
+    finally:
+        calls.close(fd)
+
+
+def _open(path: str) -> tuple[int, bool]:
+    """Open the file of a lock, and try to take it at once."""
     os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
-        deadline = time.monotonic() + timeout
-        while True:
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() >= deadline:
-                    raise LockHeld(
-                        f"{holder_of}: another backup process has held {path} for more than {timeout:g} s; see"
-                        f" `fuser {path}`"
-                    ) from None
-                await asyncio.sleep(RETRY_INTERVAL)
-        yield fd
-    finally:
+        return fd, _take(fd)
+    except BaseException:
         os.close(fd)
+        raise
+
+
+def _take(fd: int) -> bool:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

@@ -126,6 +126,8 @@ class Watch:
         self.path = path
         self.timeout = TIMEOUT if timeout is None else timeout
         self.writing = writing
+        self.hangs = False
+        """Whether there was no answer when it was asked last. One that refuses has answered."""
         self._question: Probe | None = None
         self._good_until = 0.0
 
@@ -137,7 +139,8 @@ class Watch:
         if self._question is None and time.monotonic() < self._good_until:
             return ""
         question = self._question = self._question or Probe(self.path, self.writing)
-        if not await question.answered(self.timeout):
+        self.hangs = not await question.answered(self.timeout)
+        if self.hangs:
             return _hangs(self.path, self.timeout)
         if self._question is question:
             self._question = None

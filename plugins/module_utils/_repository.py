@@ -25,6 +25,7 @@ from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING
 
+from ansible_collections.vmfleet.backup.plugins.module_utils._calls import AT_ONCE
 from ansible_collections.vmfleet.backup.plugins.module_utils._documents import (
     SCHEMA,
     Consolidation,
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterable
     from typing import Any
 
+    from ansible_collections.vmfleet.backup.plugins.module_utils._calls import Calls
     from ansible_collections.vmfleet.backup.plugins.module_utils._documents import DiskImage
 
 MANIFEST = "manifest.json"
@@ -57,6 +59,8 @@ UNFINISHED = ".new"
 PUBLISHED_MODE = 0o440
 BLOCK = 512
 """The unit of st_blocks, in bytes."""
+CHUNK = 1 << 16
+"""Bytes that are read at once, more than most documents have."""
 
 IN_THE_WAY = frozenset({errno.EISDIR, errno.EPERM, errno.EBUSY, errno.ENOTEMPTY, errno.EEXIST})
 """Why what is left of a set may stay. Any other error says that the repository cannot be worked on."""
@@ -115,18 +119,22 @@ class Repository:
         return os.path.join(self.directory(vm), f".{set_id}{FAILED}")
 
     @asynccontextmanager
-    async def lock(self, vm: str) -> AsyncIterator[int]:
+    async def lock(self, vm: str, calls: Calls = AT_ONCE) -> AsyncIterator[int]:
         """Hold the lock of one VM in this repository, for a moment."""
         # A file system that was unmounted meanwhile would otherwise get directories under its mount point.
+        await calls.run(self.check_same)
+        path = os.path.join(self.directory(vm), ".lock")
+        async with locked(path, f"VM {vm}", calls=calls) as fd:
+            await calls.run(_probe_lock, path)
+            yield fd
+
+    def check_same(self) -> None:
+        """BackupError where another repository is at this path by now, or none."""
         if open_repository(self.path) != self:
             raise BackupError(
                 f"repository: {self.path} is another repository now: its file system was unmounted, or its disk"
                 " exchanged; bring the right one back"
             )
-        path = os.path.join(self.directory(vm), ".lock")
-        async with locked(path, f"VM {vm}") as fd:
-            _probe_lock(path)
-            yield fd
 
     def shelf(self, vm: str) -> Shelf:
         """What is there about a VM. Raises BackupError where a later release has written what this one must know."""
@@ -143,23 +151,23 @@ class Repository:
             return Shelf()
         for entry in entries:
             path = os.path.join(directory, entry)
-            if entry.startswith(".") and entry.endswith(FAILED):
-                failure = read_document(path, Failure)
-                failures += [failure] if failure else []
-            elif entry.startswith(".") and entry.endswith(NOTE):
-                note = read_document(path, Consolidation)
-                notes += [note] if note else []
-            elif entry.startswith(".") and entry.endswith(STAGING):
-                intent = read_document(os.path.join(path, INTENT), Intent)
-                intents += [intent] if intent else []
-                manifest = read_document(os.path.join(path, MANIFEST), Manifest)
-                described |= {manifest.attempt} if manifest else set()
-            elif not entry.startswith("."):
+            if not entry.startswith("."):
                 found = self._manifest(os.path.join(path, MANIFEST))
                 if found and found.id == entry:
                     sets.append(found)
                 else:
                     strays.add(entry)
+            elif entry.endswith(FAILED):
+                failure = read_document(path, Failure)
+                failures += [failure] if failure else []
+            elif entry.endswith(NOTE):
+                note = read_document(path, Consolidation)
+                notes += [note] if note else []
+            elif entry.endswith(STAGING):
+                intent = read_document(os.path.join(path, INTENT), Intent)
+                intents += [intent] if intent else []
+                manifest = read_document(os.path.join(path, MANIFEST), Manifest)
+                described |= {manifest.attempt} if manifest else set()
         sets = [self._as_noted(found, notes) for found in sorted(sets, key=lambda found: found.sequence)]
         return Shelf(
             tuple(sets), tuple(intents), tuple(failures), tuple(notes), frozenset(described), frozenset(strays)
@@ -198,7 +206,7 @@ class Repository:
 
     def damage(self, manifest: Manifest, image: DiskImage) -> str:
         """What is wrong with an image's file, as far as its metadata tells; empty where nothing is."""
-        path = os.path.join(self.set_path(manifest.vm.name, manifest.id), image.image)
+        path = f"{self.set_path(manifest.vm.name, manifest.id)}/{image.image}"
         try:
             status = os.stat(path, follow_symlinks=False)
         except FileNotFoundError:
@@ -298,11 +306,13 @@ class Repository:
         directory = self.directory(vm)
         found = []
         for entry in sorted(os.listdir(directory)) if os.path.isdir(directory) else ():
+            if not entry.startswith("."):
+                continue
             path = os.path.join(directory, entry)
             half_written = entry.endswith(UNFINISHED)
             half_removed = entry.endswith(REMOVED)
             unclaimed = entry.endswith(STAGING) and not os.path.lexists(os.path.join(path, INTENT))
-            if entry.startswith(".") and (half_written or half_removed or unclaimed):
+            if half_written or half_removed or unclaimed:
                 found.append(path)
         return found
 
@@ -457,15 +467,27 @@ def _probe_lock(path: str) -> None:
 def read_document(path: str, kind: Any) -> Any:
     """A document; None where there is none, or one that is not whole. A newer schema is never skipped over."""
     try:
-        # Thousands are read at a time: neither a buffer nor a decoder is worth its while for one small file.
-        with open(path, "rb", buffering=0) as source:
-            return kind.parse(json.loads(source.readall()))
+        return kind.parse(json.loads(_content(path)))
     except NewerSchema as error:
         raise BackupError(f"{path}: {error}") from error
     except (FileNotFoundError, NotADirectoryError, ValueError):
         return None
     except OSError as error:
         raise BackupError(f"repository: {path} cannot be read: {error.strerror}") from error
+
+
+def _content(path: str) -> bytes:
+    """All of a small file. Thousands are read at a time, and a file object takes longer to make than such a file."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        parts: list[bytes] = []
+        while True:
+            part = os.read(fd, CHUNK)
+            if not part:
+                return b"".join(parts)
+            parts.append(part)
+    finally:
+        os.close(fd)
 
 
 def write_document(path: str, content: dict[str, Any], mode: int = 0o600) -> None:

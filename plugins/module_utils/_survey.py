@@ -21,7 +21,13 @@ from typing import TYPE_CHECKING
 from ansible_collections.vmfleet.backup.plugins.module_utils import _plan, _target
 from ansible_collections.vmfleet.backup.plugins.module_utils._chain import FULL, walk
 from ansible_collections.vmfleet.backup.plugins.module_utils._documents import Hypervisor
-from ansible_collections.vmfleet.backup.plugins.module_utils._errors import BackupError, MonitorGone, Refused, ToolError
+from ansible_collections.vmfleet.backup.plugins.module_utils._errors import (
+    BackupError,
+    MonitorGone,
+    Refused,
+    RepositoryHangs,
+    ToolError,
+)
 from ansible_collections.vmfleet.backup.plugins.module_utils._inspect import inspect_vm, machine_id, query_jobs
 from ansible_collections.vmfleet.backup.plugins.module_utils._library import BOOT, failed_sets
 from ansible_collections.vmfleet.backup.plugins.module_utils._marks import read_marks
@@ -36,7 +42,8 @@ if TYPE_CHECKING:
     from ansible_collections.vmfleet.backup.plugins.module_utils._documents import Intent, Manifest
     from ansible_collections.vmfleet.backup.plugins.module_utils._inspect import Disk, Vm
     from ansible_collections.vmfleet.backup.plugins.module_utils._plan import Policy
-    from ansible_collections.vmfleet.backup.plugins.module_utils._repository import Repository
+    from ansible_collections.vmfleet.backup.plugins.module_utils._repository import Repository, Shelf
+    from ansible_collections.vmfleet.backup.plugins.module_utils._watched import WatchedRepository
 
 AT_ONCE = 32
 """How many VMs are asked at the same time."""
@@ -124,6 +131,18 @@ async def _inspect(monitor: Monitor, name: str) -> Vm:
     vm = await inspect_vm(monitor, name)
     # In a repository a VM without a uuid is known by its name there, wherever that name comes from.
     return vm if vm.uuid else replace(vm, identity=f"{machine_id()}:{vm.name}")
+
+
+def with_shelf(
+    repository: Repository, facts: Facts, name: str, hypervisor: Hypervisor, damage: bool = True
+) -> tuple[Facts, Shelf]:
+    """What the repository holds about a VM, and the facts with what that adds to them; C(damage) is worth a look each.
+
+    Raises BackupError as Repository.shelf() does.
+    """
+    shelf = repository.shelf(name)
+    facts = with_dead(facts, shelf.intents, hypervisor)
+    return with_damage(facts, repository, shelf.sets) if damage else facts, shelf
 
 
 def with_damage(facts: Facts, repository: Repository, sets: Sequence[Manifest]) -> Facts:
@@ -214,6 +233,11 @@ class Room:
         return sum(self._repository.outstanding(intent) for intent in others)
 
 
+def space_in(repository: Repository, policy: Policy) -> Space:
+    """The space for new sets, of whatever VM."""
+    return Room(repository, policy).space()
+
+
 def short_of_space(repository: Repository, policy: Policy) -> str:
     """What is wrong with the free space for copies whose space could not be reserved; empty where nothing is."""
     status = os.statvfs(repository.path)
@@ -234,7 +258,7 @@ def _reservable(directory: str) -> bool:
 
 
 async def draw_up(
-    repository: Repository,
+    repository: WatchedRepository,
     requests: Iterable[Request],
     set_id: str,
     policy: Policy,
@@ -252,14 +276,15 @@ async def draw_up(
     async def plan_vm(request: Request) -> VmPlan:
         async with turns:
             facts = await look(request)
-            named = replace(request, name=_name(request, facts.vm, repository))
+            named = replace(request, name=await _name(request, facts.vm, repository))
             if facts.vm and facts.vm.process:
                 processes[request.monitor] = (facts.vm.process.pid, facts.vm.process.start)
             try:
-                shelf = repository.shelf(named.name)
+                facts, shelf = await repository.run(with_shelf, facts, named.name, terms.hypervisor)
+            except RepositoryHangs:
+                raise
             except BackupError as error:
                 return VmPlan(named.name, named.monitor, _plan.FAIL, str(error))
-            facts = with_damage(with_dead(facts, shelf.intents, terms.hypervisor), repository, shelf.sets)
             decision = _plan.decide(named, facts, shelf, terms)
             if not decision.links:
                 # Nothing is to be started, or the VM is off, and only what was begun is to be brought to its end.
@@ -269,7 +294,7 @@ async def draw_up(
             return replace(decision.plan, disks=disks)
 
     plans = _plan.refuse_twins(await asyncio.gather(*(plan_vm(request) for request in requests)), processes)
-    space, plans = _plan.fit_into(Room(repository, policy).space(), plans)
+    space, plans = _plan.fit_into(await repository.run(space_in, policy), plans)
     return Plan(
         repository=repository.path,
         create_repository=not repository.uuid,
@@ -282,9 +307,9 @@ async def draw_up(
     )
 
 
-def _name(request: Request, vm: Vm | None, repository: Repository) -> str:
+async def _name(request: Request, vm: Vm | None, repository: WatchedRepository) -> str:
     """What a VM is called; one that is off can only be known by a set that it was making, or by its monitor."""
     if request.name or vm is not None:
         return request.name or (vm.name if vm else "")
-    making = [intent.vm.name for intent in repository.intents() if intent.monitor == request.monitor]
+    making = [intent.vm.name for intent in await repository.intents() if intent.monitor == request.monitor]
     return making[0] if making else os.path.splitext(os.path.basename(request.monitor))[0]

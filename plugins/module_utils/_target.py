@@ -20,11 +20,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ansible_collections.vmfleet.backup.plugins.module_utils import _qemu_img
+from ansible_collections.vmfleet.backup.plugins.module_utils._calls import AT_ONCE
 from ansible_collections.vmfleet.backup.plugins.module_utils._errors import BackupError, ToolError
 
 if TYPE_CHECKING:
     from typing import IO, Any
 
+    from ansible_collections.vmfleet.backup.plugins.module_utils._calls import Calls
     from ansible_collections.vmfleet.backup.plugins.module_utils._inspect import Disk
 
 SECTOR = 512
@@ -105,30 +107,31 @@ async def create(
     backing: tuple[str, str] | None = None,
     pass_fds: tuple[int, ...] = (),
     made: dict[tuple[str, ...], Blank] | None = None,
+    calls: Calls = AT_ONCE,
 ) -> None:
     """Make a new image, readable by its owner only. FileExistsError where the path is taken, whatever stands there.
 
     C(made) remembers the images made: another one of the same kind is a copy, which spares the run of qemu-img.
+    C(calls) is how the target's file system is called.
     """
     options = {"compression_type": target.compression_type} if target.format == "qcow2" and target.compress else None
     kind = tuple(_qemu_img.create_command("", target.format, target.size, options, backing))
-    with _new_file(target.path) as image:
-        if target.format == "raw":
-            image.truncate(target.size)
-            return
-        if made is not None and kind in made:
-            made[kind].write(image)
-            return
+    blank = Blank(target.size, ()) if target.format == "raw" else (made or {}).get(kind)
+    await calls.run(_make_file, target.path, blank)
+    if blank:
+        return
     command = _qemu_img.create_command(target.path, target.format, target.size, options, backing)
     await _qemu_img.run(command, pass_fds=pass_fds)
     # Images of other formats have identifiers of their own.
     if made is not None and target.format == "qcow2":
-        made[kind] = Blank.of(target.path)
+        made[kind] = await calls.run(Blank.of, target.path)
 
 
-def _new_file(path: str) -> IO[bytes]:
+def _make_file(path: str, blank: Blank | None) -> None:
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
-    return open(os.open(path, flags, 0o600), "wb")
+    with open(os.open(path, flags, 0o600), "wb") as image:
+        if blank:
+            blank.write(image)
 
 
 def reserve(target: Target) -> bool:

@@ -81,9 +81,6 @@ sets:
     created:
       description: When it was begun (UTC).
       type: str
-    duration:
-      description: Seconds from its start to its end.
-      type: float
     bytes:
       description: The size of its images.
       type: int
@@ -91,15 +88,15 @@ sets:
       description: V(crash) or V(filesystem).
       type: str
     disks:
-      description: >-
-        The disks, each with C(name), C(level), C(reason), C(parent), C(image) (its path), C(virtual_size), C(bytes) and
-        C(chain) (how many images it is made of).
-      type: list
-      elements: dict
+      description: The sizes of its images, by the names of the disks.
+      type: dict
     parents:
-      description: The ids of the sets that it builds on directly.
+      description: The ids of the sets that it builds on directly. Empty where all its images are full ones.
       type: list
       elements: str
+    chain:
+      description: How many images a disk of it is made of. Where the disks differ, the most.
+      type: int
     broken:
       description: Why it cannot be restored whole. Empty where nothing is missing.
       type: str
@@ -139,7 +136,8 @@ from typing import TYPE_CHECKING
 
 from ansible.module_utils.basic import AnsibleModule
 
-from ansible_collections.vmfleet.backup.plugins.module_utils._errors import BackupError, run_module
+from ansible_collections.vmfleet.backup.plugins.module_utils._apart import run_apart
+from ansible_collections.vmfleet.backup.plugins.module_utils._errors import BackupError
 from ansible_collections.vmfleet.backup.plugins.module_utils._library import begun, holdings, leftovers, vm_names
 from ansible_collections.vmfleet.backup.plugins.module_utils._probe import probe_if_there
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository import open_repository
@@ -149,46 +147,36 @@ if TYPE_CHECKING:
 
     from ansible_collections.vmfleet.backup.plugins.module_utils._documents import Manifest, Verification
     from ansible_collections.vmfleet.backup.plugins.module_utils._library import Holdings
-    from ansible_collections.vmfleet.backup.plugins.module_utils._repository import Repository
 
 
-def chain_lengths(held: Holdings) -> dict[tuple[str, str], int]:
-    """How many images each disk of each set is made of."""
+def chain_lengths(held: Holdings) -> dict[str, int]:
+    """How many images a disk of each set is made of. Where its disks differ, the most."""
+    longest: dict[str, int] = {}
     lengths: dict[tuple[str, str], int] = {}
     for manifest in held.shelf.sets:
+        most = 0
         for disk in manifest.disks:
             below = lengths.get((disk.parent.id, disk.name), 0) if disk.parent else 0
             lengths[(manifest.id, disk.name)] = below + 1
-    return lengths
+            most = max(most, below + 1)
+        longest[manifest.id] = most
+    return longest
 
 
-def describe_set(
-    repository: Repository, held: Holdings, manifest: Manifest, lengths: dict[tuple[str, str], int], broken: str
-) -> dict[str, Any]:
-    directory = repository.set_path(held.name, manifest.id)
+def describe_set(held: Holdings, manifest: Manifest, chain: int, broken: str) -> dict[str, Any]:
+    # Ansible walks through every value twice, which takes longer than to read the manifests: what few ask for, such as
+    # why an image is a full one, is left to them.
     return {
         "vm": held.name,
         "id": manifest.id,
         "sequence": manifest.sequence,
         "level": manifest.level,
         "created": manifest.started,
-        "duration": manifest.duration,
         "bytes": manifest.bytes,
         "consistency": manifest.consistency,
-        "disks": [
-            {
-                "name": disk.name,
-                "level": disk.level,
-                "reason": disk.reason,
-                "parent": disk.parent.id if disk.parent else None,
-                "image": f"{directory}/{disk.image}",
-                "virtual_size": disk.virtual_size,
-                "bytes": disk.bytes,
-                "chain": lengths[(manifest.id, disk.name)],
-            }
-            for disk in manifest.disks
-        ],
+        "disks": {disk.name: disk.bytes for disk in manifest.disks},
         "parents": sorted({disk.parent.id for disk in manifest.disks if disk.parent}),
+        "chain": chain,
         "broken": broken,
         "verified": describe_verification(held.marks.verification(manifest)),
         "protected": held.marks.protected(manifest.id),
@@ -237,9 +225,9 @@ async def main_task(module: AnsibleModule) -> dict[str, Any]:
         except (BackupError, OSError) as error:
             errors.append(f"VM {name}: {error}")
             continue
-        lengths, broken = chain_lengths(held), held.broken_sets
+        chains, broken = chain_lengths(held), held.broken_sets
         own = [
-            describe_set(repository, held, manifest, lengths, broken.get(manifest.id, ""))
+            describe_set(held, manifest, chains[manifest.id], broken.get(manifest.id, ""))
             for manifest in reversed(held.shelf.sets)
         ]
         sets += own
@@ -265,7 +253,7 @@ def main() -> None:
         },
         supports_check_mode=True,
     )
-    run_module(module, main_task)
+    run_apart(module, main_task, module.params["repository"])
 
 
 if __name__ == "__main__":

@@ -282,8 +282,10 @@ from typing import TYPE_CHECKING
 
 from ansible.module_utils.basic import AnsibleModule
 
+from ansible_collections.vmfleet.backup.plugins.module_utils._apart import run_apart
+from ansible_collections.vmfleet.backup.plugins.module_utils._calls import WatchedCalls
 from ansible_collections.vmfleet.backup.plugins.module_utils._chain import AUTO, LEVELS
-from ansible_collections.vmfleet.backup.plugins.module_utils._errors import Refused, run_module
+from ansible_collections.vmfleet.backup.plugins.module_utils._errors import Refused
 from ansible_collections.vmfleet.backup.plugins.module_utils._names import check_set_id
 from ansible_collections.vmfleet.backup.plugins.module_utils._plan import (
     NONE,
@@ -293,10 +295,11 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._plan import (
     describe,
     reserve_bytes,
 )
-from ansible_collections.vmfleet.backup.plugins.module_utils._probe import probe_if_there
+from ansible_collections.vmfleet.backup.plugins.module_utils._probe import Watch, probe_if_there
 from ansible_collections.vmfleet.backup.plugins.module_utils._qmp import require_qmp
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository import find_repository
 from ansible_collections.vmfleet.backup.plugins.module_utils._survey import discover, draw_up, require_qemu_img
+from ansible_collections.vmfleet.backup.plugins.module_utils._watched import WatchedRepository
 
 if TYPE_CHECKING:
     from typing import Any
@@ -345,9 +348,10 @@ async def main_task(module: AnsibleModule) -> dict[str, Any]:
     wanted, warnings = discover(requests(params), params["sockets"] or (), _request(params, {}))
     require_qemu_img()
     await probe_if_there(params["repository"], writing=True)
-    repository = find_repository(params["repository"], params["create_repository"])
     orders = {name: params[name] for name in ORDERS}
-    plan = await draw_up(repository, wanted, set_id, how, warnings, orders)
+    async with WatchedCalls(Watch(params["repository"], writing=True)) as calls:
+        repository = await calls.run(find_repository, params["repository"], params["create_repository"])
+        plan = await draw_up(WatchedRepository(repository, calls), wanted, set_id, how, warnings, orders)
     for warning in warnings:
         module.warn(warning)
     text = describe(plan)
@@ -395,7 +399,7 @@ def main() -> None:
         argument_spec=argument_spec(), required_one_of=[("vms", "sockets")], supports_check_mode=True
     )
     require_qmp(module)
-    run_module(module, main_task)
+    run_apart(module, main_task)
 
 
 if __name__ == "__main__":

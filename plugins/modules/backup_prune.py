@@ -159,7 +159,8 @@ from typing import TYPE_CHECKING
 
 from ansible.module_utils.basic import AnsibleModule
 
-from ansible_collections.vmfleet.backup.plugins.module_utils._errors import BackupError, Refused, run_module
+from ansible_collections.vmfleet.backup.plugins.module_utils._apart import run_apart
+from ansible_collections.vmfleet.backup.plugins.module_utils._errors import BackupError, Refused
 from ansible_collections.vmfleet.backup.plugins.module_utils._library import vm_names
 from ansible_collections.vmfleet.backup.plugins.module_utils._probe import probe_if_there
 from ansible_collections.vmfleet.backup.plugins.module_utils._prune import Order, prune
@@ -294,7 +295,7 @@ def main() -> None:
         },
         supports_check_mode=True,
     )
-    run_module(module, main_task)
+    run_apart(module, main_task, module.params["repository"], writing=not module.check_mode)
 
 
 if __name__ == "__main__":

@@ -194,7 +194,8 @@ from typing import TYPE_CHECKING
 
 from ansible.module_utils.basic import AnsibleModule
 
-from ansible_collections.vmfleet.backup.plugins.module_utils._errors import Refused, run_module
+from ansible_collections.vmfleet.backup.plugins.module_utils._apart import run_apart
+from ansible_collections.vmfleet.backup.plugins.module_utils._errors import Refused
 from ansible_collections.vmfleet.backup.plugins.module_utils._library import holdings
 from ansible_collections.vmfleet.backup.plugins.module_utils._names import image_files
 from ansible_collections.vmfleet.backup.plugins.module_utils._probe import probe_if_there
@@ -323,7 +324,7 @@ def main() -> None:
         required_one_of=[("directory", "disks")],
         supports_check_mode=True,
     )
-    run_module(module, main_task)
+    run_apart(module, main_task, module.params["repository"], writing=not module.check_mode)
 
 
 if __name__ == "__main__":

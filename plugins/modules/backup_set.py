@@ -271,8 +271,10 @@ from typing import TYPE_CHECKING
 
 from ansible.module_utils.basic import AnsibleModule
 
+from ansible_collections.vmfleet.backup.plugins.module_utils._apart import run_apart
+from ansible_collections.vmfleet.backup.plugins.module_utils._calls import WatchedCalls
 from ansible_collections.vmfleet.backup.plugins.module_utils._engine import Engine, Settings, of_names
-from ansible_collections.vmfleet.backup.plugins.module_utils._errors import BackupError, Refused, run_module
+from ansible_collections.vmfleet.backup.plugins.module_utils._errors import BackupError, Refused
 from ansible_collections.vmfleet.backup.plugins.module_utils._outcome import (
     STOPPING,
     UNFINISHED,
@@ -283,7 +285,7 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._outcome import (
     summarize,
 )
 from ansible_collections.vmfleet.backup.plugins.module_utils._plan import parse_plan
-from ansible_collections.vmfleet.backup.plugins.module_utils._probe import probe_if_there
+from ansible_collections.vmfleet.backup.plugins.module_utils._probe import Watch, probe_if_there
 from ansible_collections.vmfleet.backup.plugins.module_utils._qmp import require_qmp
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository import (
     create_repository,
@@ -292,6 +294,7 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._repository import 
     remove_half_made,
 )
 from ansible_collections.vmfleet.backup.plugins.module_utils._survey import require_qemu_img
+from ansible_collections.vmfleet.backup.plugins.module_utils._watched import WatchedRepository
 
 if TYPE_CHECKING:
     from typing import Any
@@ -300,23 +303,22 @@ if TYPE_CHECKING:
     from ansible_collections.vmfleet.backup.plugins.module_utils._repository import Repository
 
 
-async def places(module: AnsibleModule) -> tuple[Repository, Plan, bool]:
+async def places(module: AnsibleModule, plan: Plan | None, calls: WatchedCalls) -> tuple[Repository, Plan, bool]:
     """The repository, the plan, and whether the repository had to be made."""
-    if module.params["plan"] is None:
-        await probe_if_there(module.params["repository"], writing=True)
-        repository = open_repository(module.params["repository"])
-        return repository, of_names(repository, module.params["names"]), False
-    plan = parse_plan(module.params["plan"])
-    await probe_if_there(plan.repository, writing=True)
-    repository = find_repository(plan.repository, plan.create_repository)
+    path = calls.watch.path
+    await probe_if_there(path, writing=True)
+    if plan is None:
+        repository = await calls.run(open_repository, path)
+        return repository, await calls.run(of_names, repository, module.params["names"]), False
+    repository = await calls.run(find_repository, path, plan.create_repository)
     if module.params["state"] in STOPPING:
         return repository, plan, False
     if module.check_mode:
         return repository, plan, not repository.uuid
     if repository.uuid:
-        remove_half_made(plan.repository)
+        await calls.run(remove_half_made, path)
         return repository, plan, False
-    return create_repository(plan.repository), plan, True
+    return await calls.run(create_repository, path), plan, True
 
 
 def check_options(params: dict[str, Any]) -> None:
@@ -331,7 +333,6 @@ def check_options(params: dict[str, Any]) -> None:
 async def main_task(module: AnsibleModule) -> dict[str, Any]:
     check_options(module.params)
     require_qemu_img()
-    repository, plan, created = await places(module)
     names = (
         "state",
         "max_vms",
@@ -345,8 +346,12 @@ async def main_task(module: AnsibleModule) -> dict[str, Any]:
         "adopt",
     )
     settings = Settings(check_mode=module.check_mode, **{name: module.params[name] for name in names})
-    engine = Engine(repository, plan, settings)
-    outcomes = await engine.run()
+    given = None if module.params["plan"] is None else parse_plan(module.params["plan"])
+    path = given.repository if given else module.params["repository"]
+    async with WatchedCalls(Watch(path, writing=not module.check_mode)) as calls:
+        repository, plan, created = await places(module, given, calls)
+        engine = Engine(WatchedRepository(repository, calls), plan, settings)
+        outcomes = await engine.run()
     for outcome in outcomes:
         for warning in outcome.warnings:
             module.warn(f"{outcome.name}: {warning}")
@@ -394,7 +399,7 @@ def main() -> None:
         supports_check_mode=True,
     )
     require_qmp(module)
-    run_module(module, main_task)
+    run_apart(module, main_task)
 
 
 if __name__ == "__main__":

@@ -2,56 +2,277 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Kills a process right before the n-th step of a module.
+"""Kills a module, or others with it, at a point of its choice where it touches the world.
 
-A step is a call that changes something outside the module's process: files, QEMU, child processes. The kill comes right
-before it, so that n = 1, 2, 3... visits every state that a crash can leave.
+The world is what outlives the module: files, QEMU, the guest, child processes. It is touched by steps, and what changes
+nothing (a query, a file that is read) is none. A step's point has a name that says what is done, and where in the
+collection that was asked for: `_repository.publish > _target.sync_directory: fsync`. The steps are seen from outside,
+by Python's own audit events (PEP 578) and a few functions that are replaced in the module's process.
 """
 
 from __future__ import annotations
 
 import asyncio
+import dataclasses
+import itertools
+import json
+import mmap
 import os
+import select
 import signal
+import socket
+import subprocess
 import sys
-import threading
 import typing as t
+from pathlib import Path
+
+from ansible_collections.vmfleet.backup.plugins.module_utils import _qmp
 
 if t.TYPE_CHECKING:
-    from types import FrameType
+    from types import CodeType, FrameType
 
-FILES = frozenset({"fsync", "ftruncate", "link", "mkdir", "open", "rename", "replace", "truncate", "unlink"})
+MODULE = 0
+ASKER = -1
+"""Stand among the victims for the module, and for the one whose step it is: the module, or the guard of its guest."""
+
+BEFORE = "before"
+AFTER = "after"
+"""Right after is another moment than right before the next step where others act by themselves from then on."""
+
+ROOMS = frozenset(
+    {
+        *("_agent", "_guard", "_jobs", "_lock", "_marks", "_probe"),
+        *("_qemu_img", "_receipt", "_repository", "_survey", "_target"),
+    }
+)
+"""What the engines work with. A point is named by these, for they stay as they are when an engine is built anew."""
+
+COLLECTION = str(Path(_qmp.__file__).parent)
+
+# Names of audit events that begin with "os." and change nothing that outlives the process. All others are steps.
+HARMLESS = frozenset(
+    f"os.{name}" for name in ("chdir", "getxattr", "listdir", "listxattr", "putenv", "scandir", "unsetenv", "walk")
+)
+# C functions that change nothing either.
+HARMLESS_IN_C = frozenset({"sync_file_range"})
+# What only asks: QEMU, an agent, qemu-img.
+QUESTIONS = ("query-", "qom-", "qmp_capabilities", "guest-sync", "guest-info", "guest-fsfreeze-status")
+READERS = frozenset({"check", "compare", "info", "map", "measure"})
 
 
-def _is_step(function: t.Any, frame: FrameType) -> bool:
-    name = getattr(function, "__name__", "")
-    if name in FILES:
-        return bool(function.__module__ == "posix")
-    if name == "send":
-        # What asyncio is about to send is the argument of the frame that calls; a query changes nothing.
-        data = bytes(frame.f_locals.get("data", b""))
-        return b"execute" in data and b'"query-' not in data
-    return name in {"fork", "fork_exec", "sendmsg"}
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """Where to strike: at the n-th hit of the point of this name."""
+
+    name: str
+    hit: int = 1
+    moment: str = BEFORE
+
+    def __str__(self) -> str:
+        return f"{self.moment} {self.name}" + (f" (hit {self.hit})" if self.hit > 1 else "")
 
 
-def arm(step: int, victim: int) -> None:
-    """Count the steps of this process from asyncio.run on, and kill the process `victim` at this one."""
-    left = step
+def arm(at: int | Point = 0, victims: t.Sequence[int] = (MODULE,), record: Path | None = None) -> None:
+    """Kill the victims right before the n-th step of this process, or at a point; write down every point in `record`.
+
+    From asyncio.run on: before, there are only imports and the reading of arguments.
+    """
     run = asyncio.run
 
-    def profile(frame: FrameType, event: str, argument: t.Any) -> None:
-        nonlocal left
-        if event == "c_call" and _is_step(argument, frame):
-            left -= 1
-            if left == 0:
-                os.kill(victim, signal.SIGKILL)
-
     def run_watched(*args: t.Any, **kwargs: t.Any) -> t.Any:
-        # From here on: before, there are only imports and the reading of arguments.
-        threading.setprofile(profile)
-        sys.setprofile(profile)
+        _Watch(at, victims, record).begin()
         return run(*args, **kwargs)
 
     asyncio.run = run_watched
-    # The steps of its children are not the module's.
-    os.register_at_fork(after_in_child=lambda: sys.setprofile(None))
+
+
+def read(record: Path) -> list[Point]:
+    """The points that were hit, in their order."""
+    hits: dict[tuple[str, str], t.Iterator[int]] = {}
+    found = []
+    for line in record.read_text().splitlines():
+        moment, name = line.split(" ", 1)
+        found.append(Point(name, next(hits.setdefault((moment, name), itertools.count(1))), moment))
+    return found
+
+
+class _Watch:
+    def __init__(self, at: int | Point, victims: t.Sequence[int], record: Path | None) -> None:
+        self._at = at
+        self._victims = victims
+        self._record = str(record) if record else ""
+        self._module = os.getpid()
+        self._active = True
+        self._struck = mmap.mmap(-1, 1)
+        """Not 0 once the victims are dead. A guard has this in common with the module, which may do its work then."""
+        self._steps = itertools.count(1)
+        self._hits: dict[tuple[str, str], t.Iterator[int]] = {}
+        self._askers: dict[str, str] = {}
+        """Where the QMP commands were asked for that are on their way, by their names: a task of its own sends them."""
+
+    def begin(self) -> None:
+        sys.dont_write_bytecode = True
+        sys.addaudithook(self._hear)
+        os.register_at_fork(after_in_parent=lambda: self._step("fork", AFTER), after_in_child=self._in_child)
+        for name in ("fsync", "pwrite"):
+            self._announce(os, name)
+        self._announce_commands()
+        self._announce_messages("send")
+        self._announce_messages("sendall")
+        self._announce_programs()
+
+    # What is a step
+
+    def _hear(self, event: str, args: tuple[t.Any, ...]) -> None:
+        """An audit event: something is about to be done."""
+        if not self._active:
+            return
+        if event == "open":
+            path, _mode, flags = args
+            if isinstance(path, str) and flags & (os.O_CREAT | os.O_TRUNC) and path != self._record:
+                self._step("create")
+        elif event == "ctypes.dlsym":
+            # Looked up only to be called at once.
+            if args[1] not in HARMLESS_IN_C:
+                self._step(str(args[1]))
+        elif event == "socket.sendmsg":
+            self._step("pass a file")
+        elif event.startswith("os.") and event not in HARMLESS:
+            self._step(event[len("os.") :])
+
+    def _announce(self, place: t.Any, name: str) -> None:
+        function = getattr(place, name)
+
+        def announced(*args: t.Any, **kwargs: t.Any) -> t.Any:
+            self._step(name)
+            return function(*args, **kwargs)
+
+        setattr(place, name, announced)
+
+    def _announce_commands(self) -> None:
+        execute = _qmp.Monitor.execute
+
+        async def announced(monitor: t.Any, command: str, arguments: t.Any = None) -> t.Any:
+            self._askers[command] = _place()
+            return await execute(monitor, command, arguments)
+
+        _qmp.Monitor.execute = announced
+
+    def _announce_messages(self, name: str) -> None:
+        """What is said to QEMU and to agents. Behind the message, they do as told, whoever lives to hear the answer."""
+        function = getattr(socket.socket, name)
+
+        def announced(connection: socket.socket, data: t.Any, *args: t.Any) -> t.Any:
+            command = _command(bytes(data))
+            if not command:
+                return function(connection, data, *args)
+            self._step(command, place=self._askers.get(command))
+            sent = function(connection, data, *args)
+            self._step(command, AFTER, self._askers.get(command))
+            return sent
+
+        setattr(socket.socket, name, announced)
+
+    def _announce_programs(self) -> None:
+        """Programs work on by themselves."""
+        start = subprocess.Popen.__init__
+
+        def announced(process: t.Any, command: t.Sequence[str], *args: t.Any, **kwargs: t.Any) -> None:
+            program = _program(command)
+            if program:
+                self._step(program)
+            start(process, command, *args, **kwargs)
+            if program:
+                self._step(program, AFTER)
+
+        subprocess.Popen.__init__ = announced
+
+    def _in_child(self) -> None:
+        """A guard goes on touching the guest. What a probe does is seen by nobody."""
+        self._active = self._active and "_guard." in _place()
+
+    # What comes of it
+
+    def _step(self, operation: str, moment: str = BEFORE, place: str | None = None) -> None:
+        place = place or _place()
+        if not self._active or not place:
+            return
+        name = f"{place}: {operation}"
+        here: set[int | Point] = {Point(name, next(self._hits.setdefault((moment, name), itertools.count(1))), moment)}
+        if moment == BEFORE and os.getpid() == self._module:
+            here.add(next(self._steps))
+        if self._record:
+            # A guard closes all files but its own: this one cannot be kept open.
+            with open(self._record, "a", encoding="utf-8") as record:
+                record.write(f"{moment} {name}\n")
+        if self._at in here and not self._struck[0]:
+            self._struck[0] = 1
+            self._strike()
+
+    def _strike(self) -> None:
+        me = os.getpid()
+        pids = {me if victim == ASKER else self._module if victim == MODULE else victim for victim in self._victims}
+        for pid in pids - {me}:
+            _kill(pid)
+        if me in pids:
+            os.kill(me, signal.SIGKILL)
+
+
+def _kill(pid: int) -> None:
+    """Kill another process; it is dead when this returns."""
+    process = os.pidfd_open(pid)
+    signal.pidfd_send_signal(process, signal.SIGKILL)
+    select.select([process], [], [])
+    os.close(process)
+
+
+def _command(data: bytes) -> str:
+    """The command in a message to QEMU or an agent; empty where it is none, or asks only."""
+    try:
+        command = str(json.loads(data.lstrip(b"\xff"))["execute"])
+    except (ValueError, KeyError, TypeError):
+        return ""
+    return "" if command.startswith(QUESTIONS) else command
+
+
+def _program(command: t.Sequence[str]) -> str:
+    """What is run; empty for what only reads."""
+    words = [os.path.basename(word) for word in command]
+    if "qemu-img" not in words:
+        return words[0]
+    verb = words[words.index("qemu-img") + 1]
+    return "" if verb in READERS or "help" in words else f"qemu-img {verb}"
+
+
+def _place() -> str:
+    """The rooms that a step comes through, each with the function by which it was entered; empty outside of all.
+
+    Where an engine takes a step itself, it is that function of the engine.
+    """
+    chain: list[tuple[str, str]] = []
+    frame: FrameType | None = sys._getframe(1)
+    engine = ""
+    while frame:
+        room, function = _room(frame.f_code)
+        if room in ROOMS:
+            if chain and chain[-1][0] == room:
+                chain.pop()
+            chain.append((room, function))
+        elif room == "_apart":
+            # The process that waits for the one that works does nothing of its own.
+            return ""
+        elif room and room != "_qmp":
+            engine = f"{room}.{function}"
+            break
+        frame = frame.f_back
+    return " > ".join(f"{room}.{function}" for room, function in reversed(chain)) or engine
+
+
+def _room(code: CodeType) -> tuple[str, str]:
+    """The file of the collection's module code and its function; empty for all other code, and what has no name."""
+    directory, _, file = code.co_filename.rpartition("/")
+    if directory != COLLECTION or code.co_name.startswith("<"):
+        return "", ""
+    # What is special to a class is known by the class: `Freezer`, not `__aenter__`.
+    name = code.co_qualname.split(".")[-2] if code.co_name.startswith("__") else code.co_name
+    return file[: -len(".py")], name

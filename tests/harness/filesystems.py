@@ -10,18 +10,27 @@ import ctypes
 import errno
 import os
 import subprocess
+import typing as t
 from pathlib import Path
 
 from ansible_collections.vmfleet.backup.tests.harness.images import MIB
+
+if t.TYPE_CHECKING:
+    from collections.abc import Sequence
 
 FILLER = "somebody-elses-data"
 
 MS_REMOUNT = 32
 
 
-def _run(*command: str | Path) -> str:
+def _run(*command: str | Path, pass_fds: Sequence[int] = ()) -> str:
     done = subprocess.run(
-        [str(part) for part in command], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+        [str(part) for part in command],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+        pass_fds=pass_fds,
     )
     assert done.returncode == 0, f"{command}: {done.stderr}"
     return done.stdout.strip()
@@ -120,3 +129,30 @@ class LoopDevice:
 
     def __exit__(self, *exc: object) -> None:
         _run("losetup", "--detach", self.path)
+
+
+class DeadServer:
+    """A mount whose server, of FUSE, says nothing: not even statvfs comes back from it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._fd = -1
+        self._mounted = False
+
+    def __enter__(self) -> DeadServer:
+        self._fd = os.open("/dev/fuse", os.O_RDWR)
+        options = f"fd={self._fd},rootmode=40000,user_id=0,group_id=0"
+        _run("mount", "-i", "-t", "fuse", "-o", options, "none", self.path, pass_fds=[self._fd])
+        self._mounted = True
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.unmount()
+        os.close(self._fd)
+
+    def unmount(self) -> None:
+        """As the message of a probe says."""
+        # To ask the path whether it is mounted would hang.
+        if self._mounted:
+            _run("umount", "--force", "--lazy", self.path)
+            self._mounted = False

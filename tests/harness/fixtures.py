@@ -100,8 +100,8 @@ def start_module() -> t.Iterator[t.Callable[..., ModuleProcess]]:
     """Starts modules that the test kills, or runs side by side."""
     started: list[ModuleProcess] = []
 
-    def start(name: str, args: dict[str, t.Any], crash_at: int = 0, victim: int = 0) -> ModuleProcess:
-        started.append(ModuleProcess(name, args, crash_at=crash_at, victim=victim))
+    def start(name: str, args: dict[str, t.Any], **options: t.Any) -> ModuleProcess:
+        started.append(ModuleProcess(name, args, **options))
         return started[-1]
 
     yield start

@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
-import os
 import signal
 import sys
 import typing as t
@@ -39,10 +38,11 @@ class ModuleProcess:
         args: dict[str, t.Any],
         check: bool = False,
         diff: bool = False,
-        crash_at: int = 0,
-        victim: int = 0,
+        crash_at: int | crash.Point = 0,
+        victims: t.Sequence[int] = (crash.MODULE,),
+        record: Path | None = None,
     ) -> None:
-        """`crash_at` kills it, or else the process `victim`, right before that step (see crash.py)."""
+        """`crash_at` kills it, or else the `victims`, and `record` gets all points where that is possible."""
         self.name = name
         for each in NAMES:
             importlib.import_module(f"{PACKAGE}.{each}")
@@ -50,8 +50,8 @@ class ModuleProcess:
 
         def main() -> None:
             sys.argv = [str(module.__file__)]
-            if crash_at:
-                crash.arm(crash_at, victim or os.getpid())
+            if crash_at or record:
+                crash.arm(crash_at, victims, record)
             module.main()
 
         self._process = Fork(main, module_input(args, check, diff).encode())
@@ -74,12 +74,15 @@ class ModuleProcess:
 
     @property
     def open_files(self) -> set[Path]:
-        """What it has open in this moment."""
+        """What it, or its child that does the work, has open in this moment."""
         found = set()
-        for fd in Path(f"/proc/{self._process.pid}/fd").iterdir():
-            # Some are closed before we get to them.
+        children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
+        for pid in (self.pid, *children):
+            # Some are closed, and some children gone, before we get to them.
             with contextlib.suppress(FileNotFoundError):
-                found.add(fd.readlink())
+                for fd in Path(f"/proc/{pid}/fd").iterdir():
+                    with contextlib.suppress(FileNotFoundError):
+                        found.add(fd.readlink())
         return found
 
     def signal(self, number: int) -> None:

@@ -19,6 +19,7 @@ import shutil
 import time
 import typing as t
 
+from ansible_collections.vmfleet.backup.tests.harness.crash import MODULE
 from ansible_collections.vmfleet.backup.tests.harness.fixtures import leftovers
 from ansible_collections.vmfleet.backup.tests.harness.images import MIB, identical, qemu_img, sound
 from ansible_collections.vmfleet.backup.tests.harness.modules import run_module
@@ -559,15 +560,15 @@ class Torture:
         set_id = self._next_id()
         self.machine.release()
         step = self.chance.randint(1, STEPS)
-        victim = self.vm.pid if self.chance.random() < 0.3 else 0
-        print(f"  {'QEMU' if victim else 'the module'} is killed at step {step}")
+        victim = self.vm.pid if self.chance.random() < 0.3 else MODULE
+        print(f"  {'the module' if victim == MODULE else 'QEMU'} is killed at step {step}")
         planned = self._plan(set_id)
-        process = self._start("backup_set", {"plan": planned["plan"]}, crash_at=step, victim=victim)
+        process = self._start("backup_set", {"plan": planned["plan"]}, crash_at=step, victims=[victim])
         process.wait()
         if not process.killed:
             self._told(process.result())
         self._truth.note()
-        if not victim and self.chance.random() < 0.3:
+        if victim == MODULE and self.chance.random() < 0.3:
             self.machine.end(kill=True)
         self._recover(set_id)
 

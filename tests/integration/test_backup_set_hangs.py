@@ -11,15 +11,28 @@ import json
 import os
 import signal
 import subprocess
+import time
 import typing as t
 
 import pytest
 
-from ansible_collections.vmfleet.backup.plugins.module_utils import _engine, _jobs, _probe, _qmp
+from ansible_collections.vmfleet.backup.plugins.module_utils import (
+    _attempt,
+    _calls,
+    _engine,
+    _jobs,
+    _probe,
+    _qmp,
+    _repository,
+    _survey,
+    _target,
+)
 from ansible_collections.vmfleet.backup.tests.harness.backup import release
+from ansible_collections.vmfleet.backup.tests.harness.filesystems import DeadServer
 from ansible_collections.vmfleet.backup.tests.harness.guest import Guest
 from ansible_collections.vmfleet.backup.tests.harness.images import MIB
 from ansible_collections.vmfleet.backup.tests.harness.modules import fail, succeed
+from ansible_collections.vmfleet.backup.tests.harness.moments import Moment
 from ansible_collections.vmfleet.backup.tests.harness.qemu import wait_until
 from ansible_collections.vmfleet.backup.tests.harness.sets import ID, Sets, result_of
 
@@ -45,6 +58,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Modules are forks of this process: they do not wait long for what never comes."""
     monkeypatch.setattr(_probe, "TIMEOUT", 5.0)
     monkeypatch.setattr(_probe, "INTERVAL", 0.2)
+    monkeypatch.setattr(_calls, "MOMENT", 0.2)
     monkeypatch.setattr(_qmp, "CONNECT_TIMEOUT", 3.0)
     monkeypatch.setattr(_jobs, "SETTLE_TIMEOUT", 2.0)
     monkeypatch.setattr(_engine, "UNREACHABLE_PATIENCE", 1.0)
@@ -184,6 +198,134 @@ def test_a_guest_in_the_middle_of_a_copy_goes_on_when_the_repository_is_back(
         assert guest.block_jobs == []
         assert guest.fdsets == []
         sets.assert_tidy("guest")
+
+
+def is_copying(_repository: t.Any, intent: t.Any) -> bool:
+    return bool(intent.phase == "copying")
+
+
+# Whatever comes first of what two VMs do there at the same time.
+MOMENTS = {
+    "lock": (_repository, "_probe_lock"),
+    "begin": (_repository.Repository, "begin"),
+    "make an image": (_target, "_make_file"),
+    "reserve": (_target, "reserve"),
+    "hand over": (_jobs, "open_pair"),
+    "right after the start": (_repository.Repository, "update", is_copying),
+    "finish": (_attempt, "finish_image"),
+    "describe": (_repository.Repository, "describe"),
+    "publish": (_repository.Repository, "publish"),
+}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_the_repository_hangs_from_a_moment_on(
+    vms: Vms,
+    directory: Path,
+    mounted: FileSystem,
+    sets: Sets,
+    start_module: Start,
+    monkeypatch: pytest.MonkeyPatch,
+    moment: str,
+) -> None:
+    vm, other = vms.start(name="web01"), vms.start(vms.disk(1), name="web02")
+    copies = {each.monitor.stem: copy_of(each, directory) for each in (vm, other)}
+    plan = sets.plan(vm, other)["plan"]
+    there = Moment(monkeypatch, directory, *MOMENTS[moment])
+    process = start_module("backup_set", {"plan": plan})
+    with there.reached(frozen(mounted)):
+        result = process.result()
+        assert result["rc"] == 1
+        assert not process.running
+        for each in (vm, other):
+            found = result_of(result, each.monitor.stem)
+            assert found["state"] == "failed"
+            assert "its file system hangs" in found["error"]
+        # Nobody is left on the monitors.
+        monitors = [str(each.monitor) for each in (vm, other)]
+        shown = succeed("vm_info", {"monitors": monitors})["vms"]
+        assert [one["status"] for one in shown] == ["running", "running"]
+    succeed("backup_set", {"plan": sets.plan(vm, other)["plan"]})
+    for name, frozen_copies in copies.items():
+        sets.assert_good(name, frozen_copies)
+
+
+def test_the_repository_does_not_answer_any_more_while_jobs_copy(
+    vm: Qemu, directory: Path, sets: Sets, start_module: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copies = copy_of(vm, directory)
+    # Slow enough to be seen at work, and not so slow that its jobs are left alone.
+    process = start_module("backup_set", {"plan": sets.plan(vm, speed="2M")["plan"]})
+    wait_for_copies(sets, "vm")
+    with DeadServer(sets.path):
+        result = process.result()
+        assert "its file system hangs" in result["msg"]
+        assert "its jobs were cancelled" in result["msg"]
+        assert not process.running
+        # What QEMU has open is not what hangs here.
+        wait_until(lambda: vm.job["status"] == "concluded", "the end of the job")
+    monkeypatch.undo()
+    sets.back_up(vm)
+    sets.assert_good("vm", copies)
+
+
+@pytest.mark.parametrize("name", ["backup_plan", "backup_info", "backup_verify", "backup_prune", "backup_restore"])
+def test_others_that_look_into_the_repository(
+    vm: Qemu, directory: Path, sets: Sets, start_module: Start, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    sets.back_up(vm)
+    repository = {"repository": str(sets.path)}
+    options = {
+        "backup_plan": sets.arguments(vm, id="s2"),
+        "backup_prune": {**repository, "keep_last": 1},
+        "backup_restore": {**repository, "vm": "vm", "directory": str(directory)},
+    }
+    there = Moment(monkeypatch, directory, _repository.Repository, "shelf")
+    process = start_module(name, options.get(name, repository))
+    with there.reached(DeadServer(sets.path)):
+        result = process.result()
+        assert result["rc"] == 1
+        assert "its file system hangs" in result["msg"]
+        assert succeed("vm_info", {"monitors": [str(vm.monitor)]})["vms"][0]["status"] == "running"
+    succeed(name, options.get(name, repository))
+
+
+@pytest.mark.parametrize(
+    ("name", "place", "function"), [("backup_plan", _survey, "space_in"), ("backup_prune", _repository, "_probe_lock")]
+)
+def test_others_that_write_into_the_repository(
+    vm: Qemu,
+    directory: Path,
+    mounted: FileSystem,
+    sets: Sets,
+    start_module: Start,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    place: t.Any,
+    function: str,
+) -> None:
+    sets.back_up(vm)
+    args = sets.arguments(vm, id="s2") if name == "backup_plan" else {"repository": str(sets.path), "keep_last": 1}
+    there = Moment(monkeypatch, directory, place, function)
+    process = start_module(name, args)
+    with there.reached(frozen(mounted)):
+        assert "its file system hangs" in process.result()["msg"]
+        assert not process.running
+    succeed(name, args)
+
+
+def test_what_takes_long_in_a_repository_that_answers_is_not_cut_off(
+    vm: Qemu, sets: Sets, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shelf = _repository.Repository.shelf
+
+    def slow_shelf(*args: t.Any) -> t.Any:
+        time.sleep(10 * _calls.MOMENT)
+        return shelf(*args)
+
+    monkeypatch.setattr(_repository.Repository, "shelf", slow_shelf)
+    sets.back_up(vm)
+    assert len(succeed("backup_info", {"repository": str(sets.path)})["sets"]) == 1
 
 
 def test_neither_repository_nor_monitor_answer(

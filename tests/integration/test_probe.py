@@ -18,6 +18,7 @@ import pytest
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._errors import BackupError
 from ansible_collections.vmfleet.backup.plugins.module_utils._probe import Watch, probe
+from ansible_collections.vmfleet.backup.tests.harness.filesystems import DeadServer
 from ansible_collections.vmfleet.backup.tests.harness.images import MIB
 from ansible_collections.vmfleet.backup.tests.harness.qemu import PATIENCE, wait_until
 
@@ -82,35 +83,13 @@ def _no_children() -> bool:
     return not children()
 
 
-class DeadServer:
-    """A mount whose server, of FUSE, says nothing: not even statvfs comes back from it."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._fd = os.open("/dev/fuse", os.O_RDWR)
-        options = f"fd={self._fd},rootmode=40000,user_id=0,group_id=0"
-        _run("mount", "-i", "-t", "fuse", "-o", options, "none", path, pass_fds=[self._fd])
-        self._mounted = True
-
-    def unmount(self) -> None:
-        """As the message of a probe says."""
-        # To ask the path whether it is mounted would hang.
-        if self._mounted:
-            _run("umount", "--force", "--lazy", self.path)
-            self._mounted = False
-
-    def close(self) -> None:
-        self.unmount()
-        os.close(self._fd)
-
-
 @pytest.fixture
 def dead_server(directory: Path) -> t.Iterator[DeadServer]:
     """A mount that hangs, whatever one wants of it."""
     if os.geteuid() != 0 or not os.path.exists("/dev/fuse"):
         pytest.skip("mounting FUSE needs root and the kernel's part of it")
     (directory / "mnt").mkdir()
-    with contextlib.closing(DeadServer(directory / "mnt")) as server:
+    with DeadServer(directory / "mnt") as server:
         yield server
     wait_until(_no_children, "the end of the children that were left behind")
 

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import fcntl
 import itertools
-import os
-import random
 import time
 import typing as t
 from pathlib import Path
 
 import pytest
 
+from ansible_collections.vmfleet.backup.tests.harness import crash
 from ansible_collections.vmfleet.backup.tests.harness.backup import (
     SLOW,
     arguments,
@@ -31,6 +30,7 @@ from ansible_collections.vmfleet.backup.tests.harness.backup import (
     wait_concluded,
 )
 from ansible_collections.vmfleet.backup.tests.harness.images import MIB, create, identical
+from ansible_collections.vmfleet.backup.tests.harness.matrix import WHOLE, assert_listed, deal, dice
 from ansible_collections.vmfleet.backup.tests.harness.modules import succeed
 from ansible_collections.vmfleet.backup.tests.harness.qemu import wait_until
 
@@ -41,35 +41,120 @@ if t.TYPE_CHECKING:
 
 pytestmark = pytest.mark.usefixtures("clean")
 
-# The steps of a call are dealt out to so many tests, that these can run side by side.
+# The points, by what is done there, and in what calls that is done.
+LOCK = {
+    "_lock.locked: mkdir",
+    "_lock.locked: create",
+}
+BEGIN = {
+    "_receipt.sweep > _target.remove: remove",
+    "_receipt.create > _target.remove: remove",
+    "_receipt.create: create",
+    "_receipt.create: pwrite",
+    "_receipt.create: truncate",
+    "_receipt.create: fsync",
+    "_receipt.create: link",
+    "_receipt.create > _target.sync_directory: fsync",
+    "_target.create: create",
+    "_target.create > _qemu_img.run: qemu-img create",
+    "_target.reserve: fallocate",
+    "_receipt.update: create",
+    "_receipt.update: pwrite",
+    "_receipt.update: truncate",
+    "_receipt.update: fsync",
+    "_receipt.update: renameat2",
+    "_receipt.update > _target.sync_directory: fsync",
+}
+START = {
+    "_jobs.start_backups: pass a file",
+    "_jobs.start_backups: add-fd",
+    "_jobs.start_backups: drive-backup",
+    "_jobs.start_backups: remove-fd",
+}
+FINISH = {
+    "_target.flush: fsync",
+    "_target.flush: truncate",
+    "_target.take_name: fsync",
+    "_receipt.finish: rename",
+    "_receipt.finish > _target.remove: remove",
+    "_receipt.finish > _target.sync_directory: fsync",
+    "_jobs.dismiss_jobs: job-dismiss",
+}
+NEW_NAME = {
+    "_target.take_name: link",
+    "_target.take_name: remove",
+}
+OLD_NAME = {"_target.take_name: rename"}
+POINTS: dict[str, set[str]] = {
+    "called": LOCK | BEGIN | START | FINISH | NEW_NAME,
+    "cancelled": LOCK | BEGIN | START,
+    "overwriting": LOCK | BEGIN | START | FINISH | OLD_NAME,
+}
+
+QEMU = -2
+"""Stands for it among the victims."""
+
+# The points of a call are dealt out to so many tests, that these can run side by side. QEMU is killed at some only.
 HANDS = 4
+STRIKES = [
+    pytest.param((victims, hand), id=f"{name}-{hand}")
+    for name, victims in {"module": (crash.MODULE,), "qemu": (QEMU,), "both": (QEMU, crash.MODULE)}.items()
+    for hand in range(HANDS if WHOLE or QEMU not in victims else 1)
+]
 
 
-def _crash_at_every_step(
-    hand: int,
-    start_module: t.Callable[..., ModuleProcess],
-    next_call: t.Callable[[], dict[str, t.Any]],
-    recover: t.Callable[[], None],
-) -> None:
-    """Kill a call at its n-th step, for every n of this hand, until one gets through alive."""
-    for step in itertools.count(1 + hand, HANDS):
-        process = start_module("drive_backup", next_call(), crash_at=step)
-        process.wait()
-        print("killed" if process.killed else "not killed", "at step", step)
-        recover()
-        if not process.killed:
-            assert step > 20, "the crash points are not where they used to be"
-            return
+class Strikes:
+    """Kills the victims at their share of the points of a call, one by one."""
+
+    def __init__(
+        self, victims: tuple[int, ...], hand: int, directory: Path, start: t.Callable[..., ModuleProcess]
+    ) -> None:
+        self._victims = victims
+        self._hand = hand
+        self._record = directory / "points"
+        self._start = start
+
+    def run(
+        self, name: str, vm: Qemu, next_call: t.Callable[[], dict[str, t.Any]], recover: t.Callable[[], None]
+    ) -> None:
+        """`name` is that of the list of points; `recover` looks what the next call makes of it."""
+
+        def play(at: crash.Point | int, victims: tuple[int, ...]) -> list[crash.Point]:
+            self._record.unlink(missing_ok=True)
+            pids = [vm.pid if victim == QEMU else victim for victim in victims]
+            process = self._start("drive_backup", next_call(), crash_at=at, victims=pids, record=self._record)
+            if crash.MODULE in victims:
+                process.wait()
+                assert process.killed
+            else:
+                process.result()
+            if QEMU in victims:
+                vm.kill()
+                vm.restart()
+            recover()
+            return crash.read(self._record)
+
+        chance = dice()
+        points = play(0, ())
+        assert_listed(points, POINTS[name], f"POINTS[{name!r}] of {__name__.rpartition('.')[2]}.py")
+        hands, share = (1, 0.15) if QEMU in self._victims and not WHOLE else (HANDS, 1)
+        for point in deal(points, chance, self._hand, hands, share):
+            print(point)
+            assert point in play(point, self._victims), f"The call did not come to this point: {point}"
 
 
-@pytest.mark.parametrize("hand", range(HANDS))
-def test_killed_at_any_step_and_called_again(
-    vms: Vms,
-    directory: Path,
-    target: Path,
-    clean: t.Callable[[], None],
-    start_module: t.Callable[..., ModuleProcess],
-    hand: int,
+@pytest.fixture
+def strikes(request: pytest.FixtureRequest, directory: Path, start_module: t.Callable[..., ModuleProcess]) -> Strikes:
+    victims, hand = request.param
+    return Strikes(victims, hand, directory, start_module)
+
+
+everywhere = pytest.mark.parametrize("strikes", STRIKES, indirect=True)
+
+
+@everywhere
+def test_killed_and_called_again(
+    vms: Vms, directory: Path, target: Path, clean: t.Callable[[], None], strikes: Strikes
 ) -> None:
     vm = vms.start(vms.disk(0, size=8 * MIB))
     copy = vm.freeze(vm.disks[0], directory / "frozen.qcow2")
@@ -82,17 +167,11 @@ def test_killed_at_any_step_and_called_again(
         receipt(target).unlink()
         assert not list(target.parent.iterdir())
 
-    _crash_at_every_step(hand, start_module, lambda: arguments(vm, target), recover)
+    strikes.run("called", vm, lambda: arguments(vm, target), recover)
 
 
-@pytest.mark.parametrize("hand", range(HANDS))
-def test_killed_at_any_step_and_cancelled(
-    vms: Vms,
-    target: Path,
-    clean: t.Callable[[], None],
-    start_module: t.Callable[..., ModuleProcess],
-    hand: int,
-) -> None:
+@everywhere
+def test_killed_and_cancelled(vms: Vms, target: Path, clean: t.Callable[[], None], strikes: Strikes) -> None:
     vm = vms.start(vms.disk(0, size=8 * MIB))
 
     def recover() -> None:
@@ -103,17 +182,12 @@ def test_killed_at_any_step_and_cancelled(
             receipt(target).unlink()
         assert not list(target.parent.iterdir())
 
-    _crash_at_every_step(hand, start_module, lambda: arguments(vm, target, state="started"), recover)
+    strikes.run("cancelled", vm, lambda: arguments(vm, target, state="started"), recover)
 
 
-@pytest.mark.parametrize("hand", range(HANDS))
-def test_overwriting_killed_at_any_step(
-    vms: Vms,
-    directory: Path,
-    target: Path,
-    clean: t.Callable[[], None],
-    start_module: t.Callable[..., ModuleProcess],
-    hand: int,
+@everywhere
+def test_killed_and_overwriting(
+    vms: Vms, directory: Path, target: Path, clean: t.Callable[[], None], strikes: Strikes
 ) -> None:
     vm = vms.start(vms.disk(0, size=8 * MIB), vms.disk(1, size=8 * MIB))
     copies = {disk.id: vm.freeze(disk, directory / f"frozen-{disk.id}.qcow2") for disk in vm.disks}
@@ -132,7 +206,7 @@ def test_overwriting_killed_at_any_step(
         assert_good(target, copies[asked[-1]["device"]])
         clean()
 
-    _crash_at_every_step(hand, start_module, next_call, recover)
+    strikes.run("overwriting", vm, next_call, recover)
 
 
 def test_killed_at_random_moments(
@@ -142,18 +216,16 @@ def test_killed_at_random_moments(
     clean: t.Callable[[], None],
     start_module: t.Callable[..., ModuleProcess],
 ) -> None:
-    seed = int(os.environ.get("VMFLEET_SEED", random.randrange(1 << 32)))
-    print(f"VMFLEET_SEED={seed}")
-    dice = random.Random(seed)
+    chance = dice()
     vm = vms.start(vms.disk(0, size=16 * MIB), vms.disk(1, size=16 * MIB))
     copies = [vm.freeze(disk, directory / f"frozen-{disk.id}.qcow2") for disk in vm.disks]
     targets = [target.with_name(f"{disk.id}.qcow2") for disk in vm.disks]
     drives = [{"device": disk.id, "target": str(path)} for disk, path in zip(vm.disks, targets, strict=True)]
     for _round in range(4):
         # Several in a row, one after the other's wreck.
-        for _attempt in range(dice.randint(1, 3)):
+        for _attempt in range(chance.randint(1, 3)):
             process = start_module("drive_backup", arguments(vm, drives=drives, speed=16 * MIB))
-            time.sleep(dice.uniform(0.2, 1.5))
+            time.sleep(chance.uniform(0.2, 1.5))
             process.kill()
         backup(vm, drives=drives)
         for path, copy in zip(targets, copies, strict=True):

@@ -41,12 +41,14 @@ THAW = "guest-fsfreeze-thaw"
 STATUS = "guest-fsfreeze-status"
 
 MODULE = """
-import asyncio, sys
+import asyncio, signal, sys
 from ansible_collections.vmfleet.backup.plugins.module_utils._guard import Freezer
 async def main():
     async with Freezer(sys.argv[1]):
         print("frozen", flush=True)
         await asyncio.sleep(3600)
+# Tests that run under nohup(1) pass it on as ignored.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 asyncio.run(main())
 """
 

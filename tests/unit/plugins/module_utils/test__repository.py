@@ -521,7 +521,7 @@ class TestLock:
         assert not os.path.lexists(repository.path)
 
 
-def _impatient(path: str, holder_of: str) -> Any:
+def _impatient(path: str, holder_of: str, calls: Any) -> Any:
     from ansible_collections.vmfleet.backup.plugins.module_utils._lock import locked
 
-    return locked(path, holder_of, timeout=0.05)
+    return locked(path, holder_of, timeout=0.05, calls=calls)
