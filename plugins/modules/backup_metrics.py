@@ -106,7 +106,8 @@ from typing import TYPE_CHECKING
 
 from ansible.module_utils.basic import AnsibleModule
 
-from ansible_collections.vmfleet.backup.plugins.module_utils._errors import BackupError, Refused, run_module
+from ansible_collections.vmfleet.backup.plugins.module_utils._apart import run_apart
+from ansible_collections.vmfleet.backup.plugins.module_utils._errors import BackupError, Refused
 from ansible_collections.vmfleet.backup.plugins.module_utils._files import read_text, write_text
 from ansible_collections.vmfleet.backup.plugins.module_utils._metrics import file_name, metrics, vms_in
 from ansible_collections.vmfleet.backup.plugins.module_utils._names import check_set_id
@@ -201,7 +202,7 @@ def main() -> None:
         },
         supports_check_mode=True,
     )
-    run_module(module, main_task)
+    run_apart(module, main_task, module.params["repository"])
 
 
 if __name__ == "__main__":
