@@ -136,8 +136,11 @@ def _forget(streams: tuple[int, ...]) -> None:
     sys.stdin, sys.stdout, sys.stderr = os.fdopen(0), os.fdopen(1, "w"), os.fdopen(2, "w", buffering=1)
     sys.excepthook, sys.unraisablehook = sys.__excepthook__, sys.__unraisablehook__
     threading.excepthook = threading.__excepthook__
-    # What asyncio says of a lost exception goes to stderr then.
-    logging.root.handlers.clear()
+    # What asyncio says of a lost exception goes to stderr then. pytest's handlers stand at other loggers as well (those
+    # that do not propagate), and one of them would write to its file by a number that is another file's by now.
+    for logger in (logging.root, *logging.root.manager.loggerDict.values()):
+        if isinstance(logger, logging.Logger):
+            logger.handlers[:] = [handler for handler in logger.handlers if type(handler) is logging.NullHandler]
     logging.root.setLevel(logging.WARNING)
 
 

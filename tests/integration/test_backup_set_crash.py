@@ -42,17 +42,17 @@ pytestmark = pytest.mark.usefixtures("clean")
 NAME = "web01"
 
 # The points, by what is done there, and in what runs that is done.
-LOOK = {
-    "_probe.probe_if_there: fork",
-    "_survey.Room: create",
-    "_survey.Room > _target.allocate: fallocate",
+LOOK = {"_probe.probe_if_there: fork"}
+SPACE = {
+    "_survey.space_in: create",
+    "_survey.space_in > _target.allocate: fallocate",
 }
 WATCH = {"_probe.ask: fork"}
 LOCK = {
     "_lock.locked: mkdir",
     "_lock.locked: create",
-    "_repository.lock > _lock.locked: mkdir",
-    "_repository.lock > _lock.locked: create",
+    "_lock._open: mkdir",
+    "_lock._open: create",
 }
 CREATE = {
     "_repository.create_repository: mkdir",
@@ -60,10 +60,12 @@ CREATE = {
     "_repository.create_repository: link",
 }
 BEGIN = {
+    "_survey.Room: create",
+    "_survey.Room > _target.allocate: fallocate",
     "_repository.begin: mkdir",
     *document("_repository.begin"),
     *document("_repository.write_description"),
-    "_target.create: create",
+    "_target._make_file: create",
     "_target.create > _qemu_img.run: qemu-img create",
     "_target.reserve: fallocate",
     *document("_repository.update"),
@@ -115,8 +117,8 @@ POINTS: dict[str, set[str]] = {
     "tidied": LOOK | WATCH | LOCK | TIDY,
     "failed": LOOK | WATCH | LOCK | STOP | DISCARD,
     "dead": LOOK | WATCH | LOCK | DISCARD,
-    "cancelled": LOOK | LOCK | STOP | DISCARD,
-    "untracked": LOOK | LOCK | SURPLUS,
+    "cancelled": LOOK | SPACE | LOCK | STOP | DISCARD,
+    "untracked": LOOK | SPACE | LOCK | SURPLUS,
 }
 
 
