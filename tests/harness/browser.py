@@ -196,7 +196,7 @@ class Browser:
                 read = os.read(self._answers, 1 << 20)
                 assert read, "the browser has ended"
                 self._buffer += read
-        line, _, self._buffer = self._buffer.partition(b"\0")
+        line, self._buffer = self._buffer.split(b"\0", 1)
         message: dict[str, t.Any] = json.loads(line)
         if "method" in message:
             self.events.append(message)

@@ -45,7 +45,7 @@ class Reader(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.add(tag)
-        self.attributes |= {name for name, _ in attrs}
+        self.attributes |= set(dict(attrs))
         self.links |= {value or "" for name, value in attrs if name in {"href", "src"}}
         if tag == "details":
             self.unfolded.append("open" in dict(attrs))
@@ -54,7 +54,7 @@ class Reader(HTMLParser):
 
     def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         assert tag in VOID
-        self.attributes |= {name for name, _ in attrs}
+        self.attributes |= set(dict(attrs))
 
     def handle_endtag(self, tag: str) -> None:
         assert self.open.pop() == tag
