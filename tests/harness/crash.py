@@ -87,13 +87,9 @@ def arm(at: int | Point = 0, victims: t.Sequence[int] = (MODULE,), record: Path 
 
 
 def read(record: Path) -> list[Point]:
-    """The points that were hit, in their order."""
-    hits: dict[tuple[str, str], t.Iterator[int]] = {}
-    found = []
-    for line in record.read_text().splitlines():
-        moment, name = line.split(" ", 1)
-        found.append(Point(name, next(hits.setdefault((moment, name), itertools.count(1))), moment))
-    return found
+    """The points that were hit, in about their order: of two threads, one may come between the other's two."""
+    lines = (line.split(" ", 2) for line in record.read_text().splitlines())
+    return [Point(name, int(hit), moment) for moment, hit, name in lines]
 
 
 class _Watch:
@@ -198,13 +194,14 @@ class _Watch:
         if not self._active or not place:
             return
         name = f"{place}: {operation}"
-        here: set[int | Point] = {Point(name, next(self._hits.setdefault((moment, name), itertools.count(1))), moment)}
+        hit = next(self._hits.setdefault((moment, name), itertools.count(1)))
+        here: set[int | Point] = {Point(name, hit, moment)}
         if moment == BEFORE and os.getpid() == self._module:
             here.add(next(self._steps))
         if self._record:
             # A guard closes all files but its own: this one cannot be kept open.
             with open(self._record, "a", encoding="utf-8") as record:
-                record.write(f"{moment} {name}\n")
+                record.write(f"{moment} {hit} {name}\n")
         if self._at in here and not self._struck[0]:
             self._struck[0] = 1
             self._strike()

@@ -326,6 +326,10 @@ class Dead(Scene):
         self.restart()
         return {"plan": plan}
 
+    def recover(self) -> None:
+        self.same_run = False
+        super().recover()
+
 
 class Cancelled(Scene):
     """A set that is not wanted any more."""
