@@ -141,7 +141,7 @@ class _Speaker:
         # process for ever, which then hangs.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
         try:
-            # In one piece, so that nothing of another hypervisor gets in between, and it is one event of ansible-runner.
+            # In one piece: nothing of another hypervisor gets in between, and it is one event of ansible-runner.
             self._display.display("\n".join(lines))
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
