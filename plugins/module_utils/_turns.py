@@ -27,9 +27,10 @@ class Turns:
     GRACE = 5.0
 
     def __init__(self, limit: int, expected: Iterable[str]) -> None:
-        self.limit = limit
-        self.taken: set[str] = set()
         self._expected = set(expected)
+        # Where there is a turn for everybody, nobody has to wait to learn who comes first.
+        self.limit = limit if limit < len(self._expected) else 0
+        self.taken: set[str] = set()
         self._waiting: dict[str, tuple[Any, asyncio.Future[None]]] = {}
         self._complete = asyncio.Event()
         self._begin = time.monotonic() + self.GRACE

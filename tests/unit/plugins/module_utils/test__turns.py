@@ -89,16 +89,18 @@ class TestTurns:
 
         assert run(main()) == [False, True]
 
-    def test_no_limit(self) -> None:
+    @pytest.mark.parametrize("limit", [0, 2, 3])
+    def test_a_turn_for_everybody(self, limit: int) -> None:
         async def main() -> bool:
-            return Turns(0, ["a", "b"]).has("a")
+            return Turns(limit, ["a", "b"]).has("a")
 
         assert run(main())
 
     def test_the_end_of_a_call_ends_the_waiting(self) -> None:
         async def main() -> bool:
-            turns, over = Turns(1, ["a"]), asyncio.Event()
+            turns, over = Turns(1, ["a", "other"]), asyncio.Event()
             turns.join("other")
+            turns.arrive("other")
             waiting = asyncio.ensure_future(turns.take("a", "", over))
             await settle()
             assert not waiting.done()
