@@ -73,7 +73,8 @@ class Panel:
                     f'<circle cx="{x}" cy="{y}" r="3.5" fill="{colour}"><title>{point[1]:.1f}</title></circle>'
                 )
             x, y = place(*curve[-1])
-            parts.append(_text(name, x - 8, y - 10, "end"))
+            # A short curve has its room for words behind it.
+            parts.append(_text(name, x - 8, y - 10, "end") if x > WIDTH / 2 else _text(name, x + 8, y + 4))
         return f'<g transform="translate({left} 0)">\n' + "\n".join(parts) + "\n</g>\n"
 
 
