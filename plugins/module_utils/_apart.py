@@ -55,7 +55,8 @@ def run_apart(module: AnsibleModule, main: Main, watched: str = "", writing: boo
     if reason:
         os.kill(child, signal.SIGKILL)
         module.fail_json(msg=reason)
-    sys.exit(_leave(child, os.read(source, 2)))
+    # The child has said all there is to say.
+    raise SystemExit(_leave(child, os.read(source, 2)))
 
 
 def _wait(source: int, watched: str, writing: bool) -> str:

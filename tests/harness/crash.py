@@ -267,7 +267,7 @@ def _place() -> str:
 
 def _room(code: CodeType) -> tuple[str, str]:
     """The file of the collection's module code and its function; empty for all other code, and what has no name."""
-    directory, _, file = code.co_filename.rpartition("/")
+    directory, _slash, file = code.co_filename.rpartition("/")
     if directory != COLLECTION or code.co_name.startswith("<"):
         return "", ""
     # What is special to a class is known by the class: `Freezer`, not `__aenter__`.

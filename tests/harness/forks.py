@@ -140,7 +140,7 @@ def _forget(streams: tuple[int, ...]) -> None:
     # that do not propagate), and one of them would write to its file by a number that is another file's by now.
     for logger in (logging.root, *logging.root.manager.loggerDict.values()):
         if isinstance(logger, logging.Logger):
-            logger.handlers[:] = [handler for handler in logger.handlers if type(handler) is logging.NullHandler]
+            logger.handlers[:] = [handler for handler in logger.handlers if isinstance(handler, logging.NullHandler)]
     logging.root.setLevel(logging.WARNING)
 
 
