@@ -17,7 +17,7 @@ from ansible.plugins.action import ActionBase
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._outcome import RUNNING
 from ansible_collections.vmfleet.backup.plugins.plugin_utils._progress import Progress
-from ansible_collections.vmfleet.backup.plugins.plugin_utils._slices import Slices
+from ansible_collections.vmfleet.backup.plugins.plugin_utils._slices import UNWATCHED, WATCHED, Slices
 
 if TYPE_CHECKING:
     from typing import Any
@@ -73,8 +73,9 @@ class ActionModule(ActionBase):
         return found
 
     def _in_slices(self, task_vars: dict[str, Any]) -> dict[str, Any]:
-        slices = Slices(self._task.args["plan"])
-        speaker = _Speaker(self._display, self._task, slices, task_vars)
+        quiet = self._task.args.get("progress") in ("quiet", "none") or not ON_TERMINAL
+        slices = Slices(self._task.args["plan"], UNWATCHED if quiet else WATCHED)
+        speaker = _Speaker(self._display, self._task, slices, task_vars, quiet)
         while True:
             arguments = {**self._task.args, **slices.arguments}
             try:
@@ -94,17 +95,16 @@ class ActionModule(ActionBase):
 class _Speaker:
     """Tells how far the sets of one hypervisor are, as often as it is wanted."""
 
-    def __init__(self, display: Display, task: Task, slices: Slices, task_vars: dict[str, Any]) -> None:
+    def __init__(self, display: Display, task: Task, slices: Slices, task_vars: dict[str, Any], quiet: bool) -> None:
         hosts = task_vars.get("ansible_play_batch") or [task_vars["inventory_hostname"]]
         width = max(len(host) for host in hosts) + 1
         expected = [vm.get("bytes", 0) for vm in task.args["plan"]["vms"]]
-        wanted = task.args.get("progress") or "auto"
         self._display = display
         self._slices = slices
         self._progress = Progress(f"{task_vars['inventory_hostname']}:".ljust(width), expected)
         self._hosts = len(hosts)
-        self._silent = wanted == "none" or task.no_log
-        self._quiet = wanted == "quiet" or not ON_TERMINAL
+        self._silent = task.args.get("progress") == "none" or task.no_log
+        self._quiet = quiet
         self._spoke: float | None = None
 
     def speak(self) -> None:

@@ -25,16 +25,21 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from typing import Any
 
-FIRST_SLICE = 1.0
-LONGEST_SLICE = 30.0
+WATCHED = (2.0, 30.0)
+"""Seconds of the first slice, and of the longest, where somebody looks on: most sets are small."""
+
+UNWATCHED = (10.0, 60.0)
+"""The same where nobody does: each slice is one more call of the module."""
+
 GROWTH = 1.5
 
 
 class Slices:
-    """The calls for one plan, as backup_plan has returned it."""
+    """The calls for one plan, as backup_plan has returned it; C(lengths) is WATCHED or UNWATCHED."""
 
-    def __init__(self, plan: Mapping[str, Any]) -> None:
+    def __init__(self, plan: Mapping[str, Any], lengths: tuple[float, float] = WATCHED) -> None:
         self._plan = plan
+        self._first, self._longest = lengths
         self._calls: list[Mapping[str, Any]] = []
         self._outcomes: dict[int, Outcome] = {}
         """By the VM's place in the plan."""
@@ -58,7 +63,7 @@ class Slices:
     @property
     def arguments(self) -> dict[str, Any]:
         """What the next call is about."""
-        length = min(FIRST_SLICE * GROWTH ** len(self._calls), LONGEST_SLICE)
+        length = min(self._first * GROWTH ** len(self._calls), self._longest)
         if not self._calls:
             return {"plan": self._plan, "slice": length}
         # What was to be made is made by now: a repository that is missing has gone away.

@@ -141,7 +141,7 @@ def test_tag_plan_only_plans(vms: Vms, hypervisor: Hypervisor) -> None:
         ({"id": "../up"}, "no id of a set"),
         ({"speed": "fast"}, "speed"),
         ({"max_chain": 0}, "max_chain: 0 is less than 1"),
-        ({"reserve": "100000T"}, "lower vm_backup_reserve"),
+        ({"reserve": "some"}, "reserve: 'some' is neither an amount"),
         ({"compression": "lzma"}, "value of vm_backup_compression must be one of"),
     ],
 )
@@ -153,6 +153,15 @@ def test_preflight_refuses_and_says_what_to_do(
     assert play.rc != 0
     assert said in play.output
     assert not hypervisor.sets.path.exists()
+
+
+def test_without_room_a_set_that_is_there_is_still_reported(vms: Vms, hypervisor: Hypervisor) -> None:
+    done, new = vms.start(name="web01"), vms.start(vms.disk(1), name="db01")
+    assert hypervisor.run(sockets=sockets(done)).rc == 0
+    play = hypervisor.run(sockets=sockets(done, new), reserve="100000T")
+    assert play.rc == 2
+    assert re.search(r"published  web01 .* \(was there\)", play.output)
+    assert re.search(r"failed     db01   not enough space: .*make room, or lower the reserve", play.output)
 
 
 def test_the_day_is_fixed_by_the_playbook(vms: Vms, hypervisor: Hypervisor) -> None:

@@ -91,9 +91,15 @@ def stage(monkeypatch: pytest.MonkeyPatch) -> Stage:
 
 def test_it_is_called_until_every_vm_is_at_its_end(stage: Stage) -> None:
     result = stage.run(COPYING, COPYING, DONE, max_vms=1)
-    assert [call["module_args"]["slice"] for call in stage.calls] == [1.0, 1.5, 2.25]
+    assert [call["module_args"]["slice"] for call in stage.calls] == [2.0, 3.0, 4.5]
     assert all(call["module_args"]["max_vms"] == 1 for call in stage.calls)
     assert [vm["state"] for vm in result["vms"]] == ["published", "published"]
+
+
+@pytest.mark.parametrize("wanted", ["quiet", "none"])
+def test_where_nobody_looks_on_it_is_called_less_often(stage: Stage, wanted: str) -> None:
+    stage.run(COPYING, COPYING, DONE, progress=wanted)
+    assert [call["module_args"]["slice"] for call in stage.calls] == [10.0, 15.0, 22.5]
 
 
 def test_the_users_arguments_are_left_alone(stage: Stage) -> None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
 from ansible_collections.vmfleet.backup.plugins.module_utils._outcome import (
     Outcome,
     describe,
@@ -16,7 +18,7 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._outcome import (
     results,
     summarize,
 )
-from ansible_collections.vmfleet.backup.plugins.plugin_utils._slices import LONGEST_SLICE, Slices
+from ansible_collections.vmfleet.backup.plugins.plugin_utils._slices import UNWATCHED, WATCHED, Slices
 
 PLAN = {
     "id": "s1",
@@ -52,16 +54,18 @@ def names(slices: Slices) -> list[str]:
 
 
 def test_the_first_call_is_the_users_own() -> None:
-    assert Slices(PLAN).arguments == {"plan": PLAN, "slice": 1.0}
+    assert Slices(PLAN).arguments == {"plan": PLAN, "slice": WATCHED[0]}
 
 
-def test_slices_grow() -> None:
-    slices, lengths = Slices(PLAN), []
+@pytest.mark.parametrize("expected", [WATCHED, UNWATCHED])
+def test_slices_grow(expected: tuple[float, float]) -> None:
+    first, longest = expected
+    slices, lengths = Slices(PLAN, expected), []
     for _number in range(12):
         lengths.append(slices.arguments["slice"])
         slices.note(call(*(Outcome(name, "s1", "running") for name in "abc")))
-    assert lengths[:4] == [1.0, 1.5, 2.25, 3.375]
-    assert lengths[-2:] == [LONGEST_SLICE, LONGEST_SLICE]
+    assert lengths[:4] == [first, 1.5 * first, 2.25 * first, 3.375 * first]
+    assert lengths[-2:] == [longest, longest]
     assert lengths == sorted(lengths)
 
 
