@@ -16,6 +16,7 @@ import contextlib
 import ctypes
 import os
 import select
+import shutil
 import signal
 import sys
 import threading
@@ -47,14 +48,16 @@ def run_apart(module: AnsibleModule, main: Main, watched: str = "", writing: boo
     sys.stderr.flush()
     parent = os.getpid()
     source, sink = os.pipe()
+    said = os.memfd_create("stdout"), os.memfd_create("stderr")
     child = os.fork()
     if child == 0:
-        _work(module, main, parent, sink)
+        _work(module, main, parent, sink, said)
     os.close(sink)
     reason = _wait(source, watched, writing)
     if reason:
         os.kill(child, signal.SIGKILL)
         module.fail_json(msg=reason)
+    _repeat(said)
     # The child has said all there is to say.
     raise SystemExit(_leave(child, os.read(source, 2)))
 
@@ -80,6 +83,14 @@ async def _watch_over(source: int, watched: str, writing: bool) -> str:
             await asyncio.wait_for(ended.wait(), MOMENT)
 
 
+def _repeat(said: tuple[int, int]) -> None:
+    """Say what the child has said."""
+    for place, file in enumerate(said, start=1):
+        os.lseek(file, 0, os.SEEK_SET)
+        with open(file, "rb") as source, open(place, "wb", closefd=False) as sink:
+            shutil.copyfileobj(source, sink)
+
+
 def _leave(child: int, word: bytes) -> int:
     """The exit status that the child has told; where it was killed, so is this process."""
     status, left_behind = word or (0, False)
@@ -92,17 +103,18 @@ def _leave(child: int, word: bytes) -> int:
     return status if word else 1
 
 
-def _work(module: AnsibleModule, main: Main, parent: int, sink: int) -> NoReturn:
+def _work(module: AnsibleModule, main: Main, parent: int, sink: int, said: tuple[int, int]) -> NoReturn:
     """The child's whole life."""
     status = 1
     try:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        # One that cannot end keeps its files open, and whoever reads the module's output to its end would wait for it.
+        for place, file in enumerate((os.open(os.devnull, os.O_RDONLY), *said)):
+            os.dup2(file, place)
         if os.getppid() == parent:
             status = _run(module, main)
             left_behind = threading.active_count() > 1
             os.write(sink, bytes((status, left_behind)))
-            # What holds this process back is not to hold back those who read to the end what it says.
-            os.closerange(0, 3)
     finally:
         os._exit(status)
 

@@ -238,8 +238,9 @@ class Engine:
             if not await self._turns.take(work.request.name, work.order, until):
                 return self._outcome(work, QUEUED, reason=verdict.error)
         elif verdict.state == _plan.RUNNING:
-            if starting or self._slice.over.is_set():
+            if self._slice.over.is_set():
                 await self._note_progress(work)
+            if starting or self._slice.over.is_set():
                 return self._running(work)
             await self._budget.pause(work.next_pause())
         elif verdict.state == _plan.UNREACHABLE:
