@@ -47,8 +47,9 @@ async def main():
     async with Freezer(sys.argv[1]):
         print("frozen", flush=True)
         await asyncio.sleep(3600)
-# Tests that run under nohup(1) pass it on as ignored.
+# Under nohup(1), and in the background of a shell, these are passed on as ignored.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 asyncio.run(main())
 """
 
