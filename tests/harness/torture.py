@@ -628,8 +628,9 @@ class Torture:
     def _squeeze(self, leave: int) -> None:
         assert self._mount
         print(f"  {leave} bytes are left")
-        # A file system that is cut short is as full as one that is filled, and that in no time.
-        self._mount.grow(ROOM - self._mount.free + leave)
+        # A file system that is cut short is as full as one that is filled, and that in no time. To a tmpfs, a size of 0
+        # is none at all, and cannot be taken back.
+        self._mount.grow(max(4096, ROOM - self._mount.free + leave))
 
     def _widen(self) -> None:
         assert self._mount
