@@ -519,9 +519,14 @@ class Torture:
             self._execute(set_id, "started", speed=SLOW)
             return None
         planned = self._plan(set_id, speed=SLOW)
+        # A killed module may have left jobs of a set that it had published.
+        left = self._jobs()
         process = self._start("backup_set", {"plan": planned["plan"]})
-        wait_until(lambda: self.vm.block_jobs or not process.running, "the jobs")
+        wait_until(lambda: self._jobs() - left or not process.running, "the jobs")
         return process
+
+    def _jobs(self) -> set[str]:
+        return {job["device"] for job in self.vm.block_jobs}
 
     def _let_go(self, _process: ModuleProcess | None) -> None:
         print("  the jobs run on")
