@@ -434,7 +434,9 @@ def test_module_killed(stage: t.Callable[..., Stage], name: str, hand: int) -> N
 def test_qemu_killed(stage: t.Callable[..., Stage], name: str, hand: int, victims: tuple[int, ...]) -> None:
     chance = dice()
     play = stage(name, chance)
-    for point in deal(play.rehearse(), chance, hand, HANDS[name] if WHOLE else 1, share=0.15):
+    # Where QEMU has ended in the play before, an increment does not always have bitmaps to remove.
+    points = [point for point in play.rehearse() if name != "increment" or point.name not in SURPLUS]
+    for point in deal(points, chance, hand, HANDS[name] if WHOLE else 1, share=0.15):
         play.strike(point, *victims)
 
 
