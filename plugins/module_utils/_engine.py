@@ -386,7 +386,7 @@ class Engine:
         if not work.copying:
             return self._outcome(work, RUNNING, reason="its jobs have ended, and it is about to be finished")
         vm, intent = work.copying
-        jobs = [job for job in vm.jobs if job.id in intent.jobs]
+        jobs = _jobs_of(intent, vm)
         advance = {"offset": sum(job.offset for job in jobs), "len": sum(job.len for job in jobs)}
         if intent.id != self.plan.id:
             reason = f"the jobs of set {intent.id} are copying, which comes first"
@@ -513,7 +513,7 @@ class Engine:
         if not self.settings.bandwidth:
             return
         name = work.request.name
-        jobs = [job for job in _jobs_of(intent, facts) if not job.copied]
+        jobs = [job for job in _jobs_of(intent, facts.vm) if not job.copied]
         share = self._budget.count(name, len(jobs))
         late = [job for job in jobs if job.speed != share]
         try:
@@ -533,7 +533,7 @@ class Engine:
         return all(other.begun <= intent.begun for other in mine)
 
     def _stalled(self, intent: Intent, facts: Facts, work: _Work) -> str:
-        jobs = _jobs_of(intent, facts)
+        jobs = _jobs_of(intent, facts.vm)
         copied = sum(job.offset for job in jobs)
         now = boottime()
         if work.progress[:2] != (intent.attempt, copied) or any(job.paused for job in jobs):
@@ -673,7 +673,7 @@ class Engine:
         """Remove every trace of an attempt, in QEMU first."""
         if monitor and facts.vm:
             # One that stands still for another reason only tries its write again, and stops again.
-            blamed = any(job.error or not job.ended for job in _jobs_of(intent, facts))
+            blamed = any(job.error or not job.ended for job in _jobs_of(intent, facts.vm))
             await self._remove_jobs(monitor, facts.vm, intent.attempt)
             await _jobs.remove_bitmaps(monitor, _bitmaps(facts.vm, intent.bitmaps))
             if blamed and intent.guest != IO_ERROR:
@@ -908,5 +908,5 @@ def _bitmaps(vm: Vm, names: frozenset[str]) -> list[tuple[str, str]]:
     return [(disk.node, bitmap.name) for disk in vm.disks for bitmap in disk.bitmaps if bitmap.name in names]
 
 
-def _jobs_of(intent: Intent, facts: Facts) -> list[Job]:
-    return [job for job in facts.vm.jobs if job.id in intent.jobs] if facts.vm else []
+def _jobs_of(intent: Intent, vm: Vm | None) -> list[Job]:
+    return [job for job in vm.jobs if job.id in intent.jobs] if vm else []
