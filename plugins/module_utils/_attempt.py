@@ -35,7 +35,7 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._survey import Room
 from ansible_collections.vmfleet.backup.plugins.module_utils._units import boottime, utc_now
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
     from typing import Any
 
     from ansible_collections.vmfleet.backup.plugins.module_utils._chain import Link
@@ -164,12 +164,12 @@ class Maker:
 
     # Prepare
 
-    async def prepare(self, draft: Draft, lock: int) -> Intent:
+    async def prepare(self, draft: Draft, planned: Iterable[_plan.DiskPlan], lock: int) -> Intent:
         """Claim the id, make the images, and take the space that they may need."""
         # One VM after the other: each must see what those before it have taken.
         async with self._gate:
             intent = draft.intent
-            expected = await measure(draft.disks, draft.links)
+            expected = await measure(draft.disks, draft.links, planned)
             if self._room is None:
                 self._room = await self.repository.run(Room, self.plan.policy)
             space = await self._calls.run(self._room.space, intent.vm.name)

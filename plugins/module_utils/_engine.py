@@ -571,7 +571,7 @@ class Engine:
             return await self._refuse(work, str(error))
         try:
             work.followed = draft.intent
-            intent = await self._maker.prepare(draft, lock)
+            intent = await self._maker.prepare(draft, work.planned.disks, lock)
             speed = await self._budget.make_way(work.request.name, len(intent.disks))
             intent = await self._maker.launch(monitor, draft, intent, work.request.quiesce, speed)
         except MonitorError as error:

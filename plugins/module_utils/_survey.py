@@ -182,11 +182,19 @@ def _ended(intent: Intent, facts: Facts, hypervisor: Hypervisor) -> bool:
     return not Process(*intent.process).alive
 
 
-async def measure(disks: Sequence[Disk], links: Sequence[Link]) -> dict[str, int]:
-    """The most that each disk's image is expected to take, in bytes."""
+async def measure(
+    disks: Sequence[Disk], links: Sequence[Link], planned: Iterable[_plan.DiskPlan] = ()
+) -> dict[str, int]:
+    """The most that each disk's image is expected to take, in bytes.
+
+    A full image that was C(planned) takes what was measured then, or what the disk has come to hold since.
+    """
+    before = {disk.name: disk.bytes for disk in planned if disk.level == FULL}
     sizes = await asyncio.gather(
         *(
-            _target.expected_bytes(disk, "qcow2", "bitmap" if link.bitmap else "full", link.bitmap)
+            _target.expected_bytes(disk, "qcow2", "bitmap", link.bitmap)
+            if link.bitmap
+            else _target.expected_bytes(disk, "qcow2", before=before.get(disk.name, 0))
             for disk, link in zip(disks, links)
         )
     )

@@ -291,11 +291,11 @@ def remove(path: str) -> bool:
     return True
 
 
-async def expected_bytes(disk: Disk, image_format: str, sync: str = "full", bitmap: str = "") -> int:
+async def expected_bytes(disk: Disk, image_format: str, sync: str = "full", bitmap: str = "", before: int = 0) -> int:
     """The most that a backup of C(disk) will write, in bytes.
 
     The larger of what qemu-img measures and what the images hold (it does not see writes that QEMU has not flushed),
-    plus one percent, at most the fully allocated size.
+    plus one percent, at most the fully allocated size. What it was C(before), if that is known, is not measured again.
     """
     if image_format == "raw":
         return disk.virtual_size
@@ -309,17 +309,21 @@ async def expected_bytes(disk: Disk, image_format: str, sync: str = "full", bitm
         held: int | None = disk.layer_size
     else:
         held = disk.actual_size
-        try:
-            measured = await _qemu_img.run_json(_qemu_img.measure_command(disk.filename, disk.driver, "qcow2"))
-        except ToolError:
-            # A network disk or a json: file name, which only QEMU itself can open: what the images hold must do.
-            measured = None
+        measured = None if before else await _measured(disk)
         if measured and held is not None:
             held = max(held, measured["required"])
             everything = measured["fully-allocated"]
     if held is None:
         return everything
-    return min(everything, held + held // 100 + _metadata(disk.virtual_size))
+    return max(before, min(everything, held + held // 100 + _metadata(disk.virtual_size)))
+
+
+async def _measured(disk: Disk) -> Any:
+    """What qemu-img measures; None for a network disk or a json: file name, which only QEMU itself can open."""
+    try:
+        return await _qemu_img.run_json(_qemu_img.measure_command(disk.filename, disk.driver, "qcow2"))
+    except ToolError:
+        return None
 
 
 def _metadata(virtual_size: int) -> int:

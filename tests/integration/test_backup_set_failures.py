@@ -74,6 +74,22 @@ def test_reserved_space_survives_a_full_file_system(vms: Vms, directory: Path, s
     sets.assert_good("web01", copies)
 
 
+def test_what_is_written_between_plan_and_start_has_its_space_too(vms: Vms, directory: Path, storage: Storage) -> None:
+    full = storage.mount("ext4", 256 * MIB)
+    sets = Sets(full.path / "repository")
+    vm = vms.start(name="web01")
+    plan = sets.plan(vm, speed=SLOW)["plan"]
+    # Into the holes of the disk.
+    for piece in range(1, 16, 2):
+        vm.write("drive0", 7, piece * 4 * MIB, 3 * MIB)
+    copies = copy_of(vm, directory)
+    succeed("backup_set", {"plan": plan, "state": "started"})
+    full.fill()
+    release(vm)
+    succeed("backup_set", {"plan": plan})
+    sets.assert_good("web01", copies)
+
+
 def test_cases_18_to_20_a_target_that_fills_up(vms: Vms, directory: Path, storage: Storage) -> None:
     full = storage.mount("ext2", 96 * MIB)
     sets = Sets(full.path / "repository")
