@@ -111,6 +111,8 @@ class _Work:
     """Attempt, bytes copied, and when that was first seen."""
     moved: bool = False
     """Whether this process has seen it advance."""
+    called: Facts | None = None
+    """What was seen of it when it was told to wait for its turn to start a set."""
     copying: tuple[Vm, Intent] | None = None
     """The VM as it was when its jobs were last seen to run, and whose jobs they are."""
     followed: Intent | None = None
@@ -255,6 +257,9 @@ class Engine:
 
     async def _step(self, work: _Work) -> Outcome | Verdict:
         """Look, and do what is to be done. A verdict means: not at the end yet."""
+        if work.called:
+            seen, work.called = work.called, None
+            return await self._act(work, seen)
         facts, shelf = await self._look(work, seen=work.copying[0] if work.copying else None)
         work.copying = None
         decision = self._decide(work, facts, shelf)
@@ -265,6 +270,8 @@ class Engine:
             return outcome or self._predict(work, decision)
         if decision.plan.action in (_plan.START, _plan.FINISH) and not self._turns.has(work.request.name):
             work.order = (shelf.sets[-1].started if shelf.sets else "", work.order[1])
+            if not decision.intent:
+                work.called = facts
             return _plan.Verdict(QUEUED, f"at most {self.settings.max_vms} VMs copy at a time")
         if decision.intent and self._is_ours(decision.intent):
             work.followed = decision.intent
@@ -706,9 +713,11 @@ class Engine:
 
     async def _remove_jobs(self, monitor: Monitor, vm: Vm, attempt: str) -> None:
         """Remove the jobs of an attempt, and the files that were handed over for it."""
-        jobs = [job.id for job in vm.jobs if job.id.startswith(f"vmfleet.{self.repository.tag}.{attempt}.")]
-        await self._stop(monitor, jobs)
-        await _jobs.dismiss_jobs(monitor, jobs)
+        jobs = [job for job in vm.jobs if job.id.startswith(f"vmfleet.{self.repository.tag}.{attempt}.")]
+        running = [job.id for job in jobs if not job.ended]
+        if running:
+            await self._stop(monitor, running)
+        await _jobs.dismiss_jobs(monitor, (job.id for job in jobs))
         await _jobs.remove_fdsets(monitor, vm, f"vmfleet:{self.repository.tag}:{attempt}:")
 
     async def _clear(self, work: _Work, monitor: Monitor, vm: Vm, shelf: Shelf) -> None:
