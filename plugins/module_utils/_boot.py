@@ -20,13 +20,13 @@ import json
 import os
 import re
 import shutil
-import sys
 import tempfile
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._agent import Agent
+from ansible_collections.vmfleet.backup.plugins.module_utils._bound import bound
 from ansible_collections.vmfleet.backup.plugins.module_utils._description import FLASH, ITEM
 from ansible_collections.vmfleet.backup.plugins.module_utils._errors import AgentError, Refused
 from ansible_collections.vmfleet.backup.plugins.module_utils._qmp import Process
@@ -82,14 +82,8 @@ PASSED_THROUGH = {"scsi-block": "scsi-hd", "scsi-generic": "scsi-hd", "scsi-disk
 CONTROLLERS = {"scsi": "virtio-scsi", "usb": "qemu-xhci"}
 """What disks of a bus need that is not there by itself; the first word of their driver tells the bus."""
 
-LAUNCHER = """
-import ctypes, os, signal, sys
-os.nice(10)
-ctypes.CDLL(None).prctl(1, signal.SIGKILL)
-if os.getppid() == int(sys.argv[1]):
-    os.execv(sys.argv[2], sys.argv[2:])
-"""
-"""Becomes QEMU, which then dies with the module, however that ends (PR_SET_PDEATHSIG), and gives way to other VMs."""
+NICENESS = 10
+"""QEMU gives way to the VMs of the hypervisor."""
 
 KVM_GET_API_VERSION = 0xAE00
 KVM_API_VERSION = 12
@@ -464,11 +458,10 @@ def copy_flash(description: Mapping[str, Any], layers: Sequence[Layer], place: s
 
 async def watch(arguments: Sequence[str], place: str, wish: Wish) -> Ending:
     """Start it and wait for a sign of life. QEMU is gone when this returns, however it returns."""
-    launcher = [sys.executable, "-I", "-S", "-c", LAUNCHER, str(os.getpid())]
     log = os.open(os.path.join(place, "log"), os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         process = await asyncio.create_subprocess_exec(
-            *launcher, *arguments, stdin=asyncio.subprocess.DEVNULL, stdout=log, stderr=log
+            *bound(arguments, NICENESS), stdin=asyncio.subprocess.DEVNULL, stdout=log, stderr=log
         )
     finally:
         os.close(log)

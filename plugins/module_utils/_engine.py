@@ -61,6 +61,7 @@ if TYPE_CHECKING:
 
     from ansible_collections.vmfleet.backup.plugins.module_utils._inspect import Job, Vm
     from ansible_collections.vmfleet.backup.plugins.module_utils._plan import Decision, Facts, Plan, Request, Verdict
+    from ansible_collections.vmfleet.backup.plugins.module_utils._qmp import Process
     from ansible_collections.vmfleet.backup.plugins.module_utils._repository import Repository, Shelf
     from ansible_collections.vmfleet.backup.plugins.module_utils._watched import WatchedRepository
 
@@ -111,8 +112,10 @@ class _Work:
     """Attempt, bytes copied, and when that was first seen."""
     moved: bool = False
     """Whether this process has seen it advance."""
-    called: Facts | None = None
-    """What was seen of it when it was told to wait for its turn to start a set."""
+    fresh: bool = True
+    """Whether nothing was done for it yet, and all that is known of it is the plan."""
+    called: Process | None = None
+    """The QEMU of a VM that was told to wait for its turn to start a set."""
     copying: tuple[Vm, Intent] | None = None
     """The VM as it was when its jobs were last seen to run, and whose jobs they are."""
     followed: Intent | None = None
@@ -257,21 +260,20 @@ class Engine:
 
     async def _step(self, work: _Work) -> Outcome | Verdict:
         """Look, and do what is to be done. A verdict means: not at the end yet."""
-        if work.called:
-            seen, work.called = work.called, None
-            return await self._act(work, seen)
+        process = await self._to_start(work)
+        if process:
+            return await self._act(work, process)
         facts, shelf = await self._look(work, seen=work.copying[0] if work.copying else None)
         work.copying = None
         decision = self._decide(work, facts, shelf)
         if decision.plan.action == _plan.FAIL and not self.settings.check_mode and await self._is_lost(facts, shelf):
-            return await self._act(work, facts)
+            return await self._act(work, facts.process)
         outcome = await self._final(work, decision, facts, shelf)
         if outcome or self.settings.check_mode:
             return outcome or self._predict(work, decision)
         if decision.plan.action in (_plan.START, _plan.FINISH) and not self._turns.has(work.request.name):
             work.order = (shelf.sets[-1].started if shelf.sets else "", work.order[1])
-            if not decision.intent:
-                work.called = facts
+            work.called = None if decision.intent else facts.process
             return _plan.Verdict(QUEUED, f"at most {self.settings.max_vms} VMs copy at a time")
         if decision.intent and self._is_ours(decision.intent):
             work.followed = decision.intent
@@ -279,7 +281,19 @@ class Engine:
             verdict = await self._follow(work, decision.intent, facts, shelf)
             if verdict:
                 return verdict
-        return await self._act(work, facts)
+        return await self._act(work, facts.process, None if facts.vm else facts)
+
+    async def _to_start(self, work: _Work) -> Process | None:
+        """The QEMU of a VM that is to start its set now, as was planned or seen: it is looked at with the locks held.
+
+        None where something else is to be done, or where the QEMU is not known.
+        """
+        process, work.called = work.called, None
+        planned = work.fresh and work.planned.action == _plan.START and not self.settings.check_mode
+        work.fresh = False
+        if planned and self._turns.has(work.request.name):
+            return await _survey.meet(work.request)
+        return process
 
     async def _follow(self, work: _Work, intent: Intent, facts: Facts, shelf: Shelf) -> Verdict | None:
         """Do for an attempt what needs no locks. A verdict means: there is nothing else to be done now."""
@@ -425,42 +439,48 @@ class Engine:
 
     # What is done with the locks held
 
-    async def _act(self, work: _Work, seen: Facts) -> Outcome | Verdict:
-        """Take the locks, look once more, and do the one thing that is to be done."""
+    async def _act(self, work: _Work, process: Process | None, absent: Facts | None = None) -> Outcome | Verdict:
+        """Take the locks, look, and do the one thing that is to be done.
+
+        C(process) is the QEMU that has just answered, where it is known; where none has, C(absent) is what was found.
+        """
         name = work.request.name
         address = parse_address(work.request.monitor)
-        process = seen.vm.process if seen.vm else None
         async with AsyncExitStack() as stack:
             await stack.enter_async_context(locked(host_lock_path(process, address), f"VM {name}"))
             lock = await stack.enter_async_context(self.repository.lock(name))
-            monitor = None
-            if seen.vm:
-                try:
-                    monitor = await stack.enter_async_context(Monitor(address, self.commands))
-                except MonitorError as error:
-                    # A set whose images are safe needs no QEMU any more: the next look goes on without one.
-                    return _plan.Verdict(_plan.UNREACHABLE, str(error))
-                if monitor.process != process:
-                    # Another QEMU has taken the monitor's place: its lock is another one.
-                    return _plan.Verdict(_plan.INTERRUPTED)
-            if monitor:
-                facts, shelf = await self._look(work, monitor)
-            else:
-                facts, shelf = await self._on_shelf(work, seen)
-            decision = self._decide(work, facts, shelf)
-            if decision.plan.action == _plan.SKIP and decision.manifest:
-                await self._tidy(work, monitor, facts, shelf, decision.manifest)
-                return self._published(work, decision.manifest)
-            if decision.intent and decision.removal:
-                return await self._remove(work, monitor, facts, decision.intent, decision.removal)
-            if decision.intent and decision.plan.action != _plan.FAIL:
-                return await self._advance(work, monitor, facts, shelf, decision.intent)
-            if decision.plan.action == _plan.FAIL and monitor and facts.vm:
-                work.changed = True
-                await self._remove_leftovers(work, monitor, facts.vm, shelf)
-            if decision.plan.action == _plan.START and monitor and facts.vm:
-                return await self._start(work, monitor, facts.vm, shelf, decision, lock)
-            return await self._final(work, decision, facts, shelf) or _plan.Verdict(_plan.INTERRUPTED)
+            if absent:
+                return await self._do(work, None, *await self._on_shelf(work, absent), lock)
+            try:
+                monitor = await stack.enter_async_context(Monitor(address, self.commands))
+            except MonitorError as error:
+                # A set whose images are safe needs no QEMU any more: the next look goes on without one.
+                return _plan.Verdict(_plan.UNREACHABLE, str(error))
+            if monitor.process != process:
+                # Another QEMU has taken the monitor's place: its lock is another one.
+                return _plan.Verdict(_plan.INTERRUPTED)
+            return await self._do(work, monitor, *await self._look(work, monitor), lock)
+
+    async def _do(
+        self, work: _Work, monitor: Monitor | None, facts: Facts, shelf: Shelf, lock: int
+    ) -> Outcome | Verdict:
+        """Do what is to be done; C(lock) is that of the repository."""
+        decision = self._decide(work, facts, shelf)
+        if decision.intent and self._is_ours(decision.intent):
+            work.followed = decision.intent
+        if decision.plan.action == _plan.SKIP and decision.manifest:
+            await self._tidy(work, monitor, facts, shelf, decision.manifest)
+            return self._published(work, decision.manifest)
+        if decision.intent and decision.removal:
+            return await self._remove(work, monitor, facts, decision.intent, decision.removal)
+        if decision.intent and decision.plan.action != _plan.FAIL:
+            return await self._advance(work, monitor, facts, shelf, decision.intent)
+        if decision.plan.action == _plan.FAIL and monitor and facts.vm and await self._is_lost(facts, shelf):
+            work.changed = True
+            await self._remove_leftovers(work, monitor, facts.vm, shelf)
+        if decision.plan.action == _plan.START and monitor and facts.vm:
+            return await self._start(work, monitor, facts.vm, shelf, decision, lock)
+        return await self._final(work, decision, facts, shelf) or _plan.Verdict(_plan.INTERRUPTED)
 
     async def _advance(
         self, work: _Work, monitor: Monitor | None, facts: Facts, shelf: Shelf, intent: Intent

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from ansible_collections.vmfleet.backup.plugins.module_utils._documents import Hypervisor, Intent, Manifest
     from ansible_collections.vmfleet.backup.plugins.module_utils._inspect import Disk, Job, Vm
+    from ansible_collections.vmfleet.backup.plugins.module_utils._qmp import Process
     from ansible_collections.vmfleet.backup.plugins.module_utils._repository import Shelf
 
 SKIP = "skip"
@@ -91,6 +92,11 @@ class Facts:
     off: bool = False
     dead: frozenset[str] = frozenset()
     damage: Mapping[tuple[str, str], str] = field(default_factory=dict)
+
+    @property
+    def process(self) -> Process | None:
+        """The QEMU that has answered, where it is known."""
+        return self.vm.process if self.vm else None
 
 
 @dataclass(frozen=True)

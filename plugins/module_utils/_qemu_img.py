@@ -14,10 +14,9 @@ import asyncio
 import contextlib
 import json
 import os
-import shutil
-import sys
 from typing import TYPE_CHECKING
 
+from ansible_collections.vmfleet.backup.plugins.module_utils._bound import bound
 from ansible_collections.vmfleet.backup.plugins.module_utils._errors import ToolError
 
 if TYPE_CHECKING:
@@ -31,20 +30,11 @@ class NotInstalled(ToolError):
 TIMEOUT = 60.0
 """Seconds for one qemu-img command that looks at metadata only; a hung file system is what comes near it."""
 
-
 MEASURE_TIMEOUT = 600.0
 """Seconds for measuring an image: for that the tables of all images of its chain are read."""
 
 LONG_TIMEOUT = 7 * 24 * 3600.0
 """Seconds for reading an image to its end: no sensible one takes as long."""
-
-LAUNCHER = """
-import ctypes, os, signal, sys
-ctypes.CDLL(None).prctl(1, signal.SIGKILL)
-if os.getppid() == int(sys.argv[1]):
-    os.execv(sys.argv[2], sys.argv[2:])
-"""
-"""Becomes the command, which then dies with the module, however that ends (PR_SET_PDEATHSIG)."""
 
 
 def create_command(
@@ -124,7 +114,7 @@ async def run(
     """
     try:
         process = await asyncio.create_subprocess_exec(
-            *(_bound(command) if is_long else command),
+            *(bound(command) if is_long else command),
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
@@ -151,14 +141,6 @@ async def run(
     if process.returncode != 0:
         raise ToolError("{}: {}".format(" ".join(command), errors.decode("utf-8", "replace").strip()))
     return output.decode("utf-8", "replace")
-
-
-def _bound(command: list[str]) -> list[str]:
-    """A command that dies with this process; FileNotFoundError where it is not installed."""
-    program = shutil.which(command[0])
-    if program is None:
-        raise FileNotFoundError(command[0])
-    return [sys.executable, "-I", "-S", "-c", LAUNCHER, str(os.getpid()), program, *command[1:]]
 
 
 async def run_json(command: list[str], timeout: float = TIMEOUT) -> Any:

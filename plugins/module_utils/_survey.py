@@ -93,6 +93,15 @@ def _is_socket(path: str) -> bool:
         return False
 
 
+async def meet(request: Request) -> Process | None:
+    """Which QEMU is behind a monitor; None where none answers, or where that cannot be told."""
+    try:
+        async with Monitor(parse_address(request.monitor)) as monitor:
+            return monitor.process
+    except BackupError:
+        return None
+
+
 async def look(request: Request, monitor: Monitor | None = None) -> Facts:
     """Ask one VM for everything; C(monitor) is a connection that is open already."""
     return await _ask(request, lambda asked: _inspect(asked, request.name), monitor)

@@ -73,11 +73,15 @@ class ModuleProcess:
         return self._process.poll() == -signal.SIGKILL
 
     @property
+    def children(self) -> list[int]:
+        """The child that does the work, and others that come and go."""
+        return [int(pid) for pid in Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()]
+
+    @property
     def open_files(self) -> set[Path]:
         """What it, or its child that does the work, has open in this moment."""
         found = set()
-        children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
-        for pid in (self.pid, *children):
+        for pid in (self.pid, *self.children):
             # Some are closed, and some children gone, before we get to them.
             with contextlib.suppress(FileNotFoundError):
                 for fd in Path(f"/proc/{pid}/fd").iterdir():

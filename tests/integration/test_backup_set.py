@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 import stat
+import subprocess
 import typing as t
 
 import pytest
 
 from ansible_collections.vmfleet.backup.tests.harness.backup import release, sent, snapshot, wait_concluded
-from ansible_collections.vmfleet.backup.tests.harness.images import create, info
+from ansible_collections.vmfleet.backup.tests.harness.images import MIB, create, info
 from ansible_collections.vmfleet.backup.tests.harness.modules import fail, run_module, succeed
 from ansible_collections.vmfleet.backup.tests.harness.qemu import Disk, Qmp, wait_until
 from ansible_collections.vmfleet.backup.tests.harness.sets import ID, SLOW, Sets, result_of
@@ -21,7 +22,7 @@ from ansible_collections.vmfleet.backup.tests.harness.sets import ID, SLOW, Sets
 if t.TYPE_CHECKING:
     from pathlib import Path
 
-    from ansible_collections.vmfleet.backup.tests.harness.fixtures import Vms
+    from ansible_collections.vmfleet.backup.tests.harness.fixtures import Storage, Vms
     from ansible_collections.vmfleet.backup.tests.harness.modules import ModuleProcess
     from ansible_collections.vmfleet.backup.tests.harness.qemu import Qemu
 
@@ -391,6 +392,16 @@ def test_compression(vm: Qemu, directory: Path, sets: Sets, compression: str) ->
     image = sets.images("vm")["drive0"]
     assert info(image)["format-specific"]["data"]["compression-type"] == compression
     assert image.stat().st_size < 8 << 20
+
+
+@pytest.mark.parametrize("checksum", [True, False])
+def test_images_do_not_fill_the_page_cache(vm: Qemu, storage: Storage, checksum: bool) -> None:
+    sets = Sets(storage.mount("ext4", 128 * MIB).path / "repository")
+    sets.back_up(vm, checksum=checksum)
+    for image in sets.images("vm").values():
+        assert image.stat().st_size > 32 * MIB
+        fincore = ["fincore", "--bytes", "--noheadings", "--output", "RES", image]
+        assert int(subprocess.run(fincore, capture_output=True, check=True).stdout) < MIB
 
 
 def test_without_checksums(vm: Qemu, sets: Sets) -> None:

@@ -243,6 +243,23 @@ class TestVms:
         plan = sets.plan(history.vm, id="s1")["plan"]
         assert "belongs to another VM" in fail("backup_set", {"plan": plan, "adopt": True})["msg"]
 
+    def test_a_vm_that_was_exchanged_since_the_plan_is_left_alone(self, vms: Vms, sets: Sets, directory: Path) -> None:
+        history = History(vms.start(vms.disk(size=SIZE), name="web01", uuid=UUIDS[0]), sets, directory)
+        history.back_up("s1")
+        plan = sets.plan(history.vm, id="s2")["plan"]
+        history.vm.quit()
+        # With the disk of the one before, and so with a bitmap on which that one's sets do not build any more.
+        other = vms.start(*history.vm.disks, name="web01", uuid=UUIDS[1])
+        stray = f"{next(iter(other.bitmaps('n0')))[:17]}0123456789abcdef"
+        other.qmp.execute("block-dirty-bitmap-add", node="n0", name=stray)
+        bitmaps = other.bitmaps("n0")
+        plan["vms"][0]["monitor"] = f"unix:{other.monitor}"
+        result = fail("backup_set", {"plan": plan})
+        assert UUIDS[0] in result["msg"]
+        assert result["changed"] is False
+        assert other.bitmaps("n0") == bitmaps
+        other.qmp.execute("block-dirty-bitmap-remove", node="n0", name=stray)
+
     def test_another_vm_behind_the_monitor_takes_over(self, vms: Vms, sets: Sets) -> None:
         one, other = (
             vms.start(vms.disk(number, size=SIZE, id="drive0"), name="web01", uuid=UUIDS[number]) for number in range(2)

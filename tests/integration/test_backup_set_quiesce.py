@@ -15,6 +15,7 @@ import typing as t
 import pytest
 
 from ansible_collections.vmfleet.backup.plugins.module_utils import _agent, _guard
+from ansible_collections.vmfleet.backup.plugins.module_utils._qmp import Process
 from ansible_collections.vmfleet.backup.tests.harness.backup import release
 from ansible_collections.vmfleet.backup.tests.harness.guest import Guest
 from ansible_collections.vmfleet.backup.tests.harness.images import MIB, qemu_img
@@ -425,11 +426,21 @@ def test_killed_while_the_guest_is_frozen(
     sets.assert_tidy("vm")
 
 
+def kill_with_guard(process: ModuleProcess, agent: ScriptedAgent) -> None:
+    """Kill a module and its guard as if at once: either of them thaws the guest when it sees the other one dead."""
+    guard = agent.clients[-1]
+    held = list(filter(None, map(Process.of, (*process.children, guard))))
+    for one in held:
+        os.kill(one.pid, signal.SIGSTOP)
+    wait_until(lambda: all(one.stopped for one in held), "both to stand still")
+    os.kill(process.pid, signal.SIGKILL)
+    os.kill(guard, signal.SIGKILL)
+
+
 def test_killed_together_with_the_guard(vm: Qemu, agent: ScriptedAgent, sets: Sets, start_module: Start) -> None:
     def freeze_and_kill(agent: ScriptedAgent) -> None:
         agent.freeze()
-        os.kill(process.pid, signal.SIGKILL)
-        os.kill(agent.clients[-1], signal.SIGKILL)
+        kill_with_guard(process, agent)
 
     agent.script = {FREEZE: [freeze_and_kill]}
     plan = sets.plan(**options(vm, agent, "require"))["plan"]
@@ -446,8 +457,7 @@ def test_cancelling_thaws_what_killed_modules_have_left(
 ) -> None:
     def freeze_and_kill(agent: ScriptedAgent) -> None:
         agent.freeze()
-        os.kill(process.pid, signal.SIGKILL)
-        os.kill(agent.clients[-1], signal.SIGKILL)
+        kill_with_guard(process, agent)
 
     agent.script = {FREEZE: [freeze_and_kill]}
     process = start_module("backup_set", {"plan": sets.plan(**options(vm, agent, "require"))["plan"]})
