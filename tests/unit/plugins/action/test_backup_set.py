@@ -74,6 +74,7 @@ class Stage:
             play_context=None,
             loader=None,
             templar=None,
+            shared_loader_obj=None,
         )
         action._execute_module = self.execute
         action._display = SimpleNamespace(display=self.shown.append, verbosity=self.verbosity)
