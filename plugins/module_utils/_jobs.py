@@ -215,13 +215,10 @@ async def cancel_jobs(monitor: Monitor, job_ids: Iterable[str]) -> tuple[Job, ..
 
 async def dismiss_jobs(monitor: Monitor, job_ids: Iterable[str]) -> None:
     """Remove ended jobs from QEMU's list. Their outcome must be on disk by then: it is lost with them."""
-    for job_id in job_ids:
-        try:
-            await monitor.execute("job-dismiss", {"id": job_id})
-        except CommandError:
-            # One that is gone, or has not ended, is none to dismiss.
-            if any(job.id == job_id and job.ended for job in await query_jobs(monitor)):
-                raise
+    wanted = set(job_ids)
+    for job in await query_jobs(monitor):
+        if job.id in wanted and job.ended:
+            await monitor.execute("job-dismiss", {"id": job.id})
 
 
 async def remove_fdsets(monitor: Monitor, vm: Vm, prefix: str) -> None:
