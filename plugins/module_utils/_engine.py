@@ -867,8 +867,7 @@ class Engine:
         """The VM's locks, its monitor where there is a VM, and a look at it with these in hand."""
         address = parse_address(work.request.monitor)
         facts, _shelf = await self._look(work)
-        process = facts.vm.process if facts.vm else None
-        await stack.enter_async_context(locked(host_lock_path(process, address), f"VM {work.request.name}"))
+        await stack.enter_async_context(locked(host_lock_path(facts.process, address), f"VM {work.request.name}"))
         await stack.enter_async_context(self.repository.lock(work.request.name))
         if facts.vm is None:
             return (None, *await self._on_shelf(work, facts))
