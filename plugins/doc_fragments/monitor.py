@@ -13,7 +13,7 @@ class ModuleDocFragment:
 options:
   monitor:
     description:
-      - The VM's QMP monitor, as V(unix:/run/qemu/web01.qmp), V(/run/qemu/web01.qmp) or V(tcp:127.0.0.1:4444).
+      - The VM's QMP monitor, as V(unix:/run/vmfleet-monitors/web01.qmp), as a path alone, or V(tcp:127.0.0.1:4444).
       - A monitor serves one client at a time. It is held for moments only, never while a job is waited for,
         so that other clients get their turn.
       - File descriptors can be passed over a UNIX socket only. Over TCP, QEMU itself must be able to open the target.

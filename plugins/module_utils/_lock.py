@@ -11,6 +11,7 @@ import asyncio
 import fcntl
 import json
 import os
+import stat
 import time
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
@@ -29,6 +30,11 @@ TIMEOUT = 120.0
 
 RETRY_INTERVAL = 0.02
 
+DIRECTORY = "/run/vmfleet-locks"
+"""Root's locks. No directory that somebody might make for the sockets of VMs has this name."""
+
+OF_OTHERS = stat.S_IWGRP | stat.S_IWOTH
+
 
 class LockHeld(BackupError):
     """Somebody else has had the lock all the time."""
@@ -36,12 +42,27 @@ class LockHeld(BackupError):
 
 def host_lock_path(process: Process | None, address: Address) -> str:
     """The lock of one QEMU on this hypervisor. Over TCP the process is unknown, and the address stands for it."""
-    directory = "/run/vmfleet" if os.geteuid() == 0 else os.path.join("/tmp", f"vmfleet-{os.geteuid()}")
-    if os.path.isdir(directory) and os.stat(directory).st_uid != os.geteuid():
-        raise BackupError(f"{directory} belongs to somebody else, and a lock in it would hold nobody off; remove it")
+    directory = lock_directory()
     if process is not None:
         return os.path.join(directory, f"{process.pid}-{process.start}.lock")
     return os.path.join(directory, str(address).replace("/", "_") + ".lock")
+
+
+def lock_directory() -> str:
+    """Where this user's locks are; BackupError where others could exchange them."""
+    user = os.geteuid()
+    directory = DIRECTORY if user == 0 else os.path.join("/tmp", f"vmfleet-{user}")
+    try:
+        found = os.lstat(directory)
+    except FileNotFoundError:
+        return directory
+    if stat.S_ISDIR(found.st_mode) and found.st_uid == user and not found.st_mode & OF_OTHERS:
+        return directory
+    raise BackupError(
+        f"{directory} is for this collection's locks. It has to be a directory of user {user} that nobody else can"
+        f" write to, and is {stat.filemode(found.st_mode)} of user {found.st_uid}: a lock in it would hold nobody off."
+        " Move it away; it is made anew"
+    )
 
 
 def read_owners(path: str) -> dict[str, str]:

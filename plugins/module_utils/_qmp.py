@@ -101,7 +101,8 @@ def parse_address(text: str, option: str = "monitor") -> Address:
         raise Refused(
             option,
             f"{text!r}: libvirt addresses are not supported yet; give the domain a monitor of its own"
-            " (qemu:commandline with -chardev socket and -mon) and name that socket",
+            " (qemu:commandline with -qmp) and name its socket. Where AppArmor is on, it needs a rule for that socket,"
+            " or the domain does not start any more: see 'Domains of libvirt' in the guide 'Getting started'",
         )
     if text.startswith("tcp:"):
         match = re.fullmatch(r"tcp:(?:\[(?P<v6>[0-9A-Fa-f:.]+)\]|(?P<host>[^:\[\]]+)):(?P<port>\d{1,5})", text)
@@ -315,8 +316,7 @@ class Monitor:
                 f"{self.address}: closed without a QMP greeting: QEMU is ending, or this is no QMP monitor"
             )
         return MonitorError(
-            f"{self.address}: what answers there is not a QMP monitor ({error}); name the socket of -qmp or of -mon"
-            " mode=control"
+            f"{self.address}: what answers there is not a QMP monitor ({error}); name the socket of -qmp mode=control"
         )
 
     def _no_greeting(self) -> str:

@@ -30,9 +30,8 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._documents import P
 from ansible_collections.vmfleet.backup.plugins.module_utils._errors import BackupError, Refused, ToolError
 from ansible_collections.vmfleet.backup.plugins.module_utils._inspect import machine_id
 from ansible_collections.vmfleet.backup.plugins.module_utils._library import holdings
-from ansible_collections.vmfleet.backup.plugins.module_utils._lock import host_lock_path, locked
+from ansible_collections.vmfleet.backup.plugins.module_utils._lock import lock_directory, locked
 from ansible_collections.vmfleet.backup.plugins.module_utils._marks import PARTIAL, read_marks, remove_marks, write_mark
-from ansible_collections.vmfleet.backup.plugins.module_utils._qmp import Address
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository import (
     UNFINISHED,
     read_document,
@@ -314,9 +313,8 @@ async def _bring_back(repository: Repository, vm: str, piece: Piece, order: Orde
 
 def _alone(target: str) -> AbstractAsyncContextManager[int]:
     """The lock of a target on this machine."""
-    directory = os.path.dirname(host_lock_path(None, Address()))
     mark = hashlib.sha256(os.path.realpath(target).encode("utf-8", "surrogateescape")).hexdigest()[:16]
-    return locked(os.path.join(directory, f"restore-{mark}.lock"), f"target {target}", LOCK_TIMEOUT)
+    return locked(os.path.join(lock_directory(), f"restore-{mark}.lock"), f"target {target}", LOCK_TIMEOUT)
 
 
 async def _write_file(repository: Repository, vm: str, piece: Piece, order: Order, warnings: list[str]) -> None:

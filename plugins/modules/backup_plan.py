@@ -66,7 +66,7 @@ options:
         type: str
       monitor:
         description:
-          - The VM's QMP monitor, as V(unix:/run/qemu/web01.qmp), V(/run/qemu/web01.qmp) or V(tcp:127.0.0.1:4444).
+          - The VM's QMP monitor, as V(unix:/run/vmfleet-monitors/web01.qmp), as a path alone, or V(tcp:127.0.0.1:4444).
         type: str
         required: true
       include_disks:
@@ -87,12 +87,12 @@ options:
         choices: [none, try, require]
       agent:
         description:
-          - The socket of the VM's guest agent, such as V(/run/qemu/web01.agent).
+          - The socket of the VM's guest agent, such as V(/run/vmfleet-monitors/web01.agent).
           - The default is the one that QEMU itself has for the channel C(org.qemu.guest_agent.0).
         type: path
   sockets:
     description:
-      - Patterns of the QMP sockets of further VMs, such as V(/run/qemu/*.qmp).
+      - Patterns of the QMP sockets of further VMs, such as V(/run/vmfleet-monitors/*.qmp).
       - A pattern that matches nothing is worth a warning. A path without wildcards stands for a VM that should be
         there.
     type: list
@@ -192,7 +192,7 @@ EXAMPLES = r"""
   vmfleet.backup.backup_plan:
     repository: /srv/backup
     sockets:
-      - /run/qemu/*.qmp
+      - /run/vmfleet-monitors/*.qmp
     exclude_disks:
       - scratch
   register: planned

@@ -148,7 +148,7 @@ EXAMPLES = r"""
   vmfleet.backup.backup_plan:
     repository: /srv/backup
     sockets:
-      - /run/qemu/*.qmp
+      - /run/vmfleet-monitors/*.qmp
   register: planned
 
 - name: Back up

@@ -44,13 +44,13 @@ seealso:
 EXAMPLES = r"""
 - name: Go on with a backup that ran out of space, now that there is some
   vmfleet.backup.block_job:
-    monitor: unix:/run/qemu/web01.qmp
+    monitor: unix:/run/vmfleet-monitors/web01.qmp
     job_id: vmfleet.db.5f1d2c0b9a3e
     state: running
 
 - name: Slow a backup down for the working hours
   vmfleet.backup.block_job:
-    monitor: unix:/run/qemu/web01.qmp
+    monitor: unix:/run/vmfleet-monitors/web01.qmp
     job_id: vmfleet.db.5f1d2c0b9a3e
     speed: 20M
 """

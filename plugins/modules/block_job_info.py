@@ -33,7 +33,7 @@ seealso:
 EXAMPLES = r"""
 - name: See how far the backups of a VM are
   vmfleet.backup.block_job_info:
-    monitor: unix:/run/qemu/web01.qmp
+    monitor: unix:/run/vmfleet-monitors/web01.qmp
     type: backup
   register: backups
 

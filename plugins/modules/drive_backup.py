@@ -216,13 +216,13 @@ seealso:
 EXAMPLES = r"""
 - name: Back up one disk of a running VM
   vmfleet.backup.drive_backup:
-    monitor: unix:/run/qemu/web01.qmp
+    monitor: unix:/run/vmfleet-monitors/web01.qmp
     device: drive0
     target: /srv/backup/web01-drive0.qcow2
 
 - name: Back up two disks at one point in time, compressed and with limited rate
   vmfleet.backup.drive_backup:
-    monitor: unix:/run/qemu/db01.qmp
+    monitor: unix:/run/vmfleet-monitors/db01.qmp
     compress: true
     speed: 50M
     drives:
@@ -233,14 +233,14 @@ EXAMPLES = r"""
 
 - name: Start a backup and go on with other work
   vmfleet.backup.drive_backup:
-    monitor: unix:/run/qemu/web01.qmp
+    monitor: unix:/run/vmfleet-monitors/web01.qmp
     device: drive0
     target: /srv/backup/web01-drive0.qcow2
     state: started
 
 - name: Wait for that backup, an hour at most
   vmfleet.backup.drive_backup:
-    monitor: unix:/run/qemu/web01.qmp
+    monitor: unix:/run/vmfleet-monitors/web01.qmp
     device: drive0
     target: /srv/backup/web01-drive0.qcow2
     timeout: 3600

@@ -20,12 +20,12 @@ extends_documentation_fragment:
 options:
   monitors:
     description:
-      - QMP monitors, as V(unix:/run/qemu/web01.qmp), V(/run/qemu/web01.qmp) or V(tcp:127.0.0.1:4444).
+      - QMP monitors, as V(unix:/run/vmfleet-monitors/web01.qmp), as a path alone, or V(tcp:127.0.0.1:4444).
     type: list
     elements: str
   sockets:
     description:
-      - Patterns of QMP sockets' paths, such as V(/run/qemu/*.qmp). Each socket that matches is asked.
+      - Patterns of QMP sockets' paths, such as V(/run/vmfleet-monitors/*.qmp). Each socket that matches is asked.
     type: list
     elements: str
 requirements:
@@ -38,7 +38,7 @@ EXAMPLES = r"""
 - name: Look at all VMs of this hypervisor
   vmfleet.backup.vm_info:
     sockets:
-      - /run/qemu/*.qmp
+      - /run/vmfleet-monitors/*.qmp
   register: found
 
 - name: List their disks

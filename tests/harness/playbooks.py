@@ -96,6 +96,8 @@ class Hypervisor:
             **{name: value for name, value in os.environ.items() if not name.startswith("ANSIBLE_")},
             "ANSIBLE_COLLECTIONS_PATH": str(ROOT),
             "ANSIBLE_HOME": str(self.directory / "ansible"),
+            # Ansible writes there by $HOME, and looks for it in the password file's home: not always the same.
+            "ANSIBLE_ASYNC_DIR": str(self.directory / "ansible" / "async"),
             "ANSIBLE_NOCOLOR": "1",
         }
 

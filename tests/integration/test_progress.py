@@ -187,7 +187,13 @@ def _comparable(result: dict[str, t.Any], name: str) -> dict[str, t.Any]:
     return found
 
 
-def test_async_is_not_sliced(vms: Vms, directory: Path, hypervisor: Hypervisor) -> None:
+@pytest.mark.parametrize("home", ["its own", "elsewhere"])
+def test_async_is_not_sliced(
+    vms: Vms, directory: Path, hypervisor: Hypervisor, home: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if home == "elsewhere":
+        (directory / "home").mkdir()
+        monkeypatch.setenv("HOME", str(directory / "home"))
     vm = vms.start(name="web01")
     copies = {str(disk.id): vm.freeze(disk, directory / f"frozen-{disk.id}.qcow2") for disk in vm.disks}
     playbook = write_playbook(hypervisor, {"async": 600, "poll": 1})

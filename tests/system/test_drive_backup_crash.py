@@ -371,7 +371,7 @@ def test_a_call_waits_for_whoever_works_on_the_vm(
     backup(vm, target, state="started", speed=SLOW)
     backup(vm, target, state="cancelled")
     started = Path(f"/proc/{vm.pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19]
-    path = Path(f"/run/vmfleet/{vm.pid}-{started}.lock")
+    path = Path(f"/run/vmfleet-locks/{vm.pid}-{started}.lock")
     with path.open("rb") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         process = start_module("drive_backup", arguments(vm, target))

@@ -34,27 +34,62 @@ if TYPE_CHECKING:
         (None, Address(path="/run/qemu/web01.qmp"), "unix:_run_qemu_web01.qmp.lock"),
     ],
 )
-@pytest.mark.parametrize(("user", "directory"), [(0, "/run/vmfleet"), (1000, "/tmp/vmfleet-1000")])
+@pytest.mark.parametrize(("user", "directory"), [(0, "/run/vmfleet-locks"), (1000, "/tmp/vmfleet-1000")])
 def test_lock_of_a_vm(
     process: Process | None, address: Address, name: str, user: int, directory: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pretend(monkeypatch, user, owner=user)
+    own = SimpleNamespace(st_uid=user, st_mode=stat.S_IFDIR | 0o700)
+    monkeypatch.setattr(os, "geteuid", lambda: user)
+    monkeypatch.setattr(os, "lstat", lambda _path: own)
     assert host_lock_path(process, address) == f"{directory}/{name}"
 
 
-def pretend(monkeypatch: pytest.MonkeyPatch, user: int, owner: int) -> None:
-    """Be another user, and let all directories be there and belong to C(owner)."""
-    fake = SimpleNamespace(
-        path=SimpleNamespace(join=os.path.join, isdir=lambda _path: True),
-        geteuid=lambda: user,
-        stat=lambda _path: SimpleNamespace(st_uid=owner),
-    )
-    monkeypatch.setattr(_lock, "os", fake)
+def test_sockets_of_vms_and_locks_do_not_meet() -> None:
+    """Whoever owns the sockets' directory may write to it, and could exchange a lock in it."""
+    assert _lock.DIRECTORY not in ("/run/vmfleet", "/run/qemu", "/run/vmfleet-monitors")
 
 
-def test_directory_of_somebody_else_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    pretend(monkeypatch, 1000, owner=1001)
-    with pytest.raises(BackupError, match=r"^/tmp/vmfleet-1000 belongs to somebody else"):
+@pytest.fixture
+def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What root's directory of locks is for this test; it is not there yet."""
+    monkeypatch.setattr(_lock, "DIRECTORY", str(tmp_path / "locks"))
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    return tmp_path / "locks"
+
+
+def test_a_directory_of_ones_own(directory: Path) -> None:
+    assert _lock.lock_directory() == str(directory)
+    assert not directory.exists()
+    directory.mkdir(mode=0o755)
+    if os.getuid() == 0:
+        assert _lock.lock_directory() == str(directory)
+
+
+@pytest.mark.parametrize("mode", [0o770, 0o702, 0o1777])
+def test_directory_that_others_can_write_to_is_refused(mode: int, directory: Path) -> None:
+    directory.mkdir()
+    directory.chmod(mode)
+    with pytest.raises(
+        BackupError, match=rf"^{directory} is for .* nobody else can write to, and is d[rwxt-]+ of user"
+    ):
+        host_lock_path(None, Address(path="/run/qemu/web01.qmp"))
+
+
+def test_directory_of_somebody_else_is_refused(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one that libvirt's QEMUs make their sockets in: owned by their user."""
+    directory.mkdir(mode=0o700)
+    monkeypatch.setattr(os, "lstat", lambda _path: SimpleNamespace(st_uid=64055, st_mode=stat.S_IFDIR | 0o700))
+    with pytest.raises(BackupError, match=r"and is drwx------ of user 64055: a lock in it would hold nobody off"):
+        host_lock_path(None, Address(path="/run/qemu/web01.qmp"))
+
+
+@pytest.mark.parametrize("kind", ["link", "file"])
+def test_what_is_no_directory_is_refused(kind: str, directory: Path, tmp_path: Path) -> None:
+    if kind == "link":
+        directory.symlink_to(tmp_path)
+    else:
+        directory.touch(mode=0o600)
+    with pytest.raises(BackupError, match="Move it away; it is made anew"):
         host_lock_path(None, Address(path="/run/qemu/web01.qmp"))
 
 

@@ -71,6 +71,7 @@ class TestAddress:
             ("tcp:fe80::1:4444", "is not of the form"),
             ("tcp:[host]:4444", "is not of the form"),
             ("libvirt:web01", "libvirt addresses are not supported yet"),
+            ("libvirt:web01", "Where AppArmor is on, it needs a rule"),
         ],
     )
     def test_others_are_refused_under_the_options_name(self, text: str, reason: str) -> None:
