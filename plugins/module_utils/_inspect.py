@@ -39,6 +39,12 @@ IO_ERROR = "io-error"
 
 PERIPHERAL = "/machine/peripheral/"
 
+CHILDREN = (10, 1)
+"""The first version of QEMU that names the children of a node."""
+
+FLAT_DEVICES = (11, 0)
+"""The first version whose query-block can leave out the backing files."""
+
 GRAPH_ATTEMPTS = 20
 """How often the block graph is asked for until its parts fit together: once and again is the rule."""
 
@@ -72,14 +78,16 @@ class Disk:
     """A block node that can be backed up. Sizes are bytes, None where QEMU cannot tell.
 
     C(layer_size) is what the top image holds, C(actual_size) what it holds together with its backing files.
-    C(filters) are the nodes between the device and C(node), such as a throttle. C(stable_name) is false of a name that
-    another disk can have after a restart of QEMU. C(keeps_bitmaps) tells whether a bitmap can be stored in the image.
+    C(filters) are the nodes between the device and C(node), such as a throttle. C(layers) are the nodes of its backing
+    files, top first, without filters between them. C(stable_name) is false of a name that another disk can have after a
+    restart of QEMU. C(keeps_bitmaps) tells whether a bitmap can be stored in the image.
     """
 
     name: str
     node: str
     driver: str
     filters: tuple[str, ...] = ()
+    layers: tuple[str, ...] = ()
     device: str = ""
     qdev: str = ""
     filename: str = ""
@@ -208,11 +216,10 @@ async def inspect_vm(monitor: Monitor, name: str = "") -> Vm:
         monitor.execute("query-jobs"),
         monitor.execute("query-fdsets"),
     )
-    block, nodes, stats = graph
     own_name = name or named.get("name")
     vm_name = own_name or _stem(monitor.address.path) or str(monitor.address)
     vm_uuid = "" if uuid["UUID"] == NO_UUID else uuid["UUID"]
-    disks, other_nodes = _disks(block, nodes, stats)
+    disks, other_nodes = _disks(graph)
     return Vm(
         name=vm_name,
         uuid=vm_uuid,
@@ -222,32 +229,137 @@ async def inspect_vm(monitor: Monitor, name: str = "") -> Vm:
         version=monitor.version,
         disks=disks,
         other_nodes=other_nodes,
-        empty=tuple(_backend_name(entry) for entry in block if "inserted" not in entry),
+        empty=tuple(_backend_name(entry) for entry in graph.devices if "inserted" not in entry),
         jobs=merge_jobs(block_jobs, jobs),
         fdsets={entry["fdset-id"]: tuple(fd.get("opaque", "") for fd in entry["fds"]) for entry in fdsets},
         process=monitor.process,
-        files=_files(nodes, monitor.process),
+        files=_files(graph.nodes.values(), monitor.process),
     )
 
 
-async def _query_graph(monitor: Monitor) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[dict[str, Any]]]:
-    """query-block, query-named-block-nodes and query-blockstats of one moment.
+@dataclass
+class _Graph:
+    """The block graph of one moment: C(devices) of query-block, C(nodes) by name.
+
+    C(below) is the node that a node reads its data from: its file, or what it filters. C(backing) is that of its
+    backing file, or all that it may be where QEMU does not tell. C(used) are all nodes that others read through.
+    """
+
+    devices: list[dict[str, Any]]
+    nodes: dict[str, dict[str, Any]]
+    below: dict[str, str] = field(default_factory=dict)
+    backing: dict[str, list[str]] = field(default_factory=dict)
+    used: set[str] = field(default_factory=set)
+
+    def filter_path(self, node_name: str) -> list[str]:
+        """The filters on top of a node, and the first node below them."""
+        path = [node_name]
+        while self.nodes[path[-1]]["drv"] in FILTERS and self.below.get(path[-1]) in self.nodes:
+            path.append(self.below[path[-1]])
+        return path
+
+    def layers(self) -> dict[str, tuple[str, ...]]:
+        """The layers below each node, top first."""
+        found: dict[str, tuple[str, ...]] = {}
+        for start in self.nodes:
+            path: list[str] = []
+            name = start
+            # What has been entered ends the walk also where names lead in a circle.
+            while name not in found:
+                found[name] = ()
+                path.append(name)
+                name = next(iter(self._layer(name)), name)
+            for upper in reversed(path):
+                direct = self._layer(upper)
+                lower = [*direct, *found[direct[0]]] if direct else []
+                found[upper] = tuple(layer for layer in dict.fromkeys(lower) if layer != upper)
+        return found
+
+    def _layer(self, node_name: str) -> list[str]:
+        found = (name for name in self.backing.get(node_name, ()) if name in self.nodes)
+        return [self.filter_path(name)[-1] for name in found]
+
+
+async def _query_graph(monitor: Monitor) -> _Graph:
+    """The block graph, from answers that grow with the number of its nodes and no faster.
 
     A job that ends takes its filter node along. Where that happens between two queries, their answers do not fit
     together, and are asked for again.
     """
+    version = tuple(int(number) for number in monitor.version.split("."))
+    ask = _query_children if version >= CHILDREN else _query_file_names
+    # Without C(flat), the entry of each node, or device, would tell of all its backing files again.
+    devices_asked = {"flat": True} if version >= FLAT_DEVICES else {}
     for _attempt in range(GRAPH_ATTEMPTS):
-        nodes, block, stats, after = await asyncio.gather(
-            monitor.execute("query-named-block-nodes", {"flat": False}),
-            monitor.execute("query-block"),
-            monitor.execute("query-blockstats", {"query-nodes": True}),
-            monitor.execute("query-named-block-nodes", {"flat": True}),
-        )
-        names = {node["node-name"] for node in nodes}
-        shown = {entry["inserted"]["node-name"] for entry in block if "inserted" in entry}
-        if names == {node["node-name"] for node in after} and shown <= names:
+        graph, fits = await ask(monitor, devices_asked)
+        if fits:
             break
-    return block, nodes, stats
+    return graph
+
+
+async def _query_children(monitor: Monitor, devices_asked: dict[str, Any]) -> tuple[_Graph, bool]:
+    """The graph as QEMU tells it, and whether its parts fit together."""
+    before, nodes, devices = await asyncio.gather(
+        monitor.execute("query-block", devices_asked),
+        monitor.execute("query-named-block-nodes", {"flat": True}),
+        monitor.execute("query-block", devices_asked),
+    )
+    graph = _Graph(devices, {node["node-name"]: node for node in nodes})
+    for name, node in graph.nodes.items():
+        for child in node["children"]:
+            graph.used.add(child["node-name"])
+            if child["child"] == "file":
+                graph.below[name] = child["node-name"]
+            elif child["child"] == "backing":
+                graph.backing[name] = [child["node-name"]]
+    return graph, _shown(before) == _shown(devices) and _shown(devices) <= set(graph.nodes)
+
+
+async def _query_file_names(monitor: Monitor, devices_asked: dict[str, Any]) -> tuple[_Graph, bool]:
+    """The graph as far as an older QEMU tells it, and whether its parts fit together.
+
+    Of backing files it tells the file's name only. Where that is not enough, the statistics of devices name the nodes.
+    """
+    nodes, devices, stats = await asyncio.gather(
+        monitor.execute("query-named-block-nodes", {"flat": True}),
+        monitor.execute("query-block", devices_asked),
+        monitor.execute("query-blockstats", {"query-nodes": True}),
+    )
+    below = {entry["node-name"]: entry["parent"]["node-name"] for entry in stats if "parent" in entry}
+    graph = _Graph(devices, {node["node-name"]: node for node in nodes}, below, _backing_by_file_name(nodes, below))
+    if any(len(found) != 1 for found in graph.backing.values()):
+        # This answer doubles with each filter on the way down: it is not asked for without need.
+        for device in await monitor.execute("query-blockstats"):
+            upper = device
+            while "backing" in upper:
+                lower = upper["backing"]
+                if upper["node-name"] in graph.backing:
+                    graph.backing[upper["node-name"]] = [lower["node-name"]]
+                upper = lower
+    graph.used.update(below.values(), *graph.backing.values())
+    known = {entry["node-name"] for entry in stats}
+    return graph, _shown(devices) | graph.used <= set(graph.nodes) == known
+
+
+def _shown(devices: list[dict[str, Any]]) -> set[str]:
+    """The nodes that guest devices see."""
+    return {entry["inserted"]["node-name"] for entry in devices if "inserted" in entry}
+
+
+def _backing_by_file_name(nodes: list[dict[str, Any]], below: dict[str, str]) -> dict[str, list[str]]:
+    """For each node with a backing file, the nodes that have that file open."""
+    openers: dict[str, list[str]] = {}
+    for node in nodes:
+        openers.setdefault(node["image"]["filename"], []).append(node["node-name"])
+    backing = {}
+    for node in nodes:
+        # A filter shows what it filters as its backing file.
+        if "backing_file" in node and node["drv"] not in FILTERS:
+            found = openers.get(node["backing_file"], [])
+            # A format, the filter on top of it and the protocol below it have one file name.
+            inner = {node["node-name"], *(below.get(opener) for opener in found)}
+            backing[node["node-name"]] = [opener for opener in found if opener not in inner]
+    return backing
 
 
 async def query_jobs(monitor: Monitor) -> tuple[Job, ...]:
@@ -293,82 +405,58 @@ def machine_id() -> str:
     return os.uname().nodename
 
 
-def _disks(
-    block: list[dict[str, Any]], nodes: list[dict[str, Any]], stats: list[dict[str, Any]]
-) -> tuple[tuple[Disk, ...], tuple[Disk, ...]]:
+def _disks(graph: _Graph) -> tuple[tuple[Disk, ...], tuple[Disk, ...]]:
     """The VM's disks (those of devices first, in QEMU's order), and the nodes that other nodes are made of."""
-    by_name = {node["node-name"]: node for node in nodes}
-    below = {entry["node-name"]: entry.get("parent", {}).get("node-name", "") for entry in stats}
-    # A filter shows what it filters as its backing file, and under the same file name.
-    images = [node for node in nodes if node["drv"] not in FILTERS]
-    backing_files = {node["image"]["backing-image"]["filename"] for node in images if "backing-image" in node["image"]}
-    used = {*below.values(), *(node["node-name"] for node in images if node["image"]["filename"] in backing_files)}
+    layers = graph.layers()
 
-    def filter_path(node_name: str) -> list[str]:
-        """The filters on top of a node, and the first node below them."""
-        path = [node_name]
-        while by_name[path[-1]]["drv"] in FILTERS and below.get(path[-1]) in by_name:
-            path.append(below[path[-1]])
-        return path
+    def disk_of(node_name: str, name: str, **others: Any) -> Disk:
+        return _disk(graph.nodes[node_name], [graph.nodes[layer] for layer in layers[node_name]], name, **others)
 
     disks: dict[str, Disk] = {}
-    for number, entry in enumerate(block):
+    for number, entry in enumerate(graph.devices):
         inserted = entry.get("inserted")
-        if inserted and inserted["node-name"] in by_name:
-            *filters, node_name = filter_path(inserted["node-name"])
-            node = by_name[node_name]
-            own_name = _own_name(entry, node)
-            disk = _disk(
-                node,
+        if inserted and inserted["node-name"] in graph.nodes:
+            *filters, node_name = graph.filter_path(inserted["node-name"])
+            own_name = _own_name(entry, graph.nodes[node_name])
+            disk = disk_of(
+                node_name,
                 own_name or f"disk{number}",
-                filters,
-                entry["device"],
-                entry.get("qdev", ""),
+                filters=tuple(filters),
+                device=entry["device"],
+                qdev=entry.get("qdev", ""),
                 removable=entry["removable"],
                 stable_name=bool(own_name),
             )
             disks.setdefault(node_name, disk)
     taken = {*disks, *(name for disk in disks.values() for name in disk.filters)}
     # A bare -blockdev that nothing reads through is a disk as well, below the filter of its job where there is one.
-    for top in by_name:
-        *filters, node_name = filter_path(top)
-        if top not in used and top not in taken and not node_name.startswith("#"):
-            disks.setdefault(node_name, _disk(by_name[node_name], node_name, filters))
+    for top in graph.nodes:
+        *filters, node_name = graph.filter_path(top)
+        if top not in graph.used and top not in taken and not node_name.startswith("#"):
+            disks.setdefault(node_name, disk_of(node_name, node_name, filters=tuple(filters)))
             taken.update((*filters, node_name))
-    others = (
-        _disk(node, "" if name.startswith("#") else name, []) for name, node in by_name.items() if name not in taken
-    )
+    others = (disk_of(name, "" if name.startswith("#") else name) for name in graph.nodes if name not in taken)
     return tuple(disks.values()), tuple(others)
 
 
-def _disk(
-    node: dict[str, Any],
-    name: str,
-    filters: list[str],
-    device: str = "",
-    qdev: str = "",
-    removable: bool = False,
-    stable_name: bool = True,
-) -> Disk:
+def _disk(node: dict[str, Any], layers: list[dict[str, Any]], name: str, **others: Any) -> Disk:
     image = node["image"]
+    sizes = [one["image"].get("actual-size") for one in (node, *layers)]
     return Disk(
         name=name,
         node=node["node-name"],
-        filters=tuple(filters),
-        device=device,
-        qdev=qdev,
-        removable=removable,
+        layers=tuple(layer["node-name"] for layer in layers),
         driver=node["drv"],
         filename=image["filename"],
         backing_file=image.get("full-backing-filename", image.get("backing-filename", "")),
-        backing_format=image.get("backing-image", {}).get("format", ""),
+        backing_format=layers[0]["drv"] if layers else "",
         virtual_size=image["virtual-size"],
-        layer_size=image.get("actual-size"),
-        actual_size=_chain_size(image),
+        layer_size=sizes[0],
+        actual_size=None if None in sizes else sum(sizes),
         read_only=node["ro"],
-        stable_name=stable_name,
         keeps_bitmaps=_keeps_bitmaps(node),
         bitmaps=tuple(_bitmap(entry) for entry in node.get("dirty-bitmaps", []) if entry.get("name")),
+        **others,
     )
 
 
@@ -394,18 +482,6 @@ def _bitmap(entry: dict[str, Any]) -> Bitmap:
     )
 
 
-def _chain_size(image: dict[str, Any]) -> int | None:
-    """Bytes allocated by an image and all below it; None where QEMU cannot tell for one of them."""
-    total = 0
-    layer: dict[str, Any] | None = image
-    while layer:
-        if "actual-size" not in layer:
-            return None
-        total += layer["actual-size"]
-        layer = layer.get("backing-image")
-    return total
-
-
 def _own_name(entry: dict[str, Any], node: dict[str, Any]) -> str:
     """The backend's name, else the device's id, else the node's; empty where it has none that holds beyond one boot."""
     named = "" if node["node-name"].startswith("#") else str(node["node-name"])
@@ -426,7 +502,7 @@ def _qdev_id(qdev: str) -> str:
     return "" if qdev.startswith("/") else qdev
 
 
-def _files(nodes: list[dict[str, Any]], process: Process | None) -> tuple[str, ...]:
+def _files(nodes: Iterable[dict[str, Any]], process: Process | None) -> tuple[str, ...]:
     found = []
     for node in nodes:
         path = node["file"]

@@ -97,6 +97,12 @@ vms:
           description: Filter nodes between device and node, such as a throttle.
           type: list
           elements: str
+        layers:
+          description:
+            - The nodes of the image's backing files, such as snapshots, the topmost first. QEMU before 10.1 does not
+              always tell which node that is for a node without a device. All that it may be are listed then.
+          type: list
+          elements: str
         driver:
           description: The image's format.
           type: str

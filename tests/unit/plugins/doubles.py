@@ -130,12 +130,11 @@ class Node:
             image["backing-filename-format"] = self.backing.driver
         return image
 
-    def query(self, flat: bool = False) -> dict[str, Any]:
-        """Its entry in query-named-block-nodes."""
+    def query(self, version: tuple[int, ...] = (7, 2)) -> dict[str, Any]:
+        """Its entry in query-named-block-nodes with flat."""
         image = self.image()
-        if flat:
-            image.pop("backing-image", None)
-        entry = {
+        image.pop("backing-image", None)
+        entry: dict[str, Any] = {
             "node-name": self.name,
             "drv": self.driver,
             "file": self.filename,
@@ -145,15 +144,22 @@ class Node:
             "encrypted": False,
             "cache": {"no-flush": False, "direct": False, "writeback": True},
         }
+        children = {"file": self.below, "backing": self.backing.name if self.backing else ""}
+        if version >= (10, 1):
+            entry["children"] = [{"child": child, "node-name": name} for child, name in children.items() if name]
+        if self.backing:
+            entry["backing_file"] = self.backing.filename
         if self.bitmaps:
             entry["dirty-bitmaps"] = self.bitmaps
         return entry
 
-    def stats(self) -> dict[str, Any]:
-        """Its entry in query-blockstats with query-nodes, which tells nothing of backing files."""
+    def stats(self, nested: bool = False) -> dict[str, Any]:
+        """Its entry in query-blockstats with query-nodes; C(nested) tells of backing files, as for a device."""
         entry: dict[str, Any] = {"node-name": self.name, "stats": {}}
         if self.below:
             entry["parent"] = {"node-name": self.below, "stats": {}}
+        if nested and self.backing:
+            entry["backing"] = self.backing.stats(nested)
         return entry
 
 
@@ -220,7 +226,7 @@ def answers(nodes: list[Node], devices: list[dict[str, Any]], **others: Any) -> 
         "query-uuid": {"UUID": UUID},
         "query-status": {"status": "running", "singlestep": False, "running": True},
         "query-block": devices,
-        "query-named-block-nodes": lambda arguments: [node.query(arguments["flat"]) for node in nodes],
+        "query-named-block-nodes": [node.query() for node in nodes],
         "query-blockstats": [node.stats() for node in nodes],
         "query-block-jobs": [],
         "query-jobs": [],

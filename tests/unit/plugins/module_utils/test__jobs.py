@@ -319,7 +319,7 @@ class TestBitmaps:
     def remove(fake: FakeMonitor, *bitmaps: tuple[str, str]) -> list[Any]:
         """Remove these bitmaps; returns what was sent."""
         there = Node("n0", bitmaps=[bitmap_entry("b0"), bitmap_entry("b1"), {"count": 0}])
-        fake.answers["query-named-block-nodes"] = [there.query(flat=True), Node("n1").query(flat=True)]
+        fake.answers["query-named-block-nodes"] = [there.query(), Node("n1").query()]
         asyncio.run(remove_bitmaps(monitor(fake), bitmaps))
         return fake.sent
 
