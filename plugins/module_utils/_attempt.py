@@ -30,7 +30,7 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._documents import (
     VmName,
 )
 from ansible_collections.vmfleet.backup.plugins.module_utils._errors import AgentError, BackupError
-from ansible_collections.vmfleet.backup.plugins.module_utils._inspect import query_jobs
+from ansible_collections.vmfleet.backup.plugins.module_utils._inspect import chain_of, query_jobs
 from ansible_collections.vmfleet.backup.plugins.module_utils._survey import Room, measure
 from ansible_collections.vmfleet.backup.plugins.module_utils._units import boottime, utc_now
 
@@ -88,7 +88,7 @@ class Maker:
         policy = self.plan.policy
         disks = tuple(
             Growing(
-                image=self._image(disk, planned, link, policy),
+                image=self._image(vm, disk, planned, link),
                 job=f"vmfleet.{self.repository.tag}.{attempt}.{number}",
                 expected=0,
             )
@@ -144,7 +144,8 @@ class Maker:
         await _guard.check(socket)
         return socket
 
-    def _image(self, disk: Disk, planned: _plan.DiskPlan, link: Link, policy: Policy) -> DiskImage:
+    def _image(self, vm: Vm, disk: Disk, planned: _plan.DiskPlan, link: Link) -> DiskImage:
+        policy = self.plan.policy
         tracked = policy.tracking and disk.stable_name and not disk.read_only
         return DiskImage(
             name=disk.name,
@@ -160,6 +161,7 @@ class Maker:
             format="qcow2",
             compression=policy.compression,
             bitmap=f"{bitmap_prefix(self.repository)}{secrets.token_hex(8)}" if tracked else None,
+            layers=tuple(layer.filename for layer in chain_of(disk, (*vm.disks, *vm.other_nodes))[1:]),
         )
 
     # Prepare
@@ -233,15 +235,15 @@ class Maker:
                 node=disk.image.node,
                 target=self._target(intent, disk),
                 opaque=f"vmfleet:{self.repository.tag}:{intent.attempt}:{number}",
-                arguments=_arguments(self.plan.policy, link, speed),
+                arguments=_arguments(self.plan.policy, link, _record(disk.image, link), speed),
                 calls=self._calls,
             )
             for number, (disk, link) in enumerate(zip(intent.disks, draft.links))
         ]
         bitmaps = [
-            _jobs.bitmap_add(disk.node, growing.image.bitmap, disk.keeps_bitmaps)
-            for disk, growing in zip(draft.disks, intent.disks)
-            if growing.image.bitmap
+            action
+            for disk, growing, link in zip(draft.disks, intent.disks, draft.links)
+            for action in _bitmap_actions(disk, growing.image, link)
         ]
         if intent.agent:
             intent = await self._start_frozen(monitor, intent, starts, bitmaps, quiesce)
@@ -294,10 +296,9 @@ class Maker:
         if not intent.reserved or not any(link.bitmap for link in draft.links):
             return intent
         lengths = {job.id: job.len for job in await query_jobs(monitor)}
-        for disk, link, growing in zip(draft.disks, draft.links, intent.disks):
-            bitmap = disk.bitmap(link.bitmap) if link.bitmap else None
-            if bitmap and lengths.get(growing.job, 0) > bitmap.count:
-                more = lengths[growing.job] - bitmap.count
+        for link, growing in zip(draft.links, intent.disks):
+            more = lengths.get(growing.job, 0) - sum(bitmap.count for bitmap in link.records)
+            if link.bitmap and more > 0:
                 path = self.repository.image_path(intent, growing.image.image)
                 try:
                     await self._calls.run(_target.top_up, path, growing.expected + more + more // 8)
@@ -372,11 +373,28 @@ def bitmap_prefix(repository: WatchedRepository) -> str:
     return f"vmfleet-{repository.tag}-"
 
 
-def _arguments(policy: Policy, link: Link, speed: int) -> dict[str, Any]:
+def _record(image: DiskImage, link: Link) -> str:
+    """Return the name of the bitmap that an increment is made from; empty where it is none."""
+    return image.merged if link.below else link.bitmap
+
+
+def _bitmap_actions(disk: Disk, image: DiskImage, link: Link) -> list[dict[str, Any]]:
+    """Return what a set's transaction does to the bitmaps of a disk before the copy begins."""
+    actions = [_jobs.bitmap_add(disk.node, image.bitmap, disk.keeps_bitmaps)] if image.bitmap else []
+    if link.below:
+        merged = _record(image, link)
+        actions += [
+            _jobs.bitmap_add(disk.node, merged, persistent=False),
+            _jobs.bitmap_merge(disk.node, merged, link.bitmap, link.below),
+        ]
+    return actions
+
+
+def _arguments(policy: Policy, link: Link, bitmap: str, speed: int) -> dict[str, Any]:
     arguments: dict[str, Any] = {"sync": "full"}
     if link.bitmap:
         # Never cleared: what goes wrong later can take no change away.
-        arguments = {"sync": "bitmap", "bitmap": link.bitmap, "bitmap-mode": "never"}
+        arguments = {"sync": "bitmap", "bitmap": bitmap, "bitmap-mode": "never"}
     if speed:
         arguments["speed"] = speed
     if policy.compression != "none":

@@ -15,12 +15,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._documents import Parent
+from ansible_collections.vmfleet.backup.plugins.module_utils._inspect import chain_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from ansible_collections.vmfleet.backup.plugins.module_utils._documents import DiskImage, Intent, Manifest
-    from ansible_collections.vmfleet.backup.plugins.module_utils._inspect import Disk
+    from ansible_collections.vmfleet.backup.plugins.module_utils._inspect import Bitmap, Disk
 
 AUTO = "auto"
 FULL = "full"
@@ -43,13 +44,19 @@ class Wish:
 
 @dataclass(frozen=True)
 class Link:
-    """How a disk goes into a set. C(bitmap) has marked the writes since the C(parent)'s file C(image)."""
+    """How a disk goes into a set. C(bitmap) has marked the writes since the C(parent)'s file C(image).
+
+    C(below) are the nodes under the disk's own that have a bitmap of this name too, each with a part of these writes:
+    external snapshots lie between. C(records) are all these bitmaps as they were seen, that of the disk's own node first.
+    """
 
     level: str
     reason: str
     parent: Parent | None = None
     image: str = ""
     bitmap: str = ""
+    below: tuple[str, ...] = ()
+    records: tuple[Bitmap, ...] = ()
 
     @property
     def backing(self) -> tuple[str, str] | None:
@@ -83,21 +90,28 @@ def link(
     below = base.disk(disk.name) if base else None
     if base is None or below is None:
         return Link(FULL, f"it is not in set {sets[-1].id}" if base else "no set holds it in full")
+    chain = chain_of(disk, (*disks, *layers))
     doubt = (
         _other_disk(base, below, disk, identity)
         or _lost_record(base, below, disk, disks, layers, sets[-1])
+        or _broken_record(base, below, disk, chain)
         or damage.get((base.id, disk.name), "")
         or _too_long(sets, base, disk.name, wish.max_chain)
     )
     if doubt:
         return Link(FULL, doubt)
     level = DIFFERENTIAL if wish.level == DIFFERENTIAL else INCREMENTAL
+    name = below.bitmap or ""
+    records = {layer.node: bitmap for layer in chain for bitmap in layer.bitmaps if bitmap.name == name}
+    snapshots = f", recorded in {len(records)} layers (external snapshots)" if len(records) > 1 else ""
     return Link(
         level,
-        f"changes since set {base.id}",
+        f"changes since set {base.id}{snapshots}",
         Parent(base.id, below.sha256, base.attempt),
         below.image,
-        below.bitmap or "",
+        name,
+        tuple(records)[1:],
+        tuple(records.values()),
     )
 
 
@@ -124,9 +138,8 @@ def _lost_record(
     if not below.bitmap:
         return f"set {base.id} was made without a record of the changes after it"
     record = f"the record of the changes since set {base.id} (bitmap {below.bitmap})"
-    bitmap = disk.bitmap(below.bitmap)
-    if bitmap:
-        return f"{record} {bitmap.unusable}" if bitmap.unusable else ""
+    if disk.bitmap(below.bitmap):
+        return ""
     holder = next((other.name for other in disks if other.bitmap(below.bitmap)), "")
     if holder:
         return f"{record} is on disk {holder}: the disks were swapped, or one was copied over the other"
@@ -139,6 +152,32 @@ def _lost_record(
     if not disk.keeps_bitmaps:
         return f"{record} is gone: a disk like this one ({disk.driver}) keeps none when QEMU ends"
     return f"{record} is gone: QEMU was killed, the disk was replaced or reverted, or somebody removed it"
+
+
+def _broken_record(base: Manifest, below: DiskImage, disk: Disk, chain: Sequence[Disk]) -> str:
+    """Return why the record that a disk has is not whole or not right; empty where it can be trusted.
+
+    libvirt copies our bitmap, empty, onto the overlay of an external snapshot: the writes before the snapshot are in
+    the bitmap of the layer below. What is recorded is what all layers have recorded together, down to those that were
+    there when the set was made; where one of them has no bitmap, nobody knows what was written there.
+    """
+    record = f"the record of the changes since set {base.id} (bitmap {below.bitmap})"
+    found = [layer.bitmap(below.bitmap or "") for layer in chain]
+    holders = [place for place, bitmap in enumerate(found) if bitmap]
+    known = [place for place, layer in enumerate(chain) if layer.filename in (below.source, *below.layers)]
+    # Below a layer that the set was made of, all is as it was then.
+    deepest = max([*holders, *known[:1]], default=0)
+    for layer, bitmap in zip(chain[: deepest + 1], found):
+        where = "" if layer is disk else f" in a layer below (node {layer.node})"
+        if bitmap is None:
+            return f"{record} is gone{where}: somebody removed it, or merged layers without it"
+        if bitmap.unusable:
+            return f"{record} {bitmap.unusable}{where}"
+        if layer.virtual_size != disk.virtual_size:
+            return f"{record} is{where} of {layer.virtual_size} bytes, and the disk has {disk.virtual_size} now"
+    if deepest and disk.read_only:
+        return f"{record} is in several layers, and the disk is read-only"
+    return ""
 
 
 def _too_long(sets: Sequence[Manifest], base: Manifest, disk: str, max_chain: int) -> str:

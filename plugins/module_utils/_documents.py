@@ -28,6 +28,9 @@ PREPARING = "preparing"
 COPYING = "copying"
 """QEMU has started the jobs."""
 
+MERGED = ".merged"
+"""What is added to the name of an image's bitmap for the one that its increment is made from, across layers."""
+
 
 class DocumentError(ValueError):
     """A file does not say what a file of its kind says."""
@@ -54,6 +57,7 @@ class DiskImage:
     """One disk in a set. C(sha256) is None where no checksum was asked for, C(bytes) is the image file's size.
 
     C(bitmap) records the writes since this image, on the disk C(node); None where changes are not tracked.
+    C(layers) are the files below C(source), the nearest first, as they were when the set was made.
     """
 
     name: str
@@ -71,11 +75,18 @@ class DiskImage:
     bytes: int = 0
     sha256: str | None = None
     bitmap: str | None = None
+    layers: tuple[str, ...] = ()
+
+    @property
+    def merged(self) -> str:
+        """The bitmap that is there while an increment is copied whose changes several layers have recorded."""
+        return f"{self.bitmap}{MERGED}" if self.bitmap else ""
 
     @classmethod
     def parse(cls, found: Any) -> DiskImage:
         parent = found.get("parent")
-        return _build(cls, {**found, "parent": _build(Parent, parent) if parent else None})
+        layers = tuple(found.get("layers", ()))
+        return _build(cls, {**found, "layers": layers, "parent": _build(Parent, parent) if parent else None})
 
 
 @dataclass(frozen=True)
@@ -194,7 +205,9 @@ class Intent:
 
     @property
     def bitmaps(self) -> frozenset[str]:
-        return frozenset(disk.image.bitmap for disk in self.disks if disk.image.bitmap)
+        """The bitmaps that this attempt may have added."""
+        names = (name for disk in self.disks for name in (disk.image.bitmap, disk.image.merged))
+        return frozenset(name for name in names if name)
 
     @classmethod
     def parse(cls, found: Any) -> Intent:

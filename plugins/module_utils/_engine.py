@@ -785,15 +785,8 @@ class Engine:
         return [(node, name) for node, name in self._own_bitmaps(vm) if name not in keep]
 
     def _own_bitmaps(self, vm: Vm) -> list[tuple[str, str]]:
-        # Those of a disk that has become another's backing file are out of reach, and right again if it comes back.
         prefix = bitmap_prefix(self.repository)
-        return [
-            (disk.node, bitmap.name)
-            for disk in vm.disks
-            if not disk.read_only
-            for bitmap in disk.bitmaps
-            if bitmap.name.startswith(prefix)
-        ]
+        return [(node, name) for node, name in _removable_bitmaps(vm) if name.startswith(prefix)]
 
     # A repository that hangs
 
@@ -933,7 +926,22 @@ def _last_seen(name: str, shelf: Shelf, machine_id: str) -> VmPlan:
 
 def _bitmaps(vm: Vm, names: frozenset[str]) -> list[tuple[str, str]]:
     """Where these bitmaps are, as node and name."""
-    return [(disk.node, bitmap.name) for disk in vm.disks for bitmap in disk.bitmaps if bitmap.name in names]
+    return [(node, name) for node, name in _removable_bitmaps(vm) if name in names]
+
+
+def _removable_bitmaps(vm: Vm) -> list[tuple[str, str]]:
+    """Return the bitmaps that QEMU would remove, as node and name.
+
+    A disk that has become another's backing file is read-only: what is stored in it is out of reach, and right again
+    if it comes back. What is in memory only can be removed there too.
+    """
+    layers = {name for disk in vm.disks for name in disk.layers}
+    return [
+        (disk.node, bitmap.name)
+        for disk in (*vm.disks, *vm.other_nodes)
+        for bitmap in disk.bitmaps
+        if (disk in vm.disks and not disk.read_only) or (disk.node in layers and not bitmap.persistent)
+    ]
 
 
 def _jobs_of(intent: Intent, vm: Vm | None) -> list[Job]:

@@ -93,6 +93,7 @@ class Disk:
     filename: str = ""
     backing_file: str = ""
     backing_format: str = ""
+    layers: tuple[str, ...] = ()
     virtual_size: int = 0
     layer_size: int | None = None
     actual_size: int | None = None
@@ -360,6 +361,12 @@ def _backing_by_file_name(nodes: list[dict[str, Any]], below: dict[str, str]) ->
             inner = {node["node-name"], *(below.get(opener) for opener in found)}
             backing[node["node-name"]] = [opener for opener in found if opener not in inner]
     return backing
+
+
+def chain_of(disk: Disk, nodes: Iterable[Disk]) -> tuple[Disk, ...]:
+    """Return a disk's own node and, of C(nodes), the layers that it reads through, from the top to the bottom."""
+    by_name = {node.node: node for node in nodes}
+    return (disk, *(by_name[name] for name in disk.layers if name in by_name))
 
 
 async def query_jobs(monitor: Monitor) -> tuple[Job, ...]:

@@ -227,6 +227,15 @@ def bitmap_add(node: str, name: str, persistent: bool) -> dict[str, Any]:
     return {"type": "block-dirty-bitmap-add", "data": {"node": node, "name": name, "persistent": persistent}}
 
 
+def bitmap_merge(node: str, target: str, name: str, below: Iterable[str]) -> dict[str, Any]:
+    """Return the action that adds to a node's bitmap C(target) what its bitmap C(name) and those of C(below) mark.
+
+    C(below) are other nodes with a bitmap of that name.
+    """
+    sources: list[Any] = [name, *({"node": layer, "name": name} for layer in below)]
+    return {"type": "block-dirty-bitmap-merge", "data": {"node": node, "target": target, "bitmaps": sources}}
+
+
 async def remove_bitmaps(monitor: Monitor, bitmaps: Iterable[tuple[str, str]]) -> None:
     """Remove bitmaps, each given as node and name; one that is gone already is none to remove.
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from ansible_collections.vmfleet.backup.plugins.module_utils import _qemu_img, _receipt, _target
 from ansible_collections.vmfleet.backup.plugins.module_utils._copy import DEAD, DONE, OCCUPIED
 from ansible_collections.vmfleet.backup.plugins.module_utils._errors import BackupError, Refused, ToolError
+from ansible_collections.vmfleet.backup.plugins.module_utils._inspect import chain_of
 
 if TYPE_CHECKING:
     from ansible_collections.vmfleet.backup.plugins.module_utils._copy import Copy
@@ -101,6 +102,16 @@ def _refuse_bitmap(drive: Drive, disk: Disk, vm: Vm) -> None:
         raise Refused(
             "bitmap",
             f"{bitmap.name} of disk {disk.name}, VM {vm.name}, {bitmap.unusable}; make a full backup",
+        )
+    layers = chain_of(disk, (*vm.disks, *vm.other_nodes))[1:]
+    below = [layer.node for layer in layers if layer.bitmap(drive.bitmap)]
+    if below and drive.sync in ("incremental", "bitmap"):
+        # libvirt puts an empty one of the same name onto the overlay of an external snapshot.
+        raise Refused(
+            "bitmap",
+            f"{bitmap.name} of disk {disk.name}, VM {vm.name}, is also in a layer below (node {', '.join(below)}):"
+            " somebody took an external snapshot, and the writes before it are marked there only. Commit the snapshot,"
+            " merge the bitmaps (block-dirty-bitmap-merge) into one of another name, or make a full backup",
         )
 
 

@@ -199,14 +199,13 @@ async def measure(
     A full image that was C(planned) takes what was measured then, or what the disk has come to hold since.
     """
     before = {disk.name: disk.bytes for disk in planned if disk.level == FULL}
-    sizes = await asyncio.gather(
-        *(
-            _target.expected_bytes(disk, "qcow2", "bitmap", link.bitmap)
-            if link.bitmap
-            else _target.expected_bytes(disk, "qcow2", before=before.get(disk.name, 0))
-            for disk, link in zip(disks, links)
-        )
-    )
+
+    async def expected(disk: Disk, link: Link) -> int:
+        if link.bitmap:
+            return _target.increment_bytes(disk, link.records)
+        return await _target.expected_bytes(disk, "qcow2", before=before.get(disk.name, 0))
+
+    sizes = await asyncio.gather(*(expected(disk, link) for disk, link in zip(disks, links)))
     return {disk.name: size for disk, size in zip(disks, sizes)}
 
 

@@ -24,10 +24,11 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._calls import AT_ON
 from ansible_collections.vmfleet.backup.plugins.module_utils._errors import BackupError, ToolError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from typing import IO, Any
 
     from ansible_collections.vmfleet.backup.plugins.module_utils._calls import Calls
-    from ansible_collections.vmfleet.backup.plugins.module_utils._inspect import Disk
+    from ansible_collections.vmfleet.backup.plugins.module_utils._inspect import Bitmap, Disk
 
 SECTOR = 512
 PAGE = 4096
@@ -302,9 +303,7 @@ async def expected_bytes(disk: Disk, image_format: str, sync: str = "full", bitm
     everything = _fully_allocated(disk.virtual_size)
     tracked = disk.bitmap(bitmap) if bitmap else None
     if sync in ("incremental", "bitmap") and tracked:
-        # The least write that a fine bitmap marks can cost a whole cluster.
-        marked = tracked.count // tracked.granularity * max(CLUSTER, tracked.granularity)
-        return min(everything, _fully_allocated(marked) + _metadata(disk.virtual_size))
+        return increment_bytes(disk, (tracked,))
     if sync == "top":
         held: int | None = disk.layer_size
     else:
@@ -316,6 +315,13 @@ async def expected_bytes(disk: Disk, image_format: str, sync: str = "full", bitm
     if held is None:
         return everything
     return max(before, min(everything, held + held // 100 + _metadata(disk.virtual_size)))
+
+
+def increment_bytes(disk: Disk, records: Iterable[Bitmap]) -> int:
+    """Return the most bytes that an increment of what these bitmaps of C(disk) have marked together will take."""
+    # The least write that a fine bitmap marks can cost a whole cluster.
+    marked = sum(bitmap.count // bitmap.granularity * max(CLUSTER, bitmap.granularity) for bitmap in records)
+    return min(_fully_allocated(disk.virtual_size), _fully_allocated(marked) + _metadata(disk.virtual_size))
 
 
 async def _measured(disk: Disk) -> Any:

@@ -106,7 +106,10 @@ def decide(found: Disk, *sets: Manifest, disks: tuple[Disk, ...] = (), **more: A
 
 def test_an_increment_builds_on_the_newest_set() -> None:
     found = decide(disk("b-s1", "b-s2"), S1, S2)
-    assert found == Link(INCREMENTAL, "changes since set s2", parent("s2"), "vda.qcow2", "b-s2")
+    records = (bitmap("b-s2"),)
+    assert found == Link(
+        INCREMENTAL, "changes since set s2", parent("s2"), "vda.qcow2", "b-s2", below=(), records=records
+    )
     assert found.backing == ("../s2/vda.qcow2", "qcow2")
 
 

@@ -312,8 +312,14 @@ def test_increments_name_parent_and_bitmap() -> None:
     decision = decide(REQUEST, facts, Shelf(sets=(MONDAY,)), TERMS)
     assert decision.plan.level == "incremental"
     assert [(disk.level, disk.parent) for disk in decision.plan.disks] == [("incremental", "monday"), ("full", None)]
+    records = tracked("vda", "b-vda").bitmaps
     assert decision.links[0] == Link(
-        "incremental", "changes since set monday", Parent("monday", "x", "a0"), "vda.qcow2", "b-vda"
+        "incremental",
+        "changes since set monday",
+        Parent("monday", "x", "a0"),
+        "vda.qcow2",
+        "b-vda",
+        records=records,
     )
     for request, terms in (
         (replace(REQUEST, wanted="full"), TERMS),
