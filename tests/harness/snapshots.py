@@ -48,7 +48,7 @@ def take(vm: Qemu, node: str, overlay: Path, name: str, like_libvirt: bool = Tru
     vm.qmp.execute("blockdev-add", **options, file={"driver": "file", "filename": str(overlay), "discard": "unmap"})
     actions: list[dict[str, t.Any]] = [{"type": "blockdev-snapshot", "data": {"node": node, "overlay": name}}]
     for bitmap in vm.bitmaps(node).values() if like_libvirt else ():
-        if bitmap["persistent"] and bitmap["recording"] and not bitmap.get("inconsistent"):
+        if usable(bitmap):
             copied = {"node": name, "name": bitmap["name"], "persistent": True, "granularity": bitmap["granularity"]}
             actions.append({"type": "block-dirty-bitmap-add", "data": copied})
     try:
@@ -70,35 +70,45 @@ def commit(vm: Qemu, root: str, top: str, base: str, between: t.Sequence[str] = 
         wait_until(lambda: vm.job["ready"], "the commit")
     else:
         wait_until(lambda: vm.job["status"] == "pending", "the commit")
-    if like_libvirt:
-        _merge(vm, [top, *between], base, add=True)
+    sources = [top, *between]
+    for name in set.intersection(*(set(vm.bitmaps(node)) for node in sources)) if like_libvirt else ():
+        _merge(vm, sources, base, name)
     vm.qmp.execute("block-job-complete" if top == root else "job-finalize", **{("device" if top == root else "id"): JOB})
     wait_until(lambda: not vm.block_jobs, "the end of the commit")
+    _forget(vm, sources)
 
 
 def pull(vm: Qemu, top: str, layers: t.Sequence[str], base: str | None = None) -> None:
-    """Copy what `layers` hold into `top`, down to above `base`, and merge the bitmaps of which all have one."""
-    _merge(vm, layers, top, add=False)
+    """Copy what `layers` hold into `top`, down to above `base`, and merge the bitmaps that `top` has too."""
+    names = vm.bitmaps(top)
+    for name in names:
+        _merge(vm, [node for node in layers if name in vm.bitmaps(node)], top, name)
     vm.qmp.execute("block-stream", job_id=JOB, device=top, **({"base-node": base} if base else {}))
     wait_until(lambda: not vm.block_jobs, "the end of the pull")
+    _forget(vm, layers)
 
 
-def _merge(vm: Qemu, sources: t.Sequence[str], target: str, add: bool) -> None:
-    """Merge the bitmaps that all sources have, into one of the same name on the target, which may be added."""
-    bitmaps = {node: vm.bitmaps(node) for node in (*sources, target)}
-    there = bitmaps.pop(target)
-    for name in set.intersection(*(set(found) for found in bitmaps.values())):
-        usable = all(
-            found[name]["persistent"] and found[name]["recording"] and not found[name].get("inconsistent")
-            for found in bitmaps.values()
-        )
-        if not usable or (name not in there and not add):
-            continue
-        granularity = next(iter(bitmaps.values()))[name]["granularity"]
-        new = {"node": target, "name": name, "persistent": True, "granularity": granularity}
-        actions = [] if name in there else [{"type": "block-dirty-bitmap-add", "data": new}]
-        merged = {"node": target, "target": name, "bitmaps": [{"node": node, "name": name} for node in sources]}
-        actions.append({"type": "block-dirty-bitmap-merge", "data": merged})
-        # A layer of another size, or an image that keeps no bitmaps: then there is none on the target.
-        with contextlib.suppress(QmpError):
-            vm.qmp.execute("transaction", actions=actions)
+def _forget(vm: Qemu, layers: t.Sequence[str]) -> None:
+    """Close the images that are layers no more, from the top on; QEMU itself closes those that it has opened."""
+    for node in layers:
+        if node in nodes(vm):
+            vm.qmp.execute("blockdev-del", node_name=node)
+
+
+def usable(bitmap: dict[str, t.Any]) -> bool:
+    """Whether libvirt copies or merges a bitmap."""
+    return bool(bitmap["persistent"] and bitmap["recording"] and not bitmap.get("inconsistent"))
+
+
+def _merge(vm: Qemu, sources: t.Sequence[str], target: str, name: str) -> None:
+    """Merge the bitmaps of this name into the target's, which is added where there is none."""
+    found = [vm.bitmaps(node)[name] for node in sources]
+    if not found or not all(usable(bitmap) for bitmap in found):
+        return
+    new = {"node": target, "name": name, "persistent": True, "granularity": found[0]["granularity"]}
+    actions = [] if name in vm.bitmaps(target) else [{"type": "block-dirty-bitmap-add", "data": new}]
+    merged = {"node": target, "target": name, "bitmaps": [{"node": node, "name": name} for node in sources]}
+    actions.append({"type": "block-dirty-bitmap-merge", "data": merged})
+    # A layer of another size, or an image that keeps no bitmaps: then there is none on the target.
+    with contextlib.suppress(QmpError):
+        vm.qmp.execute("transaction", actions=actions)

@@ -19,6 +19,7 @@ import shutil
 import time
 import typing as t
 
+from ansible_collections.vmfleet.backup.tests.harness import snapshots
 from ansible_collections.vmfleet.backup.tests.harness.crash import MODULE
 from ansible_collections.vmfleet.backup.tests.harness.fixtures import leftovers
 from ansible_collections.vmfleet.backup.tests.harness.images import MIB, identical, qemu_img, sound
@@ -164,6 +165,9 @@ class Machine:
             name=NAME,
         )
         self._shrunk = False
+        self._below: dict[str, list[Disk]] = {}
+        """What the disks with external snapshots were, by their names, the newest last."""
+        self._snapshots = 0
         for disk in self.vm.disks:
             self._fill(disk)
 
@@ -241,6 +245,9 @@ class Machine:
         disk = self.chance.choice(self.vm.disks)
         before = self.size(disk)
         jobs = bool(self.vm.block_jobs)
+        if jobs and self._below.get(disk.name):
+            # The bitmap in use may be that of a layer.
+            return
         after = self._new_size()
         if disk.throttle:
             if jobs and (self._shrunk or self._in_increment(disk)):
@@ -298,11 +305,16 @@ class Machine:
     def begin(self) -> None:
         """QEMU starts again."""
         self.vm.kill()
+        # A snapshot's node has a name of its own until then.
+        self.vm.disks = tuple(dataclasses.replace(disk, node=f"node-{disk.name}") if disk.id else disk for disk in self.vm.disks)
         self.vm.restart()
 
     def swap(self) -> None:
         """Two disks change places at a restart."""
-        one, other = self._two()
+        two = self._two()
+        if not two:
+            return
+        one, other = two
         self.end()
         places = {one.name: other.path, other.name: one.path}
         self.vm.disks = tuple(
@@ -312,7 +324,10 @@ class Machine:
 
     def copy(self) -> None:
         """A disk is replaced by a copy of another at a restart, bitmaps and all."""
-        one, other = self._two()
+        two = self._two()
+        if not two:
+            return
+        one, other = two
         self.end()
         assert one.path
         assert other.path
@@ -320,7 +335,83 @@ class Machine:
         self.begin()
 
     def _two(self) -> list[Disk]:
-        return self.chance.sample([disk for disk in self.vm.disks if disk.format == "qcow2"], 2)
+        whole = [disk for disk in self.vm.disks if disk.format == "qcow2" and not self._below.get(disk.name)]
+        return self.chance.sample(whole, 2) if len(whole) > 1 else []
+
+    # External snapshots
+
+    def snapshot(self) -> None:
+        """Somebody takes an external snapshot, by libvirt or by QEMU alone."""
+        disk = self.chance.choice([disk for disk in self.vm.disks if disk.id])
+        like_libvirt = self.chance.random() < 0.7
+        below = self._below.setdefault(disk.name, [])
+        if len(below) < 3 and not any(job["type"] != "backup" for job in self.vm.block_jobs):
+            self._snapshots += 1
+            overlay = self._directory / f"{disk.name}-{self._snapshots}.qcow2"
+            node = f"snap-{disk.name}-{self._snapshots}"
+            print(f"    {disk.name}: {node}{' with bitmaps' if like_libvirt else ''}")
+            snapshots.take(self.vm, disk.node or "", overlay, node, like_libvirt)
+            below.append(disk)
+            self._replace(disk, path=overlay, node=node, format="qcow2")
+
+    def commit(self) -> None:
+        """Layers are committed into one below, the active one among them or not, online or off."""
+        disk, nodes = self._layered()
+        if not disk or self.vm.block_jobs:
+            return
+        below = self._below[disk.name]
+        base = self.chance.randrange(1, len(nodes))
+        top = self.chance.choice([0, self.chance.randrange(base)])
+        if top == 0 and base == 1 and self.chance.random() < 0.3:
+            self._commit_offline(disk)
+            return
+        like_libvirt = self.chance.random() < 0.7
+        print(f"    {disk.name}: {nodes[top]} into {nodes[base]}{' with bitmaps' if like_libvirt else ''}")
+        snapshots.commit(self.vm, nodes[0], nodes[top], nodes[base], nodes[top + 1 : base], like_libvirt)
+        if top == 0:
+            self._replace(disk, path=below[-base].path, format=below[-base].format, node=nodes[base])
+            del below[-base:]
+        else:
+            # The layers above `top` stay, and stand on the base.
+            del below[len(below) - base + 1 : len(below) - top + 1]
+
+    def _commit_offline(self, disk: Disk) -> None:
+        print(f"    {disk.name}: by qemu-img")
+        self.end(kill=False)
+        qemu_img("commit", "-q", "-d", disk.path or "")
+        last = self._below[disk.name].pop()
+        self._replace(disk, path=last.path, format=last.format)
+        self.begin()
+
+    def pull(self) -> None:
+        """What layers below hold is pulled into the active one."""
+        disk, nodes = self._layered()
+        if not disk or self.vm.block_jobs:
+            return
+        below = self._below[disk.name]
+        last = self.chance.randrange(1, len(nodes))
+        layers = nodes[1 : last + 1]
+        shared = [self.vm.bitmaps(node).get(name) for name in self.vm.bitmaps(nodes[0]) for node in layers]
+        if not all(snapshots.usable(bitmap) for bitmap in shared if bitmap):
+            # libvirt would leave the overlay's bitmap as it is, and nothing could tell that it is not whole.
+            return
+        print(f"    {disk.name}: {', '.join(layers)}")
+        snapshots.pull(self.vm, nodes[0], layers, nodes[last + 1] if last + 1 < len(nodes) else None)
+        del below[len(below) - last :]
+
+    def _layered(self) -> tuple[Disk | None, list[str]]:
+        """A disk with snapshots, and the nodes of its layers from the top on."""
+        layered = [disk for disk in self.vm.disks if self._below.get(disk.name)]
+        if not layered:
+            return None, []
+        disk = self.chance.choice(layered)
+        paths = [layer.path for layer in (disk, *reversed(self._below[disk.name]))]
+        return disk, [snapshots.node_of(self.vm, path) for path in paths if path]
+
+    def _replace(self, disk: Disk, **changes: t.Any) -> None:
+        self.vm.disks = tuple(
+            dataclasses.replace(one, **changes) if one.name == disk.name else one for one in self.vm.disks
+        )
 
     def lose_bitmap(self) -> None:
         """Somebody removes or disables one of our bitmaps."""
@@ -390,6 +481,9 @@ class Torture:
             machine.copy: 1,
             machine.lose_bitmap: 2,
             machine.add_bitmap: 1,
+            machine.snapshot: 4,
+            machine.commit: 3,
+            machine.pull: 2,
             self.prune: 2,
         }
         backups = {self.back_up: 4, self.disturb: 5, self.crash: 5, self.untrack: 1}
@@ -485,7 +579,9 @@ class Torture:
         images = [disk for manifest in listed for disk in manifest["disks"]]
         # For differentials, those of the last full images are kept as well.
         wanted = listed[-1]["disks"] if self._wish["level"] != "differential" else images
-        ours = {name for _node, name in self.machine.bitmaps() if name.startswith(self._prefix())}
+        # What is stored in a layer below a snapshot is out of reach.
+        own = {disk.node for disk in self.vm.disks}
+        ours = {name for node, name in self.machine.bitmaps() if name.startswith(self._prefix()) and node in own}
         assert ours <= {disk["bitmap"] for disk in wanted}
 
     def back_up(self) -> None:
@@ -498,7 +594,8 @@ class Torture:
         self._draw_wish()
         set_id = self._next_id()
         process = self._begin_slowly(set_id)
-        for action in self.chance.choices([self.machine.write_much, self.machine.resize], [3, 1], k=2):
+        actions = [self.machine.write_much, self.machine.resize, self.machine.snapshot]
+        for action in self.chance.choices(actions, [6, 2, 1], k=2):
             print(f"  meanwhile {action.__name__}")
             action()
         self.chance.choice(
@@ -599,7 +696,8 @@ class Torture:
         self._draw_wish()
         self._succeed(self._next_id())
         run_module("backup_set", {"repository": str(self.sets.path), "names": [NAME], "state": "untracked"})
-        assert not {name for _node, name in self.machine.bitmaps() if name.startswith(self._prefix())}
+        own = {disk.node for disk in self.vm.disks}
+        assert not {name for node, name in self.machine.bitmaps() if name.startswith(self._prefix()) and node in own}
 
     def back_up_into_little(self) -> None:
         """There is hardly any room, or none, and then there is."""
