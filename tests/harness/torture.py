@@ -362,7 +362,8 @@ class Machine:
         below = self._below[disk.name]
         base = self.chance.randrange(1, len(nodes))
         top = self.chance.choice([0, self.chance.randrange(base)])
-        if top == 0 and base == 1 and self.chance.random() < 0.3:
+        # QEMU does not commit or pull below a filter that is no root node.
+        if disk.throttle or (top == 0 and base == 1 and self.chance.random() < 0.3):
             self._commit_offline(disk)
             return
         like_libvirt = self.chance.random() < 0.7
@@ -386,7 +387,7 @@ class Machine:
     def pull(self) -> None:
         """What layers below hold is pulled into the active one."""
         disk, nodes = self._layered()
-        if not disk or self.vm.block_jobs:
+        if not disk or disk.throttle or self.vm.block_jobs:
             return
         below = self._below[disk.name]
         last = self.chance.randrange(1, len(nodes))
