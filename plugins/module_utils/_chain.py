@@ -47,7 +47,7 @@ class Link:
     """How a disk goes into a set. C(bitmap) has marked the writes since the C(parent)'s file C(image).
 
     C(below) are the nodes under the disk's own that have a bitmap of this name too, each with a part of these writes:
-    external snapshots lie between. C(records) are all these bitmaps as they were seen, that of the disk's own node first.
+    external snapshots lie between. C(records) are all these bitmaps as they were seen, the disk's own first.
     """
 
     level: str

@@ -93,7 +93,6 @@ class Disk:
     filename: str = ""
     backing_file: str = ""
     backing_format: str = ""
-    layers: tuple[str, ...] = ()
     virtual_size: int = 0
     layer_size: int | None = None
     actual_size: int | None = None

@@ -306,7 +306,9 @@ class Machine:
         """QEMU starts again."""
         self.vm.kill()
         # A snapshot's node has a name of its own until then.
-        self.vm.disks = tuple(dataclasses.replace(disk, node=f"node-{disk.name}") if disk.id else disk for disk in self.vm.disks)
+        self.vm.disks = tuple(
+            dataclasses.replace(disk, node=f"node-{disk.name}") if disk.id else disk for disk in self.vm.disks
+        )
         self.vm.restart()
 
     def swap(self) -> None:

@@ -2,7 +2,7 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""backup_set on disks with external snapshots, as libvirt takes them and as QEMU alone does: no write is ever missed."""
+"""backup_set on disks with external snapshots, as libvirt takes them and as QEMU alone does: no write is missed."""
 
 from __future__ import annotations
 
@@ -127,7 +127,10 @@ def test_writes_before_between_and_after_snapshots_are_in_the_increment(
         layers.restart()
     layers.write()
     level, reason = layers.back_up("s1")
-    assert (level, reason) == ("incremental", f"changes since set s0, recorded in {depth + 1} layers (external snapshots)")
+    assert (level, reason) == (
+        "incremental",
+        f"changes since set s0, recorded in {depth + 1} layers (external snapshots)",
+    )
     # No more than what was written is copied, and the next one has a record of its own.
     assert max(path.stat().st_size for path in layers.history.sets.images("web01", "s1").values()) < MIB + 65536
     layers.write()
@@ -273,9 +276,7 @@ def test_a_snapshot_while_a_set_is_copied(layers: Layers, sets: Sets) -> None:
 
 
 @pytest.mark.parametrize("how", ["cancelled", "killed"])
-def test_an_increment_that_comes_to_nothing_leaves_every_layer_its_record(
-    layers: Layers, sets: Sets, how: str
-) -> None:
+def test_an_increment_that_comes_to_nothing_leaves_every_layer_its_record(layers: Layers, sets: Sets, how: str) -> None:
     layers.write()
     layers.snapshot()
     for _dummy in range(24):

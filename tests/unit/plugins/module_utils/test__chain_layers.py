@@ -14,8 +14,6 @@ import pytest
 
 from ansible_collections.vmfleet.backup.plugins.module_utils import _chain
 from ansible_collections.vmfleet.backup.plugins.module_utils._chain import FULL, INCREMENTAL, Link, Wish
-from ansible_collections.vmfleet.backup.plugins.module_utils._inspect import Disk
-
 from ansible_collections.vmfleet.backup.tests.unit.plugins.module_utils.test__chain import (
     IDENTITY,
     S1,
@@ -25,6 +23,9 @@ from ansible_collections.vmfleet.backup.tests.unit.plugins.module_utils.test__ch
     image,
     manifest,
 )
+
+if t.TYPE_CHECKING:
+    from ansible_collections.vmfleet.backup.plugins.module_utils._inspect import Disk
 
 NAME = "b-s1"
 
