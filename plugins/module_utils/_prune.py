@@ -282,8 +282,7 @@ async def _most(path: str, steps: Sequence[tuple[Manifest, DiskImage]]) -> int:
         return sum(below.bytes for _manifest, below in steps)
     # The same content may take more when it is packed in another way.
     try:
-        command = _qemu_img.measure_command(path, image.format, "qcow2")
-        return int((await _qemu_img.run_json(command, _qemu_img.MEASURE_TIMEOUT))["required"])
+        return await _qemu_img.copy_bytes(path, image.format, image.virtual_size)
     except ToolError:
         return image.virtual_size
 
@@ -312,10 +311,12 @@ def _forget_cached(path: str) -> None:
 async def _copy_full(path: str, new: str, image: DiskImage) -> DiskImage:
     """A full image of the same content, on stable storage; returns what is to be said of it."""
     os.close(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
-    command = _qemu_img.convert_command(path, new, "qcow2", "qcow2", compression=image.compression)
+    source = await _qemu_img.whole(path, "qcow2")
+    command = _qemu_img.convert_command(source, new, "qcow2", compression=image.compression)
     await _qemu_img.run(command, timeout=_qemu_img.LONG_TIMEOUT, is_long=True)
     _forget_cached(new)
-    await _qemu_img.run(_qemu_img.compare_command(path, new), timeout=_qemu_img.LONG_TIMEOUT, is_long=True)
+    command = _qemu_img.compare_command(source, await _qemu_img.whole(new, "qcow2"))
+    await _qemu_img.run(command, timeout=_qemu_img.LONG_TIMEOUT, is_long=True)
     if os.stat(new).st_size == image.bytes:
         # By their sizes the two are told apart while either may stand there. What follows the last cluster is ignored.
         os.truncate(new, image.bytes + _target.CLUSTER)

@@ -33,6 +33,9 @@ TIMEOUT = 60.0
 MEASURE_TIMEOUT = 600.0
 """Seconds for measuring an image: for that the tables of all images of its chain are read."""
 
+CLUSTER = 65536
+"""qcow2's default cluster size, in bytes; a table of this size tells of half a GiB."""
+
 LONG_TIMEOUT = 7 * 24 * 3600.0
 """Seconds for reading an image to its end: no sensible one takes as long."""
 
@@ -64,23 +67,60 @@ def info_command(path: str, image_format: str = "", shared: bool = False) -> lis
 
 
 def measure_command(path: str, image_format: str, target_format: str) -> list[str]:
-    """C(qemu-img measure) of an image that a running VM may have open."""
-    return ["qemu-img", "measure", "-U", "--output=json", "-f", image_format, "-O", target_format, "--", path]
+    """C(qemu-img measure) of an image that a running VM may have open. Without a format, the name has to tell it."""
+    return ["qemu-img", "measure", "-U", "--output=json", *_format("-f", image_format), "-O", target_format, "--", path]
+
+
+async def whole(path: str, image_format: str) -> str:
+    """The name of an image for a command that reads all of it: the C(json:) one by which it is opened for that.
+
+    The tables of all its layers are read a cluster at a time, and not the 4 KiB at a time that are good for a guest:
+    QEMU gives a backup of a large disk all of its tables, however little is on the disk.
+    """
+    layers = await run_json([*info_command(path, image_format, shared=True)[:-2], "--backing-chain", "--", path])
+    options: dict[str, Any] = {}
+    for layer in reversed(layers):
+        tables = min(layer.get("cluster-size", 0), CLUSTER) if layer["format"] == "qcow2" else 0
+        below = {"backing": options} if options else {}
+        options = {"l2-cache-entry-size": tables, **below} if tables else below
+    return "json:" + json.dumps({**options, "driver": image_format, "file": {"driver": "file", "filename": path}})
+
+
+async def copy_bytes(path: str, image_format: str, size: int) -> int:
+    """The most that a qcow2 copy of an image takes, with all that it builds on; C(size) is the disk's, in bytes.
+
+    C(qemu-img measure) counts the tables of a disk that is full, 10 GiB for one of 64 TiB: a copy has those only that
+    tell of data, in the worst case one for each cluster.
+    """
+    command = measure_command(await whole(path, image_format), "", "qcow2")
+    measured = await run_json(command, MEASURE_TIMEOUT)
+    tables = int(measured["fully-allocated"]) - -(-size // CLUSTER) * CLUSTER
+    data = int(measured["required"]) - tables
+    needed = data + data // 1024 + (size >> 26) + 8 * CLUSTER
+    return data + min(tables, needed)
+
+
+def _format(option: str, image_format: str) -> list[str]:
+    return [option, image_format] if image_format else []
+
+
+def read_command(source: str, size: int) -> list[str]:
+    """Read all that is in an image to nowhere, and unpack what is compressed; C(size) is the disk's, in bytes.
+
+    Nothing is done about what is known to be zero.
+    """
+    command = ["qemu-img", "convert", "-U", "-n", "--target-is-zero", "-m", "16", "-W", "--target-image-opts"]
+    return [*command, "--", source, f"driver=null-co,size={size}"]
 
 
 def convert_command(
-    source: str,
-    target: str,
-    source_format: str,
-    target_format: str,
-    onto_device: bool = False,
-    compression: str = "none",
+    source: str, target: str, target_format: str, onto_device: bool = False, compression: str = "none"
 ) -> list[str]:
-    """C(qemu-img convert) of an image with all that it builds on. A device is not made anew, but written onto.
+    """C(qemu-img convert) of an image, by its C(whole) name. A device is not made anew, but written onto.
 
     Nobody writes to the source, but a QEMU whose VM is paused may still have it open, and locked.
     """
-    command = ["qemu-img", "convert", "-U", "-m", "16", "-f", source_format, "-O", target_format]
+    command = ["qemu-img", "convert", "-U", "-m", "16", "-O", target_format]
     if onto_device:
         command.append("-n")
     # Compressed clusters are written in order only.
@@ -89,8 +129,8 @@ def convert_command(
 
 
 def compare_command(one: str, other: str) -> list[str]:
-    """C(qemu-img compare) of two qcow2 images; fails where a guest would see a difference."""
-    return ["qemu-img", "compare", "-U", "-f", "qcow2", "-F", "qcow2", "--", one, other]
+    """C(qemu-img compare) of two images, by their C(whole) names; fails where a guest would see a difference."""
+    return ["qemu-img", "compare", "-U", "--", one, other]
 
 
 def map_command(path: str, image_format: str) -> list[str]:
@@ -135,12 +175,21 @@ async def run(
         # One that hangs in the kernel cannot be waited for.
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(process.wait(), 1)
-        raise ToolError(
-            "{}: no end within {:g} s; does its file system hang?".format(" ".join(command), timeout)
-        ) from None
+        text = "{}: no end within {:g} s; does its file system hang?".format(" ".join(command), timeout)
+        raise ToolError(_readable(command, text)) from None
     if process.returncode != 0:
-        raise ToolError("{}: {}".format(" ".join(command), errors.decode("utf-8", "replace").strip()))
+        raise ToolError(
+            _readable(command, "{}: {}".format(" ".join(command), errors.decode("utf-8", "replace").strip()))
+        )
     return output.decode("utf-8", "replace")
+
+
+def _readable(command: list[str], text: str) -> str:
+    """A text with paths in place of the C(json:) names that a command was given."""
+    for word in command:
+        if word.startswith("json:"):
+            text = text.replace(word, json.loads(word[len("json:") :])["file"]["filename"])
+    return text
 
 
 async def run_json(command: list[str], timeout: float = TIMEOUT) -> Any:

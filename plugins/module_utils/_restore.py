@@ -279,10 +279,9 @@ async def _check_space(repository: Repository, pieces: Sequence[Piece]) -> None:
 
 async def _measured(repository: Repository, piece: Piece) -> int:
     """Bytes that a copy takes; where that cannot be found out, what its images take, which is no reason to refuse."""
-    # For raw it would count the holes.
-    command = _qemu_img.measure_command(_path(repository, piece), piece.image.format, "qcow2")
+    # For raw the holes would be counted.
     try:
-        return int((await _qemu_img.run_json(command, _qemu_img.MEASURE_TIMEOUT))["required"])
+        return await _qemu_img.copy_bytes(_path(repository, piece), piece.image.format, piece.image.virtual_size)
     except ToolError:
         return min(piece.image.virtual_size, sum(image.bytes for _manifest, image in piece.steps))
 
@@ -357,8 +356,8 @@ def _take_name(repository: Repository, piece: Piece, replaces: tuple[int, int]) 
 
 
 async def _convert(repository: Repository, piece: Piece, path: str) -> None:
-    source = _path(repository, piece)
-    command = _qemu_img.convert_command(source, path, piece.image.format, piece.format, piece.block_device)
+    source = await _qemu_img.whole(_path(repository, piece), piece.image.format)
+    command = _qemu_img.convert_command(source, path, piece.format, piece.block_device)
     if _target.Target(path, piece.format, piece.image.virtual_size).direct and _takes_direct(path):
         # All of it is to be on stable storage in the end: the page cache would be a detour, and others need it.
         command[2:2] = ["-t", "none"]

@@ -35,6 +35,8 @@ PAGE = 4096
 DIRECT_ALIGNMENT = 4096
 CLUSTER = 65536
 """qcow2's default cluster size, in bytes."""
+FIRST_TABLE = 1 << 26
+"""Bytes of a disk for which there is one byte in a qcow2 image's first table, full or not."""
 
 FALLOC_FL_KEEP_SIZE = 1
 SYNC_FILE_RANGE_WRITE = 2
@@ -310,18 +312,25 @@ async def expected_bytes(disk: Disk, image_format: str, sync: str = "full", bitm
         held = disk.actual_size
         measured = None if before else await _measured(disk)
         if measured and held is not None:
-            held = max(held, measured["required"])
+            # All tables are in that: QEMU gives them to the image of a full backup, however little is on the disk.
+            before = min(measured["fully-allocated"], _with_spare(measured["required"]) + _metadata(0))
             everything = measured["fully-allocated"]
     if held is None:
         return everything
-    return max(before, min(everything, held + held // 100 + _metadata(disk.virtual_size)))
+    return max(before, min(everything, _with_spare(held) + _metadata(disk.virtual_size)))
+
+
+def _with_spare(held: int) -> int:
+    return held + held // 100
 
 
 def increment_bytes(disk: Disk, records: Iterable[Bitmap]) -> int:
     """Return the most bytes that an increment of what these bitmaps of C(disk) have marked together will take."""
     # The least write that a fine bitmap marks can cost a whole cluster.
     marked = sum(bitmap.count // bitmap.granularity * max(CLUSTER, bitmap.granularity) for bitmap in records)
-    return min(_fully_allocated(disk.virtual_size), _fully_allocated(marked) + _metadata(disk.virtual_size))
+    # Only what is written has tables, in the worst case one for each cluster.
+    tables = min(_metadata(disk.virtual_size), marked + _metadata(0) + disk.virtual_size // FIRST_TABLE)
+    return min(_fully_allocated(disk.virtual_size), _fully_allocated(marked) + tables)
 
 
 async def _measured(disk: Disk) -> Any:

@@ -370,7 +370,9 @@ class _Verifier:
         path = self._path(*step)
         try:
             async with self._processors:
-                await _qemu_img.run(_read_command(path, step[1]), timeout=_qemu_img.LONG_TIMEOUT)
+                source = await _qemu_img.whole(path, step[1].format)
+                command = _qemu_img.read_command(source, step[1].virtual_size)
+                await _qemu_img.run(command, timeout=_qemu_img.LONG_TIMEOUT)
         except ToolError as error:
             return f"image {path} cannot be read whole: {_shortened(str(error))}; {REMEDY}"
         return ""
@@ -514,13 +516,6 @@ def _check_command(path: str, image_format: str) -> list[str]:
     """Check one image. What it builds on is not opened: that has its own look."""
     image = {"driver": image_format, "backing": None, "file": {"driver": "file", "filename": path}}
     return ["qemu-img", "check", "-q", "-U", "--", "json:" + json.dumps(image)]
-
-
-def _read_command(path: str, image: DiskImage) -> list[str]:
-    """Convert to nowhere: every cluster is read, and unpacked where it is compressed."""
-    target = f"driver=null-co,size={image.virtual_size}"
-    command = ["qemu-img", "convert", "-U", "-n", "-m", "16", "-W", "-f", image.format, "--target-image-opts"]
-    return [*command, "--", path, target]
 
 
 def _shortened(text: str) -> str:

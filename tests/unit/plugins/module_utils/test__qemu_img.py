@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import multiprocessing
 import os
 import time
@@ -36,12 +37,43 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._errors import Tool
             _qemu_img.measure_command("/b/x", "raw", "qcow2"),
             "qemu-img measure -U --output=json -f raw -O qcow2 -- /b/x",
         ),
+        (_qemu_img.measure_command("json:{}", "", "qcow2"), "qemu-img measure -U --output=json -O qcow2 -- json:{}"),
+        (
+            _qemu_img.read_command("json:{}", 1024),
+            "qemu-img convert -U -n --target-is-zero -m 16 -W --target-image-opts -- json:{} driver=null-co,size=1024",
+        ),
+        (_qemu_img.compare_command("/b/x", "/b/y"), "qemu-img compare -U -- /b/x /b/y"),
         (_qemu_img.map_command("/b/x", "vmdk"), "qemu-img map --output=json -f vmdk -- /b/x"),
         (_qemu_img.options_command("vmdk"), "qemu-img create -f vmdk -o help"),
     ],
 )
 def test_argument_lists(command: list[str], expected: str) -> None:
     assert command == expected.split()
+
+
+@pytest.mark.parametrize(
+    ("layers", "expected"),
+    [
+        ([("raw", None)], {}),
+        ([("qcow2", 65536)], {"l2-cache-entry-size": 65536}),
+        (
+            [("qcow2", 4096), ("qcow2", 2 << 20), ("raw", None)],
+            {"l2-cache-entry-size": 4096, "backing": {"l2-cache-entry-size": 65536}},
+        ),
+    ],
+)
+def test_tables_of_all_layers_are_read_whole(
+    layers: list[tuple[str, int | None]], expected: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def told(command: list[str]) -> list[dict[str, object]]:
+        assert " ".join(command) == f"qemu-img info --output=json -U -f {layers[0][0]} --backing-chain -- /b/x"
+        return [{"format": fmt, **({"cluster-size": size} if size else {})} for fmt, size in layers]
+
+    monkeypatch.setattr(_qemu_img, "run_json", told)
+    kind, name = asyncio.run(_qemu_img.whole("/b/x", layers[0][0])).split(":", 1)
+    assert kind == "json"
+    file = {"driver": "file", "filename": "/b/x"}
+    assert json.loads(name) == {**expected, "driver": layers[0][0], "file": file}
 
 
 def shell(script: str) -> list[str]:
@@ -76,6 +108,13 @@ class TestRun:
         with pytest.raises(ToolError) as failed:
             asyncio.run(_qemu_img.run(shell("echo said; echo 'No such file' >&2; exit 3")))
         assert str(failed.value) == "sh -c echo said; echo 'No such file' >&2; exit 3: No such file"
+
+    def test_failure_has_paths_and_no_json(self) -> None:
+        name = "json:" + json.dumps({"driver": "qcow2", "file": {"driver": "file", "filename": "/b/x"}})
+        command = [*shell("echo \"qemu-img: Could not open '$1'\" >&2; exit 1"), "sh", name]
+        with pytest.raises(ToolError) as failed:
+            asyncio.run(_qemu_img.run(command))
+        assert str(failed.value).endswith(" sh /b/x: qemu-img: Could not open '/b/x'")
 
     def test_missing_program_is_told_apart(self, tmp_path: Path) -> None:
         with pytest.raises(_qemu_img.NotInstalled, match="is not installed on this hypervisor"):

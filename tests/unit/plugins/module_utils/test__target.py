@@ -426,7 +426,8 @@ class TestExpectedBytes:
     @pytest.mark.parametrize(
         ("required", "held", "expected"),
         [
-            (5 * MIB, 3 * MIB, 5 * MIB + 5 * MIB // 100 + METADATA),
+            # What is measured has the tables in it.
+            (5 * MIB, 3 * MIB, 5 * MIB + 5 * MIB // 100 + 16 * 65536),
             (3 * MIB, 5 * MIB, 5 * MIB + 5 * MIB // 100 + METADATA),
             (None, 5 * MIB, 5 * MIB + 5 * MIB // 100 + METADATA),
             (SIZE, 5 * MIB, 17 * MIB),
@@ -456,13 +457,25 @@ class TestExpectedBytes:
         [
             # Its clusters, their entries, and the tables of both the data's size and the disk's.
             (2 * 65536, 2 * 65536 + 2 * 16 + 16 * 65536 + 2 * 8 + METADATA),
-            (0, 16 * 65536 + METADATA),
+            (0, 2 * 16 * 65536),
             (SIZE, FULLY),
         ],
     )
     def test_increment(self, sync: str, count: int, expected: int) -> None:
         tracked = disk(actual_size=9 * MIB, bitmaps=(bitmap("b0", count=count),))
         assert asyncio.run(_target.expected_bytes(tracked, "qcow2", sync, "b0")) == expected
+
+    def test_increment_of_a_large_thin_disk_has_few_tables(self) -> None:
+        large = replace(disk(bitmaps=(bitmap("b0", count=3 * 65536),)), virtual_size=64 << 40)
+        expected = asyncio.run(_target.expected_bytes(large, "qcow2", "bitmap", "b0"))
+        # The first table alone has a MiB.
+        assert MIB < expected < 5 * MIB
+
+    def test_tables_of_a_large_thin_disk_are_counted_once(self, measure: dict[str, int]) -> None:
+        # As qemu-img measures a disk of 1 TiB with 64 MiB of data; QEMU's image of it takes 201,588,736 bytes.
+        measure.update({"required": 237_240_320, "fully-allocated": 1_099_679_662_080})
+        large = replace(disk(actual_size=64 * MIB), virtual_size=1 << 40)
+        assert 201_588_736 < asyncio.run(_target.expected_bytes(large, "qcow2")) < 250_000_000
 
     def test_full_that_clears_a_bitmap_is_a_full(self) -> None:
         tracked = disk(actual_size=9 * MIB, bitmaps=(bitmap("b0", count=0),))
