@@ -510,9 +510,9 @@ class TestConsolidation:
         done: list[str] = []
         run, advise = _qemu_img.run, os.posix_fadvise
 
-        async def told_run(command: list[str], **options: t.Any) -> str:
+        async def told_run(command: list[str], *arguments: t.Any, **options: t.Any) -> str:
             done.append(command[1])
-            return await run(command, **options)
+            return await run(command, *arguments, **options)
 
         def told_advise(fd: int, *arguments: int) -> None:
             if os.path.samestat(os.fstat(fd), new.stat()):
@@ -522,7 +522,7 @@ class TestConsolidation:
         monkeypatch.setattr(_qemu_img, "run", told_run)
         monkeypatch.setattr(os, "posix_fadvise", told_advise)
         asyncio.run(_prune._copy_full(str(library.images(NAME, "s2")["drive0"]), str(new), manifest.disks[0]))
-        assert done[:3] == ["convert", "forget", "compare"]
+        assert [one for one in done if one != "info"][:3] == ["convert", "forget", "compare"]
 
     def test_old_and_new_image_of_one_size_are_told_apart(self, library: Library, directory: Path) -> None:
         repository = open_repository(str(library.path))
