@@ -63,14 +63,27 @@ class Target:
         return not self.compress and aligned
 
     def node(self, filename: str, direct: bool) -> str:
-        """The C(json:) file name under which QEMU opens the image: nothing probed, no backing file opened."""
+        """The C(json:) file name under which QEMU opens the image: nothing probed, no backing file opened.
+
+        What is not said here a target gets from its source: a disk with aio=native would have no buffered target, and
+        one with cache=unsafe none that is flushed.
+        """
+        flags = {"cache": {"direct": direct, "no-flush": False}, "read-only": False, "auto-read-only": False}
+        file = {
+            "driver": "host_device" if self.block_device else "file",
+            "filename": filename,
+            "aio": "threads",
+            "locking": "auto",
+            "discard": "unmap",
+            **flags,
+        }
+        # Clusters that an existing image frees are used again, and so their space stays reserved.
         options: dict[str, Any] = {
             "driver": self.format,
-            "file": {
-                "driver": "host_device" if self.block_device else "file",
-                "filename": filename,
-                "cache": {"direct": direct, "no-flush": False},
-            },
+            "file": file,
+            "discard": "ignore",
+            "detect-zeroes": "on",
+            **flags,
         }
         if self.format != "raw":
             options["backing"] = None

@@ -42,36 +42,21 @@ def test_direct_access(image_format: str, size: int, compress: bool, direct: boo
     assert Target("/b/x", image_format, size, compress=compress).direct is direct
 
 
+@pytest.mark.parametrize("direct", [True, False])
 @pytest.mark.parametrize(
-    ("target", "direct", "expected"),
+    ("target", "protocol", "more"),
     [
-        (
-            Target("/b/x", "qcow2", MIB),
-            True,
-            {
-                "driver": "qcow2",
-                "backing": None,
-                "file": {"driver": "file", "filename": "/dev/fdset/1", "cache": {"direct": True, "no-flush": False}},
-            },
-        ),
-        (
-            Target("/dev/sdx", "raw", MIB, block_device=True),
-            False,
-            {
-                "driver": "raw",
-                "file": {
-                    "driver": "host_device",
-                    "filename": "/dev/fdset/1",
-                    "cache": {"direct": False, "no-flush": False},
-                },
-            },
-        ),
+        (Target("/t/x", "qcow2", MIB), "file", {"driver": "qcow2", "backing": None}),
+        (Target("/dev/vg/x", "raw", MIB, block_device=True), "host_device", {"driver": "raw"}),
     ],
     ids=["qcow2 file", "raw device"],
 )
-def test_node_opens_nothing_but_the_image(target: Target, direct: bool, expected: dict[str, Any]) -> None:
+def test_node_takes_nothing_from_its_source(target: Target, protocol: str, more: dict[str, Any], direct: bool) -> None:
     text = target.node("/dev/fdset/1", direct)
     assert text.startswith("json:")
+    flags = {"cache": {"direct": direct, "no-flush": False}, "read-only": False, "auto-read-only": False}
+    file = {"driver": protocol, "filename": "/dev/fdset/1", "aio": "threads", "locking": "auto", "discard": "unmap"}
+    expected = {**more, "file": {**file, **flags}, "discard": "ignore", "detect-zeroes": "on", **flags}
     assert json.loads(text[len("json:") :]) == expected
 
 
