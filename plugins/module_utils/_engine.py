@@ -80,7 +80,8 @@ PIECE = 1 << 20
 class Settings:
     """How a run goes. Times are seconds; 0 waits without end. The last three are those of _plan.Terms.
 
-    C(bandwidth) is bytes/s for all jobs together, 0 for no limit; C(slice) is when to come back, done or not.
+    C(bandwidth) is bytes/s for all jobs together, 0 for no limit; C(slice) is when to come back, done or not. Without
+    C(begin), what is being made is gone on with, and nothing else.
     """
 
     state: str = "completed"
@@ -90,6 +91,7 @@ class Settings:
     timeout: float = 0
     stall_timeout: float = 600
     unattended: bool = False
+    begin: bool = True
     check_mode: bool = False
     takeover: bool = False
     supersede: bool = False
@@ -289,7 +291,8 @@ class Engine:
         None where something else is to be done, or where the QEMU is not known.
         """
         process, work.called = work.called, None
-        planned = work.fresh and work.planned.action == _plan.START and not self.settings.check_mode
+        may_start = self.settings.begin and not self.settings.check_mode
+        planned = work.fresh and work.planned.action == _plan.START and may_start
         work.fresh = False
         if planned and self._turns.has(work.request.name):
             return await _survey.meet(work.request)
@@ -374,6 +377,9 @@ class Engine:
             return self._outcome(work, SKIPPED, reason=f"the plan was to skip it: {work.planned.reason}")
         if action in (_plan.START, _plan.FINISH) and self._is_refused(work.planned):
             return self._outcome(work, FAILED, error=work.planned.reason)
+        if action == _plan.START and not self.settings.begin:
+            reason = f"set {self.plan.id} is not being made, and is not to be begun now"
+            return self._outcome(work, SKIPPED, reason=reason)
         return None
 
     def _predict(self, work: _Work, decision: Decision) -> Outcome:
@@ -478,7 +484,7 @@ class Engine:
         if decision.plan.action == _plan.FAIL and monitor and facts.vm and await self._is_lost(facts, shelf):
             work.changed = True
             await self._remove_leftovers(work, monitor, facts.vm, shelf)
-        if decision.plan.action == _plan.START and monitor and facts.vm:
+        if decision.plan.action == _plan.START and monitor and facts.vm and self.settings.begin:
             return await self._start(work, monitor, facts.vm, shelf, decision, lock)
         return await self._final(work, decision, facts, shelf) or _plan.Verdict(_plan.INTERRUPTED)
 

@@ -116,6 +116,13 @@ options:
       end.
     type: float
     default: 600
+  begin:
+    description:
+      - Begin the sets that are not there and not being made either. With V(false), O(state=started) and
+        O(state=completed) only go on with what an earlier call has begun, and RV(vms[].state) is V(skipped) for the other
+        VMs that have no set.
+    type: bool
+    default: true
   unattended:
     description:
       - With O(state=started), start copies even if no space can be reserved for them in the repository.
@@ -315,6 +322,8 @@ async def places(module: AnsibleModule, plan: Plan | None, calls: WatchedCalls) 
         return repository, plan, False
     if module.check_mode:
         return repository, plan, not repository.uuid
+    if not repository.uuid and not module.params["begin"]:
+        return repository, plan, False
     if repository.uuid:
         await calls.run(remove_half_made, path)
         return repository, plan, False
@@ -340,6 +349,7 @@ async def main_task(module: AnsibleModule) -> dict[str, Any]:
         "slice",
         "timeout",
         "stall_timeout",
+        "begin",
         "unattended",
         "takeover",
         "supersede",
@@ -384,6 +394,7 @@ def main() -> None:
             "progress": {"type": "str", "choices": ["auto", "quiet", "none"], "default": "auto"},
             "timeout": {"type": "float", "default": 0},
             "stall_timeout": {"type": "float", "default": 600},
+            "begin": {"type": "bool", "default": True},
             "unattended": {"type": "bool", "default": False},
             "takeover": {"type": "bool", "default": False},
             "supersede": {"type": "bool", "default": False},

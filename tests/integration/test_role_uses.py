@@ -1,0 +1,117 @@
+# Copyright (c) 2026, vmfleet contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""The role vm_backup, used more than once in a playbook: each use begins clean and tells of itself."""
+
+from __future__ import annotations
+
+import re
+import typing as t
+
+import pytest
+import yaml
+
+from ansible_collections.vmfleet.backup.tests.harness.playbooks import Hypervisor
+from ansible_collections.vmfleet.backup.tests.harness.sets import ID
+
+if t.TYPE_CHECKING:
+    from pathlib import Path
+
+    from ansible_collections.vmfleet.backup.tests.harness.fixtures import Vms
+    from ansible_collections.vmfleet.backup.tests.harness.playbooks import Play
+
+pytestmark = pytest.mark.usefixtures("clean")
+
+
+class Playbook:
+    """A playbook of a user, whose tasks are given."""
+
+    def __init__(self, hypervisor: Hypervisor) -> None:
+        self.hypervisor = hypervisor
+        self.path = hypervisor.directory / "own.yml"
+
+    def run(self, *tasks: dict[str, t.Any], options: t.Sequence[str] = (), **variables: t.Any) -> Play:
+        plays = [{"name": "Own", "hosts": "hypervisors", "gather_facts": False, "tasks": list(tasks)}]
+        self.path.write_text(yaml.safe_dump(plays, sort_keys=False))
+        return self.hypervisor.play(str(self.path), *options, **variables)
+
+
+def use(name: str = "Use", tasks_from: str = "main", loop: t.Sequence[t.Any] = (), **variables: t.Any) -> dict[str, t.Any]:
+    """A task that includes the role, with variables that are given without their prefix."""
+    found: dict[str, t.Any] = {
+        "name": name,
+        "ansible.builtin.include_role": {"name": "vmfleet.backup.vm_backup", "tasks_from": tasks_from},
+        "vars": {f"vm_backup_{key}": value for key, value in variables.items()},
+    }
+    return {**found, "loop": list(loop)} if loop else found
+
+
+def tried_again(first: dict[str, t.Any], *second: dict[str, t.Any]) -> dict[str, t.Any]:
+    return {"name": "Try", "block": [first], "rescue": list(second)}
+
+
+@pytest.fixture
+def playbook(directory: Path) -> Playbook:
+    return Playbook(Hypervisor(directory))
+
+
+def published(hypervisor: Hypervisor) -> set[str]:
+    """The sets that there are, as VM/id."""
+    return {f"{path.parent.parent.name}/{path.parent.name}" for path in hypervisor.sets.path.glob("*/*/manifest.json")}
+
+
+def test_again_after_a_plan_that_failed(vms: Vms, playbook: Playbook) -> None:
+    vm = vms.start(name="web01")
+    play = playbook.run(tried_again(use(repository="relative"), use()), sockets=[str(vm.monitor)])
+    assert play.rc == 0, play.output
+    assert "vm_backup_repository is 'relative'" in play.output
+    assert "1 of 1 VMs have their set, 0 failed" in play.output
+    assert published(playbook.hypervisor) == {f"web01/{ID}"}
+
+
+def test_again_after_a_vm_that_failed(vms: Vms, playbook: Playbook) -> None:
+    """One run does not try a VM twice. Whoever asks again has a run of his own."""
+    vm = vms.start(name="web01")
+    play = playbook.run(tried_again(use(quiesce="require"), use()), sockets=[str(vm.monitor)])
+    assert play.rc == 0, play.output
+    assert f"no set {ID} of web01" in play.output
+    assert published(playbook.hypervisor) == {f"web01/{ID}"}
+
+
+def test_again_after_a_hypervisor_that_could_not_be_reached(vms: Vms, playbook: Playbook) -> None:
+    vm = vms.start(name="web01")
+    off = {"ansible_connection": "ssh", "ansible_ssh_common_args": "-o ProxyCommand=false"}
+    first = use()
+    first["vars"].update(off)
+    play = playbook.run(tried_again(first, use()), sockets=[str(vm.monitor)])
+    assert play.rc == 0, play.output
+    assert "Failed to connect" in play.output
+    assert published(playbook.hypervisor) == {f"web01/{ID}"}
+
+
+def test_what_fails_again_says_why_it_did_now(vms: Vms, playbook: Playbook) -> None:
+    vm = vms.start(name="web01")
+    play = playbook.run(tried_again(use(repository="relative"), use(speed="fast")), sockets=[str(vm.monitor)])
+    assert play.rc != 0
+    last = play.output.rpartition("Fail if the hypervisor")[2]
+    assert "speed" in last
+    assert "relative" not in last
+
+
+def test_a_loop_over_repositories(vms: Vms, directory: Path, playbook: Playbook) -> None:
+    vm = vms.start(name="web01")
+    places = [str(directory / name) for name in ("one", "two")]
+    play = playbook.run(use(repository="{{ item }}", loop=places), sockets=[str(vm.monitor)], id="")
+    assert play.rc == 0, play.output
+    ids = [path.parent.name for place in places for path in (directory / place).glob("web01/*/manifest.json")]
+    assert len(ids) == 2
+    assert all(re.fullmatch(r"20\d\d-\d\d-\d\d", found) for found in ids)
+
+
+def test_a_loop_over_ids(vms: Vms, playbook: Playbook) -> None:
+    vm = vms.start(name="web01")
+    play = playbook.run(use(id="{{ item }}", loop=["a", "b"]), sockets=[str(vm.monitor)])
+    assert play.rc == 0, play.output
+    assert published(playbook.hypervisor) == {"web01/a", "web01/b"}
+    assert [re.findall(rf"Backup {name} of hv1 .*: 1 of 1 VMs", play.output) != [] for name in "ab"] == [True, True]
