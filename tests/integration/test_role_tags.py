@@ -125,7 +125,11 @@ def test_a_start_in_the_middle_says_what_is_missing(
 ) -> None:
     vm = vms.start(name=NAME)
     play = hypervisor.run(
-        "--start-at-task", f"vmfleet.backup.vm_backup : {task}", sockets=[str(vm.monitor)], id="", metrics_dir=str(directory)
+        "--start-at-task",
+        f"vmfleet.backup.vm_backup : {task}",
+        sockets=[str(vm.monitor)],
+        id="",
+        metrics_dir=str(directory),
     )
     assert play.rc != 0, play.output
     assert "cannot begin in its middle (--start-at-task)" in play.output

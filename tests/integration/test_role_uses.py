@@ -31,13 +31,15 @@ class Playbook:
         self.hypervisor = hypervisor
         self.path = hypervisor.directory / "own.yml"
 
-    def run(self, *tasks: dict[str, t.Any], options: t.Sequence[str] = (), **variables: t.Any) -> Play:
-        plays = [{"name": "Own", "hosts": "hypervisors", "gather_facts": False, "tasks": list(tasks)}]
-        self.path.write_text(yaml.safe_dump(plays, sort_keys=False))
-        return self.hypervisor.play(str(self.path), *options, **variables)
+    def run(self, *tasks: dict[str, t.Any], serial: str = "100%", **variables: t.Any) -> Play:
+        play = {"name": "Own", "hosts": "hypervisors", "gather_facts": False, "serial": serial, "tasks": list(tasks)}
+        self.path.write_text(yaml.safe_dump([play], sort_keys=False))
+        return self.hypervisor.play(str(self.path), **variables)
 
 
-def use(name: str = "Use", tasks_from: str = "main", loop: t.Sequence[t.Any] = (), **variables: t.Any) -> dict[str, t.Any]:
+def use(
+    name: str = "Use", tasks_from: str = "main", loop: t.Sequence[t.Any] = (), **variables: t.Any
+) -> dict[str, t.Any]:
     """A task that includes the role, with variables that are given without their prefix."""
     found: dict[str, t.Any] = {
         "name": name,
@@ -115,3 +117,45 @@ def test_a_loop_over_ids(vms: Vms, playbook: Playbook) -> None:
     assert play.rc == 0, play.output
     assert published(playbook.hypervisor) == {"web01/a", "web01/b"}
     assert [re.findall(rf"Backup {name} of hv1 .*: 1 of 1 VMs", play.output) != [] for name in "ab"] == [True, True]
+
+
+def test_the_summary_is_about_those_who_take_part(vms: Vms, directory: Path, playbook: Playbook) -> None:
+    """Of three hypervisors one takes part in the second use; another has failed before it."""
+    vm, other = vms.start(name="web01"), vms.start(vms.disk(1), name="db01")
+    playbook.hypervisor.hosts = {
+        "hv1": {"vm_backup_sockets": [str(vm.monitor)]},
+        "hv2": {"vm_backup_sockets": [str(other.monitor)]},
+        "hv3": {"vm_backup_sockets": [f"{directory}/off.qmp"]},
+    }
+    second = {**use("Second", id="s2", repository=str(directory / "second")), "when": "inventory_hostname == 'hv1'"}
+    play = playbook.run(use("First"), second)
+    assert play.rc != 0
+    first, last = re.findall(r"Backup (s\d) of (\d) hypervisors: (\d) of (\d) VMs have their set", play.output)
+    assert first == (ID, "3", "2", "3")
+    # hv2 has nothing to do with it, and hv3 was lost before.
+    assert last == ("s2", "2", "1", "1")
+    assert "FAILED  hv3: it was lost before" in play.output.partition("TASK [Second]")[2]
+    assert "the playbook of this play, with -e vm_backup_id=s2 --limit hv3" in play.output
+
+
+def test_the_summary_of_another_try_is_about_all_that_have_the_set(vms: Vms, playbook: Playbook) -> None:
+    vm, other = vms.start(name="web01"), vms.start(vms.disk(1), name="db01")
+    playbook.hypervisor.hosts = {
+        "hv1": {"vm_backup_sockets": [str(vm.monitor)]},
+        "hv2": {"vm_backup_sockets": [str(other.monitor)], "vm_backup_quiesce": "require"},
+    }
+    play = playbook.run(tried_again(use(), use(quiesce="none")))
+    assert play.rc == 0, play.output
+    heads = re.findall(rf"Backup {ID} of 2 hypervisors: (\d) of (\d) VMs", play.output)
+    assert heads == [("1", "2"), ("2", "2")], play.output
+
+
+def test_a_batch_does_not_speak_of_those_to_come(vms: Vms, playbook: Playbook) -> None:
+    vm, other = vms.start(name="web01"), vms.start(vms.disk(1), name="db01")
+    playbook.hypervisor.hosts = {
+        "hv1": {"vm_backup_sockets": [str(vm.monitor)]},
+        "hv2": {"vm_backup_sockets": [str(other.monitor)]},
+    }
+    play = playbook.run(use(), serial="1")
+    assert play.rc == 0, play.output
+    assert "FAILED" not in play.output
