@@ -119,8 +119,8 @@ options:
   begin:
     description:
       - Begin the sets that are not there and not being made either. With V(false), O(state=started) and
-        O(state=completed) only go on with what an earlier call has begun, and RV(vms[].state) is V(skipped) for the other
-        VMs that have no set.
+        O(state=completed) only go on with what an earlier call has begun, and RV(vms[].state) is V(skipped) for the
+        other VMs that have no set.
     type: bool
     default: true
   unattended:
