@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from ansible_collections.vmfleet.backup.plugins.module_utils import _guard, _jobs, _plan, _target
 from ansible_collections.vmfleet.backup.plugins.module_utils._agent import find_agent
+from ansible_collections.vmfleet.backup.plugins.module_utils._chain import written_elsewhere
 from ansible_collections.vmfleet.backup.plugins.module_utils._checksum import sha256
 from ansible_collections.vmfleet.backup.plugins.module_utils._description import describe_vm
 from ansible_collections.vmfleet.backup.plugins.module_utils._documents import (
@@ -147,6 +148,8 @@ class Maker:
     def _image(self, vm: Vm, disk: Disk, planned: _plan.DiskPlan, link: Link) -> DiskImage:
         policy = self.plan.policy
         tracked = policy.tracking and disk.stable_name and not disk.read_only
+        # A record with gaps would look whole as soon as the other disk has gone.
+        tracked = tracked and not written_elsewhere(disk, vm.disks)
         return DiskImage(
             name=disk.name,
             node=disk.node,
@@ -162,6 +165,7 @@ class Maker:
             compression=policy.compression,
             bitmap=f"{bitmap_prefix(self.repository)}{secrets.token_hex(8)}" if tracked else None,
             layers=tuple(layer.filename for layer in chain_of(disk, (*vm.disks, *vm.other_nodes))[1:]),
+            source_encrypted=disk.encrypted,
         )
 
     # Prepare

@@ -93,6 +93,7 @@ def link(
     chain = chain_of(disk, (*disks, *layers))
     doubt = (
         _other_disk(base, below, disk, identity)
+        or written_elsewhere(disk, disks)
         or _lost_record(base, below, disk, disks, layers, sets[-1])
         or _broken_record(base, below, disk, chain)
         or damage.get((base.id, disk.name), "")
@@ -129,6 +130,12 @@ def _other_disk(base: Manifest, below: DiskImage, disk: Disk, identity: str) -> 
     if below.virtual_size != disk.virtual_size:
         return f"its size has changed from {below.virtual_size} to {disk.virtual_size} bytes since set {base.id}"
     return ""
+
+
+def written_elsewhere(disk: Disk, disks: Iterable[Disk]) -> str:
+    """Why no bitmap of C(disk) holds all writes to its file; empty where one does."""
+    twin = next((other for other in disks if other.shares_file(disk) and not other.read_only), None)
+    return f"disk {twin.name} is on the same file, and what is written through that one is not recorded" if twin else ""
 
 
 def _lost_record(

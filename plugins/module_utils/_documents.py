@@ -58,6 +58,8 @@ class DiskImage:
 
     C(bitmap) records the writes since this image, on the disk C(node); None where changes are not tracked.
     C(layers) are the files below C(source), the nearest first, as they were when the set was made.
+    C(source_encrypted) says that the disk was encrypted where it stood, which its image is not; None in the sets of a
+    release that did not look.
     """
 
     name: str
@@ -76,6 +78,7 @@ class DiskImage:
     sha256: str | None = None
     bitmap: str | None = None
     layers: tuple[str, ...] = ()
+    source_encrypted: bool | None = None
 
     @property
     def merged(self) -> str:

@@ -20,6 +20,11 @@ if TYPE_CHECKING:
 
     from ansible_collections.vmfleet.backup.plugins.module_utils._qmp import Address
 
+NO_KEY = (
+    "an encrypted target needs a key, which cannot be given here; use a target that is not encrypted, in a directory"
+    " whose storage is"
+)
+
 JOB_ID = re.compile(r"[A-Za-z][A-Za-z0-9._-]*")
 
 
@@ -86,6 +91,7 @@ class Request:
     timeout: float = 0
     stall_timeout: float = 600
     on_timeout: str = "cancel"
+    encrypted_source: str = "warn"
     check_mode: bool = False
 
 
@@ -97,6 +103,8 @@ def check_drives(drives: tuple[Drive, ...]) -> None:
         _check_place(drive)
         if drive.speed < 0:
             raise Refused("speed", f"{drive.speed} is negative; give bytes per second, 0 is unlimited")
+        if drive.format == "luks":
+            raise Refused("format", f"luks: {NO_KEY}")
         if drive.compress and drive.format == "raw":
             raise Refused("compress", "a raw image cannot be compressed; use format qcow2")
     _refuse_twice("target", [plain_path(drive.target) for drive in drives])

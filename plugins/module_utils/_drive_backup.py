@@ -52,6 +52,7 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._inspect import (
     machine_id,
     query_jobs,
 )
+from ansible_collections.vmfleet.backup.plugins.module_utils._keeps import losses
 from ansible_collections.vmfleet.backup.plugins.module_utils._lock import (
     host_lock_path,
     locked,
@@ -253,6 +254,9 @@ class DriveBackup:
         """Start what is not there. Everything that can be refused is refused before the first file exists."""
         starting = [copy for copy in copies if self._together or copy.found in (ABSENT, OCCUPIED)]
         _preflight.refuse_busy(vm, starting)
+        if self.request.encrypted_source == "refuse":
+            _preflight.refuse_encrypted(vm, starting)
+        self.warnings += [f"VM {vm.name}: {loss}" for loss in losses((copy.disk for copy in starting), vm.disks)]
         for copy in starting:
             if not copy.drive.receipt_path:
                 self.warnings.append(

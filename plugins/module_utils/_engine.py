@@ -38,6 +38,7 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._errors import (
     RepositoryHangs,
 )
 from ansible_collections.vmfleet.backup.plugins.module_utils._inspect import IO_ERROR, query_jobs
+from ansible_collections.vmfleet.backup.plugins.module_utils._keeps import IN_THE_CLEAR
 from ansible_collections.vmfleet.backup.plugins.module_utils._lock import host_lock_path, locked
 from ansible_collections.vmfleet.backup.plugins.module_utils._outcome import (
     CANCELLED,
@@ -393,6 +394,9 @@ class Engine:
     def _published(self, work: _Work, manifest: Manifest) -> Outcome:
         if manifest.consistency_reason and work.request.quiesce != _plan.NONE:
             work.warn(f"the guest's file systems were not frozen: {manifest.consistency_reason}")
+        for disk in manifest.disks:
+            if disk.source_encrypted:
+                work.warn(f"disk {disk.name} {IN_THE_CLEAR}")
         wanted = work.request.wanted
         if wanted in (_chain.FULL, _chain.DIFFERENTIAL) and manifest.level not in (_chain.FULL, wanted):
             work.warn(f"the set is {manifest.level} and stays so; for the level {wanted} use another id")

@@ -11,6 +11,7 @@ Reference: QEMU QMP Reference Manual 7.2, chapters "Block devices", "Background 
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
@@ -80,7 +81,9 @@ class Disk:
     C(layer_size) is what the top image holds, C(actual_size) what it holds together with its backing files.
     C(filters) are the nodes between the device and C(node), such as a throttle. C(layers) are the nodes of its backing
     files, top first, without filters between them. C(stable_name) is false of a name that another disk can have after a
-    restart of QEMU. C(keeps_bitmaps) tells whether a bitmap can be stored in the image.
+    restart of QEMU. C(keeps_bitmaps) tells whether a bitmap can be stored in the image. C(encrypted) says that it or a
+    layer below is, C(snapshots) how many internal ones it holds. C(file) is where it stands, C(data_file) where its
+    data are if elsewhere; both as QEMU names them.
     """
 
     name: str
@@ -100,6 +103,10 @@ class Disk:
     removable: bool = False
     stable_name: bool = True
     keeps_bitmaps: bool = False
+    encrypted: bool = False
+    snapshots: int = 0
+    file: str = ""
+    data_file: str = ""
     bitmaps: tuple[Bitmap, ...] = ()
 
     @property
@@ -107,6 +114,10 @@ class Disk:
         """Every name that a user may call this disk by."""
         found = [self.device, _qdev_id(self.qdev), self.qdev, *self.filters, self.node, self.name]
         return tuple(dict.fromkeys(name for name in found if name))
+
+    def shares_file(self, other: Disk) -> bool:
+        """Whether another disk is on the same file."""
+        return bool(self.file) and self.file == other.file and self.node != other.node
 
     def bitmap(self, name: str) -> Bitmap | None:
         return next((bitmap for bitmap in self.bitmaps if bitmap.name == name), None)
@@ -257,6 +268,13 @@ class _Graph:
         while self.nodes[path[-1]]["drv"] in FILTERS and self.below.get(path[-1]) in self.nodes:
             path.append(self.below[path[-1]])
         return path
+
+    def file_of(self, node_name: str) -> str:
+        """The file of an image; empty for one that is a part of a file only."""
+        name = node_name
+        while self.below.get(name) in self.nodes and not _is_window(self.nodes[name]):
+            name = self.below[name]
+        return "" if _is_window(self.nodes[name]) else str(self.nodes[name]["file"])
 
     def layers(self) -> dict[str, tuple[str, ...]]:
         """The layers below each node, top first."""
@@ -416,7 +434,8 @@ def _disks(graph: _Graph) -> tuple[tuple[Disk, ...], tuple[Disk, ...]]:
     layers = graph.layers()
 
     def disk_of(node_name: str, name: str, **others: Any) -> Disk:
-        return _disk(graph.nodes[node_name], [graph.nodes[layer] for layer in layers[node_name]], name, **others)
+        lower = [graph.nodes[layer] for layer in layers[node_name]]
+        return _disk(graph.nodes[node_name], lower, name, file=graph.file_of(node_name), **others)
 
     disks: dict[str, Disk] = {}
     for number, entry in enumerate(graph.devices):
@@ -461,9 +480,21 @@ def _disk(node: dict[str, Any], layers: list[dict[str, Any]], name: str, **other
         actual_size=None if None in sizes else sum(sizes),
         read_only=node["ro"],
         keeps_bitmaps=_keeps_bitmaps(node),
+        encrypted=any(one["image"].get("encrypted", False) for one in (node, *layers)),
+        snapshots=len(image.get("snapshots", [])),
+        data_file=image.get("format-specific", {}).get("data", {}).get("data-file", ""),
         bitmaps=tuple(_bitmap(entry) for entry in node.get("dirty-bitmaps", []) if entry.get("name")),
         **others,
     )
+
+
+def _is_window(node: dict[str, Any]) -> bool:
+    """Whether a raw node shows a part of its file only (C(offset), C(size)), beside which another may show the next."""
+    name = node["image"]["filename"]
+    if node["drv"] != "raw" or not name.startswith("json:"):
+        return False
+    options = json.loads(name[len("json:") :])
+    return "offset" in options or "size" in options
 
 
 def _keeps_bitmaps(node: dict[str, Any]) -> bool:

@@ -42,9 +42,15 @@ TRY = "try"
 REQUIRE = "require"
 QUIESCE = (NONE, TRY, REQUIRE)
 
+WARN = "warn"
+REFUSE = "refuse"
+ENCRYPTED_SOURCE = (WARN, REFUSE)
+
 PUBLISHED_ALREADY = "the set is published"
 
 IMAGE_SUFFIX = ".qcow2"
+
+READ_ONLY = "is read-only"
 
 CANCELLED = "Operation canceled"
 """QEMU's words for a cancelled job."""
@@ -61,6 +67,7 @@ class Policy:
     offline: str = "fail"
     max_chain: int = 30
     tracking: bool = True
+    encrypted_source: str = WARN
 
 
 @dataclass(frozen=True)
@@ -252,7 +259,7 @@ def choose_disks(vm: Vm, request: Request) -> Choice:
         elif included and disk not in included:
             left_out.append(LeftOut(disk.name, "is not in include_disks"))
         elif disk.read_only and disk not in included:
-            left_out.append(LeftOut(disk.name, "is read-only"))
+            left_out.append(LeftOut(disk.name, READ_ONLY))
         else:
             chosen.append(disk)
     names = [disk.name for disk in chosen]
@@ -381,8 +388,25 @@ def _not_begun(facts: Facts, shelf: Shelf, terms: Terms, choice: Choice) -> tupl
     if facts.vm.status in MIGRATING:
         return SKIP, f"migrating ({facts.vm.status})"
     if not choice.disks:
-        return SKIP, "it has no disk to back up"
+        return SKIP, _nothing_to_back_up(choice)
+    encrypted = ", ".join(disk.name for disk in choice.disks if disk.encrypted)
+    if encrypted and terms.policy.encrypted_source == REFUSE:
+        return FAIL, (
+            f"encrypted_source: disk {encrypted} is encrypted at rest, and its copy would not be; exclude it"
+            " (exclude_disks), or let it be copied with encrypted_source: warn (vm_backup_encrypted_source)"
+        )
     return START, f"there is no set {terms.id} of this VM"
+
+
+def _nothing_to_back_up(choice: Choice) -> str:
+    drives = "; ".join(f"{drive.name} {drive.reason}" for drive in choice.left_out)
+    read_only = any(drive.reason == READ_ONLY for drive in choice.left_out)
+    return "it has no disk to back up{}{}".format(
+        f": {drives}" if drives else "",
+        ". Read-only ones do not change with the VM; name them in include_disks to back them up too"
+        if read_only
+        else "",
+    )
 
 
 def _belongs_to_another(facts: Facts, shelf: Shelf) -> str:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from ansible_collections.vmfleet.backup.plugins.module_utils import _qemu_img, _receipt, _target
 from ansible_collections.vmfleet.backup.plugins.module_utils._copy import DEAD, DONE, OCCUPIED
+from ansible_collections.vmfleet.backup.plugins.module_utils._drive import NO_KEY
 from ansible_collections.vmfleet.backup.plugins.module_utils._errors import BackupError, Refused, ToolError
 from ansible_collections.vmfleet.backup.plugins.module_utils._inspect import chain_of
 
@@ -63,6 +64,17 @@ def refuse_busy(vm: Vm, starting: list[Copy]) -> None:
                 "job_id",
                 f"{copy.drive.job_id} is taken by an ended job on VM {vm.name}; dismiss that one with block_job",
             )
+
+
+def refuse_encrypted(vm: Vm, starting: list[Copy]) -> None:
+    """Refuse to copy what is encrypted at rest: its copy is not."""
+    encrypted = ", ".join(copy.disk.name for copy in starting if copy.disk.encrypted)
+    if encrypted:
+        raise Refused(
+            "encrypted_source",
+            f"disk {encrypted} of VM {vm.name} is encrypted at rest, and its copy would not be; leave it out, or let it"
+            " be copied with encrypted_source: warn",
+        )
 
 
 def refuse_lost_increment(copy: Copy, accepted: bool) -> None:
@@ -130,6 +142,13 @@ async def _existing_format(drive: Drive, disk: Disk) -> str:
         info = await _qemu_img.run_json(_qemu_img.info_command(drive.target, drive.format))
     except ToolError as error:
         raise Refused("target", f"{drive.target} cannot be used: {error}") from error
+    if info.get("encrypted") and drive.compress:
+        raise Refused(
+            "compress",
+            f"{drive.target} is encrypted, and QEMU writes compressed data into such an image in the clear; {NO_KEY}",
+        )
+    if info.get("encrypted"):
+        raise Refused("target", f"{drive.target} is encrypted: {NO_KEY}")
     if info["format"] == "raw" and drive.format != "raw":
         raise Refused("format", f"{drive.target} looks raw; say format: raw if it is meant to be")
     rounded = -(-disk.virtual_size // _target.SECTOR) * _target.SECTOR

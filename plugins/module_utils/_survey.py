@@ -18,7 +18,7 @@ import time
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from ansible_collections.vmfleet.backup.plugins.module_utils import _plan, _target
+from ansible_collections.vmfleet.backup.plugins.module_utils import _keeps, _plan, _target
 from ansible_collections.vmfleet.backup.plugins.module_utils._chain import FULL, walk
 from ansible_collections.vmfleet.backup.plugins.module_utils._documents import Hypervisor
 from ansible_collections.vmfleet.backup.plugins.module_utils._errors import (
@@ -288,6 +288,7 @@ async def draw_up(
     terms = _plan.Terms(set_id, secrets.token_hex(8), repository.tag, this_hypervisor(), policy, **(orders or {}))
     turns = asyncio.Semaphore(AT_ONCE)
     processes: dict[str, tuple[int, ...]] = {}
+    losses: dict[str, tuple[str, ...]] = {}
 
     async def plan_vm(request: Request) -> VmPlan:
         async with turns:
@@ -307,10 +308,14 @@ async def draw_up(
                 return decision.plan
             expected = await measure(decision.choice.disks, decision.links)
             disks = tuple(replace(disk, bytes=expected[disk.name]) for disk in decision.plan.disks)
+            if facts.vm:
+                losses[request.monitor] = _keeps.losses(decision.choice.disks, facts.vm.disks)
             return replace(decision.plan, disks=disks)
 
     plans = _plan.refuse_twins(await asyncio.gather(*(plan_vm(request) for request in requests)), processes)
     space, plans = _plan.fit_into(await repository.run(space_in, policy), plans)
+    copied = [plan for plan in plans if plan.action in (_plan.START, _plan.FINISH)]
+    said = [f"VM {plan.name}: {loss}" for plan in copied for loss in losses.get(plan.monitor, ())]
     return Plan(
         repository=repository.path,
         create_repository=not repository.uuid,
@@ -319,7 +324,7 @@ async def draw_up(
         policy=policy,
         space=space,
         vms=plans,
-        warnings=tuple(warnings),
+        warnings=(*warnings, *said),
     )
 
 

@@ -90,6 +90,12 @@ sets:
     disks:
       description: The sizes of its images, by the names of the disks.
       type: dict
+    decrypted:
+      description: >-
+        The disks that were encrypted where they stood, and are not in this set. There are none in sets of a release
+        that did not look.
+      type: list
+      elements: str
     parents:
       description: The ids of the sets that it builds on directly. Empty where all its images are full ones.
       type: list
@@ -175,6 +181,7 @@ def describe_set(held: Holdings, manifest: Manifest, chain: int, broken: str) ->
         "bytes": manifest.bytes,
         "consistency": manifest.consistency,
         "disks": {disk.name: disk.bytes for disk in manifest.disks},
+        "decrypted": [disk.name for disk in manifest.disks if disk.source_encrypted],
         "parents": sorted({disk.parent.id for disk in manifest.disks if disk.parent}),
         "chain": chain,
         "broken": broken,

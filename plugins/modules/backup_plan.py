@@ -183,6 +183,17 @@ options:
     type: str
     choices: [fail, skip]
     default: fail
+  encrypted_source:
+    description:
+      - What becomes of a disk whose image, or one below it, is encrypted (LUKS). QEMU decrypts what it copies, and so
+        the image in the set is not encrypted.
+      - With V(warn) it is copied, and the plan, the result and the manifest say so. With V(refuse) its VM counts as not
+        backed up, and nothing is started on it.
+      - Encryption below QEMU, as by dm-crypt or of a whole file system, and within the guest is not seen. What is
+        encrypted within the guest stays so.
+    type: str
+    choices: [warn, refuse]
+    default: warn
 seealso:
   - module: vmfleet.backup.backup_set
 """
@@ -266,7 +277,8 @@ plan:
           type: list
           elements: dict
     warnings:
-      description: What is odd about the request.
+      description:
+        - What is odd about the request, and what the copies to be made will not keep of their disks.
       type: list
       elements: str
 text:
@@ -288,8 +300,10 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._chain import AUTO,
 from ansible_collections.vmfleet.backup.plugins.module_utils._errors import Refused
 from ansible_collections.vmfleet.backup.plugins.module_utils._names import check_set_id
 from ansible_collections.vmfleet.backup.plugins.module_utils._plan import (
+    ENCRYPTED_SOURCE,
     NONE,
     QUIESCE,
+    WARN,
     Policy,
     Request,
     describe,
@@ -335,7 +349,7 @@ def policy(params: dict[str, Any]) -> Policy:
     if params["max_chain"] < 1:
         raise Refused("max_chain", "{} is less than 1, which is a full image on its own".format(params["max_chain"]))
     reserve_bytes(params["reserve"], 0)
-    names = ("compression", "speed", "reserve", "checksum", "offline", "max_chain", "tracking")
+    names = ("compression", "speed", "reserve", "checksum", "offline", "max_chain", "tracking", "encrypted_source")
     return Policy(**{name: params[name] for name in names})
 
 
@@ -352,7 +366,7 @@ async def main_task(module: AnsibleModule) -> dict[str, Any]:
     async with WatchedCalls(Watch(params["repository"], writing=True)) as calls:
         repository = await calls.run(find_repository, params["repository"], params["create_repository"])
         plan = await draw_up(WatchedRepository(repository, calls), wanted, set_id, how, warnings, orders)
-    for warning in warnings:
+    for warning in plan.warnings:
         module.warn(warning)
     text = describe(plan)
     diff = {"before": "", "after": "\n".join(text) + "\n"}
@@ -391,6 +405,7 @@ def argument_spec() -> dict[str, Any]:
         "checksum": {"type": "bool", "default": True},
         **{name: {"type": "bool", "default": False} for name in ORDERS},
         "offline": {"type": "str", "choices": ["fail", "skip"], "default": "fail"},
+        "encrypted_source": {"type": "str", "choices": list(ENCRYPTED_SOURCE), "default": WARN},
     }
 
 

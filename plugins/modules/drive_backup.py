@@ -47,6 +47,7 @@ options:
     description:
       - The image's format. For a new file it is V(qcow2) unless given.
       - The format of an existing image is probed, and must be given where it is V(raw).
+      - An encrypted image cannot be the target.
     type: str
   mode:
     description:
@@ -202,6 +203,14 @@ options:
     type: str
     choices: [cancel, leave]
     default: cancel
+  encrypted_source:
+    description:
+      - What becomes of a disk whose image, or one below it, is encrypted (LUKS). QEMU decrypts what it copies, and so
+        the new image is not encrypted. With V(warn) it is made, with a warning. With V(refuse) the call fails before
+        anything is begun.
+    type: str
+    choices: [warn, refuse]
+    default: warn
 notes:
   - While a VM is paused, QEMU 7.2 keeps the files that were passed to it open, and with them the lock on the finished
     image. It lets go when the VM runs again.
@@ -350,6 +359,7 @@ async def main_task(module: AnsibleModule) -> dict[str, Any]:
         timeout=params["timeout"],
         stall_timeout=params["stall_timeout"],
         on_timeout=params["on_timeout"],
+        encrypted_source=params["encrypted_source"],
         check_mode=module.check_mode,
     )
     check_drives(request.drives)
@@ -377,6 +387,7 @@ def main() -> None:
             "timeout": {"type": "float", "default": 0},
             "stall_timeout": {"type": "float", "default": 600},
             "on_timeout": {"type": "str", "choices": ["cancel", "leave"], "default": "cancel"},
+            "encrypted_source": {"type": "str", "choices": ["warn", "refuse"], "default": "warn"},
         },
         required_one_of=[("device", "drives")],
         required_together=[("device", "target")],

@@ -134,6 +134,18 @@ vms:
             - Whether QEMU can store a persistent bitmap in the image. It can in a writable qcow2 image that is neither
               of the old version (C(compat=0.10)) nor has a raw data file.
           type: bool
+        encrypted:
+          description: Whether the image, or one below it, is encrypted. A copy is not.
+          type: bool
+        snapshots:
+          description: How many internal snapshots the image holds.
+          type: int
+        file:
+          description: The file or device that the image is in, empty where it is only a part of it.
+          type: str
+        data_file:
+          description: The external file that holds the data of the image, empty where the image does.
+          type: str
         bitmaps:
           description: Its dirty bitmaps.
           type: list

@@ -57,6 +57,8 @@ class Disk:
     """Guest device with its properties, as in `virtio-blk-pci,id=vd0`."""
     discard: bool = False
     """Whether a discard of the guest frees clusters; QEMU ignores it otherwise."""
+    options: dict[str, str] = dataclasses.field(default_factory=dict)
+    """Further options of the format, such as `encrypt.key-secret`."""
 
     @property
     def name(self) -> str:
@@ -70,7 +72,7 @@ class Disk:
             options = [f"if=none,id={self.id},media=cdrom"]
         else:
             file = self.file or {"driver": "file", "filename": str(self.path)}
-            node: dict[str, t.Any] = {"driver": self.format, "file": file}
+            node: dict[str, t.Any] = {"driver": self.format, "file": file, **self.options}
             if self.node:
                 node["node-name"] = self.node
             if self.read_only:

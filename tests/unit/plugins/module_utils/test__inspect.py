@@ -167,6 +167,7 @@ def test_disk_has_what_qemu_tells_of_its_node() -> None:
         "n0",
         qdev="cdrom",
         filename="/images/top.qcow2",
+        file="/images/web01.qcow2",
         backing_file="/images/base.raw",
         backing_format="raw",
         layers=("#base",),

@@ -554,7 +554,9 @@ def test_a_plan_of_increments_survives_the_way_through_ansible() -> None:
     decided = decide(request, facts, Shelf(sets=(MONDAY,)), TERMS).plan
     assert decided.level == "differential"
     refused = decide(request, Facts(vm(identity="uuid-2")), Shelf(sets=(MONDAY,)), TERMS).plan
-    policy = Policy("zstd", 1 << 20, "20G", checksum=False, offline="skip", max_chain=7, tracking=False)
+    policy = Policy(
+        "zstd", 1 << 20, "20G", checksum=False, offline="skip", max_chain=7, tracking=False, encrypted_source="refuse"
+    )
     plan = Plan("/srv/backup", True, "run", "today", policy, space, (decided, refused))
     found = parse_plan(json.loads(json.dumps(plan.to_dict())))
     assert found == plan
