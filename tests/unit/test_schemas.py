@@ -313,3 +313,14 @@ def test_a_field_that_a_later_release_adds_is_no_fault() -> None:
     written = {**json.loads(json.dumps(asdict(MANIFEST))), "labels": {}}
     jsonschema.Draft202012Validator(load("manifest")).validate(written)
     assert not strict(load("manifest")).is_valid(written)
+
+
+@pytest.mark.parametrize("known", [None, False, True])
+def test_sets_of_a_release_that_did_not_look_for_encryption_are_read(known: bool | None) -> None:
+    manifest = replace(MANIFEST, disks=tuple(replace(each, source_encrypted=known) for each in MANIFEST.disks))
+    written = json.loads(json.dumps(asdict(manifest)))
+    for each in written["disks"]:
+        if known is None:
+            del each["source_encrypted"]
+    jsonschema.Draft202012Validator(load("manifest")).validate(written)
+    assert [each.source_encrypted for each in Manifest.parse(written).disks] == [known] * len(manifest.disks)
