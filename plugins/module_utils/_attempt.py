@@ -30,7 +30,7 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._documents import (
     Manifest,
     VmName,
 )
-from ansible_collections.vmfleet.backup.plugins.module_utils._errors import AgentError, BackupError
+from ansible_collections.vmfleet.backup.plugins.module_utils._errors import AgentError, BackupError, after
 from ansible_collections.vmfleet.backup.plugins.module_utils._inspect import chain_of, query_jobs
 from ansible_collections.vmfleet.backup.plugins.module_utils._survey import Room, measure
 from ansible_collections.vmfleet.backup.plugins.module_utils._units import boottime, utc_now
@@ -283,9 +283,10 @@ class Maker:
                     await _jobs.start_backups(monitor, starts, "individual", bitmaps)
             if reason and quiesce == _plan.REQUIRE:
                 raise BackupError(f"VM {intent.vm.name}: quiesce: {reason}")
-        except (BackupError, OSError):
+        except (BackupError, OSError) as error:
             # Whoever undoes this is not to thaw what was seen thawed, or what others have frozen.
-            await self.repository.update(replace(intent, frozen=bool(freezer.thaw_error)))
+            with after(error):
+                await self.repository.update(replace(intent, frozen=bool(freezer.thaw_error)))
             raise
         return replace(
             intent,

@@ -13,6 +13,8 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
+from ansible_collections.vmfleet.backup.plugins.module_utils._files import step
+
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
@@ -29,7 +31,7 @@ def sha256(path: str) -> str:
     """
     digest = hashlib.sha256()
     piece = memoryview(bytearray(READ_SIZE))
-    with open(path, "rb", buffering=0) as image:
+    with step(path, "its checksum was taken"), open(path, "rb", buffering=0) as image:
         os.posix_fadvise(image.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         while True:
             count = image.readinto(piece)

@@ -45,7 +45,9 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._errors import (
     MonitorError,
     MonitorGone,
     Refused,
+    after,
 )
+from ansible_collections.vmfleet.backup.plugins.module_utils._files import in_words
 from ansible_collections.vmfleet.backup.plugins.module_utils._inspect import (
     IO_ERROR,
     inspect_vm,
@@ -284,9 +286,10 @@ class DriveBackup:
         except MonitorGone as error:
             raise self._lost(attempt, str(error)) from error
         except (BackupError, OSError) as error:
-            await self._clean(monitor, begun)
+            with after(error):
+                await self._clean(monitor, begun)
             if isinstance(error, OSError):
-                raise BackupError(f"target: {error}") from error
+                raise BackupError(f"target: {in_words(error)}") from error
             raise
         by_node = {copy.disk.node: copy for copy in begun}
         results = [by_node.get(copy.disk.node, copy).result() for copy in copies]
@@ -467,9 +470,9 @@ class DriveBackup:
             done = [_take_name(copy) for copy in safe]
         except OSError as error:
             raise JobFailed(
-                f"the copy ended, but its image could not be made safe: {error}; repeat the call when the cause is"
-                " gone",
-                jobs=[copy.result("failed" if copy in open_ended else "", str(error)) for copy in copies],
+                f"the copy ended, but its image could not be made safe: {in_words(error)}; repeat the call when the"
+                " cause is gone",
+                jobs=[copy.result("failed" if copy in open_ended else "", in_words(error)) for copy in copies],
             ) from error
         await _jobs.dismiss_jobs(monitor, [copy.job_id for copy in copies if copy.job])
         return done

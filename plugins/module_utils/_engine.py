@@ -36,7 +36,9 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._errors import (
     MonitorError,
     MonitorGone,
     RepositoryHangs,
+    after,
 )
+from ansible_collections.vmfleet.backup.plugins.module_utils._files import in_words
 from ansible_collections.vmfleet.backup.plugins.module_utils._inspect import IO_ERROR, query_jobs
 from ansible_collections.vmfleet.backup.plugins.module_utils._keeps import IN_THE_CLEAR
 from ansible_collections.vmfleet.backup.plugins.module_utils._lock import host_lock_path, locked
@@ -195,7 +197,7 @@ class Engine:
         except RepositoryHangs as error:
             outcome = await self._abandon(work, str(error))
         except (BackupError, OSError) as error:
-            outcome = await self._fail(work, str(error))
+            outcome = await self._fail(work, in_words(error))
         except Exception as error:  # noqa: BLE001
             # A defect of ours that shows with one VM is not to take the others along.
             work.warn(traceback.format_exc())
@@ -620,7 +622,7 @@ class Engine:
         except RepositoryHangs:
             raise
         except (BackupError, OSError) as error:
-            return await self._undo(work, monitor, draft.intent, str(error))
+            return await self._undo(work, monitor, draft.intent, in_words(error))
         work.copying = vm, intent
         return _plan.Verdict(_plan.RUNNING)
 
@@ -628,15 +630,17 @@ class Engine:
         """Nothing was begun; that this run need not try again is written down all the same."""
         now = utc_now()
         failure = Failure(self.plan.run, "", self.plan.id, FAILED, error, now, now)
-        await self.repository.record_failure(work.request.name, failure)
+        with after(error):
+            await self.repository.record_failure(work.request.name, failure)
         return _plan.Verdict(_plan.BROKEN, error)
 
     async def _undo(self, work: _Work, monitor: Monitor, drafted: Intent, error: str) -> Verdict:
         """An attempt came to nothing while it was begun: how far it got, the repository and QEMU tell."""
-        facts = await _survey.look(work.request, monitor)
-        there = await self.repository.intent(drafted.vm.name, drafted.id)
-        intent = there if there and there.attempt == drafted.attempt else drafted
-        intent = await self._thaw(work, intent, facts)
+        with after(error):
+            facts = await _survey.look(work.request, monitor)
+            there = await self.repository.intent(drafted.vm.name, drafted.id)
+            intent = there if there and there.attempt == drafted.attempt else drafted
+            intent = await self._thaw(work, intent, facts)
         await self._give_up(work, monitor, facts, intent, error)
         return _plan.Verdict(_plan.BROKEN, error)
 
@@ -652,11 +656,13 @@ class Engine:
             # Another process may have published or removed it meanwhile: the next look tells.
             there = await self.repository.intent(intent.vm.name, intent.id)
             if there and there.attempt == intent.attempt:
-                work.spoiled[intent.attempt] = f"an image is gone: {error}"
+                work.spoiled[intent.attempt] = f"an image is gone: {in_words(error)}"
         except RepositoryHangs:
             raise
         except (BackupError, OSError) as error:
-            work.spoiled[intent.attempt] = f"the copy ended, but could not be brought to stable storage: {error}"
+            work.spoiled[intent.attempt] = (
+                f"the copy ended, but could not be brought to stable storage: {in_words(error)}"
+            )
 
     async def _publish(
         self, work: _Work, monitor: Monitor | None, facts: Facts, shelf: Shelf, intent: Intent
@@ -694,6 +700,11 @@ class Engine:
         """An attempt has come to nothing. That is written down before anything is removed."""
         work.changed = True
         failure = Failure(intent.run, intent.attempt, intent.id, state, error, intent.started, utc_now())
+        with after(error):
+            await self._note(monitor, intent, failure)
+            await self._withdraw(monitor, facts, intent)
+
+    async def _note(self, monitor: Monitor | None, intent: Intent, failure: Failure) -> None:
         try:
             await self.repository.record_failure(intent.vm.name, failure)
         except OSError as full:
@@ -704,7 +715,6 @@ class Engine:
             await self.repository.discard_images(intent)
             self._maker.release(intent)
             await self.repository.record_failure(intent.vm.name, failure)
-        await self._withdraw(monitor, facts, intent)
 
     async def _withdraw(self, monitor: Monitor | None, facts: Facts, intent: Intent) -> None:
         """Remove every trace of an attempt, in QEMU first."""

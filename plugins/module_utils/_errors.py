@@ -9,10 +9,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from typing import TYPE_CHECKING
 
+from ansible_collections.vmfleet.backup.plugins.module_utils._files import in_words, unkept
+
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine
+    from collections.abc import Callable, Coroutine, Iterator
     from typing import Any
 
     from ansible.module_utils.basic import AnsibleModule
@@ -72,14 +75,38 @@ class JobFailed(BackupError):
     """A backup did not end well; everything of that attempt has been cleaned up, or the message says what was not."""
 
 
+@contextlib.contextmanager
+def after(first: BaseException | str) -> Iterator[None]:
+    """Have what goes wrong with the end of something told after the reason for that end, which matters more."""
+    try:
+        yield
+    except MonitorError:
+        # Whether QEMU can be asked is decided by others.
+        raise
+    except (BackupError, OSError) as error:
+        kind = type(error) if isinstance(error, (RepositoryHangs, JobFailed)) else BackupError
+        details = error.details if isinstance(error, BackupError) else {}
+        cause = first if isinstance(first, str) else in_words(first)
+        raise kind(f"{cause}; and then: {in_words(error)}", **details) from error
+
+
 def run_module(module: AnsibleModule, main: Callable[[AnsibleModule], Coroutine[Any, Any, dict[str, Any]]]) -> None:
     """Run the coroutine C(main) and end the module with its result, or with what its BackupError says."""
     try:
         result = asyncio.run(main(module))
     except BackupError as error:
+        _warn(module)
         module.fail_json(msg=str(error), **error.details)
     except OSError as error:
+        _warn(module)
         module.fail_json(
             msg="{}: the operating system refused: {}".format(error.filename or "I/O", error.strerror or error)
         )
+    _warn(module)
     module.exit_json(**result)
+
+
+def _warn(module: AnsibleModule) -> None:
+    """Ansible shows a warning once, however many modules of a run have the same."""
+    for warning in unkept():
+        module.warn(warning)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._calls import AT_ONCE
 from ansible_collections.vmfleet.backup.plugins.module_utils._errors import BackupError
+from ansible_collections.vmfleet.backup.plugins.module_utils._files import step
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -68,7 +69,7 @@ def lock_directory() -> str:
 def read_owners(path: str) -> dict[str, str]:
     """Whose the jobs with ids of the user's choice are: QEMU does not tell. Kept in the lock of that very QEMU."""
     try:
-        with open(path, encoding="utf-8") as source:
+        with step(path, "it was read"), open(path, encoding="utf-8") as source:
             return dict(json.loads(source.read() or "{}"))
     except FileNotFoundError:
         return {}
@@ -77,8 +78,9 @@ def read_owners(path: str) -> dict[str, str]:
 def write_owners(lock: int, owners: dict[str, str]) -> None:
     """Replace what read_owners will tell; C(lock) is the lock's file descriptor."""
     content = json.dumps(owners).encode()
-    os.pwrite(lock, content, 0)
-    os.ftruncate(lock, len(content))
+    with step(os.readlink(f"/proc/self/fd/{lock}"), "the owners of jobs were written"):
+        os.pwrite(lock, content, 0)
+        os.ftruncate(lock, len(content))
 
 
 @asynccontextmanager
@@ -108,7 +110,8 @@ def _open(path: str) -> tuple[int, bool]:
     os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
-        return fd, _take(fd)
+        with step(path, "its lock was taken"):
+            return fd, _take(fd)
     except BaseException:
         os.close(fd)
         raise

@@ -20,6 +20,7 @@ import time
 from typing import TYPE_CHECKING
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._errors import BackupError
+from ansible_collections.vmfleet.backup.plugins.module_utils._files import scratch
 from ansible_collections.vmfleet.backup.plugins.module_utils._names import REPOSITORY_FILE
 
 if TYPE_CHECKING:
@@ -36,9 +37,6 @@ NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 UNWRITABLE = frozenset({errno.EROFS, errno.EACCES, errno.EPERM})
 """Answers of a file system that is not to be written to."""
-
-NO_NAMELESS_FILES = frozenset({errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL})
-"""Answers of a file system, or a kernel, that has no files without a name."""
 
 PROC_FDS = "/proc/self/fd"
 
@@ -228,27 +226,6 @@ def _ask(path: str, writing: bool) -> int:
 
 
 def _write(path: str) -> None:
-    try:
-        # Nobody sees it, and nothing of it is left, whatever ends this process.
-        fd = os.open(path, os.O_WRONLY | os.O_TMPFILE | os.O_CLOEXEC, 0o600)
-    except OSError as error:
-        if error.errno not in NO_NAMELESS_FILES:
-            raise
-        _write_named(path)
-        return
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def _write_named(path: str) -> None:
     # Named like a repository that is being made: somebody who makes one at this moment is not irritated by it.
-    name = os.path.join(path, f".{REPOSITORY_FILE}.{os.urandom(16).hex()}")
-    fd = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    try:
+    with scratch(path, f".{REPOSITORY_FILE}.") as fd:
         os.fsync(fd)
-    finally:
-        os.close(fd)
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(name)

@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING
 from ansible_collections.vmfleet.backup.plugins.module_utils import _chain, _qemu_img, _retention, _target
 from ansible_collections.vmfleet.backup.plugins.module_utils._checksum import check_all, sha256
 from ansible_collections.vmfleet.backup.plugins.module_utils._documents import Consolidation, Protection
-from ansible_collections.vmfleet.backup.plugins.module_utils._errors import BackupError, Refused, ToolError
+from ansible_collections.vmfleet.backup.plugins.module_utils._errors import BackupError, Refused, ToolError, after
+from ansible_collections.vmfleet.backup.plugins.module_utils._files import in_words, set_mode
 from ansible_collections.vmfleet.backup.plugins.module_utils._library import GROWING, growing, holdings
 from ansible_collections.vmfleet.backup.plugins.module_utils._lock import LockHeld, locked
 from ansible_collections.vmfleet.backup.plugins.module_utils._marks import (
@@ -233,7 +234,7 @@ async def _consolidate(repository: Repository, held: Holdings, fates: Iterable[F
                 if image.parent:
                     await _make_full(repository, held, manifest, image)
         except (BackupError, OSError) as error:
-            errors[manifest.id] = f"set {manifest.id} was not consolidated: {error}"
+            errors[manifest.id] = f"set {manifest.id} was not consolidated: {in_words(error)}"
     return errors
 
 
@@ -261,8 +262,10 @@ async def _make_full(repository: Repository, held: Holdings, manifest: Manifest,
             os.replace(new, path)
             _target.sync_directory(os.path.dirname(path))
             _settle(repository, held.name, note)
-    finally:
-        _target.remove(new)
+    except BaseException as error:
+        with after(error):
+            _target.remove(new)
+        raise
 
 
 def _reader(held: Holdings, set_id: str) -> str:
@@ -321,7 +324,7 @@ async def _copy_full(path: str, new: str, image: DiskImage) -> DiskImage:
         # By their sizes the two are told apart while either may stand there. What follows the last cluster is ignored.
         os.truncate(new, image.bytes + _target.CLUSTER)
     status = _target.flush(new)
-    os.chmod(new, PUBLISHED_MODE)
+    set_mode(new, PUBLISHED_MODE)
     digest = sha256(new) if image.sha256 else None
     return replace(
         image, level=_chain.FULL, parent=None, reason="it was consolidated", bytes=status.st_size, sha256=digest

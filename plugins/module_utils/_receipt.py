@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import TYPE_CHECKING
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._errors import BackupError
+from ansible_collections.vmfleet.backup.plugins.module_utils._files import claim, step
 from ansible_collections.vmfleet.backup.plugins.module_utils._target import identity, remove, sync_directory
 
 if TYPE_CHECKING:
@@ -148,13 +149,7 @@ def create(path: str, record: Record) -> None:
     remove(spare)
     try:
         inode = _write(spare, record)
-        try:
-            os.link(spare, path)
-        except PermissionError:
-            # The file system has no hard links (exFAT, some network mounts), and so nothing that claims a name at once.
-            if os.path.lexists(path):
-                raise FileExistsError(path) from None
-            os.rename(spare, path)
+        claim(spare, path)
         if os.stat(path).st_ino != inode:
             raise FileExistsError(path)
     finally:
@@ -210,10 +205,11 @@ def _write(spare: str, record: Record) -> int:
     try:
         # Always of one size, so that the next one fits into the same blocks.
         content = text.encode("utf-8", "surrogateescape").ljust(SIZE - 1) + b"\n"
-        os.pwrite(fd, content, 0)
-        os.ftruncate(fd, len(content))
-        os.fsync(fd)
-        return os.fstat(fd).st_ino
+        with step(spare, "the record of the backup was written"):
+            os.pwrite(fd, content, 0)
+            os.ftruncate(fd, len(content))
+            os.fsync(fd)
+            return os.fstat(fd).st_ino
     finally:
         os.close(fd)
 

@@ -35,6 +35,7 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._documents import (
     NewerSchema,
 )
 from ansible_collections.vmfleet.backup.plugins.module_utils._errors import BackupError
+from ansible_collections.vmfleet.backup.plugins.module_utils._files import claim, set_mode, step
 from ansible_collections.vmfleet.backup.plugins.module_utils._lock import locked
 from ansible_collections.vmfleet.backup.plugins.module_utils._names import REPOSITORY_FILE, vm_directory
 from ansible_collections.vmfleet.backup.plugins.module_utils._target import remove, sync_directory
@@ -275,7 +276,7 @@ class Repository:
             # rename(2) would replace an empty directory without a word.
             raise BackupError(f"VM {name}: {final} has appeared while the set was made, and is no set; move it away")
         for disk in intent.disks:
-            os.chmod(self.image_path(intent, disk.image.image), PUBLISHED_MODE)
+            set_mode(self.image_path(intent, disk.image.image), PUBLISHED_MODE)
         os.rename(self.staging(name, set_id), final)
         sync_directory(self.directory(name))
         manifest: Manifest | None = read_document(os.path.join(final, MANIFEST), Manifest)
@@ -424,7 +425,7 @@ def create_repository(path: str) -> Repository:
     temporary = os.path.join(path, TEMPORARY + uuids.uuid4().hex)
     try:
         write_document(temporary, {"schema": SCHEMA, "uuid": str(uuids.uuid4())})
-        os.link(temporary, marker)
+        claim(temporary, marker)
     except (FileExistsError, FileNotFoundError):
         # Somebody else was faster, and has tidied up as below.
         pass
@@ -494,14 +495,15 @@ def write_document(path: str, content: dict[str, Any], mode: int = 0o600) -> Non
     """Write a document onto stable storage, whole or not at all."""
     temporary = path + UNFINISHED
     remove(temporary)
-    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    with os.fdopen(fd, "w", encoding="utf-8") as sink:
-        json.dump(content, sink, indent=1)
-        sink.write("\n")
-        sink.flush()
-        os.fchmod(sink.fileno(), mode)
-        os.fsync(sink.fileno())
-    os.replace(temporary, path)
+    with step(path, "it was written"):
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        with os.fdopen(fd, "w", encoding="utf-8") as sink:
+            json.dump(content, sink, indent=1)
+            sink.write("\n")
+            sink.flush()
+            set_mode(temporary, mode, sink.fileno())
+            os.fsync(sink.fileno())
+        os.replace(temporary, path)
     sync_directory(os.path.dirname(path))
 
 

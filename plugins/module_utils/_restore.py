@@ -27,7 +27,8 @@ from typing import TYPE_CHECKING
 from ansible_collections.vmfleet.backup.plugins.module_utils import _qemu_img, _target
 from ansible_collections.vmfleet.backup.plugins.module_utils._checksum import check_all
 from ansible_collections.vmfleet.backup.plugins.module_utils._documents import Pin, Restoration
-from ansible_collections.vmfleet.backup.plugins.module_utils._errors import BackupError, Refused, ToolError
+from ansible_collections.vmfleet.backup.plugins.module_utils._errors import BackupError, Refused, ToolError, after
+from ansible_collections.vmfleet.backup.plugins.module_utils._files import in_words
 from ansible_collections.vmfleet.backup.plugins.module_utils._inspect import machine_id
 from ansible_collections.vmfleet.backup.plugins.module_utils._library import holdings
 from ansible_collections.vmfleet.backup.plugins.module_utils._lock import lock_directory, locked
@@ -146,7 +147,7 @@ def _raise_failures(vm: str, pieces: Sequence[Piece], done: Sequence[BaseExcepti
         if not isinstance(error, (BackupError, OSError)):
             raise error
     if failed:
-        reasons = "; ".join(f"disk {piece.disk} to {piece.target}: {error}" for piece, error in failed)
+        reasons = "; ".join(f"disk {piece.disk} to {piece.target}: {in_words(error)}" for piece, error in failed)
         good = [piece.result(True, _size(piece)) for piece, error in zip(pieces, done) if not error]
         raise BackupError(f"VM {vm}: {reasons}", restored=good)
 
@@ -332,9 +333,10 @@ async def _write_file(repository: Repository, vm: str, piece: Piece, order: Orde
             if _target.identity(piece.partial) != made:
                 raise BackupError(f"{piece.partial} is another file by now: somebody else restores to the same place")
             _take_name(repository, piece, replaces)
-    except BaseException:
-        if _target.identity(piece.partial) == made:
-            _target.remove(piece.partial)
+    except BaseException as error:
+        with after(error):
+            if _target.identity(piece.partial) == made:
+                _target.remove(piece.partial)
         raise
 
 
@@ -350,8 +352,9 @@ def _take_name(repository: Repository, piece: Piece, replaces: tuple[int, int]) 
     write_document(piece.receipt, asdict(_receipt(repository, piece, os.stat(piece.partial))))
     try:
         _target.take_name(piece.partial, piece.target, replaces)
-    except OSError:
-        _target.remove(piece.receipt)
+    except OSError as error:
+        with after(error):
+            _target.remove(piece.receipt)
         raise
 
 
@@ -433,15 +436,11 @@ async def _put_pin(repository: Repository, vm: str, piece: Piece, warnings: list
         # This is what nothing can be restored without, with the lock or not.
         _check_there(repository, vm, piece)
         warnings.append(
-            f"{repository.path} cannot be written to ({_reason(error)}), and so nobody is told that set {pin.id} is in"
+            f"{repository.path} cannot be written to ({in_words(error)}), and so nobody is told that set {pin.id} is in"
             f" use: do not prune it while {pin.path} is there"
         )
         return False
     return True
-
-
-def _reason(error: Exception) -> str:
-    return (error.strerror if isinstance(error, OSError) else "") or str(error)
 
 
 def _check_there(repository: Repository, vm: str, piece: Piece) -> None:
@@ -477,7 +476,7 @@ async def _take_back(repository: Repository, vm: str, pins: Sequence[Pin], warni
     except (BackupError, OSError) as error:
         ids = ", ".join(sorted({pin.id for pin in pins}))
         warnings.append(
-            f"{repository.path} cannot be written to ({_reason(error)}), and so set {ids} still counts as in use by"
+            f"{repository.path} cannot be written to ({in_words(error)}), and so set {ids} still counts as in use by"
             f" {pins[0].path}: restore once more, or leave it to the next prune on this machine"
         )
 

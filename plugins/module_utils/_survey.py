@@ -13,7 +13,6 @@ import os
 import secrets
 import shutil
 import stat
-import tempfile
 import time
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -28,9 +27,11 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._errors import (
     RepositoryHangs,
     ToolError,
 )
+from ansible_collections.vmfleet.backup.plugins.module_utils._files import scratch
 from ansible_collections.vmfleet.backup.plugins.module_utils._inspect import inspect_vm, machine_id, query_jobs
 from ansible_collections.vmfleet.backup.plugins.module_utils._library import BOOT, failed_sets
 from ansible_collections.vmfleet.backup.plugins.module_utils._marks import read_marks
+from ansible_collections.vmfleet.backup.plugins.module_utils._names import REPOSITORY_FILE
 from ansible_collections.vmfleet.backup.plugins.module_utils._plan import Facts, Plan, Request, Space, VmPlan
 from ansible_collections.vmfleet.backup.plugins.module_utils._qmp import Monitor, Process, parse_address
 from ansible_collections.vmfleet.backup.plugins.module_utils._units import human
@@ -265,10 +266,10 @@ def short_of_space(repository: Repository, policy: Policy) -> str:
 
 
 def _reservable(directory: str) -> bool:
-    """Whether space can be reserved here, tried on a file without a name: nothing is left, whatever happens."""
+    """Whether space can be reserved here, tried on a file of which nothing is left, whatever happens."""
     try:
-        with tempfile.TemporaryFile(dir=directory) as probe:
-            return _target.allocate(probe.fileno(), _target.CLUSTER)
+        with scratch(directory, f".{REPOSITORY_FILE}.") as probe:
+            return _target.allocate(probe, _target.CLUSTER)
     except OSError:
         return False
 

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 from ansible_collections.vmfleet.backup.plugins.module_utils import _qemu_img
 from ansible_collections.vmfleet.backup.plugins.module_utils._calls import AT_ONCE
 from ansible_collections.vmfleet.backup.plugins.module_utils._errors import BackupError, ToolError
+from ansible_collections.vmfleet.backup.plugins.module_utils._files import claim, step
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -41,6 +42,10 @@ FIRST_TABLE = 1 << 26
 FALLOC_FL_KEEP_SIZE = 1
 SYNC_FILE_RANGE_WRITE = 2
 FS_IOC_GETVERSION = 0x80087601
+FUSE = 0x65735546
+"""FUSE_SUPER_MAGIC of statfs(2)."""
+STATFS_SIZE = 256
+"""More bytes than struct statfs has anywhere; it begins with the type of the file system."""
 CANNOT_RESERVE = frozenset({errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.ENODEV})
 
 
@@ -106,7 +111,7 @@ class Blank:
 
     @classmethod
     def of(cls, path: str) -> Blank:
-        with open(path, "rb") as image:
+        with step(path, "it was read"), open(path, "rb") as image:
             content = image.read()
         pages = ((offset, content[offset : offset + PAGE]) for offset in range(0, len(content), PAGE))
         return cls(len(content), tuple((offset, page) for offset, page in pages if any(page)))
@@ -145,7 +150,7 @@ async def create(
 
 def _make_file(path: str, blank: Blank | None) -> None:
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
-    with open(os.open(path, flags, 0o600), "wb") as image:
+    with step(path, "it was made"), open(os.open(path, flags, 0o600), "wb") as image:
         if blank:
             blank.write(image)
 
@@ -164,7 +169,8 @@ def top_up(path: str, expected: int) -> bool:
     """Reserve space for an image as reserve() does, up to C(expected) bytes, while a job may be writing it."""
     fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     try:
-        return allocate(fd, expected)
+        with step(path, "its space was reserved"):
+            return allocate(fd, expected)
     except OSError as error:
         free = os.fstatvfs(fd)
         raise BackupError(
@@ -215,17 +221,18 @@ def flush(path: str, held: int | None = None) -> os.stat_result:
     QEMU does not tell of every fsync that failed, and with cache=unsafe makes none: its word is not enough. C(held) is
     a file descriptor of the image from before the job, where this process has one.
     """
-    if held is not None:
-        os.fsync(held)
-    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-    try:
-        status = os.fstat(fd)
-        if stat.S_ISREG(status.st_mode):
-            os.ftruncate(fd, status.st_size)
-        os.fsync(fd)
-        return os.fstat(fd)
-    finally:
-        os.close(fd)
+    with step(path, "it was brought to stable storage"):
+        if held is not None:
+            os.fsync(held)
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            status = os.fstat(fd)
+            if stat.S_ISREG(status.st_mode):
+                os.ftruncate(fd, status.st_size)
+            os.fsync(fd)
+            return os.fstat(fd)
+        finally:
+            os.close(fd)
 
 
 class Writeback:
@@ -253,7 +260,7 @@ def identity(path: str) -> tuple[int, int]:
     """Inode and generation of what stands at C(path), zeros for nothing.
 
     A new file often gets the inode that was freed last, but another generation (FS_IOC_GETVERSION); that is 0 where the
-    file system has none, as on tmpfs.
+    file system has none, as on tmpfs, and on FUSE, whose servers answer with what their memory happens to hold.
     """
     try:
         found = os.lstat(path)
@@ -263,11 +270,18 @@ def identity(path: str) -> tuple[int, int]:
     if stat.S_ISREG(found.st_mode):
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
         try:
-            with contextlib.suppress(OSError):
-                fcntl.ioctl(fd, FS_IOC_GETVERSION, generation)
+            if not _is_fuse(fd):
+                with contextlib.suppress(OSError):
+                    fcntl.ioctl(fd, FS_IOC_GETVERSION, generation)
         finally:
             os.close(fd)
     return found.st_ino, int.from_bytes(generation, sys.byteorder)
+
+
+def _is_fuse(fd: int) -> bool:
+    status = ctypes.create_string_buffer(STATFS_SIZE)
+    told = ctypes.CDLL(None).fstatfs(ctypes.c_int(fd), status) == 0
+    return told and ctypes.c_long.from_buffer(status).value == FUSE
 
 
 def take_name(image: str, path: str, replaces: tuple[int, int]) -> None:
@@ -276,12 +290,7 @@ def take_name(image: str, path: str, replaces: tuple[int, int]) -> None:
         os.replace(image, path)
     else:
         try:
-            os.link(image, path)
-        except PermissionError:
-            # The file system has no hard links (exFAT, some network mounts).
-            if os.path.lexists(path):
-                raise FileExistsError(errno.EEXIST, "something has appeared there in between", path) from None
-            os.rename(image, path)
+            claim(image, path)
         except FileExistsError:
             if identity(path) != identity(image):
                 raise FileExistsError(errno.EEXIST, "something has appeared there in between", path) from None
@@ -293,7 +302,8 @@ def sync_directory(path: str) -> None:
     """Make the renames in a directory last."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        os.fsync(fd)
+        with step(path, "its entries were brought to stable storage"):
+            os.fsync(fd)
     finally:
         os.close(fd)
 

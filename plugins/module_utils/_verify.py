@@ -21,6 +21,7 @@ from ansible_collections.vmfleet.backup.plugins.module_utils import _boot, _qemu
 from ansible_collections.vmfleet.backup.plugins.module_utils._checksum import check_all
 from ansible_collections.vmfleet.backup.plugins.module_utils._documents import SCHEMA, Pin, Verification
 from ansible_collections.vmfleet.backup.plugins.module_utils._errors import BackupError, ToolError
+from ansible_collections.vmfleet.backup.plugins.module_utils._files import in_words
 from ansible_collections.vmfleet.backup.plugins.module_utils._inspect import machine_id
 from ansible_collections.vmfleet.backup.plugins.module_utils._library import (
     BOOT,
@@ -206,7 +207,7 @@ class _Verifier:
         try:
             return await self._verify_vm(name, set_id)
         except (BackupError, OSError) as error:
-            return [Finding(name, set_id, "", self.order.depth, str(error))]
+            return [Finding(name, set_id, "", self.order.depth, in_words(error))]
 
     async def _verify_vm(self, name: str, set_id: str) -> list[Finding]:
         held = holdings(self.repository, name)
@@ -297,8 +298,8 @@ class _Verifier:
         try:
             self._description(manifest)
         except (OSError, ValueError) as error:
-            reason = error.strerror if isinstance(error, OSError) else error
-            return [f"{path} cannot be read ({reason}), and nothing else tells how the VM was built; {REMEDY}"]
+            why = error.strerror if isinstance(error, OSError) else error
+            return [f"{path} cannot be read ({why}), and nothing else tells how the VM was built; {REMEDY}"]
         return []
 
     def _description(self, manifest: Manifest) -> dict[str, Any]:
@@ -394,7 +395,7 @@ class _Verifier:
             async with self._boots:
                 ending = await self._start(look, wish)
         except (BackupError, OSError) as error:
-            ending = _boot.Ending(str(error), guilty=False)
+            ending = _boot.Ending(in_words(error), guilty=False)
         if ending.error:
             look.fail("", BOOT, ending.error, console=ending.console, guilty=ending.guilty)
 
@@ -462,9 +463,9 @@ class _Verifier:
                     if fitting:
                         write_mark(self.repository, vm, fitting)
         except (BackupError, OSError) as error:
-            reason = error.strerror if isinstance(error, OSError) else error
             who = f"VM {vm}, set {look.manifest.id}"
-            self.warnings.append(f"{who}: {self.repository.path} cannot be written to ({reason}), so that {otherwise}")
+            why = in_words(error)
+            self.warnings.append(f"{who}: {self.repository.path} cannot be written to ({why}), so that {otherwise}")
             return False
         return True
 

@@ -144,6 +144,7 @@ from ansible.module_utils.basic import AnsibleModule
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._apart import run_apart
 from ansible_collections.vmfleet.backup.plugins.module_utils._errors import BackupError
+from ansible_collections.vmfleet.backup.plugins.module_utils._files import in_words
 from ansible_collections.vmfleet.backup.plugins.module_utils._library import begun, holdings, leftovers, vm_names
 from ansible_collections.vmfleet.backup.plugins.module_utils._probe import probe_if_there
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository import open_repository
@@ -230,7 +231,7 @@ async def main_task(module: AnsibleModule) -> dict[str, Any]:
             held = holdings(repository, name)
             left += leftovers(repository, held)
         except (BackupError, OSError) as error:
-            errors.append(f"VM {name}: {error}")
+            errors.append(f"VM {name}: {in_words(error)}")
             continue
         chains, broken = chain_lengths(held), held.broken_sets
         own = [

@@ -108,7 +108,7 @@ from ansible.module_utils.basic import AnsibleModule
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._apart import run_apart
 from ansible_collections.vmfleet.backup.plugins.module_utils._errors import BackupError, Refused
-from ansible_collections.vmfleet.backup.plugins.module_utils._files import read_text, write_text
+from ansible_collections.vmfleet.backup.plugins.module_utils._files import in_words, read_text, write_text
 from ansible_collections.vmfleet.backup.plugins.module_utils._metrics import file_name, metrics, vms_in
 from ansible_collections.vmfleet.backup.plugins.module_utils._names import check_set_id
 from ansible_collections.vmfleet.backup.plugins.module_utils._probe import probe_if_there
@@ -134,7 +134,7 @@ def look(repository: Repository, set_id: str, vms: list[dict[str, Any]]) -> list
         try:
             vm.update(of_repository(repository, vm["name"], set_id))
         except (BackupError, OSError) as error:
-            vm["damage"] = f"its sets cannot be read: {error}"
+            vm["damage"] = f"its sets cannot be read: {in_words(error)}"
             errors.append("VM {}: {}".format(vm["name"], vm["damage"]))
     return errors
 

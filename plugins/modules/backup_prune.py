@@ -161,6 +161,7 @@ from ansible.module_utils.basic import AnsibleModule
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._apart import run_apart
 from ansible_collections.vmfleet.backup.plugins.module_utils._errors import BackupError, Refused
+from ansible_collections.vmfleet.backup.plugins.module_utils._files import in_words
 from ansible_collections.vmfleet.backup.plugins.module_utils._library import vm_names
 from ansible_collections.vmfleet.backup.plugins.module_utils._probe import probe_if_there
 from ansible_collections.vmfleet.backup.plugins.module_utils._prune import Order, prune
@@ -229,7 +230,7 @@ async def prune_all(repository: Repository, names: Iterable[str], order: Order) 
         try:
             done.append(await prune(repository, name, order))
         except (BackupError, OSError) as error:
-            errors[name] = str(error)
+            errors[name] = in_words(error)
     errors.update({one.vm: one.error for one in done if one.error})
     return done, errors
 

@@ -100,7 +100,7 @@ from typing import TYPE_CHECKING
 from ansible.module_utils.basic import AnsibleModule
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._errors import run_module
-from ansible_collections.vmfleet.backup.plugins.module_utils._files import read_text, write_text
+from ansible_collections.vmfleet.backup.plugins.module_utils._files import read_text, step, write_text
 from ansible_collections.vmfleet.backup.plugins.module_utils._names import check_set_id
 from ansible_collections.vmfleet.backup.plugins.module_utils._page import BARS, page
 from ansible_collections.vmfleet.backup.plugins.module_utils._report import Run, collect
@@ -120,7 +120,8 @@ def alone(directory: str, check_mode: bool) -> Iterator[None]:
     os.makedirs(directory, exist_ok=True)
     fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX)
+        with step(directory, "its lock was taken"):
+            fcntl.flock(fd, fcntl.LOCK_EX)
         yield
     finally:
         os.close(fd)

@@ -114,6 +114,23 @@ class FileSystem:
         _run("mount", "-o", "remount,ro", self.path)
 
 
+class PassThrough:
+    """Another view of a directory, through FUSE, that keeps no permissions, as network file systems often do."""
+
+    def __init__(self, path: Path, below: Path) -> None:
+        self.path = path
+        self._below = below
+
+    def __enter__(self) -> PassThrough:
+        self.path.mkdir()
+        self._below.mkdir()
+        _run("bindfs", "--chmod-deny", "--chown-deny", self._below, self.path)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        _run("umount", self.path)
+
+
 class LoopDevice:
     """A block device of `size` bytes, kept in a file."""
 

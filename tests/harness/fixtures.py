@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from ansible_collections.vmfleet.backup.tests.harness.filesystems import FileSystem, LoopDevice
+from ansible_collections.vmfleet.backup.tests.harness.filesystems import FileSystem, LoopDevice, PassThrough
 from ansible_collections.vmfleet.backup.tests.harness.images import MIB, patterned
 from ansible_collections.vmfleet.backup.tests.harness.modules import ModuleProcess
 from ansible_collections.vmfleet.backup.tests.harness.qemu import Disk, Qemu
@@ -43,6 +43,10 @@ class Storage:
     def mount(self, kind: str, size: int, name: str = "mnt") -> FileSystem:
         """Mount a new file system."""
         return self._stack.enter_context(FileSystem(self._directory / name, kind, size))
+
+    def without_permissions(self, name: str = "mnt") -> Path:
+        """Mount a file system that keeps no permissions; returns its path."""
+        return self._stack.enter_context(PassThrough(self._directory / name, self._directory / f"{name}.below")).path
 
     def loop(self, size: int, name: str = "loop.img") -> Path:
         """Attach a new block device; returns its path."""

@@ -66,7 +66,9 @@ def test_what_is_wrong_is_told_by_set_and_disk(repository: Repository) -> None:
     assert errors["s3", "vda"] == (
         f"image {changed} is not what was written: its SHA-256 is {digests[0]}, and was {digests[1]}"
     )
-    assert errors["s7", "vda"] == f"image {missing} cannot be read: No such file or directory"
+    assert (
+        errors["s7", "vda"] == f"image {missing} cannot be read: No such file or directory while its checksum was taken"
+    )
 
 
 def test_what_was_made_without_a_checksum_counts_as_good(repository: Repository) -> None:

@@ -259,7 +259,8 @@ class TestReserve:
         with pytest.raises(BackupError) as failed:
             _target.reserve(self.target(image))
         assert str(failed.value) == (
-            f"target: {image}: No space left on device: the backup needs up to 8388608 bytes there, and 409600 are free"
+            f"target: {image}: No space left on device while its space was reserved: the"
+            " backup needs up to 8388608 bytes there, and 409600 are free"
         )
 
     def test_image_that_is_being_written_keeps_its_data(self, image: Path) -> None:
