@@ -258,7 +258,7 @@ def _place() -> str:
         elif room == "_apart":
             # The process that waits for the one that works does nothing of its own.
             return ""
-        elif room and room not in ("_calls", "_qmp"):
+        elif room and room not in ("_calls", "_files", "_qmp"):
             engine = f"{room}.{function}"
             break
         frame = frame.f_back
