@@ -622,7 +622,8 @@ class TestReadOnly:
         said = library.restore(directory=str(where))
         chain.assert_restored("s3", restored_to(where))
         assert len(said["warnings"]) == 2
-        assert "cannot be written to (Read-only file system)" in said["warnings"][0]
+        assert f"cannot be written to ({mount.path}/" in said["warnings"][0]
+        assert "Read-only file system)" in said["warnings"][0]
         assert "do not prune it while" in said["warnings"][0]
         unchanged(library, directory=str(where))
         overlay: dict[str, t.Any] = {"method": "overlay", "disks": one_disk(where / "look")}

@@ -44,7 +44,6 @@ NAME = "web01"
 # The points, by what is done there, and in what runs that is done.
 LOOK = {"_probe.probe_if_there: fork"}
 SPACE = {
-    "_survey.space_in: create",
     "_survey.space_in > _target.allocate: fallocate",
 }
 WATCH = {"_probe.ask: fork"}
@@ -60,7 +59,6 @@ CREATE = {
     "_repository.create_repository: link",
 }
 BEGIN = {
-    "_survey.Room: create",
     "_survey.Room > _target.allocate: fallocate",
     "_repository.begin: mkdir",
     *document("_repository.begin"),
