@@ -76,9 +76,6 @@ SHORTEST_POLL = 0.02
 LONGEST_POLL = 2.0
 """Seconds between two looks at a job: a twentieth of the time waited so far, within these bounds."""
 
-FULL_BYTES = 64 * 1024 * 1024
-"""A file system with less room than this counts as full when a guest has been stopped by an I/O error."""
-
 
 @dataclass
 class DriveBackup:
@@ -474,6 +471,8 @@ class DriveBackup:
                 " cause is gone",
                 jobs=[copy.result("failed" if copy in open_ended else "", in_words(error)) for copy in copies],
             ) from error
+        if any(copy.job and _blamed(copy) for copy in copies) and not any(_was_stopped(copy) for copy in copies):
+            await _jobs.resume(monitor)
         await _jobs.dismiss_jobs(monitor, [copy.job_id for copy in copies if copy.job])
         return done
 
@@ -597,8 +596,8 @@ def _blamed(copy: Copy) -> bool:
     """Whether this copy's target is why the guest's writes fail."""
     if copy.job and (copy.job.error or copy.job.io_status != "ok"):
         return True
-    reserved = copy.record is not None and copy.record.reserved
-    return not reserved and _target.free_bytes(os.path.dirname(copy.drive.target)) < FULL_BYTES
+    # One whose space is not reserved may have been full for a moment, of which nothing tells later.
+    return copy.record is None or not copy.record.reserved
 
 
 def _claim(drive: Drive, record: Record) -> None:

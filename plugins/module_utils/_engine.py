@@ -316,6 +316,13 @@ class Engine:
             if self._slice.over.is_set():
                 # The others have gone, and this may take long.
                 return _plan.Verdict(_plan.RUNNING)
+            if _plan.guest_stopped_by(intent, facts):
+                # The target failed while nobody looked. The copy is good: the guest's write failed instead.
+                try:
+                    async with Monitor(parse_address(work.request.monitor), self.commands) as monitor:
+                        await _jobs.resume(monitor)
+                except MonitorError as error:
+                    return _plan.Verdict(_plan.UNREACHABLE, str(error))
             await self._make_safe(work, intent, shelf)
         return None
 
@@ -541,8 +548,8 @@ class Engine:
     async def _alarm(self, intent: Intent, facts: Facts, work: _Work) -> str:
         """Why a running attempt must end, for the guest's sake or for standing still; empty where it need not."""
         short = "" if intent.reserved else await self.repository.run(_survey.short_of_space, self.plan.policy)
-        if _plan.guest_stopped_by(intent, facts, bool(short)):
-            return "the guest was stopped by an I/O error because the backup's target is full or failing"
+        if _plan.guest_stopped_by(intent, facts):
+            return "the guest was stopped by an I/O error because the backup's target is, or was, full or failing"
         if short and await self._is_youngest(intent):
             return f"{short}, and the set's space could not be reserved"
         return self._stalled(intent, facts, work)

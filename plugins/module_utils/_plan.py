@@ -602,12 +602,16 @@ def _job_error(job: Job | None) -> str:
     return "cancelled from outside" if job.error == CANCELLED else job.error or f"its job ended as {job.status}"
 
 
-def guest_stopped_by(intent: Intent, facts: Facts, target_full: bool) -> bool:
-    """Whether a VM stands still because of our target: only then is it ours to let it go on."""
+def guest_stopped_by(intent: Intent, facts: Facts) -> bool:
+    """Whether a VM stands still because of our target: only then is it ours to let it go on.
+
+    A target whose space is not reserved may have been full for a moment: neither it nor the job tells of that later. To
+    go on does no harm to a VM that has stopped for another reason: it tries its write again, and stops again.
+    """
     if facts.vm is None or facts.vm.status != IO_ERROR or intent.guest == IO_ERROR:
         return False
     in_error = any(job.id in intent.jobs and (job.error or job.io_status != "ok") for job in facts.vm.jobs)
-    return in_error or (target_full and not intent.reserved)
+    return in_error or not intent.reserved
 
 
 # The whole run

@@ -62,8 +62,8 @@ class FileSystem:
         else:
             with self._image.open("wb") as image:
                 image.truncate(self._size)
-            # No blocks kept back for root: full is to be full for everybody.
-            _run(f"mkfs.{self._kind}", "-q", "-F", "-m", "0", self._image)
+            # No blocks kept back for root: full is to be full for everybody. Blocks of a page each, as on large ones.
+            _run(f"mkfs.{self._kind}", "-q", "-F", "-m", "0", "-b", "4096", self._image)
             _run("mount", "-o", "loop", self._image, self.path)
         return self
 

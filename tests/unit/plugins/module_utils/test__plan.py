@@ -470,21 +470,18 @@ def test_judge(attempt: Intent, facts: Facts, shelf: Shelf, state: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("attempt", "facts", "full", "ours"),
+    ("attempt", "facts", "ours"),
     [
-        (intent(reserved=False), Facts(vm(status="io-error", jobs=(job(0), job(1)))), True, True),
-        (intent(reserved=False), Facts(vm(status="io-error", jobs=(job(0), job(1)))), False, False),
-        (intent(reserved=True), Facts(vm(status="io-error", jobs=(job(0), job(1)))), True, False),
-        (intent(), Facts(vm(status="io-error", jobs=(job(0, "concluded", error="EIO"),))), False, True),
-        (intent(guest="io-error"), Facts(vm(status="io-error", jobs=(job(0, error="EIO"),))), True, False),
-        (intent(reserved=False), Facts(vm(status="paused", jobs=(job(0), job(1)))), True, False),
-        (intent(reserved=False), OFF, True, False),
+        (intent(reserved=False), Facts(vm(status="io-error", jobs=(job(0), job(1)))), True),
+        (intent(reserved=True), Facts(vm(status="io-error", jobs=(job(0), job(1)))), False),
+        (intent(), Facts(vm(status="io-error", jobs=(job(0, "concluded", error="EIO"),))), True),
+        (intent(guest="io-error"), Facts(vm(status="io-error", jobs=(job(0, error="EIO"),))), False),
+        (intent(reserved=False), Facts(vm(status="paused", jobs=(job(0), job(1)))), False),
+        (intent(reserved=False), OFF, False),
     ],
 )
-def test_a_guest_is_resumed_only_if_our_target_stopped_it(
-    attempt: Intent, facts: Facts, full: bool, ours: bool
-) -> None:
-    assert guest_stopped_by(attempt, facts, full) is ours
+def test_a_guest_is_resumed_only_if_our_target_stopped_it(attempt: Intent, facts: Facts, ours: bool) -> None:
+    assert guest_stopped_by(attempt, facts) is ours
 
 
 def start(name: str, size: int = 0, monitor: str = "") -> VmPlan:
