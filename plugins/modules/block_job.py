@@ -27,7 +27,8 @@ options:
     description:
       - V(cancelled) stops the job (C(block-job-cancel) with C(force)). Nothing is done where it has ended, or is not
         listed.
-      - V(paused) and V(running) pause the job and let it go on, also after an error had paused it.
+      - V(paused) and V(running) pause the job and let it go on (C(job-pause), C(job-resume)), also after an error had
+        paused it.
       - V(finalized) lets a pending job take effect.
       - V(dismissed) removes an ended job from QEMU's list, and with it all that QEMU knows of its outcome. A job of
         M(vmfleet.backup.drive_backup) is dismissed by that module.
@@ -90,8 +91,8 @@ SETTLE_TIMEOUT = 10.0
 
 COMMANDS = {
     "cancelled": ("block-job-cancel", {"force": True}),
-    "paused": ("block-job-pause", {}),
-    "running": ("block-job-resume", {}),
+    "paused": ("job-pause", {}),
+    "running": ("job-resume", {}),
     "finalized": ("job-finalize", {}),
     "dismissed": ("job-dismiss", {}),
 }

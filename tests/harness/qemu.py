@@ -124,6 +124,7 @@ class Qemu:
         paused: bool = False,
         unprivileged: bool = False,
         tcp: bool = False,
+        rejecting: bool = False,
         extra: t.Sequence[str] = (),
     ) -> None:
         self.disks = disks
@@ -132,6 +133,9 @@ class Qemu:
             self._options += ["-name", name]
         if uuid:
             self._options += ["-uuid", uuid]
+        if rejecting:
+            # Commands and values that are deprecated do not exist then, as one day they may not.
+            self._options += ["-compat", "deprecated-input=reject"]
         if paused:
             self._options += ["-S"]
         self._unprivileged = unprivileged
@@ -192,8 +196,7 @@ class Qemu:
             path.unlink(missing_ok=True)
             command += ["-qmp", f"unix:{path},server=on,wait=off"]
         if self._tcp:
-            command += ["-chardev", "socket,id=tcp,host=127.0.0.1,port=0,server=on,wait=off"]
-            command += ["-mon", "chardev=tcp,mode=control"]
+            command += ["-qmp", "tcp:127.0.0.1:0,server=on,wait=off"]
         for disk in self.disks:
             command += disk.arguments()
         with self._log.open("wb") as log:
@@ -304,7 +307,7 @@ class Qemu:
     def tcp_port(self) -> int:
         """The port of the monitor on 127.0.0.1."""
         chardevs = self.qmp.execute("query-chardev")
-        address = next(chardev["filename"] for chardev in chardevs if chardev["label"] == "tcp")
+        address = next(chardev["filename"] for chardev in chardevs if "tcp:" in chardev["filename"])
         return int(address.split(",")[0].rsplit(":", 1)[1])
 
 
