@@ -266,15 +266,15 @@ class Maker:
         quiesce: str,
     ) -> Intent:
         # What QEMU would refuse, it is to refuse before the guest is touched.
-        direct = await _jobs.rehearse_backups(monitor, starts, bitmaps)
+        way = await _jobs.rehearse_backups(monitor, starts, bitmaps)
         await self.repository.update(replace(intent, frozen=True))
         freezer = _guard.Freezer(intent.agent)
         reason = ""
         try:
             try:
-                if direct is None:
+                if way is None:
                     raise AgentError("the VM has stopped, and its guest agent with it")
-                await _jobs.start_backups(monitor, starts, "individual", bitmaps, freezer, direct)
+                await _jobs.start_backups(monitor, starts, "individual", bitmaps, freezer, way)
                 if not freezer.held:
                     reason = freezer.thaw_error or "the guest was thawed by others before all jobs had started"
             except AgentError as error:

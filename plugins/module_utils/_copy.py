@@ -62,6 +62,8 @@ class Copy:
     record: Record | None = None
     job: Job | None = None
     reason: str = ""
+    open_node: str = ""
+    """The node that its target is in QEMU, where it is one of its own."""
 
     @property
     def opaque(self) -> str:

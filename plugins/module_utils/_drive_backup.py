@@ -115,7 +115,7 @@ class DriveBackup:
     async def _look(self, monitor: Monitor) -> tuple[Vm, list[Copy]]:
         vm = await inspect_vm(monitor)
         owners = read_owners(host_lock_path(vm.process, self.request.address))
-        copies = [examine(drive, vm, owners) for drive in self.request.drives]
+        copies = [_with_node(examine(drive, vm, owners), vm) for drive in self.request.drives]
         nodes = [copy.disk.node for copy in copies]
         for copy in copies:
             if nodes.count(copy.disk.node) > 1:
@@ -139,6 +139,8 @@ class DriveBackup:
                 if not self.request.check_mode:
                     # A process that died in mid-work leaves open files in QEMU, which keep its image locked.
                     await _jobs.remove_fdsets(monitor, vm, FDSET_PREFIX)
+                    if not vm.active_jobs() and await _jobs.close_targets(monitor, vm, FDSET_PREFIX):
+                        vm, copies = await self._look(monitor)
                     for copy in copies:
                         if copy.drive.receipt_path:
                             _receipt.sweep(_receipt.record_path(copy.drive.receipt_path))
@@ -461,6 +463,7 @@ class DriveBackup:
         self.changed = self.changed or bool(open_ended)
         if self.request.check_mode:
             return copies
+        await _jobs.remove_nodes(monitor, (copy.open_node for copy in open_ended if copy.open_node))
         try:
             # All of a group are safe before the first takes its name: no crash can then take one away from the others.
             safe = [self._flush(copy) for copy in copies]
@@ -510,9 +513,10 @@ class DriveBackup:
             )
         if any(_blamed(copy) for copy in copies) and not any(_was_stopped(copy) for copy in copies):
             await _jobs.resume(monitor)
+        await _jobs.remove_nodes(monitor, (copy.open_node for copy in copies if copy.open_node))
         now = {job.id: job for job in await query_jobs(monitor)}
         ended = [
-            replace(copy, found=ENDED, job=now[copy.job_id])
+            replace(copy, found=ENDED, job=now[copy.job_id], open_node="")
             for copy in copies
             if copy.found == RUNNING and copy.job_id in now
         ]
@@ -550,6 +554,11 @@ class DriveBackup:
             " left, and starts anew",
             jobs=results,
         )
+
+
+def _with_node(copy: Copy, vm: Vm) -> Copy:
+    node = _jobs.target_nodes(copy.opaque)
+    return replace(copy, open_node=node) if node in vm.target_nodes else copy
 
 
 def _in_words(copy: Copy) -> str:

@@ -268,7 +268,7 @@ class Engine:
         process = await self._to_start(work)
         if process:
             return await self._act(work, process)
-        facts, shelf = await self._look(work, seen=work.copying[0] if work.copying else None)
+        facts, shelf = await self._look(work, seen=work.copying)
         work.copying = None
         decision = self._decide(work, facts, shelf)
         if decision.plan.action == _plan.FAIL and not self.settings.check_mode and await self._is_lost(facts, shelf):
@@ -316,18 +316,23 @@ class Engine:
             if self._slice.over.is_set():
                 # The others have gone, and this may take long.
                 return _plan.Verdict(_plan.RUNNING)
-            if _plan.guest_stopped_by(intent, facts):
-                # The target failed while nobody looked. The copy is good: the guest's write failed instead.
-                try:
+            try:
+                if _plan.guest_stopped_by(intent, facts):
+                    # The target failed while nobody looked. The copy is good: the guest's write failed instead.
                     async with Monitor(parse_address(work.request.monitor), self.commands) as monitor:
                         await _jobs.resume(monitor)
-                except MonitorError as error:
-                    return _plan.Verdict(_plan.UNREACHABLE, str(error))
+                await self._close_targets(work, intent, facts)
+            except MonitorError as error:
+                return _plan.Verdict(_plan.UNREACHABLE, str(error))
             await self._make_safe(work, intent, shelf)
         return None
 
-    async def _look(self, work: _Work, monitor: Monitor | None = None, seen: Vm | None = None) -> tuple[Facts, Shelf]:
-        facts = await (_survey.glance(work.request, seen) if seen else _survey.look(work.request, monitor))
+    async def _look(
+        self, work: _Work, monitor: Monitor | None = None, seen: tuple[Vm, Intent] | None = None
+    ) -> tuple[Facts, Shelf]:
+        facts = await (
+            _survey.glance(work.request, seen[0], seen[1].jobs) if seen else _survey.look(work.request, monitor)
+        )
         # What a glance shows of a VM, no new set is begun upon.
         return await self._on_shelf(work, facts, damage=not seen)
 
@@ -653,6 +658,13 @@ class Engine:
 
     # End
 
+    async def _close_targets(self, work: _Work, intent: Intent, facts: Facts) -> None:
+        """Have QEMU close images that it holds as nodes: it may have kept some of them in memory until now."""
+        prefix = self._tag(intent.attempt)
+        if facts.vm and any(name.startswith(_jobs.target_nodes(prefix)) for name in facts.vm.target_nodes):
+            async with Monitor(parse_address(work.request.monitor), self.commands) as monitor:
+                await _jobs.close_targets(monitor, facts.vm, prefix)
+
     async def _make_safe(self, work: _Work, intent: Intent, shelf: Shelf) -> None:
         """Bring finished images onto stable storage and take their checksums: without locks, for it may take long."""
         if intent.attempt in shelf.described or intent.attempt in work.safe:
@@ -708,10 +720,10 @@ class Engine:
         work.changed = True
         failure = Failure(intent.run, intent.attempt, intent.id, state, error, intent.started, utc_now())
         with after(error):
-            await self._note(monitor, intent, failure)
+            await self._note(monitor, facts, intent, failure)
             await self._withdraw(monitor, facts, intent)
 
-    async def _note(self, monitor: Monitor | None, intent: Intent, failure: Failure) -> None:
+    async def _note(self, monitor: Monitor | None, facts: Facts, intent: Intent, failure: Failure) -> None:
         try:
             await self.repository.record_failure(intent.vm.name, failure)
         except OSError as full:
@@ -719,6 +731,8 @@ class Engine:
                 raise
             # The images themselves are in the way. QEMU still tells how their jobs have ended.
             await self._stop(monitor, intent.jobs)
+            if monitor and facts.vm:
+                await _jobs.close_targets(monitor, facts.vm, self._tag(intent.attempt))
             await self.repository.discard_images(intent)
             self._maker.release(intent)
             await self.repository.record_failure(intent.vm.name, failure)
@@ -760,12 +774,18 @@ class Engine:
 
     async def _remove_jobs(self, monitor: Monitor, vm: Vm, attempt: str) -> None:
         """Remove the jobs of an attempt, and the files that were handed over for it."""
+        tag = self._tag(attempt)
         jobs = [job for job in vm.jobs if job.id.startswith(f"vmfleet.{self.repository.tag}.{attempt}.")]
         running = [job.id for job in jobs if not job.ended]
         if running:
             await self._stop(monitor, running)
+        await _jobs.close_targets(monitor, vm, tag)
         await _jobs.dismiss_jobs(monitor, (job.id for job in jobs))
-        await _jobs.remove_fdsets(monitor, vm, f"vmfleet:{self.repository.tag}:{attempt}:")
+        await _jobs.remove_fdsets(monitor, vm, tag)
+
+    def _tag(self, attempt: str = "") -> str:
+        """What the tags of this repository's fdsets begin with, or those of an attempt."""
+        return f"{_jobs.TAG}{self.repository.tag}:" + (f"{attempt}:" if attempt else "")
 
     async def _clear(self, work: _Work, monitor: Monitor, vm: Vm, shelf: Shelf) -> None:
         """Before a start: nothing of this repository may be left on the VM but what the next set may build on."""
@@ -780,7 +800,9 @@ class Engine:
         """The attempts of this repository that QEMU knows and no intent under this VM's name does."""
         known = {job.id.split(".")[2] for job in vm.jobs if job.id.startswith(f"vmfleet.{self.repository.tag}.")}
         for opaques in vm.fdsets.values():
-            known |= {tag.split(":")[2] for tag in opaques if tag.startswith(f"vmfleet:{self.repository.tag}:")}
+            known |= {tag.split(":")[2] for tag in opaques if tag.startswith(self._tag())}
+        nodes = _jobs.target_nodes(self._tag())
+        known |= {name.split(".")[2] for name in vm.target_nodes if name.startswith(nodes)}
         return known - {intent.attempt for intent in shelf.intents}
 
     async def _elsewhere(self, vm: Vm, shelf: Shelf) -> dict[str, Intent]:

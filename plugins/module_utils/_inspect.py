@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
 
@@ -37,6 +38,11 @@ SETTLING = frozenset({"waiting", "pending", "aborting"})
 
 IO_ERROR = "io-error"
 """QEMU's status of a VM that was stopped because a read or a write of its guest failed."""
+
+TARGET_NODES = "vmf."
+"""What the names of all nodes begin with that backups of this collection write to."""
+
+TARGET_NODE = re.compile(re.escape(TARGET_NODES) + r"(db|[0-9a-f]{8})\.[0-9a-f]{12}(\.\d+)?")
 
 PERIPHERAL = "/machine/peripheral/"
 
@@ -180,6 +186,8 @@ class Vm:
     process: Process | None
     files: tuple[str, ...] = field(default=(), repr=False)
     """Paths of all image files that this VM has open, backing files included."""
+    target_nodes: tuple[str, ...] = field(default=(), repr=False)
+    """The nodes that backups of this collection write to, or have written to. None of them is a disk."""
 
     def as_dict(self) -> dict[str, Any]:
         """This VM as a return value."""
@@ -245,6 +253,7 @@ async def inspect_vm(monitor: Monitor, name: str = "") -> Vm:
         fdsets={entry["fdset-id"]: tuple(fd.get("opaque", "") for fd in entry["fds"]) for entry in fdsets},
         process=monitor.process,
         files=_files(graph.nodes.values(), monitor.process),
+        target_nodes=tuple(name for name in graph.nodes if TARGET_NODE.fullmatch(name)),
     )
 
 
@@ -457,7 +466,8 @@ def _disks(graph: _Graph) -> tuple[tuple[Disk, ...], tuple[Disk, ...]]:
     # A bare -blockdev that nothing reads through is a disk as well, below the filter of its job where there is one.
     for top in graph.nodes:
         *filters, node_name = graph.filter_path(top)
-        if top not in graph.used and top not in taken and not node_name.startswith("#"):
+        ours = node_name.startswith("#") or TARGET_NODE.fullmatch(node_name)
+        if top not in graph.used and top not in taken and not ours:
             disks.setdefault(node_name, disk_of(node_name, node_name, filters=tuple(filters)))
             taken.update((*filters, node_name))
     others = (disk_of(name, "" if name.startswith("#") else name) for name in graph.nodes if name not in taken)

@@ -37,7 +37,7 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._qmp import Monitor
 from ansible_collections.vmfleet.backup.plugins.module_utils._units import human
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+    from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 
     from ansible_collections.vmfleet.backup.plugins.module_utils._chain import Link
     from ansible_collections.vmfleet.backup.plugins.module_utils._documents import Intent, Manifest
@@ -108,8 +108,8 @@ async def look(request: Request, monitor: Monitor | None = None) -> Facts:
     return await _ask(request, lambda asked: _inspect(asked, request.name), monitor)
 
 
-async def glance(request: Request, seen: Vm) -> Facts:
-    """Ask one VM for what changes while its jobs run; C(seen) is what a look has shown.
+async def glance(request: Request, seen: Vm, wanted: Collection[str]) -> Facts:
+    """Ask one VM for what changes while the jobs C(wanted) run; C(seen) is what a look has shown.
 
     When they have ended it is for everything: what they have come to is not told by what was seen before.
     """
@@ -118,7 +118,7 @@ async def glance(request: Request, seen: Vm) -> Facts:
         if monitor.process != seen.process:
             return await _inspect(monitor, request.name)
         status, jobs = await asyncio.gather(monitor.execute("query-status"), query_jobs(monitor))
-        if all(job.ended for job in jobs):
+        if all(job.ended for job in jobs if job.id in wanted):
             return await _inspect(monitor, request.name)
         return replace(seen, status=status["status"], jobs=jobs)
 

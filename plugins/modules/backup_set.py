@@ -268,7 +268,9 @@ text:
   type: list
   elements: str
 qmp:
-  description: The commands that were sent to QEMU, queries left out.
+  description:
+    - The commands that were sent to QEMU, queries left out.
+    - Where QEMU refuses C(drive-backup), that attempt is among them, and the C(blockdev-backup) in its place.
   returned: always
   type: list
   elements: dict

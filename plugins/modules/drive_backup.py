@@ -23,6 +23,9 @@ description:
   - The target is created by this module and handed to QEMU as an open file, so that QEMU needs no access to its
     directory. The space that the copy needs is reserved before it starts, because a guest's write fails when QEMU
     cannot copy the old data to a full target first.
+  - A QEMU that has C(drive-backup) no more, or is told to refuse what is deprecated, makes the same copy with
+    C(blockdev-backup). Its target is a block node then, whose name begins with C(vmf.). It is removed when the job has
+    ended, or by the next call.
 extends_documentation_fragment:
   - vmfleet.backup.attributes
   - vmfleet.backup.attributes.actiongroup_backup
@@ -299,7 +302,9 @@ jobs:
       description: Why it failed, empty otherwise.
       type: str
 qmp:
-  description: The QMP commands that were sent, in order, queries left out.
+  description:
+    - The QMP commands that were sent, in order, queries left out.
+    - Where QEMU refuses C(drive-backup), that attempt is among them, and what was sent in its place.
   returned: always
   type: list
   elements: dict

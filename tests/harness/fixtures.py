@@ -128,7 +128,9 @@ def leftovers(vm: Qemu, directory: Path) -> list[str]:
         found += [f"fdset {fd['opaque']}" for fd in fdset["fds"] if fd.get("opaque", "").startswith("vmfleet")]
     # The node of a job's filter or target; those of the VM's own disks are named or were there before.
     nodes = vm.qmp.execute("query-named-block-nodes", flat=True)
-    found += [f"node {node['node-name']}" for node in nodes if node["drv"] == "copy-before-write"]
+    names = [node["node-name"] for node in nodes if node["drv"] == "copy-before-write"]
+    names += [node["node-name"] for node in nodes if node["node-name"].startswith("vmf.")]
+    found += [f"node {name}" for name in names]
     found += [f"file {path}" for path in directory.rglob("*.partial")]
     return found
 

@@ -20,12 +20,14 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._errors import Comm
 from ansible_collections.vmfleet.backup.plugins.module_utils._jobs import (
     ABORTED,
     BackupStart,
+    Way,
     bitmap_add,
     cancel_jobs,
     dismiss_jobs,
     rehearse_backups,
     remove_bitmaps,
     remove_fdsets,
+    remove_nodes,
     resume,
     set_speed,
     start_backups,
@@ -168,6 +170,59 @@ class TestStart:
         assert not fake.fdsets
 
 
+POLICY = "Deprecated command drive-backup disabled by policy"
+
+
+class TestByNode:
+    @pytest.mark.parametrize("words", [POLICY, "The command drive-backup has not been found"])
+    def test_where_drive_backup_is_refused(self, words: str, tmp_path: Path) -> None:
+        fake = FakeMonitor({"drive-backup": refusal(words), "blockdev-add": {}, "blockdev-backup": {}})
+        begin(fake, start(tmp_path))
+        assert fake.names() == ["drive-backup", "remove-fd", "blockdev-add", "blockdev-backup", "remove-fd"]
+        told = dict(fake.sent)
+        assert told["blockdev-add"]["node-name"] == told["blockdev-backup"]["target"] == "vmf.db.0"
+        assert told["blockdev-add"]["file"]["filename"] == "/dev/fdset/1"
+        assert told["blockdev-backup"] == {
+            "sync": "full",
+            "speed": 5,
+            "job-id": "j0",
+            "device": "n0",
+            "auto-dismiss": False,
+            "target": "vmf.db.0",
+        }
+
+    def test_page_cache_serves_there_too(self, tmp_path: Path) -> None:
+        adding = iter([refusal("Cannot use direct"), {}])
+        fake = FakeMonitor({"drive-backup": refusal(POLICY), "blockdev-add": adding, "blockdev-backup": {}})
+        begin(fake, start(tmp_path))
+        assert [bool(flags[0] & os.O_DIRECT) for _opaque, flags in fake.passed] == [True, True, False]
+        assert not fake.fdsets
+
+    def test_what_does_not_start_leaves_no_node(self, tmp_path: Path) -> None:
+        answers = {"blockdev-add": {}, "blockdev-backup": refusal("no"), "blockdev-del": {}}
+        fake = FakeMonitor({"drive-backup": refusal(POLICY), **answers})
+        with pytest.raises(CommandError, match="no"):
+            begin(fake, start(tmp_path))
+        assert fake.names().count("blockdev-add") == fake.names().count("blockdev-del") == 2
+        assert not fake.fdsets
+
+    def test_rehearsal_leaves_none_and_tells_the_way(self, tmp_path: Path) -> None:
+        refused = refusal("Deprecated value drive-backup disabled by policy")
+        fake = FakeMonitor({"transaction": iter([refused, refusal(ABORTED)]), "blockdev-add": {}, "blockdev-del": {}})
+        assert TestRehearsal.rehearse(fake, start(tmp_path)) == Way((True,), by_node=True)
+        assert fake.names()[-1] == "blockdev-del"
+
+    def test_a_busy_node_is_asked_to_go_again(self) -> None:
+        listed = [{"node-name": "vmf.db.0"}]
+        fake = FakeMonitor({"blockdev-del": iter([refusal("busy"), {}]), "query-named-block-nodes": listed})
+        asyncio.run(remove_nodes(monitor(fake), ["vmf.db.0"]))
+        assert fake.names().count("blockdev-del") == 2
+
+    def test_one_that_is_gone_is_none_to_close(self) -> None:
+        fake = FakeMonitor({"blockdev-del": refusal("not found"), "query-named-block-nodes": []})
+        asyncio.run(remove_nodes(monitor(fake), ["vmf.db.0"]))
+
+
 class TestRehearsal:
     @staticmethod
     def rehearse(fake: FakeMonitor, *starts: BackupStart) -> Any:
@@ -189,7 +244,7 @@ class TestRehearsal:
 
     def test_page_cache_serves_where_direct_access_is_refused(self, tmp_path: Path) -> None:
         fake = FakeMonitor({"transaction": iter([refusal("Cannot use direct"), refusal(ABORTED)])})
-        assert self.rehearse(fake, start(tmp_path)) == [False]
+        assert self.rehearse(fake, start(tmp_path)) == Way((False,))
         assert [bool(flags[0] & os.O_DIRECT) for _opaque, flags in fake.passed] == [True, False]
         assert not fake.fdsets
 
@@ -197,7 +252,7 @@ class TestRehearsal:
     def test_what_it_has_found_out_is_not_tried_again(self, direct: bool, tmp_path: Path) -> None:
         fake = FakeMonitor({"drive-backup": refusal("no")})
         with pytest.raises(CommandError):
-            begin(fake, start(tmp_path), direct=[direct])
+            begin(fake, start(tmp_path), way=Way((direct,)))
         assert [bool(flags[0] & os.O_DIRECT) for _opaque, flags in fake.passed] == [direct]
 
     def test_refusal_is_told_and_nothing_is_left(self, tmp_path: Path) -> None:
