@@ -121,18 +121,20 @@ class TestSets:
         assert result["vms"][0]["state"] == "cancelled"
         sets.assert_absent(NAME)
 
-    def test_job_of_others_goes_on(self, vms: Vms, sets: Sets, directory: Path) -> None:
+    def test_job_of_others_goes_on(self, vms: Vms, sets: Sets, directory: Path, start_module: Start) -> None:
         # What a glance shows while jobs run is not what there is when those of the set have ended.
         base = create(directory / "base.qcow2")
         write(base, "write -P 1 0 32M")
         top = Disk(create(directory / "top.qcow2", backing=base), id="drive1", node="n1")
         vm = vms.start(vms.disk(0), top, name=NAME, rejecting=True)
         copies = {"drive0": vm.freeze(vm.disks[0], directory / "frozen.qcow2")}
-        plan = sets.start(vm, exclude_disks=["drive1"])
+        plan = sets.plan(vm, exclude_disks=["drive1"], speed="1M")["plan"]
+        process = start_module("backup_set", {"plan": plan})
+        wait_until(lambda: vm.block_jobs, "the start of the job")
         vm.qmp.execute("block-stream", device="drive1", job_id="s", speed=1)
         for job in vm.block_jobs:
             vm.qmp.execute("block-job-set-speed", device=job["device"], speed=int(job["device"] == "s"))
-        succeed("backup_set", {"plan": plan})
+        assert process.result()["rc"] == 0
         sets.assert_good(NAME, copies)
         vm.qmp.execute("block-job-cancel", device="s", force=True)
         wait_until(lambda: not vm.block_jobs, "the end of the foreign job")
