@@ -49,6 +49,8 @@ if TYPE_CHECKING:
 CRASH = "crash"
 FILESYSTEM = "filesystem"
 
+NOT_ASKED = "freezing the guest was not asked for when the set was made"
+
 
 @dataclass(frozen=True)
 class Draft:
@@ -123,7 +125,7 @@ class Maker:
     async def _agent(self, monitor: Monitor, request: Request, vm: Vm) -> tuple[str, str]:
         """The socket of an agent that can freeze, or why the set will be crash-consistent only."""
         if request.quiesce == _plan.NONE:
-            return "", "freezing the guest is not asked for"
+            return "", NOT_ASKED
         try:
             return await self._find_agent(monitor, request, vm), ""
         except AgentError as error:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._errors import Refused
+from ansible_collections.vmfleet.backup.plugins.module_utils._names import check_length
 from ansible_collections.vmfleet.backup.plugins.module_utils._target import is_block_device
 
 if TYPE_CHECKING:
@@ -56,6 +57,12 @@ class Drive:
         if self.receipt:
             return self.receipt
         return "" if is_block_device(self.target) else self.target + ".receipt.json"
+
+    def names_beside(self, path: str) -> tuple[str, ...]:
+        """What is put after the name of the target or of the receipt to name what stands beside it for a time."""
+        if path == self.receipt_path:
+            return (".partial.tmp",)
+        return () if self.existing else (".partial",)
 
     @property
     def image_path(self) -> str:
@@ -167,6 +174,8 @@ def _check_place(drive: Drive) -> None:
             raise Refused(option, f"{path}: the directory {directory} does not exist; create it first (mode 0700)")
         # Nothing is made beside a block device.
         makes_files = path != drive.target or not is_block_device(path)
+        if makes_files:
+            check_length(option, path, *drive.names_beside(path))
         if makes_files and not os.access(directory, os.W_OK | os.X_OK):
             raise Refused(option, f"{path}: cannot write to the directory {directory}")
     if os.path.isdir(drive.target):

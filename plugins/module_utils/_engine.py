@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from ansible_collections.vmfleet.backup.plugins.module_utils import _chain, _guard, _jobs, _plan, _probe, _survey
-from ansible_collections.vmfleet.backup.plugins.module_utils._attempt import Maker, bitmap_prefix
+from ansible_collections.vmfleet.backup.plugins.module_utils._attempt import NOT_ASKED, Maker, bitmap_prefix
 from ansible_collections.vmfleet.backup.plugins.module_utils._documents import (
     PREPARING,
     DiskImage,
@@ -407,7 +407,8 @@ class Engine:
 
     def _published(self, work: _Work, manifest: Manifest) -> Outcome:
         if manifest.consistency_reason and work.request.quiesce != _plan.NONE:
-            work.warn(f"the guest's file systems were not frozen: {manifest.consistency_reason}")
+            advice = "; for a set of a frozen guest use another id" if manifest.consistency_reason == NOT_ASKED else ""
+            work.warn(f"the guest's file systems were not frozen: {manifest.consistency_reason}{advice}")
         for disk in manifest.disks:
             if disk.source_encrypted:
                 work.warn(f"disk {disk.name} {IN_THE_CLEAR}")

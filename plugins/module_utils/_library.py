@@ -48,6 +48,9 @@ SURFACE, CHECKSUM, IMAGE, BOOT = DEPTHS = ("manifest", "checksum", "image", "boo
 That a guest does not start says nothing of the sets that build on its own.
 """
 
+MANY = 30
+"""VMs that are listed where one is not found."""
+
 
 @dataclass(frozen=True)
 class Holdings:
@@ -182,6 +185,17 @@ def growing(repository: Repository, vm: str) -> list[str]:
     directory = repository.directory(vm)
     entries = sorted(os.listdir(directory)) if os.path.isdir(directory) else []
     return [os.path.join(directory, entry) for entry in entries if entry.startswith(".") and entry.endswith(GROWING)]
+
+
+def require_sets(repository: Repository, held: Holdings) -> None:
+    """Refuse a VM that a repository has no set of, and tell of which it has some: mostly the name is misspelt."""
+    if held.shelf.sets:
+        return
+    known = vm_names(repository)
+    more = f" and {len(known) - MANY} others" if len(known) > MANY else ""
+    raise Refused(
+        "vm", f"VM {held.name} has no set; the repository knows of: {', '.join(known[:MANY]) or 'none'}{more}"
+    )
 
 
 def vm_names(repository: Repository) -> list[str]:

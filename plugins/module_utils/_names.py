@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import os
 import re
 from typing import TYPE_CHECKING
 
@@ -33,6 +34,19 @@ def check_set_id(text: str, option: str = "id") -> str:
             f"{text!r} is no id of a set: 1 to 64 letters, digits, '.', '_', '-', the first a letter or digit, no '..'",
         )
     return text
+
+
+def check_length(option: str, path: str, *ends: str) -> None:
+    """Refuse a file whose name would be too long with one of these ends; its directory is there."""
+    longest = max(ends, key=len, default="")
+    most = os.pathconf(os.path.dirname(path), "PC_NAME_MAX")
+    surplus = len(os.fsencode(os.path.basename(path) + longest)) - most
+    if surplus > 0:
+        beside = f" {os.path.basename(path)[:8]}...{longest} has to stand beside it, and" if longest else ""
+        raise Refused(
+            option,
+            f"{path}: the name is {surplus} bytes too long.{beside} a name may have {most} bytes there",
+        )
 
 
 @functools.lru_cache(maxsize=1024)

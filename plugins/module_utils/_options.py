@@ -3,14 +3,25 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 
 # PRIVATE: this file is not part of the public interface of the collection; it can change without notice.
-"""Argument specs that several modules share; each has a documentation fragment of the same name."""
+"""What options of several modules share: argument specs, each with a documentation fragment of its name, and times."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ansible_collections.vmfleet.backup.plugins.module_utils._errors import Refused
+from ansible_collections.vmfleet.backup.plugins.module_utils._units import seconds
+
 if TYPE_CHECKING:
     from typing import Any
+
+
+def duration(option: str, text: str) -> float:
+    """The seconds of an option that is a time, such as C(90), C(10m) or C(1.5h)."""
+    try:
+        return seconds(text)
+    except ValueError as error:
+        raise Refused(option, f"{error}; 0 waits without limit") from None
 
 
 def monitor_argument_spec() -> dict[str, Any]:

@@ -33,6 +33,7 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._inspect import mac
 from ansible_collections.vmfleet.backup.plugins.module_utils._library import holdings
 from ansible_collections.vmfleet.backup.plugins.module_utils._lock import lock_directory, locked
 from ansible_collections.vmfleet.backup.plugins.module_utils._marks import PARTIAL, read_marks, remove_marks, write_mark
+from ansible_collections.vmfleet.backup.plugins.module_utils._names import check_length
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository import (
     UNFINISHED,
     read_document,
@@ -214,6 +215,7 @@ def _check_target(piece: Piece, overwrite: bool) -> None:
     if piece.block_device:
         _check_device(piece, overwrite)
         return
+    check_length("target", piece.target, PARTIAL, RECEIPT + UNFINISHED)
     if os.path.lexists(piece.target):
         if not os.path.isfile(piece.target):
             raise Refused("target", f"{piece.target} is neither a file nor a block device")

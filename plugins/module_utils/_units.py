@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from datetime import datetime, timezone
 
@@ -26,6 +27,17 @@ def parse_time(text: str) -> datetime:
     # Python 3.8 knows no Z.
     found = datetime.fromisoformat(text.replace("Z", "+00:00"))
     return found if found.tzinfo else found.replace(tzinfo=timezone.utc)
+
+
+SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
+
+
+def seconds(text: str) -> float:
+    """C(90), C(10m) or C(1.5h) in seconds. ValueError where it is none."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd]?)", text.strip())
+    if not match:
+        raise ValueError(f"{text!r} is not a number of seconds, nor one with s, m, h or d, such as '10m'")
+    return float(match.group(1)) * SECONDS[match.group(2)]
 
 
 def human(size: int) -> str:

@@ -30,6 +30,7 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._library import (
     IMAGE,
     SURFACE,
     holdings,
+    require_sets,
     vm_names,
 )
 from ansible_collections.vmfleet.backup.plugins.module_utils._marks import remove_marks, write_mark
@@ -215,6 +216,7 @@ class _Verifier:
         damaged = [self._ruin(name, ruin) for ruin in ruins if set_id in ("", ruin)]
         if damaged and (set_id or not held.shelf.sets):
             return damaged
+        require_sets(self.repository, held)
         look = await self._look(held, held.find(set_id))
         for _again in range(LOOKS - 1):
             held = holdings(self.repository, name)

@@ -196,7 +196,7 @@ from ansible.module_utils.basic import AnsibleModule
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._apart import run_apart
 from ansible_collections.vmfleet.backup.plugins.module_utils._errors import Refused
-from ansible_collections.vmfleet.backup.plugins.module_utils._library import holdings
+from ansible_collections.vmfleet.backup.plugins.module_utils._library import holdings, require_sets
 from ansible_collections.vmfleet.backup.plugins.module_utils._names import image_files
 from ansible_collections.vmfleet.backup.plugins.module_utils._probe import probe_if_there
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository import open_repository
@@ -274,6 +274,7 @@ async def main_task(module: AnsibleModule) -> dict[str, Any]:
     await probe_if_there(params["repository"], writing=not module.check_mode)
     repository = open_repository(params["repository"])
     held = holdings(repository, params["vm"])
+    require_sets(repository, held)
     if params["state"] == "absent":
         given = params["disks"]
         targets = (

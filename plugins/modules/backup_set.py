@@ -107,15 +107,16 @@ options:
     default: auto
   timeout:
     description:
-      - Seconds after which a set that has been begun by this call and is not finished is cancelled, and counts as
-        failed. V(0) waits without end.
-    type: float
-    default: 0
+      - The time after which a set that has been begun by this call and is not finished is cancelled, and counts as
+        failed, in seconds or with V(s), V(m), V(h) or V(d), such as V(90m). V(0) waits without end.
+    type: str
+    default: "0"
   stall_timeout:
-    description: Seconds without any progress after which a set is cancelled, and counts as failed. V(0) waits without
-      end.
-    type: float
-    default: 600
+    description:
+      - The time without any progress after which a set is cancelled, and counts as failed, given like O(timeout). V(0)
+        waits without end.
+    type: str
+    default: "600"
   begin:
     description:
       - Begin the sets that are not there and not being made either. With V(false), O(state=started) and
@@ -284,6 +285,7 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._apart import run_a
 from ansible_collections.vmfleet.backup.plugins.module_utils._calls import WatchedCalls
 from ansible_collections.vmfleet.backup.plugins.module_utils._engine import Engine, Settings, of_names
 from ansible_collections.vmfleet.backup.plugins.module_utils._errors import BackupError, Refused
+from ansible_collections.vmfleet.backup.plugins.module_utils._options import duration
 from ansible_collections.vmfleet.backup.plugins.module_utils._outcome import (
     STOPPING,
     UNFINISHED,
@@ -334,7 +336,7 @@ async def places(module: AnsibleModule, plan: Plan | None, calls: WatchedCalls) 
 
 def check_options(params: dict[str, Any]) -> None:
     """Refuse what cannot be meant."""
-    for option in ("max_vms", "slice", "timeout", "stall_timeout"):
+    for option in ("max_vms", "slice"):
         if params[option] < 0:
             raise Refused(option, f"{params[option]} is negative; 0 sets no limit")
     if params["slice"] and params["state"] != "completed":
@@ -349,15 +351,17 @@ async def main_task(module: AnsibleModule) -> dict[str, Any]:
         "max_vms",
         "bandwidth",
         "slice",
-        "timeout",
-        "stall_timeout",
         "begin",
         "unattended",
         "takeover",
         "supersede",
         "adopt",
     )
-    settings = Settings(check_mode=module.check_mode, **{name: module.params[name] for name in names})
+    settings = Settings(
+        check_mode=module.check_mode,
+        **{name: module.params[name] for name in names},
+        **{name: duration(name, module.params[name]) for name in ("timeout", "stall_timeout")},
+    )
     given = None if module.params["plan"] is None else parse_plan(module.params["plan"])
     path = given.repository if given else module.params["repository"]
     async with WatchedCalls(Watch(path, writing=not module.check_mode)) as calls:
@@ -394,8 +398,8 @@ def main() -> None:
             "slice": {"type": "float", "default": 0},
             # For the action plugin.
             "progress": {"type": "str", "choices": ["auto", "quiet", "none"], "default": "auto"},
-            "timeout": {"type": "float", "default": 0},
-            "stall_timeout": {"type": "float", "default": 600},
+            "timeout": {"type": "str", "default": "0"},
+            "stall_timeout": {"type": "str", "default": "600"},
             "begin": {"type": "bool", "default": True},
             "unattended": {"type": "bool", "default": False},
             "takeover": {"type": "bool", "default": False},

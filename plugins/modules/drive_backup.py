@@ -188,17 +188,18 @@ options:
     type: bool
     default: false
   timeout:
-    description: Seconds to wait for the end, V(0) without limit.
-    type: float
-    default: 0
+    description: How long to wait for the end, in seconds or with V(s), V(m), V(h) or V(d), such as V(90m); V(0) without
+      limit.
+    type: str
+    default: "0"
   stall_timeout:
     description:
-      - Seconds without any progress after which the wait ends, V(0) without limit.
+      - The time without any progress after which the wait ends, given like O(timeout), V(0) without limit.
       - A job that somebody has paused makes no progress either.
       - Where the VM cannot be asked for so long, as another client holds its monitor, the wait ends as well, and the
         job is left running.
-    type: float
-    default: 600
+    type: str
+    default: "600"
   on_timeout:
     description:
       - When a time is up, V(cancel) the job and remove what it has written, or V(leave) it running. The call fails in
@@ -320,7 +321,11 @@ from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.vmfleet.backup.plugins.module_utils._drive import Drive, Request, check_drives
 from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup import DriveBackup
 from ansible_collections.vmfleet.backup.plugins.module_utils._errors import BackupError, Refused, run_module
-from ansible_collections.vmfleet.backup.plugins.module_utils._options import drive_argument_spec, monitor_argument_spec
+from ansible_collections.vmfleet.backup.plugins.module_utils._options import (
+    drive_argument_spec,
+    duration,
+    monitor_argument_spec,
+)
 from ansible_collections.vmfleet.backup.plugins.module_utils._qmp import parse_address, require_qmp
 
 if TYPE_CHECKING:
@@ -352,17 +357,14 @@ async def main_task(module: AnsibleModule) -> dict[str, Any]:
     params = module.params
     if params["drives"] == []:
         raise Refused("drives", "the list is empty; name at least one drive")
-    for name in ("timeout", "stall_timeout"):
-        if params[name] < 0:
-            raise Refused(name, f"{params[name]:g} is negative; give seconds, 0 waits without limit")
     request = Request(
         address=parse_address(params["monitor"]),
         drives=drives(params),
         state=params["state"],
         completion_mode=params["completion_mode"],
         overwrite=params["overwrite"],
-        timeout=params["timeout"],
-        stall_timeout=params["stall_timeout"],
+        timeout=duration("timeout", params["timeout"]),
+        stall_timeout=duration("stall_timeout", params["stall_timeout"]),
         on_timeout=params["on_timeout"],
         encrypted_source=params["encrypted_source"],
         check_mode=module.check_mode,
@@ -389,8 +391,8 @@ def main() -> None:
             "completion_mode": {"type": "str", "choices": ["grouped", "individual"], "default": "grouped"},
             "state": {"type": "str", "choices": ["completed", "started", "cancelled"], "default": "completed"},
             "overwrite": {"type": "bool", "default": False},
-            "timeout": {"type": "float", "default": 0},
-            "stall_timeout": {"type": "float", "default": 600},
+            "timeout": {"type": "str", "default": "0"},
+            "stall_timeout": {"type": "str", "default": "600"},
             "on_timeout": {"type": "str", "choices": ["cancel", "leave"], "default": "cancel"},
             "encrypted_source": {"type": "str", "choices": ["warn", "refuse"], "default": "warn"},
         },

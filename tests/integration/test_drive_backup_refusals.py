@@ -63,6 +63,13 @@ def refuse(vm: Qemu, directory: Path, option: str, given: dict[str, t.Any], chec
         ("target", {"target": "/proc/disk.qcow2"}),
         ("target", {"target": "/dev/null"}),
         ("target", {"target": "/tmp"}),
+        # With .receipt.json.partial.tmp after it there would be 256 bytes.
+        ("target", {"target": f"/tmp/{'x' * 231}"}),
+        ("target", {"target": f"/tmp/{'x' * 240}", "receipt": "/tmp/short"}),
+        ("receipt", {"receipt": f"/tmp/{'x' * 244}"}),
+        ("timeout", {"timeout": "soon"}),
+        ("timeout", {"timeout": "-5m"}),
+        ("stall_timeout", {"stall_timeout": "10 parsecs"}),
         ("format", {"format": "nosuchfmt"}),
         ("bitmap", {"bitmap": "b0"}),
         ("bitmap", {"sync": "incremental"}),

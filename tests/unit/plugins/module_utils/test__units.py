@@ -12,7 +12,13 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from ansible_collections.vmfleet.backup.plugins.module_utils._units import boottime, human, parse_time, utc_now
+from ansible_collections.vmfleet.backup.plugins.module_utils._units import (
+    boottime,
+    human,
+    parse_time,
+    seconds,
+    utc_now,
+)
 
 PACKAGE = "ansible_collections.vmfleet.backup.plugins.module_utils"
 
@@ -46,3 +52,16 @@ def test_what_reads_sets_does_not_load_what_makes_them(name: str) -> None:
     loaded = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout.split()
     assert f"{PACKAGE}.{name}" in loaded
     assert not {f"{PACKAGE}.{maker}" for maker in ("_attempt", "_engine", "_plan", "_survey")} & {*loaded}
+
+
+@pytest.mark.parametrize(
+    ("text", "found"), [("0", 0), ("90", 90), ("0.5", 0.5), ("30s", 30), ("10m", 600), ("2h", 7200)]
+)
+def test_seconds(text: str, found: float) -> None:
+    assert seconds(text) == found
+
+
+@pytest.mark.parametrize("text", ["", "-1", "m", "10 min", "1e3", "nan", "10w", "5m5s"])
+def test_no_seconds(text: str) -> None:
+    with pytest.raises(ValueError, match="such as '10m'"):
+        seconds(text)
