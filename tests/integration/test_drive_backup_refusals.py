@@ -65,7 +65,7 @@ def refuse(vm: Qemu, directory: Path, option: str, given: dict[str, t.Any], chec
         ("target", {"target": "/tmp"}),
         # With .receipt.json.partial.tmp after it there would be 256 bytes.
         ("target", {"target": f"/tmp/{'x' * 231}"}),
-        ("target", {"target": f"/tmp/{'x' * 240}", "receipt": "/tmp/short"}),
+        ("target", {"target": f"/tmp/{'x' * 248}", "receipt": "/tmp/short"}),
         ("receipt", {"receipt": f"/tmp/{'x' * 244}"}),
         ("timeout", {"timeout": "soon"}),
         ("timeout", {"timeout": "-5m"}),
