@@ -36,6 +36,15 @@ def check_set_id(text: str, option: str = "id") -> str:
     return text
 
 
+COLUMN = 32
+"""The most that a column of names takes: a longer one moves what follows it in its own line, and in no other."""
+
+
+def column(names: Iterable[str]) -> int:
+    """The width of the column of these names, where text is printed for people."""
+    return min(max(map(len, names), default=0), COLUMN)
+
+
 def check_length(option: str, path: str, *ends: str) -> None:
     """Refuse a file whose name would be too long with one of these ends; its directory is there."""
     longest = max(ends, key=len, default="")

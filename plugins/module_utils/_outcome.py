@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
+from ansible_collections.vmfleet.backup.plugins.module_utils._names import column
 from ansible_collections.vmfleet.backup.plugins.module_utils._units import human
 
 if TYPE_CHECKING:
@@ -106,7 +107,7 @@ def summarize(outcomes: Sequence[Outcome]) -> dict[str, Any]:
 
 def describe(outcomes: Sequence[Outcome]) -> list[str]:
     """The results for people to read, what went wrong last."""
-    width = max((len(outcome.name) for outcome in outcomes), default=0)
+    width = column(outcome.name for outcome in outcomes)
     ordered = sorted(outcomes, key=lambda one: one.state in (FAILED, CANCELLED))
     return [line for outcome in ordered for line in outcome.describe(width)]
 

@@ -17,7 +17,7 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._chain import AUTO,
 from ansible_collections.vmfleet.backup.plugins.module_utils._documents import PREPARING
 from ansible_collections.vmfleet.backup.plugins.module_utils._errors import Refused
 from ansible_collections.vmfleet.backup.plugins.module_utils._inspect import IO_ERROR
-from ansible_collections.vmfleet.backup.plugins.module_utils._names import check_set_id, image_files
+from ansible_collections.vmfleet.backup.plugins.module_utils._names import check_set_id, column, image_files
 from ansible_collections.vmfleet.backup.plugins.module_utils._units import human
 
 if TYPE_CHECKING:
@@ -702,7 +702,7 @@ def describe(plan: Plan) -> list[str]:
     if not space.reservable:
         lines.append("This file system cannot reserve space for a copy: the reserve counts twice.")
     lines += [f"Warning: {warning}" for warning in plan.warnings]
-    width = max((len(vm.name) for vm in plan.vms), default=0)
+    width = column(vm.name for vm in plan.vms)
     for vm in plan.vms:
         lines.append(f"{vm.action:6}  {vm.name:{width}}  {vm.reason}")
         if vm.action in (START, ATTACH, FINISH):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ansible_collections.vmfleet.backup.plugins.module_utils._names import column
 from ansible_collections.vmfleet.backup.plugins.module_utils._outcome import (
     CANCELLED,
     FAILED,
@@ -83,7 +84,7 @@ class Progress:
     def lines(self, bars: bool) -> list[str]:
         """What there is to tell now: what has failed since the last time, all VMs in one line, and those that run."""
         running = [outcome for outcome in self._outcomes if outcome.state == RUNNING] if bars else []
-        width = max((len(outcome.name) for outcome in running), default=0)
+        width = column(outcome.name for outcome in running)
         shares = (share for share, outcome in zip(self._shares, self._outcomes) if outcome.state == RUNNING)
         drawn = [_bar(outcome, share, width) for outcome, share in zip(running, shares)]
         return [self.about(line) for line in (*self._news(), self._overview(), *drawn)]

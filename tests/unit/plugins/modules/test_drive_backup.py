@@ -15,6 +15,7 @@ from ansible.module_utils.common.arg_spec import ModuleArgumentSpecValidator
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._drive import Drive, Request
 from ansible_collections.vmfleet.backup.plugins.module_utils._errors import BackupError, Refused
+from ansible_collections.vmfleet.backup.plugins.module_utils._options import duration
 from ansible_collections.vmfleet.backup.plugins.module_utils._qmp import Address
 from ansible_collections.vmfleet.backup.plugins.modules import drive_backup
 
@@ -55,8 +56,10 @@ class TestArguments:
         assert drive_backup.drives(result.validated_parameters) == (Drive("drive0", "/b/x.qcow2"),)
         given = result.validated_parameters
         request = Request(address=Address(path="/s"), drives=())
-        for name in ("state", "completion_mode", "overwrite", "timeout", "stall_timeout", "on_timeout"):
+        for name in ("state", "completion_mode", "overwrite", "on_timeout"):
             assert given[name] == getattr(request, name)
+        for name in ("timeout", "stall_timeout"):
+            assert duration(name, given[name]) == getattr(request, name)
 
     def test_drive_takes_what_it_leaves_open_from_the_module(self, validate: Callable[[dict[str, Any]], Any]) -> None:
         asked = {
