@@ -12,6 +12,7 @@ import typing as t
 import pytest
 import yaml
 
+from ansible_collections.vmfleet.backup.tests.harness.library import Chain
 from ansible_collections.vmfleet.backup.tests.harness.playbooks import Hypervisor
 from ansible_collections.vmfleet.backup.tests.harness.sets import ID
 
@@ -148,6 +149,18 @@ def test_the_summary_of_another_try_is_about_all_that_have_the_set(vms: Vms, pla
     assert play.rc == 0, play.output
     heads = re.findall(rf"Backup {ID} of 2 hypervisors: (\d) of (\d) VMs", play.output)
     assert heads == [("1", "2"), ("2", "2")], play.output
+
+
+def test_no_verb_is_left_to_one_who_takes_no_part(vms: Vms, directory: Path, playbook: Playbook) -> None:
+    chain = Chain(vms, directory)
+    playbook.hypervisor.hosts = ("hv1", "hv2")
+    second = {**use("Second", "verify"), "when": "inventory_hostname == 'hv2'"}
+    play = playbook.run(use("First", "verify"), second, id="")
+    assert play.rc == 0, play.output
+    assert len(chain.library.listed()) == 3
+    first, last = play.output.split("TASK [Second]")
+    assert first.count("1 of 1 sets are good") == 1
+    assert last.count("1 of 1 sets are good") == 1
 
 
 def test_a_batch_does_not_speak_of_those_to_come(vms: Vms, playbook: Playbook) -> None:
