@@ -359,8 +359,9 @@ async def main_task(module: AnsibleModule) -> dict[str, Any]:
     )
     settings = Settings(
         check_mode=module.check_mode,
+        timeout=duration("timeout", module.params["timeout"]),
+        stall_timeout=duration("stall_timeout", module.params["stall_timeout"]),
         **{name: module.params[name] for name in names},
-        **{name: duration(name, module.params[name]) for name in ("timeout", "stall_timeout")},
     )
     given = None if module.params["plan"] is None else parse_plan(module.params["plan"])
     path = given.repository if given else module.params["repository"]
