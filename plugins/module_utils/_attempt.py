@@ -32,6 +32,7 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._documents import (
 )
 from ansible_collections.vmfleet.backup.plugins.module_utils._errors import AgentError, BackupError, after
 from ansible_collections.vmfleet.backup.plugins.module_utils._inspect import chain_of, query_jobs
+from ansible_collections.vmfleet.backup.plugins.module_utils._spaces import spaces
 from ansible_collections.vmfleet.backup.plugins.module_utils._survey import Room, measure
 from ansible_collections.vmfleet.backup.plugins.module_utils._units import boottime, utc_now
 
@@ -119,6 +120,7 @@ class Maker:
             checksum=policy.checksum,
             disks=disks,
             agent=agent,
+            spaces=spaces(),
         )
         return Draft(intent, decision.choice.disks, decision.links, await describe_vm(monitor, vm))
 

@@ -30,6 +30,7 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._bound import bound
 from ansible_collections.vmfleet.backup.plugins.module_utils._description import FLASH, ITEM
 from ansible_collections.vmfleet.backup.plugins.module_utils._errors import AgentError, Refused
 from ansible_collections.vmfleet.backup.plugins.module_utils._qmp import Process
+from ansible_collections.vmfleet.backup.plugins.module_utils._spaces import PROCESSES, spaces
 from ansible_collections.vmfleet.backup.plugins.module_utils._target import free_bytes
 from ansible_collections.vmfleet.backup.plugins.module_utils._units import human
 
@@ -426,6 +427,8 @@ def place_for(tmpdir: str) -> Iterator[str]:
     """A directory for one throwaway VM, which goes with what is in it."""
     me = Process.of(os.getpid())
     owner = f"{me.pid}-{me.start}" if me else "0-0"
+    # Nobody can tell in another pid namespace whether this one has ended.
+    owner += f"-{spaces()[PROCESSES]}"
     path = tempfile.mkdtemp(prefix=f"{PREFIX}{owner}-", dir=tmpdir)
     try:
         yield path
@@ -436,9 +439,13 @@ def place_for(tmpdir: str) -> Iterator[str]:
 def clear_places(tmpdir: str) -> None:
     """Remove what modules have left that were killed: their QEMU died with them."""
     for path in glob.glob(os.path.join(glob.escape(tmpdir), PREFIX + "*")):
-        owner = re.match(PREFIX + r"(\d+)-(\d+)-", os.path.basename(path))
+        owner = re.match(PREFIX + r"(\d+)-(\d+)-(\d+)-", os.path.basename(path))
         # Somebody else may have made something that looks like ours; of what is not ours, nothing can be removed.
-        if owner and not Process(int(owner.group(1)), int(owner.group(2))).alive:
+        if (
+            owner
+            and owner.group(3) == spaces()[PROCESSES]
+            and not Process(int(owner.group(1)), int(owner.group(2))).alive
+        ):
             shutil.rmtree(path, ignore_errors=True)
 
 

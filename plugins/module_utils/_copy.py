@@ -20,7 +20,7 @@ from ansible_collections.vmfleet.backup.plugins.module_utils import _receipt
 from ansible_collections.vmfleet.backup.plugins.module_utils._drive import plain_path
 from ansible_collections.vmfleet.backup.plugins.module_utils._errors import BackupError, Refused
 from ansible_collections.vmfleet.backup.plugins.module_utils._inspect import Disk, machine_id
-from ansible_collections.vmfleet.backup.plugins.module_utils._qmp import Process
+from ansible_collections.vmfleet.backup.plugins.module_utils._spaces import boot_id
 from ansible_collections.vmfleet.backup.plugins.module_utils._target import is_block_device
 
 if TYPE_CHECKING:
@@ -145,15 +145,14 @@ def examine(drive: Drive, vm: Vm, owners: dict[str, str]) -> Copy:
         return _examine_unrecorded(drive, vm, disk, owners)
     _refuse_foreign(drive, vm, record)
     copy = Copy(drive, disk, record.job, DEAD, record, _own_job(drive, vm, disk, record.job, owners))
-    process = Process(*record.process) if record.process else None
     if record.identity != vm.identity:
         return replace(copy, job=None, reason=f"it was for VM {record.vm}, which has ended")
     if record.phase == _receipt.CANCELLING:
         return replace(copy, reason="it had been given up")
     if record.whole:
         return _examine_whole(copy, record)
-    if process and vm.process and process != vm.process:
-        return replace(copy, job=None, reason=f"its QEMU (process {process.pid}) has ended")
+    if record.origin.is_other_process(vm):
+        return replace(copy, job=None, reason=f"its QEMU (process {record.process[0]}) has ended")
     if copy.job is None:
         return replace(copy, reason=f"QEMU does not list its job {record.job}")
     _refuse_other_request(copy, record)
@@ -187,15 +186,27 @@ def _refuse_other_request(copy: Copy, record: Record) -> None:
 
 
 def _refuse_foreign(drive: Drive, vm: Vm, record: Record) -> None:
-    if record.hypervisor != machine_id():
+    if record.hypervisor != machine_id() and record.boot != boot_id():
         raise BackupError(
             f"target: {drive.target} is being made on another hypervisor (machine-id {record.hypervisor}, VM"
             f" {record.vm}, since {record.started}); if that one is gone for"
             f" good, remove {_receipt.record_path(drive.receipt_path)}"
         )
-    alive = bool(record.process) and Process(*record.process).alive
-    same_process = vm.process is None or record.process == [vm.process.pid, vm.process.start]
-    if (alive and not same_process) or (record.identity != vm.identity and (alive or record.whole)):
+    listed = vm.job(record.job)
+    # Its name is the same in every attempt, and so a process id tells more where it means something.
+    is_asked = listed is not None and record.identity == vm.identity and not record.origin.knows_process
+    ended = record.origin.has_ended(vm, False, is_asked)
+    # An id of the user's choice does not tell whose the job is, and what would is in the place where it was begun.
+    unknown = listed is not None and not record.job.startswith(JOB_PREFIX) and not record.origin.is_from_here
+    if (ended is None or unknown) and not record.whole:
+        raise BackupError(
+            f"target: {drive.target} is being made of VM {record.vm} since {record.started}, and was begun where"
+            " processes and sockets have other names than here (in a container, or outside of this one): whether job"
+            f" {record.job} still writes it cannot be told from here. Repeat the call where it was begun; if nobody"
+            f" makes it any more, remove {_receipt.record_path(drive.receipt_path)}"
+        )
+    alive = bool(record.process) and not ended
+    if (alive and record.origin.is_other_process(vm)) or (record.identity != vm.identity and (alive or record.whole)):
         raise BackupError(
             f"target: {drive.target} is being made for another VM ({record.vm}, since {record.started}); use another"
             " target"

@@ -109,6 +109,16 @@ class Hypervisor:
     machine_id: str
     boot_id: str
 
+    def is_same(self, other: Hypervisor) -> bool:
+        """Whether both are one machine, maybe booted again. Containers on it may have a machine-id of their own.
+
+        Images of machines and of containers are cloned with their machine-id: with another boot and another name it
+        proves nothing.
+        """
+        if self.boot_id == other.boot_id:
+            return True
+        return (self.machine_id, self.name) == (other.machine_id, other.name)
+
 
 @dataclass(frozen=True)
 class Manifest:
@@ -174,7 +184,8 @@ class Intent:
     C(begun) and C(deadline) are seconds of the hypervisor's CLOCK_BOOTTIME: nobody sets that clock.
     C(guest) is the VM's status at the start. C(process) is QEMU's pid and start time, empty over TCP. C(frozen) says
     that the guest's file systems may be frozen by us, through the agent's socket C(agent). C(progress) is where a set
-    stood that did not advance while it was last watched: bytes copied, and since when, by that clock.
+    stood that did not advance while it was last watched: bytes copied, and since when, by that clock. C(spaces) are
+    the name spaces in which C(process) and C(monitor) mean what they say; version 0.1.0 did not have them.
     """
 
     run: str
@@ -200,6 +211,7 @@ class Intent:
     frozen_ms: int = 0
     consistency_reason: str = ""
     progress: tuple[int, float] | tuple[()] = ()
+    spaces: dict[str, str] = field(default_factory=dict)
     schema: int = SCHEMA
 
     @property

@@ -62,6 +62,7 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._lock import (
     write_owners,
 )
 from ansible_collections.vmfleet.backup.plugins.module_utils._qmp import Monitor
+from ansible_collections.vmfleet.backup.plugins.module_utils._spaces import boot_id, spaces
 
 if TYPE_CHECKING:
     from contextlib import AbstractAsyncContextManager
@@ -641,6 +642,9 @@ def _new_record(copy: Copy, vm: Vm, attempt: str, target: _target.Target) -> Rec
         guest=vm.status,
         reserved=False,
         replaces=list(_target.identity(copy.drive.target)),
+        boot=boot_id(),
+        monitor=vm.monitor,
+        spaces=spaces(),
     )
 
 

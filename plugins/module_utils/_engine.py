@@ -62,6 +62,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
     from typing import Any
 
+    from ansible_collections.vmfleet.backup.plugins.module_utils._documents import Hypervisor
     from ansible_collections.vmfleet.backup.plugins.module_utils._inspect import Job, Vm
     from ansible_collections.vmfleet.backup.plugins.module_utils._plan import Decision, Facts, Plan, Request, Verdict
     from ansible_collections.vmfleet.backup.plugins.module_utils._qmp import Process
@@ -747,14 +748,14 @@ class Engine:
             await _jobs.remove_bitmaps(monitor, _bitmaps(facts.vm, intent.bitmaps))
             if blamed and intent.guest != IO_ERROR:
                 await _jobs.resume(monitor)
-        elif self._is_ours(intent) and intent.attempt not in facts.dead:
+        elif self._is_ours(intent) and intent.attempt not in facts.dead | facts.doubtful:
             raise BackupError(f"{facts.error}; the set is unfinished: run the backup again to clean up")
         # NFS renames what is unlinked while it is open, and then the directory is not empty.
         self._maker.release(intent)
         await self.repository.discard(intent)
 
     def _is_ours(self, intent: Intent) -> bool:
-        return intent.hypervisor.machine_id == self._hypervisor.machine_id
+        return intent.hypervisor.is_same(self._hypervisor)
 
     async def _remove(
         self, work: _Work, monitor: Monitor | None, facts: Facts, intent: Intent, removal: str
@@ -894,6 +895,10 @@ class Engine:
             work.followed = wanted[0]
             async with AsyncExitStack() as stack:
                 monitor, facts, shelf = await self._take_hold(stack, work)
+                doubtful = [intent for intent in wanted if intent.attempt in facts.doubtful]
+                if doubtful:
+                    error = f"{_plan.in_doubt(doubtful[0])}, and cancel it there"
+                    return self._outcome(work, FAILED, error=error)
                 for intent in shelf.intents:
                     if intent.id in [other.id for other in wanted]:
                         thawed = await self._thaw(work, intent, facts)
@@ -958,18 +963,18 @@ def of_names(repository: Repository, names: Iterable[str] | None) -> Plan:
     Without names it is for those whose sets this hypervisor is making.
     """
     policy = _plan.Policy()
-    here = _survey.this_hypervisor().machine_id
+    here = _survey.this_hypervisor()
     if names is None:
-        names = sorted(intent.vm.name for intent in repository.intents() if intent.hypervisor.machine_id == here)
+        names = sorted(intent.vm.name for intent in repository.intents() if intent.hypervisor.is_same(here))
     vms = tuple(_last_seen(name, repository.shelf(name), here) for name in names)
     return _plan.Plan(repository.path, False, "", "", policy, _survey.space_in(repository, policy), vms)
 
 
-def _last_seen(name: str, shelf: Shelf, machine_id: str) -> VmPlan:
+def _last_seen(name: str, shelf: Shelf, here: Hypervisor) -> VmPlan:
     """Where the VM's newest set was taken, or is being made; no monitor where that is on another hypervisor."""
     found: list[Manifest | Intent] = [*shelf.sets, *shelf.intents]
     maker = found[-1].hypervisor if found else None
-    if maker and maker.machine_id == machine_id:
+    if maker and maker.is_same(here):
         return VmPlan(name, found[-1].monitor, _plan.ATTACH, "", found[-1].vm.identity)
     return VmPlan(name, "", _plan.ATTACH, "")
 

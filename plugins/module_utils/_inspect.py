@@ -52,6 +52,11 @@ CHILDREN = (10, 1)
 FLAT_DEVICES = (11, 0)
 """The first version whose query-block can leave out the backing files."""
 
+FILE_DRIVERS = frozenset({"file", "host_device", "host_cdrom"})
+
+TEMPORARY = re.compile(r"/vl\.[A-Za-z0-9]{6}(?:\"|$)")
+"""The file that QEMU makes for a temporary disk, in /var/tmp or in TMPDIR (block.c, create_tmp_file)."""
+
 GRAPH_ATTEMPTS = 20
 """How often the block graph is asked for until its parts fit together: once and again is the rule."""
 
@@ -184,6 +189,8 @@ class Vm:
     jobs: tuple[Job, ...]
     fdsets: dict[int, tuple[str, ...]]
     process: Process | None
+    monitor: str = ""
+    """The address at which it was asked."""
     files: tuple[str, ...] = field(default=(), repr=False)
     """Paths of all image files that this VM has open, backing files included."""
     target_nodes: tuple[str, ...] = field(default=(), repr=False)
@@ -201,6 +208,28 @@ class Vm:
             "empty": list(self.empty),
             "jobs": [job.as_dict() for job in self.jobs],
         }
+
+    @property
+    def hidden_files(self) -> tuple[str, ...]:
+        """The images whose names do not tell which files they are; those of a QEMU that can be seen are seen there."""
+        if self.process is not None:
+            return ()
+        return tuple(path for path in self.files if not path.startswith("/") or path.startswith("/dev/fdset/"))
+
+    def cannot_copy(self, disk: Disk) -> str:
+        """Why QEMU must not be told to copy this disk; empty where it may.
+
+        QEMU hands the mark "temporary" of such a disk on to whatever it opens for it, and deletes the file of that name
+        (7.2 to 11.1). A file that was handed over open has no name that it could delete.
+        """
+        layers = (disk, *(node for node in self.other_nodes if node.node in disk.layers))
+        names = [name for layer in layers for name in (layer.filename, layer.backing_file)]
+        if not self.monitor.startswith("tcp:") or not any(TEMPORARY.search(name) for name in names):
+            return ""
+        return (
+            f"disk {disk.name} of VM {self.name} is temporary (-snapshot, snapshot=on). QEMU deletes each image that it"
+            " copies such a disk to by name, and over TCP there is no other way; give the VM a monitor on a UNIX socket"
+        )
 
     def job(self, job_id: str) -> Job | None:
         return next((job for job in self.jobs if job.id == job_id), None)
@@ -252,6 +281,7 @@ async def inspect_vm(monitor: Monitor, name: str = "") -> Vm:
         jobs=merge_jobs(block_jobs, jobs),
         fdsets={entry["fdset-id"]: tuple(fd.get("opaque", "") for fd in entry["fds"]) for entry in fdsets},
         process=monitor.process,
+        monitor=str(monitor.address),
         files=_files(graph.nodes.values(), monitor.process),
         target_nodes=tuple(name for name in graph.nodes if TARGET_NODE.fullmatch(name)),
     )
@@ -553,6 +583,9 @@ def _files(nodes: Iterable[dict[str, Any]], process: Process | None) -> tuple[st
     found = []
     for node in nodes:
         path = node["file"]
+        if not path.startswith("/") and node["drv"] not in FILE_DRIVERS:
+            # What stands for several files, or for one on another machine: the files have nodes of their own.
+            continue
         if not path.startswith("/") and process is not None:
             # QEMU tells a relative name as it was given; it counts from QEMU's own working directory.
             path = os.path.join(f"/proc/{process.pid}/cwd", path)

@@ -90,20 +90,27 @@ class Request:
 class Facts:
     """What a look at a VM found. C(vm) is None where it did not answer, and C(off) says that there is no QEMU.
 
-    C(dead) are the attempts whose QEMU has ended; C(damage) says, by set id and disk, what is wrong with the files of
-    the images that the next ones would build on.
+    C(dead) are the attempts whose QEMU has ended, C(doubtful) those of whose QEMU that cannot be told, C(elsewhere)
+    those of a QEMU that is seen to be another one than that which has answered. C(damage) says, by set id and disk,
+    what is wrong with the files of the images that the next ones would build on.
     """
 
     vm: Vm | None = None
     error: str = ""
     off: bool = False
     dead: frozenset[str] = frozenset()
+    doubtful: frozenset[str] = frozenset()
+    elsewhere: frozenset[str] = frozenset()
     damage: Mapping[tuple[str, str], str] = field(default_factory=dict)
 
     @property
     def process(self) -> Process | None:
         """The QEMU that has answered, where it is known."""
         return self.vm.process if self.vm else None
+
+    def shows(self, intent: Intent) -> bool:
+        """Whether the QEMU that has answered has a job of this attempt, and so is the one that makes its set."""
+        return self.vm is not None and any(self.vm.job(job) for job in intent.jobs)
 
 
 @dataclass(frozen=True)
@@ -262,6 +269,9 @@ def choose_disks(vm: Vm, request: Request) -> Choice:
             left_out.append(LeftOut(disk.name, READ_ONLY))
         else:
             chosen.append(disk)
+    refused = next(filter(None, (vm.cannot_copy(disk) for disk in chosen)), "")
+    if refused:
+        return Choice(error=f"{refused}, or leave the disk out (exclude_disks)")
     names = [disk.name for disk in chosen]
     twins = [disk for disk in chosen if names.count(disk.name) > 1]
     if twins:
@@ -512,20 +522,32 @@ def _mismatch(published: Manifest, vm: Vm, choice: Choice) -> str:
 def _foreign(intent: Intent, facts: Facts, hypervisor: Hypervisor) -> str:
     """Why an intent is somebody else's; empty where it is ours."""
     maker = intent.hypervisor
-    if maker.machine_id != hypervisor.machine_id:
+    if not maker.is_same(hypervisor):
         return (
             f"set {intent.id} is being made by hypervisor {maker.name} (machine-id {maker.machine_id}) since"
             f" {intent.started}"
         )
+    if intent.attempt in facts.doubtful:
+        return in_doubt(intent)
     vm = facts.vm
-    if vm is None or intent.attempt in facts.dead:
+    # The name of a job is that of one attempt only: the VM that has it is the right one, whatever it is called here.
+    if vm is None or intent.attempt in facts.dead or facts.shows(intent):
         return ""
     if vm.identity != intent.vm.identity:
         return f"set {intent.id} is being made of another VM of this name ({intent.vm.identity}) since {intent.started}"
-    if vm.process and intent.process and (vm.process.pid, vm.process.start) != intent.process:
+    if intent.attempt in facts.elsewhere:
         other = f"pid {intent.process[0]}, {intent.monitor}"
         return f"set {intent.id} is being made of another VM of this name ({other}) since {intent.started}"
     return ""
+
+
+def in_doubt(intent: Intent) -> str:
+    """What is said of an attempt whose QEMU can neither be asked nor be seen to have ended."""
+    return (
+        f"set {intent.id} is being made since {intent.started}, and was begun where processes and sockets have other"
+        " names than here (in a container, or outside of this one): whether its QEMU still copies cannot be told from"
+        " here. Run the backup where it was begun"
+    )
 
 
 def _foreign_jobs(vm: Vm, tag: str) -> tuple[Job, ...]:

@@ -26,6 +26,8 @@ async def prepare_target(vm: Vm, copy: Copy, overwrite: bool) -> _target.Target:
     """The target to be written, after every check that needs the VM or the file."""
     drive, disk = copy.drive, copy.disk
     _refuse_own_image(drive, vm)
+    if vm.cannot_copy(disk):
+        raise Refused("device", vm.cannot_copy(disk))
     _refuse_bitmap(drive, disk, vm)
     image_format = drive.format or "qcow2"
     if drive.existing:
@@ -36,6 +38,8 @@ async def prepare_target(vm: Vm, copy: Copy, overwrite: bool) -> _target.Target:
         raise Refused("compress", f"{drive.target} is a raw image, which cannot be compressed")
     if copy.found in (OCCUPIED, DONE) and not overwrite:
         await _refuse_overwriting(copy, image_format)
+    elif copy.found in (OCCUPIED, DONE):
+        _refuse_hidden(copy, vm)
     await _refuse_used(drive, image_format)
     return _target.Target(
         path=drive.image_path,
@@ -94,13 +98,37 @@ def refuse_lost_increment(copy: Copy, accepted: bool) -> None:
 
 def _refuse_own_image(drive: Drive, vm: Vm) -> None:
     for path in (drive.target, drive.image_path):
-        for own in vm.files:
+        for own in (*vm.files, *_open_files(vm)):
             try:
                 same = os.path.samefile(path, own)
             except OSError:
                 same = os.path.normpath(path) == os.path.normpath(own)
             if same:
                 raise Refused("target", f"{path} is an image of VM {vm.name} itself")
+
+
+def _open_files(vm: Vm) -> list[str]:
+    """What QEMU has open, whatever it is called where QEMU is; nothing where that is not to be seen."""
+    directory = f"/proc/{vm.process.pid}/fd" if vm.process else ""
+    try:
+        return [os.path.join(directory, fd) for fd in os.listdir(directory)] if directory else []
+    except OSError:
+        return []
+
+
+def _refuse_hidden(copy: Copy, vm: Vm) -> None:
+    """Refuse to replace what may be an image of the VM itself. That an image is not locked proves little: QEMU can be
+    told not to lock them.
+    """
+    target = copy.drive.target
+    is_ours = copy.record is not None and copy.record.matches(os.stat(target), _target.is_block_device(target))
+    if vm.hidden_files and not is_ours:
+        raise Refused(
+            "target",
+            f"{target} exists, no receipt says that it is a backup, and it may be an image of VM {vm.name} itself:"
+            f" which files {', '.join(vm.hidden_files)} of that VM are cannot be seen from here. Use another target; or"
+            " remove it yourself, if it may go; or run this where QEMU can be seen, over a monitor on a UNIX socket",
+        )
 
 
 def _refuse_bitmap(drive: Drive, disk: Disk, vm: Vm) -> None:
@@ -185,6 +213,8 @@ async def _refuse_used(drive: Drive, image_format: str) -> None:
             raise Refused(
                 "target", f"{drive.target} is in use (mounted, or part of a volume): {error.strerror}"
             ) from error
+    if _target.is_locked(drive.target):
+        raise Refused("target", f"{drive.target} is in use by another process, a VM most often; see `fuser` of it")
     try:
         await _qemu_img.run(_qemu_img.info_command(drive.target, image_format if drive.existing else ""))
     except ToolError as error:

@@ -124,7 +124,8 @@ class Process:
 
     @classmethod
     def of(cls, pid: int) -> Process | None:
-        stat = _process_stat(pid)
+        """The process of this id; None where there is none, or where it is out of sight, as from a container."""
+        stat = _process_stat(pid) if proc_is_ours() else []
         return cls(pid, int(stat[19])) if stat else None
 
     @property
@@ -136,6 +137,17 @@ class Process:
     @property
     def stopped(self) -> bool:
         return _process_stat(self.pid)[:1] in (["T"], ["t"])
+
+
+def proc_is_ours() -> bool:
+    """Whether /proc shows processes by the ids that they have for this one: that of another pid namespace does not."""
+    try:
+        with open("/proc/self/status", encoding="ascii", errors="replace") as status:
+            ids = next((line.split()[1:] for line in status if line.startswith("NSpid:")), [""])
+    except OSError:
+        return False
+    # Kernels that cannot have nested ones do not have the line.
+    return len(ids) == 1
 
 
 def _process_stat(pid: int) -> list[str]:
@@ -332,17 +344,25 @@ class Monitor:
             return f"{start}{held}, or {frozen}"
         stopped = f" (process {self.process.pid} is stopped)" if self.process and self.process.stopped else ""
         accepted, waiting = _clients(self.address.path)
+        if accepted is None:
+            return f"{start}{held}, or {frozen}"
         if not waiting:
             return start + other + stopped
         return start + (held if accepted else frozen) + stopped
 
 
-def _clients(path: str) -> tuple[int, int]:
-    """How many clients the socket at C(path) serves, and how many wait to be accepted (unix(7), net/unix/af_unix.c)."""
+def _clients(path: str) -> tuple[int | None, int]:
+    """How many clients the socket at C(path) serves, and how many wait to be accepted (unix(7), net/unix/af_unix.c).
+
+    None where the kernel does not show it: it is of another network namespace, or has another path there.
+    """
     counts = {"03": 0, "02": 0}
+    is_shown = False
     with open("/proc/net/unix", encoding="utf-8", errors="replace") as table:
         for line in table:
             columns = line.split(maxsplit=7)
-            if len(columns) == 8 and columns[7].rstrip("\n") == path and columns[5] in counts:
-                counts[columns[5]] += 1
-    return counts["03"], counts["02"]
+            if len(columns) == 8 and columns[7].rstrip("\n") == path:
+                is_shown = True
+                if columns[5] in counts:
+                    counts[columns[5]] += 1
+    return counts["03"] if is_shown else None, counts["02"]

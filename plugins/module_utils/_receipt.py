@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._errors import BackupError
 from ansible_collections.vmfleet.backup.plugins.module_utils._files import claim, step
+from ansible_collections.vmfleet.backup.plugins.module_utils._spaces import Origin
 from ansible_collections.vmfleet.backup.plugins.module_utils._target import identity, remove, sync_directory
 
 if TYPE_CHECKING:
@@ -75,12 +76,21 @@ class Record:
     size: int = 0
     mtime: int = 0
     duration: float = 0.0
+    boot: str = ""
+    """The boot of the machine; this and the next two are missing in what version 0.1.0 wrote."""
+    monitor: str = ""
+    spaces: dict[str, str] = field(default_factory=dict)
+    """The name spaces in which C(process) and C(monitor) mean what they say."""
     schema: int = field(default=SCHEMA)
 
     @property
     def whole(self) -> bool:
         """Whether the image that it speaks of is finished."""
         return self.phase == COPIED
+
+    @property
+    def origin(self) -> Origin:
+        return Origin(self.identity, self.monitor, tuple(self.process), self.spaces)
 
     @property
     def consumes_bitmap(self) -> bool:

@@ -15,11 +15,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-import fcntl
 import glob
 import hashlib
 import os
-import struct
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
@@ -59,12 +57,6 @@ RECEIPT = ".restored.json"
 
 LOCK_TIMEOUT = 1.0
 """Seconds to wait for somebody else who restores to the same target: longer than the end of such a work takes."""
-
-FLOCK = "hhqqi"
-"""struct flock: type, whence, start, length, process."""
-
-QEMU_LOCKS = (100, 200)
-"""Where QEMU's locks begin in a file, and the length of all (QEMU 7.2, block/file-posix.c)."""
 
 
 @dataclass(frozen=True)
@@ -251,17 +243,8 @@ def _check_device(piece: Piece, overwrite: bool) -> None:
 
 
 def _check_unused(path: str, user: str = "a running VM") -> None:
-    """Refuse what a running VM has open: it would go on with a file that has no name any more.
-
-    QEMU says with locks on single bytes what it does with a file, and what it does not want others to do. No command
-    of qemu-img asks for them without writing where the format is raw.
-    """
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        found = fcntl.fcntl(fd, fcntl.F_GETLK, struct.pack(FLOCK, fcntl.F_WRLCK, os.SEEK_SET, *QEMU_LOCKS, 0))
-    finally:
-        os.close(fd)
-    if struct.unpack(FLOCK, found)[0] != fcntl.F_UNLCK:
+    """Refuse what a running VM has open: it would go on with a file that has no name any more."""
+    if _target.is_locked(path):
         raise Refused("target", f"{path} is in use by {user}; see `fuser {path}`")
 
 

@@ -33,7 +33,8 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._library import BOO
 from ansible_collections.vmfleet.backup.plugins.module_utils._marks import read_marks
 from ansible_collections.vmfleet.backup.plugins.module_utils._names import REPOSITORY_FILE
 from ansible_collections.vmfleet.backup.plugins.module_utils._plan import Facts, Plan, Request, Space, VmPlan
-from ansible_collections.vmfleet.backup.plugins.module_utils._qmp import Monitor, Process, parse_address
+from ansible_collections.vmfleet.backup.plugins.module_utils._qmp import Monitor, parse_address
+from ansible_collections.vmfleet.backup.plugins.module_utils._spaces import Origin, boot_id
 from ansible_collections.vmfleet.backup.plugins.module_utils._units import human
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from ansible_collections.vmfleet.backup.plugins.module_utils._documents import Intent, Manifest
     from ansible_collections.vmfleet.backup.plugins.module_utils._inspect import Disk, Vm
     from ansible_collections.vmfleet.backup.plugins.module_utils._plan import Policy
+    from ansible_collections.vmfleet.backup.plugins.module_utils._qmp import Process
     from ansible_collections.vmfleet.backup.plugins.module_utils._repository import Repository, Shelf
     from ansible_collections.vmfleet.backup.plugins.module_utils._watched import WatchedRepository
 
@@ -54,8 +56,7 @@ LEAST_FREE = 1 << 20
 
 
 def this_hypervisor() -> Hypervisor:
-    with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as source:
-        return Hypervisor(os.uname().nodename, machine_id(), source.read().strip())
+    return Hypervisor(os.uname().nodename, machine_id(), boot_id())
 
 
 def require_qemu_img() -> None:
@@ -151,7 +152,7 @@ def with_shelf(
     Raises BackupError as Repository.shelf() does.
     """
     shelf = repository.shelf(name)
-    facts = with_dead(facts, shelf.intents, hypervisor)
+    facts = with_fates(facts, shelf.intents, hypervisor)
     return with_damage(facts, repository, shelf.sets) if damage else facts, shelf
 
 
@@ -177,19 +178,30 @@ def with_damage(facts: Facts, repository: Repository, sets: Sequence[Manifest]) 
     return replace(facts, damage=found)
 
 
-def with_dead(facts: Facts, intents: Iterable[Intent], hypervisor: Hypervisor) -> Facts:
-    """The facts with the attempts whose QEMU has ended."""
-    return replace(facts, dead=frozenset(intent.attempt for intent in intents if _ended(intent, facts, hypervisor)))
+def with_fates(facts: Facts, intents: Iterable[Intent], hypervisor: Hypervisor) -> Facts:
+    """The facts with what can be told from here of each attempt's QEMU."""
+    found = list(intents)
+    ended = {intent.attempt: _has_ended(intent, facts, hypervisor) for intent in found}
+    return replace(
+        facts,
+        dead=frozenset(attempt for attempt, fate in ended.items() if fate),
+        doubtful=frozenset(attempt for attempt, fate in ended.items() if fate is None),
+        elsewhere=frozenset(
+            intent.attempt for intent in found if facts.vm and _origin(intent).is_other_process(facts.vm)
+        ),
+    )
 
 
-def _ended(intent: Intent, facts: Facts, hypervisor: Hypervisor) -> bool:
-    if intent.hypervisor.machine_id != hypervisor.machine_id:
+def _has_ended(intent: Intent, facts: Facts, hypervisor: Hypervisor) -> bool | None:
+    if not intent.hypervisor.is_same(hypervisor):
         return False
     if intent.hypervisor.boot_id != hypervisor.boot_id:
         return True
-    if not intent.process:
-        return facts.off
-    return not Process(*intent.process).alive
+    return _origin(intent).has_ended(facts.vm, facts.off, facts.shows(intent))
+
+
+def _origin(intent: Intent) -> Origin:
+    return Origin(intent.vm.identity, intent.monitor, intent.process, intent.spaces)
 
 
 async def measure(

@@ -14,6 +14,7 @@ import fcntl
 import json
 import os
 import stat
+import struct
 import sys
 import threading
 from dataclasses import dataclass
@@ -38,6 +39,12 @@ CLUSTER = 65536
 """qcow2's default cluster size, in bytes."""
 FIRST_TABLE = 1 << 26
 """Bytes of a disk for which there is one byte in a qcow2 image's first table, full or not."""
+
+FLOCK = "hhqqi"
+"""struct flock: type, whence, start, length, pid."""
+
+QEMU_LOCKS = (100, 200)
+"""Where QEMU's locks on an image begin, and how many bytes they span at most (block/file-posix.c)."""
 
 FALLOC_FL_KEEP_SIZE = 1
 SYNC_FILE_RANGE_WRITE = 2
@@ -296,6 +303,20 @@ def take_name(image: str, path: str, replaces: tuple[int, int]) -> None:
                 raise FileExistsError(errno.EEXIST, "something has appeared there in between", path) from None
         remove(image)
     sync_directory(os.path.dirname(path))
+
+
+def is_locked(path: str) -> bool:
+    """Whether a QEMU has this image open, in whatever name space, be it to read from it only.
+
+    QEMU says with locks on single bytes what it does with a file, and what it does not want others to do. No command
+    of qemu-img asks for them without writing where the format is raw.
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        found = fcntl.fcntl(fd, fcntl.F_GETLK, struct.pack(FLOCK, fcntl.F_WRLCK, os.SEEK_SET, *QEMU_LOCKS, 0))
+    finally:
+        os.close(fd)
+    return bool(struct.unpack(FLOCK, found)[0] != fcntl.F_UNLCK)
 
 
 def sync_directory(path: str) -> None:

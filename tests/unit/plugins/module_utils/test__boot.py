@@ -20,6 +20,7 @@ from ansible_collections.vmfleet.backup.plugins.module_utils import _boot
 from ansible_collections.vmfleet.backup.plugins.module_utils._boot import Host, Layer, Wish, command, pairs, properties
 from ansible_collections.vmfleet.backup.plugins.module_utils._errors import Refused
 from ansible_collections.vmfleet.backup.plugins.module_utils._qmp import Process
+from ansible_collections.vmfleet.backup.plugins.module_utils._spaces import PROCESSES, spaces
 
 MIB = 1 << 20
 PLACE = "/var/tmp/place"
@@ -327,16 +328,17 @@ def test_qemu_of_another_name(tmp_path: Path) -> None:
 def test_places(tmp_path: Path) -> None:
     me = Process.of(os.getpid())
     assert me
-    dead = tmp_path / f"{_boot.PREFIX}{me.pid}-{me.start + 1}-abc"
+    dead = tmp_path / f"{_boot.PREFIX}{me.pid}-{me.start + 1}-{spaces()[PROCESSES]}-abc"
+    elsewhere = tmp_path / f"{_boot.PREFIX}{me.pid}-{me.start + 1}-1-abc"
     other = tmp_path / "vmfleet-boot-notes"
-    for path in (dead, other):
+    for path in (dead, elsewhere, other):
         path.mkdir()
         (path / "file").touch()
     with _boot.place_for(str(tmp_path)) as place:
         (Path(place) / "overlay").touch()
         _boot.clear_places(str(tmp_path))
         assert (Path(place) / "overlay").exists()
-    assert list(tmp_path.iterdir()) == [other]
+    assert set(tmp_path.iterdir()) == {elsewhere, other}
 
 
 def test_console_without_what_moves_the_cursor(tmp_path: Path) -> None:

@@ -130,6 +130,7 @@ def job(number: int, status: str = "running", **more: Any) -> Job:
 
 
 FAILED = Failure("run", "a1", "today", "failed", "target full", "then", "now")
+ELSEWHERE = Hypervisor("hv2", "other", "another boot")
 OFF = Facts(error="there is no such socket", off=True)
 
 DECISIONS = {
@@ -148,7 +149,7 @@ DECISIONS = {
     "being made, off now": (OFF, Shelf(intents=(intent(),)), "attach", "since then"),
     "being made elsewhere": (
         Facts(vm()),
-        Shelf(intents=(intent(hypervisor=Hypervisor("hv2", "other", "boot")),)),
+        Shelf(intents=(intent(hypervisor=ELSEWHERE),)),
         "fail",
         "hypervisor hv2",
     ),
@@ -160,7 +161,7 @@ DECISIONS = {
         "since",
     ),
     "being made of another QEMU of this name and identity": (
-        Facts(vm(process=Process(7, 7))),
+        Facts(vm(process=Process(7, 7)), elsewhere=frozenset({"a1"})),
         Shelf(intents=(intent(),)),
         "fail",
         "another VM of this name (pid 1, unix:/web01.qmp)",
@@ -245,11 +246,12 @@ def test_a_wrong_list_of_disks_comes_before_everything_else() -> None:
     assert decide(request, Facts(vm()), Shelf(sets=(manifest(),)), TERMS).plan.action == "fail"
 
 
-ELSEWHERE = Hypervisor("hv2", "other", "boot")
 FOREIGN = {
     "another hypervisor's": (Facts(vm()), intent(hypervisor=ELSEWHERE)),
     "another VM's": (Facts(vm(identity="uuid-2")), intent()),
-    "another QEMU's": (Facts(vm(process=Process(7, 7))), intent()),
+    "another QEMU's": (Facts(vm(process=Process(7, 7)), elsewhere=frozenset({"a1"})), intent()),
+    "one's in another container": (Facts(vm(), doubtful=frozenset({"a1"})), intent()),
+    "one's that cannot be asked from here": (replace(OFF, doubtful=frozenset({"a1"})), intent()),
 }
 
 

@@ -150,11 +150,11 @@ Num       RefCount Protocol Flags    Type St Inode Path
     [
         ("/run/web01.qmp", (1, 2)),
         ("/run/db 01.qmp", (1, 0)),
-        ("/run/db", (0, 0)),
+        ("/run/db", (None, 0)),
         ("/run/web01.qmp2", (1, 0)),
     ],
 )
-def test_clients_of_a_socket(path: str, clients: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_clients_of_a_socket(path: str, clients: tuple[int | None, int], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_qmp, "open", lambda *_args, **_options: io.StringIO(TABLE), raising=False)
     assert _qmp._clients(path) == clients
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from ansible_collections.vmfleet.backup.plugins.module_utils import _restore
+from ansible_collections.vmfleet.backup.plugins.module_utils import _restore, _target
 from ansible_collections.vmfleet.backup.plugins.module_utils._documents import DiskImage, Manifest, VmName
 from ansible_collections.vmfleet.backup.plugins.module_utils._errors import BackupError, Refused
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository import (
@@ -76,7 +76,7 @@ class TestUse:
         path.write_bytes(bytes(1000))
         # A lock of an open file, as QEMU takes it: it holds off its own process, too.
         with path.open("rb") as file:
-            lock = struct.pack(_restore.FLOCK, fcntl.F_RDLCK, os.SEEK_SET, start, length, 0)
+            lock = struct.pack(_target.FLOCK, fcntl.F_RDLCK, os.SEEK_SET, start, length, 0)
             fcntl.fcntl(file, fcntl.F_OFD_SETLK, lock)
             if used:
                 with pytest.raises(Refused, match=r"is in use by a running VM; see `fuser"):

@@ -30,7 +30,7 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._marks import write
 from ansible_collections.vmfleet.backup.plugins.module_utils._plan import Facts, Policy, Request
 from ansible_collections.vmfleet.backup.plugins.module_utils._qmp import Process
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository import Repository, create_repository
-from ansible_collections.vmfleet.backup.plugins.module_utils._survey import Room, look, with_damage, with_dead
+from ansible_collections.vmfleet.backup.plugins.module_utils._survey import Room, look, with_damage, with_fates
 from ansible_collections.vmfleet.backup.tests.unit.plugins.doubles import dead_process, own_process
 
 MIB = 1 << 20
@@ -239,7 +239,11 @@ class TestDead:
             ({"process": ()}, Facts(error="refused", off=True), True),
             ({"process": ()}, Facts(error="no greeting"), False),
             ({"process": ALIVE, "hypervisor": replace(HERE, boot_id="before")}, Facts(vm()), True),
-            ({"process": GONE, "hypervisor": replace(HERE, machine_id="other")}, Facts(vm()), False),
+            ({"process": GONE, "hypervisor": replace(HERE, machine_id="other", boot_id="other")}, Facts(vm()), False),
+            # A container with a machine-id of its own runs on the same kernel.
+            ({"process": GONE, "hypervisor": replace(HERE, machine_id="other")}, Facts(vm()), True),
+            # Machines, and containers, are cloned with their machine-id.
+            ({"process": GONE, "hypervisor": replace(HERE, name="hv2", boot_id="other")}, Facts(vm()), False),
             (
                 {"process": GONE, "hypervisor": Hypervisor("hv2", "other", "boot2")},
                 Facts(error="no such socket", off=True),
@@ -249,7 +253,7 @@ class TestDead:
     )
     def test_dead(self, attempt: dict[str, Any], facts: Facts, dead: bool) -> None:
         made = intent(**attempt)
-        assert with_dead(facts, [made], HERE).dead == (frozenset({made.attempt}) if dead else frozenset())
+        assert with_fates(facts, [made], HERE).dead == (frozenset({made.attempt}) if dead else frozenset())
 
 
 def test_a_vm_that_is_off_is_told_from_one_that_is_silent(tmp_path: Path) -> None:
