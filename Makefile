@@ -6,7 +6,7 @@
 # ARGS goes to the program behind a target, as in: make unit ARGS="-k plan"
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format sanity unit integration molecule system torture crashes package docs bench lock clean
+.PHONY: help demo test lint format sanity unit integration molecule system torture crashes package versions matrix docs bench lock clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -17,7 +17,7 @@ demo: ## Back up a real Linux guest while it writes, and look into the backup
 
 test: ## Run all the checks below and show a summary
 	@tools/setup vm
-	@.venv/bin/python tools/check lint sanity unit package integration molecule system
+	@.venv/bin/python tools/check lint sanity unit package integration molecule system versions
 
 lint: ## Check style, types, documentation and changelog
 sanity: ## Run ansible-test sanity
@@ -33,7 +33,9 @@ system: ## Run the tests of crashes and of real guests (root)
 torture: ## Drive 200 random chains of sets, where `make system` drives 25 (root)
 crashes: ## Kill modules, QEMU or both at every hit of every point, where `make test` kills at some (root)
 package: ## Build the tarball into dist, install it elsewhere and run its playbook (root)
-integration molecule system torture crashes package:
+versions: ## Run the most telling tests with the newest QEMU, and the oldest and newest Ansible and Python (root)
+matrix: ## Run the tests with all versions of QEMU, Ansible and Python, and write the table in the guides (root)
+integration molecule system torture crashes package versions matrix:
 	@tools/setup vm
 	@.venv/bin/python tools/check $@ --arguments="$(ARGS)"
 

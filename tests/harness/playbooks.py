@@ -24,6 +24,9 @@ from ansible_collections.vmfleet.backup.tests.harness.modules import ROOT
 from ansible_collections.vmfleet.backup.tests.harness.qemu import PATIENCE, wait_until
 from ansible_collections.vmfleet.backup.tests.harness.sets import ID, Sets
 
+# What runs the modules there; tools/with names another one than that of the tests.
+HYPERVISOR_PYTHON = os.environ.get("VMFLEET_HYPERVISOR_PYTHON", sys.executable)
+
 
 @dataclass
 class Play:
@@ -80,7 +83,7 @@ class Hypervisor:
     def _command(self, playbook: str, *options: str, **variables: t.Any) -> list[str]:
         host = {
             "ansible_connection": "local",
-            "ansible_python_interpreter": sys.executable,
+            "ansible_python_interpreter": HYPERVISOR_PYTHON,
             **self.variables,
             **{f"vm_backup_{name}": value for name, value in variables.items()},
         }

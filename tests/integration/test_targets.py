@@ -56,6 +56,8 @@ def test_copy_of_a_new_image_is_like_one_from_qemu_img(
         assert entry.pop("filename")
         entry.pop("full-backing-filename", None)
         entry.pop("actual-size")
+        # Since QEMU 10.0: the layer below, with its own name and sizes.
+        entry.pop("children", None)
     assert told[0] == told[1]
     assert told[0]["virtual-size"] == size
     if backing is None:

@@ -105,7 +105,10 @@ def test_a_child_that_is_killed() -> None:
 
 def test_a_thread_that_does_not_end_holds_up_nobody() -> None:
     process = start(succeed_and_leave_a_thread)
-    assert said(process) == {"changed": False, "invocation": {"module_args": {}}}
+    found = said(process)
+    # ansible-core up to 2.20 puts it in by default.
+    found.pop("invocation", None)
+    assert found == {"changed": False}
     assert process.poll() == 0
 
 

@@ -1,0 +1,98 @@
+# Copyright (c) 2026, vmfleet contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Other versions than the machine's own: what is said of them is true, and nothing half made is used."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[2]
+PROVIDE = REPOSITORY / "tools" / "provide"
+TESTED = REPOSITORY / "docs" / "docsite" / "rst" / "tested_versions.rst"
+
+
+def run(*command: str | Path, cache: Path) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "XDG_CACHE_HOME": str(cache)}
+    return subprocess.run(
+        [str(part) for part in command],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
+
+
+def half_made(cache: Path, version: str) -> Path:
+    """What is left of a run that was killed."""
+    recipe = PROVIDE.read_bytes() + (REPOSITORY / "requirements-dev.txt").read_bytes()
+    directory = cache / "vmfleet" / f"{version}-{hashlib.sha256(recipe).hexdigest()[:8]}"
+    (directory / "bin").mkdir(parents=True)
+    (directory / "bin" / "python").touch()
+    return directory
+
+
+def table() -> list[dict[str, str]]:
+    """The table of the guide."""
+    lines = TESTED.read_text().split("make matrix.")[1].strip().splitlines()
+    columns = [match.span() for match in re.finditer("=+", lines[0])]
+    head, *rows = [[line[begin:end].strip() for begin, end in columns] for line in lines if not line.startswith("=")]
+    return [dict(zip(head, row, strict=True)) for row in rows]
+
+
+def newest(column: str) -> tuple[int, ...]:
+    return max(tuple(map(int, row[column].split(".")[:2])) for row in table())
+
+
+def oldest(column: str) -> tuple[int, ...]:
+    return min(tuple(map(int, row[column].split(".")[:2])) for row in table())
+
+
+@pytest.mark.parametrize(
+    ("column", "pattern"),
+    [
+        ("QEMU", r"QEMU ([\d.]+) or newer \(tested up to ([\d.]+)\)"),
+        ("ansible-core", r"ansible-core ([\d.]+) or newer \(tested up to ([\d.]+)\)"),
+        ("Python of modules", r"Python ([\d.]+) or newer \(tested up to ([\d.]+)\)"),
+    ],
+)
+def test_the_readme_promises_what_was_tested(column: str, pattern: str) -> None:
+    [promised] = re.findall(pattern, (REPOSITORY / "README.md").read_text())
+    assert [tuple(map(int, version.split("."))) for version in promised] == [oldest(column), newest(column)]
+
+
+def test_what_is_documented_has_passed() -> None:
+    assert [row for row in table() if row["failed"] != "0" or not int(row["passed"])] == []
+
+
+def test_what_was_not_finished_is_not_used(tmp_path: Path) -> None:
+    directory = half_made(tmp_path, "hypervisor-3.0")
+    done = run(PROVIDE, "hypervisor-3.0", cache=tmp_path)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "tools/provide python-3.0: this version is not to be had here" in done.stderr
+    assert not (directory / "bin" / "python").exists()
+    assert not (directory / "finished").exists()
+
+
+def test_what_was_finished_is_used(tmp_path: Path) -> None:
+    directory = half_made(tmp_path, "hypervisor-3.0")
+    (directory / "finished").touch()
+    assert run(PROVIDE, "hypervisor-3.0", cache=tmp_path).stdout == f"{directory}/bin\n"
+    # As when the Python that it was made with has been removed.
+    (directory / "bin" / "python").unlink()
+    (directory / "bin" / "python").symlink_to("gone")
+    assert run(PROVIDE, "hypervisor-3.0", cache=tmp_path).returncode == 1
+
+
+def test_a_version_that_is_not_to_be_had_has_a_status_of_its_own(tmp_path: Path) -> None:
+    done = run(REPOSITORY / "tools" / "with", "hypervisor-3.0", "--", "true", cache=tmp_path)
+    assert done.returncode == 77
+    assert "VERSIONS" not in done.stdout
