@@ -69,7 +69,7 @@ def test_info_of_no_jobs(vm: Qemu) -> None:
 
 def test_info_agrees_with_qemu(job: Qemu) -> None:
     wait_until(lambda: job.job["offset"] > 0, "some progress")
-    job.qmp.execute("block-job-pause", device="j")
+    job.qmp.execute("job-pause", id="j")
     wait_until(lambda: not job.job["busy"], "the pause")
     [told] = info(job)
     seen = job.job
@@ -109,7 +109,7 @@ def test_info_filters(vms: Vms, directory: Path) -> None:
 def test_pause_and_resume(job: Qemu) -> None:
     result = block_job(job, state="paused")
     assert result["changed"] is True
-    assert sent(result, "block-job-pause") == [{"device": "j"}]
+    assert sent(result, "job-pause") == [{"id": "j"}]
     assert result["job"]["paused"] is True
     assert job.job["paused"] is True
     assert block_job(job, state="paused")["changed"] is False
@@ -128,7 +128,7 @@ def test_cancel(job: Qemu) -> None:
 
 
 def test_cancel_of_a_paused_job(job: Qemu) -> None:
-    job.qmp.execute("block-job-pause", device="j")
+    job.qmp.execute("job-pause", id="j")
     assert block_job(job, state="cancelled")["changed"] is True
     assert job.job["status"] == "concluded"
 
@@ -168,7 +168,7 @@ def test_finalize_of_a_running_job_is_refused(job: Qemu) -> None:
 
 @pytest.mark.parametrize(("given", "bytes_per_second"), [("2M", 2 * MIB), (3 * MIB, 3 * MIB), ("0", 0)])
 def test_speed(job: Qemu, given: object, bytes_per_second: int) -> None:
-    job.qmp.execute("block-job-pause", device="j")
+    job.qmp.execute("job-pause", id="j")
     result = block_job(job, speed=given)
     assert result["changed"] is True
     assert result["job"]["speed"] == bytes_per_second
@@ -177,7 +177,7 @@ def test_speed(job: Qemu, given: object, bytes_per_second: int) -> None:
 
 
 def test_speed_and_state_together(job: Qemu) -> None:
-    job.qmp.execute("block-job-pause", device="j")
+    job.qmp.execute("job-pause", id="j")
     result = block_job(job, state="running", speed="4M")
     assert result["changed"] is True
     assert job.job["speed"] == 4 * MIB

@@ -264,7 +264,7 @@ def test_case_25_timeout_leaves_the_job_if_told(vm: Qemu, directory: Path, targe
 
 def test_stall_is_found(vm: Qemu, target: Path) -> None:
     start_slowly(vm, target)
-    vm.qmp.execute("block-job-pause", device=vm.job["device"])
+    vm.qmp.execute("job-pause", id=vm.job["device"])
     result = fail_backup(vm, target, stall_timeout=1)
     assert "stall_timeout" in result["msg"]
     assert not vm.block_jobs

@@ -82,7 +82,7 @@ def test_frozen_target_does_not_keep_the_job(
     # Neither a write under way nor a table to be written at the end: QEMU itself has nothing to wait for.
     target = mount.path / "disk.raw"
     start_slowly(vm, target, format="raw")
-    vm.qmp.execute("block-job-pause", device=vm.job["device"])
+    vm.qmp.execute("job-pause", id=vm.job["device"])
     wait_until(lambda: vm.job["status"] == "paused" and not vm.job["busy"], "the pause")
     with _frozen(mount.path):
         following = start_module("drive_backup", arguments(vm, target, format="raw", timeout=2))

@@ -55,8 +55,8 @@ def test_no_state_asked_for_is_reached(found: Job | None) -> None:
     ("state", "command"),
     [
         ("cancelled", ("block-job-cancel", {"device": "j0", "force": True})),
-        ("paused", ("block-job-pause", {"device": "j0"})),
-        ("running", ("block-job-resume", {"device": "j0"})),
+        ("paused", ("job-pause", {"id": "j0"})),
+        ("running", ("job-resume", {"id": "j0"})),
         ("finalized", ("job-finalize", {"id": "j0"})),
         ("dismissed", ("job-dismiss", {"id": "j0"})),
     ],
@@ -70,8 +70,8 @@ class Qemu(FakeMonitor):
 
     EFFECTS: dict[str, dict[str, Any] | None] = {  # noqa: RUF012
         "block-job-cancel": {"status": "concluded", "error": "Operation canceled"},
-        "block-job-pause": {"status": "paused", "paused": True},
-        "block-job-resume": {"status": "running", "paused": False},
+        "job-pause": {"status": "paused", "paused": True},
+        "job-resume": {"status": "running", "paused": False},
         "job-finalize": {"status": "concluded"},
         "job-dismiss": None,
     }
@@ -125,10 +125,10 @@ STATES = {
         ("paused", "cancelled", ["block-job-cancel"]),
         ("concluded", "cancelled", []),
         ("absent", "cancelled", []),
-        ("running", "paused", ["block-job-pause"]),
+        ("running", "paused", ["job-pause"]),
         ("paused", "paused", []),
         ("running", "running", []),
-        ("paused", "running", ["block-job-resume"]),
+        ("paused", "running", ["job-resume"]),
         ("pending", "finalized", ["job-finalize"]),
         ("concluded", "finalized", []),
         ("concluded", "dismissed", ["job-dismiss"]),
@@ -160,7 +160,7 @@ def test_speed(run: Any) -> None:
 
 def test_speed_and_state(run: Any) -> None:
     result = run(Qemu(entry()), speed=5, state="paused")
-    assert sent(result) == ["block-job-set-speed", "block-job-pause"]
+    assert sent(result) == ["block-job-set-speed", "job-pause"]
     assert (result["job"]["speed"], result["job"]["paused"]) == (5, True)
 
 
@@ -209,7 +209,7 @@ def test_job_that_ended_by_itself_needs_no_cancelling(run: Any) -> None:
 
 def test_job_that_ends_right_after_its_resume_is_no_failure(run: Any) -> None:
     qemu = Qemu(STATES["paused"])
-    qemu.answers["block-job-resume"] = lambda _arguments: qemu.become({"status": "concluded", "paused": False})
+    qemu.answers["job-resume"] = lambda _arguments: qemu.become({"status": "concluded", "paused": False})
     assert run(qemu, state="running")["changed"]
 
 
