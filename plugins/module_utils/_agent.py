@@ -285,7 +285,8 @@ class Agent:
 
 def _parsed(line: bytes) -> dict[str, Any]:
     try:
-        message = json.loads(line)
+        # Some guests tell errors in a character set of their own.
+        message = json.loads(line.decode("utf-8", "replace"))
     except (ValueError, RecursionError):
         return {}
     is_answer = isinstance(message, dict) and ("return" in message or "error" in message)

@@ -37,6 +37,7 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._errors import (
     MonitorGone,
     RepositoryHangs,
     after,
+    internal,
 )
 from ansible_collections.vmfleet.backup.plugins.module_utils._files import in_words
 from ansible_collections.vmfleet.backup.plugins.module_utils._inspect import IO_ERROR, query_jobs
@@ -202,7 +203,7 @@ class Engine:
         except Exception as error:  # noqa: BLE001
             # A defect of ours that shows with one VM is not to take the others along.
             work.warn(traceback.format_exc())
-            outcome = await self._fail(work, f"internal error: {error!r}; report it with the warning")
+            outcome = await self._fail(work, internal(error))
         if outcome.state != RUNNING:
             self._turns.leave(planned.name)
             self._budget.count(planned.name, 0)

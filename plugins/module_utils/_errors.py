@@ -75,6 +75,11 @@ class JobFailed(BackupError):
     """A backup did not end well; everything of that attempt has been cleaned up, or the message says what was not."""
 
 
+def internal(error: Exception) -> str:
+    """What is told of a defect of ours that shows with one VM; the traceback is to go with it as a warning."""
+    return f"internal error: {error!r}; report it with the warning"
+
+
 @contextlib.contextmanager
 def after(first: BaseException | str) -> Iterator[None]:
     """Have what goes wrong with the end of something told after the reason for that end, which matters more."""

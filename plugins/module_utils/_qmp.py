@@ -12,8 +12,8 @@ Reference: QEMU Machine Protocol specification, docs/interop/qmp-spec.rst of QEM
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import errno
+import json
 import logging
 import re
 import socket
@@ -39,12 +39,27 @@ try:
     from qemu.qmp.qmp_client import NegotiationError
 
     class _Client(QMPClient):
-        """A client that leaves out the library's debug log: to format each message for it takes as long as all else."""
+        """A client that knows which of its questions are open. C(unanswered) are their commands by id, oldest first.
+
+        It leaves out the library's debug log: to format each message for it takes as long as all else.
+        """
+
+        def __init__(self) -> None:
+            super().__init__("vmfleet")
+            self.unanswered: dict[object, str] = {}
 
         def _cb_outbound(self, msg: Message) -> Message:
+            # Only what opens the conversation goes without an id.
+            if "id" in msg:
+                self.unanswered[msg["id"]] = str(msg["execute"])
             return msg
 
         def _cb_inbound(self, msg: Message) -> Message:
+            if self.unanswered and "event" not in msg:
+                if "id" not in msg:
+                    # The library would drop it, and the question would wait for its answer until its time is over.
+                    raise QMPError(f"it does not tell which question it answers: {json.dumps(dict(msg))}")
+                self.unanswered.pop(msg["id"], None)
             return msg
 
 except ImportError:
@@ -63,6 +78,9 @@ CONNECT_TIMEOUT = 10.0
 
 COMMAND_TIMEOUT = 30.0
 """Seconds for one command. Only a blocked main loop (a hung disk or target) comes near it."""
+
+QUOTE_LIMIT = 200
+"""Characters of what cannot be read that a message quotes."""
 
 RETRY_INTERVAL = 0.05
 """Seconds between attempts to enter a full backlog."""
@@ -159,6 +177,10 @@ def _process_stat(pid: int) -> list[str]:
         return []
 
 
+_HUNG_UP = (EOFError, OSError, asyncio.TimeoutError)
+"""What a conversation ends with when the other side goes."""
+
+
 @dataclass
 class Monitor:
     """A conversation with one QEMU, as an async context manager.
@@ -173,7 +195,8 @@ class Monitor:
     """The QEMU at the other end; unknown over TCP."""
 
     def __post_init__(self) -> None:
-        self._client: QMPClient | None = None
+        self._client: _Client | None = None
+        self._end: asyncio.Future[None] | None = None
 
     async def __aenter__(self) -> Monitor:
         deadline = time.monotonic() + CONNECT_TIMEOUT
@@ -181,16 +204,19 @@ class Monitor:
             connection = await self._connect(deadline)
             try:
                 self._client = await self._greet(connection, deadline)
-            except ConnectError as error:
+            except MonitorError:
+                raise
+            except Exception as error:
+                cause = error.exc if isinstance(error, ConnectError) else error
                 # An event that comes before the answer to qmp_capabilities is more than qemu.qmp expects.
-                interrupted = isinstance(error.exc, NegotiationError)
+                interrupted = isinstance(cause, NegotiationError) and isinstance(cause.exc, AssertionError)
                 if not interrupted or time.monotonic() >= deadline:
-                    raise self._bad_greeting(error.exc) from error
+                    raise self._bad_greeting(cause) from error
         return self
 
-    async def _greet(self, connection: socket.socket, deadline: float) -> QMPClient:
+    async def _greet(self, connection: socket.socket, deadline: float) -> _Client:
         """Begin the conversation, or close the connection: left open, it would take the place of the next client."""
-        client = _Client("vmfleet")
+        client = _Client()
         greeting = asyncio.ensure_future(client.connect(connection))
         try:
             await asyncio.wait({greeting}, timeout=max(0.1, deadline - time.monotonic()))
@@ -208,12 +234,15 @@ class Monitor:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        client, self._client = self._client, None
-        if client is None:
+        if self._client is None:
             return
-        # Where the other side went first, the command that met with it has raised that already.
-        with contextlib.suppress(EOFError, OSError, QMPError, asyncio.TimeoutError):
-            await asyncio.wait_for(client.disconnect(), COMMAND_TIMEOUT)
+        # What a command has met with has been raised there.
+        is_told = kind is not None or self._end is not None
+        cause = await self._disconnect(self._client)
+        client, self._client, self._end = self._client, None, None
+        # That the other side has gone after its last answer is its own affair.
+        if not is_told and cause is not None and not isinstance(cause, _HUNG_UP):
+            raise self._unreadable(client, cause) from cause
 
     @property
     def version(self) -> str:
@@ -221,8 +250,11 @@ class Monitor:
         greeting = self._require_client().greeting
         if greeting is None:
             raise MonitorError(f"{self.address}: the monitor sent no greeting")
-        numbers: Any = greeting.QMP.version["qemu"]
-        return "{major}.{minor}.{micro}".format(**numbers)
+        try:
+            numbers: Any = greeting.QMP.version["qemu"]
+            return "{:d}.{:d}.{:d}".format(numbers["major"], numbers["minor"], numbers["micro"])
+        except (LookupError, TypeError, ValueError) as error:
+            raise self._bad_greeting(QMPError("its greeting tells no version of QEMU")) from error
 
     @property
     def passes_fds(self) -> bool:
@@ -244,20 +276,30 @@ class Monitor:
         except ExecuteError as error:
             raise CommandError(str(self.address), command, error.error_class, str(error)) from error
         except (ExecInterruptedError, StateError, EOFError, OSError) as error:
-            raise self._broken_off(command) from error
+            raise await self._ended(client, command) from error
+        except QMPError as error:
+            # Read, but not understood; the conversation can go on.
+            raise MonitorError(f"{self.address}: the answer to {command} makes no sense: {_quoted(error)}") from error
 
     async def add_fdset(self, fds: Sequence[int], opaque: str) -> int:
         """Hand open files to QEMU as one fdset; returns its id. QEMU needs one fd per access mode that it will use."""
         fdset: int | None = None
         for fd in fds:
+            client = self._require_client()
             try:
-                self._require_client().send_fd_scm(fd)
-            except (StateError, OSError) as error:
-                raise self._broken_off("add-fd") from error
+                client.send_fd_scm(fd)
+            except (StateError, ConnectionError) as error:
+                raise await self._ended(client, "add-fd") from error
+            except OSError as error:
+                raise MonitorError(f"{self.address}: cannot hand an open file to QEMU: {error.strerror}") from error
             arguments: dict[str, Any] = {"opaque": opaque}
             if fdset is not None:
                 arguments["fdset-id"] = fdset
-            fdset = (await self.execute("add-fd", arguments))["fdset-id"]
+            answer = await self.execute("add-fd", arguments)
+            try:
+                fdset = int(answer["fdset-id"])
+            except (LookupError, TypeError, ValueError) as error:
+                raise MonitorError(f"{self.address}: the answer to add-fd names no fdset: {_quoted(answer)}") from error
         if fdset is None:
             raise ValueError("an fdset needs at least one file descriptor")
         return fdset
@@ -266,16 +308,29 @@ class Monitor:
         """Take an fdset back. A job that has opened a file through it is not disturbed."""
         await self.execute("remove-fd", {"fdset-id": fdset})
 
-    def _require_client(self) -> QMPClient:
+    def _require_client(self) -> _Client:
         if self._client is None:
             raise MonitorError(f"{self.address}: not connected")
         return self._client
+
+    async def _disconnect(self, client: _Client) -> BaseException | None:
+        """End the conversation, and return what had ended it before that, if anything did.
+
+        Several commands that were under way may ask for that; the library can be asked only once.
+        """
+        if self._end is None:
+            self._end = asyncio.ensure_future(client.disconnect())
+        await asyncio.wait({self._end}, timeout=COMMAND_TIMEOUT)
+        return self._end.exception() if self._end.done() else asyncio.TimeoutError()
 
     async def _connect(self, deadline: float) -> socket.socket:
         if not self.address.path:
             return await self._connect_tcp(deadline)
         while True:
-            connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            try:
+                connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            except OSError as error:
+                raise self._unreachable(error) from error
             connection.setblocking(False)
             try:
                 connection.connect(self.address.path)
@@ -299,6 +354,8 @@ class Monitor:
             found = await loop.getaddrinfo(self.address.host, self.address.port, type=socket.SOCK_STREAM)
             connection = socket.socket(found[0][0], socket.SOCK_STREAM)
             connection.setblocking(False)
+        except UnicodeError as error:
+            raise MonitorError(f"{self.address}: cannot connect: {error}") from error
         except OSError as error:
             raise self._unreachable(error) from error
         try:
@@ -311,10 +368,26 @@ class Monitor:
             raise self._unreachable(error) from error
         return connection
 
-    def _broken_off(self, command: str) -> MonitorGone:
+    async def _ended(self, client: _Client, command: str) -> MonitorError:
+        """What has ended the conversation, which C(command) has met with."""
+        cause = await self._disconnect(client)
+        if cause is not None and not isinstance(cause, _HUNG_UP):
+            return self._unreadable(client, cause)
         return MonitorGone(
             f"{self.address}: the connection broke off during {command}: QEMU has ended or closed its monitor"
         )
+
+    def _unreadable(self, client: _Client, cause: BaseException) -> MonitorError:
+        """What came cannot be read. QEMU answers in order: it came in answer to the oldest open question."""
+        question = next(iter(client.unanswered.values()), "")
+        what = f"the answer to {question}" if question else "what QEMU sent unasked"
+        # How StreamReader.readline() tells of a line that is too long.
+        if isinstance(cause.__context__, asyncio.LimitOverrunError):
+            return MonitorError(
+                f"{self.address}: {what} is longer than qemu.qmp can read (10 MiB), because its disks have too many"
+                " layers most often: merge their snapshots (virsh blockcommit, or block-commit of QEMU)"
+            )
+        return MonitorError(f"{self.address}: {what} cannot be read: {_quoted(cause)}")
 
     def _unreachable(self, error: OSError) -> MonitorError:
         if error.errno in (errno.ENOENT, errno.ECONNREFUSED):
@@ -328,7 +401,8 @@ class Monitor:
                 f"{self.address}: closed without a QMP greeting: QEMU is ending, or this is no QMP monitor"
             )
         return MonitorError(
-            f"{self.address}: what answers there is not a QMP monitor ({error}); name the socket of -qmp mode=control"
+            f"{self.address}: what answers there is not a QMP monitor ({_quoted(error)}); name the socket of -qmp"
+            " mode=control"
         )
 
     def _no_greeting(self) -> str:
@@ -351,6 +425,13 @@ class Monitor:
         return start + (held if accepted else frozen) + stopped
 
 
+def _quoted(what: object) -> str:
+    """What was said, in one line of a length that can be printed: it may be anything, and megabytes of it."""
+    kind = f"{type(what).__name__}: " if isinstance(what, Exception) and not isinstance(what, QMPError) else ""
+    text = kind + " ".join(str(what).split())
+    return text if len(text) <= QUOTE_LIMIT else text[:QUOTE_LIMIT] + "..."
+
+
 def _clients(path: str) -> tuple[int | None, int]:
     """How many clients the socket at C(path) serves, and how many wait to be accepted (unix(7), net/unix/af_unix.c).
 
@@ -358,11 +439,15 @@ def _clients(path: str) -> tuple[int | None, int]:
     """
     counts = {"03": 0, "02": 0}
     is_shown = False
-    with open("/proc/net/unix", encoding="utf-8", errors="replace") as table:
-        for line in table:
-            columns = line.split(maxsplit=7)
-            if len(columns) == 8 and columns[7].rstrip("\n") == path:
-                is_shown = True
-                if columns[5] in counts:
-                    counts[columns[5]] += 1
+    try:
+        with open("/proc/net/unix", encoding="utf-8", errors="replace") as table:
+            lines = table.readlines()
+    except OSError:
+        return None, 0
+    for line in lines:
+        columns = line.split(maxsplit=7)
+        if len(columns) == 8 and columns[7].rstrip("\n") == path:
+            is_shown = True
+            if columns[5] in counts:
+                counts[columns[5]] += 1
     return counts["03"] if is_shown else None, counts["02"]

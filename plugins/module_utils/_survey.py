@@ -14,6 +14,7 @@ import secrets
 import shutil
 import stat
 import time
+import traceback
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -26,8 +27,9 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._errors import (
     Refused,
     RepositoryHangs,
     ToolError,
+    internal,
 )
-from ansible_collections.vmfleet.backup.plugins.module_utils._files import scratch
+from ansible_collections.vmfleet.backup.plugins.module_utils._files import in_words, scratch
 from ansible_collections.vmfleet.backup.plugins.module_utils._inspect import inspect_vm, machine_id, query_jobs
 from ansible_collections.vmfleet.backup.plugins.module_utils._library import BOOT, failed_sets
 from ansible_collections.vmfleet.backup.plugins.module_utils._marks import read_marks
@@ -302,19 +304,16 @@ async def draw_up(
     turns = asyncio.Semaphore(AT_ONCE)
     processes: dict[str, tuple[int, ...]] = {}
     losses: dict[str, tuple[str, ...]] = {}
+    defects: list[str] = []
 
     async def plan_vm(request: Request) -> VmPlan:
-        async with turns:
+        named = replace(request, name=request.name or _stem(request))
+        try:
             facts = await look(request)
             named = replace(request, name=await _name(request, facts.vm, repository))
             if facts.vm and facts.vm.process:
                 processes[request.monitor] = (facts.vm.process.pid, facts.vm.process.start)
-            try:
-                facts, shelf = await repository.run(with_shelf, facts, named.name, terms.hypervisor)
-            except RepositoryHangs:
-                raise
-            except BackupError as error:
-                return VmPlan(named.name, named.monitor, _plan.FAIL, str(error))
+            facts, shelf = await repository.run(with_shelf, facts, named.name, terms.hypervisor)
             decision = _plan.decide(named, facts, shelf, terms)
             if not decision.links:
                 # Nothing is to be started, or the VM is off, and only what was begun is to be brought to its end.
@@ -324,8 +323,21 @@ async def draw_up(
             if facts.vm:
                 losses[request.monitor] = _keeps.losses(decision.choice.disks, facts.vm.disks)
             return replace(decision.plan, disks=disks)
+        except RepositoryHangs:
+            raise
+        except (BackupError, OSError) as error:
+            reason = in_words(error)
+        except Exception as error:  # noqa: BLE001
+            # A defect of ours that shows with one VM is not to take the others along.
+            defects.append(f"{request.monitor}: {traceback.format_exc()}")
+            reason = internal(error)
+        return VmPlan(named.name, named.monitor, _plan.FAIL, reason)
 
-    plans = _plan.refuse_twins(await asyncio.gather(*(plan_vm(request) for request in requests)), processes)
+    async def in_turn(request: Request) -> VmPlan:
+        async with turns:
+            return await plan_vm(request)
+
+    plans = _plan.refuse_twins(await asyncio.gather(*(in_turn(request) for request in requests)), processes)
     space, plans = _plan.fit_into(await repository.run(space_in, policy), plans)
     copied = [plan for plan in plans if plan.action in (_plan.START, _plan.FINISH)]
     said = [f"VM {plan.name}: {loss}" for plan in copied for loss in losses.get(plan.monitor, ())]
@@ -337,7 +349,7 @@ async def draw_up(
         policy=policy,
         space=space,
         vms=plans,
-        warnings=(*warnings, *said),
+        warnings=(*warnings, *said, *defects),
     )
 
 
@@ -346,4 +358,8 @@ async def _name(request: Request, vm: Vm | None, repository: WatchedRepository) 
     if request.name or vm is not None:
         return request.name or (vm.name if vm else "")
     making = [intent.vm.name for intent in await repository.intents() if intent.monitor == request.monitor]
-    return making[0] if making else os.path.splitext(os.path.basename(request.monitor))[0]
+    return making[0] if making else _stem(request)
+
+
+def _stem(request: Request) -> str:
+    return os.path.splitext(os.path.basename(request.monitor))[0]

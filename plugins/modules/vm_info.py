@@ -194,12 +194,13 @@ vms:
 
 import asyncio
 import glob
+import traceback
 from typing import TYPE_CHECKING
 
 from ansible.module_utils.basic import AnsibleModule
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._agent import find_agent
-from ansible_collections.vmfleet.backup.plugins.module_utils._errors import BackupError, run_module
+from ansible_collections.vmfleet.backup.plugins.module_utils._errors import BackupError, internal, run_module
 from ansible_collections.vmfleet.backup.plugins.module_utils._inspect import inspect_vm
 from ansible_collections.vmfleet.backup.plugins.module_utils._qmp import Monitor, parse_address, require_qmp
 
@@ -212,7 +213,7 @@ AT_ONCE = 32
 """How many VMs are asked at the same time."""
 
 
-async def describe(address: Address, places: asyncio.Semaphore) -> dict[str, Any]:
+async def describe(address: Address, places: asyncio.Semaphore, warnings: list[str]) -> dict[str, Any]:
     """What one VM tells of itself, or why it does not."""
     async with places:
         try:
@@ -221,6 +222,10 @@ async def describe(address: Address, places: asyncio.Semaphore) -> dict[str, Any
                 agent = await find_agent(monitor)
         except BackupError as error:
             return {"monitor": str(address), "error": str(error)}
+        except Exception as error:  # noqa: BLE001
+            # A defect of ours that shows with one VM is not to hide the others.
+            warnings.append(f"{address}: {traceback.format_exc()}")
+            return {"monitor": str(address), "error": f"{address}: {internal(error)}"}
     return {"monitor": str(address), "error": "", **vm.as_dict(), "agent": agent}
 
 
@@ -229,7 +234,10 @@ async def main_task(module: AnsibleModule) -> dict[str, Any]:
     for pattern in module.params["sockets"] or []:
         addresses.update(parse_address(path, "sockets") for path in glob.glob(pattern))
     places = asyncio.Semaphore(AT_ONCE)
-    vms = await asyncio.gather(*(describe(address, places) for address in sorted(addresses, key=str)))
+    warnings: list[str] = []
+    vms = await asyncio.gather(*(describe(address, places, warnings) for address in sorted(addresses, key=str)))
+    for warning in warnings:
+        module.warn(warning)
     return {"changed": False, "vms": list(vms)}
 
 

@@ -29,8 +29,8 @@ class ScriptedAgent:
     """An agent behind its channel in QEMU: one client at a time, one command after the other, whoever has sent it.
 
     What a command does otherwise is in C(script): a list of functions, each for one time, that return the whole
-    answer, or None for none. C(commands) lists what the agent was asked, C(clients) the processes that did, C(stale)
-    is what the next client gets to hear first.
+    answer (as bytes, if it is not to be JSON), or None for none. C(commands) lists what the agent was asked, C(clients)
+    the processes that did, C(stale) is what the next client gets to hear first.
     """
 
     def __init__(self, path: Path) -> None:
@@ -147,7 +147,7 @@ class ScriptedAgent:
 
 
 def _line(answer: Any) -> bytes:
-    return json.dumps(answer).encode() + b"\n"
+    return answer if isinstance(answer, bytes) else json.dumps(answer).encode() + b"\n"
 
 
 def says(answer: Any) -> Any:

@@ -195,6 +195,21 @@ def test_odd_answers(agent: ScriptedAgent, answer: Any, error: type[AgentError],
         asyncio.run(scenario())
 
 
+def test_an_answer_in_another_character_set_is_an_answer(agent: ScriptedAgent, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a guest sends one whose language is not English."""
+    refusal = '{"error": {"class": "GenericError", "desc": "Zugriff verweigert: Gerät"}}\n'.encode("cp1252")
+
+    async def scenario() -> int:
+        async with Agent(agent.path) as client:
+            with pytest.raises(AgentRefusal, match=r"refused guest-fsfreeze-freeze: Zugriff verweigert: Ger\ufffdt$"):
+                await client.freeze()
+            return await client.freeze()
+
+    monkeypatch.setattr(_agent, "FREEZE_TIMEOUT", 2)
+    agent.script["guest-fsfreeze-freeze"] = [says(refusal)]
+    assert asyncio.run(scenario()) == 2
+
+
 @pytest.mark.parametrize(
     "junk",
     [b"\xff\xfe\n", b"[" * 100000 + b"\n", b'{"event": "x"}\n', b"17\n" * 10000, b'{"return": ' + b"9" * 9999 + b"}\n"],

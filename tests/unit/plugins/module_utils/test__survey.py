@@ -15,6 +15,8 @@ from typing import Any
 
 import pytest
 
+from ansible_collections.vmfleet.backup.plugins.module_utils import _survey
+from ansible_collections.vmfleet.backup.plugins.module_utils._calls import WatchedCalls
 from ansible_collections.vmfleet.backup.plugins.module_utils._documents import (
     DiskImage,
     Growing,
@@ -25,12 +27,21 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._documents import (
     Verification,
     VmName,
 )
+from ansible_collections.vmfleet.backup.plugins.module_utils._errors import RepositoryHangs, ToolError
 from ansible_collections.vmfleet.backup.plugins.module_utils._inspect import Disk, Vm
 from ansible_collections.vmfleet.backup.plugins.module_utils._marks import write_mark
-from ansible_collections.vmfleet.backup.plugins.module_utils._plan import Facts, Policy, Request
+from ansible_collections.vmfleet.backup.plugins.module_utils._plan import Facts, Plan, Policy, Request
+from ansible_collections.vmfleet.backup.plugins.module_utils._probe import Watch
 from ansible_collections.vmfleet.backup.plugins.module_utils._qmp import Process
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository import Repository, create_repository
-from ansible_collections.vmfleet.backup.plugins.module_utils._survey import Room, look, with_damage, with_fates
+from ansible_collections.vmfleet.backup.plugins.module_utils._survey import (
+    Room,
+    draw_up,
+    look,
+    with_damage,
+    with_fates,
+)
+from ansible_collections.vmfleet.backup.plugins.module_utils._watched import WatchedRepository
 from ansible_collections.vmfleet.backup.tests.unit.plugins.doubles import dead_process, own_process
 
 MIB = 1 << 20
@@ -260,3 +271,47 @@ def test_a_vm_that_is_off_is_told_from_one_that_is_silent(tmp_path: Path) -> Non
     facts = asyncio.run(look(Request("web01", f"unix:{tmp_path}/none.qmp")))
     assert (facts.vm, facts.off) == (None, True)
     assert str(tmp_path) in facts.error
+
+
+class TestOneVm:
+    """What goes wrong with one VM is told of that one, and the others are planned."""
+
+    def plan(self, repository: Repository, monkeypatch: pytest.MonkeyPatch, error: Exception) -> Plan:
+        def ask(request: Request, *_others: Any) -> Any:
+            async def answer() -> Facts:
+                if "web" in request.monitor:
+                    raise error
+                return Facts(error="it does not answer")
+
+            return answer()
+
+        async def draw() -> Plan:
+            async with WatchedCalls(Watch(repository.path, writing=True)) as calls:
+                requests = [Request(name, f"unix:/run/{monitor}.qmp") for name, monitor in (("", "web"), ("db", "b"))]
+                return await draw_up(WatchedRepository(repository, calls), requests, "s1", POLICY)
+
+        monkeypatch.setattr(_survey, "look", ask)
+        return asyncio.run(draw())
+
+    def test_a_defect_of_ours(self, repository: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
+        plan = self.plan(repository, monkeypatch, KeyError("node-name"))
+        assert [(vm.name, vm.action, vm.reason) for vm in plan.vms] == [
+            ("web", "fail", "internal error: KeyError('node-name'); report it with the warning"),
+            ("db", "fail", "it does not answer"),
+        ]
+        (warning,) = plan.warnings
+        assert warning.startswith("unix:/run/web.qmp: Traceback")
+        assert "KeyError: 'node-name'" in warning
+
+    @pytest.mark.parametrize("error", [ToolError("qemu-img took too long"), OSError(5, "Input/output error", "/a.img")])
+    def test_what_can_be_told_plainly(
+        self, repository: Repository, monkeypatch: pytest.MonkeyPatch, error: Exception
+    ) -> None:
+        plan = self.plan(repository, monkeypatch, error)
+        told = "/a.img: Input/output error" if isinstance(error, OSError) else str(error)
+        assert [vm.reason for vm in plan.vms] == [told, "it does not answer"]
+        assert plan.warnings == ()
+
+    def test_a_repository_that_hangs_ends_all(self, repository: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
+        with pytest.raises(RepositoryHangs, match="as long as it does"):
+            self.plan(repository, monkeypatch, RepositoryHangs("as long as it does"))

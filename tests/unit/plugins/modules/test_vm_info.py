@@ -29,10 +29,15 @@ if TYPE_CHECKING:
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch) -> Any:
+def warnings() -> list[str]:
+    return []
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, warnings: list[str]) -> Any:
     """Run the module among VMs that all have one disk; those in C(errors) fail with theirs."""
 
-    def call(errors: dict[str, BackupError] | None = None, **params: Any) -> list[dict[str, Any]]:
+    def call(errors: dict[str, Exception] | None = None, **params: Any) -> list[dict[str, Any]]:
         def connect(address: Address) -> FakeMonitor:
             fake = FakeMonitor({**answers([Node("n0")], [device("n0", "drive0")]), "qom-list": []})
             error = (errors or {}).get(str(address))
@@ -42,7 +47,8 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Any:
 
         monkeypatch.setattr(vm_info, "Monitor", connect)
         given = {"monitors": [], "sockets": [], **params}
-        result = asyncio.run(vm_info.main_task(SimpleNamespace(params=given)))  # type: ignore[arg-type]
+        module = SimpleNamespace(params=given, warn=warnings.append)
+        result = asyncio.run(vm_info.main_task(module))  # type: ignore[arg-type]
         assert not result["changed"]
         vms: list[dict[str, Any]] = result["vms"]
         return vms
@@ -72,6 +78,16 @@ def test_vm_that_does_not_answer_hides_no_other(error: BackupError, run: Any) ->
     dead, alive = run({"unix:/run/a.qmp": error}, monitors=["/run/b.qmp", "/run/a.qmp"])
     assert dead == {"monitor": "unix:/run/a.qmp", "error": str(error)}
     assert (alive["monitor"], alive["error"]) == ("unix:/run/b.qmp", "")
+
+
+def test_a_defect_that_shows_with_one_vm_hides_no_other(run: Any, warnings: list[str]) -> None:
+    odd, alive = run({"unix:/run/a.qmp": KeyError("node-name")}, monitors=["/run/b.qmp", "/run/a.qmp"])
+    said = "unix:/run/a.qmp: internal error: KeyError('node-name'); report it with the warning"
+    assert odd == {"monitor": "unix:/run/a.qmp", "error": said}
+    assert (alive["monitor"], alive["error"], alive["name"]) == ("unix:/run/b.qmp", "", "web01")
+    (warning,) = warnings
+    assert warning.startswith("unix:/run/a.qmp: Traceback")
+    assert "KeyError: 'node-name'" in warning
 
 
 @pytest.mark.parametrize("option", ["monitors", "sockets"])
