@@ -73,9 +73,7 @@ def commit(vm: Qemu, root: str, top: str, base: str, between: t.Sequence[str] = 
     sources = [top, *between]
     for name in set.intersection(*(set(vm.bitmaps(node)) for node in sources)) if like_libvirt else ():
         _merge(vm, sources, base, name)
-    vm.qmp.execute(
-        "block-job-complete" if top == root else "job-finalize", **{("device" if top == root else "id"): JOB}
-    )
+    vm.qmp.execute("job-complete" if top == root else "job-finalize", id=JOB)
     wait_until(lambda: not vm.block_jobs, "the end of the commit")
     _forget(vm, sources)
 

@@ -163,6 +163,8 @@ class Machine:
             self._make("drive1", self._new_size(), format="raw"),
             self._make("drive2", chance.choice([equal, self._new_size()]), throttle=THROTTLE),
             name=NAME,
+            # Then the copies are made with blockdev-backup.
+            rejecting=chance.random() < 0.25,
         )
         self._shrunk = False
         self._below: dict[str, list[Disk]] = {}
