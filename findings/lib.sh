@@ -8,7 +8,13 @@
 
 set -euo pipefail
 work=$(mktemp -d "${TMPDIR:-/tmp}/finding.XXXXXX")
-trap 'cd / && rm -rf --one-file-system "$work"' EXIT
+
+clean_up() {
+  cd /
+  awk -v work="$work/" 'index($2, work) == 1 {print $2}' /proc/self/mounts | tac | xargs -r umount --lazy
+  rm -rf --one-file-system "$work"
+}
+trap clean_up EXIT
 
 cannot_tell() {
   echo "cannot tell: $*" >&2
@@ -59,7 +65,22 @@ END
 
 # The Python module vm: VM(arguments...).run(command, **arguments), .io(drive, command), .wait(job), .end().
 cat >"$work/vm.py" <<'END'
-import json, os, socket, subprocess, time
+import json, os, socket, subprocess, sys, time
+
+SECONDS = 60  # for one answer, and for one job
+started = []
+
+
+def cannot_tell(*error):
+    """What nobody has foreseen ends all, and is not taken for a change of behaviour."""
+    sys.stdout.flush()
+    sys.__excepthook__(*error)
+    for process in started:
+        process.kill()
+    os._exit(2)
+
+
+sys.excepthook = cannot_tell
 
 
 class VM:
@@ -69,9 +90,11 @@ class VM:
                 os.unlink(path)
         base = [os.environ["QEMU"], "-machine", "none", "-nodefaults", "-display", "none"]
         self.process = subprocess.Popen([*base, "-qmp", "unix:qmp,server=on,wait=off", *arguments], stdout=open("log", "w"), stderr=2)
+        started.append(self.process)
         while True:
             try:
                 self.socket = socket.socket(socket.AF_UNIX)
+                self.socket.settimeout(SECONDS)
                 self.socket.connect("qmp")
                 break
             except OSError:
@@ -101,12 +124,14 @@ class VM:
         return self.run("human-monitor-command", command_line=f'qemu-io {drive} "{command}"')
 
     def wait(self, job):
-        while True:
+        end = time.monotonic() + SECONDS
+        while time.monotonic() < end:
             found = next(each for each in self.run("query-jobs") if each["id"] == job)
             if found["status"] == "concluded":
                 self.run("job-dismiss", id=job)
                 return found.get("error", "")
             time.sleep(0.05)
+        raise TimeoutError(found)
 
     def end(self):
         self.run("quit")
