@@ -35,8 +35,15 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._errors import (
 
 QMP_IMPORT_ERROR: str | None = None
 try:
-    from qemu.qmp import ConnectError, ExecInterruptedError, ExecuteError, QMPClient, QMPError, StateError
-    from qemu.qmp.qmp_client import NegotiationError
+    from qemu.qmp import (
+        ConnectError,
+        ExecInterruptedError,
+        ExecuteError,
+        QMPClient,
+        QMPError,
+        Runstate,
+        StateError,
+    )
 
     class _Client(QMPClient):
         """A client that knows which of its questions are open. C(unanswered) are their commands by id, oldest first.
@@ -48,6 +55,18 @@ try:
             super().__init__("vmfleet")
             self.unanswered: dict[object, str] = {}
 
+        async def _do_recv(self) -> Message:
+            """Receive the next message. Until the conversation has begun, the library is ready for no event.
+
+            QEMU sends them then: before the greeting, while it still counts the client before, and before the answer
+            to qmp_capabilities. A client that comes while QEMU starts can be greeted twice.
+            """
+            while True:
+                message = await super()._do_recv()
+                is_early = "event" in message or ("QMP" in message and self.greeting is not None)
+                if not is_early or self.runstate == Runstate.RUNNING:
+                    return message
+
         def _cb_outbound(self, msg: Message) -> Message:
             # Only what opens the conversation goes without an id.
             if "id" in msg:
@@ -55,7 +74,7 @@ try:
             return msg
 
         def _cb_inbound(self, msg: Message) -> Message:
-            if self.unanswered and "event" not in msg:
+            if self.unanswered and "event" not in msg and "QMP" not in msg:
                 if "id" not in msg:
                     # The library would drop it, and the question would wait for its answer until its time is over.
                     raise QMPError(f"it does not tell which question it answers: {json.dumps(dict(msg))}")
@@ -200,18 +219,13 @@ class Monitor:
 
     async def __aenter__(self) -> Monitor:
         deadline = time.monotonic() + CONNECT_TIMEOUT
-        while self._client is None:
-            connection = await self._connect(deadline)
-            try:
-                self._client = await self._greet(connection, deadline)
-            except MonitorError:
-                raise
-            except Exception as error:
-                cause = error.exc if isinstance(error, ConnectError) else error
-                # An event that comes before the answer to qmp_capabilities is more than qemu.qmp expects.
-                interrupted = isinstance(cause, NegotiationError) and isinstance(cause.exc, AssertionError)
-                if not interrupted or time.monotonic() >= deadline:
-                    raise self._bad_greeting(cause) from error
+        connection = await self._connect(deadline)
+        try:
+            self._client = await self._greet(connection, deadline)
+        except MonitorError:
+            raise
+        except Exception as error:
+            raise self._bad_greeting(error.exc if isinstance(error, ConnectError) else error) from error
         return self
 
     async def _greet(self, connection: socket.socket, deadline: float) -> _Client:

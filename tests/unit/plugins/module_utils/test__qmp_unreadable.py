@@ -213,9 +213,25 @@ def test_a_server_that_goes_after_the_last_answer_is_no_error(serve: Serve) -> N
     assert asyncio.run(run()) == 1
 
 
+EVENT = b'{"event": "STOP", "timestamp": {"seconds": 1, "microseconds": 1}}\n'
+
+
 def test_events_are_no_answers(serve: Serve) -> None:
-    event = b'{"event": "STOP", "timestamp": {"seconds": 1, "microseconds": 1}}\n'
-    assert ask(serve(event + good() + event, good(2)), "query-status", "query-status") == [1, 2]
+    assert ask(serve(EVENT + good() + EVENT, good(2)), "query-status", "query-status") == [1, 2]
+
+
+def test_two_greetings(serve: Serve) -> None:
+    greeting = json.dumps(GREETING).encode() + b"\n"
+    assert ask(serve(good(), greeting=greeting * 2), "query-status") == [1]
+    assert ask(serve(greeting + good()), "query-status") == [1]
+
+
+@pytest.mark.parametrize("before", [2, 0])
+@pytest.mark.parametrize("after", [2, 0])
+def test_events_before_the_conversation_has_begun(serve: Serve, before: int, after: int) -> None:
+    """QEMU sends them there now and then, and it is the same QEMU, on the same connection."""
+    greeting = EVENT * before + json.dumps(GREETING).encode() + b"\n" + EVENT * after
+    assert ask(serve(good(), good(2), greeting=greeting), "query-status", "query-status") == [1, 2]
 
 
 @pytest.mark.parametrize(
