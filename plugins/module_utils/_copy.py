@@ -144,6 +144,7 @@ def examine(drive: Drive, vm: Vm, owners: dict[str, str]) -> Copy:
     if record is None:
         return _examine_unrecorded(drive, vm, disk, owners)
     _refuse_foreign(drive, vm, record)
+    _refuse_ownerless(drive, vm, record, owners)
     copy = Copy(drive, disk, record.job, DEAD, record, _own_job(drive, vm, disk, record.job, owners))
     if record.identity != vm.identity:
         return replace(copy, job=None, reason=f"it was for VM {record.vm}, which has ended")
@@ -211,6 +212,25 @@ def _refuse_foreign(drive: Drive, vm: Vm, record: Record) -> None:
             f"target: {drive.target} is being made for another VM ({record.vm}, since {record.started}); use another"
             " target"
         )
+
+
+def _refuse_ownerless(drive: Drive, vm: Vm, record: Record, owners: dict[str, str]) -> None:
+    """Whose a job is that has an id of the user's choice is noted beside the lock of its QEMU, and notes can get lost.
+
+    Version 0.1.0 has them in another directory. To call such a copy dead would take the image from a job that writes it.
+    """
+    listed = vm.job(record.job)
+    noted = record.job.startswith(JOB_PREFIX) or record.job in owners
+    if listed is None or noted or record.phase != _receipt.COPYING:
+        return
+    if record.identity != vm.identity or record.origin.is_other_process(vm):
+        return
+    raise BackupError(
+        f"target: {drive.target} is being made by job {record.job} of VM {vm.name} since {record.started}, and the note"
+        " whose job that is has been lost with the directory of locks, or was made by another version of this"
+        " collection. Repeat the call with the version that has begun it; or wait for the job's end, or cancel it, and"
+        " dismiss it (block_job): the next call then makes the image anew"
+    )
 
 
 def _own_job(drive: Drive, vm: Vm, disk: Disk, job_id: str, owners: dict[str, str]) -> Job | None:

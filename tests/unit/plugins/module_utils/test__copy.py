@@ -203,6 +203,21 @@ class TestUnrecorded:
         found = examine(ask(target, job_id="mine"), vm(jobs=(job("mine"),)), owners)
         assert (found.found, found.job) == (_copy.ABSENT, None)
 
+    @pytest.mark.parametrize("status", ["running", "concluded"])
+    def test_recorded_job_of_a_chosen_id_is_not_dead_because_its_owner_is_forgotten(
+        self, status: str, target: Path
+    ) -> None:
+        remember(target, job="mine")
+        drive = ask(target, job_id="mine")
+        listed = vm(jobs=(job("mine", status),), process=own_process())
+        with pytest.raises(BackupError, match=r"made by job mine of VM .* the note whose job that is has been lost"):
+            examine(drive, listed)
+        assert examine(drive, listed, {"mine": _copy.digest(drive, disk())}).found != _copy.DEAD
+        # Another copy's job of that id leaves no doubt.
+        assert examine(drive, listed, {"mine": "0123456789ab"}).found == _copy.DEAD
+        # Nor does a job that is gone.
+        assert examine(drive, vm(process=own_process())).found == _copy.DEAD
+
     def test_ended_job_without_its_record_is_in_nobodys_way(self, target: Path) -> None:
         assert examine(ask(target, job_id="mine"), vm(jobs=(job("mine", "concluded"),))).found == _copy.ABSENT
 
