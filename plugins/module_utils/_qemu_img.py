@@ -188,8 +188,16 @@ def _readable(command: list[str], text: str) -> str:
     """A text with paths in place of the C(json:) names that a command was given."""
     for word in command:
         if word.startswith("json:"):
-            text = text.replace(word, json.loads(word[len("json:") :])["file"]["filename"])
+            text = text.replace(word, _path(word))
     return text
+
+
+def _path(name: str) -> str:
+    """The path in a C(json:) name; one of a disk of QEMU's that has none stays as it is: RBD, NBD, quorum, cut short."""
+    try:
+        return str(json.loads(name[len("json:") :])["file"]["filename"])
+    except (ValueError, LookupError, TypeError):
+        return name
 
 
 async def run_json(command: list[str], timeout: float = TIMEOUT) -> Any:

@@ -546,3 +546,17 @@ def test_a_machine_id_that_is_still_to_be_made_is_none(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(_inspect, "open", open_empty, raising=False)
     assert _inspect.machine_id() == os.uname().nodename
+
+
+@pytest.mark.parametrize(
+    ("name", "window"),
+    [
+        ("/b/x.raw", False),
+        ('json:{"driver": "raw", "file": {"driver": "rbd", "pool": "p", "image": "i"}}', False),
+        ('json:{"driver": "raw", "offset": 512, "file": {"driver": "file", "filename": "/b/x"}}', True),
+        # QEMU cuts a name of 4096 bytes short.
+        ('json:{"driver": "raw", "file": {"driver": "rbd", "server": [{"ho...', True),
+    ],
+)
+def test_whether_a_raw_node_shows_a_part_of_its_file(name: str, window: bool) -> None:
+    assert _inspect._is_window({"drv": "raw", "image": {"filename": name}}) is window

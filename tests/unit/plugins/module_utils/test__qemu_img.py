@@ -116,6 +116,21 @@ class TestRun:
             asyncio.run(_qemu_img.run(command))
         assert str(failed.value).endswith(" sh /b/x: qemu-img: Could not open '/b/x'")
 
+    @pytest.mark.parametrize(
+        "name",
+        [
+            'json:{"driver": "raw", "file": {"pool": "vms", "image": "web01", "driver": "rbd"}}',
+            'json:{"driver": "quorum", "children": [], "vote-threshold": 2}',
+            'json:{"driver": "raw", "file": "n0"}',
+            'json:{"driver": "raw", "file": {"driver": "file", "fil...',
+        ],
+        ids=["rbd", "quorum", "reference", "cut short"],
+    )
+    def test_failure_with_a_disk_that_has_no_path(self, name: str) -> None:
+        with pytest.raises(ToolError) as failed:
+            asyncio.run(_qemu_img.run([*shell("exit 1"), "sh", name]))
+        assert str(failed.value).endswith(f"sh {name}: ")
+
     def test_missing_program_is_told_apart(self, tmp_path: Path) -> None:
         with pytest.raises(_qemu_img.NotInstalled, match="is not installed on this hypervisor"):
             asyncio.run(_qemu_img.run([str(tmp_path / "qemu-img")]))
