@@ -217,7 +217,7 @@ def _refuse_foreign(drive: Drive, vm: Vm, record: Record) -> None:
 def _refuse_ownerless(drive: Drive, vm: Vm, record: Record, owners: dict[str, str]) -> None:
     """Whose a job is that has an id of the user's choice is noted beside the lock of its QEMU, and notes can get lost.
 
-    Version 0.1.0 has them in another directory. To call such a copy dead would take the image from a job that writes it.
+    Version 0.1.0 has them in another directory. To call such a copy dead takes the image from a job that writes it.
     """
     listed = vm.job(record.job)
     noted = record.job.startswith(JOB_PREFIX) or record.job in owners

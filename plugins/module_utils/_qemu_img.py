@@ -193,7 +193,7 @@ def _readable(command: list[str], text: str) -> str:
 
 
 def _path(name: str) -> str:
-    """The path in a C(json:) name; one of a disk of QEMU's that has none stays as it is: RBD, NBD, quorum, cut short."""
+    """The path in a C(json:) name; one of QEMU's disks that has none stays as it is: RBD, NBD, quorum, cut short."""
     try:
         return str(json.loads(name[len("json:") :])["file"]["filename"])
     except (ValueError, LookupError, TypeError):

@@ -2,7 +2,7 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Disks that QEMU itself names by a json: file name without a path in it, as those on Ceph are: only it can open them."""
+"""Disks that QEMU names by a json: file name without a path in it, as those on Ceph are: only it can open them."""
 
 from __future__ import annotations
 
