@@ -143,7 +143,7 @@ def examine(drive: Drive, vm: Vm, owners: dict[str, str]) -> Copy:
     record = _receipt.read(_receipt.record_path(drive.receipt_path)) if drive.receipt_path else None
     if record is None:
         return _examine_unrecorded(drive, vm, disk, owners)
-    _refuse_foreign(drive, vm, record)
+    _refuse_foreign(drive, vm, record, owners)
     _refuse_ownerless(drive, vm, record, owners)
     copy = Copy(drive, disk, record.job, DEAD, record, _own_job(drive, vm, disk, record.job, owners))
     if record.identity != vm.identity:
@@ -186,7 +186,7 @@ def _refuse_other_request(copy: Copy, record: Record) -> None:
         )
 
 
-def _refuse_foreign(drive: Drive, vm: Vm, record: Record) -> None:
+def _refuse_foreign(drive: Drive, vm: Vm, record: Record, owners: dict[str, str]) -> None:
     if record.hypervisor != machine_id() and record.boot != boot_id():
         raise BackupError(
             f"target: {drive.target} is being made on another hypervisor (machine-id {record.hypervisor}, VM"
@@ -198,7 +198,10 @@ def _refuse_foreign(drive: Drive, vm: Vm, record: Record) -> None:
     is_asked = listed is not None and record.identity == vm.identity and not record.origin.knows_process
     ended = record.origin.has_ended(vm, False, is_asked)
     # An id of the user's choice does not tell whose the job is, and what would is in the place where it was begun.
-    unknown = listed is not None and not record.job.startswith(JOB_PREFIX) and not record.origin.is_from_here
+    # Where this very QEMU is seen, with what was noted beside its lock, that does: mounts alone are other ones.
+    is_noted = record.origin.knows_process and record.job in owners
+    is_told = record.job.startswith(JOB_PREFIX) or record.origin.is_from_here or is_noted
+    unknown = listed is not None and not is_told
     if (ended is None or unknown) and not record.whole:
         raise BackupError(
             f"target: {drive.target} is being made of VM {record.vm} since {record.started}, and was begun where"

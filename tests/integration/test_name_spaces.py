@@ -90,6 +90,20 @@ def inside(
     return found
 
 
+def in_service(name: str, args: dict[str, t.Any]) -> dict[str, t.Any]:
+    """Run a module with mounts of its own only."""
+    done = subprocess.run(
+        ["unshare", "--mount", sys.executable, "-m", f"{PACKAGE}.{name}"],
+        input=module_input(args),
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        check=False,
+    )
+    return t.cast("dict[str, t.Any]", json.loads(done.stdout))
+
+
 WAYS = pytest.mark.parametrize(
     ("there", "here"), [(outside, inside), (inside, outside), (inside, inside)], ids=["into", "out of", "into another"]
 )
@@ -235,6 +249,26 @@ class TestDriveBackup:
             assert partial(target).exists()
             release(vm)
             backup(vm, target, job_id="mine")
+
+    @pytest.mark.parametrize("job_id", [{}, {"job_id": "mine"}], ids=["derived id", "chosen id"])
+    def test_of_a_service_with_mounts_of_its_own_goes_on(
+        self, job_id: dict[str, str], tmp_path: Path, request: pytest.FixtureRequest
+    ) -> None:
+        """What systemd starts with PrivateTmp has other mounts each time, but sees all processes, and their locks."""
+        target = tmp_path / "target.qcow2"
+        speeds = {"started": "1M", "completed": "1G"}
+        with made(tmp_path, UUID) as vm:
+            copy = vm.freeze(vm.disks[0], tmp_path / "frozen.qcow2")
+            for state in ("started", "completed"):
+                result = in_service("drive_backup", arguments(vm, target, state=state, speed=speeds[state], **job_id))
+                assert not result.get("failed"), result
+                assert [job["state"] for job in result["jobs"]] == ["running" if state == "started" else "completed"]
+                if state == "started":
+                    # The kernel gives the number of what has ended to the next one.
+                    holder = subprocess.Popen(["unshare", "--mount", "sleep", "infinity"])
+                    request.addfinalizer(holder.wait)
+                    request.addfinalizer(holder.kill)
+            assert identical(copy, target)
 
     @pytest.mark.parametrize("uuid", [UUID, None])
     def test_in_the_container_of_another_vm(self, uuid: str | None, tmp_path: Path) -> None:
