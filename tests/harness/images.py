@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import typing as t
@@ -47,6 +48,19 @@ def patterned(path: Path, fmt: str = "qcow2", size: int = 64 * MIB, seed: int = 
     pieces = ((seed + number) % 255 + 1 for number in range(8))
     write(path, *(f"write -P {piece} {at * size // 8} {size // 16}" for at, piece in enumerate(pieces)), fmt=fmt)
     return path
+
+
+def layered(directory: Path, name: str, layers: int, size: int = 64 * MIB, seed: int = 0) -> list[Path]:
+    """So many images, each on top of the one before; the first one is half full, and the others are empty."""
+    images = [directory / f"{name}{layer:03}" for layer in range(layers)]
+    patterned(images[0], size=size, seed=seed)
+    if layers > 1:
+        # qemu-img needs a while for hundreds of them. They are all the same, but for a name of one length.
+        empty = create(images[1], size, backing=images[0]).read_bytes()
+        assert empty.count(bytes(images[0])) == 1
+        for lower, image in itertools.pairwise(images[1:]):
+            image.write_bytes(empty.replace(bytes(images[0]), bytes(lower)))
+    return images
 
 
 def info(path: Path) -> dict[str, t.Any]:

@@ -19,7 +19,7 @@ import pytest
 from ansible_collections.vmfleet.backup.plugins.module_utils._agent import find_agent
 from ansible_collections.vmfleet.backup.plugins.module_utils._inspect import inspect_vm
 from ansible_collections.vmfleet.backup.plugins.module_utils._qmp import Monitor, parse_address
-from ansible_collections.vmfleet.backup.tests.harness.images import MIB, create, patterned, qemu_img, write
+from ansible_collections.vmfleet.backup.tests.harness.images import MIB, create, layered, qemu_img, write
 from ansible_collections.vmfleet.backup.tests.harness.modules import fail, succeed
 from ansible_collections.vmfleet.backup.tests.harness.qemu import Disk, Qemu
 from ansible_collections.vmfleet.backup.tests.harness.sets import Sets, result_of
@@ -38,28 +38,6 @@ LIMIT = 4.4
 """How much larger the answers may be of four times as many layers. Where they grow with the square, it is 16."""
 
 
-class Chain:
-    """The images C(NAME000), C(NAME001) and so on, each with the one before as its backing file."""
-
-    def __init__(self, directory: Path, name: str, layers: int) -> None:
-        self.directory = directory
-        self.name = name
-        patterned(self.image(0), size=SIZE, seed=ord(name))
-        # qemu-img needs a while for hundreds of them. They are all the same, but for one name.
-        template = create(directory / "template", SIZE, backing=self.image(0))
-        empty = template.read_bytes()
-        assert empty.count(bytes(self.image(0))) == 1
-        for layer in range(1, layers):
-            self.image(layer).write_bytes(empty.replace(bytes(self.image(0)), bytes(self.image(layer - 1))))
-
-    def image(self, layer: int) -> Path:
-        return self.directory / f"{self.name}{layer:03}"
-
-    def disk(self, layers: int, number: int = 0) -> Disk:
-        """A disk of so many layers."""
-        return Disk(self.image(layers - 1), id=f"drive{number}", node=f"n{number}")
-
-
 class CountingMonitor(Monitor):
     """A monitor that counts how many bytes of JSON the answers to each question have."""
 
@@ -71,6 +49,11 @@ class CountingMonitor(Monitor):
         answer = await super().execute(command, arguments)
         self.bytes[command] += len(json.dumps(answer))
         return answer
+
+
+def disks_of(*images: Path) -> list[Disk]:
+    """One disk for each image."""
+    return [Disk(image, id=f"drive{number}", node=f"n{number}") for number, image in enumerate(images)]
 
 
 def answers_of(vm: Qemu, layers: int) -> Counter[str]:
@@ -89,14 +72,13 @@ def answers_of(vm: Qemu, layers: int) -> Counter[str]:
 @pytest.mark.parametrize("shared", [False, True], ids=["one disk", "two disks on one base"])
 def test_answers_grow_with_the_number_of_layers(directory: Path, shared: bool) -> None:
     """Two disks on one base are what file names alone do not tell apart: an older QEMU has to be asked more."""
-    chain = Chain(directory, "a", max(DEPTHS))
+    images = layered(directory, "a", max(DEPTHS), SIZE)
     found = {}
     for layers in DEPTHS:
-        disks = [chain.disk(layers)]
+        tops = [images[layers - 1]]
         if shared:
-            tops = [create(directory / f"top{number}", SIZE, backing=chain.image(layers - 2)) for number in range(2)]
-            disks = [Disk(top, id=f"drive{number}", node=f"n{number}") for number, top in enumerate(tops)]
-        with Qemu(*disks) as vm:
+            tops = [create(directory / f"top{number}", SIZE, backing=images[layers - 2]) for number in range(2)]
+        with Qemu(*disks_of(*tops)) as vm:
             found[layers] = answers_of(vm, layers)
     for layers in DEPTHS:
         found[layers]["all"] = sum(found[layers].values())
@@ -108,21 +90,18 @@ def test_answers_grow_with_the_number_of_layers(directory: Path, shared: bool) -
         assert found[120][question] <= LIMIT * found[30][question], question
 
 
-def write_everywhere(chains: list[Chain]) -> None:
-    """Data in the middle of each disk, and on its top."""
-    for number, chain in enumerate(chains):
-        write(chain.image(LAYERS // 2), f"write -P {17 + number} 1M 512k")
-        write(chain.image(LAYERS - 1), f"write -P {33 + number} 1280k 512k")
-
-
 def frozen(vm: Qemu, directory: Path, step: str) -> dict[str, Path]:
     return {disk.name: vm.freeze(disk, directory / f"{step}-{vm.pid}-{disk.name}") for disk in vm.disks}
 
 
 def test_a_vm_with_very_many_layers_is_backed_up_beside_another(vms: Vms, directory: Path) -> None:
-    chains = [Chain(directory, name, LAYERS) for name in "abc"[:DISKS]]
-    write_everywhere(chains)
-    deep = vms.start(*(chain.disk(LAYERS, number) for number, chain in enumerate(chains)), name="deep")
+    tops = []
+    for number in range(DISKS):
+        *lower, top = layered(directory, f"disk{number}-", LAYERS, SIZE, seed=number)
+        write(lower[LAYERS // 2], f"write -P {17 + number} 1M 512k")
+        write(top, f"write -P {33 + number} 1280k 512k")
+        tops.append(top)
+    deep = vms.start(*disks_of(*tops), name="deep")
     good = vms.start(vms.disk(9, size=SIZE), name="good")
 
     told = succeed("vm_info", {"monitors": [str(deep.monitor), str(good.monitor)]})["vms"]
@@ -224,7 +203,8 @@ def test_a_vm_whose_answer_is_too_long_fails_alone(vms: Vms, directory: Path) ->
     sets.assert_good("good", copies)
 
 
-def test_the_template_of_the_chains_is_what_qemu_img_makes(directory: Path) -> None:
-    chain = Chain(directory, "a", 5)
-    told = json.loads(qemu_img("info", "--backing-chain", "--output=json", chain.image(4)))
-    assert [image["filename"] for image in told] == [str(chain.image(layer)) for layer in (4, 3, 2, 1, 0)]
+def test_the_layers_are_what_qemu_img_makes(directory: Path) -> None:
+    """They are written by the tests themselves, as there are hundreds of them."""
+    images = layered(directory, "a", 5, SIZE)
+    told = json.loads(qemu_img("info", "--backing-chain", "--output=json", images[-1]))
+    assert [image["filename"] for image in told] == [str(image) for image in reversed(images)]
