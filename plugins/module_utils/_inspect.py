@@ -328,8 +328,10 @@ class _Graph:
                 name = next(iter(self._layer(name)), name)
             for upper in reversed(path):
                 direct = self._layer(upper)
-                lower = [*direct, *found[direct[0]]] if direct else []
-                found[upper] = tuple(layer for layer in dict.fromkeys(lower) if layer != upper)
+                if direct:
+                    lower = dict.fromkeys((*direct, *found[direct[0]]))
+                    lower.pop(upper, None)
+                    found[upper] = tuple(lower)
         return found
 
     def _layer(self, node_name: str) -> list[str]:
@@ -375,14 +377,19 @@ async def _query_children(monitor: Monitor, devices_asked: dict[str, Any]) -> tu
 async def _query_file_names(monitor: Monitor, devices_asked: dict[str, Any]) -> tuple[_Graph, bool]:
     """The graph as far as an older QEMU tells it, and whether its parts fit together.
 
-    Of backing files it tells the file's name only. Where that is not enough, the statistics of devices name the nodes.
+    It tells the names of files only. Where they are not enough, statistics name the nodes: of the whole answer, these
+    are the larger half.
     """
-    nodes, devices, stats = await asyncio.gather(
+    nodes, devices = await asyncio.gather(
         monitor.execute("query-named-block-nodes", {"flat": True}),
         monitor.execute("query-block", devices_asked),
-        monitor.execute("query-blockstats", {"query-nodes": True}),
     )
-    below = {entry["node-name"]: entry["parent"]["node-name"] for entry in stats if "parent" in entry}
+    below = _below_by_file_name(nodes)
+    known = {node["node-name"] for node in nodes}
+    if below is None:
+        stats = await monitor.execute("query-blockstats", {"query-nodes": True})
+        below = {entry["node-name"]: entry["parent"]["node-name"] for entry in stats if "parent" in entry}
+        known = {entry["node-name"] for entry in stats}
     graph = _Graph(devices, {node["node-name"]: node for node in nodes}, below, _backing_by_file_name(nodes, below))
     if any(len(found) != 1 for found in graph.backing.values()):
         # This answer doubles with each filter on the way down: it is not asked for without need.
@@ -394,13 +401,30 @@ async def _query_file_names(monitor: Monitor, devices_asked: dict[str, Any]) -> 
                     graph.backing[upper["node-name"]] = [lower["node-name"]]
                 upper = lower
     graph.used.update(below.values(), *graph.backing.values())
-    known = {entry["node-name"] for entry in stats}
     return graph, _shown(devices) | graph.used <= set(graph.nodes) == known
 
 
 def _shown(devices: list[dict[str, Any]]) -> set[str]:
     """The nodes that guest devices see."""
     return {entry["inserted"]["node-name"] for entry in devices if "inserted" in entry}
+
+
+def _below_by_file_name(nodes: list[dict[str, Any]]) -> dict[str, str] | None:
+    """For each image, the node of its file; None where names do not tell.
+
+    An image has the name of the node below it. They tell where each name is that of one file and of one image at most:
+    never with a filter, nor with anything else between an image and its file.
+    """
+    files: dict[str, str] = {}
+    images: dict[str, str] = {}
+    for node in nodes:
+        name = node["image"]["filename"]
+        kind = files if node["drv"] in FILE_DRIVERS else images
+        has_data_file = "data-file" in node["image"].get("format-specific", {}).get("data", {})
+        if name in kind or node["drv"] in FILTERS or has_data_file:
+            return None
+        kind[name] = node["node-name"]
+    return {image: files[name] for name, image in images.items()} if images.keys() <= files.keys() else None
 
 
 def _backing_by_file_name(nodes: list[dict[str, Any]], below: dict[str, str]) -> dict[str, list[str]]:
@@ -500,7 +524,12 @@ def _disks(graph: _Graph) -> tuple[tuple[Disk, ...], tuple[Disk, ...]]:
         if top not in graph.used and top not in taken and not ours:
             disks.setdefault(node_name, disk_of(node_name, node_name, filters=tuple(filters)))
             taken.update((*filters, node_name))
-    others = (disk_of(name, "" if name.startswith("#") else name) for name in graph.nodes if name not in taken)
+    # A file without a name is told by the image in it. There is one for each layer.
+    others = (
+        disk_of(name, "" if name.startswith("#") else name)
+        for name, node in graph.nodes.items()
+        if name not in taken and not (name.startswith("#") and node["drv"] in FILE_DRIVERS)
+    )
     return tuple(disks.values()), tuple(others)
 
 

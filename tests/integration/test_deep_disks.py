@@ -16,10 +16,11 @@ from collections import Counter
 
 import pytest
 
+from ansible_collections.vmfleet.backup.plugins.module_utils import _inspect
 from ansible_collections.vmfleet.backup.plugins.module_utils._agent import find_agent
 from ansible_collections.vmfleet.backup.plugins.module_utils._inspect import inspect_vm
 from ansible_collections.vmfleet.backup.plugins.module_utils._qmp import Monitor, parse_address
-from ansible_collections.vmfleet.backup.tests.harness.images import MIB, create, layered, qemu_img, write
+from ansible_collections.vmfleet.backup.tests.harness.images import MIB, create, layered, patterned, qemu_img, write
 from ansible_collections.vmfleet.backup.tests.harness.modules import fail, succeed
 from ansible_collections.vmfleet.backup.tests.harness.qemu import Disk, Qemu
 from ansible_collections.vmfleet.backup.tests.harness.sets import Sets, result_of
@@ -27,6 +28,7 @@ from ansible_collections.vmfleet.backup.tests.harness.sets import Sets, result_o
 if t.TYPE_CHECKING:
     from pathlib import Path
 
+    from ansible_collections.vmfleet.backup.plugins.module_utils._inspect import Vm
     from ansible_collections.vmfleet.backup.tests.harness.fixtures import Vms
 
 SIZE = 8 * MIB
@@ -88,6 +90,27 @@ def test_answers_grow_with_the_number_of_layers(directory: Path, shared: bool) -
         print(f"{question:26}" + "".join(f"{found[layers][question]:>10}" for layers in DEPTHS))
     for question in questions:
         assert found[120][question] <= LIMIT * found[30][question], question
+
+
+def test_names_of_files_tell_the_same_as_statistics(vms: Vms, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What an older QEMU is asked without need, where its graph is a plain one."""
+    named = patterned(directory / "named.qcow2", size=SIZE)
+    storage = {"driver": "file", "filename": str(named), "node-name": "storage"}
+    vm = vms.start(
+        *disks_of(layered(directory, "a", 4, SIZE)[-1]),
+        vms.disk(7, size=SIZE, format="raw"),
+        vms.disk(8, size=SIZE, id=None, read_only=True),
+        Disk(named, id=None, node="format", file=storage),
+    )
+
+    async def look() -> Vm:
+        async with Monitor(parse_address(str(vm.monitor))) as monitor:
+            return await inspect_vm(monitor)
+
+    by_names = asyncio.run(look())
+    monkeypatch.setattr(_inspect, "_below_by_file_name", lambda _nodes: None)
+    assert by_names == asyncio.run(look())
+    assert {disk.name for disk in by_names.disks} == {"drive0", "drive7", "n8", "format"}
 
 
 def frozen(vm: Qemu, directory: Path, step: str) -> dict[str, Path]:

@@ -147,7 +147,9 @@ def test_disks_are_found_below_their_filters(
     assert [disk.stable_name for disk in found.disks] == [name != "disk1" for name, _node, _filters in expected]
     others = {node.node for node in found.other_nodes}
     in_disks = {name for disk in found.disks for name in (disk.node, *disk.filters)}
-    assert others == {node.name for node in nodes} - in_disks
+    # What is only a file, without a name, is told by the image in it.
+    files = {node.name for node in nodes if node.name.startswith("#") and node.driver == "file"}
+    assert others == {node.name for node in nodes} - in_disks - files
 
 
 def test_disk_has_what_qemu_tells_of_its_node() -> None:
@@ -560,3 +562,28 @@ def test_a_machine_id_that_is_still_to_be_made_is_none(monkeypatch: pytest.Monke
 )
 def test_whether_a_raw_node_shows_a_part_of_its_file(name: str, window: bool) -> None:
     assert _inspect._is_window({"drv": "raw", "image": {"filename": name}}) is window
+
+
+OTHER_FILE = Node("#other", "file")
+
+
+@pytest.mark.parametrize(
+    ("nodes", "asked"),
+    [
+        pytest.param([FILE, N0], False, id="an image in a file"),
+        pytest.param(
+            [FILE, N0, Node("#basefile", "file", filename="/images/base.qcow2"), BASE], False, id="two of them"
+        ),
+        pytest.param([FILE, N0, Node("f0", "throttle", below="n0")], True, id="a filter"),
+        pytest.param([FILE, N0, Node("raw0", "raw", below="n0")], True, id="an image in an image"),
+        pytest.param([FILE, N0, OTHER_FILE], True, id="a file that is open twice"),
+        pytest.param([FILE, N0, OTHER_FILE, Node("n1", below="#other")], True, id="two images on one file"),
+        pytest.param([Node("#dbg", "blkdebug", filename="blkdebug::/a"), Node("n0", below="#dbg")], True, id="no file"),
+        pytest.param([FILE, Node("n0", below="#file", specific={"data-file": "/d"})], True, id="data elsewhere"),
+    ],
+)
+def test_statistics_are_asked_for_where_names_of_files_do_not_tell(nodes: list[Node], asked: bool) -> None:
+    """They are the larger half of all that an older QEMU tells of its nodes."""
+    fake = FakeMonitor(answers(nodes, []))
+    asyncio.run(inspect_vm(monitor(fake)))
+    assert ("query-blockstats" in [command for command, _arguments in fake.sent]) is asked
