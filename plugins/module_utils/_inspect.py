@@ -128,7 +128,7 @@ class Disk:
 
     def shares_file(self, other: Disk) -> bool:
         """Whether another disk is on the same file."""
-        return bool(self.file) and self.file == other.file and self.node != other.node
+        return bool(self.file) and _plain(self.file) == _plain(other.file) and self.node != other.node
 
     def bitmap(self, name: str) -> Bitmap | None:
         return next((bitmap for bitmap in self.bitmaps if bitmap.name == name), None)
@@ -624,6 +624,16 @@ def _files(nodes: Iterable[dict[str, Any]], process: Process | None) -> tuple[st
             path = os.path.join(f"/proc/{process.pid}/cwd", path)
         found.append(path)
     return tuple(dict.fromkeys(found))
+
+
+def _plain(file: str) -> str:
+    """One spelling for each file that QEMU names: a block device has many (C(by-id), C(dm-3), the name of a volume).
+
+    Links elsewhere are not followed: who looks at a file system that hangs, hangs.
+    """
+    if not file.startswith("/"):
+        return file
+    return os.path.realpath(file) if file.startswith("/dev/") else os.path.normpath(file)
 
 
 def _stem(path: str) -> str:

@@ -6,7 +6,9 @@
 
 from __future__ import annotations
 
+import tempfile
 import typing as t
+from pathlib import Path
 
 import pytest
 
@@ -17,9 +19,7 @@ from ansible_collections.vmfleet.backup.tests.harness.qemu import Disk, wait_unt
 from ansible_collections.vmfleet.backup.tests.harness.sets import ID, Sets, result_of
 
 if t.TYPE_CHECKING:
-    from pathlib import Path
-
-    from ansible_collections.vmfleet.backup.tests.harness.fixtures import Vms
+    from ansible_collections.vmfleet.backup.tests.harness.fixtures import Storage, Vms
     from ansible_collections.vmfleet.backup.tests.harness.qemu import Qemu
 
 pytestmark = pytest.mark.usefixtures("clean")
@@ -180,6 +180,29 @@ def test_two_disks_on_one_file(vms: Vms, directory: Path, sets: Sets) -> None:
             assert identical(path, image, "raw")
         assert [disk["bitmap"] for disk in sets.manifest("web01", set_id)["disks"]] == [None, None]
     assert sets.reasons("web01", "s2")["drive0"].startswith("disk drive1 is on the same file")
+
+
+def test_two_disks_on_one_device_by_two_names(vms: Vms, storage: Storage, sets: Sets) -> None:
+    device = storage.loop(8 * MIB)
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as links:
+        by_id = Path(links, "by-id")
+        by_id.symlink_to(device)
+        twins = [
+            Disk(
+                path,
+                f"drive{n}",
+                f"n{n}",
+                "raw",
+                file={"driver": "host_device", "filename": str(path), "locking": "off"},
+            )
+            for n, path in enumerate((device, by_id))
+        ]
+        vm = vms.start(*twins, name="web01")
+        for set_id in ("s1", "s2"):
+            vm.write("drive1", 0x11 if set_id == "s1" else 0x22, MIB, 65536)
+            sets.back_up(vm, id=set_id)
+            assert sets.levels("web01", set_id) == {"drive0": "full", "drive1": "full"}
+            assert identical(device, sets.images("web01", set_id)["drive0"], "raw")
 
 
 def test_parts_of_one_file_are_disks_of_their_own(vms: Vms, directory: Path, sets: Sets) -> None:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import os
+import tempfile
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -41,9 +43,6 @@ from ansible_collections.vmfleet.backup.tests.unit.plugins.doubles import (
     monitor,
     vm,
 )
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 VD0 = "/machine/peripheral/vd0/virtio-backend"
 ANONYMOUS = "/machine/peripheral-anon/device[1]/virtio-backend"
@@ -587,3 +586,27 @@ def test_statistics_are_asked_for_where_names_of_files_do_not_tell(nodes: list[N
     fake = FakeMonitor(answers(nodes, []))
     asyncio.run(inspect_vm(monitor(fake)))
     assert ("query-blockstats" in [command for command, _arguments in fake.sent]) is asked
+
+
+def test_a_block_device_has_many_names() -> None:
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as directory:
+        by_id = Path(directory, "by-id")
+        by_id.symlink_to("/dev/null")
+        one = disk("drive0", "n0", file="/dev/null")
+        assert one.shares_file(disk("drive1", "n1", file=str(by_id)))
+        assert not one.shares_file(disk("drive1", "n1", file="/dev/zero"))
+        assert not one.shares_file(disk("drive0", "n0", file=str(by_id)))
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ("/b/x.raw", "/b//./x.raw", True),
+        ("/b/x.raw", "/b/y.raw", False),
+        ("x.raw", "x.raw", True),
+        ("nbd://host/x", "nbd:/host/x", False),
+        ("", "", False),
+    ],
+)
+def test_disks_on_one_file(one: str, other: str, same: bool) -> None:
+    assert disk("drive0", "n0", file=one).shares_file(disk("drive1", "n1", file=other)) is same
