@@ -274,9 +274,11 @@ async def main_task(module: AnsibleModule) -> dict[str, Any]:
     await probe_if_there(params["repository"], writing=not module.check_mode)
     repository = open_repository(params["repository"])
     held = holdings(repository, params["vm"])
-    require_sets(repository, held)
+    given = params["disks"]
+    if params["state"] == "present" or given is None:
+        require_sets(repository, held)
+    # A target that is named tells itself whose it is.
     if params["state"] == "absent":
-        given = params["disks"]
         targets = (
             overlays(repository, held, params["directory"]) if given is None else [disk["target"] for disk in given]
         )

@@ -4,7 +4,7 @@
 
 """A fleet: a controller, and hypervisors that it reaches over real SSH, all of them on this machine.
 
-Each of them is a machine of its own to whoever is inside: it has its own processes, mounts, host name, machine-id and
+Each of them is a machine of its own to whoever is inside: it has its own processes, mounts, host name, machine-id, boot and
 /run. What ends a machine ends all its processes and mounts, and so does the end of this process, whatever that is.
 """
 
@@ -37,6 +37,7 @@ CLONE_NEWPID = 0x20000000
 INIT = r"""
 set -e
 mount --bind "$1/machine-id" /etc/machine-id
+mount --bind "$1/boot_id" /proc/sys/kernel/random/boot_id
 mount -t tmpfs -o mode=755 tmpfs /run
 mkdir /run/sshd
 # A login is to read nothing of what the user of this machine has set up for himself.
@@ -90,6 +91,7 @@ class Machine:
         self.repository = self.directory / "repository"
         self.repository.mkdir(parents=True)
         (self.directory / "machine-id").write_text(uuid.uuid4().hex + "\n")
+        (self.directory / "boot_id").write_text(f"{uuid.uuid4()}\n")
         self._space = subprocess.Popen(
             [
                 *("setpriv", "--pdeathsig", "KILL", "unshare", "--mount", "--uts", "--pid", "--mount-proc"),

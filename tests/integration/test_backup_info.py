@@ -64,6 +64,7 @@ def test_everything_about_a_set(library: Library) -> None:
         "chain": 3,
         "broken": "",
         "verified": {},
+        "decrypted": [],
         "protected": False,
         "used_by": [],
     }

@@ -43,19 +43,23 @@ def sets(directory: Path) -> Sets:
 
 
 class Elsewhere:
-    """Another hypervisor: modules run with another machine-id and host name, and see all else as here."""
+    """Another hypervisor: modules run with another machine-id, boot and host name, and see all else as here."""
 
-    SETUP = 'mount --bind "$1" /etc/machine-id && hostname hv2 && shift && exec "$@"'
+    SETUP = (
+        'mount --bind "$1/machine-id" /etc/machine-id && mount --bind "$1/boot_id" /proc/sys/kernel/random/boot_id'
+        ' && hostname hv2 && shift && exec "$@"'
+    )
 
     def __init__(self, directory: Path) -> None:
-        self._machine_id = directory / "machine-id"
-        self._machine_id.write_text("0123456789abcdef0123456789abcdef\n")
+        self._directory = directory
+        (directory / "machine-id").write_text("0123456789abcdef0123456789abcdef\n")
+        (directory / "boot_id").write_text("01234567-89ab-cdef-0123-456789abcdef\n")
 
     def run(self, name: str, args: dict[str, t.Any], check: bool = False) -> dict[str, t.Any]:
         """Run a module there, to whatever end."""
         module = [sys.executable, "-m", f"ansible_collections.vmfleet.backup.plugins.modules.{name}"]
         done = subprocess.run(
-            ["unshare", "--mount", "--uts", "sh", "-c", self.SETUP, "sh", str(self._machine_id), *module],
+            ["unshare", "--mount", "--uts", "sh", "-c", self.SETUP, "sh", str(self._directory), *module],
             input=json.dumps({"ANSIBLE_MODULE_ARGS": {**args, "_ansible_check_mode": check}}),
             capture_output=True,
             text=True,

@@ -261,7 +261,7 @@ def test_long_name(vm: Qemu, target: Path) -> None:
     backup(vm, longest)
     assert info(longest)["format"] == "qcow2"
     result = fail_backup(vm, target.with_name("n" * 250))
-    assert "name too long" in result["msg"]
+    assert "bytes too long" in result["msg"]
 
 
 def test_image_grows_under_another_name(vm: Qemu, target: Path) -> None:

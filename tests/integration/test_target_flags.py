@@ -155,7 +155,7 @@ def test_flags_of_the_source(
     flags = [f"{','.join(each)},{locking}" for each, locking in zip(combined, itertools.cycle(LOCKING))]
     flags = [f"{each},snapshot={snapshot}" for each in flags] + OTHERS
     vm = vms.start(extra=disks(directory, content, flags))
-    mount = storage.mount("ext4", (len(flags) + 1) * 5 * MIB)
+    mount = storage.mount("ext4", (len(flags) + 1) * 5 * MIB + 32 * MIB)
     targets = [mount.path / f"target{number}" for number in range(len(flags))]
     drives = [{"device": f"disk{number}", "target": str(target)} for number, target in enumerate(targets)]
     given = arguments(vm, drives=drives, format=fmt, compress=compress)
