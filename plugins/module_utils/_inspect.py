@@ -495,10 +495,23 @@ def machine_id() -> str:
 def _disks(graph: _Graph) -> tuple[tuple[Disk, ...], tuple[Disk, ...]]:
     """The VM's disks (those of devices first, in QEMU's order), and the nodes that other nodes are made of."""
     layers = graph.layers()
+    sizes = {name: node["image"].get("actual-size") for name, node in graph.nodes.items()}
+    encrypted = {name for name, node in graph.nodes.items() if node["image"].get("encrypted", False)}
 
     def disk_of(node_name: str, name: str, **others: Any) -> Disk:
-        lower = [graph.nodes[layer] for layer in layers[node_name]]
-        return _disk(graph.nodes[node_name], lower, name, file=graph.file_of(node_name), **others)
+        lower = layers[node_name]
+        held = [sizes[node_name], *(sizes[layer] for layer in lower)]
+        return _disk(
+            graph.nodes[node_name],
+            name,
+            layers=lower,
+            backing_format=graph.nodes[lower[0]]["drv"] if lower else "",
+            layer_size=held[0],
+            actual_size=None if None in held else sum(held),
+            encrypted=not encrypted.isdisjoint((node_name, *lower)),
+            file=graph.file_of(node_name),
+            **others,
+        )
 
     disks: dict[str, Disk] = {}
     for number, entry in enumerate(graph.devices):
@@ -533,23 +546,17 @@ def _disks(graph: _Graph) -> tuple[tuple[Disk, ...], tuple[Disk, ...]]:
     return tuple(disks.values()), tuple(others)
 
 
-def _disk(node: dict[str, Any], layers: list[dict[str, Any]], name: str, **others: Any) -> Disk:
+def _disk(node: dict[str, Any], name: str, **others: Any) -> Disk:
     image = node["image"]
-    sizes = [one["image"].get("actual-size") for one in (node, *layers)]
     return Disk(
         name=name,
         node=node["node-name"],
-        layers=tuple(layer["node-name"] for layer in layers),
         driver=node["drv"],
         filename=image["filename"],
         backing_file=image.get("full-backing-filename", image.get("backing-filename", "")),
-        backing_format=layers[0]["drv"] if layers else "",
         virtual_size=image["virtual-size"],
-        layer_size=sizes[0],
-        actual_size=None if None in sizes else sum(sizes),
         read_only=node["ro"],
         keeps_bitmaps=_keeps_bitmaps(node),
-        encrypted=any(one["image"].get("encrypted", False) for one in (node, *layers)),
         snapshots=len(image.get("snapshots", [])),
         data_file=image.get("format-specific", {}).get("data", {}).get("data-file", ""),
         bitmaps=tuple(_bitmap(entry) for entry in node.get("dirty-bitmaps", []) if entry.get("name")),
