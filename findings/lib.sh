@@ -63,7 +63,8 @@ END
   "$IMG" --version | sed -n 1p
 }
 
-# The Python module vm: VM(arguments...).run(command, **arguments), .io(drive, command), .wait(job), .end().
+# The Python module vm: VM(arguments...).run(command, **arguments), .io(drive, command),
+# .reach(job, status...), .wait(job), .end().
 cat >"$work/vm.py" <<'END'
 import json, os, socket, subprocess, sys, time
 
@@ -123,15 +124,19 @@ class VM:
     def io(self, drive, command):
         return self.run("human-monitor-command", command_line=f'qemu-io {drive} "{command}"')
 
-    def wait(self, job):
+    def reach(self, job, *wanted):
         end = time.monotonic() + SECONDS
         while time.monotonic() < end:
             found = next(each for each in self.run("query-jobs") if each["id"] == job)
-            if found["status"] == "concluded":
-                self.run("job-dismiss", id=job)
-                return found.get("error", "")
+            if found["status"] in wanted:
+                return found
             time.sleep(0.05)
         raise TimeoutError(found)
+
+    def wait(self, job):
+        found = self.reach(job, "concluded")
+        self.run("job-dismiss", id=job)
+        return found.get("error", "")
 
     def end(self):
         self.run("quit")
