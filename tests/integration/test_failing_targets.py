@@ -176,7 +176,7 @@ class Tries:
                 work.start()
             watched = ModuleProcess(*work.call()) if chance.random() < 0.3 else None
             with copy:
-                felt = [write_somewhere(vm, chance) for _ in range(chance.randint(4, 8))].count(False)
+                felt = [write_somewhere(vm, chance) for _number in range(chance.randint(4, 8))].count(False)
                 if chance.random() < 0.2:
                     release(vm)
                     time.sleep(chance.random() / 20)
