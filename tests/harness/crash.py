@@ -54,7 +54,7 @@ HARMLESS = frozenset(
     f"os.{name}" for name in ("chdir", "getxattr", "listdir", "listxattr", "putenv", "scandir", "unsetenv", "walk")
 )
 # C functions that change nothing either.
-HARMLESS_IN_C = frozenset({"sync_file_range"})
+HARMLESS_IN_C = frozenset({"fstatfs", "sync_file_range"})
 # What only asks: QEMU, an agent, qemu-img.
 QUESTIONS = ("query-", "qom-", "qmp_capabilities", "guest-sync", "guest-info", "guest-fsfreeze-status")
 READERS = frozenset({"check", "compare", "info", "map", "measure"})
