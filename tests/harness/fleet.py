@@ -4,8 +4,8 @@
 
 """A fleet: a controller, and hypervisors that it reaches over real SSH, all of them on this machine.
 
-Each of them is a machine of its own to whoever is inside: it has its own processes, mounts, host name, machine-id, boot and
-/run. What ends a machine ends all its processes and mounts, and so does the end of this process, whatever that is.
+Each of them is a machine of its own to whoever is inside: it has its own processes, mounts, host name, machine-id, boot
+and /run. What ends a machine ends all its processes and mounts, and so does the end of this process, whatever that is.
 """
 
 from __future__ import annotations
