@@ -130,14 +130,14 @@ def refused(address: str, *commands: str) -> str:
         (TOO_LONG, "is longer than qemu.qmp can read (10 MiB), because its disks have too many layers most often"),
         (b"HTTP/1.1 200 OK\r\n", "cannot be read: Failed to deserialize QMP message. raw bytes were: b'HTTP/1.1"),
         (b'{"return": "\xff\xfe", "id": %s}\n', "cannot be read: UnicodeDecodeError: 'utf-8' codec can't decode byte"),
-        (b"[" * 300_000 + b"\n", "cannot be read: RecursionError: maximum recursion depth exceeded"),
+        (b"[" * 300_000 + b"\n", "cannot be read: RecursionError: "),
         (b"[1]\n", "cannot be read: QMP message is not a JSON object. json value was: [ 1 ]"),
         (b'{"return": 1}\n', 'cannot be read: it does not tell which question it answers: {"return": 1}'),
         (
             b'{"error": {"class": "GenericError", "desc": "JSON parse error, stray"}}\n',
             'cannot be read: it does not tell which question it answers: {"error": {"class": "GenericError", ',
         ),
-        (b'{"return": 1, "id": ["not", "ours"]}\n', "cannot be read: TypeError: unhashable type: 'list'"),
+        (b'{"return": 1, "id": ["not", "ours"]}\n', "cannot be read: TypeError: "),
     ],
     ids=["too long", "no json", "no utf-8", "deep", "no object", "no id", "error without id", "strange id"],
 )
