@@ -12,7 +12,8 @@ work=$(mktemp -d "${TMPDIR:-/tmp}/finding.XXXXXX")
 box=
 clean_up() {
   cd /
-  [ -z "$box" ] || kill "$box" || true
+  # It pays no heed to SIGTERM. What it has started goes with it.
+  [ -z "$box" ] || { kill -KILL "$box" && wait "$box" || true; } 2>/dev/null
   awk -v work="$work/" 'index($2, work) == 1 {print $2}' /proc/self/mounts | tac | xargs -r umount --lazy
   rm -rf --one-file-system "$work"
 }
@@ -113,7 +114,7 @@ mount -t tmpfs tmpfs /run
 ip link set lo up
 virtlogd -d
 libvirtd -d
-while :; do sleep 1; done
+while sleep 1; do :; done
 END
   unshare --mount --pid --net --uts --fork --kill-child bash -c '
     set -e
