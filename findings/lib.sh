@@ -104,9 +104,9 @@ libvirt-qemu:x:64055:" >"$root/etc/group"
   rm -rf "$root/var/run"
   ln -s ../run "$root/var/run"
   ln -sf dash "$root/usr/bin/sh"
-  mkdir -p "$root"/{proc,sys,dev,run,tmp,root,old,work} "$root"/var/{cache,log}/libvirt "$root/var/lib/libvirt"
-  chmod 0777 "$root/work"
-  cp "$work"/{vm,domain}.py "$root/work/"
+  mkdir -p "$root"/{proc,sys,dev,run,tmp,root,old,lab} "$root"/var/{cache,log}/libvirt "$root/var/lib/libvirt"
+  chmod 0777 "$root/lab"
+  cp "$work"/{vm,domain}.py "$root/lab/"
   # This is process 1 of the box, and all in it end with it.
   cat >"$root/start" <<'END'
 hostname box
@@ -138,7 +138,7 @@ END
 
 inside() {
   nsenter --target "$(cat "/proc/$box/task/$box/children" | cut -d' ' -f1)" --mount --pid --net --uts \
-    env -i PATH=/usr/sbin:/usr/bin HOME=/root LC_ALL=C QEMU=qemu-system-x86_64 IMG=qemu-img PYTHONPATH=/work \
+    env -i PATH=/usr/sbin:/usr/bin HOME=/root LC_ALL=C QEMU=qemu-system-x86_64 IMG=qemu-img PYTHONPATH=/lab \
     timeout --foreground -k 5 120 "$@"
 }
 

@@ -12,7 +12,7 @@
 
 . "$(dirname "$(readlink -f "$0")")/lib.sh"
 libvirt 12.9.0-1~bpo13+1 1:11.1.3+ds-1~bpo13+1 /trixie-backports /trixie
-inside sh -c 'cd /work && python3 -' <<'END'
+inside sh -c 'cd /lab && python3 -' <<'END'
 import subprocess
 from domain import Domain
 from vm import image

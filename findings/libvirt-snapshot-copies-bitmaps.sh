@@ -12,7 +12,7 @@
 
 . "$(dirname "$(readlink -f "$0")")/lib.sh"
 libvirt 12.9.0-1~bpo13+1 1:11.1.3+ds-1~bpo13+1 /trixie-backports /trixie
-inside sh -c 'cd /work && python3 -' <<'END'
+inside sh -c 'cd /lab && python3 -' <<'END'
 import os
 from domain import Domain
 from vm import image, same
@@ -49,11 +49,11 @@ def increment(name, snapshot):
 
 
 def by_libvirt(domain):
-    domain.virsh("snapshot-create-as", "D", "s", "--disk-only", "--no-metadata", "--diskspec", "vda,file=/work/overlay.qcow2")
+    domain.virsh("snapshot-create-as", "D", "s", "--disk-only", "--no-metadata", "--diskspec", "vda,file=/lab/overlay.qcow2")
 
 
 def by_qemu(domain):
-    domain.run("blockdev-snapshot-sync", node_name=domain.node()["node-name"], snapshot_file="/work/overlay.qcow2",
+    domain.run("blockdev-snapshot-sync", node_name=domain.node()["node-name"], snapshot_file="/lab/overlay.qcow2",
                snapshot_node_name="overlay", format="qcow2")
 
 
