@@ -14,7 +14,6 @@ Reference: QEMU QMP Reference Manual 7.2, drive-backup, blockdev-backup, transac
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field, replace
@@ -192,12 +191,13 @@ async def _with_open_targets(
             if monitor.passes_fds:
                 fdsets.append(await _pass_target(monitor, start, is_direct))
                 filename = f"/dev/fdset/{fdsets[-1]}"
-            opened = start.target.node(filename, is_direct)
             if way.by_node:
-                await monitor.execute("blockdev-add", _node_options(start.target_node, opened))
+                options = {**start.target.options(filename, is_direct), "node-name": start.target_node}
+                await monitor.execute("blockdev-add", options)
                 nodes.append(start.target_node)
                 target = {"target": start.target_node}
             else:
+                opened = start.target.node(filename, is_direct)
                 target = {"mode": "existing", "target": opened, "format": start.target.format}
             identity = {"job-id": start.job_id, "device": start.node, "auto-dismiss": False}
             actions.append({"type": command, "data": {**start.arguments, **identity, **target}})
@@ -208,12 +208,6 @@ async def _with_open_targets(
             await monitor.remove_fdset(fdset)
         if not started:
             await remove_nodes(monitor, nodes)
-
-
-def _node_options(name: str, opened: str) -> dict[str, Any]:
-    """The node that drive-backup would make of a C(json:) file name: it writes no zeroes where none are needed."""
-    own: dict[str, Any] = json.loads(opened.partition(":")[2])
-    return {"discard": "unmap", "detect-zeroes": "unmap", **own, "node-name": name}
 
 
 async def _pass_target(monitor: Monitor, start: BackupStart, direct: bool) -> int:

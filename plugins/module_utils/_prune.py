@@ -322,7 +322,7 @@ async def _copy_full(path: str, new: str, image: DiskImage) -> DiskImage:
     await _qemu_img.run(command, timeout=_qemu_img.LONG_TIMEOUT, is_long=True)
     if os.stat(new).st_size == image.bytes:
         # By their sizes the two are told apart while either may stand there. What follows the last cluster is ignored.
-        os.truncate(new, image.bytes + _target.CLUSTER)
+        os.truncate(new, image.bytes + _qemu_img.CLUSTER)
     status = _target.flush(new)
     set_mode(new, PUBLISHED_MODE)
     digest = sha256(new) if image.sha256 else None

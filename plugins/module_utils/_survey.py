@@ -18,7 +18,7 @@ import traceback
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from ansible_collections.vmfleet.backup.plugins.module_utils import _keeps, _plan, _target
+from ansible_collections.vmfleet.backup.plugins.module_utils import _keeps, _plan, _qemu_img, _target
 from ansible_collections.vmfleet.backup.plugins.module_utils._chain import FULL, walk
 from ansible_collections.vmfleet.backup.plugins.module_utils._documents import Hypervisor
 from ansible_collections.vmfleet.backup.plugins.module_utils._errors import (
@@ -283,7 +283,7 @@ def _reservable(directory: str) -> bool:
     """Whether space can be reserved here, tried on a file of which nothing is left, whatever happens."""
     try:
         with scratch(directory, f".{REPOSITORY_FILE}.") as probe:
-            return _target.allocate(probe, _target.CLUSTER)
+            return _target.allocate(probe, _qemu_img.CLUSTER)
     except OSError:
         return False
 

@@ -35,8 +35,6 @@ if TYPE_CHECKING:
 SECTOR = 512
 PAGE = 4096
 DIRECT_ALIGNMENT = 4096
-CLUSTER = 65536
-"""qcow2's default cluster size, in bytes."""
 FIRST_TABLE = 1 << 26
 """Bytes of a disk for which there is one byte in a qcow2 image's first table, full or not."""
 
@@ -75,7 +73,11 @@ class Target:
         return not self.compress and aligned
 
     def node(self, filename: str, direct: bool) -> str:
-        """The C(json:) file name under which QEMU opens the image: nothing probed, no backing file opened.
+        """The C(json:) file name under which QEMU opens the image."""
+        return "json:" + json.dumps(self.options(filename, direct))
+
+    def options(self, filename: str, direct: bool) -> dict[str, Any]:
+        """Return the options with which QEMU opens the image: nothing probed, no backing file opened.
 
         What is not said here a target gets from its source: a disk with aio=native would have no buffered target, and
         one with cache=unsafe none that is flushed.
@@ -99,7 +101,7 @@ class Target:
         }
         if self.format != "raw":
             options["backing"] = None
-        return "json:" + json.dumps(options)
+        return options
 
 
 def is_block_device(path: str) -> bool:
@@ -371,7 +373,7 @@ def _with_spare(held: int) -> int:
 def increment_bytes(disk: Disk, records: Iterable[Bitmap]) -> int:
     """Return the most bytes that an increment of what these bitmaps of C(disk) have marked together will take."""
     # The least write that a fine bitmap marks can cost a whole cluster.
-    marked = sum(bitmap.count // bitmap.granularity * max(CLUSTER, bitmap.granularity) for bitmap in records)
+    marked = sum(bitmap.count // bitmap.granularity * max(_qemu_img.CLUSTER, bitmap.granularity) for bitmap in records)
     # Only what is written has tables, in the worst case one for each cluster.
     tables = min(_metadata(disk.virtual_size), marked + _metadata(0) + disk.virtual_size // FIRST_TABLE)
     return min(_fully_allocated(disk.virtual_size), _fully_allocated(marked) + tables)
@@ -387,9 +389,9 @@ async def _measured(disk: Disk) -> Any:
 
 def _metadata(virtual_size: int) -> int:
     """qcow2's own tables for an image of this size with nothing in it, generously."""
-    return 16 * CLUSTER + virtual_size // CLUSTER * 8
+    return 16 * _qemu_img.CLUSTER + virtual_size // _qemu_img.CLUSTER * 8
 
 
 def _fully_allocated(size: int) -> int:
-    clusters = -(-size // CLUSTER)
-    return clusters * CLUSTER + _metadata(size) + clusters * 16
+    clusters = -(-size // _qemu_img.CLUSTER)
+    return clusters * _qemu_img.CLUSTER + _metadata(size) + clusters * 16
