@@ -31,7 +31,7 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._documents import (
     VmName,
 )
 from ansible_collections.vmfleet.backup.plugins.module_utils._errors import AgentError, BackupError, after
-from ansible_collections.vmfleet.backup.plugins.module_utils._inspect import chain_of, query_jobs
+from ansible_collections.vmfleet.backup.plugins.module_utils._inspect import query_jobs
 from ansible_collections.vmfleet.backup.plugins.module_utils._spaces import spaces
 from ansible_collections.vmfleet.backup.plugins.module_utils._survey import Room, measure
 from ansible_collections.vmfleet.backup.plugins.module_utils._units import boottime, utc_now
@@ -168,7 +168,7 @@ class Maker:
             format="qcow2",
             compression=policy.compression,
             bitmap=f"{bitmap_prefix(self.repository)}{secrets.token_hex(8)}" if tracked else None,
-            layers=tuple(layer.filename for layer in chain_of(disk, (*vm.disks, *vm.other_nodes))[1:]),
+            layers=tuple(layer.filename for layer in vm.chain(disk)[1:]),
             source_encrypted=disk.encrypted,
         )
 

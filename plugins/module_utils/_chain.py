@@ -94,8 +94,7 @@ def link(
     doubt = (
         _other_disk(base, below, disk, identity)
         or written_elsewhere(disk, disks)
-        or _lost_record(base, below, disk, disks, layers, sets[-1])
-        or _broken_record(base, below, disk, chain)
+        or _lost_record(base, below, chain, disks, layers, sets[-1])
         or damage.get((base.id, disk.name), "")
         or _too_long(sets, base, disk.name, wish.max_chain)
     )
@@ -139,14 +138,21 @@ def written_elsewhere(disk: Disk, disks: Iterable[Disk]) -> str:
 
 
 def _lost_record(
-    base: Manifest, below: DiskImage, disk: Disk, disks: Iterable[Disk], layers: Iterable[Disk], newest: Manifest
+    base: Manifest,
+    below: DiskImage,
+    chain: Sequence[Disk],
+    disks: Iterable[Disk],
+    layers: Iterable[Disk],
+    newest: Manifest,
 ) -> str:
-    """Why the record of the changes since an image cannot be trusted; empty where it can."""
+    """Why the record of the changes since an image cannot be trusted; empty where it can. C(chain) is the disk's."""
+    disk = chain[0]
     if not below.bitmap:
         return f"set {base.id} was made without a record of the changes after it"
     record = f"the record of the changes since set {base.id} (bitmap {below.bitmap})"
     if disk.bitmap(below.bitmap):
-        return ""
+        doubt = _gap(below, chain)
+        return doubt and f"{record} {doubt}"
     holder = next((other.name for other in disks if other.bitmap(below.bitmap)), "")
     if holder:
         return f"{record} is on disk {holder}: the disks were swapped, or one was copied over the other"
@@ -161,14 +167,14 @@ def _lost_record(
     return f"{record} is gone: QEMU was killed, the disk was replaced or reverted, or somebody removed it"
 
 
-def _broken_record(base: Manifest, below: DiskImage, disk: Disk, chain: Sequence[Disk]) -> str:
-    """Return why the record that a disk has is not whole or not right; empty where it can be trusted.
+def _gap(below: DiskImage, chain: Sequence[Disk]) -> str:
+    """Return what is wrong with the record that a disk has, in one of its layers; empty where it is whole and right.
 
     libvirt copies our bitmap, empty, onto the overlay of an external snapshot: the writes before the snapshot are in
     the bitmap of the layer below. What is recorded is what all layers have recorded together, down to those that were
     there when the set was made; where one of them has no bitmap, nobody knows what was written there.
     """
-    record = f"the record of the changes since set {base.id} (bitmap {below.bitmap})"
+    disk = chain[0]
     found = [layer.bitmap(below.bitmap or "") for layer in chain]
     holders = [place for place, bitmap in enumerate(found) if bitmap]
     known = [place for place, layer in enumerate(chain) if layer.filename in (below.source, *below.layers)]
@@ -177,13 +183,13 @@ def _broken_record(base: Manifest, below: DiskImage, disk: Disk, chain: Sequence
     for layer, bitmap in zip(chain[: deepest + 1], found):
         where = "" if layer is disk else f" in a layer below (node {layer.node})"
         if bitmap is None:
-            return f"{record} is gone{where}: somebody removed it, or merged layers without it"
+            return f"is gone{where}: somebody removed it, or merged layers without it"
         if bitmap.unusable:
-            return f"{record} {bitmap.unusable}{where}"
+            return f"{bitmap.unusable}{where}"
         if layer.virtual_size != disk.virtual_size:
-            return f"{record} is{where} of {layer.virtual_size} bytes, and the disk has {disk.virtual_size} now"
+            return f"is{where} of {layer.virtual_size} bytes, and the disk has {disk.virtual_size} now"
     if deepest and disk.read_only:
-        return f"{record} is in several layers, and the disk is read-only"
+        return "is in several layers, and the disk is read-only"
     return ""
 
 

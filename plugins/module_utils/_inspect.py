@@ -222,14 +222,17 @@ class Vm:
         QEMU hands the mark "temporary" of such a disk on to whatever it opens for it, and deletes the file of that name
         (7.2 to 11.1). A file that was handed over open has no name that it could delete.
         """
-        layers = (disk, *(node for node in self.other_nodes if node.node in disk.layers))
-        names = [name for layer in layers for name in (layer.filename, layer.backing_file)]
+        names = [name for layer in self.chain(disk) for name in (layer.filename, layer.backing_file)]
         if not self.monitor.startswith("tcp:") or not any(TEMPORARY.search(name) for name in names):
             return ""
         return (
             f"disk {disk.name} of VM {self.name} is temporary (-snapshot, snapshot=on). QEMU deletes each image that it"
             " copies such a disk to by name, and over TCP there is no other way; give the VM a monitor on a UNIX socket"
         )
+
+    def chain(self, disk: Disk) -> tuple[Disk, ...]:
+        """Return a disk's own node, and the layers that it reads through, from the top to the bottom."""
+        return chain_of(disk, (*self.disks, *self.other_nodes))
 
     def job(self, job_id: str) -> Job | None:
         return next((job for job in self.jobs if job.id == job_id), None)

@@ -14,7 +14,6 @@ from ansible_collections.vmfleet.backup.plugins.module_utils import _qemu_img, _
 from ansible_collections.vmfleet.backup.plugins.module_utils._copy import DEAD, DONE, OCCUPIED
 from ansible_collections.vmfleet.backup.plugins.module_utils._drive import NO_KEY
 from ansible_collections.vmfleet.backup.plugins.module_utils._errors import BackupError, Refused, ToolError
-from ansible_collections.vmfleet.backup.plugins.module_utils._inspect import chain_of
 
 if TYPE_CHECKING:
     from ansible_collections.vmfleet.backup.plugins.module_utils._copy import Copy
@@ -143,8 +142,7 @@ def _refuse_bitmap(drive: Drive, disk: Disk, vm: Vm) -> None:
             "bitmap",
             f"{bitmap.name} of disk {disk.name}, VM {vm.name}, {bitmap.unusable}; make a full backup",
         )
-    layers = chain_of(disk, (*vm.disks, *vm.other_nodes))[1:]
-    below = [layer.node for layer in layers if layer.bitmap(drive.bitmap)]
+    below = [layer.node for layer in vm.chain(disk)[1:] if layer.bitmap(drive.bitmap)]
     if below and drive.sync in ("incremental", "bitmap"):
         # libvirt puts an empty one of the same name onto the overlay of an external snapshot.
         raise Refused(
