@@ -65,35 +65,18 @@ def inside(
 ) -> dict[str, t.Any]:
     """Run a module with processes and mounts of its own; `hidden` is a directory that is empty there."""
     spaces = ["unshare", "--mount", "--uts", "--pid", "--fork", "--kill-child", "--mount-proc", *(["--net"] * net)]
-    done = subprocess.run(
-        [
-            *spaces,
-            "bash",
-            "-c",
-            CONTAINER,
-            "container",
-            machine_id,
-            hidden,
-            "net" * net,
-            sys.executable,
-            "-m",
-            f"{PACKAGE}.{name}",
-        ],
-        input=module_input(args),
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        check=False,
-    )
-    found: dict[str, t.Any] = json.loads(done.stdout)
-    return found
+    return run_behind([*spaces, "bash", "-c", CONTAINER, "container", machine_id, hidden, "net" * net], name, args)
 
 
 def in_service(name: str, args: dict[str, t.Any]) -> dict[str, t.Any]:
     """Run a module with mounts of its own only."""
+    return run_behind(["unshare", "--mount"], name, args)
+
+
+def run_behind(wrapper: t.Sequence[Path | str], name: str, args: dict[str, t.Any]) -> dict[str, t.Any]:
+    """Run a module in the place that a command makes for it."""
     done = subprocess.run(
-        ["unshare", "--mount", sys.executable, "-m", f"{PACKAGE}.{name}"],
+        [*wrapper, sys.executable, "-m", f"{PACKAGE}.{name}"],
         input=module_input(args),
         capture_output=True,
         text=True,

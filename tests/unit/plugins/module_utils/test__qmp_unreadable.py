@@ -13,7 +13,6 @@ import json
 import os
 import socket
 import tempfile
-import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -22,6 +21,7 @@ from qemu.qmp import QMPClient
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._errors import MonitorError, MonitorGone
 from ansible_collections.vmfleet.backup.plugins.module_utils._qmp import Monitor, parse_address
+from ansible_collections.vmfleet.backup.tests.unit.plugins.module_utils.test__qmp import Server, no_answer
 
 VERSION = {"qemu": {"micro": 22, "minor": 2, "major": 7}, "package": ""}
 GREETING = {"QMP": {"version": VERSION, "capabilities": []}}
@@ -31,7 +31,7 @@ LEFT_OFF = None
 """Instead of an answer: the server hangs up."""
 
 
-class Server:
+class RawServer(Server):
     """A QMP server that gives to each question the next of C(answers), as it stands; C(%s) becomes the question's id.
 
     An answer may be several lines. Without one, the server says nothing.
@@ -39,22 +39,10 @@ class Server:
 
     def __init__(self, path: str, answers: list[bytes | None], greeting: bytes) -> None:
         self._answers = answers
-        self._greeting = greeting
-        self._listener = socket.socket(socket.AF_UNIX)
-        self._listener.bind(path)
-        self._listener.listen()
-        self._thread = threading.Thread(target=self._serve, daemon=True)
-        self._thread.start()
-
-    def _serve(self) -> None:
-        while True:
-            try:
-                client, _address = self._listener.accept()
-            except OSError:
-                return
-            with client, contextlib.suppress(ConnectionError):
-                client.sendall(self._greeting)
-                self._converse(client)
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind(path)
+        listener.listen()
+        super().__init__(listener, no_answer, greeting)
 
     def _converse(self, client: socket.socket) -> None:
         text = ""
@@ -72,12 +60,6 @@ class Server:
                     return
                 client.sendall(answer.replace(b"%s", json.dumps(request["id"]).encode()))
 
-    def close(self) -> None:
-        # A blocked accept() ends with the shutdown only.
-        self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
-        self._thread.join(10)
-
 
 Serve = Callable[..., str]
 
@@ -92,7 +74,7 @@ def serve() -> Iterator[Serve]:
             directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="vmfleet-"))
             path = f"{directory}/web01.qmp"
             said = greeting if isinstance(greeting, bytes) else json.dumps(greeting or GREETING).encode() + b"\n"
-            stack.callback(Server(path, list(answers), said).close)
+            stack.callback(RawServer(path, list(answers), said).close)
             return f"unix:{path}"
 
         yield begin
