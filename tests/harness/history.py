@@ -9,14 +9,20 @@ from __future__ import annotations
 import json
 import typing as t
 
+from ansible_collections.vmfleet.backup.tests.harness.images import MIB
 from ansible_collections.vmfleet.backup.tests.harness.sets import result_of
 
 if t.TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
+    from ansible_collections.vmfleet.backup.tests.harness.fixtures import Vms
     from ansible_collections.vmfleet.backup.tests.harness.qemu import Disk, Qemu
     from ansible_collections.vmfleet.backup.tests.harness.sets import Sets
+
+SIZE = 8 * MIB
+# After its first pieces QEMU waits for minutes, so that a job with more to copy is there until it is let go.
+SLOW = "64K"
 
 
 class History:
@@ -29,6 +35,13 @@ class History:
         self._directory = directory
         self._copies: dict[str, dict[str, Path]] = {}
         self._levels: dict[str, dict[str, str]] = {}
+
+    def reopen(self, vms: Vms, *disks: Disk, **options: t.Any) -> Qemu:
+        """End the VM in order, and have another QEMU with these disks take its place."""
+        if self.vm.alive:
+            self.vm.quit()
+        self.vm = vms.start(*disks, name=self.name, **options)
+        return self.vm
 
     def freeze(self, set_id: str, *names: str) -> None:
         """Remember what the disks hold now, or those with these names, as the content of a set to come."""
@@ -88,3 +101,9 @@ class History:
 def named(vm: Qemu) -> Mapping[str, Disk]:
     """A VM's disks by the names that they have in a set."""
     return {disk.id or disk.node or "": disk for disk in vm.disks}
+
+
+def overwrite(vm: Qemu, pattern: int, disk: str = "drive0") -> None:
+    """Change half of a disk of 8 MiB: more than QEMU copies at one go."""
+    for at in range(4):
+        vm.write(disk, pattern + at, 2 * at * MIB, MIB)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from ansible_collections.vmfleet.backup.tests.harness.backup import snapshot
 from ansible_collections.vmfleet.backup.tests.harness.fixtures import Vms
-from ansible_collections.vmfleet.backup.tests.harness.history import History
+from ansible_collections.vmfleet.backup.tests.harness.history import SIZE, History
 from ansible_collections.vmfleet.backup.tests.harness.images import MIB, identical, sound
 from ansible_collections.vmfleet.backup.tests.harness.modules import fail, succeed
 from ansible_collections.vmfleet.backup.tests.harness.sets import Sets
@@ -27,7 +27,6 @@ if t.TYPE_CHECKING:
     import pytest
 
 NAME = "web01"
-SIZE = 8 * MIB
 LOCKS = (".lock", ".prune.lock")
 
 
@@ -149,3 +148,10 @@ def before_converting(directory: Path, monkeypatch: pytest.MonkeyPatch, script: 
     program.write_text(f'#!/bin/sh\n[ "$1" = convert ] && {{ {script}\n}}\nexec {real} "$@"\n')
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(program.parent), prepend=":")
+
+
+def gate(directory: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
+    """Have each copy wait for the second of these files, and make the first one when it does."""
+    begun, go = directory / "begun", directory / "go"
+    before_converting(directory, monkeypatch, f"touch {begun}; while [ ! -e {go} ]; do sleep 0.01; done")
+    return begun, go

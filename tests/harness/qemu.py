@@ -312,3 +312,11 @@ class Qemu:
 
 
 __all__ = ["PATIENCE", "Disk", "Qemu", "Qmp", "QmpError", "faulty", "wait_until"]
+
+
+def run_for_a_moment(vm: Qemu) -> None:
+    """Let a paused VM run for a moment: QEMU 7.2 closes files that were passed to it only then."""
+    vm.qmp.execute("cont")
+    # And when a monitor is let go.
+    Qmp(vm.monitor).close()
+    vm.qmp.execute("stop")

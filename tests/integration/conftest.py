@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+import typing as t
+
 import pytest
 
 # Before their import: a failed assertion in there is to tell what it saw.
@@ -20,5 +22,63 @@ from ansible_collections.vmfleet.backup.tests.harness.fixtures import (
     vm,
     vms,
 )
+from ansible_collections.vmfleet.backup.tests.harness.history import SIZE, History
+from ansible_collections.vmfleet.backup.tests.harness.library import Chain, Library, prepared
+from ansible_collections.vmfleet.backup.tests.harness.sets import Sets
+
+if t.TYPE_CHECKING:
+    from pathlib import Path
+
+    from ansible_collections.vmfleet.backup.tests.harness.fixtures import Vms
+    from ansible_collections.vmfleet.backup.tests.harness.qemu import Qemu
 
 __all__ = ["clean", "directory", "start_module", "storage", "target", "vm", "vms"]
+
+
+@pytest.fixture
+def sets(directory: Path) -> Sets:
+    """A repository that is still to be made."""
+    return Sets(directory / "repository")
+
+
+@pytest.fixture
+def history(vms: Vms, sets: Sets, directory: Path) -> History:
+    """A VM of one disk of 8 MiB, `drive0`, node `n0`, without a set."""
+    return History(vms.start(vms.disk(size=SIZE), name="web01"), sets, directory)
+
+
+@pytest.fixture(scope="module")
+def template() -> t.Iterator[Chain]:
+    with prepared() as chain:
+        yield chain
+
+
+@pytest.fixture
+def chain(template: Chain, directory: Path) -> Chain:
+    """Three sets of a VM that is off."""
+    return template.copied(directory)
+
+
+@pytest.fixture
+def living(vms: Vms, directory: Path) -> Chain:
+    """Three sets of a VM that goes on."""
+    return Chain(vms, directory)
+
+
+@pytest.fixture
+def where(directory: Path) -> Path:
+    """An empty directory for what is restored."""
+    path = directory / "restored"
+    path.mkdir()
+    return path
+
+
+@pytest.fixture
+def library(chain: Chain) -> Library:
+    return chain.library
+
+
+@pytest.fixture
+def two(vms: Vms) -> Qemu:
+    """A VM with two disks."""
+    return vms.start(vms.disk(0), vms.disk(1))

@@ -18,7 +18,7 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._documents import P
 from ansible_collections.vmfleet.backup.plugins.module_utils._marks import write_mark
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository import open_repository
 from ansible_collections.vmfleet.backup.tests.harness.backup import release
-from ansible_collections.vmfleet.backup.tests.harness.library import NAME, SIZE, Chain, Library, prepared
+from ansible_collections.vmfleet.backup.tests.harness.library import NAME, SIZE, Chain, Library
 from ansible_collections.vmfleet.backup.tests.harness.modules import fail, succeed
 from ansible_collections.vmfleet.backup.tests.harness.qemu import wait_until
 
@@ -28,18 +28,6 @@ if t.TYPE_CHECKING:
     from ansible_collections.vmfleet.backup.tests.harness.fixtures import Storage, Vms
 
 pytestmark = pytest.mark.usefixtures("clean")
-
-
-@pytest.fixture(scope="module")
-def template() -> t.Iterator[Chain]:
-    with prepared() as chain:
-        yield chain
-
-
-@pytest.fixture
-def library(template: Chain, directory: Path) -> Library:
-    """A full and two increments."""
-    return template.copied(directory).library
 
 
 def test_everything_about_a_set(library: Library) -> None:

@@ -29,11 +29,6 @@ if t.TYPE_CHECKING:
 pytestmark = pytest.mark.usefixtures("clean")
 
 
-@pytest.fixture
-def sets(directory: Path) -> Sets:
-    return Sets(directory / "repository")
-
-
 def frozen(vm: Qemu, directory: Path) -> dict[str, Path]:
     """Copies of a VM's disks as they are now."""
     return {

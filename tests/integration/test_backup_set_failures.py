@@ -32,11 +32,6 @@ if t.TYPE_CHECKING:
 pytestmark = pytest.mark.usefixtures("clean")
 
 
-@pytest.fixture
-def sets(directory: Path) -> Sets:
-    return Sets(directory / "repository")
-
-
 def copy_of(vm: Qemu, directory: Path) -> dict[str, Path]:
     return {"drive0": vm.freeze(vm.disks[0], directory / f"frozen-{vm.pid}.qcow2")}
 

@@ -18,8 +18,6 @@ from ansible_collections.vmfleet.backup.tests.harness.qemu import PATIENCE
 from ansible_collections.vmfleet.backup.tests.harness.sets import SLOW, Sets, result_of
 
 if t.TYPE_CHECKING:
-    from pathlib import Path
-
     from ansible_collections.vmfleet.backup.tests.harness.fixtures import Vms
     from ansible_collections.vmfleet.backup.tests.harness.modules import ModuleProcess
     from ansible_collections.vmfleet.backup.tests.harness.qemu import Qemu
@@ -27,11 +25,6 @@ if t.TYPE_CHECKING:
 pytestmark = pytest.mark.usefixtures("clean")
 
 BUDGET = 16 * MIB
-
-
-@pytest.fixture
-def sets(directory: Path) -> Sets:
-    return Sets(directory / "repository")
 
 
 @pytest.fixture

@@ -14,40 +14,18 @@ import pytest
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._chain import LONGEST_NAME
 from ansible_collections.vmfleet.backup.tests.harness.backup import release, sent, snapshot
-from ansible_collections.vmfleet.backup.tests.harness.history import History
+from ansible_collections.vmfleet.backup.tests.harness.history import SIZE, History
 from ansible_collections.vmfleet.backup.tests.harness.images import MIB, create, identical, qemu_img
 from ansible_collections.vmfleet.backup.tests.harness.modules import fail, run_module, succeed
-from ansible_collections.vmfleet.backup.tests.harness.qemu import Disk, Qmp, wait_until
+from ansible_collections.vmfleet.backup.tests.harness.qemu import Disk, run_for_a_moment, wait_until
 from ansible_collections.vmfleet.backup.tests.harness.sets import Sets, result_of
 
 if t.TYPE_CHECKING:
     from pathlib import Path
 
     from ansible_collections.vmfleet.backup.tests.harness.fixtures import Vms
-    from ansible_collections.vmfleet.backup.tests.harness.qemu import Qemu
 
 pytestmark = pytest.mark.usefixtures("clean")
-
-SIZE = 8 * MIB
-
-
-@pytest.fixture
-def sets(directory: Path) -> Sets:
-    return Sets(directory / "repository")
-
-
-@pytest.fixture
-def history(vms: Vms, sets: Sets, directory: Path) -> History:
-    """A VM of one disk of 8 MiB, `drive0`, node `n0`, without a set."""
-    return History(vms.start(vms.disk(size=SIZE), name="web01"), sets, directory)
-
-
-def run(vm: Qemu) -> None:
-    """Let a paused VM run for a moment: QEMU 7.2 closes files that were passed to it only then."""
-    vm.qmp.execute("cont")
-    # And when a monitor is let go.
-    Qmp(vm.monitor).close()
-    vm.qmp.execute("stop")
 
 
 def planned(history: History, set_id: str, **options: t.Any) -> dict[str, t.Any]:
@@ -272,7 +250,7 @@ def test_a_disk_without_a_lasting_name_is_always_full(vms: Vms, sets: Sets, dire
         assert sets.levels("web01", set_id) == {"disk0": "full"}
         assert "no name that holds beyond a restart" in sets.reasons("web01", set_id)["disk0"]
         assert sets.manifest("web01", set_id)["disks"][0]["bitmap"] is None
-    run(vm)
+    run_for_a_moment(vm)
     assert all(not node.get("dirty-bitmaps") for node in vm.qmp.execute("query-named-block-nodes"))
 
 
@@ -283,7 +261,7 @@ def test_disks_of_one_name_are_refused_by_name(vms: Vms, sets: Sets) -> None:
     assert "several disks of VM web01 are called vda (nodes n1, vda)" in sets.fail(vm)["msg"]
     sets.back_up(vm, exclude_disks=["n1"])
     assert sets.levels("web01") == {"vda": "full"}
-    run(vm)
+    run_for_a_moment(vm)
 
 
 def test_a_read_only_disk_is_always_full(vms: Vms, sets: Sets, directory: Path) -> None:

@@ -16,7 +16,7 @@ import typing as t
 import pytest
 
 from ansible_collections.vmfleet.backup.tests.harness.backup import release, sent, snapshot, wait_concluded
-from ansible_collections.vmfleet.backup.tests.harness.history import History
+from ansible_collections.vmfleet.backup.tests.harness.history import SIZE, SLOW, History, overwrite
 from ansible_collections.vmfleet.backup.tests.harness.images import MIB
 from ansible_collections.vmfleet.backup.tests.harness.modules import ROOT, fail, run_module, succeed
 from ansible_collections.vmfleet.backup.tests.harness.qemu import PATIENCE
@@ -31,15 +31,7 @@ if t.TYPE_CHECKING:
 
 pytestmark = pytest.mark.usefixtures("clean")
 
-SIZE = 8 * MIB
-# After its first pieces QEMU waits for minutes, so that a job with more to copy is there until it is let go.
-SLOW = "64K"
 UUIDS = ("4dd12fd7-7f5c-4a4b-a8b1-a4dd0de4ae6e", "5dd12fd7-7f5c-4a4b-a8b1-a4dd0de4ae6e")
-
-
-@pytest.fixture
-def sets(directory: Path) -> Sets:
-    return Sets(directory / "repository")
 
 
 class Elsewhere:
@@ -96,12 +88,6 @@ def records(sets: Sets) -> dict[str, str]:
         if not path.name.startswith(".vmfleet.json."):
             found[str(path.relative_to(sets.path))] = path.read_text() if path.suffix == ".json" else ""
     return found
-
-
-def overwrite(vm: Qemu, pattern: int) -> None:
-    """Change half of a disk of 8 MiB: more than QEMU copies at one go."""
-    for at in range(4):
-        vm.write("drive0", pattern + at, 2 * at * MIB, MIB)
 
 
 class TestHypervisors:

@@ -54,11 +54,6 @@ CHANNEL = (
 
 
 @pytest.fixture
-def sets(directory: Path) -> Sets:
-    return Sets(directory / "repository")
-
-
-@pytest.fixture
 def agent(vm: Qemu) -> Iterator[ScriptedAgent]:
     """The agent of the VM `vm`."""
     with ScriptedAgent(vm.directory / "agent") as agent:

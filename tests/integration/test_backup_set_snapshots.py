@@ -13,28 +13,19 @@ import pytest
 
 from ansible_collections.vmfleet.backup.tests.harness import snapshots
 from ansible_collections.vmfleet.backup.tests.harness.backup import release
-from ansible_collections.vmfleet.backup.tests.harness.history import History
+from ansible_collections.vmfleet.backup.tests.harness.history import SIZE, SLOW, History
 from ansible_collections.vmfleet.backup.tests.harness.images import MIB, qemu_img
 from ansible_collections.vmfleet.backup.tests.harness.modules import fail, run_module, succeed
 from ansible_collections.vmfleet.backup.tests.harness.qemu import Disk, wait_until
-from ansible_collections.vmfleet.backup.tests.harness.sets import Sets
 
 if t.TYPE_CHECKING:
     from pathlib import Path
 
     from ansible_collections.vmfleet.backup.tests.harness.fixtures import Vms
     from ansible_collections.vmfleet.backup.tests.harness.qemu import Qemu
+    from ansible_collections.vmfleet.backup.tests.harness.sets import Sets
 
 pytestmark = pytest.mark.usefixtures("clean")
-
-SIZE = 8 * MIB
-# After its first pieces QEMU waits for minutes, so that a job with more to copy is there until it is let go.
-SLOW = "64K"
-
-
-@pytest.fixture
-def sets(directory: Path) -> Sets:
-    return Sets(directory / "repository")
 
 
 class Layers:

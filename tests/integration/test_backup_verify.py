@@ -37,11 +37,6 @@ RESTART = bytes.fromhex("b0fe e664 f4 ebfd 9090")
 
 
 @pytest.fixture
-def sets(directory: Path) -> Sets:
-    return Sets(directory / "repository")
-
-
-@pytest.fixture
 def place() -> t.Iterator[Path]:
     """A directory for throwaway VMs; the names of their sockets are not to get too long."""
     with tempfile.TemporaryDirectory(prefix="vt-") as path:

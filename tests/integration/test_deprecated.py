@@ -46,11 +46,6 @@ ATTEMPT = "0123456789ab"
 
 
 @pytest.fixture
-def sets(directory: Path) -> Sets:
-    return Sets(directory / "repository")
-
-
-@pytest.fixture
 def vm(vms: Vms) -> Qemu:
     """A VM with two disks whose QEMU refuses what is deprecated."""
     return vms.start(vms.disk(0), vms.disk(1), name=NAME, rejecting=True)

@@ -29,11 +29,6 @@ KINDS = {"qcow2": "encrypt.", "luks": ""}
 CLEAR = "disk {} is encrypted at rest, and its copy is not: whoever can read the copy can read the disk"
 
 
-@pytest.fixture
-def sets(directory: Path) -> Sets:
-    return Sets(directory / "repository")
-
-
 def locked(directory: Path, number: int = 0, fmt: str = "qcow2") -> Disk:
     """A disk with a pattern in an encrypted image; QEMU needs the object SECRET for it."""
     plain = patterned(directory / f"plain{number}.qcow2", size=16 * MIB, seed=number)
