@@ -38,8 +38,6 @@ if t.TYPE_CHECKING:
 pytestmark = pytest.mark.usefixtures("clean")
 
 NEVER = {"sync": "bitmap", "bitmap": "b0", "bitmap_mode": "never"}
-
-
 OTHERS: list[dict[str, t.Any]] = [
     {"device": "drive1"},
     {"sync": "incremental", "bitmap_mode": ""},

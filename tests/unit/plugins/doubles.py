@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import fcntl
 import os
 from collections.abc import Iterator
@@ -13,7 +14,14 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._errors import CommandError
-from ansible_collections.vmfleet.backup.plugins.module_utils._inspect import Bitmap, Disk, Job, Vm, machine_id
+from ansible_collections.vmfleet.backup.plugins.module_utils._inspect import (
+    Bitmap,
+    Disk,
+    Job,
+    Vm,
+    inspect_vm,
+    machine_id,
+)
 from ansible_collections.vmfleet.backup.plugins.module_utils._qmp import Address, Monitor, Process
 from ansible_collections.vmfleet.backup.plugins.module_utils._receipt import Record
 
@@ -319,3 +327,8 @@ def record(**values: Any) -> Record:
         **values,
     }
     return Record(**given)
+
+
+def inspect(nodes: list[Node], devices: list[dict[str, Any]], name: str = "", **others: Any) -> Vm:
+    """Return the read model that these answers of QEMU make."""
+    return asyncio.run(inspect_vm(monitor(FakeMonitor(answers(nodes, devices, **others))), name))

@@ -7,19 +7,13 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import tempfile
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from ansible_collections.vmfleet.backup.plugins.module_utils import _inspect
-from ansible_collections.vmfleet.backup.plugins.module_utils._errors import Refused
 from ansible_collections.vmfleet.backup.plugins.module_utils._inspect import (
     NO_UUID,
-    Vm,
     inspect_vm,
     merge_jobs,
     query_jobs,
@@ -38,22 +32,17 @@ from ansible_collections.vmfleet.backup.tests.unit.plugins.doubles import (
     device,
     disk,
     general_job,
+    inspect,
     job,
     jobs,
     monitor,
-    vm,
 )
 
 VD0 = "/machine/peripheral/vd0/virtio-backend"
 ANONYMOUS = "/machine/peripheral-anon/device[1]/virtio-backend"
-
 FILE = Node("#file", "file")
 N0 = Node("n0", below="#file")
 BASE = Node("#base", filename="/images/base.qcow2", below="#basefile", read_only=True)
-
-
-def inspect(nodes: list[Node], devices: list[dict[str, Any]], name: str = "", **others: Any) -> Vm:
-    return asyncio.run(inspect_vm(monitor(FakeMonitor(answers(nodes, devices, **others))), name))
 
 
 @pytest.mark.parametrize(
@@ -199,106 +188,6 @@ def test_images_that_bitmaps_can_be_stored_in(node: Node, keeps: bool) -> None:
     assert found.keeps_bitmaps is keeps
 
 
-@pytest.mark.parametrize("unknown", ["layer", "base"])
-def test_size_of_a_chain_is_unknown_where_that_of_one_image_is(unknown: str) -> None:
-    base = Node("#base", filename="/images/base.qcow2", actual=None if unknown == "base" else MIB)
-    top = Node("n0", backing=base, actual=None if unknown == "layer" else MIB)
-    (found,) = inspect([top, base], [device("n0", "drive0")]).disks
-    assert found.actual_size is None
-    assert found.layer_size == (None if unknown == "layer" else MIB)
-
-
-ROOT = Node("#root", "raw", filename="/images/root.raw", below="#rootfile", actual=4 * MIB)
-ROOT_FILE = Node("#rootfile", "file", filename="/images/root.raw")
-MIDDLE = Node("middle", filename="json:{middle}", below="#middlefile", backing=ROOT, actual=2 * MIB)
-MIDDLE_FILE = Node("#middlefile", "file", filename="/images/middle.qcow2")
-TOP = Node("n0", filename="/images/top.qcow2", below="#file", backing=MIDDLE, actual=MIB)
-CHAIN = [FILE, TOP, MIDDLE_FILE, MIDDLE, ROOT_FILE, ROOT]
-
-ROOT_AGAIN = Node("#again", "raw", filename="/images/root.raw", below="#againfile", actual=4 * MIB)
-ROOT_AGAIN_FILE = Node("#againfile", "file", filename="/images/root.raw")
-OTHER = Node("n1", filename="/images/other.qcow2", below="#otherfile", backing=ROOT_AGAIN)
-OTHER_FILE = Node("#otherfile", "file", filename="/images/other.qcow2")
-SHARED = [*CHAIN, OTHER_FILE, OTHER, ROOT_AGAIN_FILE, ROOT_AGAIN]
-
-THROTTLED = Node("thr", "throttle", filename="json:{thr}", below="middle")
-JOB = Node("#cbw", "copy-before-write", filename="/images/top.qcow2", below="n0")
-
-
-@pytest.mark.parametrize("version", ["7.2.22", "10.0.13", "10.1.0", "11.1.3"])
-@pytest.mark.parametrize(
-    ("nodes", "devices", "expected"),
-    [
-        pytest.param(CHAIN, [device("n0", "drive0")], {"n0": ("middle", "#root")}, id="chain"),
-        pytest.param(CHAIN, [], {"n0": ("middle", "#root")}, id="chain without a device"),
-        pytest.param(list(reversed(CHAIN)), [device("n0", "drive0")], {"n0": ("middle", "#root")}, id="in any order"),
-        pytest.param([*CHAIN, JOB], [device("#cbw", "drive0")], {"n0": ("middle", "#root")}, id="running job"),
-        pytest.param(
-            [THROTTLED, *(replace(node, backing=THROTTLED) if node is TOP else node for node in CHAIN)],
-            [device("n0", "drive0")],
-            {"n0": ("middle", "#root")},
-            id="filter between two layers",
-        ),
-        pytest.param(
-            [*CHAIN, OTHER_FILE, replace(OTHER, backing=ROOT)],
-            [device("n0", "drive0"), device("n1", "drive1")],
-            {"n0": ("middle", "#root"), "n1": ("#root",)},
-            id="one node below two disks",
-        ),
-        pytest.param(
-            SHARED,
-            [device("n0", "drive0"), device("n1", "drive1")],
-            {"n0": ("middle", "#root"), "n1": ("#again",)},
-            id="one file below two disks",
-        ),
-    ],
-)
-def test_layers_of_a_disk(
-    nodes: list[Node], devices: list[dict[str, Any]], expected: dict[str, tuple[str, ...]], version: str
-) -> None:
-    by_name = {node.name: node for node in nodes}
-    shown = [by_name[entry["inserted"]["node-name"]] for entry in devices]
-
-    def stats(arguments: dict[str, Any]) -> list[dict[str, Any]]:
-        return [node.stats() for node in nodes] if arguments else [node.stats(nested=True) for node in shown]
-
-    told = [node.query(tuple(map(int, version.split(".")))) for node in nodes]
-    given = answers(nodes, devices, query_named_block_nodes=told, query_blockstats=stats)
-    found = asyncio.run(inspect_vm(monitor(FakeMonitor(given, version=version))))
-    assert {disk.node: disk.layers for disk in found.disks} == expected
-    sizes = {"n0": 7 * MIB, "n1": 4 * MIB + 200704}
-    assert {disk.node: disk.actual_size for disk in found.disks} == {name: sizes[name] for name in expected}
-
-
-def test_layers_are_all_that_they_may_be_where_qemu_does_not_tell() -> None:
-    found = inspect(SHARED, [], query_blockstats=lambda arguments: [n.stats() for n in SHARED] if arguments else [])
-    assert {disk.node: set(disk.layers) for disk in found.disks} == {
-        "n0": {"middle", "#root", "#again"},
-        "n1": {"#root", "#again"},
-    }
-
-
-def test_file_names_that_lead_in_a_circle_end_somewhere() -> None:
-    # QEMU cuts long json: names: those of several layers may become one.
-    lower = Node("n1", filename="json:{cut", backing=Node("", filename="json:{cut"))
-    upper = Node("n0", filename="json:{cut", backing=lower)
-    found = inspect([upper, lower], [], query_blockstats=lambda a: [upper.stats(), lower.stats()] if a else [])
-    assert {disk.node: disk.layers for disk in (*found.disks, *found.other_nodes)}["n0"] == ("n1",)
-
-
-@pytest.mark.parametrize("version", ["7.2.22", "11.1.3"])
-def test_no_answer_tells_of_a_node_twice(version: str) -> None:
-    told = [node.query(tuple(map(int, version.split(".")))) for node in CHAIN]
-    fake = FakeMonitor(
-        answers(CHAIN, [device("n0", "drive0")], query_named_block_nodes=told),
-        version=version,
-    )
-    asyncio.run(inspect_vm(monitor(fake)))
-    asked = [arguments for command, arguments in fake.sent if command == "query-named-block-nodes"]
-    assert asked == [{"flat": True}]
-    assert ("query-blockstats", {}) not in fake.sent
-
-
 def test_empty_drives_are_told_by_name() -> None:
     found = inspect([], [device(backend="cd0"), device(qdev=VD0), device(qdev="cdrom"), device(qdev=ANONYMOUS)])
     assert found.empty == ("cd0", "vd0", "cdrom", ANONYMOUS)
@@ -370,50 +259,6 @@ def test_image_files_count_from_qemus_own_directory(process: Process | None, exp
     assert found.files == expected
 
 
-SYSTEM = disk("drive0", "n0", qdev=VD0, filters=("thr", "#cbw"))
-DATA = disk("vd1", "n1", device="", qdev="/machine/peripheral/vd1/virtio-backend")
-HIDDEN = disk("base", "base", device="")
-
-
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [
-        ("drive0", SYSTEM),
-        ("vd0", SYSTEM),
-        (VD0, SYSTEM),
-        ("thr", SYSTEM),
-        ("#cbw", SYSTEM),
-        ("n0", SYSTEM),
-        ("vd1", DATA),
-        ("n1", DATA),
-        ("base", HIDDEN),
-    ],
-)
-def test_disk_answers_to_all_its_names(name: str, expected: object) -> None:
-    assert vm(SYSTEM, DATA, other_nodes=(HIDDEN,)).disk(name) is expected
-
-
-def test_backend_wins_over_a_node_of_the_same_name() -> None:
-    node, backend = disk("first", "disk0"), disk("disk0", "n1")
-    assert vm(node, backend).disk("disk0") is backend
-
-
-@pytest.mark.parametrize("name", ["drive1", ""])
-def test_unknown_disk_is_refused_with_the_names_there_are(name: str) -> None:
-    with pytest.raises(Refused) as refused:
-        vm(SYSTEM, DATA, empty=("cd0",)).disk(name, "vms.include_disks")
-    assert str(refused.value) == (
-        f"vms.include_disks: VM web01 has no device {name!r}; it has: drive0 = vd0 = {VD0} = thr = #cbw = n0;"
-        " vd1 = /machine/peripheral/vd1/virtio-backend = n1 (without medium: cd0)"
-    )
-
-
-def test_vm_without_disks_says_so() -> None:
-    bare = Vm("web01", "", "", "running", "7.2.22", (), (), (), (), {}, None)
-    with pytest.raises(Refused, match=r"^device: .* it has: none$"):
-        bare.disk("drive0")
-
-
 @pytest.mark.parametrize(
     ("values", "reason"),
     [
@@ -428,12 +273,6 @@ def test_bitmap_that_no_increment_can_rest_on(values: dict[str, bool], reason: s
     assert found
     assert found.unusable.startswith(reason)
     assert bool(found.unusable) == bool(reason)
-
-
-def test_bitmap_is_looked_up_by_its_name() -> None:
-    found = disk(bitmaps=(bitmap("b0"), bitmap("b1", count=5)))
-    assert found.bitmap("b1") == bitmap("b1", count=5)
-    assert found.bitmap("b2") is None
 
 
 @pytest.mark.parametrize(
@@ -475,81 +314,6 @@ def test_jobs_of_both_lists_are_merged(
 
 
 @pytest.mark.parametrize(
-    ("status", "ended"),
-    [
-        ("running", False),
-        ("waiting", False),
-        ("pending", False),
-        ("aborting", False),
-        ("concluded", True),
-        ("null", True),
-    ],
-)
-def test_job_has_ended(status: str, ended: bool) -> None:
-    assert job("j0", status).ended is ended
-
-
-@pytest.mark.parametrize(
-    ("status", "paused", "io_status", "stuck"),
-    [
-        ("paused", True, "nospace", True),
-        ("paused", True, "failed", True),
-        ("paused", True, "ok", False),
-        ("running", False, "nospace", False),
-        ("concluded", True, "nospace", False),
-    ],
-)
-def test_job_is_stuck(status: str, paused: bool, io_status: str, stuck: bool) -> None:
-    assert job("j0", status, paused=paused, io_status=io_status).stuck is stuck
-
-
-@pytest.mark.parametrize(
-    ("values", "percent"),
-    [
-        ({"offset": 1, "len": 3}, 33.3),
-        ({"offset": 3, "len": 3}, 100.0),
-        ({"len": 0}, 0.0),
-        ({"len": 0, "status": "concluded"}, 100.0),
-        ({"len": 0, "status": "concluded", "error": "Operation canceled"}, 0.0),
-    ],
-)
-def test_progress_of_a_job(values: dict[str, Any], percent: float) -> None:
-    assert job("j0", **values).as_dict()["percent"] == percent
-
-
-def test_active_jobs_are_those_that_have_not_ended() -> None:
-    found = vm(jobs=(job("a"), job("b"), job("c", "concluded")))
-    assert [entry.id for entry in found.active_jobs()] == ["a", "b"]
-    assert [entry.id for entry in found.active_jobs(besides=["a"])] == ["b"]
-    assert found.job("c") == job("c", "concluded")
-    assert found.job("d") is None
-
-
-@pytest.mark.parametrize("missing", [0, 1, 2])
-def test_machine_id(missing: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
-    places = {"/etc/machine-id": "one", "/var/lib/dbus/machine-id": "two"}
-
-    def open_instead(path: str, **options: Any) -> Any:
-        if list(places).index(path) < missing:
-            raise FileNotFoundError(path)
-        (tmp_path / places[path]).write_text(places[path] + "\n")
-        return open(tmp_path / places[path], **options)
-
-    monkeypatch.setattr(_inspect, "open", open_instead, raising=False)
-    assert _inspect.machine_id() == ["one", "two", os.uname().nodename][missing]
-
-
-def test_a_machine_id_that_is_still_to_be_made_is_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    (tmp_path / "empty").touch()
-
-    def open_empty(_path: str, **options: Any) -> Any:
-        return open(tmp_path / "empty", **options)
-
-    monkeypatch.setattr(_inspect, "open", open_empty, raising=False)
-    assert _inspect.machine_id() == os.uname().nodename
-
-
-@pytest.mark.parametrize(
     ("name", "window"),
     [
         ("/b/x.raw", False),
@@ -563,7 +327,7 @@ def test_whether_a_raw_node_shows_a_part_of_its_file(name: str, window: bool) ->
     assert _inspect._is_window({"drv": "raw", "image": {"filename": name}}) is window
 
 
-OTHER_FILE = Node("#other", "file")
+AGAIN = Node("#other", "file")
 
 
 @pytest.mark.parametrize(
@@ -575,8 +339,8 @@ OTHER_FILE = Node("#other", "file")
         ),
         pytest.param([FILE, N0, Node("f0", "throttle", below="n0")], True, id="a filter"),
         pytest.param([FILE, N0, Node("raw0", "raw", below="n0")], True, id="an image in an image"),
-        pytest.param([FILE, N0, OTHER_FILE], True, id="a file that is open twice"),
-        pytest.param([FILE, N0, OTHER_FILE, Node("n1", below="#other")], True, id="two images on one file"),
+        pytest.param([FILE, N0, AGAIN], True, id="a file that is open twice"),
+        pytest.param([FILE, N0, AGAIN, Node("n1", below="#other")], True, id="two images on one file"),
         pytest.param([Node("#dbg", "blkdebug", filename="blkdebug::/a"), Node("n0", below="#dbg")], True, id="no file"),
         pytest.param([FILE, Node("n0", below="#file", specific={"data-file": "/d"})], True, id="data elsewhere"),
     ],
@@ -586,27 +350,3 @@ def test_statistics_are_asked_for_where_names_of_files_do_not_tell(nodes: list[N
     fake = FakeMonitor(answers(nodes, []))
     asyncio.run(inspect_vm(monitor(fake)))
     assert ("query-blockstats" in [command for command, _arguments in fake.sent]) is asked
-
-
-def test_a_block_device_has_many_names() -> None:
-    with tempfile.TemporaryDirectory(dir="/dev/shm") as directory:
-        by_id = Path(directory, "by-id")
-        by_id.symlink_to("/dev/null")
-        one = disk("drive0", "n0", file="/dev/null")
-        assert one.shares_file(disk("drive1", "n1", file=str(by_id)))
-        assert not one.shares_file(disk("drive1", "n1", file="/dev/zero"))
-        assert not one.shares_file(disk("drive0", "n0", file=str(by_id)))
-
-
-@pytest.mark.parametrize(
-    ("one", "other", "same"),
-    [
-        ("/b/x.raw", "/b//./x.raw", True),
-        ("/b/x.raw", "/b/y.raw", False),
-        ("x.raw", "x.raw", True),
-        ("nbd://host/x", "nbd:/host/x", False),
-        ("", "", False),
-    ],
-)
-def test_disks_on_one_file(one: str, other: str, same: bool) -> None:
-    assert disk("drive0", "n0", file=one).shares_file(disk("drive1", "n1", file=other)) is same
