@@ -13,10 +13,7 @@ description:
   - Puts together what has become of the VMs of a run and what the repository holds of them, such as the newest good set
     of a VM whose backup has failed today.
   - With O(directory) it writes this as a file for the textfile collector of Prometheus' node_exporter. There is one
-    file for each repository, C(vmfleet_backup_REPOSITORY_HASH.prom), so that runs into several of them leave each
-    other's numbers alone.
-  - A VM that was in that file and is in the run no more stays in it, and grows old there, until another hypervisor has
-    made a set of it, or until it has no more sets.
+    file for each repository, C(vmfleet_backup_REPOSITORY_HASH.prom).
   - This is what M(vmfleet.backup.backup_report) makes the page of a run from.
 author:
   - vmfleet contributors (@vmfleet)
@@ -50,6 +47,8 @@ options:
 seealso:
   - module: vmfleet.backup.backup_report
   - module: vmfleet.backup.backup_set
+  - ref: ansible_collections.vmfleet.backup.docsite.guide_reports
+    description: What each metric says, with rules for alerts.
 """
 
 EXAMPLES = r"""

@@ -93,7 +93,7 @@ options:
   sockets:
     description:
       - Patterns of the QMP sockets of further VMs, such as V(/run/vmfleet-monitors/*.qmp).
-      - A pattern that matches nothing is worth a warning. A path without wildcards stands for a VM that should be
+      - A pattern that matches nothing gives a warning. A path without wildcards stands for a VM that should be
         there.
     type: list
     elements: str
@@ -122,8 +122,6 @@ options:
   max_chain:
     description:
       - The most images that a chain may have, the full one included. The next one is full.
-      - A chain is only as good as every image in it. A full image now and then also ends what QEMU itself cannot see,
-        such as a bitmap that somebody has disabled and enabled again.
     type: int
     default: 30
   tracking:
@@ -178,7 +176,7 @@ options:
   offline:
     description:
       - What a VM is that is not there, because nobody listens on its monitor. With V(fail), the default, it counts as
-        not backed up, which is what it is. With V(skip) it is left out with a word.
+        not backed up. With V(skip) it is left out, and the plan says so.
       - A VM that is there and does not answer always counts as not backed up.
     type: str
     choices: [fail, skip]
@@ -189,13 +187,16 @@ options:
         the image in the set is not encrypted.
       - With V(warn) it is copied, and the plan, the result and the manifest say so. With V(refuse) its VM counts as not
         backed up, and nothing is started on it.
-      - Encryption below QEMU, as by dm-crypt or of a whole file system, and within the guest is not seen. What is
-        encrypted within the guest stays so.
+
     type: str
     choices: [warn, refuse]
     default: warn
 seealso:
   - module: vmfleet.backup.backup_set
+  - ref: ansible_collections.vmfleet.backup.docsite.incremental_backups
+    description: The levels, and each reason for a full image.
+  - ref: ansible_collections.vmfleet.backup.docsite.consistency
+    description: How a guest is frozen, and why that may fail.
 """
 
 EXAMPLES = r"""

@@ -13,12 +13,7 @@ description:
   - Removes the sets of each VM that no rule keeps. The rules add up. A set that one of them keeps stays, and so does
     everything that it builds on.
   - A VM never loses its newest good set, whatever the rules say, unless O(forget) is set.
-  - Time is counted from the VM's newest set. The sets of a VM that is gone do not grow old.
-  - Sets that are protected, that an overlay reads, or that a set builds on which is being made at this moment stay.
-  - Sets that are broken are not touched, and do not count for any rule. Broken is what is not there as a whole, and
-    what has failed its verification or builds on such a set.
-  - A set is removed by one rename, after all that build on it. A run that is interrupted leaves no half of a set in the
-    list, and the next run goes on.
+  - Sets that are protected, in use or broken stay, too.
   - In check mode, shows for every set whether it would be kept, and why.
 author:
   - vmfleet contributors (@vmfleet)
@@ -71,8 +66,7 @@ options:
     description:
       - Make a full set of the oldest increment that is kept of a chain, if what it builds on can go then. So a chain of
         increments may go on for ever.
-      - Takes the room of one more full image of each disk meanwhile. A set that is broken, or a chain that an overlay
-        reads, is left alone.
+      - Takes the room of one more full image of each disk meanwhile.
     type: bool
     default: false
   protect:
@@ -97,6 +91,8 @@ options:
 seealso:
   - module: vmfleet.backup.backup_set
   - module: vmfleet.backup.backup_info
+  - ref: ansible_collections.vmfleet.backup.docsite.retention
+    description: What the rules mean, what never goes, and how much room it takes.
 """
 
 EXAMPLES = r"""
@@ -122,7 +118,7 @@ EXAMPLES = r"""
     protect:
       - before-upgrade
 
-- name: Remove all sets of a VM that is no more
+- name: Remove all sets of a VM that no longer exists
   vmfleet.backup.backup_prune:
     repository: /srv/backup
     names:

@@ -12,8 +12,6 @@ version_added: 0.1.0
 description:
   - Writes C(ID.html), a page that needs nothing but itself, and C(ID.json), the same as data. C(index.html) is the page
     of the newest run that is there.
-  - The page shows what went wrong first, then how long the copying took and how large the sets were over the last runs
-    in the directory, then each VM.
   - A run that is repeated with the same id replaces its report. What that said of hypervisors that have told nothing
     new stays in it.
   - It is meant to be run once, on the controller, with what M(vmfleet.backup.backup_metrics) has returned on each
@@ -58,6 +56,8 @@ options:
     default: []
 seealso:
   - module: vmfleet.backup.backup_metrics
+  - ref: ansible_collections.vmfleet.backup.docsite.guide_reports
+    description: What the page shows, and what the data holds.
 """
 
 EXAMPLES = r"""

@@ -11,7 +11,7 @@ short_description: Bring disks of a virtual machine back from its backup sets
 version_added: 0.1.0
 description:
   - Copies disks out of a set to image files or block devices, or lays images over them that can be used at once.
-  - The repository is read as it lies. No file of a set is changed. Only a pin is put beside the set while it is in use.
+  - No file of a set is changed. Only a pin is put beside the set while it is in use.
   - What is wrong with a chain or a target is found before the first byte is written. That is a missing or changed
     image, a checksum that does not match, a target that exists, is in use or has no room.
   - An image file appears under its name when it is complete and on stable storage. Until then it is called like the
@@ -76,8 +76,7 @@ options:
       - V(overlay) makes qcow2 images that read from the set what has not been written to them. They are there at once,
         and a VM can start from them. They need the set as long as they are used. As long as they exist, it is pinned,
         and M(vmfleet.backup.backup_prune) keeps it.
-      - To make an overlay independent, use C(qemu-img rebase -b "") while no VM has it open, or C(block-stream) while
-        one does. Never commit an overlay, which would write into the backup.
+      - Never commit an overlay, which would write into the backup.
     type: str
     choices: [copy, overlay]
     default: copy
@@ -103,6 +102,8 @@ notes:
     overlay, that user needs to read the repository as well.
 seealso:
   - module: vmfleet.backup.backup_set
+  - ref: ansible_collections.vmfleet.backup.docsite.restoring.overlay
+    description: How to use an overlay, and how to make it independent.
 """
 
 EXAMPLES = r"""
@@ -183,7 +184,7 @@ removed:
 independent:
   description:
     - The images that were overlays and were kept, because they read nothing from their sets any more, and the block
-      devices whose sets are said to be in use no more.
+      devices whose sets are no longer in use.
   returned: with O(state=absent)
   type: list
   elements: str

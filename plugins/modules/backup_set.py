@@ -12,16 +12,11 @@ version_added: 0.1.0
 description:
   - Sees to it that every VM of a plan has its set in the repository, that is, the images of all its chosen disks at one
     point in time, with one manifest.
-  - A set is seen under its name only when it is complete, on stable storage and described. It grows in a directory
-    whose name begins with a dot.
   - A set that is there is left alone. One that is being made is picked up, by whatever process it was begun. What a
     process left that was killed is finished or cleaned up. So a run that went wrong is simply run again with the same
     id.
-  - Every decision of the plan is made once more with locks held. It may only get safer by then.
-  - Every image comes with a bitmap of its own in QEMU, which records the writes since that image. An increment is what
-    the bitmap of the image below it has marked. Where there is any doubt about that bitmap the image is a full one, and
-    RV(vms[].disks[].reason) says why. No bitmap is ever cleared, so that whatever goes wrong, no change is lost.
-  - QEMU needs no access to the repository if its monitor is a UNIX socket.
+  - Every decision of the plan is made once more with locks held. It may only get safer by then. A disk may be copied in
+    full instead of incrementally, and RV(vms[].disks[].reason) says why.
   - A VM for which something goes wrong never stops the others. The module fails when it is through with them, with all
     results.
 author:
@@ -34,7 +29,7 @@ attributes:
     description: Has an action plugin of the same name, which runs on the controller.
     support: full
     details:
-      - It calls the module again and again while O(state=completed) waits, and shows what has come to pass.
+      - It calls the module again and again while O(state=completed) waits, and shows what has happened.
   async:
     description: Supports being used with the C(async) keyword.
     support: full
@@ -66,7 +61,7 @@ options:
       - V(cancelled) stops the sets that are being made and removes what there is of them. The run that made them counts
         them as cancelled and does not begin anew. The next run does.
       - V(untracked) removes all bitmaps of the repository from the VMs. Sets that are there stay, the next ones are
-        full. This is for VMs that are to be backed up here no more, and for those whose internal snapshots are to be
+        full. This is for VMs that are no longer to be backed up here, and for those whose internal snapshots are to be
         loaded, which QEMU refuses while a disk has bitmaps.
     type: str
     choices: [completed, started, cancelled, untracked]
@@ -89,7 +84,7 @@ options:
     description:
       - Seconds after which O(state=completed) comes back even though sets are still being made. RV(vms[].state) is
         V(running) or V(queued) for those, and the same call goes on with them. V(0) waits for the end.
-      - Used in a playbook, the module is called in such slices anyway, and what has come to pass is shown between them.
+      - Used in a playbook, the module is called in such slices anyway, and what has happened is shown between them.
         Give it only to wait bit by bit yourself.
       - A call takes longer where it is in the middle of something, such as the checksum of an image.
     type: float
@@ -133,7 +128,7 @@ options:
   takeover:
     description:
       - Remove what another hypervisor, or another VM of the same name, is making under the VM's name, and go on.
-      - Only for one that is gone for good. What still runs elsewhere is not stopped by this, and comes to nothing.
+      - Only for one that is gone for good. What still runs elsewhere is not stopped by this, but its work is lost.
     type: bool
     default: false
   supersede:
@@ -149,6 +144,10 @@ options:
     default: false
 seealso:
   - module: vmfleet.backup.backup_plan
+  - ref: ansible_collections.vmfleet.backup.docsite.how_it_works
+    description: The way of a backup, what stands in the repository, and what happens when something fails.
+  - ref: ansible_collections.vmfleet.backup.docsite.incremental_backups
+    description: When a disk is copied in full.
 """
 
 EXAMPLES = r"""

@@ -57,7 +57,7 @@ options:
       - How deep to look. Each value looks at all that those before it look at.
       - V(manifest) reads the manifest and the description of the VM. All images have to be there with the sizes that
         the manifests say, and nothing else.
-      - V(checksum) takes the SHA-256 of all images. An image that was made without a checksum is told of in
+      - V(checksum) takes the SHA-256 of all images. An image that was made without a checksum is named in
         RV(results[].note).
       - V(image) runs C(qemu-img check) on all images, compares the size of the disk and the name of the backing file
         with the manifest, and reads each disk to its end.
@@ -111,6 +111,8 @@ notes:
 seealso:
   - module: vmfleet.backup.backup_info
   - module: vmfleet.backup.backup_restore
+  - ref: ansible_collections.vmfleet.backup.docsite.verifying
+    description: What each depth finds, and what to do when a set is not good.
 """
 
 EXAMPLES = r"""

@@ -21,9 +21,8 @@ description:
   - A call that was interrupted at any point, or a VM or hypervisor that crashed, needs no hand-work. The next call
     takes up the job that runs, finishes the one that has ended, or cleans up and starts anew.
   - The target is created by this module and handed to QEMU as an open file, so that QEMU needs no access to its
-    directory. The space that the copy needs is reserved before it starts, because a guest's write fails when QEMU
-    cannot copy the old data to a full target first.
-  - A QEMU that has C(drive-backup) no more, or is told to refuse what is deprecated, makes the same copy with
+    directory. The space that the copy needs is reserved before it starts.
+  - A QEMU that no longer has C(drive-backup), or is told to refuse what is deprecated, makes the same copy with
     C(blockdev-backup). Its target is a block node then, whose name begins with C(vmf.). It is removed when the job has
     ended, or by the next call.
 extends_documentation_fragment:
@@ -78,8 +77,7 @@ options:
   on_target_error:
     description:
       - What the job does when writing fails, see O(on_source_error).
-      - It says nothing about the guest. Whatever is set here, a write of the guest fails when QEMU cannot save the old
-        data to the target before.
+      - It says nothing about the writes of the guest.
     type: str
     choices: [report, ignore, enospc, stop]
     default: report
@@ -221,6 +219,8 @@ notes:
 seealso:
   - module: vmfleet.backup.block_job_info
   - module: vmfleet.backup.block_job
+  - ref: ansible_collections.vmfleet.backup.docsite.how_it_works.failing
+    description: What happens to the guest when the target is full or fails.
   - name: drive-backup in the QEMU QMP Reference Manual
     description: The command that does the work.
     link: https://www.qemu.org/docs/master/interop/qemu-qmp-ref.html
