@@ -34,7 +34,8 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._documents import (
 )
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository import create_repository
 from ansible_collections.vmfleet.backup.tests.harness.reports import a_vm, failed, report, told
-from ansible_collections.vmfleet.backup.tests.unit.plugins.doubles import UUID, FakeMonitor, disk, monitor, refusal, vm
+from ansible_collections.vmfleet.backup.tests.unit.plugins.builders import UUID, disk, vm
+from ansible_collections.vmfleet.backup.tests.unit.plugins.doubles import FakeMonitor, monitor, refusal
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

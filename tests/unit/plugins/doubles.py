@@ -15,19 +15,11 @@ from typing import Any, cast
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._errors import CommandError
 from ansible_collections.vmfleet.backup.plugins.module_utils._inspect import (
-    Bitmap,
-    Disk,
-    Job,
     Vm,
     inspect_vm,
-    machine_id,
 )
 from ansible_collections.vmfleet.backup.plugins.module_utils._qmp import Address, Monitor, Process
-from ansible_collections.vmfleet.backup.plugins.module_utils._receipt import Record
-
-MIB = 1024 * 1024
-SIZE = 16 * MIB
-UUID = "4b1e3cde-4a29-4f1c-9a55-6b6f1b7c2d10"
+from ansible_collections.vmfleet.backup.tests.unit.plugins.builders import MIB, SIZE, UUID
 
 
 class FakeMonitor:
@@ -241,92 +233,6 @@ def answers(nodes: list[Node], devices: list[dict[str, Any]], **others: Any) -> 
         "query-fdsets": [],
         **{name.replace("_", "-"): answer for name, answer in others.items()},
     }
-
-
-def disk(name: str = "drive0", node: str = "n0", **values: Any) -> Disk:
-    given: dict[str, Any] = {
-        "driver": "qcow2",
-        "device": name,
-        "filename": "/images/web01.qcow2",
-        "virtual_size": SIZE,
-        "layer_size": 200704,
-        "actual_size": 200704,
-        "keeps_bitmaps": True,
-        **values,
-    }
-    return Disk(name=name, node=node, **given)
-
-
-def bitmap(name: str = "b0", **values: Any) -> Bitmap:
-    given: dict[str, Any] = {
-        "count": 131072,
-        "granularity": 65536,
-        "recording": True,
-        "busy": False,
-        "persistent": True,
-        "inconsistent": False,
-        **values,
-    }
-    return Bitmap(name=name, **given)
-
-
-def job(job_id: str = "j0", status: str = "running", **values: Any) -> Job:
-    return Job(id=job_id, type="backup", status=status, **values)
-
-
-def own_process() -> Process:
-    """A process that is alive: this one."""
-    found = Process.of(os.getpid())
-    assert found
-    return found
-
-
-def dead_process() -> Process:
-    """A process that has ended: its pid belongs to another one now."""
-    return Process(os.getpid(), own_process().start - 1)
-
-
-def vm(*disks: Disk, **values: Any) -> Vm:
-    given: dict[str, Any] = {
-        "name": "web01",
-        "uuid": UUID,
-        "identity": UUID,
-        "status": "running",
-        "version": "7.2.22",
-        "disks": disks or (disk(),),
-        "other_nodes": (),
-        "empty": (),
-        "jobs": (),
-        "fdsets": {},
-        "process": own_process(),
-        **values,
-    }
-    return Vm(**given)
-
-
-def record(**values: Any) -> Record:
-    """A record of a copy of disk() of vm()."""
-    given: dict[str, Any] = {
-        "phase": "copying",
-        "attempt": "0123456789ab",
-        "job": "vmfleet.db.0123456789ab",
-        "vm": "web01",
-        "identity": UUID,
-        "hypervisor": machine_id(),
-        "process": [],
-        "device": "drive0",
-        "sync": "full",
-        "bitmap": "",
-        "bitmap_mode": "",
-        "target": "/b/x.qcow2",
-        "format": "qcow2",
-        "virtual_size": SIZE,
-        "started": "2026-11-22T01:30:00.000Z",
-        "guest": "running",
-        "reserved": False,
-        **values,
-    }
-    return Record(**given)
 
 
 def inspect(nodes: list[Node], devices: list[dict[str, Any]], name: str = "", **others: Any) -> Vm:

@@ -18,7 +18,7 @@ from ansible_collections.vmfleet.backup.plugins.module_utils import _copy, _driv
 from ansible_collections.vmfleet.backup.plugins.module_utils._copy import Copy
 from ansible_collections.vmfleet.backup.plugins.module_utils._drive import Drive
 from ansible_collections.vmfleet.backup.plugins.module_utils._errors import BackupError, Refused
-from ansible_collections.vmfleet.backup.tests.unit.plugins.doubles import (
+from ansible_collections.vmfleet.backup.tests.unit.plugins.builders import (
     dead_process,
     disk,
     job,

@@ -21,16 +21,8 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._documents import C
 from ansible_collections.vmfleet.backup.plugins.module_utils._errors import MonitorGone
 from ansible_collections.vmfleet.backup.plugins.module_utils._qmp import Process
 from ansible_collections.vmfleet.backup.tests.harness.qemu import wait_until
-from ansible_collections.vmfleet.backup.tests.unit.plugins.doubles import (
-    SIZE,
-    UUID,
-    FakeMonitor,
-    dead_process,
-    disk,
-    monitor,
-    refusal,
-    vm,
-)
+from ansible_collections.vmfleet.backup.tests.unit.plugins.builders import SIZE, UUID, dead_process, disk, vm
+from ansible_collections.vmfleet.backup.tests.unit.plugins.doubles import FakeMonitor, monitor, refusal
 
 R = REMOVED
 

@@ -18,7 +18,7 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._drive import Drive
 from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup import DriveBackup
 from ansible_collections.vmfleet.backup.plugins.module_utils._qmp import Address
 from ansible_collections.vmfleet.backup.plugins.module_utils._target import Target
-from ansible_collections.vmfleet.backup.tests.unit.plugins.doubles import MIB, disk, job
+from ansible_collections.vmfleet.backup.tests.unit.plugins.builders import MIB, disk, job
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -19,21 +19,16 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._inspect import (
     query_jobs,
 )
 from ansible_collections.vmfleet.backup.plugins.module_utils._qmp import Process
+from ansible_collections.vmfleet.backup.tests.unit.plugins.builders import MIB, SIZE, UUID, bitmap, disk, job
 from ansible_collections.vmfleet.backup.tests.unit.plugins.doubles import (
-    MIB,
-    SIZE,
-    UUID,
     FakeMonitor,
     Node,
     answers,
-    bitmap,
     bitmap_entry,
     block_job,
     device,
-    disk,
     general_job,
     inspect,
-    job,
     jobs,
     monitor,
 )

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._inspect import inspect_vm
+from ansible_collections.vmfleet.backup.tests.unit.plugins.builders import MIB
 from ansible_collections.vmfleet.backup.tests.unit.plugins.doubles import (
-    MIB,
     FakeMonitor,
     Node,
     answers,

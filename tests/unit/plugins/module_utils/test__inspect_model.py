@@ -14,7 +14,7 @@ import pytest
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._errors import Refused
 from ansible_collections.vmfleet.backup.plugins.module_utils._inspect import Vm
-from ansible_collections.vmfleet.backup.tests.unit.plugins.doubles import bitmap, disk, job, vm
+from ansible_collections.vmfleet.backup.tests.unit.plugins.builders import bitmap, disk, job, vm
 
 VD0 = "/machine/peripheral/vd0/virtio-backend"
 SYSTEM = disk("drive0", "n0", qdev=VD0, filters=("thr", "#cbw"))

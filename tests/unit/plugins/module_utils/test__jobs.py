@@ -33,17 +33,15 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._jobs import (
     start_backups,
 )
 from ansible_collections.vmfleet.backup.plugins.module_utils._target import Target
+from ansible_collections.vmfleet.backup.tests.unit.plugins.builders import MIB, job, vm
 from ansible_collections.vmfleet.backup.tests.unit.plugins.doubles import (
-    MIB,
     FakeMonitor,
     Node,
     bitmap_entry,
     block_job,
-    job,
     jobs,
     monitor,
     refusal,
-    vm,
 )
 
 

@@ -16,14 +16,7 @@ from ansible_collections.vmfleet.backup.plugins.module_utils import _copy, _pref
 from ansible_collections.vmfleet.backup.plugins.module_utils._copy import Copy
 from ansible_collections.vmfleet.backup.plugins.module_utils._drive import Drive
 from ansible_collections.vmfleet.backup.plugins.module_utils._errors import BackupError, Refused, ToolError
-from ansible_collections.vmfleet.backup.tests.unit.plugins.doubles import (
-    SIZE,
-    bitmap,
-    disk,
-    job,
-    record,
-    vm,
-)
+from ansible_collections.vmfleet.backup.tests.unit.plugins.builders import SIZE, bitmap, disk, job, record, vm
 
 if TYPE_CHECKING:
     from pathlib import Path

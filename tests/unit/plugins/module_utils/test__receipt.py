@@ -18,7 +18,7 @@ import pytest
 
 from ansible_collections.vmfleet.backup.plugins.module_utils import _receipt
 from ansible_collections.vmfleet.backup.plugins.module_utils._errors import BackupError
-from ansible_collections.vmfleet.backup.tests.unit.plugins.doubles import record
+from ansible_collections.vmfleet.backup.tests.unit.plugins.builders import record
 
 
 @pytest.fixture

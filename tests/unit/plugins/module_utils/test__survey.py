@@ -42,7 +42,7 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._survey import (
     with_fates,
 )
 from ansible_collections.vmfleet.backup.plugins.module_utils._watched import WatchedRepository
-from ansible_collections.vmfleet.backup.tests.unit.plugins.doubles import dead_process, own_process
+from ansible_collections.vmfleet.backup.tests.unit.plugins.builders import dead_process, own_process
 
 MIB = 1 << 20
 HERE = Hypervisor("hv1", "machine", "boot")

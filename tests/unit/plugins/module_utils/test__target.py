@@ -22,7 +22,7 @@ import pytest
 from ansible_collections.vmfleet.backup.plugins.module_utils import _qemu_img, _target
 from ansible_collections.vmfleet.backup.plugins.module_utils._errors import BackupError, ToolError
 from ansible_collections.vmfleet.backup.plugins.module_utils._target import Target
-from ansible_collections.vmfleet.backup.tests.unit.plugins.doubles import MIB, SIZE, bitmap, disk
+from ansible_collections.vmfleet.backup.tests.unit.plugins.builders import MIB, SIZE, bitmap, disk
 
 if TYPE_CHECKING:
     from pathlib import Path

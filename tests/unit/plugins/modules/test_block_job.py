@@ -14,7 +14,8 @@ import pytest
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._errors import BackupError, CommandError
 from ansible_collections.vmfleet.backup.plugins.modules import block_job
-from ansible_collections.vmfleet.backup.tests.unit.plugins.doubles import FakeMonitor, job, jobs, refusal
+from ansible_collections.vmfleet.backup.tests.unit.plugins.builders import job
+from ansible_collections.vmfleet.backup.tests.unit.plugins.doubles import FakeMonitor, jobs, refusal
 from ansible_collections.vmfleet.backup.tests.unit.plugins.doubles import block_job as entry
 
 if TYPE_CHECKING:

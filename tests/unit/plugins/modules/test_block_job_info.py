@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from ansible_collections.vmfleet.backup.plugins.modules import block_job_info
-from ansible_collections.vmfleet.backup.tests.unit.plugins.doubles import SIZE, FakeMonitor, block_job, jobs
+from ansible_collections.vmfleet.backup.tests.unit.plugins.builders import SIZE
+from ansible_collections.vmfleet.backup.tests.unit.plugins.doubles import FakeMonitor, block_job, jobs
 
 ENTRIES = [block_job("a", offset=SIZE // 2), block_job("b", type="mirror"), block_job("c")]
 

@@ -14,13 +14,7 @@ import pytest
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._errors import BackupError, MonitorGone, Refused
 from ansible_collections.vmfleet.backup.plugins.modules import vm_info
-from ansible_collections.vmfleet.backup.tests.unit.plugins.doubles import (
-    FakeMonitor,
-    Node,
-    answers,
-    device,
-    refusal,
-)
+from ansible_collections.vmfleet.backup.tests.unit.plugins.doubles import FakeMonitor, Node, answers, device, refusal
 
 if TYPE_CHECKING:
     from pathlib import Path
