@@ -14,13 +14,14 @@ import pytest
 
 from ansible_collections.vmfleet.backup.plugins.module_utils import _attempt
 from ansible_collections.vmfleet.backup.plugins.module_utils._attempt import finish_image
-from ansible_collections.vmfleet.backup.plugins.module_utils._documents import DiskImage, Growing
+from ansible_collections.vmfleet.backup.plugins.module_utils._documents import Growing
 from ansible_collections.vmfleet.backup.plugins.module_utils._errors import BackupError
+from ansible_collections.vmfleet.backup.tests.unit.plugins.builders import image
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-IMAGE = DiskImage("vda", "n0", "", "/src", "qcow2", 1, "full", "", None, "vda.qcow2", "qcow2", "none")
+IMAGE = image()
 
 
 def test_a_finished_image_is_flushed_and_summed(tmp_path: Path) -> None:

@@ -24,72 +24,31 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._chain import (
     set_level,
     walk,
 )
-from ansible_collections.vmfleet.backup.plugins.module_utils._documents import (
-    DiskImage,
-    Growing,
-    Hypervisor,
-    Intent,
-    Manifest,
-    Parent,
-    VmName,
-)
+from ansible_collections.vmfleet.backup.plugins.module_utils._documents import DiskImage, Manifest, Parent
 from ansible_collections.vmfleet.backup.plugins.module_utils._inspect import Bitmap, Disk
-
-IDENTITY = "uuid-1"
-SIZE = 1 << 20
-
-
-def bitmap(name: str, **more: Any) -> Bitmap:
-    given = {"count": 0, "granularity": 65536, "recording": True, "busy": False, "persistent": True}
-    return Bitmap(name=name, **{**given, "inconsistent": False, **more})
+from ansible_collections.vmfleet.backup.tests.unit.plugins import builders
+from ansible_collections.vmfleet.backup.tests.unit.plugins.builders import SIZE, UUID, bitmap, intent
 
 
 def disk(*bitmaps: str | Bitmap, name: str = "vda", **more: Any) -> Disk:
-    """A disk with these bitmaps."""
+    """Return a disk with these bitmaps."""
     found = tuple(entry if isinstance(entry, Bitmap) else bitmap(entry) for entry in bitmaps)
-    given = {"node": f"n-{name}", "driver": "qcow2", "virtual_size": SIZE, "keeps_bitmaps": True, "bitmaps": found}
-    return Disk(name=name, **{**given, **more})
+    return builders.disk(**{"name": name, "node": f"n-{name}", "bitmaps": found, **more})
 
 
-def image(set_id: str, parent: Parent | None = None, name: str = "vda", **more: Any) -> DiskImage:
-    """A disk's image in a set, with the bitmap `b-<set>` (`b-<set>-<disk>` for other disks than vda)."""
-    given: dict[str, Any] = {
-        "node": f"n-{name}",
-        "qdev": "",
-        "source": "/src",
-        "source_format": "qcow2",
-        "virtual_size": SIZE,
-        "level": INCREMENTAL if parent else FULL,
-        "reason": "",
-        "image": f"{name}.qcow2",
-        "format": "qcow2",
-        "compression": "none",
-        "sha256": f"sum-{set_id}",
-        "bitmap": f"b-{set_id}" if name == "vda" else f"b-{set_id}-{name}",
-    }
-    return DiskImage(name=name, parent=parent, **{**given, **more})
+def image(set_id: str, below: Parent | None = None, name: str = "vda", **more: Any) -> DiskImage:
+    """Return a disk's image in a set, with the bitmap `b-<set>` (`b-<set>-<disk>` for other disks than vda)."""
+    record = f"b-{set_id}" if name == "vda" else f"b-{set_id}-{name}"
+    return builders.image(name, below, **{"sha256": f"sum-{set_id}", "bitmap": record, **more})
 
 
-def manifest(set_id: str, sequence: int, *images: DiskImage, identity: str = IDENTITY) -> Manifest:
-    return Manifest(
-        repository="r",
-        vm=VmName("web01", identity, identity),
-        id=set_id,
-        sequence=sequence,
-        level=set_level(found.level for found in images),
-        run="run",
-        attempt=f"a-{set_id}",
-        started="",
-        finished="",
-        duration=1.0,
-        consistency="crash",
-        qemu="7.2.0",
-        disks=images,
-    )
+def manifest(set_id: str, sequence: int, *images: DiskImage) -> Manifest:
+    return builders.manifest(set_id, *images, sequence=sequence)
 
 
 def parent(set_id: str) -> Parent:
-    return Parent(set_id, f"sum-{set_id}", f"a-{set_id}")
+    """Return what an increment says of the image() that it builds on."""
+    return builders.parent(set_id, sha256=f"sum-{set_id}")
 
 
 S1 = manifest("s1", 1, image("s1"))
@@ -99,7 +58,7 @@ S3 = manifest("s3", 3, image("s3", parent("s2")))
 
 def decide(found: Disk, *sets: Manifest, disks: tuple[Disk, ...] = (), **more: Any) -> Link:
     """How a disk goes into the set after these."""
-    given: dict[str, Any] = {"identity": IDENTITY, "wish": Wish(), "damage": {}, **more}
+    given: dict[str, Any] = {"identity": UUID, "wish": Wish(), "damage": {}, **more}
     layers = given.get("layers", ())
     return link(found, disks or (found,), given["identity"], sets, given["wish"], given["damage"], layers)
 
@@ -139,7 +98,7 @@ FULLS: dict[str, tuple[Link, str]] = {
         decide(disk("b-s1", name="vdb"), S1, wish=Wish("differential")),
         "no set holds it in full",
     ),
-    "another VM": (decide(disk("b-s1"), S1, identity="uuid-2"), "set s1 is of another VM (uuid-1)"),
+    "another VM": (decide(disk("b-s1"), S1, identity="uuid-2"), f"set s1 is of another VM ({UUID})"),
     "grown": (decide(disk("b-s1", virtual_size=2 * SIZE), S1), f"changed from {SIZE} to {2 * SIZE} bytes since set s1"),
     "shrunk": (decide(disk("b-s1", virtual_size=512), S1), f"changed from {SIZE} to 512 bytes"),
     "made without tracking": (decide(disk(), manifest("s1", 1, image("s1", bitmap=None))), "without a record"),
@@ -259,33 +218,13 @@ class TestWalk:
 class TestLostParent:
     """What a set that is being made builds on may go meanwhile."""
 
-    def intent(self, *images: DiskImage) -> Intent:
-        return Intent(
-            run="run",
-            attempt="a-s3",
-            id="s3",
-            vm=VmName("web01", IDENTITY, IDENTITY),
-            hypervisor=Hypervisor("hv1", "machine", "boot"),
-            monitor="unix:/web01.qmp",
-            process=(1, 2),
-            level=INCREMENTAL,
-            consistency="crash",
-            qemu="7.2.0",
-            guest="running",
-            started="then",
-            begun=0.0,
-            deadline=None,
-            checksum=True,
-            disks=tuple(Growing(found, "job", 1) for found in images),
-        )
-
     def test_all_is_there(self) -> None:
-        assert lost_parent(self.intent(image("s3", parent("s2"))), [S1, S2]) == ""
-        assert lost_parent(self.intent(image("s3")), []) == ""
+        assert lost_parent(intent("s3", image("s3", parent("s2"))), [S1, S2]) == ""
+        assert lost_parent(intent("s3", image("s3")), []) == ""
 
     @pytest.mark.parametrize("sets", [[], [S1], [S2], [S1, replace(S2, attempt="a-other")]])
     def test_one_is_gone(self, sets: list[Manifest]) -> None:
-        said = lost_parent(self.intent(image("s3", name="vdb"), image("s3", parent("s2"))), sets)
+        said = lost_parent(intent("s3", image("s3", name="vdb"), image("s3", parent("s2"))), sets)
         assert said == "set s2, which the increment of disk vda builds on, was removed while it was made"
 
 

@@ -14,15 +14,8 @@ import pytest
 
 from ansible_collections.vmfleet.backup.plugins.module_utils import _chain
 from ansible_collections.vmfleet.backup.plugins.module_utils._chain import FULL, INCREMENTAL, Link, Wish
-from ansible_collections.vmfleet.backup.tests.unit.plugins.module_utils.test__chain import (
-    IDENTITY,
-    S1,
-    SIZE,
-    bitmap,
-    disk,
-    image,
-    manifest,
-)
+from ansible_collections.vmfleet.backup.tests.unit.plugins.builders import SIZE, UUID, bitmap
+from ansible_collections.vmfleet.backup.tests.unit.plugins.module_utils.test__chain import S1, disk, image, manifest
 
 if t.TYPE_CHECKING:
     from ansible_collections.vmfleet.backup.plugins.module_utils._inspect import Disk
@@ -40,7 +33,7 @@ def decide(top: Disk, *layers: Disk, source: str = "") -> Link:
     """How the disk `top` on these layers goes into the set after s1, which was made of the file `source`."""
     base = manifest("s1", 1, image("s1", source=source)) if source else S1
     found = replace(top, layers=tuple(node.node for node in layers))
-    return _chain.link(found, (found,), IDENTITY, [base], Wish(), {}, layers)
+    return _chain.link(found, (found,), UUID, [base], Wish(), {}, layers)
 
 
 def test_one_layer_is_as_ever() -> None:
@@ -115,7 +108,7 @@ def test_a_bitmap_that_was_removed_from_the_disk_of_the_set_is_a_gap() -> None:
 def test_the_layers_that_the_set_was_made_of_tell_what_is_missing(top: Disk, below: list[Disk], level: str) -> None:
     base = manifest("s1", 1, image("s1", source="/1", layers=("/2",)))
     found = replace(top, name="vda", read_only=False, layers=tuple(node.node for node in below))
-    assert _chain.link(found, (found,), IDENTITY, [base], Wish(), {}, below).level == level
+    assert _chain.link(found, (found,), UUID, [base], Wish(), {}, below).level == level
 
 
 def test_a_layer_of_another_size_is_no_part_of_the_record() -> None:
@@ -137,7 +130,7 @@ def test_a_read_only_disk_is_not_merged() -> None:
 def test_a_layer_of_another_disk_is_none_of_this_one() -> None:
     top = layer(0, NAME)
     other = layer(7, bitmap(NAME, inconsistent=True))
-    found = _chain.link(top, (top,), IDENTITY, [S1], Wish(), {}, (other,))
+    found = _chain.link(top, (top,), UUID, [S1], Wish(), {}, (other,))
     assert (found.level, found.below) == (INCREMENTAL, ())
 
 

@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING
 import pytest
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._checksum import READ_SIZE, check_all, sha256
-from ansible_collections.vmfleet.backup.plugins.module_utils._documents import DiskImage, Manifest, VmName
-from ansible_collections.vmfleet.backup.plugins.module_utils._repository import create_repository
+from ansible_collections.vmfleet.backup.tests.unit.plugins.builders import image, manifest, put
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from ansible_collections.vmfleet.backup.plugins.module_utils._documents import DiskImage, Manifest
     from ansible_collections.vmfleet.backup.plugins.module_utils._repository import Repository
 
 
@@ -31,25 +31,15 @@ def test_the_whole_file_counts(tmp_path: Path, size: int) -> None:
     assert sha256(str(tmp_path / "image")) == hashlib.sha256(content).hexdigest()
 
 
-@pytest.fixture
-def repository(tmp_path: Path) -> Repository:
-    return create_repository(str(tmp_path / "repository"))
-
-
 def images(repository: Repository, count: int) -> list[tuple[Manifest, DiskImage]]:
     """Sets of one image each, as good as their manifests say."""
     found = []
     for number in range(count):
         content = f"image {number}".encode()
-        digest = hashlib.sha256(content).hexdigest()
-        image = DiskImage("vda", "n0", "", "/src", "qcow2", 1, "full", "", None, "vda.qcow2", "qcow2", "none")
-        image = replace(image, bytes=len(content), sha256=digest)
-        vm = VmName("web01", "u", "u")
-        manifest = Manifest("r", vm, f"s{number}", number, "full", "r", "a", "t", "t", 1.0, "crash", "7", (image,))
-        os.makedirs(repository.set_path("web01", manifest.id))
-        with open(os.path.join(repository.set_path("web01", manifest.id), image.image), "wb") as file:
-            file.write(content)
-        found.append((manifest, image))
+        one = image(bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
+        made = manifest(f"s{number}", one, sequence=number)
+        put(repository, made, content)
+        found.append((made, one))
     return found
 
 

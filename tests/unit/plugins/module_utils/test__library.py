@@ -9,19 +9,14 @@ from __future__ import annotations
 import os
 from dataclasses import asdict
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 
-from ansible_collections.vmfleet.backup.plugins.module_utils._chain import set_level
 from ansible_collections.vmfleet.backup.plugins.module_utils._documents import (
     SCHEMA,
-    DiskImage,
     Failure,
-    Hypervisor,
-    Intent,
     Manifest,
-    Parent,
     Pin,
     Protection,
     Verification,
@@ -29,59 +24,28 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._documents import (
 )
 from ansible_collections.vmfleet.backup.plugins.module_utils._errors import BackupError, Refused
 from ansible_collections.vmfleet.backup.plugins.module_utils._inspect import machine_id
-from ansible_collections.vmfleet.backup.plugins.module_utils._library import (
-    GROWING,
-    holdings,
-    leftovers,
-    vm_names,
-)
+from ansible_collections.vmfleet.backup.plugins.module_utils._library import GROWING, holdings, leftovers, vm_names
 from ansible_collections.vmfleet.backup.plugins.module_utils._marks import write_mark
-from ansible_collections.vmfleet.backup.plugins.module_utils._repository import (
-    MANIFEST,
-    create_repository,
-    write_document,
-)
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository import write_document
 from ansible_collections.vmfleet.backup.plugins.module_utils._units import parse_time
+from ansible_collections.vmfleet.backup.tests.unit.plugins import builders
+from ansible_collections.vmfleet.backup.tests.unit.plugins.builders import UUID, image, intent, manifest
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from ansible_collections.vmfleet.backup.plugins.module_utils._repository import Repository
-
-
-@pytest.fixture
-def repository(tmp_path: Path) -> Repository:
-    return create_repository(str(tmp_path / "repository"))
 
 
 def put(repository: Repository, set_id: str, parent: str | None = None, day: int = 1, vm: str = "web01") -> Manifest:
     """A set of one disk, as the next of a VM's."""
-    sets = repository.shelf(vm).sets
-    below = Parent(parent, None, f"attempt-{parent}") if parent else None
-    level = "incremental" if parent else "full"
-    image = DiskImage("vda", "n0", "", "/src", "qcow2", 1, level, "", below, "vda.qcow2", "qcow2", "none", 3)
-    started = f"2026-11-{day:02}T01:00:00Z"
-    manifest = Manifest(
-        repository.uuid,
-        VmName(vm, "u", "u"),
+    made = manifest(
         set_id,
-        len(sets) + 1,
-        set_level([level]),
-        "run",
-        f"attempt-{set_id}",
-        started,
-        started,
-        1.0,
-        "crash",
-        "7",
-        (image,),
+        image("vda", parent, bytes=3),
+        vm=VmName(vm, UUID, UUID),
+        sequence=len(repository.shelf(vm).sets) + 1,
+        started=f"2026-11-{day:02}T01:00:00Z",
     )
-    directory = repository.set_path(vm, set_id)
-    os.makedirs(directory)
-    with open(os.path.join(directory, image.image), "wb") as file:
-        file.write(b"abc")
-    write_document(os.path.join(directory, MANIFEST), asdict(manifest))
-    return manifest
+    builders.put(repository, made)
+    return made
 
 
 def verified(repository: Repository, set_id: str, depth: str, day: int, *errors: str) -> None:
@@ -239,14 +203,8 @@ class TestNames:
 
     def test_a_vm_whose_first_set_is_being_made(self, repository: Repository) -> None:
         name = "web 01/ä"
-        here = Hypervisor("hv1", "m", "b")
-        times: dict[str, Any] = {"started": "then", "begun": 1.0, "deadline": None}
-        making = Intent(
-            "r", "a", "s1", VmName(name, "u", "u"), here, "unix:/x", (1, 2), "full", "crash", "7", "running", **times,
-            disks=(), checksum=True,
-        )  # fmt: skip
         os.mkdir(repository.directory(name))
-        repository.begin(making)
+        repository.begin(intent(vm=VmName(name, UUID, UUID)))
         assert vm_names(repository) == [name]
 
     @pytest.mark.parametrize("document", ["s1/manifest.json", ".s1.staging/intent.json"])

@@ -16,11 +16,9 @@ import pytest
 from ansible_collections.vmfleet.backup.plugins.module_utils._documents import (
     SCHEMA,
     Failure,
-    Manifest,
     Pin,
     Protection,
     Verification,
-    VmName,
 )
 from ansible_collections.vmfleet.backup.plugins.module_utils._errors import BackupError
 from ansible_collections.vmfleet.backup.plugins.module_utils._inspect import machine_id
@@ -33,7 +31,8 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._marks import (
     remove_marks,
     write_mark,
 )
-from ansible_collections.vmfleet.backup.plugins.module_utils._repository import create_repository, write_document
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository import write_document
+from ansible_collections.vmfleet.backup.tests.unit.plugins.builders import manifest
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -46,10 +45,10 @@ VERIFICATION = Verification("s1", "a1", "checksum", "2026-11-22T01:00:00Z", ("vd
 
 
 @pytest.fixture
-def repository(tmp_path: Path) -> Repository:
-    made = create_repository(str(tmp_path / "repository"))
-    os.mkdir(made.directory("web01"))
-    return made
+def repository(repository: Repository) -> Repository:
+    """An empty repository that knows of a VM."""
+    os.mkdir(repository.directory("web01"))
+    return repository
 
 
 def test_marks_come_back_as_they_were_written_and_go(repository: Repository) -> None:
@@ -66,11 +65,10 @@ def test_marks_come_back_as_they_were_written_and_go(repository: Repository) -> 
 
 def test_a_verification_is_of_one_attempt(repository: Repository) -> None:
     write_mark(repository, "web01", VERIFICATION)
-    vm = VmName("web01", "u", "u")
-    manifest = Manifest("r", vm, "s1", 1, "full", "r", "a1", "t", "t", 1.0, "crash", "7", ())
-    assert read_marks(repository, "web01").verification(manifest) == VERIFICATION
+    made = manifest("s1", attempt="a1")
+    assert read_marks(repository, "web01").verification(made) == VERIFICATION
     # The set was removed, and made again under the same id.
-    assert read_marks(repository, "web01").verification(replace(manifest, attempt="a2")) is None
+    assert read_marks(repository, "web01").verification(replace(made, attempt="a2")) is None
 
 
 def test_a_verification_replaces_the_one_before_and_an_overlay_has_one_pin(repository: Repository) -> None:

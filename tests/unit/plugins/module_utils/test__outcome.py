@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 
-from ansible_collections.vmfleet.backup.plugins.module_utils._documents import DiskImage, Parent
 from ansible_collections.vmfleet.backup.plugins.module_utils._outcome import (
     DiskOutcome,
     Outcome,
@@ -20,6 +19,7 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._outcome import (
     results,
     summarize,
 )
+from ansible_collections.vmfleet.backup.tests.unit.plugins.builders import image
 
 OUTCOMES = [
     Outcome("web01", "s1", "failed", error="target full", changed=True),
@@ -55,13 +55,12 @@ def test_warnings_stand_below_their_vm() -> None:
 
 
 def test_the_disks_of_a_set() -> None:
-    image = DiskImage("vda", "n0", "", "/src", "qcow2", 1, "full", "why", None, "vda.qcow2", "qcow2", "none", bytes=7)
-    later = DiskImage("vdb", "n0", "", "/src", "qcow2", 1, "incremental", "changes", Parent("s0", None), "", "", "")
-    assert of_disks([image, later]) == (
+    full, later = image("vda", reason="why", bytes=7), image("vdb", "s0", reason="changes")
+    assert of_disks([full, later]) == (
         DiskOutcome("vda", "full", "why", None, 7),
         DiskOutcome("vdb", "incremental", "changes", "s0", 0),
     )
-    assert results([Outcome("a", "b", "published", disks=of_disks([image]))])[0]["disks"][0]["reason"] == "why"
+    assert results([Outcome("a", "b", "published", disks=of_disks([full]))])[0]["disks"][0]["reason"] == "why"
 
 
 def test_what_was_returned_can_be_read_back() -> None:

@@ -17,17 +17,14 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._chain import Link
 from ansible_collections.vmfleet.backup.plugins.module_utils._documents import (
     COPYING,
     PREPARING,
-    DiskImage,
     Failure,
-    Growing,
-    Hypervisor,
     Intent,
     Manifest,
     Parent,
     VmName,
 )
 from ansible_collections.vmfleet.backup.plugins.module_utils._errors import Refused
-from ansible_collections.vmfleet.backup.plugins.module_utils._inspect import Bitmap, Disk, Job, Vm
+from ansible_collections.vmfleet.backup.plugins.module_utils._inspect import Disk, Job, Vm
 from ansible_collections.vmfleet.backup.plugins.module_utils._plan import (
     Facts,
     Plan,
@@ -49,88 +46,41 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._plan import (
 )
 from ansible_collections.vmfleet.backup.plugins.module_utils._qmp import Process
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository import Shelf
+from ansible_collections.vmfleet.backup.tests.unit.plugins import builders
+from ansible_collections.vmfleet.backup.tests.unit.plugins.builders import (
+    ELSEWHERE,
+    HERE,
+    SIZE,
+    UUID,
+    bitmap,
+    disk,
+    image,
+    job,
+)
 
-HERE = Hypervisor("hv1", "machine", "boot")
 TERMS = Terms("today", "run", "12345678", HERE, Policy())
 REQUEST = Request("web01", "unix:/web01.qmp")
-VDA, VDB = (
-    Disk(name=name, node=f"node-{name}", driver="qcow2", device=name, virtual_size=1) for name in ("vda", "vdb")
-)
-GOLDEN = Disk(name="golden", node="n2", driver="qcow2", device="golden", read_only=True)
-IDENTITY = VmName("web01", "uuid-1", "uuid-1")
+VDA, VDB = disk("vda", "n-vda"), disk("vdb", "n-vdb")
+GOLDEN = disk("golden", "n-golden", read_only=True)
 
 
 def vm(*disks: Disk, **more: Any) -> Vm:
-    given: dict[str, Any] = {
-        "name": "web01",
-        "uuid": "uuid-1",
-        "identity": "uuid-1",
-        "status": "running",
-        "version": "7.2.0",
-        "disks": disks or (VDA, VDB),
-        "other_nodes": (),
-        "empty": ("cd",),
-        "jobs": (),
-        "fdsets": {},
-        "process": None,
-    }
-    return Vm(**{**given, **more})
-
-
-def image(name: str, **more: Any) -> DiskImage:
-    full = DiskImage(name, f"node-{name}", "", "/src", "qcow2", 1, "full", "", None, f"{name}.qcow2", "qcow2", "none")
-    return replace(full, **more)
+    """Return a VM of vda and vdb, or of other disks, whose process nobody knows."""
+    return builders.vm(*(disks or (VDA, VDB)), **{"empty": ("cd",), "process": None, **more})
 
 
 def intent(**more: Any) -> Intent:
-    given: dict[str, Any] = {
-        "run": "run",
-        "attempt": "a1",
-        "id": "today",
-        "vm": IDENTITY,
-        "hypervisor": HERE,
-        "monitor": "unix:/web01.qmp",
-        "process": (1, 2),
-        "level": "full",
-        "consistency": "crash",
-        "qemu": "7.2.0",
-        "guest": "running",
-        "started": "then",
-        "begun": 100.0,
-        "deadline": None,
-        "checksum": True,
-        "disks": (Growing(image("vda"), "job0", 10), Growing(image("vdb"), "job1", 10)),
-        "phase": COPYING,
-        "reserved": True,
-    }
-    return Intent(**{**given, **more})
+    """Return the intent of the set today, of both disks, whose jobs run."""
+    given: dict[str, Any] = {"attempt": "a1", "phase": COPYING, "reserved": True}
+    return builders.intent("today", image("vda"), image("vdb"), **{**given, **more})
 
 
 def manifest(**more: Any) -> Manifest:
-    given: dict[str, Any] = {
-        "repository": "r",
-        "vm": IDENTITY,
-        "id": "today",
-        "sequence": 1,
-        "level": "full",
-        "run": "run",
-        "attempt": "a0",
-        "started": "",
-        "finished": "",
-        "duration": 1.0,
-        "consistency": "crash",
-        "qemu": "7.2.0",
-        "disks": (image("vda"), image("vdb")),
-    }
-    return Manifest(**{**given, **more})
-
-
-def job(number: int, status: str = "running", **more: Any) -> Job:
-    return Job(id=f"job{number}", type="backup", status=status, **more)
+    """Return the manifest of the set today, of both disks."""
+    return builders.manifest("today", image("vda"), image("vdb"), **more)
 
 
 FAILED = Failure("run", "a1", "today", "failed", "target full", "then", "now")
-ELSEWHERE = Hypervisor("hv2", "other", "another boot")
 OFF = Facts(error="there is no such socket", off=True)
 
 DECISIONS = {
@@ -209,8 +159,8 @@ DECISIONS = {
     "failed by another run": (Facts(vm()), Shelf(failures=(replace(FAILED, run="old"),)), "start", "no set"),
     "something in the way": (Facts(vm()), Shelf(strays=frozenset({"today"})), "fail", "move it away"),
     "off": (OFF, Shelf(), "fail", "no such socket"),
-    "busy": (Facts(vm(jobs=(job(7),))), Shelf(), "fail", "busy: job job7"),
-    "somebody's ended job": (Facts(vm(jobs=(job(7, "concluded"),))), Shelf(), "start", "no set"),
+    "busy": (Facts(vm(jobs=(job("job7"),))), Shelf(), "fail", "busy: job job7"),
+    "somebody's ended job": (Facts(vm(jobs=(job("job7", "concluded"),))), Shelf(), "start", "no set"),
     "our own leftover": (
         Facts(vm(jobs=(Job("vmfleet.12345678.a9.0", "backup", "running"),))),
         Shelf(),
@@ -294,16 +244,14 @@ def test_adopt_goes_on_with_a_full() -> None:
     assert decide(REQUEST, facts, shelf, TERMS).plan.unless == "adopt"
     adopted = decide(REQUEST, facts, shelf, replace(TERMS, adopt=True)).plan
     assert (adopted.action, adopted.level) == ("start", "full")
-    assert {disk.reason for disk in adopted.disks} == {"set monday is of another VM (uuid-1)"}
+    assert {disk.reason for disk in adopted.disks} == {f"set monday is of another VM ({UUID})"}
     # What is published stays another VM's.
     shelf = Shelf(sets=(manifest(),))
     assert decide(REQUEST, facts, shelf, replace(TERMS, adopt=True, takeover=True)).plan.action == "fail"
 
 
-def tracked(name: str, bitmap: str, **more: Any) -> Disk:
-    mark = Bitmap(bitmap, 0, 65536, recording=True, busy=False, persistent=True, inconsistent=False)
-    given = {"driver": "qcow2", "device": name, "virtual_size": 1, "bitmaps": (mark,), **more}
-    return Disk(name=name, node=f"node-{name}", **given)
+def tracked(name: str, record: str, **more: Any) -> Disk:
+    return disk(name, f"n-{name}", bitmaps=(bitmap(record),), **more)
 
 
 MONDAY = manifest(id="monday", disks=(image("vda", bitmap="b-vda", sha256="x"), image("vdb", bitmap="b-vdb")))
@@ -318,7 +266,7 @@ def test_increments_name_parent_and_bitmap() -> None:
     assert decision.links[0] == Link(
         "incremental",
         "changes since set monday",
-        Parent("monday", "x", "a0"),
+        Parent("monday", "x", MONDAY.attempt),
         "vda.qcow2",
         "b-vda",
         records=records,
@@ -361,9 +309,9 @@ def test_what_goes_otherwise_than_planned_is_said() -> None:
 
 def test_disks_of_one_name_cannot_be_told_apart() -> None:
     twins = (VDA, replace(VDA, node="other"), VDB)
-    assert "(nodes node-vda, other)" in choose_disks(vm(*twins), REQUEST).error
+    assert "(nodes n-vda, other)" in choose_disks(vm(*twins), REQUEST).error
     choice = choose_disks(vm(*twins), replace(REQUEST, exclude_disks=("other",)))
-    assert [disk.node for disk in choice.disks] == ["node-vda", "node-vdb"]
+    assert [disk.node for disk in choice.disks] == ["n-vda", "n-vdb"]
 
 
 @pytest.mark.parametrize(
@@ -371,7 +319,7 @@ def test_disks_of_one_name_cannot_be_told_apart() -> None:
     [
         ((), (), ["vda", "vdb"]),
         (("vdb",), (), ["vdb"]),
-        (("node-vdb",), (), ["vdb"]),
+        (("n-vdb",), (), ["vdb"]),
         ((), ("vdb",), ["vda"]),
         (("vda", "vdb"), ("vda",), ["vdb"]),
         (("golden",), (), ["golden"]),
@@ -397,14 +345,14 @@ def test_names_that_no_disk_has(lists: dict[str, Any], said: str) -> None:
     assert said in choose_disks(vm(), replace(REQUEST, **lists)).error
 
 
-BOTH_DONE = (job(0, "concluded"), job(1, "concluded"))
+BOTH_DONE = (job("job0", "concluded"), job("job1", "concluded"))
 VERDICTS = {
-    "copying": (intent(), Facts(vm(jobs=(job(0), job(1)))), Shelf(), "running"),
-    "one is done": (intent(), Facts(vm(jobs=(job(0, "concluded"), job(1)))), Shelf(), "running"),
+    "copying": (intent(), Facts(vm(jobs=(job("job0"), job("job1")))), Shelf(), "running"),
+    "one is done": (intent(), Facts(vm(jobs=(job("job0", "concluded"), job("job1")))), Shelf(), "running"),
     "copied": (intent(), Facts(vm(jobs=BOTH_DONE)), Shelf(), "copied"),
     "started, not yet written down": (
         intent(phase=PREPARING),
-        Facts(vm(jobs=(job(0), job(1)))),
+        Facts(vm(jobs=(job("job0"), job("job1")))),
         Shelf(),
         "running",
     ),
@@ -417,13 +365,13 @@ VERDICTS = {
     ),
     "one failed": (
         intent(),
-        Facts(vm(jobs=(job(0, "concluded", error="No space left on device"), job(1)))),
+        Facts(vm(jobs=(job("job0", "concluded", error="No space left on device"), job("job1")))),
         Shelf(),
         "broken",
     ),
     "not listed is no success": (intent(), Facts(vm()), Shelf(), "broken"),
-    "one dismissed": (intent(), Facts(vm(jobs=(job(0, "concluded"),))), Shelf(), "broken"),
-    "aborting": (intent(), Facts(vm(jobs=(job(0, "null"), job(1)))), Shelf(), "broken"),
+    "one dismissed": (intent(), Facts(vm(jobs=(job("job0", "concluded"),))), Shelf(), "broken"),
+    "aborting": (intent(), Facts(vm(jobs=(job("job0", "null"), job("job1")))), Shelf(), "broken"),
     "QEMU gone": (intent(), replace(OFF, dead=frozenset({"a1"})), Shelf(), "broken"),
     "silent": (intent(), Facts(error="no greeting"), Shelf(), "unreachable"),
     "described, then QEMU gone": (
@@ -447,7 +395,7 @@ VERDICTS = {
     ),
     "grown while it was copied": (
         intent(),
-        Facts(vm(VDA, replace(VDB, virtual_size=9), jobs=BOTH_DONE)),
+        Facts(vm(VDA, replace(VDB, virtual_size=2 * SIZE), jobs=BOTH_DONE)),
         Shelf(),
         "copied",
     ),
@@ -458,8 +406,8 @@ VERDICTS = {
         Shelf(described=frozenset({"a1"})),
         "copied",
     ),
-    "too late": (intent(deadline=150.0), Facts(vm(jobs=(job(0), job(1)))), Shelf(), "broken"),
-    "in time": (intent(deadline=250.0), Facts(vm(jobs=(job(0), job(1)))), Shelf(), "running"),
+    "too late": (intent(deadline=150.0), Facts(vm(jobs=(job("job0"), job("job1")))), Shelf(), "broken"),
+    "in time": (intent(deadline=250.0), Facts(vm(jobs=(job("job0"), job("job1")))), Shelf(), "running"),
     "late but done": (intent(deadline=150.0), Facts(vm(jobs=BOTH_DONE)), Shelf(), "copied"),
 }
 
@@ -474,11 +422,11 @@ def test_judge(attempt: Intent, facts: Facts, shelf: Shelf, state: str) -> None:
 @pytest.mark.parametrize(
     ("attempt", "facts", "ours"),
     [
-        (intent(reserved=False), Facts(vm(status="io-error", jobs=(job(0), job(1)))), True),
-        (intent(reserved=True), Facts(vm(status="io-error", jobs=(job(0), job(1)))), False),
-        (intent(), Facts(vm(status="io-error", jobs=(job(0, "concluded", error="EIO"),))), True),
-        (intent(guest="io-error"), Facts(vm(status="io-error", jobs=(job(0, error="EIO"),))), False),
-        (intent(reserved=False), Facts(vm(status="paused", jobs=(job(0), job(1)))), False),
+        (intent(reserved=False), Facts(vm(status="io-error", jobs=(job("job0"), job("job1")))), True),
+        (intent(reserved=True), Facts(vm(status="io-error", jobs=(job("job0"), job("job1")))), False),
+        (intent(), Facts(vm(status="io-error", jobs=(job("job0", "concluded", error="EIO"),))), True),
+        (intent(guest="io-error"), Facts(vm(status="io-error", jobs=(job("job0", error="EIO"),))), False),
+        (intent(reserved=False), Facts(vm(status="paused", jobs=(job("job0"), job("job1")))), False),
         (intent(reserved=False), OFF, False),
     ],
 )
@@ -492,7 +440,7 @@ def start(name: str, size: int = 0, monitor: str = "") -> VmPlan:
 
 
 def test_a_twin_is_nobody_to_look_after() -> None:
-    [twin, _other] = refuse_twins([replace(start("web"), identity="uuid-1", unless="adopt"), start("web")], {})
+    [twin, _other] = refuse_twins([replace(start("web"), identity=UUID, unless="adopt"), start("web")], {})
     assert (twin.identity, twin.unless) == ("", "")
 
 

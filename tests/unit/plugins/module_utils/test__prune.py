@@ -10,18 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from ansible_collections.vmfleet.backup.plugins.module_utils._documents import (
-    DiskImage,
-    Growing,
-    Hypervisor,
-    Intent,
-    Manifest,
-    Parent,
-    Pin,
-    Protection,
-    Verification,
-    VmName,
-)
+from ansible_collections.vmfleet.backup.plugins.module_utils._documents import Manifest, Pin, Protection, Verification
 from ansible_collections.vmfleet.backup.plugins.module_utils._errors import Refused
 from ansible_collections.vmfleet.backup.plugins.module_utils._inspect import machine_id
 from ansible_collections.vmfleet.backup.plugins.module_utils._library import Holdings
@@ -30,32 +19,15 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._prune import Order
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository import Shelf
 from ansible_collections.vmfleet.backup.plugins.module_utils._retention import Fate, Rules
 from ansible_collections.vmfleet.backup.plugins.modules.backup_prune import rules, seconds
+from ansible_collections.vmfleet.backup.tests.unit.plugins import builders
+from ansible_collections.vmfleet.backup.tests.unit.plugins.builders import image, intent
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-VM = VmName("web01", "u", "u")
 
-
-def image(disk: str, parent: str | None = None) -> DiskImage:
-    below = Parent(parent, None, f"attempt-{parent}") if parent else None
-    level = "incremental" if parent else "full"
-    return DiskImage(disk, "n0", "", "/src", "qcow2", 1, level, "", below, f"{disk}.qcow2", "qcow2", "none")
-
-
-def manifest(set_id: str, parent: str | None = None) -> Manifest:
-    times = ("2026-11-22T01:00:00Z", "2026-11-22T01:00:00Z", 1.0)
-    attempt = f"attempt-{set_id}"
-    return Manifest(
-        "r", VM, set_id, int(set_id[1:]), "full", "r", attempt, *times, "crash", "7", (image("vda", parent),)
-    )
-
-
-def intent(*disks: DiskImage) -> Intent:
-    growing = tuple(Growing(disk, "job", 1) for disk in disks)
-    here = Hypervisor("hv1", "m", "b")
-    more: dict[str, Any] = {"guest": "running", "started": "then", "begun": 1.0, "deadline": None, "checksum": True}
-    return Intent("r", "a", "s9", VM, here, "unix:/x", (1, 2), "full", "crash", "7", disks=growing, **more)
+def manifest(set_id: str, below: str | None = None) -> Manifest:
+    return builders.manifest(set_id, image("vda", below), sequence=int(set_id[1:]))
 
 
 def held(*sets: Manifest, marks: Marks | None = None, **more: Any) -> Holdings:
@@ -88,7 +60,9 @@ def test_pins_of_this_machine_and_of_another(tmp_path: Path) -> None:
 
 def test_what_a_set_builds_on_that_is_being_made() -> None:
     sets = [manifest("s1"), manifest("s2", "s1"), manifest("s3", "s2")]
-    found = condition(held(*sets, intents=(intent(image("vda", "s3"), image("vdb", "s1"), image("vdc")),)), may_go=True)
+    found = condition(
+        held(*sets, intents=(intent("s9", image("vda", "s3"), image("vdb", "s1"), image("vdc")),)), may_go=True
+    )
     reason = "set s9, which is being made, builds on it"
     assert found.guarded == {"s3": reason, "s1": reason}
     # It is written to no more, and only read later.

@@ -19,14 +19,10 @@ import pytest
 from ansible_collections.vmfleet.backup.plugins.module_utils import _repository
 from ansible_collections.vmfleet.backup.plugins.module_utils._documents import (
     Consolidation,
-    DiskImage,
     Failure,
-    Growing,
-    Hypervisor,
     Intent,
     Manifest,
     Parent,
-    VmName,
 )
 from ansible_collections.vmfleet.backup.plugins.module_utils._errors import BackupError
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository import (
@@ -37,45 +33,33 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._repository import 
     find_repository,
     open_repository,
 )
+from ansible_collections.vmfleet.backup.tests.unit.plugins import builders
+from ansible_collections.vmfleet.backup.tests.unit.plugins.builders import image
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-IMAGE = DiskImage("vda", "n0", "", "/src", "qcow2", 1, "full", "", None, "vda.qcow2", "qcow2", "none", 3, "abc")
 FAILURE = Failure("run", "a1", "s1", "failed", "target full", "then", "now")
 
 
+IMAGE = image(bytes=3, sha256="abc")
+
+
 def intent(**more: Any) -> Intent:
-    given: dict[str, Any] = {
-        "run": "run",
-        "attempt": "a1",
-        "id": "s1",
-        "vm": VmName("web01", "uuid-1", "uuid-1"),
-        "hypervisor": Hypervisor("hv1", "machine", "boot"),
-        "monitor": "unix:/web01.qmp",
-        "process": (1, 2),
-        "level": "full",
-        "consistency": "crash",
-        "qemu": "7.2.0",
-        "guest": "running",
-        "started": "then",
-        "begun": 100.0,
-        "deadline": None,
-        "checksum": True,
-        "disks": (Growing(IMAGE, "job0", 1 << 20),),
-    }
-    return Intent(**{**given, **more})
+    """Return the intent of the set s1, in its attempt a1."""
+    return builders.intent("s1", IMAGE, **{"attempt": "a1", **more})
 
 
 def manifest(of: Intent) -> Manifest:
-    return Manifest("uuid", of.vm, of.id, 0, "full", of.run, of.attempt, "then", "now", 1.5, "crash", "7.2.0", (IMAGE,))
+    """Return what becomes of an intent."""
+    return builders.manifest(of.id, IMAGE, attempt=of.attempt, sequence=0)
 
 
 @pytest.fixture
-def repository(tmp_path: Path) -> Repository:
-    made = create_repository(str(tmp_path / "repository"))
-    os.mkdir(made.directory("web01"))
-    return made
+def repository(repository: Repository) -> Repository:
+    """An empty repository that knows of a VM."""
+    os.mkdir(repository.directory("web01"))
+    return repository
 
 
 def begin(repository: Repository, of: Intent) -> None:

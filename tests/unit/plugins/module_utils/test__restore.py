@@ -16,27 +16,17 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from ansible_collections.vmfleet.backup.plugins.module_utils import _restore, _target
-from ansible_collections.vmfleet.backup.plugins.module_utils._documents import DiskImage, Manifest, VmName
 from ansible_collections.vmfleet.backup.plugins.module_utils._errors import BackupError, Refused
-from ansible_collections.vmfleet.backup.plugins.module_utils._repository import (
-    Repository,
-    create_repository,
-    write_document,
-)
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository import Repository, write_document
 from ansible_collections.vmfleet.backup.plugins.module_utils._restore import COPY, OVERLAY, Piece
+from ansible_collections.vmfleet.backup.tests.unit.plugins.builders import image, manifest
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-IMAGE = DiskImage("vda", "n0", "", "/src", "qcow2", 1 << 20, "full", "", None, "vda.qcow2", "qcow2", "none")
-MANIFEST = Manifest(
-    "r", VmName("web01", "u", "u"), "s1", 1, "full", "r", "a1", "then", "now", 1.0, "crash", "7", (IMAGE,)
-)
 
-
-@pytest.fixture
-def repository(tmp_path: Path) -> Repository:
-    return create_repository(str(tmp_path / "repository"))
+IMAGE = image()
+MANIFEST = manifest("s1", IMAGE)
 
 
 def piece(target: Path | str, method: str = COPY, **more: Any) -> Piece:

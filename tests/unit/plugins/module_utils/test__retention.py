@@ -13,8 +13,6 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from ansible_collections.vmfleet.backup.plugins.module_utils._chain import set_level
-from ansible_collections.vmfleet.backup.plugins.module_utils._documents import DiskImage, Manifest, Parent, VmName
 from ansible_collections.vmfleet.backup.plugins.module_utils._retention import (
     PERIODS,
     Condition,
@@ -23,17 +21,15 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._retention import (
     decide,
     describe,
 )
+from ansible_collections.vmfleet.backup.tests.unit.plugins.builders import image, manifest
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from ansible_collections.vmfleet.backup.plugins.module_utils._documents import Manifest
+
 MONDAY = datetime(2026, 11, 16, 1, 30, tzinfo=UTC)
 DAY = timedelta(days=1)
-
-
-def image(disk: str, parent: str | None, level: str) -> DiskImage:
-    below = Parent(parent, None, f"attempt-{parent}") if parent else None
-    return DiskImage(disk, "n0", "", "/src", "qcow2", 1, level, "", below, f"{disk}.qcow2", "qcow2", "none")
 
 
 def made(
@@ -41,13 +37,9 @@ def made(
 ) -> Manifest:
     """A set of which each disk builds on a set, or on none; of one disk where `parents` is no mapping."""
     below = {"vda": parents} if parents is None or isinstance(parents, str) else parents
-    disks = tuple(image(disk, parent, "incremental" if parent else "full") for disk, parent in below.items())
-    level = set_level(disk.level for disk in disks)
     started = when.strftime("%Y-%m-%dT%H:%M:%SZ")
-    vm = VmName("web01", "uuid", "uuid")
-    return Manifest(
-        "r", vm, set_id, number, level, "run", f"attempt-{set_id}", started, started, 1.0, "crash", "7", disks
-    )
+    images = [image(disk, parent) for disk, parent in below.items()]
+    return manifest(set_id, *images, sequence=number, started=started)
 
 
 def daily(*plan: str) -> list[Manifest]:

@@ -11,74 +11,44 @@ import os
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from ansible_collections.vmfleet.backup.plugins.module_utils import _survey
 from ansible_collections.vmfleet.backup.plugins.module_utils._calls import WatchedCalls
-from ansible_collections.vmfleet.backup.plugins.module_utils._documents import (
-    DiskImage,
-    Growing,
-    Hypervisor,
-    Intent,
-    Manifest,
-    Parent,
-    Verification,
-    VmName,
-)
+from ansible_collections.vmfleet.backup.plugins.module_utils._documents import DiskImage, Intent, Verification, VmName
 from ansible_collections.vmfleet.backup.plugins.module_utils._errors import RepositoryHangs, ToolError
-from ansible_collections.vmfleet.backup.plugins.module_utils._inspect import Disk, Vm
 from ansible_collections.vmfleet.backup.plugins.module_utils._marks import write_mark
 from ansible_collections.vmfleet.backup.plugins.module_utils._plan import Facts, Plan, Policy, Request
 from ansible_collections.vmfleet.backup.plugins.module_utils._probe import Watch
 from ansible_collections.vmfleet.backup.plugins.module_utils._qmp import Process
-from ansible_collections.vmfleet.backup.plugins.module_utils._repository import Repository, create_repository
-from ansible_collections.vmfleet.backup.plugins.module_utils._survey import (
-    Room,
-    draw_up,
-    look,
-    with_damage,
-    with_fates,
-)
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository import Repository
+from ansible_collections.vmfleet.backup.plugins.module_utils._survey import Room, draw_up, look, with_damage, with_fates
 from ansible_collections.vmfleet.backup.plugins.module_utils._watched import WatchedRepository
-from ansible_collections.vmfleet.backup.tests.unit.plugins.builders import dead_process, own_process
+from ansible_collections.vmfleet.backup.tests.unit.plugins import builders
+from ansible_collections.vmfleet.backup.tests.unit.plugins.builders import (
+    ELSEWHERE,
+    HERE,
+    MIB,
+    UUID,
+    dead_process,
+    disk,
+    image,
+    manifest,
+    own_process,
+)
 
-MIB = 1 << 20
-HERE = Hypervisor("hv1", "machine", "boot")
+if TYPE_CHECKING:
+    from ansible_collections.vmfleet.backup.plugins.module_utils._inspect import Vm
+
 POLICY = Policy(reserve="0")
 
 
-def image(name: str = "vda", parent: Parent | None = None) -> DiskImage:
-    level = "incremental" if parent else "full"
-    return DiskImage(name, "n0", "", "/src", "qcow2", 1, level, "", parent, f"{name}.qcow2", "qcow2", "none", 3, "abc")
-
-
 def intent(name: str = "web01", **more: Any) -> Intent:
-    given: dict[str, Any] = {
-        "run": "run",
-        "attempt": f"a-{name}",
-        "id": "s1",
-        "vm": VmName(name, "uuid-1", "uuid-1"),
-        "hypervisor": HERE,
-        "monitor": f"unix:/{name}.qmp",
-        "process": (1, 2),
-        "level": "full",
-        "consistency": "crash",
-        "qemu": "7.2.0",
-        "guest": "running",
-        "started": "then",
-        "begun": 100.0,
-        "deadline": None,
-        "checksum": True,
-        "disks": (Growing(image(), "job0", MIB), Growing(image("vdb"), "job1", MIB)),
-    }
-    return Intent(**{**given, **more})
-
-
-@pytest.fixture
-def repository(tmp_path: Path) -> Repository:
-    return create_repository(str(tmp_path / "repository"))
+    """Return the intent of a VM's set s1, of two disks."""
+    given: dict[str, Any] = {"vm": VmName(name, UUID, UUID), "attempt": f"a-{name}"}
+    return builders.intent("s1", image("vda"), image("vdb"), **{**given, **more})
 
 
 def begin(repository: Repository, of: Intent) -> None:
@@ -91,7 +61,7 @@ class TestRoom:
 
     def test_what_grows_elsewhere_is_promised(self, repository: Repository) -> None:
         begin(repository, intent("web01"))
-        begin(repository, intent("db01", hypervisor=Hypervisor("hv2", "other", "boot")))
+        begin(repository, intent("db01", hypervisor=ELSEWHERE))
         room = Room(repository, POLICY)
         assert room.space().promised == 4 * MIB
         # A VM's own set is counted by the one who makes it.
@@ -141,33 +111,21 @@ class TestRoom:
 
 
 def vm(*names: str, **more: Any) -> Vm:
-    given: dict[str, Any] = {
-        "name": "web01",
-        "uuid": "uuid-1",
-        "identity": "uuid-1",
-        "status": "running",
-        "version": "7.2.0",
-        "disks": tuple(Disk(name=name, node=f"n-{name}", driver="qcow2") for name in names),
-        "other_nodes": (),
-        "empty": (),
-        "jobs": (),
-        "fdsets": {},
-        "process": None,
-    }
-    return Vm(**{**given, **more})
+    """Return a VM of these disks, whose process nobody knows."""
+    return builders.vm(*(disk(name, f"n-{name}") for name in names), **{"process": None, **more})
 
 
 def publish(repository: Repository, set_id: str, *images: DiskImage) -> None:
-    this = intent(id=set_id, attempt=f"a-{set_id}", disks=tuple(Growing(found, "job", 3) for found in images))
+    this = builders.intent(set_id, *images)
     begin(repository, this)
     for found in images:
         Path(repository.image_path(this, found.image)).write_bytes(b"abc")
-    level = images[0].level
-    manifest = Manifest(
-        "r", this.vm, set_id, 0, level, "run", this.attempt, "then", "now", 1.5, "crash", "7.2.0", images
-    )
-    repository.describe(this, manifest)
+    repository.describe(this, manifest(set_id, *images))
     repository.publish(this)
+
+
+def stored(name: str, below: str | None = None) -> DiskImage:
+    return image(name, below, bytes=3)
 
 
 class TestDamage:
@@ -176,10 +134,10 @@ class TestDamage:
     @pytest.fixture
     def chain(self, repository: Repository) -> Repository:
         """Fulls of vda in s1 and s3 and of vdb in s1, with increments between and after them."""
-        publish(repository, "s1", image("vda"), image("vdb"))
-        publish(repository, "s2", image("vda", Parent("s1", "abc", "a-s1")), image("vdb", Parent("s1", "abc", "a-s1")))
-        publish(repository, "s3", image("vda"), image("vdb", Parent("s2", "abc", "a-s2")))
-        publish(repository, "s4", image("vda", Parent("s3", "abc", "a-s3")), image("vdb", Parent("s3", "abc", "a-s3")))
+        publish(repository, "s1", stored("vda"), stored("vdb"))
+        publish(repository, "s2", stored("vda", "s1"), stored("vdb", "s1"))
+        publish(repository, "s3", stored("vda"), stored("vdb", "s2"))
+        publish(repository, "s4", stored("vda", "s3"), stored("vdb", "s3"))
         return repository
 
     def found(self, repository: Repository, *names: str) -> dict[tuple[str, str], str]:
@@ -256,7 +214,7 @@ class TestDead:
             # Machines, and containers, are cloned with their machine-id.
             ({"process": GONE, "hypervisor": replace(HERE, name="hv2", boot_id="other")}, Facts(vm()), False),
             (
-                {"process": GONE, "hypervisor": Hypervisor("hv2", "other", "boot2")},
+                {"process": GONE, "hypervisor": ELSEWHERE},
                 Facts(error="no such socket", off=True),
                 False,
             ),

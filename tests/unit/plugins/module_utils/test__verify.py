@@ -9,25 +9,18 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from ansible_collections.vmfleet.backup.plugins.module_utils import _boot, _verify
-from ansible_collections.vmfleet.backup.plugins.module_utils._documents import (
-    DiskImage,
-    Manifest,
-    Parent,
-    Verification,
-    VmName,
-)
+from ansible_collections.vmfleet.backup.plugins.module_utils._documents import DiskImage, Manifest, Verification
 from ansible_collections.vmfleet.backup.plugins.module_utils._library import holdings
 from ansible_collections.vmfleet.backup.plugins.module_utils._marks import read_marks, remove_marks, write_mark
 from ansible_collections.vmfleet.backup.plugins.module_utils._prune import Order as PruneOrder
 from ansible_collections.vmfleet.backup.plugins.module_utils._prune import prune
-from ansible_collections.vmfleet.backup.plugins.module_utils._repository import Repository, create_repository
 from ansible_collections.vmfleet.backup.plugins.module_utils._retention import Rules
 from ansible_collections.vmfleet.backup.plugins.module_utils._verify import (
     BOOT,
@@ -37,60 +30,27 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._verify import (
     Finding,
     Order,
 )
+from ansible_collections.vmfleet.backup.tests.unit.plugins import builders
+from ansible_collections.vmfleet.backup.tests.unit.plugins.builders import manifest, put
+
+if TYPE_CHECKING:
+    from ansible_collections.vmfleet.backup.plugins.module_utils._repository import Repository
 
 VM = "web01"
 THEN = "2026-11-23T00:00:00Z"
 NOW = "2026-11-24T00:00:00Z"
 
 
-@pytest.fixture
-def repository(tmp_path: Path) -> Repository:
-    return create_repository(str(tmp_path / "repository"))
-
-
-def image(name: str, parent: str = "", **fields: Any) -> DiskImage:
-    made = DiskImage(
-        name=name,
-        node="n0",
-        qdev="",
-        source="/source",
-        source_format="qcow2",
-        virtual_size=1,
-        level="incremental" if parent else "full",
-        reason="",
-        parent=Parent(parent, None, f"attempt-{parent}") if parent else None,
-        image=f"{name}.qcow2",
-        format="qcow2",
-        compression="none",
-        bytes=7,
-    )
-    return replace(made, **fields)
+def image(name: str, below: str | None = None, **more: Any) -> DiskImage:
+    return builders.image(name, below, **{"bytes": 7, **more})
 
 
 def publish(repository: Repository, number: int, *images: DiskImage) -> Manifest:
     """A set whose images are seven bytes of anything."""
-    manifest = Manifest(
-        repository=repository.uuid,
-        vm=VmName(VM, "u", "u"),
-        id=f"s{number}",
-        sequence=number,
-        level="full",
-        run="r",
-        attempt=f"attempt-s{number}",
-        started=THEN,
-        finished=THEN,
-        duration=1.0,
-        consistency="crash",
-        qemu="7.2.22",
-        disks=images,
-    )
-    path = Path(repository.set_path(VM, manifest.id))
-    path.mkdir(parents=True)
-    for one in images:
-        (path / one.image).write_bytes(b"content")
-    (path / "vm.json").write_text(json.dumps({"schema": 1}))
-    (path / "manifest.json").write_text(json.dumps(asdict(manifest)))
-    return manifest
+    made = manifest(f"s{number}", disks=images, sequence=number, started=THEN, finished=THEN)
+    directory = put(repository, made, b"content")
+    (directory / "vm.json").write_text(json.dumps({"schema": 1}))
+    return made
 
 
 def verify(repository: Repository, depth: str = SURFACE, set_id: str = "", check: bool = False) -> list[Finding]:
