@@ -41,7 +41,7 @@ integration molecule system torture crashes package versions matrix:
 
 bench: ## Measure against qemu-img and others, and what there is to do beside copying for many VMs, sets and hypervisors
 	@tools/setup vm
-	@tools/tree sh -c 'export PYTHONPATH="$$ROOT"; s=0; for b in copy control restore info fleet; do benchmarks/$$b $(ARGS) || s=1; done; exit $$s'
+	@tools/tree sh -c 'export PYTHONPATH="$$ROOT"; s=0; for b in copy control restore info start fleet; do benchmarks/$$b $(ARGS) || s=1; done; exit $$s'
 
 format: ## Bring the Python files into shape, and mend what ruff can mend
 	@tools/setup

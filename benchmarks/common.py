@@ -63,6 +63,8 @@ def options(description: str | None) -> argparse.Namespace:
     parser.add_argument("--opponent", type=int, default=50, help="fleet: most VMs there that the obvious role is given")
     parser.add_argument("--svg", type=Path, help="fleet: where to write the plot")
     parser.add_argument("--sets", type=int, default=10_000, help="info: sets in the repository")
+    parser.add_argument("--runs", type=int, default=25, help="start: how often each module is started")
+    parser.add_argument("--against", metavar="REV", help="start: the revision of this work tree to compare with")
     return parser.parse_args()
 
 
