@@ -92,9 +92,8 @@ options:
   progress:
     description:
       - What is shown while O(state=completed) waits.
-      - On a terminal, V(auto) shows how many VMs are done, how much is copied and how long it will still take, every
-        second at first and every half a minute later on, with a bar for each VM that is copied where these are few.
-        Elsewhere it is as V(quiet).
+      - On a terminal, V(auto) shows how many VMs are done, how much is copied and how long it will still take, with a
+        bar for each VM that is copied where these are few. Elsewhere it is as V(quiet).
       - V(quiet) shows one line a minute for each hypervisor, without bars. V(none) shows nothing.
       - With C(async), in check mode and with O(slice), nothing is shown.
     type: str
@@ -148,6 +147,8 @@ seealso:
     description: The way of a backup, what stands in the repository, and what happens when something fails.
   - ref: ansible_collections.vmfleet.backup.docsite.incremental_backups
     description: When a disk is copied in full.
+  - ref: ansible_collections.vmfleet.backup.docsite.guide_progress
+    description: What is shown meanwhile, and how to go away and come back.
 """
 
 EXAMPLES = r"""
