@@ -178,11 +178,17 @@ class Engine:
 
     async def run(self) -> list[Outcome]:
         """Every VM's outcome, in the plan's order. One VM's failure never stops the others."""
-        for intent in await self.repository.intents():
-            if intent.vm.name in {planned.name for planned in self.plan.vms}:
-                self._turns.join(intent.vm.name)
-                self._budget.count(intent.vm.name, len(intent.disks))
-        works = [_Work(planned, order=("", place)) for place, planned in enumerate(self.plan.vms)]
+        names = {planned.name for planned in self.plan.vms}
+        begun = [intent for intent in await self.repository.intents() if intent.vm.name in names]
+        for intent in begun:
+            self._turns.join(intent.vm.name)
+            self._budget.count(intent.vm.name, len(intent.disks))
+        # One whose set has begun to grow since the plan has nothing to start: its jobs are to be looked at.
+        fresh = names - {intent.vm.name for intent in begun}
+        works = [
+            _Work(planned, order=("", place), fresh=planned.name in fresh)
+            for place, planned in enumerate(self.plan.vms)
+        ]
         return list(await asyncio.gather(*(self._settle(work) for work in works)))
 
     async def _settle(self, work: _Work) -> Outcome:
