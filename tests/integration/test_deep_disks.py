@@ -16,10 +16,18 @@ from collections import Counter
 
 import pytest
 
-from ansible_collections.vmfleet.backup.plugins.module_utils import _inspect
+from ansible_collections.vmfleet.backup.plugins.module_utils import _inspect, _survey
 from ansible_collections.vmfleet.backup.plugins.module_utils._agent import find_agent
+from ansible_collections.vmfleet.backup.plugins.module_utils._calls import WatchedCalls
+from ansible_collections.vmfleet.backup.plugins.module_utils._engine import Engine, Settings
 from ansible_collections.vmfleet.backup.plugins.module_utils._inspect import inspect_vm
+from ansible_collections.vmfleet.backup.plugins.module_utils._outcome import PUBLISHED
+from ansible_collections.vmfleet.backup.plugins.module_utils._plan import parse_plan
+from ansible_collections.vmfleet.backup.plugins.module_utils._probe import Watch
 from ansible_collections.vmfleet.backup.plugins.module_utils._qmp import Monitor, parse_address
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository import open_repository
+from ansible_collections.vmfleet.backup.plugins.module_utils._watched import WatchedRepository
+from ansible_collections.vmfleet.backup.tests.harness.backup import wait_concluded
 from ansible_collections.vmfleet.backup.tests.harness.images import MIB, create, layered, patterned, qemu_img, write
 from ansible_collections.vmfleet.backup.tests.harness.modules import fail, succeed
 from ansible_collections.vmfleet.backup.tests.harness.qemu import Disk, Qemu
@@ -231,3 +239,26 @@ def test_the_layers_are_what_qemu_img_makes(directory: Path) -> None:
     images = layered(directory, "a", 5, SIZE)
     told = json.loads(qemu_img("info", "--backing-chain", "--output=json", images[-1]))
     assert [image["filename"] for image in told] == [str(image) for image in reversed(images)]
+
+
+def test_a_set_that_is_copied_is_looked_at_twice(vms: Vms, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once without the locks, before its images are flushed, and once with them, before it is published."""
+    vm = vms.start(*disks_of(layered(directory, "a", 3, SIZE)[-1]), name="web01")
+    sets = Sets(directory / "repository")
+    plan = sets.plan(vm)["plan"]
+    succeed("backup_set", {"plan": plan, "state": "started"})
+    wait_concluded(vm)
+    looks: list[str] = []
+
+    async def counted(monitor: Monitor, name: str = "") -> Vm:
+        looks.append(name)
+        return await inspect_vm(monitor, name)
+
+    async def finish() -> list[str]:
+        async with WatchedCalls(Watch(str(sets.path), writing=True)) as calls:
+            repository = WatchedRepository(open_repository(str(sets.path)), calls)
+            return [outcome.state for outcome in await Engine(repository, parse_plan(plan), Settings()).run()]
+
+    monkeypatch.setattr(_survey, "inspect_vm", counted)
+    assert asyncio.run(finish()) == [PUBLISHED]
+    assert looks == ["web01"] * 2
