@@ -320,6 +320,7 @@ class _Graph:
 
     def layers(self) -> dict[str, tuple[str, ...]]:
         """The layers below each node, top first."""
+        direct = {upper: self._layer(lower) for upper, lower in self.backing.items()}
         found: dict[str, tuple[str, ...]] = {}
         for start in self.nodes:
             path: list[str] = []
@@ -328,18 +329,17 @@ class _Graph:
             while name not in found:
                 found[name] = ()
                 path.append(name)
-                name = next(iter(self._layer(name)), name)
+                name = next(iter(direct.get(name, ())), name)
             for upper in reversed(path):
-                direct = self._layer(upper)
-                if direct:
-                    lower = dict.fromkeys((*direct, *found[direct[0]]))
+                if direct.get(upper):
+                    lower = dict.fromkeys((*direct[upper], *found[direct[upper][0]]))
                     lower.pop(upper, None)
                     found[upper] = tuple(lower)
         return found
 
-    def _layer(self, node_name: str) -> list[str]:
-        found = (name for name in self.backing.get(node_name, ()) if name in self.nodes)
-        return [self.filter_path(name)[-1] for name in found]
+    def _layer(self, backing: Iterable[str]) -> list[str]:
+        """The nodes below the filters, of those that may be a backing file."""
+        return [self.filter_path(name)[-1] for name in backing if name in self.nodes]
 
 
 async def _query_graph(monitor: Monitor) -> _Graph:
@@ -503,7 +503,7 @@ def _disks(graph: _Graph) -> tuple[tuple[Disk, ...], tuple[Disk, ...]]:
 
     def disk_of(node_name: str, name: str, **others: Any) -> Disk:
         lower = layers[node_name]
-        held = [sizes[node_name], *(sizes[layer] for layer in lower)]
+        held = [sizes[layer] for layer in (node_name, *lower)]
         return _disk(
             graph.nodes[node_name],
             name,
