@@ -207,18 +207,22 @@ def _origin(intent: Intent) -> Origin:
 
 
 async def measure(
-    disks: Sequence[Disk], links: Sequence[Link], planned: Iterable[_plan.DiskPlan] = ()
+    disks: Sequence[Disk], links: Sequence[Link], planned: Iterable[_plan.DiskPlan] = (), vm: Vm | None = None
 ) -> dict[str, int]:
     """The most that each disk's image is expected to take, in bytes.
 
-    A full image that was C(planned) takes what was measured then, or what the disk has come to hold since.
+    A full image that was C(planned) takes what was measured then, or what the disk has come to hold since. C(vm) is
+    where the disks' layers are told.
     """
     before = {disk.name: disk.bytes for disk in planned if disk.level == FULL}
 
     async def expected(disk: Disk, link: Link) -> int:
         if link.bitmap:
             return _target.increment_bytes(disk, link.records)
-        return await _target.expected_bytes(disk, "qcow2", before=before.get(disk.name, 0))
+        chain = vm.chain(disk) if vm and disk.layers else ()
+        # What a layer of which QEMU tells nothing may hold, the others do not tell.
+        known = chain if len(chain) == 1 + len(disk.layers) else ()
+        return await _target.expected_bytes(disk, "qcow2", before=before.get(disk.name, 0), chain=known)
 
     sizes = await asyncio.gather(*(expected(disk, link) for disk, link in zip(disks, links)))
     return {disk.name: size for disk, size in zip(disks, sizes)}
@@ -318,7 +322,7 @@ async def draw_up(
             if not decision.links:
                 # Nothing is to be started, or the VM is off, and only what was begun is to be brought to its end.
                 return decision.plan
-            expected = await measure(decision.choice.disks, decision.links)
+            expected = await measure(decision.choice.disks, decision.links, vm=facts.vm)
             disks = tuple(replace(disk, bytes=expected[disk.name]) for disk in decision.plan.disks)
             if facts.vm:
                 losses[request.monitor] = _keeps.losses(decision.choice.disks, facts.vm.disks)

@@ -24,9 +24,10 @@ from ansible_collections.vmfleet.backup.plugins.module_utils import _qemu_img
 from ansible_collections.vmfleet.backup.plugins.module_utils._calls import AT_ONCE
 from ansible_collections.vmfleet.backup.plugins.module_utils._errors import BackupError, ToolError
 from ansible_collections.vmfleet.backup.plugins.module_utils._files import claim, step
+from ansible_collections.vmfleet.backup.plugins.module_utils._tables import held_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
     from typing import IO, Any
 
     from ansible_collections.vmfleet.backup.plugins.module_utils._calls import Calls
@@ -340,11 +341,14 @@ def remove(path: str) -> bool:
     return True
 
 
-async def expected_bytes(disk: Disk, image_format: str, sync: str = "full", bitmap: str = "", before: int = 0) -> int:
+async def expected_bytes(
+    disk: Disk, image_format: str, sync: str = "full", bitmap: str = "", before: int = 0, chain: Sequence[Disk] = ()
+) -> int:
     """The most that a backup of C(disk) will write, in bytes.
 
     The larger of what qemu-img measures and what the images hold (it does not see writes that QEMU has not flushed),
     plus one percent, at most the fully allocated size. What it was C(before), if that is known, is not measured again.
+    Nor is what the tables of all its layers, C(chain), tell to be no more than the images hold.
     """
     if image_format == "raw":
         return disk.virtual_size
@@ -356,7 +360,7 @@ async def expected_bytes(disk: Disk, image_format: str, sync: str = "full", bitm
         held: int | None = disk.layer_size
     else:
         held = disk.actual_size
-        measured = None if before else await _measured(disk)
+        measured = None if before or await _is_in(held, chain) else await _measured(disk)
         if measured and held is not None:
             # All tables are in that: QEMU gives them to the image of a full backup, however little is on the disk.
             before = min(measured["fully-allocated"], _with_spare(measured["required"]) + _metadata(0))
@@ -364,6 +368,12 @@ async def expected_bytes(disk: Disk, image_format: str, sync: str = "full", bitm
     if held is None:
         return everything
     return max(before, min(everything, _with_spare(held) + _metadata(disk.virtual_size)))
+
+
+async def _is_in(held: int | None, chain: Sequence[Disk]) -> bool:
+    """Return whether the data in a disk's layers are known to be no more than C(held)."""
+    counted = await held_bytes(chain) if chain and held is not None else None
+    return counted is not None and held is not None and counted <= held
 
 
 def _with_spare(held: int) -> int:

@@ -17,15 +17,25 @@ import pytest
 
 from ansible_collections.vmfleet.backup.plugins.module_utils import _survey
 from ansible_collections.vmfleet.backup.plugins.module_utils._calls import WatchedCalls
+from ansible_collections.vmfleet.backup.plugins.module_utils._chain import FULL, Link
 from ansible_collections.vmfleet.backup.plugins.module_utils._documents import DiskImage, Intent, Verification, VmName
 from ansible_collections.vmfleet.backup.plugins.module_utils._errors import RepositoryHangs, ToolError
+from ansible_collections.vmfleet.backup.plugins.module_utils._inspect import Disk
 from ansible_collections.vmfleet.backup.plugins.module_utils._marks import write_mark
 from ansible_collections.vmfleet.backup.plugins.module_utils._plan import Facts, Plan, Policy, Request
 from ansible_collections.vmfleet.backup.plugins.module_utils._probe import Watch
 from ansible_collections.vmfleet.backup.plugins.module_utils._qmp import Process
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository import Repository
-from ansible_collections.vmfleet.backup.plugins.module_utils._survey import Room, draw_up, look, with_damage, with_fates
+from ansible_collections.vmfleet.backup.plugins.module_utils._survey import (
+    Room,
+    draw_up,
+    look,
+    measure,
+    with_damage,
+    with_fates,
+)
 from ansible_collections.vmfleet.backup.plugins.module_utils._watched import WatchedRepository
+from ansible_collections.vmfleet.backup.tests.harness.images import create, patterned, qemu_img, write
 from ansible_collections.vmfleet.backup.tests.unit.plugins import builders
 from ansible_collections.vmfleet.backup.tests.unit.plugins.builders import (
     ELSEWHERE,
@@ -113,6 +123,27 @@ class TestRoom:
 def vm(*names: str, **more: Any) -> Vm:
     """Return a VM of these disks, whose process nobody knows."""
     return builders.vm(*(disk(name, f"n-{name}") for name in names), **{"process": None, **more})
+
+
+@pytest.mark.parametrize("told", [(), ("base",), ("middle",), ("middle", "base")])
+def test_a_full_is_measured_whichever_of_its_layers_are_told(tmp_path: Path, told: tuple[str, ...]) -> None:
+    base, middle, top = (tmp_path / name for name in ("base", "middle", "top"))
+    qemu_img("convert", "-c", "-O", "qcow2", patterned(tmp_path / "whole"), base)
+    write(create(middle, backing=base), "write 4M 4M")
+    create(top, backing=middle)
+    lower = {"base": "", "middle": str(base)}
+    nodes = tuple(
+        Disk("", name, "qcow2", filename=str(tmp_path / name), virtual_size=64 * MIB, backing_file=lower[name])
+        for name in told
+    )
+    upper = Disk(
+        "vda", "n", "qcow2", layers=("middle", "base"), filename=str(top), virtual_size=64 * MIB, actual_size=33 * MIB
+    )
+    seen = builders.vm(upper, other_nodes=nodes)
+    sizes = asyncio.run(measure([upper], [Link(FULL, "")], vm=seen))
+    # Eight pieces of 4 MiB are in the base, one more is in the middle.
+    assert 36 * MIB < sizes["vda"] < 38 * MIB
+    assert asyncio.run(measure([upper], [Link(FULL, "")])) == sizes
 
 
 def publish(repository: Repository, set_id: str, *images: DiskImage) -> None:

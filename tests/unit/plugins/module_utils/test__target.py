@@ -27,6 +27,8 @@ from ansible_collections.vmfleet.backup.tests.unit.plugins.builders import MIB, 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from ansible_collections.vmfleet.backup.plugins.module_utils._inspect import Disk
+
 
 @pytest.mark.parametrize(
     ("image_format", "size", "compress", "direct"),
@@ -462,6 +464,36 @@ class TestExpectedBytes:
         measure.update({"required": 237_240_320, "fully-allocated": 1_099_679_662_080})
         large = replace(disk(actual_size=64 * MIB), virtual_size=1 << 40)
         assert 201_588_736 < asyncio.run(_target.expected_bytes(large, "qcow2")) < 250_000_000
+
+    @pytest.mark.parametrize(
+        ("counted", "held", "expected"),
+        [
+            (3 * MIB, 5 * MIB, 5 * MIB + 5 * MIB // 100 + METADATA),
+            (5 * MIB, 5 * MIB, 5 * MIB + 5 * MIB // 100 + METADATA),
+            (3 * MIB, 40 * MIB, FULLY),
+            # Compressed, or with holes that the file system makes: qemu-img tells what is in there.
+            (5 * MIB + 65536, 5 * MIB, 9 * MIB + 9 * MIB // 100 + 16 * 65536),
+            (None, 5 * MIB, 9 * MIB + 9 * MIB // 100 + 16 * 65536),
+            (3 * MIB, None, FULLY),
+        ],
+    )
+    def test_full_of_known_layers(
+        self,
+        counted: int | None,
+        held: int | None,
+        expected: int,
+        measure: dict[str, int],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        layers = [disk(actual_size=held), disk("below")]
+
+        async def held_bytes(chain: list[Disk]) -> int | None:
+            assert chain == layers
+            return counted
+
+        monkeypatch.setattr(_target, "held_bytes", held_bytes)
+        measure.update({"required": 9 * MIB, "fully-allocated": 17 * MIB})
+        assert asyncio.run(_target.expected_bytes(layers[0], "qcow2", chain=layers)) == expected
 
     def test_full_that_clears_a_bitmap_is_a_full(self) -> None:
         tracked = disk(actual_size=9 * MIB, bitmaps=(bitmap("b0", count=0),))
