@@ -105,6 +105,31 @@ def summarize(outcomes: Sequence[Outcome]) -> dict[str, Any]:
     return counts
 
 
+def headline(outcomes: Sequence[Outcome], wanted: str, check_mode: bool = False) -> str:
+    """Return what has become of all VMs, in one line; a second one says of which kinds their sets are."""
+    counts = summarize(outcomes)
+    if wanted in STOPPING:
+        stopped = len(outcomes) - counts[FAILED]
+        things = "sets" if wanted == CANCELLED else "VMs"
+        verb = "would be" if check_mode else ""
+        nothing = "no set is being made" if wanted == CANCELLED else "no VM is named"
+        return " ".join(filter(None, (str(stopped), things, verb, wanted))) if outcomes else nothing
+    written = human(counts["bytes"]) if counts["bytes"] else "nothing"
+    first = (
+        f"{counts[PUBLISHED]} of {len(outcomes)} VMs have their set, {counts[FAILED] + counts[CANCELLED]} failed,"
+        f" {counts[SKIPPED]} skipped, {written} written"
+    )
+    return "\n".join(filter(None, (first, _kinds(outcomes))))
+
+
+def _kinds(outcomes: Iterable[Outcome]) -> str:
+    """Return how many sets of which level there are, and how many are consistent in which way."""
+    published = [outcome for outcome in outcomes if outcome.state == PUBLISHED]
+    levels = [outcome.level for outcome in published]
+    consistencies = [f"{outcome.consistency} consistent" for outcome in published]
+    return ", ".join(f"{kinds.count(kind)} {kind}" for kinds in (levels, consistencies) for kind in sorted(set(kinds)))
+
+
 def describe(outcomes: Sequence[Outcome]) -> list[str]:
     """The results for people to read, what went wrong last."""
     width = column(outcome.name for outcome in outcomes)

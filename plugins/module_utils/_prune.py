@@ -32,7 +32,7 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._marks import (
 )
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository import PUBLISHED_MODE
 from ansible_collections.vmfleet.backup.plugins.module_utils._retention import Condition, Fate
-from ansible_collections.vmfleet.backup.plugins.module_utils._units import human, utc_now
+from ansible_collections.vmfleet.backup.plugins.module_utils._units import amount, human, utc_now
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -71,6 +71,19 @@ class Pruned:
     @property
     def changed(self) -> bool:
         return self.marked or any(not fate.keep or fate.consolidate for fate in self.fates)
+
+
+def headline(pruned: Iterable[Pruned], check_mode: bool) -> str:
+    """Return what has become of the sets of all VMs, in one line."""
+    fates = [(fate, one.sizes[fate.id]) for one in pruned for fate in one.fates]
+    removed = [size for fate, size in fates if not fate.keep]
+    made_full = sum(fate.keep and fate.consolidate for fate, _size in fates)
+    told = [f"{len(fates) - len(removed)} kept"]
+    if made_full:
+        told.insert(0, f"{made_full} would be made full" if check_mode else f"{made_full} made full")
+    would_be = "would be removed" if check_mode else "removed"
+    gone = f"{len(removed)} sets ({amount(sum(removed))}) {would_be}" if removed else "nothing to remove"
+    return ", ".join((gone, *told))
 
 
 async def prune(repository: Repository, vm: str, order: Order) -> Pruned:

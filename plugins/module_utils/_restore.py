@@ -40,7 +40,7 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._repository import 
 from ansible_collections.vmfleet.backup.plugins.module_utils._units import human, utc_now
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterable, Sequence
+    from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
     from contextlib import AbstractAsyncContextManager
     from typing import Any
 
@@ -109,6 +109,24 @@ class Order:
     overwrite: bool = False
     checksum: bool = True
     check_mode: bool = False
+
+
+def headline(restored: Sequence[Mapping[str, Any]], check_mode: bool) -> str:
+    """Return how many disks of a set were restored by this call."""
+    made = sum(disk["changed"] for disk in restored)
+    if check_mode:
+        return f"{made} of {len(restored)} disks would be restored"
+    return f"{made} of {len(restored)} disks were restored just now" if made else "all disks are there already"
+
+
+def describe(restored: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Return where each disk is, for people to read."""
+    return [
+        "{disk}: {target} ({format}, {size}, {method} of set {sets})".format(
+            **disk, size=human(disk["virtual_size"]), sets=" on ".join(disk["chain"])
+        )
+        for disk in restored
+    ]
 
 
 async def restore(

@@ -50,3 +50,8 @@ def human(size: int) -> str:
             return f"{number:.1f} {unit}"
         number /= 1024
     return f"{number:.1f} TiB"
+
+
+def amount(size: int) -> str:
+    """Return a size within a sentence: C(33.6 MiB), or C(0 Bytes)."""
+    return human(size) if size else "0 Bytes"

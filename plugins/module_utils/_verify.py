@@ -111,6 +111,37 @@ class Finding:
         return {**found, "console": list(self.console)} if self.depth == BOOT and not self.disk else found
 
 
+def bad_sets(findings: Iterable[Finding]) -> list[str]:
+    """Return the sets that are not good, each as C(VM/ID)."""
+    return list(dict.fromkeys(f"{finding.vm}/{finding.id}" for finding in findings if finding.error))
+
+
+def headline(findings: Sequence[Finding]) -> str:
+    """Return how many of the sets are good."""
+    sets = {(finding.vm, finding.id) for finding in findings}
+    return f"{len(sets) - len(bad_sets(findings))} of {len(sets)} sets are good"
+
+
+def describe(findings: Sequence[Finding]) -> list[str]:
+    """Return what was found for people to read, first what is not good."""
+    lines = []
+    for finding in findings:
+        if finding.error:
+            disk = f"{finding.disk}: " if finding.disk else ""
+            lines.append(f"NOT GOOD  {finding.vm}/{finding.id}  {disk}{finding.error}")
+            lines += [f"          | {line}" for line in finding.console]
+    bad = bad_sets(findings)
+    good: dict[str, list[Finding]] = {}
+    for finding in sorted(findings, key=lambda one: (one.vm.casefold(), one.id.casefold())):
+        if f"{finding.vm}/{finding.id}" not in bad:
+            good.setdefault(f"{finding.vm}/{finding.id}", []).append(finding)
+    for name, found in good.items():
+        disks = ", ".join(finding.disk for finding in found if finding.disk)
+        lines.append(f"good      {name}  {disks}")
+        lines += [f"          {finding.note}" for finding in found if finding.note]
+    return lines
+
+
 @dataclass
 class Look:
     """One look at one set. C(chains) are the images of the disks that are good so far, each one's own first.

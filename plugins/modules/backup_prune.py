@@ -141,6 +141,11 @@ bytes:
   description: What the images of the sets took that are gone.
   returned: always
   type: int
+headline:
+  description: How many sets are gone, made full and kept, to be read by people.
+  returned: always
+  type: str
+  sample: 3 sets (33.6 MiB) removed, 1 made full, 8 kept
 text:
   description: The same, to be read by people.
   returned: always
@@ -160,7 +165,7 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._errors import Back
 from ansible_collections.vmfleet.backup.plugins.module_utils._files import in_words
 from ansible_collections.vmfleet.backup.plugins.module_utils._library import vm_names
 from ansible_collections.vmfleet.backup.plugins.module_utils._probe import probe_if_there
-from ansible_collections.vmfleet.backup.plugins.module_utils._prune import Order, prune
+from ansible_collections.vmfleet.backup.plugins.module_utils._prune import Order, headline, prune
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository import check_writable, open_repository
 from ansible_collections.vmfleet.backup.plugins.module_utils._retention import PERIODS, Rules, describe
 from ansible_collections.vmfleet.backup.plugins.module_utils._survey import require_qemu_img
@@ -267,6 +272,7 @@ async def main_task(module: AnsibleModule) -> dict[str, Any]:
         "removed": removed,
         "kept": kept,
         "bytes": sum(one["bytes"] for one in removed),
+        "headline": headline(done, module.check_mode),
         "text": [line for one in done for line in describe(one.vm, one.fates)],
         "diff": {"before": before, "after": after},
     }

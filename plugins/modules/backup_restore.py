@@ -188,6 +188,18 @@ independent:
   returned: with O(state=absent)
   type: list
   elements: str
+headline:
+  description: How many disks were restored, or overlays removed, to be read by people.
+  returned: success
+  type: str
+  sample: "Set 2026-11-22 of web01: 2 of 2 disks were restored just now"
+text:
+  description: Where each disk is, or which overlays were removed, to be read by people.
+  returned: success
+  type: list
+  elements: str
+  sample:
+    - "vda: /var/lib/restored/vda.qcow2 (qcow2, 20.0 GiB, copy of set 2026-11-22 on 2026-11-21)"
 """
 
 import os
@@ -207,7 +219,9 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._restore import (
     OVERLAY,
     Order,
     Piece,
+    describe,
     forget,
+    headline,
     overlays,
     restore,
 )
@@ -284,7 +298,14 @@ async def main_task(module: AnsibleModule) -> dict[str, Any]:
             overlays(repository, held, params["directory"]) if given is None else [disk["target"] for disk in given]
         )
         removed, independent = await forget(repository, held, targets, module.check_mode)
-        return {"changed": bool(removed or independent), "removed": removed, "independent": independent}
+        were = "would be" if module.check_mode else "were"
+        return {
+            "changed": bool(removed or independent),
+            "removed": removed,
+            "independent": independent,
+            "headline": f"Overlays of {params['vm']} that {were} removed: {len(removed)}",
+            "text": removed,
+        }
     manifest = held.find(params["id"] or "", before(params))
     order = Order(params["overwrite"], params["checksum"], module.check_mode)
     restored, warnings = await restore(repository, held, pieces(params, held, manifest), order)
@@ -298,6 +319,8 @@ async def main_task(module: AnsibleModule) -> dict[str, Any]:
         "changed": any(disk["changed"] for disk in restored),
         "id": manifest.id,
         "restored": restored,
+        "headline": f"Set {manifest.id} of {params['vm']}: {headline(restored, module.check_mode)}",
+        "text": describe(restored),
         "diff": {"before": before_text, "after": after},
     }
 

@@ -263,6 +263,15 @@ summary:
   description: How many VMs are in each state, how many changed, and the bytes written.
   returned: always
   type: dict
+headline:
+  description: >-
+    What has become of all VMs, to be read by people. A second line says how many of the sets are of which level, and
+    how many are consistent in which way.
+  returned: always
+  type: str
+  sample: |-
+    3 of 4 VMs have their set, 1 failed, 0 skipped, 33.6 MiB written
+    1 full, 2 incremental, 3 crash consistent
 text:
   description: The results, to be read by people.
   returned: always
@@ -292,6 +301,7 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._outcome import (
     describe,
     diff,
     failure,
+    headline,
     results,
     summarize,
 )
@@ -376,6 +386,7 @@ async def main_task(module: AnsibleModule) -> dict[str, Any]:
         "changed": created or any(outcome.changed for outcome in outcomes),
         "vms": results(outcomes),
         "summary": summarize(outcomes),
+        "headline": headline(outcomes, settings.state, module.check_mode),
         "text": describe(outcomes),
         "qmp": engine.commands,
         "diff": diff(outcomes),

@@ -184,6 +184,21 @@ results:
       ok: true
       error: ""
       note: ""
+bad:
+  description: The sets that are not good, as C(VM/ID).
+  returned: always
+  type: list
+  elements: str
+headline:
+  description: How many sets are good, to be read by people.
+  returned: always
+  type: str
+  sample: 11 of 12 sets are good
+text:
+  description: What was found, to be read by people, first what is not good.
+  returned: always
+  type: list
+  elements: str
 """
 
 import os
@@ -201,7 +216,10 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._repository import 
 from ansible_collections.vmfleet.backup.plugins.module_utils._survey import require_qemu_img
 from ansible_collections.vmfleet.backup.plugins.module_utils._verify import (
     Order,
+    bad_sets,
+    describe,
     has_sets,
+    headline,
     known_vms,
     verify_all,
 )
@@ -262,11 +280,17 @@ async def main_task(module: AnsibleModule) -> dict[str, Any]:
     findings, warnings = await verify_all(repository, names, set_id, order)
     for warning in warnings:
         module.warn(warning)
-    results = [finding.result() for finding in findings]
+    result = {
+        "changed": False,
+        "results": [finding.result() for finding in findings],
+        "bad": bad_sets(findings),
+        "headline": headline(findings),
+        "text": describe(findings),
+    }
     bad = [finding for finding in findings if finding.error]
     if bad:
-        raise BackupError(message(bad), results=results)
-    return {"changed": False, "results": results}
+        raise BackupError(message(bad), **result)
+    return result
 
 
 def main() -> None:

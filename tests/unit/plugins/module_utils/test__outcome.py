@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import json
 
+import pytest
+
 from ansible_collections.vmfleet.backup.plugins.module_utils._outcome import (
     DiskOutcome,
     Outcome,
     describe,
     diff,
     failure,
+    headline,
     of_disks,
     of_result,
     results,
@@ -42,6 +45,49 @@ def test_summary() -> None:
     summary = summarize(OUTCOMES)
     assert (summary["published"], summary["failed"], summary["skipped"], summary["running"]) == (2, 1, 1, 0)
     assert (summary["changed"], summary["bytes"]) == (2, 3 << 20)
+
+
+def test_the_headline_counts_vms_and_the_kinds_of_their_sets() -> None:
+    assert headline(OUTCOMES, "completed").splitlines() == [
+        "2 of 4 VMs have their set, 1 failed, 1 skipped, 3.0 MiB written",
+        "1 full, 1 incremental, 2 crash consistent",
+    ]
+
+
+def test_the_headline_of_sets_that_differ_in_all_ways() -> None:
+    outcomes = [
+        Outcome("a", "s1", "published", "full", 1, consistency="filesystem"),
+        Outcome("b", "s1", "published", "differential", 1, consistency="crash"),
+        Outcome("c", "s1", "published", "full", 1, consistency="crash"),
+        Outcome("d", "s1", "cancelled", level="incremental", consistency="crash"),
+    ]
+    assert headline(outcomes, "started").splitlines() == [
+        "3 of 4 VMs have their set, 1 failed, 0 skipped, nothing written",
+        "1 differential, 2 full, 2 crash consistent, 1 filesystem consistent",
+    ]
+
+
+def test_the_headline_where_there_is_no_set_is_one_line() -> None:
+    outcome = Outcome("web01", "s1", "failed", error="target full")
+    assert headline([outcome], "completed") == "0 of 1 VMs have their set, 1 failed, 0 skipped, nothing written"
+
+
+@pytest.mark.parametrize(
+    ("wanted", "check_mode", "said"),
+    [
+        ("cancelled", False, "2 sets cancelled"),
+        ("cancelled", True, "2 sets would be cancelled"),
+        ("untracked", False, "2 VMs untracked"),
+        ("untracked", True, "2 VMs would be untracked"),
+    ],
+)
+def test_the_headline_of_what_was_stopped(wanted: str, check_mode: bool, said: str) -> None:
+    outcomes = [Outcome("a", "", wanted), Outcome("b", "", "failed", error="no"), Outcome("c", "", wanted)]
+    assert headline(outcomes, wanted, check_mode) == said
+
+
+def test_the_headline_where_there_is_nothing_to_cancel() -> None:
+    assert headline([], "cancelled") == headline([], "cancelled", check_mode=True) == "no set is being made"
 
 
 def test_warnings_stand_below_their_vm() -> None:

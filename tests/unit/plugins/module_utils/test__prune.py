@@ -15,7 +15,13 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._errors import Refu
 from ansible_collections.vmfleet.backup.plugins.module_utils._inspect import machine_id
 from ansible_collections.vmfleet.backup.plugins.module_utils._library import Holdings
 from ansible_collections.vmfleet.backup.plugins.module_utils._marks import Marks
-from ansible_collections.vmfleet.backup.plugins.module_utils._prune import Order, Pruned, _check_marks, condition
+from ansible_collections.vmfleet.backup.plugins.module_utils._prune import (
+    Order,
+    Pruned,
+    _check_marks,
+    condition,
+    headline,
+)
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository import Shelf
 from ansible_collections.vmfleet.backup.plugins.module_utils._retention import Fate, Rules
 from ansible_collections.vmfleet.backup.plugins.modules.backup_prune import rules, seconds
@@ -129,3 +135,29 @@ class TestOptions:
     def test_no_spans(self, text: str) -> None:
         with pytest.raises(Refused, match=r"^keep_within: "):
             seconds(text)
+
+
+MIB = 1 << 20
+KEPT, GONE, MADE_FULL = (
+    Pruned("a", (Fate("s1", keep=True, reason="last"),), {"s1": MIB}),
+    Pruned("b", (Fate("s1", keep=False, reason="no rule"), Fate("s2", keep=True, reason="last")), {"s1": MIB, "s2": 1}),
+    Pruned("c", (Fate("s1", keep=False, reason=""), Fate("s2", True, "", consolidate=True)), {"s1": MIB, "s2": 1}),
+)
+
+
+@pytest.mark.parametrize(
+    ("pruned", "done", "checked"),
+    [
+        ([], "nothing to remove, 0 kept", "nothing to remove, 0 kept"),
+        ([KEPT], "nothing to remove, 1 kept", "nothing to remove, 1 kept"),
+        ([KEPT, GONE], "1 sets (1.0 MiB) removed, 2 kept", "1 sets (1.0 MiB) would be removed, 2 kept"),
+        (
+            [GONE, MADE_FULL],
+            "2 sets (2.0 MiB) removed, 1 made full, 2 kept",
+            "2 sets (2.0 MiB) would be removed, 1 would be made full, 2 kept",
+        ),
+    ],
+)
+def test_the_headline(pruned: list[Pruned], done: str, checked: str) -> None:
+    assert headline(pruned, check_mode=False) == done
+    assert headline(pruned, check_mode=True) == checked

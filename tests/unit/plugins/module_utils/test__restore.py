@@ -18,7 +18,7 @@ import pytest
 from ansible_collections.vmfleet.backup.plugins.module_utils import _restore, _target
 from ansible_collections.vmfleet.backup.plugins.module_utils._errors import BackupError, Refused
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository import Repository, write_document
-from ansible_collections.vmfleet.backup.plugins.module_utils._restore import COPY, OVERLAY, Piece
+from ansible_collections.vmfleet.backup.plugins.module_utils._restore import COPY, OVERLAY, Piece, describe, headline
 from ansible_collections.vmfleet.backup.tests.unit.plugins.builders import image, manifest
 
 if TYPE_CHECKING:
@@ -145,3 +145,30 @@ def test_a_set_that_is_gone_is_an_error_without_the_lock_as_well(
     with pytest.raises(BackupError, match=r"set s1 was removed meanwhile"):
         asyncio.run(_restore._put_pin(repository, "web01", piece(tmp_path / "d"), warnings))
     assert warnings == []
+
+
+def restored(*changed: bool) -> list[dict[str, Any]]:
+    return [piece(f"/t/{number}").result(done, 7) for number, done in enumerate(changed)]
+
+
+class TestText:
+    """What is told of the disks."""
+
+    @pytest.mark.parametrize(
+        ("disks", "done", "checked"),
+        [
+            (restored(True, True), "2 of 2 disks were restored just now", "2 of 2 disks would be restored"),
+            (restored(False, True), "1 of 2 disks were restored just now", "1 of 2 disks would be restored"),
+            (restored(False, False), "all disks are there already", "0 of 2 disks would be restored"),
+        ],
+    )
+    def test_headline(self, disks: list[dict[str, Any]], done: str, checked: str) -> None:
+        assert (headline(disks, check_mode=False), headline(disks, check_mode=True)) == (done, checked)
+
+    def test_where_each_disk_is(self) -> None:
+        chain = ((replace(MANIFEST, id="s2"), IMAGE), (MANIFEST, IMAGE))
+        disks = [piece("/t/a").result(True, 7), piece("/t/b", OVERLAY, steps=chain, format="raw").result(True, 7)]
+        assert describe(disks) == [
+            "vda: /t/a (qcow2, 16.0 MiB, copy of set s1)",
+            "vda: /t/b (raw, 16.0 MiB, overlay of set s2 on s1)",
+        ]

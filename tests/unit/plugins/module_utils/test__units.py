@@ -13,6 +13,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._units import (
+    amount,
     boottime,
     human,
     parse_time,
@@ -26,6 +27,11 @@ PACKAGE = "ansible_collections.vmfleet.backup.plugins.module_utils"
 @pytest.mark.parametrize(("size", "said"), [(0, "0 B"), (1023, "1023 B"), (1024, "1.0 KiB"), (5 << 40, "5.0 TiB")])
 def test_human(size: int, said: str) -> None:
     assert human(size) == said
+
+
+@pytest.mark.parametrize(("size", "said"), [(0, "0 Bytes"), (1, "1 B"), (3 << 20, "3.0 MiB")])
+def test_amount(size: int, said: str) -> None:
+    assert amount(size) == said
 
 
 @pytest.mark.parametrize("text", ["2026-11-05T01:00:00Z", "2026-11-05T02:00:00+01:00", "2026-11-05 01:00:00"])

@@ -29,6 +29,9 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._verify import (
     SURFACE,
     Finding,
     Order,
+    bad_sets,
+    describe,
+    headline,
 )
 from ansible_collections.vmfleet.backup.tests.unit.plugins import builders
 from ansible_collections.vmfleet.backup.tests.unit.plugins.builders import manifest, put
@@ -275,3 +278,34 @@ def test_results() -> None:
     assert Finding(VM, "s1", "", BOOT, console=("x",)).result()["console"] == ["x"]
     assert Finding(VM, "", "", SURFACE, "wrong").where == "VM web01: wrong"
     assert Finding(VM, "s1", "a", SURFACE, "wrong").where == "VM web01, set s1: disk a: wrong"
+
+
+class TestText:
+    """What is told of all sets."""
+
+    FOUND = (
+        Finding("web01", "s2", "vda", CHECKSUM),
+        Finding("web01", "s2", "vdb", CHECKSUM, note="vdb: it has no checksum"),
+        Finding("web01", "s1", "vda", CHECKSUM, "the image has changed"),
+        Finding("web01", "s1", "vdb", CHECKSUM),
+        Finding("db01", "s2", "", BOOT, "no sign of life", console=("Booting", "panic")),
+        Finding("mail01", "s2", "", SURFACE),
+    )
+
+    def test_what_is_not_good_comes_first_with_the_last_lines_of_its_console(self) -> None:
+        assert describe(self.FOUND) == [
+            "NOT GOOD  web01/s1  vda: the image has changed",
+            "NOT GOOD  db01/s2  no sign of life",
+            "          | Booting",
+            "          | panic",
+            "good      mail01/s2  ",
+            "good      web01/s2  vda, vdb",
+            "          vdb: it has no checksum",
+        ]
+
+    def test_a_set_is_bad_if_one_of_its_disks_is(self) -> None:
+        assert bad_sets(self.FOUND) == ["web01/s1", "db01/s2"]
+        assert headline(self.FOUND) == "2 of 4 sets are good"
+
+    def test_no_set(self) -> None:
+        assert (bad_sets(()), headline(()), describe(())) == ([], "0 of 0 sets are good", [])

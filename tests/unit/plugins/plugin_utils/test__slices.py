@@ -15,6 +15,7 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._outcome import (
     describe,
     diff,
     failure,
+    headline,
     results,
     summarize,
 )
@@ -36,6 +37,7 @@ def call(*outcomes: Outcome, **more: Any) -> dict[str, Any]:
         "changed": any(outcome.changed for outcome in outcomes),
         "vms": results(outcomes),
         "summary": summarize(outcomes),
+        "headline": headline(outcomes, "completed"),
         "text": describe(outcomes),
         "diff": diff(outcomes),
         "qmp": [],
