@@ -10,7 +10,7 @@ import hashlib
 import stat
 import typing as t
 
-from ansible_collections.vmfleet.backup.tests.harness.images import identical, sound, unlocked
+from ansible_collections.vmfleet.backup.tests.harness.images import identical, qemu_img, sound, unlocked
 from ansible_collections.vmfleet.backup.tests.harness.modules import fail, succeed
 from ansible_collections.vmfleet.backup.tests.harness.qemu import QmpError, wait_until
 
@@ -47,6 +47,20 @@ def start_slowly(vm: Qemu, target: Path, **options: t.Any) -> dict[str, t.Any]:
     assert result["changed"]
     assert vm.job["status"] != "concluded"
     return result
+
+
+def start_foreign(vm: Qemu, target: Path, job_id: str, **options: t.Any) -> None:
+    """Start a job that copies the first disk into an image, behind the collection's back."""
+    vm.qmp.execute(
+        "drive-backup",
+        device="n0",
+        target=str(target),
+        mode="existing",
+        format="qcow2",
+        sync="full",
+        job_id=job_id,
+        **options,
+    )
 
 
 def release(vm: Qemu) -> None:
@@ -86,6 +100,17 @@ def partial(target: Path) -> Path:
 def receipt(target: Path) -> Path:
     """The receipt beside a target."""
     return target.with_name(target.name + ".receipt.json")
+
+
+def rebase(image: Path, base: Path) -> Path:
+    """Tell an increment what it builds on."""
+    qemu_img("rebase", "-u", "-b", base, "-F", "qcow2", image)
+    return image
+
+
+def dirty_bytes(vm: Qemu) -> int:
+    """Return how much the bitmap `b0` of the first disk has recorded."""
+    return int(vm.bitmaps("n0")["b0"]["count"])
 
 
 def snapshot(directory: Path) -> dict[str, tuple[object, ...]]:

@@ -10,7 +10,6 @@ import itertools
 import typing as t
 
 from ansible_collections.vmfleet.backup.tests.harness.backup import partial, receipt
-from ansible_collections.vmfleet.backup.tests.harness.images import qemu_img
 from ansible_collections.vmfleet.backup.tests.harness.qemu import wait_until
 
 if t.TYPE_CHECKING:
@@ -23,12 +22,6 @@ if t.TYPE_CHECKING:
 def drives_of(vm: Qemu, directory: Path, **options: t.Any) -> list[dict[str, t.Any]]:
     """Ask for all disks of a VM."""
     return [{"device": disk.id, "target": str(directory / f"{disk.id}.qcow2"), **options} for disk in vm.disks]
-
-
-def rebase(image: Path, base: Path) -> Path:
-    """Tell an increment what it builds on."""
-    qemu_img("rebase", "-u", "-b", base, "-F", "qcow2", image)
-    return image
 
 
 def kill_when(

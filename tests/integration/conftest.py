@@ -13,6 +13,7 @@ import pytest
 # Before their import: a failed assertion in there is to tell what it saw.
 pytest.register_assert_rewrite("ansible_collections.vmfleet.backup.tests.harness")
 
+from ansible_collections.vmfleet.backup.tests.harness.backup import backup
 from ansible_collections.vmfleet.backup.tests.harness.fixtures import (
     clean,
     directory,
@@ -23,6 +24,7 @@ from ansible_collections.vmfleet.backup.tests.harness.fixtures import (
     vms,
 )
 from ansible_collections.vmfleet.backup.tests.harness.history import SIZE, History
+from ansible_collections.vmfleet.backup.tests.harness.images import MIB
 from ansible_collections.vmfleet.backup.tests.harness.library import Chain, Library, prepared
 from ansible_collections.vmfleet.backup.tests.harness.sets import Sets
 
@@ -82,3 +84,13 @@ def library(chain: Chain) -> Library:
 def two(vms: Vms) -> Qemu:
     """A VM with two disks."""
     return vms.start(vms.disk(0), vms.disk(1))
+
+
+@pytest.fixture
+def full(vm: Qemu, target: Path) -> Path:
+    """A full backup beside the target, with a bitmap `b0` that has recorded 3 MiB of writes since."""
+    full = target.with_name("full.qcow2")
+    vm.qmp.execute("block-dirty-bitmap-add", node="n0", name="b0", persistent=True)
+    backup(vm, full)
+    vm.write("drive0", 0x51, 6 * MIB, 3 * MIB)
+    return full

@@ -10,7 +10,14 @@ import typing as t
 
 import pytest
 
-from ansible_collections.vmfleet.backup.tests.harness.backup import SLOW, backup, sent, start_slowly, wait_concluded
+from ansible_collections.vmfleet.backup.tests.harness.backup import (
+    SLOW,
+    backup,
+    sent,
+    start_foreign,
+    start_slowly,
+    wait_concluded,
+)
 from ansible_collections.vmfleet.backup.tests.harness.images import MIB, create, write
 from ansible_collections.vmfleet.backup.tests.harness.modules import fail, succeed
 from ansible_collections.vmfleet.backup.tests.harness.qemu import Disk, wait_until
@@ -51,16 +58,7 @@ def start_job(vm: Qemu, directory: Path, job_id: str = "j", **options: t.Any) ->
     """Start a job behind the collection's back."""
     given = {"speed": SLOW, "auto_dismiss": False, **options}
     target = create(directory / f"{job_id}.qcow2")
-    vm.qmp.execute(
-        "drive-backup",
-        device="n0",
-        target=str(target),
-        mode="existing",
-        format="qcow2",
-        sync="full",
-        job_id=job_id,
-        **given,
-    )
+    start_foreign(vm, target, job_id, **given)
 
 
 def test_info_of_no_jobs(vm: Qemu) -> None:

@@ -16,13 +16,15 @@ from ansible_collections.vmfleet.backup.tests.harness.backup import (
     arguments,
     assert_absent,
     backup,
+    dirty_bytes,
     fail_backup,
+    rebase,
     release,
     sent,
     start_slowly,
     wait_concluded,
 )
-from ansible_collections.vmfleet.backup.tests.harness.images import MIB, create, identical, info, qemu_img
+from ansible_collections.vmfleet.backup.tests.harness.images import MIB, create, identical, info
 from ansible_collections.vmfleet.backup.tests.harness.modules import fail
 
 if t.TYPE_CHECKING:
@@ -37,37 +39,18 @@ NEVER = {"sync": "bitmap", "bitmap": "b0", "bitmap_mode": "never"}
 INCREMENTAL = {"sync": "incremental", "bitmap": "b0"}
 
 
-@pytest.fixture
-def full(vm: Qemu, target: Path) -> Path:
-    """A full backup, with a bitmap that records the writes since."""
-    full = target.with_name("full.qcow2")
-    vm.qmp.execute("block-dirty-bitmap-add", node="n0", name="b0", persistent=True)
-    backup(vm, full)
-    vm.write("drive0", 0x51, 6 * MIB, 3 * MIB)
-    return full
-
-
-def _dirty(vm: Qemu) -> int:
-    return int(vm.bitmaps("n0")["b0"]["count"])
-
-
-def _rebase(image: Path, base: Path) -> Path:
-    qemu_img("rebase", "-u", "-b", base, "-F", "qcow2", image)
-    return image
-
-
 @pytest.mark.parametrize("options", [NEVER, INCREMENTAL])
 def test_increment_on_the_full_is_the_disk(
     vm: Qemu, directory: Path, target: Path, full: Path, options: dict[str, str]
 ) -> None:
     copy = vm.freeze(vm.disks[0], directory / "frozen.qcow2")
-    dirty = _dirty(vm)
+    dirty = dirty_bytes(vm)
     assert dirty == 3 * MIB
     backup(vm, target, **options)
     assert info(target)["actual-size"] < 5 * MIB
-    assert identical(copy, _rebase(target, full))
+    assert identical(copy, rebase(target, full))
     # QEMU clears the bitmap of an incremental: what it held is in the image alone now.
-    assert _dirty(vm) == (dirty if options is NEVER else 0)
+    assert dirty_bytes(vm) == (dirty if options is NEVER else 0)
 
 
 @pytest.mark.parametrize("options", [NEVER, INCREMENTAL])
@@ -88,29 +71,29 @@ def test_case_3_finished_increment_is_not_done_again(
     assert full.exists()
     backup(vm, target, **options)
     vm.write("drive0", 0x52, 0, MIB)
-    dirty = _dirty(vm)
+    dirty = dirty_bytes(vm)
     again = backup(vm, target, **options)
     assert again["changed"] is False
     assert not sent(again, "drive-backup")
-    assert _dirty(vm) == dirty
+    assert dirty_bytes(vm) == dirty
 
 
 def test_case_25_timeout_keeps_the_bitmap(vm: Qemu, target: Path, full: Path) -> None:
     assert full.exists()
     vm.write("drive0", 0x53, 16 * MIB, 16 * MIB)
-    dirty = _dirty(vm)
+    dirty = dirty_bytes(vm)
     fail_backup(vm, target, speed=SLOW, timeout=1, **INCREMENTAL)
-    assert _dirty(vm) == dirty
+    assert dirty_bytes(vm) == dirty
     assert_absent(target)
 
 
 def test_cancelled_keeps_the_bitmap(vm: Qemu, target: Path, full: Path) -> None:
     assert full.exists()
     vm.write("drive0", 0x53, 16 * MIB, 16 * MIB)
-    dirty = _dirty(vm)
+    dirty = dirty_bytes(vm)
     start_slowly(vm, target, **INCREMENTAL)
     backup(vm, target, state="cancelled", **INCREMENTAL)
-    assert _dirty(vm) == dirty
+    assert dirty_bytes(vm) == dirty
 
 
 def test_writes_while_it_runs_belong_to_the_next(vm: Qemu, directory: Path, target: Path, full: Path) -> None:
@@ -120,12 +103,12 @@ def test_writes_while_it_runs_belong_to_the_next(vm: Qemu, directory: Path, targ
     vm.write("drive0", 0x54, 20 * MIB, 2 * MIB)
     release(vm)
     backup(vm, target, **INCREMENTAL)
-    assert identical(copy, _rebase(target, full))
-    assert _dirty(vm) == 2 * MIB
+    assert identical(copy, rebase(target, full))
+    assert dirty_bytes(vm) == 2 * MIB
     second = target.with_name("second.qcow2")
     copy = vm.freeze(vm.disks[0], directory / "second.qcow2")
     backup(vm, second, **INCREMENTAL)
-    assert identical(copy, _rebase(second, target))
+    assert identical(copy, rebase(second, target))
 
 
 def test_bitmap_on_raw_lives_as_long_as_qemu(vms: t.Any, directory: Path, target: Path) -> None:
@@ -136,7 +119,7 @@ def test_bitmap_on_raw_lives_as_long_as_qemu(vms: t.Any, directory: Path, target
     vm.write("drive0", 0x51, 6 * MIB, 3 * MIB)
     copy = vm.freeze(vm.disks[0], directory / "frozen.qcow2")
     backup(vm, target, **INCREMENTAL)
-    assert identical(copy, _rebase(target, full))
+    assert identical(copy, rebase(target, full))
 
 
 def test_bitmap_is_found_below_a_filter(vms: t.Any, directory: Path, target: Path) -> None:
@@ -147,7 +130,7 @@ def test_bitmap_is_found_below_a_filter(vms: t.Any, directory: Path, target: Pat
     vm.write("drive0", 0x51, 6 * MIB, 3 * MIB)
     copy = vm.freeze(vm.disks[0], directory / "frozen.qcow2")
     backup(vm, target, **NEVER)
-    assert identical(copy, _rebase(target, full))
+    assert identical(copy, rebase(target, full))
 
 
 @pytest.mark.parametrize(
@@ -193,8 +176,8 @@ def test_failed_increment_keeps_the_bitmap(vm: Qemu, storage: Storage, full: Pat
     assert full.exists()
     mount = storage.mount("ext2", 24 * MIB)
     vm.write("drive0", 0x53, 16 * MIB, 32 * MIB)
-    dirty = _dirty(vm)
+    dirty = dirty_bytes(vm)
     result = fail_backup(vm, mount.path / "disk.qcow2", **INCREMENTAL)
     assert "No space left on device" in result["msg"]
-    assert _dirty(vm) == dirty
+    assert dirty_bytes(vm) == dirty
     assert_absent(mount.path / "disk.qcow2")

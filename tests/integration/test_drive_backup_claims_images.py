@@ -17,6 +17,7 @@ from ansible_collections.vmfleet.backup.tests.harness.backup import (
     assert_good,
     backup,
     fail_backup,
+    rebase,
     receipt,
     release,
     sent,
@@ -24,7 +25,7 @@ from ansible_collections.vmfleet.backup.tests.harness.backup import (
     start_slowly,
     wait_concluded,
 )
-from ansible_collections.vmfleet.backup.tests.harness.claims import drives_of, kill_when_copied, rebase, record_of
+from ansible_collections.vmfleet.backup.tests.harness.claims import drives_of, kill_when_copied, record_of
 from ansible_collections.vmfleet.backup.tests.harness.images import MIB, identical, info
 from ansible_collections.vmfleet.backup.tests.harness.modules import fail, succeed
 

@@ -15,8 +15,10 @@ from ansible_collections.vmfleet.backup.tests.harness.backup import (
     arguments,
     assert_absent,
     backup,
+    dirty_bytes,
     fail_backup,
     partial,
+    rebase,
     receipt,
     release,
     sent,
@@ -28,7 +30,6 @@ from ansible_collections.vmfleet.backup.tests.harness.claims import (
     drives_of,
     kill_when,
     kill_when_copied,
-    rebase,
     record_of,
 )
 from ansible_collections.vmfleet.backup.tests.harness.images import MIB, identical, sound
@@ -46,18 +47,10 @@ INCREMENTAL = {"sync": "incremental", "bitmap": "b0"}
 
 
 @pytest.fixture
-def full(vm: Qemu, target: Path) -> Path:
-    """A full backup, with a bitmap that records the writes since."""
-    full = target.with_name("full.qcow2")
-    vm.qmp.execute("block-dirty-bitmap-add", node="n0", name="b0", persistent=True)
-    backup(vm, full)
-    vm.write("drive0", 0x51, 6 * MIB, 3 * MIB)
+def full(vm: Qemu, full: Path) -> Path:
+    """A full backup, and more writes since than a short job copies."""
     vm.write("drive0", 0x52, 16 * MIB, 16 * MIB)
     return full
-
-
-def _dirty(vm: Qemu) -> int:
-    return int(vm.bitmaps("n0")["b0"]["count"])
 
 
 def _kill_after_the_start(vm: Qemu, target: Path, start_module: t.Callable[..., ModuleProcess]) -> None:
@@ -75,7 +68,7 @@ def test_increment_whose_starter_was_killed_is_not_forgotten(
     _kill_after_the_start(vm, target, start_module)
     release(vm)
     wait_concluded(vm)
-    assert _dirty(vm) == 0
+    assert dirty_bytes(vm) == 0
     vm.quit()
     vm.restart()
     vm.write("drive0", 0x54, 40 * MIB, MIB)
@@ -86,7 +79,7 @@ def test_increment_whose_starter_was_killed_is_not_forgotten(
         assert "full backup" in result["msg"]
         assert not sent(result, "drive-backup")
         assert not target.exists()
-        assert _dirty(vm) == MIB
+        assert dirty_bytes(vm) == MIB
     result = backup(vm, target, overwrite=True, **INCREMENTAL)
     assert sent(result, "drive-backup")
     assert result["warnings"]
@@ -110,7 +103,7 @@ def test_increment_that_has_ended_is_finished_by_cancelled(vm: Qemu, directory: 
     start_slowly(vm, target, **INCREMENTAL)
     release(vm)
     wait_concluded(vm)
-    assert _dirty(vm) == 0
+    assert dirty_bytes(vm) == 0
     result = backup(vm, target, state="cancelled", **INCREMENTAL)
     assert result["changed"] is True
     assert [job["state"] for job in result["jobs"]] == ["completed"]
@@ -148,7 +141,7 @@ def test_good_increment_is_kept_when_another_drive_fails(
     started = backup(two, drives=drives, completion_mode="individual", state="started")
     good, bad = (job["id"] for job in started["jobs"])
     wait_until(lambda: {j["device"]: j["status"] for j in two.block_jobs}[good] == "concluded", "the increment")
-    assert _dirty(two) == 0
+    assert dirty_bytes(two) == 0
     cancel_from_outside(two, bad)
     result = fail_backup(two, drives=drives, completion_mode=completion_mode)
     assert "cancel" in result["msg"].lower()

@@ -18,6 +18,7 @@ from ansible_collections.vmfleet.backup.tests.harness.backup import (
     fail_backup,
     release,
     sent,
+    start_foreign,
     start_slowly,
     wait_concluded,
 )
@@ -110,16 +111,7 @@ def test_ended_foreign_job_is_not_a_bare_block_devices(
     copy = vm.freeze(vm.disks[0], directory / "frozen.qcow2")
     device = storage.loop(64 * MIB)
     options = {"mode": "existing", "format": "raw", "job_id": NIGHTLY}
-    vm.qmp.execute(
-        "drive-backup",
-        device="n0",
-        target=str(create(target)),
-        mode="existing",
-        format="qcow2",
-        sync="full",
-        job_id=NIGHTLY,
-        auto_dismiss=False,
-    )
+    start_foreign(vm, create(target), NIGHTLY, auto_dismiss=False)
     wait_concluded(vm)
     for state in ("completed", "started"):
         result = fail_backup(vm, device, state=state, **options)

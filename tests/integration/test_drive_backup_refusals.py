@@ -16,6 +16,7 @@ from ansible_collections.vmfleet.backup.tests.harness.backup import (
     backup,
     sent,
     snapshot,
+    start_foreign,
     start_slowly,
     wait_concluded,
 )
@@ -227,16 +228,7 @@ def test_existing_target_of_another_format(vm: Qemu, directory: Path, target: Pa
 
 def test_foreign_job_makes_the_vm_busy(vm: Qemu, directory: Path, target: Path) -> None:
     foreign = create(directory / "foreign.qcow2")
-    vm.qmp.execute(
-        "drive-backup",
-        device="n0",
-        target=str(foreign),
-        mode="existing",
-        format="qcow2",
-        sync="full",
-        job_id="alien",
-        speed=1 << 20,
-    )
+    start_foreign(vm, foreign, "alien", speed=1 << 20)
     result = fail("drive_backup", arguments(vm, target))
     assert "alien" in result["msg"]
     assert not list(target.parent.iterdir())
@@ -256,16 +248,7 @@ def test_second_target_while_the_first_is_made(vms: Vms, target: Path) -> None:
 
 def test_job_id_that_is_taken(vm: Qemu, directory: Path, target: Path) -> None:
     foreign = create(directory / "foreign.qcow2")
-    vm.qmp.execute(
-        "drive-backup",
-        device="n0",
-        target=str(foreign),
-        mode="existing",
-        format="qcow2",
-        sync="full",
-        job_id="alien",
-        auto_dismiss=False,
-    )
+    start_foreign(vm, foreign, "alien", auto_dismiss=False)
     wait_concluded(vm)
     refuse(vm, target.parent, "job_id", arguments(vm, target, job_id="alien"))
     vm.qmp.execute("job-dismiss", id="alien")

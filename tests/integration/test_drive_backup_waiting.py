@@ -21,13 +21,14 @@ from ansible_collections.vmfleet.backup.tests.harness.backup import (
     assert_good,
     backup,
     fail_backup,
+    rebase,
     receipt,
     release,
     sent,
     start_slowly,
     wait_concluded,
 )
-from ansible_collections.vmfleet.backup.tests.harness.images import MIB, identical, qemu_img
+from ansible_collections.vmfleet.backup.tests.harness.images import MIB, identical
 from ansible_collections.vmfleet.backup.tests.harness.modules import succeed
 from ansible_collections.vmfleet.backup.tests.harness.qemu import Qmp, wait_until
 
@@ -147,7 +148,7 @@ def test_increment_that_ends_as_the_time_is_up_is_finished(
     assert [job["state"] for job in result["jobs"]] == ["completed"]
     assert receipt(target).exists()
     assert backup(vm, target, **INCREMENTAL)["changed"] is False
-    qemu_img("rebase", "-u", "-b", full, "-F", "qcow2", target)
+    rebase(target, full)
     assert identical(copy, target)
 
 
@@ -254,5 +255,5 @@ def test_fine_bitmap_reserves_whole_clusters(vm: Qemu, storage: Storage, directo
     assert vm.job["status"] == "running"
     release(vm)
     assert [job["state"] for job in backup(vm, target, **INCREMENTAL)["jobs"]] == ["completed"]
-    qemu_img("rebase", "-u", "-b", full, "-F", "qcow2", target)
+    rebase(target, full)
     assert identical(copy, target)

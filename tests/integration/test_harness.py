@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from ansible_collections.vmfleet.backup.tests.harness.backup import start_foreign
 from ansible_collections.vmfleet.backup.tests.harness.fixtures import leftovers
 from ansible_collections.vmfleet.backup.tests.harness.images import MIB, create, identical, info, unlocked
 from ansible_collections.vmfleet.backup.tests.harness.modules import (
@@ -81,17 +82,7 @@ def test_leftovers_are_found(vm: Qemu, directory: Path, target: Path) -> None:
     size = info(create(target))["virtual-size"]
     assert size == 64 * MIB
     assert not leftovers(vm, directory)
-    vm.qmp.execute(
-        "drive-backup",
-        device="n0",
-        target=str(target),
-        mode="existing",
-        format="qcow2",
-        sync="full",
-        job_id="j",
-        speed=MIB,
-        auto_dismiss=False,
-    )
+    start_foreign(vm, target, "j", speed=MIB, auto_dismiss=False)
     target.with_suffix(".partial").touch()
     assert {entry.split()[0] for entry in leftovers(vm, directory)} == {"job", "node", "file"}
     assert not unlocked(target)

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from ansible_collections.vmfleet.backup.tests.harness.backup import start_slowly
+from ansible_collections.vmfleet.backup.tests.harness.backup import start_foreign, start_slowly
 from ansible_collections.vmfleet.backup.tests.harness.images import MIB, create, patterned, qemu_img
 from ansible_collections.vmfleet.backup.tests.harness.modules import fail, succeed
 from ansible_collections.vmfleet.backup.tests.harness.qemu import Disk, wait_until
@@ -154,15 +154,7 @@ def test_names_stay_while_jobs_come_and_go(vms: Vms, directory: Path) -> None:
     def keep_busy() -> None:
         # Each job puts a filter above its node and takes it away again: in the midst of the module's questions, too.
         while not over.is_set():
-            vm.qmp.execute(
-                "drive-backup",
-                device="n0",
-                target=str(target),
-                mode="existing",
-                format="qcow2",
-                sync="full",
-                job_id="j",
-            )
+            start_foreign(vm, target, "j")
             wait_until(lambda: not vm.block_jobs, "the end of the job")
 
     with ThreadPoolExecutor(1) as pool:
