@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from ansible.errors import AnsibleConnectionFailure
 from ansible.plugins.action import ActionBase
 
-from ansible_collections.vmfleet.backup.plugins.module_utils._outcome import RUNNING
+from ansible_collections.vmfleet.backup.plugins.module_utils._backup.outcome import VmState
 from ansible_collections.vmfleet.backup.plugins.plugin_utils._progress import Progress
 from ansible_collections.vmfleet.backup.plugins.plugin_utils._slices import UNWATCHED, WATCHED, Slices
 
@@ -112,7 +112,7 @@ class _Speaker:
         now = self._note()
         if self._silent or (self._quiet and self._spoke is not None and now - self._spoke < QUIET_PACE):
             return
-        running = sum(outcome.state == RUNNING for outcome in self._slices.outcomes)
+        running = sum(outcome.state == VmState.RUNNING for outcome in self._slices.outcomes)
         few = running * self._hosts <= MANY or self._display.verbosity > 0
         lines = self._progress.lines(bars=few and not self._quiet)
         if self._spoke is None and FIRST_TO_SPEAK.acquire(block=False):

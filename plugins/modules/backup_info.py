@@ -142,21 +142,25 @@ from typing import TYPE_CHECKING
 
 from ansible.module_utils.basic import AnsibleModule
 
-from ansible_collections.vmfleet.backup.plugins.module_utils._apart import run_apart
-from ansible_collections.vmfleet.backup.plugins.module_utils._errors import BackupError
-from ansible_collections.vmfleet.backup.plugins.module_utils._files import in_words
-from ansible_collections.vmfleet.backup.plugins.module_utils._library import begun, holdings, leftovers, vm_names
-from ansible_collections.vmfleet.backup.plugins.module_utils._probe import probe_if_there
-from ansible_collections.vmfleet.backup.plugins.module_utils._repository import open_repository
+from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import BackupError, in_words
+from ansible_collections.vmfleet.backup.plugins.module_utils._host.probe import probe_if_there
+from ansible_collections.vmfleet.backup.plugins.module_utils._host.worker import run_in_worker
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository.catalog import (
+    begun,
+    leftovers,
+    read_catalog,
+    vm_names,
+)
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository.repository import open_repository
 
 if TYPE_CHECKING:
     from typing import Any
 
-    from ansible_collections.vmfleet.backup.plugins.module_utils._documents import Manifest, Verification
-    from ansible_collections.vmfleet.backup.plugins.module_utils._library import Holdings
+    from ansible_collections.vmfleet.backup.plugins.module_utils._repository.catalog import VmCatalog
+    from ansible_collections.vmfleet.backup.plugins.module_utils._repository.documents import Manifest, Verification
 
 
-def chain_lengths(held: Holdings) -> dict[str, int]:
+def chain_lengths(held: VmCatalog) -> dict[str, int]:
     """How many images a disk of each set is made of. Where its disks differ, the most."""
     longest: dict[str, int] = {}
     lengths: dict[tuple[str, str], int] = {}
@@ -170,7 +174,7 @@ def chain_lengths(held: Holdings) -> dict[str, int]:
     return longest
 
 
-def describe_set(held: Holdings, manifest: Manifest, chain: int, broken: str) -> dict[str, Any]:
+def describe_set(held: VmCatalog, manifest: Manifest, chain: int, broken: str) -> dict[str, Any]:
     # Ansible walks through every value twice, which takes longer than to read the manifests: what few ask for, such as
     # why an image is a full one, is left to them.
     return {
@@ -198,7 +202,7 @@ def describe_verification(found: Verification | None) -> dict[str, Any]:
     return {"depth": found.depth, "when": found.when, "ok": found.ok, "errors": list(found.errors)}
 
 
-def describe_vm(sets: list[dict[str, Any]], held: Holdings, now: datetime) -> dict[str, Any]:
+def describe_vm(sets: list[dict[str, Any]], held: VmCatalog, now: datetime) -> dict[str, Any]:
     """What is said of a VM. C(sets) are its own, newest first, and at least one."""
     newest = sets[0]
     verified = newest["verified"]
@@ -228,7 +232,7 @@ async def main_task(module: AnsibleModule) -> dict[str, Any]:
     names = vm_names(repository) if module.params["names"] is None else module.params["names"]
     for name in dict.fromkeys(names):
         try:
-            held = holdings(repository, name)
+            held = read_catalog(repository, name)
             left += leftovers(repository, held)
         except (BackupError, OSError) as error:
             errors.append(f"VM {name}: {in_words(error)}")
@@ -261,7 +265,7 @@ def main() -> None:
         },
         supports_check_mode=True,
     )
-    run_apart(module, main_task, module.params["repository"])
+    run_in_worker(module, main_task, module.params["repository"])
 
 
 if __name__ == "__main__":

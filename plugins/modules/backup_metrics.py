@@ -105,25 +105,25 @@ from typing import TYPE_CHECKING
 
 from ansible.module_utils.basic import AnsibleModule
 
-from ansible_collections.vmfleet.backup.plugins.module_utils._apart import run_apart
-from ansible_collections.vmfleet.backup.plugins.module_utils._errors import BackupError, Refused
-from ansible_collections.vmfleet.backup.plugins.module_utils._files import in_words, read_text, write_text
-from ansible_collections.vmfleet.backup.plugins.module_utils._metrics import file_name, metrics, vms_in
-from ansible_collections.vmfleet.backup.plugins.module_utils._names import check_set_id
-from ansible_collections.vmfleet.backup.plugins.module_utils._probe import probe_if_there
-from ansible_collections.vmfleet.backup.plugins.module_utils._repository import open_repository
-from ansible_collections.vmfleet.backup.plugins.module_utils._standing import (
+from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import BackupError, Refused, in_words
+from ansible_collections.vmfleet.backup.plugins.module_utils._common.formats import parse_time, utc_now
+from ansible_collections.vmfleet.backup.plugins.module_utils._host.files import read_text, write_text
+from ansible_collections.vmfleet.backup.plugins.module_utils._host.probe import probe_if_there
+from ansible_collections.vmfleet.backup.plugins.module_utils._host.worker import run_in_worker
+from ansible_collections.vmfleet.backup.plugins.module_utils._report.prometheus import file_name, metrics, vms_in
+from ansible_collections.vmfleet.backup.plugins.module_utils._report.status import (
     made_here,
-    of_absent,
-    of_repository,
-    of_run,
+    status_from_repository,
+    status_from_result,
+    status_of_absent,
 )
-from ansible_collections.vmfleet.backup.plugins.module_utils._units import parse_time, utc_now
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository.names import check_set_id
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository.repository import open_repository
 
 if TYPE_CHECKING:
     from typing import Any
 
-    from ansible_collections.vmfleet.backup.plugins.module_utils._repository import Repository
+    from ansible_collections.vmfleet.backup.plugins.module_utils._repository.repository import Repository
 
 
 def look(repository: Repository, set_id: str, vms: list[dict[str, Any]]) -> list[str]:
@@ -131,7 +131,7 @@ def look(repository: Repository, set_id: str, vms: list[dict[str, Any]]) -> list
     errors: list[str] = []
     for vm in vms:
         try:
-            vm.update(of_repository(repository, vm["name"], set_id))
+            vm.update(status_from_repository(repository, vm["name"], set_id))
         except (BackupError, OSError) as error:
             vm["damage"] = f"its sets cannot be read: {in_words(error)}"
             errors.append("VM {}: {}".format(vm["name"], vm["damage"]))
@@ -146,7 +146,7 @@ def gone(repository: Repository, names: list[str]) -> list[dict[str, Any]]:
             if not made_here(repository, name):
                 continue
         # One that cannot be read is as well, and will be said to be damaged.
-        found.append(of_absent(name))
+        found.append(status_of_absent(name))
     return found
 
 
@@ -163,7 +163,7 @@ async def main_task(module: AnsibleModule) -> dict[str, Any]:
     params = module.params
     place = os.path.normpath(params["repository"])
     now = utc_now()
-    vms = [of_run(result) for result in params["results"]]
+    vms = [status_from_result(result) for result in params["results"]]
     record = {"repository": place, "id": check_set_id(params["id"]), "written": now, "error": "", "vms": vms}
     path = before = after = ""
     try:
@@ -201,7 +201,7 @@ def main() -> None:
         },
         supports_check_mode=True,
     )
-    run_apart(module, main_task, module.params["repository"])
+    run_in_worker(module, main_task, module.params["repository"])
 
 
 if __name__ == "__main__":

@@ -295,26 +295,27 @@ from typing import TYPE_CHECKING
 
 from ansible.module_utils.basic import AnsibleModule
 
-from ansible_collections.vmfleet.backup.plugins.module_utils._apart import run_apart
-from ansible_collections.vmfleet.backup.plugins.module_utils._calls import WatchedCalls
-from ansible_collections.vmfleet.backup.plugins.module_utils._chain import AUTO, LEVELS
-from ansible_collections.vmfleet.backup.plugins.module_utils._errors import Refused
-from ansible_collections.vmfleet.backup.plugins.module_utils._names import check_set_id
-from ansible_collections.vmfleet.backup.plugins.module_utils._plan import (
+from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import Refused
+from ansible_collections.vmfleet.backup.plugins.module_utils._host.io_thread import ThreadedCalls
+from ansible_collections.vmfleet.backup.plugins.module_utils._host.probe import Watch, probe_if_there
+from ansible_collections.vmfleet.backup.plugins.module_utils._host.worker import run_in_worker
+from ansible_collections.vmfleet.backup.plugins.module_utils._plan.levels import LEVELS
+from ansible_collections.vmfleet.backup.plugins.module_utils._plan.model import (
     ENCRYPTED_SOURCE,
-    NONE,
     QUIESCE,
-    WARN,
+    EncryptedSource,
     Policy,
+    Quiesce,
     Request,
-    describe,
-    reserve_bytes,
 )
-from ansible_collections.vmfleet.backup.plugins.module_utils._probe import Watch, probe_if_there
-from ansible_collections.vmfleet.backup.plugins.module_utils._qmp import require_qmp
-from ansible_collections.vmfleet.backup.plugins.module_utils._repository import find_repository
-from ansible_collections.vmfleet.backup.plugins.module_utils._survey import discover, draw_up, require_qemu_img
-from ansible_collections.vmfleet.backup.plugins.module_utils._watched import WatchedRepository
+from ansible_collections.vmfleet.backup.plugins.module_utils._plan.planner import describe, discover, draw_up
+from ansible_collections.vmfleet.backup.plugins.module_utils._plan.space import reserve_bytes
+from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.monitor import require_qmp
+from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.qemu_img import require_qemu_img
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository.async_repository import AsyncRepository
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository.chain import Level
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository.create import find_repository
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository.names import check_set_id
 
 if TYPE_CHECKING:
     from typing import Any
@@ -364,9 +365,9 @@ async def main_task(module: AnsibleModule) -> dict[str, Any]:
     require_qemu_img()
     await probe_if_there(params["repository"], writing=True)
     orders = {name: params[name] for name in ORDERS}
-    async with WatchedCalls(Watch(params["repository"], writing=True)) as calls:
+    async with ThreadedCalls(Watch(params["repository"], writing=True)) as calls:
         repository = await calls.run(find_repository, params["repository"], params["create_repository"])
-        plan = await draw_up(WatchedRepository(repository, calls), wanted, set_id, how, warnings, orders)
+        plan = await draw_up(AsyncRepository(repository, calls), wanted, set_id, how, warnings, orders)
     for warning in plan.warnings:
         module.warn(warning)
     text = describe(plan)
@@ -396,17 +397,17 @@ def argument_spec() -> dict[str, Any]:
         "sockets": names,
         "include_disks": {**names, "default": []},
         "exclude_disks": {**names, "default": []},
-        "level": {"type": "str", "choices": list(LEVELS), "default": AUTO},
+        "level": {"type": "str", "choices": list(LEVELS), "default": Level.AUTO},
         "max_chain": {"type": "int", "default": 30},
         "tracking": {"type": "bool", "default": True},
-        "quiesce": {"type": "str", "choices": list(QUIESCE), "default": NONE},
+        "quiesce": {"type": "str", "choices": list(QUIESCE), "default": Quiesce.NONE},
         "compression": {"type": "str", "choices": ["none", "zstd", "zlib"], "default": "none"},
         "speed": {"type": "bytes", "default": "0"},
         "reserve": {"type": "str", "default": "5%"},
         "checksum": {"type": "bool", "default": True},
         **{name: {"type": "bool", "default": False} for name in ORDERS},
         "offline": {"type": "str", "choices": ["fail", "skip"], "default": "fail"},
-        "encrypted_source": {"type": "str", "choices": list(ENCRYPTED_SOURCE), "default": WARN},
+        "encrypted_source": {"type": "str", "choices": list(ENCRYPTED_SOURCE), "default": EncryptedSource.WARN},
     }
 
 
@@ -415,7 +416,7 @@ def main() -> None:
         argument_spec=argument_spec(), required_one_of=[("vms", "sockets")], supports_check_mode=True
     )
     require_qmp(module)
-    run_apart(module, main_task)
+    run_in_worker(module, main_task)
 
 
 if __name__ == "__main__":

@@ -160,22 +160,22 @@ from typing import TYPE_CHECKING
 
 from ansible.module_utils.basic import AnsibleModule
 
-from ansible_collections.vmfleet.backup.plugins.module_utils._apart import run_apart
-from ansible_collections.vmfleet.backup.plugins.module_utils._errors import BackupError, Refused
-from ansible_collections.vmfleet.backup.plugins.module_utils._files import in_words
-from ansible_collections.vmfleet.backup.plugins.module_utils._library import vm_names
-from ansible_collections.vmfleet.backup.plugins.module_utils._probe import probe_if_there
-from ansible_collections.vmfleet.backup.plugins.module_utils._prune import Order, headline, prune
-from ansible_collections.vmfleet.backup.plugins.module_utils._repository import check_writable, open_repository
-from ansible_collections.vmfleet.backup.plugins.module_utils._retention import PERIODS, Rules, describe
-from ansible_collections.vmfleet.backup.plugins.module_utils._survey import require_qemu_img
+from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import BackupError, Refused, in_words
+from ansible_collections.vmfleet.backup.plugins.module_utils._host.probe import probe_if_there
+from ansible_collections.vmfleet.backup.plugins.module_utils._host.worker import run_in_worker
+from ansible_collections.vmfleet.backup.plugins.module_utils._prune.prune import PruneOptions, headline, prune
+from ansible_collections.vmfleet.backup.plugins.module_utils._prune.retention import PERIODS, Rules, describe
+from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.qemu_img import require_qemu_img
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository.catalog import vm_names
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository.create import check_writable
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository.repository import open_repository
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
     from typing import Any
 
-    from ansible_collections.vmfleet.backup.plugins.module_utils._prune import Pruned
-    from ansible_collections.vmfleet.backup.plugins.module_utils._repository import Repository
+    from ansible_collections.vmfleet.backup.plugins.module_utils._prune.prune import Pruned
+    from ansible_collections.vmfleet.backup.plugins.module_utils._repository.repository import Repository
 
 SECONDS = {"h": 3600, "d": 86400, "w": 7 * 86400, "y": 365 * 86400}
 
@@ -223,7 +223,9 @@ def chosen_names(repository: Repository, params: dict[str, Any]) -> list[str]:
     return [name for name in names if os.path.isdir(repository.directory(name))]
 
 
-async def prune_all(repository: Repository, names: Iterable[str], order: Order) -> tuple[list[Pruned], dict[str, str]]:
+async def prune_all(
+    repository: Repository, names: Iterable[str], order: PruneOptions
+) -> tuple[list[Pruned], dict[str, str]]:
     """All VMs, one after the other; one that cannot be pruned never stops the others. Returns what went wrong, too."""
     done: list[Pruned] = []
     errors: dict[str, str] = {}
@@ -254,7 +256,7 @@ async def main_task(module: AnsibleModule) -> dict[str, Any]:
     await probe_if_there(params["repository"], writing=not module.check_mode)
     repository = open_repository(params["repository"])
     check_writable(repository.path)
-    order = Order(
+    order = PruneOptions(
         asked,
         params["consolidate"],
         params["forget"],
@@ -298,7 +300,7 @@ def main() -> None:
         },
         supports_check_mode=True,
     )
-    run_apart(module, main_task, module.params["repository"], writing=not module.check_mode)
+    run_in_worker(module, main_task, module.params["repository"], writing=not module.check_mode)
 
 
 if __name__ == "__main__":

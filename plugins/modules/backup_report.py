@@ -99,12 +99,12 @@ from typing import TYPE_CHECKING
 
 from ansible.module_utils.basic import AnsibleModule
 
-from ansible_collections.vmfleet.backup.plugins.module_utils._errors import run_module
-from ansible_collections.vmfleet.backup.plugins.module_utils._files import read_text, step, write_text
-from ansible_collections.vmfleet.backup.plugins.module_utils._names import check_set_id
-from ansible_collections.vmfleet.backup.plugins.module_utils._page import BARS, page
-from ansible_collections.vmfleet.backup.plugins.module_utils._report import Run, collect
-from ansible_collections.vmfleet.backup.plugins.module_utils._units import utc_now
+from ansible_collections.vmfleet.backup.plugins.module_utils._common.formats import utc_now
+from ansible_collections.vmfleet.backup.plugins.module_utils._host.files import read_text, step, write_text
+from ansible_collections.vmfleet.backup.plugins.module_utils._host.run_module import run_module
+from ansible_collections.vmfleet.backup.plugins.module_utils._report.html import BARS, page
+from ansible_collections.vmfleet.backup.plugins.module_utils._report.run import Run, collect
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository.names import check_set_id
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -207,34 +207,31 @@ from typing import TYPE_CHECKING
 
 from ansible.module_utils.basic import AnsibleModule
 
-from ansible_collections.vmfleet.backup.plugins.module_utils._apart import run_apart
-from ansible_collections.vmfleet.backup.plugins.module_utils._errors import Refused
-from ansible_collections.vmfleet.backup.plugins.module_utils._library import holdings, require_sets
-from ansible_collections.vmfleet.backup.plugins.module_utils._names import image_files
-from ansible_collections.vmfleet.backup.plugins.module_utils._probe import probe_if_there
-from ansible_collections.vmfleet.backup.plugins.module_utils._repository import open_repository
-from ansible_collections.vmfleet.backup.plugins.module_utils._restore import (
+from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import Refused
+from ansible_collections.vmfleet.backup.plugins.module_utils._common.formats import parse_time
+from ansible_collections.vmfleet.backup.plugins.module_utils._host.files import is_block_device
+from ansible_collections.vmfleet.backup.plugins.module_utils._host.probe import probe_if_there
+from ansible_collections.vmfleet.backup.plugins.module_utils._host.worker import run_in_worker
+from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.qemu_img import require_qemu_img
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository.catalog import read_catalog, require_sets
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository.names import image_files
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository.repository import open_repository
+from ansible_collections.vmfleet.backup.plugins.module_utils._restore.model import (
     FORMATS,
     METHODS,
-    OVERLAY,
-    Order,
-    Piece,
-    describe,
-    forget,
-    headline,
-    overlays,
-    restore,
+    DiskRestore,
+    RestoreMethod,
+    RestoreOptions,
 )
-from ansible_collections.vmfleet.backup.plugins.module_utils._survey import require_qemu_img
-from ansible_collections.vmfleet.backup.plugins.module_utils._target import is_block_device
-from ansible_collections.vmfleet.backup.plugins.module_utils._units import parse_time
+from ansible_collections.vmfleet.backup.plugins.module_utils._restore.overlays import forget, overlays
+from ansible_collections.vmfleet.backup.plugins.module_utils._restore.restore import describe, headline, restore
 
 if TYPE_CHECKING:
     from datetime import datetime
     from typing import Any
 
-    from ansible_collections.vmfleet.backup.plugins.module_utils._documents import Manifest
-    from ansible_collections.vmfleet.backup.plugins.module_utils._library import Holdings
+    from ansible_collections.vmfleet.backup.plugins.module_utils._repository.catalog import VmCatalog
+    from ansible_collections.vmfleet.backup.plugins.module_utils._repository.documents import Manifest
 
 
 def check_absolute(option: str, path: str) -> None:
@@ -268,15 +265,15 @@ def wanted(params: dict[str, Any], manifest: Manifest) -> list[dict[str, Any]]:
     return asked
 
 
-def pieces(params: dict[str, Any], held: Holdings, manifest: Manifest) -> list[Piece]:
+def pieces(params: dict[str, Any], held: VmCatalog, manifest: Manifest) -> list[DiskRestore]:
     found = []
     for disk in wanted(params, manifest):
         target = disk["target"]
         check_absolute("target", target)
         default = "raw" if is_block_device(target) else "qcow2"
         steps = tuple(held.chain(manifest, disk["name"]))
-        piece = Piece(disk["name"], steps, target, disk["format"] or default, params["method"])
-        if piece.method == OVERLAY and piece.format != "qcow2":
+        piece = DiskRestore(disk["name"], steps, target, disk["format"] or default, params["method"])
+        if piece.method == RestoreMethod.OVERLAY and piece.format != "qcow2":
             raise Refused("format", f"{target}: an overlay is a qcow2 image")
         found.append(piece)
     return found
@@ -288,7 +285,7 @@ async def main_task(module: AnsibleModule) -> dict[str, Any]:
     check_absolute("repository", params["repository"])
     await probe_if_there(params["repository"], writing=not module.check_mode)
     repository = open_repository(params["repository"])
-    held = holdings(repository, params["vm"])
+    held = read_catalog(repository, params["vm"])
     given = params["disks"]
     if params["state"] == "present" or given is None:
         require_sets(repository, held)
@@ -307,7 +304,7 @@ async def main_task(module: AnsibleModule) -> dict[str, Any]:
             "text": removed,
         }
     manifest = held.find(params["id"] or "", before(params))
-    order = Order(params["overwrite"], params["checksum"], module.check_mode)
+    order = RestoreOptions(params["overwrite"], params["checksum"], module.check_mode)
     restored, warnings = await restore(repository, held, pieces(params, held, manifest), order)
     for warning in warnings:
         module.warn(warning)
@@ -351,7 +348,7 @@ def main() -> None:
         required_one_of=[("directory", "disks")],
         supports_check_mode=True,
     )
-    run_apart(module, main_task, module.params["repository"], writing=not module.check_mode)
+    run_in_worker(module, main_task, module.params["repository"], writing=not module.check_mode)
 
 
 if __name__ == "__main__":

@@ -290,12 +290,9 @@ from typing import TYPE_CHECKING
 
 from ansible.module_utils.basic import AnsibleModule
 
-from ansible_collections.vmfleet.backup.plugins.module_utils._apart import run_apart
-from ansible_collections.vmfleet.backup.plugins.module_utils._calls import WatchedCalls
-from ansible_collections.vmfleet.backup.plugins.module_utils._engine import Engine, Settings, of_names
-from ansible_collections.vmfleet.backup.plugins.module_utils._errors import BackupError, Refused
-from ansible_collections.vmfleet.backup.plugins.module_utils._options import duration
-from ansible_collections.vmfleet.backup.plugins.module_utils._outcome import (
+from ansible_collections.vmfleet.backup.plugins.module_utils._backup.cancel import of_names
+from ansible_collections.vmfleet.backup.plugins.module_utils._backup.engine import Engine
+from ansible_collections.vmfleet.backup.plugins.module_utils._backup.outcome import (
     STOPPING,
     UNFINISHED,
     describe,
@@ -305,26 +302,31 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._outcome import (
     results,
     summarize,
 )
-from ansible_collections.vmfleet.backup.plugins.module_utils._plan import parse_plan
-from ansible_collections.vmfleet.backup.plugins.module_utils._probe import Watch, probe_if_there
-from ansible_collections.vmfleet.backup.plugins.module_utils._qmp import require_qmp
-from ansible_collections.vmfleet.backup.plugins.module_utils._repository import (
+from ansible_collections.vmfleet.backup.plugins.module_utils._backup.task import Settings
+from ansible_collections.vmfleet.backup.plugins.module_utils._common.argument_specs import duration
+from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import BackupError, Refused
+from ansible_collections.vmfleet.backup.plugins.module_utils._host.io_thread import ThreadedCalls
+from ansible_collections.vmfleet.backup.plugins.module_utils._host.probe import Watch, probe_if_there
+from ansible_collections.vmfleet.backup.plugins.module_utils._host.worker import run_in_worker
+from ansible_collections.vmfleet.backup.plugins.module_utils._plan.model import parse_plan
+from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.monitor import require_qmp
+from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.qemu_img import require_qemu_img
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository.async_repository import AsyncRepository
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository.create import (
     create_repository,
     find_repository,
-    open_repository,
     remove_half_made,
 )
-from ansible_collections.vmfleet.backup.plugins.module_utils._survey import require_qemu_img
-from ansible_collections.vmfleet.backup.plugins.module_utils._watched import WatchedRepository
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository.repository import open_repository
 
 if TYPE_CHECKING:
     from typing import Any
 
-    from ansible_collections.vmfleet.backup.plugins.module_utils._plan import Plan
-    from ansible_collections.vmfleet.backup.plugins.module_utils._repository import Repository
+    from ansible_collections.vmfleet.backup.plugins.module_utils._plan.model import Plan
+    from ansible_collections.vmfleet.backup.plugins.module_utils._repository.repository import Repository
 
 
-async def places(module: AnsibleModule, plan: Plan | None, calls: WatchedCalls) -> tuple[Repository, Plan, bool]:
+async def places(module: AnsibleModule, plan: Plan | None, calls: ThreadedCalls) -> tuple[Repository, Plan, bool]:
     """The repository, the plan, and whether the repository had to be made."""
     path = calls.watch.path
     await probe_if_there(path, writing=True)
@@ -375,9 +377,9 @@ async def main_task(module: AnsibleModule) -> dict[str, Any]:
     )
     given = None if module.params["plan"] is None else parse_plan(module.params["plan"])
     path = given.repository if given else module.params["repository"]
-    async with WatchedCalls(Watch(path, writing=not module.check_mode)) as calls:
+    async with ThreadedCalls(Watch(path, writing=not module.check_mode)) as calls:
         repository, plan, created = await places(module, given, calls)
-        engine = Engine(WatchedRepository(repository, calls), plan, settings)
+        engine = Engine(AsyncRepository(repository, calls), plan, settings)
         outcomes = await engine.run()
     for outcome in outcomes:
         for warning in outcome.warnings:
@@ -428,7 +430,7 @@ def main() -> None:
         supports_check_mode=True,
     )
     require_qmp(module)
-    run_apart(module, main_task)
+    run_in_worker(module, main_task)
 
 
 if __name__ == "__main__":

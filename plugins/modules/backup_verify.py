@@ -206,16 +206,17 @@ from typing import TYPE_CHECKING
 
 from ansible.module_utils.basic import AnsibleModule
 
-from ansible_collections.vmfleet.backup.plugins.module_utils._apart import run_apart
-from ansible_collections.vmfleet.backup.plugins.module_utils._boot import Wish, find_qemu
-from ansible_collections.vmfleet.backup.plugins.module_utils._errors import BackupError, Refused
-from ansible_collections.vmfleet.backup.plugins.module_utils._library import BOOT, DEPTHS, IMAGE
-from ansible_collections.vmfleet.backup.plugins.module_utils._names import check_set_id
-from ansible_collections.vmfleet.backup.plugins.module_utils._probe import probe_if_there
-from ansible_collections.vmfleet.backup.plugins.module_utils._repository import open_repository
-from ansible_collections.vmfleet.backup.plugins.module_utils._survey import require_qemu_img
-from ansible_collections.vmfleet.backup.plugins.module_utils._verify import (
-    Order,
+from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import BackupError, Refused
+from ansible_collections.vmfleet.backup.plugins.module_utils._host.probe import probe_if_there
+from ansible_collections.vmfleet.backup.plugins.module_utils._host.worker import run_in_worker
+from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.qemu_img import require_qemu_img
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository.catalog import DEPTHS, Depth
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository.names import check_set_id
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository.repository import open_repository
+from ansible_collections.vmfleet.backup.plugins.module_utils._verify.boot import find_qemu
+from ansible_collections.vmfleet.backup.plugins.module_utils._verify.boot_options import BootOptions
+from ansible_collections.vmfleet.backup.plugins.module_utils._verify.model import VerifyOptions
+from ansible_collections.vmfleet.backup.plugins.module_utils._verify.verify import (
     bad_sets,
     describe,
     has_sets,
@@ -228,15 +229,15 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import Any
 
-    from ansible_collections.vmfleet.backup.plugins.module_utils._repository import Repository
-    from ansible_collections.vmfleet.backup.plugins.module_utils._verify import Finding
+    from ansible_collections.vmfleet.backup.plugins.module_utils._repository.repository import Repository
+    from ansible_collections.vmfleet.backup.plugins.module_utils._verify.model import Finding
 
 TOLD = 5
 """Errors that the message tells; C(results) has them all."""
 
 
-def boot_wish(params: dict[str, Any]) -> Wish:
-    wish = Wish(
+def boot_wish(params: dict[str, Any]) -> BootOptions:
+    wish = BootOptions(
         qemu=find_qemu(params["qemu"] or ""),
         tmpdir=os.path.abspath(params["tmpdir"]),
         timeout=params["boot_timeout"],
@@ -269,9 +270,9 @@ async def main_task(module: AnsibleModule) -> dict[str, Any]:
     params = module.params
     depth = params["depth"]
     set_id = check_set_id(params["id"]) if params["id"] else ""
-    if depth in (IMAGE, BOOT):
+    if depth in (Depth.IMAGE, Depth.BOOT):
         require_qemu_img()
-    order = Order(depth, boot_wish(params) if depth == BOOT else None, module.check_mode)
+    order = VerifyOptions(depth, boot_wish(params) if depth == Depth.BOOT else None, module.check_mode)
     await probe_if_there(params["repository"], writing=not module.check_mode)
     repository = open_repository(params["repository"])
     names = vms(repository, params["names"])
@@ -309,7 +310,7 @@ def main() -> None:
         },
         supports_check_mode=True,
     )
-    run_apart(module, main_task, module.params["repository"], writing=not module.check_mode)
+    run_in_worker(module, main_task, module.params["repository"], writing=not module.check_mode)
 
 
 if __name__ == "__main__":

@@ -76,15 +76,16 @@ from typing import TYPE_CHECKING
 
 from ansible.module_utils.basic import AnsibleModule
 
-from ansible_collections.vmfleet.backup.plugins.module_utils._errors import BackupError, CommandError, run_module
-from ansible_collections.vmfleet.backup.plugins.module_utils._inspect import query_jobs
-from ansible_collections.vmfleet.backup.plugins.module_utils._options import monitor_argument_spec
-from ansible_collections.vmfleet.backup.plugins.module_utils._qmp import Monitor, parse_address, require_qmp
+from ansible_collections.vmfleet.backup.plugins.module_utils._common.argument_specs import monitor_argument_spec
+from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import BackupError, CommandError
+from ansible_collections.vmfleet.backup.plugins.module_utils._host.run_module import run_module
+from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.monitor import Monitor, parse_address, require_qmp
+from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.query import query_jobs
 
 if TYPE_CHECKING:
     from typing import Any
 
-    from ansible_collections.vmfleet.backup.plugins.module_utils._inspect import Job
+    from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.model import Job
 
 SETTLE_TIMEOUT = 10.0
 """Seconds that a job gets to reach the asked state."""

@@ -318,15 +318,16 @@ from typing import TYPE_CHECKING
 
 from ansible.module_utils.basic import AnsibleModule
 
-from ansible_collections.vmfleet.backup.plugins.module_utils._drive import Drive, Request, check_drives
-from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup import DriveBackup
-from ansible_collections.vmfleet.backup.plugins.module_utils._errors import BackupError, Refused, run_module
-from ansible_collections.vmfleet.backup.plugins.module_utils._options import (
+from ansible_collections.vmfleet.backup.plugins.module_utils._common.argument_specs import (
     drive_argument_spec,
     duration,
     monitor_argument_spec,
 )
-from ansible_collections.vmfleet.backup.plugins.module_utils._qmp import parse_address, require_qmp
+from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import BackupError, Refused
+from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup.drive_backup import DriveBackup
+from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup.request import Drive, Request, check_drives
+from ansible_collections.vmfleet.backup.plugins.module_utils._host.run_module import run_module
+from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.monitor import parse_address, require_qmp
 
 if TYPE_CHECKING:
     from typing import Any

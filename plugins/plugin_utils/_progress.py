@@ -9,22 +9,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ansible_collections.vmfleet.backup.plugins.module_utils._names import column
-from ansible_collections.vmfleet.backup.plugins.module_utils._outcome import (
-    CANCELLED,
-    FAILED,
-    PUBLISHED,
-    QUEUED,
-    RUNNING,
-    STATES,
-    UNFINISHED,
-)
-from ansible_collections.vmfleet.backup.plugins.module_utils._units import human
+from ansible_collections.vmfleet.backup.plugins.module_utils._backup.outcome import STATES, UNFINISHED, VmState
+from ansible_collections.vmfleet.backup.plugins.module_utils._common.formats import human
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository.names import column
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from ansible_collections.vmfleet.backup.plugins.module_utils._outcome import Outcome
+    from ansible_collections.vmfleet.backup.plugins.module_utils._backup.outcome import Outcome
 
 WINDOW = 30.0
 """Seconds over which the rate is taken: long enough to be steady, short enough to be of now."""
@@ -49,12 +41,12 @@ class _Share:
     def note(self, outcome: Outcome) -> None:
         if outcome.len:
             self.len, self.copied = outcome.len, outcome.offset
-        elif outcome.state == RUNNING:
+        elif outcome.state == VmState.RUNNING:
             # Its jobs are gone already, or not there yet.
             self.copied = self.len
-        elif outcome.state == PUBLISHED and outcome.changed:
+        elif outcome.state == VmState.PUBLISHED and outcome.changed:
             self.len = self.copied = self.len or self.expected
-        elif outcome.state != QUEUED:
+        elif outcome.state != VmState.QUEUED:
             self.len = self.copied
         self.waits = outcome.state in UNFINISHED and not self.len
 
@@ -83,9 +75,9 @@ class Progress:
 
     def lines(self, bars: bool) -> list[str]:
         """What there is to tell now: what has failed since the last time, all VMs in one line, and those that run."""
-        running = [outcome for outcome in self._outcomes if outcome.state == RUNNING] if bars else []
+        running = [outcome for outcome in self._outcomes if outcome.state == VmState.RUNNING] if bars else []
         width = column(outcome.name for outcome in running)
-        shares = (share for share, outcome in zip(self._shares, self._outcomes) if outcome.state == RUNNING)
+        shares = (share for share, outcome in zip(self._shares, self._outcomes) if outcome.state == VmState.RUNNING)
         drawn = [_bar(outcome, share, width) for outcome, share in zip(running, shares)]
         return [self.about(line) for line in (*self._news(), self._overview(), *drawn)]
 
@@ -94,15 +86,17 @@ class Progress:
         return f"{self._label} {text}"
 
     def _news(self) -> list[str]:
-        bad = [outcome for outcome in self._outcomes if outcome.state in (FAILED, CANCELLED)]
+        bad = [outcome for outcome in self._outcomes if outcome.state in (VmState.FAILED, VmState.CANCELLED)]
         news = [outcome for outcome in bad if outcome.name not in self._told]
         self._told.update(outcome.name for outcome in news)
         return [f"{outcome.name} {outcome.state}: {outcome.error}" for outcome in news]
 
     def _overview(self) -> str:
         states = [outcome.state for outcome in self._outcomes]
-        counts = [f"{states.count(state)} {state}" for state in STATES if state in states and state != PUBLISHED]
-        done = f"{states.count(PUBLISHED)} of {len(states)} VMs done"
+        counts = [
+            f"{states.count(state)} {state}" for state in STATES if state in states and state != VmState.PUBLISHED
+        ]
+        done = f"{states.count(VmState.PUBLISHED)} of {len(states)} VMs done"
         return "; ".join((", ".join((done, *counts)), *self._amounts()))
 
     def _amounts(self) -> list[str]:

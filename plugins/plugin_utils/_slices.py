@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from ansible_collections.vmfleet.backup.plugins.module_utils._outcome import (
+from ansible_collections.vmfleet.backup.plugins.module_utils._backup.outcome import (
     UNFINISHED,
     Outcome,
     describe,

@@ -6,7 +6,7 @@
 
 The world is what outlives the module: files, QEMU, the guest, child processes. It is touched by steps, and what changes
 nothing (a query, a file that is read) is none. A step's point has a name that says what is done, and where in the
-collection that was asked for: `_repository.publish > _target.sync_directory: fsync`. The steps are seen from outside,
+collection that was asked for: `publish > sync directory: fsync`. The steps are seen from outside,
 by Python's own audit events (PEP 578) and a few functions that are replaced in the module's process.
 """
 
@@ -26,7 +26,7 @@ import sys
 import typing as t
 from pathlib import Path
 
-from ansible_collections.vmfleet.backup.plugins.module_utils import _qmp
+from ansible_collections.vmfleet.backup.plugins.module_utils._qemu import monitor as qemu_monitor
 
 if t.TYPE_CHECKING:
     from types import CodeType, FrameType
@@ -39,15 +39,61 @@ BEFORE = "before"
 AFTER = "after"
 """Right after is another moment than right before the next step where others act by themselves from then on."""
 
-ROOMS = frozenset(
-    {
-        *("_agent", "_guard", "_jobs", "_lock", "_marks", "_probe"),
-        *("_qemu_img", "_receipt", "_repository", "_survey", "_target"),
-    }
-)
-"""What the engines work with. A point is named by these, for they stay as they are when an engine is built anew."""
+STEPS = {
+    "_host/files": {"remove": "remove", "sync_directory": "sync directory", "take_name": "take name"},
+    "_host/lock": {"locked": "lock", "_open": "open lock"},
+    "_host/preallocate": {"allocate": "allocate", "flush": "flush", "top_up": "top up"},
+    "_host/probe": {"probe_if_there": "look", "probe": "probe", "ask": "watch"},
+    "_qemu/bitmaps": {"remove_bitmaps": "remove bitmaps"},
+    "_qemu/block_jobs": {
+        "cancel_jobs": "cancel jobs",
+        "close_targets": "close targets",
+        "dismiss_jobs": "dismiss jobs",
+        "rehearse_backups": "rehearse",
+        "remove_fdsets": "remove files",
+        "remove_nodes": "remove nodes",
+        "resume": "resume",
+        "set_speed": "set speed",
+        "start_backups": "start",
+    },
+    "_qemu/guest_agent": {"freeze": "freeze", "thaw": "thaw"},
+    "_qemu/guest_freeze": {"Freezer": "hold guest", "thaw": "thaw guest"},
+    "_qemu/qemu_img": {"run": "run"},
+    "_qemu/target_image": {"_make_file": "make file", "create": "make image", "reserve": "reserve"},
+    "_qemu/vm_lock": {"write_owners": "write owners"},
+    "_repository/annotations": {},
+    "_repository/create": {"create_repository": "create repository"},
+    "_repository/json_file": {},
+    "_repository/repository": {
+        "begin": "begin",
+        "describe": "write manifest",
+        "discard": "discard",
+        "discard_images": "discard images",
+        "publish": "publish",
+        "record_failure": "record failure",
+        "tidy": "tidy",
+        "update": "update intent",
+        "write_description": "write description",
+    },
+    "_drive_backup/receipt": {
+        "create": "create receipt",
+        "discard": "discard receipt",
+        "finish": "finish receipt",
+        "sweep": "sweep receipts",
+        "update": "update receipt",
+    },
+    "_plan/space": {"SpaceTracker": "track space", "space_in": "measure space"},
+}
+"""The names of the steps, by the file and the function that take them. They stay when an engine is built anew.
 
-COLLECTION = str(Path(_qmp.__file__).parent)
+A function that has none here is called by its file and its name.
+"""
+PASSED_THROUGH = frozenset({"_host/files", "_host/io_thread", "_qemu/monitor"})
+"""What takes no step of its own, but where a name above says so."""
+JOBS = frozenset({*STEPS["_qemu/block_jobs"].values(), *STEPS["_qemu/bitmaps"].values()})
+"""The steps that tell QEMU's block jobs what to do."""
+
+COLLECTION = str(Path(qemu_monitor.__file__).parents[1])
 
 # Names of audit events that begin with "os." and change nothing that outlives the process. All others are steps.
 HARMLESS = frozenset(
@@ -146,13 +192,13 @@ class _Watch:
         setattr(place, name, announced)
 
     def _announce_commands(self) -> None:
-        execute = _qmp.Monitor.execute
+        execute = qemu_monitor.Monitor.execute
 
         async def announced(monitor: t.Any, command: str, arguments: t.Any = None) -> t.Any:
             self._askers[command] = _place()
             return await execute(monitor, command, arguments)
 
-        _qmp.Monitor.execute = announced
+        qemu_monitor.Monitor.execute = announced
 
     def _announce_messages(self, name: str) -> None:
         """What is said to QEMU and to agents. Behind the message, they do as told, whoever lives to hear the answer."""
@@ -185,7 +231,7 @@ class _Watch:
 
     def _in_child(self) -> None:
         """A guard goes on touching the guest. What a probe does is seen by nobody."""
-        self._active = self._active and "_guard." in _place()
+        self._active = self._active and "_qemu/guest_freeze" in [room for room, _function in _rooms()[0]]
 
     # What comes of it
 
@@ -242,34 +288,41 @@ def _program(command: t.Sequence[str]) -> str:
 
 
 def _place() -> str:
-    """The rooms that a step comes through, each with the function by which it was entered; empty outside of all.
+    """The steps that one comes through to this place, as they are named above; empty outside of the collection.
 
     Where an engine takes a step itself, it is that function of the engine.
     """
-    chain: list[tuple[str, str]] = []
-    frame: FrameType | None = sys._getframe(1)
+    rooms, engine = _rooms()
+    return " > ".join(STEPS[room].get(function, f"{room}.{function}") for room, function in rooms) or engine
+
+
+def _rooms() -> tuple[list[tuple[str, str]], str]:
+    """The files that one comes through, each with the function by which it was entered, and the engine before them."""
+    rooms: list[tuple[str, str]] = []
+    frame: FrameType | None = sys._getframe(2)
     engine = ""
     while frame:
         room, function = _room(frame.f_code)
-        if room in ROOMS:
-            if chain and chain[-1][0] == room:
-                chain.pop()
-            chain.append((room, function))
-        elif room == "_apart":
+        if room == "_host/worker":
             # The process that waits for the one that works does nothing of its own.
-            return ""
-        elif room and room not in ("_calls", "_files", "_qmp"):
+            return [], ""
+        if room in STEPS and (function in STEPS[room] or room not in PASSED_THROUGH):
+            if rooms and rooms[-1][0] == room:
+                rooms.pop()
+            rooms.append((room, function))
+        elif room and room not in PASSED_THROUGH:
             engine = f"{room}.{function}"
             break
         frame = frame.f_back
-    return " > ".join(f"{room}.{function}" for room, function in reversed(chain)) or engine
+    return rooms[::-1], engine
 
 
 def _room(code: CodeType) -> tuple[str, str]:
     """The file of the collection's module code and its function; empty for all other code, and what has no name."""
     directory, _slash, file = code.co_filename.rpartition("/")
-    if directory != COLLECTION or code.co_name.startswith("<"):
+    place, _slash, package = directory.rpartition("/")
+    if place != COLLECTION or code.co_name.startswith("<"):
         return "", ""
     # What is special to a class is known by the class: `Freezer`, not `__aenter__`.
     name = code.co_qualname.split(".")[-2] if code.co_name.startswith("__") else code.co_name
-    return file[: -len(".py")], name
+    return f"{package}/{file[: -len('.py')]}", name

@@ -31,12 +31,12 @@ def dice() -> random.Random:
 def document(place: str) -> frozenset[str]:
     """The names of the points at which a document is written, whole or not at all."""
     steps = (
-        " > _target.remove: remove",
+        " > remove: remove",
         ": create",
         ": chmod",
         ": fsync",
         ": rename",
-        " > _target.sync_directory: fsync",
+        " > sync directory: fsync",
     )
     return frozenset(place + step for step in steps)
 

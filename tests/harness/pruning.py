@@ -10,9 +10,9 @@ import contextlib
 import hashlib
 import typing as t
 
-from ansible_collections.vmfleet.backup.plugins.module_utils._documents import Verification
-from ansible_collections.vmfleet.backup.plugins.module_utils._marks import write_mark
-from ansible_collections.vmfleet.backup.plugins.module_utils._repository import open_repository
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository.annotations import write_annotation
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository.documents import Verification
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository.repository import open_repository
 from ansible_collections.vmfleet.backup.tests.harness.images import identical, info, sound
 from ansible_collections.vmfleet.backup.tests.harness.library import LOCKS, NAME, prepared
 
@@ -56,4 +56,4 @@ def judge(library: Library, set_id: str, *errors: str, depth: str = "checksum") 
     """Note a verification of a set with this result."""
     attempt = library.manifest(NAME, set_id)["attempt"]
     mark = Verification(set_id, attempt, depth, "2026-12-01T00:00:00Z", errors)
-    write_mark(open_repository(str(library.path)), NAME, mark)
+    write_annotation(open_repository(str(library.path)), NAME, mark)

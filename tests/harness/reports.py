@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import typing as t
 
-from ansible_collections.vmfleet.backup.plugins.module_utils._report import Run, collect
-from ansible_collections.vmfleet.backup.plugins.module_utils._standing import of_run
+from ansible_collections.vmfleet.backup.plugins.module_utils._report.run import Run, collect
+from ansible_collections.vmfleet.backup.plugins.module_utils._report.status import status_from_result
 
 ID = "2026-11-22"
 NOW = "2026-11-22T02:45:10Z"
@@ -33,7 +33,11 @@ def a_set(**fields: t.Any) -> dict[str, t.Any]:
 
 def a_vm(name: str = "web01", **fields: t.Any) -> dict[str, t.Any]:
     """A VM that has its set."""
-    found = {**of_run({"name": name, "state": "published", "changed": True}), "set": a_set(), "last": a_set()}
+    found = {
+        **status_from_result({"name": name, "state": "published", "changed": True}),
+        "set": a_set(),
+        "last": a_set(),
+    }
     return {**found, **fields}
 
 

@@ -14,9 +14,9 @@ from datetime import UTC, datetime
 
 import pytest
 
-from ansible_collections.vmfleet.backup.plugins.module_utils._documents import Protection, Verification
-from ansible_collections.vmfleet.backup.plugins.module_utils._marks import write_mark
-from ansible_collections.vmfleet.backup.plugins.module_utils._repository import open_repository
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository.annotations import write_annotation
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository.documents import Protection, Verification
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository.repository import open_repository
 from ansible_collections.vmfleet.backup.tests.harness.backup import release
 from ansible_collections.vmfleet.backup.tests.harness.library import NAME, SIZE, Chain, Library
 from ansible_collections.vmfleet.backup.tests.harness.modules import fail, succeed
@@ -80,9 +80,9 @@ def test_everything_about_a_set(library: Library) -> None:
 def test_what_is_said_of_sets(library: Library, directory: Path) -> None:
     repository = open_repository(str(library.path))
     attempts = {set_id: library.manifest(NAME, set_id)["attempt"] for set_id in ("s1", "s3")}
-    write_mark(repository, NAME, Protection("s1", "2026-11-22T00:00:00Z"))
-    write_mark(repository, NAME, Verification("s1", attempts["s1"], "image", "2026-11-22T00:00:00Z"))
-    write_mark(
+    write_annotation(repository, NAME, Protection("s1", "2026-11-22T00:00:00Z"))
+    write_annotation(repository, NAME, Verification("s1", attempts["s1"], "image", "2026-11-22T00:00:00Z"))
+    write_annotation(
         repository, NAME, Verification("s3", attempts["s3"], "checksum", "2026-11-22T00:00:00Z", ("bad", "worse"))
     )
     look = directory / "look"

@@ -16,8 +16,10 @@ from dataclasses import replace
 
 import pytest
 
-from ansible_collections.vmfleet.backup.plugins.module_utils import _lock, _prune, _qemu_img
-from ansible_collections.vmfleet.backup.plugins.module_utils._repository import open_repository
+from ansible_collections.vmfleet.backup.plugins.module_utils._host import lock as host_lock
+from ansible_collections.vmfleet.backup.plugins.module_utils._prune import consolidate, prune
+from ansible_collections.vmfleet.backup.plugins.module_utils._qemu import qemu_img
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository.repository import open_repository
 from ansible_collections.vmfleet.backup.tests.harness.images import MIB, identical, info, sound
 from ansible_collections.vmfleet.backup.tests.harness.library import NAME, Chain, Library, gate
 from ansible_collections.vmfleet.backup.tests.harness.pruning import assert_whole, fates, judge, two_chains
@@ -105,7 +107,7 @@ class TestConsolidation:
         assert manifest
         new = directory / "new"
         done: list[str] = []
-        run, advise = _qemu_img.run, os.posix_fadvise
+        run, advise = qemu_img.run, os.posix_fadvise
 
         async def told_run(command: list[str], *arguments: t.Any, **options: t.Any) -> str:
             done.append(command[1])
@@ -116,9 +118,9 @@ class TestConsolidation:
                 done.append("forget")
             advise(fd, *arguments)
 
-        monkeypatch.setattr(_qemu_img, "run", told_run)
+        monkeypatch.setattr(qemu_img, "run", told_run)
         monkeypatch.setattr(os, "posix_fadvise", told_advise)
-        asyncio.run(_prune._copy_full(str(library.images(NAME, "s2")["drive0"]), str(new), manifest.disks[0]))
+        asyncio.run(consolidate._copy_full(str(library.images(NAME, "s2")["drive0"]), str(new), manifest.disks[0]))
         assert [one for one in done if one != "info"][:3] == ["convert", "forget", "compare"]
 
     def test_old_and_new_image_of_one_size_are_told_apart(self, library: Library, directory: Path) -> None:
@@ -126,9 +128,9 @@ class TestConsolidation:
         manifest = repository.shelf(NAME).published("s2")
         assert manifest
         [path, new] = [library.images(NAME, "s2")["drive0"], directory / "new"]
-        size = asyncio.run(_prune._copy_full(str(path), str(new), manifest.disks[0])).bytes
+        size = asyncio.run(consolidate._copy_full(str(path), str(new), manifest.disks[0])).bytes
         new.unlink()
-        full = asyncio.run(_prune._copy_full(str(path), str(new), replace(manifest.disks[0], bytes=size)))
+        full = asyncio.run(consolidate._copy_full(str(path), str(new), replace(manifest.disks[0], bytes=size)))
         assert full.bytes == new.stat().st_size == size + 65536
         assert full.sha256 == hashlib.sha256(new.read_bytes()).hexdigest()
         assert sound(new)
@@ -194,7 +196,7 @@ class TestMeanwhile:
         begun, go = gate(directory, monkeypatch)
         process = start_module("backup_prune", {"repository": str(library.path), "keep_last": 4, "consolidate": True})
         wait_until(begun.exists, "the copy")
-        monkeypatch.setattr(_prune, "locked", functools.partial(_lock.locked, timeout=0.1))
+        monkeypatch.setattr(prune, "locked", functools.partial(host_lock.locked, timeout=0.1))
         assert library.prune(names=[NAME], protect=["s1"])["changed"]
         said = library.fail_prune(names=[NAME], protect=["s4"], keep_last=1)
         assert said["msg"].endswith("web01: VM web01 is being pruned by another process; run again later")

@@ -11,7 +11,8 @@ import typing as t
 
 import pytest
 
-from ansible_collections.vmfleet.backup.plugins.module_utils import _lock, _repository
+from ansible_collections.vmfleet.backup.plugins.module_utils._host import lock
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository import repository
 from ansible_collections.vmfleet.backup.tests.harness.images import MIB
 from ansible_collections.vmfleet.backup.tests.harness.library import NAME, Chain, before_converting, restored_to
 from ansible_collections.vmfleet.backup.tests.harness.qemu import wait_until
@@ -55,7 +56,7 @@ class TestLocked:
 
     @pytest.fixture(autouse=True)
     def impatient(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(_repository, "locked", functools.partial(_lock.locked, timeout=0.1))
+        monkeypatch.setattr(repository, "locked", functools.partial(lock.locked, timeout=0.1))
 
     @pytest.mark.parametrize("method", ["copy", "overlay"])
     def test_restored_with_a_warning(self, chain: Chain, where: Path, method: str) -> None:

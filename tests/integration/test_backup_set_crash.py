@@ -42,70 +42,70 @@ pytestmark = pytest.mark.usefixtures("clean")
 NAME = "web01"
 
 # The points, by what is done there, and in what runs that is done.
-LOOK = {"_probe.probe_if_there: fork"}
+LOOK = {"look: fork"}
 SPACE = {
-    "_survey.space_in > _target.allocate: fallocate",
+    "measure space > allocate: fallocate",
 }
-WATCH = {"_probe.ask: fork"}
+WATCH = {"watch: fork"}
 LOCK = {
-    "_lock.locked: mkdir",
-    "_lock.locked: create",
-    "_lock._open: mkdir",
-    "_lock._open: create",
+    "lock: mkdir",
+    "lock: create",
+    "open lock: mkdir",
+    "open lock: create",
 }
 CREATE = {
-    "_repository.create_repository: mkdir",
-    *document("_repository.create_repository"),
-    "_repository.create_repository: link",
+    "create repository: mkdir",
+    *document("create repository"),
+    "create repository: link",
 }
 BEGIN = {
-    "_survey.Room > _target.allocate: fallocate",
-    "_repository.begin: mkdir",
-    *document("_repository.begin"),
-    *document("_repository.write_description"),
-    "_target._make_file: create",
-    "_target.create > _qemu_img.run: qemu-img create",
-    "_target.reserve: fallocate",
-    *document("_repository.update"),
+    "track space > allocate: fallocate",
+    "begin: mkdir",
+    *document("begin"),
+    *document("write description"),
+    "make file: create",
+    "make image > run: qemu-img create",
+    "reserve > allocate: fallocate",
+    *document("update intent"),
 }
 START = {
-    "_jobs.start_backups: pass a file",
-    "_jobs.start_backups: add-fd",
-    "_jobs.start_backups: transaction",
-    "_jobs.start_backups: remove-fd",
+    "start: pass a file",
+    "start: add-fd",
+    "start: transaction",
+    "start: remove-fd",
 }
 FREEZE = {
-    "_jobs.rehearse_backups: pass a file",
-    "_jobs.rehearse_backups: add-fd",
-    "_jobs.rehearse_backups: transaction",
-    "_jobs.rehearse_backups: remove-fd",
-    "_jobs.start_backups > _guard.Freezer: fork",
-    "_jobs.start_backups > _guard.Freezer > _agent.freeze: guest-fsfreeze-freeze",
-    "_jobs.start_backups > _guard.Freezer > _agent.thaw: guest-fsfreeze-thaw",
+    "rehearse: pass a file",
+    "rehearse: add-fd",
+    "rehearse: transaction",
+    "rehearse: remove-fd",
+    "start > hold guest: fork",
+    "start > hold guest > freeze: guest-fsfreeze-freeze",
+    "start > hold guest > thaw: guest-fsfreeze-thaw",
 }
 PUBLISH = {
-    "_target.flush: fsync",
-    "_target.flush: truncate",
-    *document("_repository.describe"),
-    "_repository.publish: chmod",
-    "_repository.publish: rename",
-    "_repository.publish > _target.sync_directory: fsync",
+    "flush: fsync",
+    "flush: truncate",
+    *document("write manifest"),
+    "publish: chmod",
+    "publish: rename",
+    "publish > sync directory: fsync",
 }
 TIDY = {
-    "_jobs.dismiss_jobs: job-dismiss",
-    "_repository.tidy > _target.remove: remove",
+    "dismiss jobs: job-dismiss",
+    "tidy > remove: remove",
 }
-SURPLUS = {"_jobs.remove_bitmaps: transaction"}
+SURPLUS = {"remove bitmaps: transaction"}
 STOP = {
-    "_jobs.cancel_jobs: block-job-cancel",
-    "_jobs.dismiss_jobs: job-dismiss",
+    "cancel jobs: block-job-cancel",
+    "dismiss jobs: job-dismiss",
     *SURPLUS,
 }
 DISCARD = {
-    *document("_repository.record_failure"),
-    "_repository.discard > _target.remove: remove",
-    "_repository.discard: rmdir",
-    "_repository.discard > _target.sync_directory: fsync",
+    *document("record failure"),
+    "discard > remove: remove",
+    "discard: rmdir",
+    "discard > sync directory: fsync",
 }
 POINTS: dict[str, set[str]] = {
     "full": LOOK | WATCH | CREATE | LOCK | BEGIN | START | PUBLISH | TIDY,
@@ -294,7 +294,7 @@ class Tidied(Scene):
 
     def _prepare(self) -> dict[str, t.Any]:
         call = self._plan()
-        point = crash.Point("_repository.publish > _target.sync_directory: fsync")
+        point = crash.Point("publish > sync directory: fsync")
         process = ModuleProcess("backup_set", call, crash_at=point)
         process.wait()
         assert process.killed
@@ -443,7 +443,7 @@ def test_qemu_killed(stage: t.Callable[..., Stage], name: str, hand: int, victim
 def test_guard_killed(stage: t.Callable[..., Stage], victims: tuple[int, ...]) -> None:
     chance = dice()
     play = stage("quiesced", chance)
-    for point in deal((point for point in play.rehearse() if "_agent." in point.name), chance, 0, 1):
+    for point in deal((point for point in play.rehearse() if "guest-fsfreeze" in point.name), chance, 0, 1):
         play.strike(point, *victims)
 
 

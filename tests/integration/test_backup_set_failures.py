@@ -15,7 +15,9 @@ import typing as t
 
 import pytest
 
-from ansible_collections.vmfleet.backup.plugins.module_utils import _attempt, _plan
+from ansible_collections.vmfleet.backup.plugins.module_utils._backup import prepare
+from ansible_collections.vmfleet.backup.plugins.module_utils._plan import decide as plan_decide
+from ansible_collections.vmfleet.backup.plugins.module_utils._plan import model
 from ansible_collections.vmfleet.backup.tests.harness.backup import release, wait_concluded
 from ansible_collections.vmfleet.backup.tests.harness.images import MIB, patterned
 from ansible_collections.vmfleet.backup.tests.harness.modules import fail, succeed
@@ -274,13 +276,13 @@ def test_qemu_ends_while_finished_images_are_brought_to_the_disk(
 ) -> None:
     vm = vms.start(name="web01")
     copies = copy_of(vm, directory)
-    finish = _attempt.finish_image
+    finish = prepare.finish_image
 
     def finish_last(*args: t.Any) -> t.Any:
         os.kill(vm.pid, signal.SIGKILL)
         return finish(*args)
 
-    monkeypatch.setattr(_attempt, "finish_image", finish_last)
+    monkeypatch.setattr(prepare, "finish_image", finish_last)
     assert sets.back_up(vm)["vms"][0]["state"] == "published"
     vm.kill()
     sets.assert_good("web01", copies)
@@ -317,14 +319,14 @@ def test_the_repository_goes_away_while_it_is_written_to(
 def test_a_defect_that_shows_with_one_vm_does_not_take_the_others_along(
     vms: Vms, sets: Sets, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    decide = _plan.decide
+    decide = plan_decide.decide
 
-    def stumble(request: _plan.Request, *args: t.Any) -> t.Any:
+    def stumble(request: model.Request, *args: t.Any) -> t.Any:
         return {}[request.name] if request.name == "web01" else decide(request, *args)
 
     machines = [vms.start(vms.disk(number, size=8 * MIB), name=name) for number, name in enumerate(("web01", "db01"))]
     plan = sets.plan(*machines)["plan"]
-    monkeypatch.setattr(_plan, "decide", stumble)
+    monkeypatch.setattr(plan_decide, "decide", stumble)
     result = fail("backup_set", {"plan": plan})
     assert [vm["state"] for vm in result["vms"]] == ["failed", "published"]
     assert "internal error: KeyError('web01')" in result["msg"]

@@ -16,17 +16,12 @@ import typing as t
 
 import pytest
 
-from ansible_collections.vmfleet.backup.plugins.module_utils import (
-    _attempt,
-    _calls,
-    _engine,
-    _jobs,
-    _probe,
-    _qmp,
-    _repository,
-    _survey,
-    _target,
-)
+from ansible_collections.vmfleet.backup.plugins.module_utils._backup import engine, prepare
+from ansible_collections.vmfleet.backup.plugins.module_utils._host import io_thread, probe
+from ansible_collections.vmfleet.backup.plugins.module_utils._plan import space
+from ansible_collections.vmfleet.backup.plugins.module_utils._qemu import block_jobs, target_image
+from ansible_collections.vmfleet.backup.plugins.module_utils._qemu import monitor as qemu_monitor
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository import repository as repository_repository
 from ansible_collections.vmfleet.backup.tests.harness.backup import release, wait_concluded
 from ansible_collections.vmfleet.backup.tests.harness.filesystems import DeadServer
 from ansible_collections.vmfleet.backup.tests.harness.guest import Guest
@@ -56,12 +51,12 @@ AT_REST = "1"
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Modules are forks of this process: they do not wait long for what never comes."""
-    monkeypatch.setattr(_probe, "TIMEOUT", 5.0)
-    monkeypatch.setattr(_probe, "INTERVAL", 0.2)
-    monkeypatch.setattr(_calls, "MOMENT", 0.2)
-    monkeypatch.setattr(_qmp, "CONNECT_TIMEOUT", 3.0)
-    monkeypatch.setattr(_jobs, "SETTLE_TIMEOUT", 2.0)
-    monkeypatch.setattr(_engine, "UNREACHABLE_PATIENCE", 1.0)
+    monkeypatch.setattr(probe, "TIMEOUT", 5.0)
+    monkeypatch.setattr(probe, "INTERVAL", 0.2)
+    monkeypatch.setattr(io_thread, "MOMENT", 0.2)
+    monkeypatch.setattr(qemu_monitor, "CONNECT_TIMEOUT", 3.0)
+    monkeypatch.setattr(block_jobs, "SETTLE_TIMEOUT", 2.0)
+    monkeypatch.setattr(engine, "UNREACHABLE_PATIENCE", 1.0)
 
 
 @contextlib.contextmanager
@@ -206,17 +201,17 @@ def is_copying(_repository: t.Any, intent: t.Any) -> bool:
 
 # Whatever comes first of what two VMs do there at the same time.
 STARTING = {
-    "lock": (_repository, "_probe_lock"),
-    "begin": (_repository.Repository, "begin"),
-    "make an image": (_target, "_make_file"),
-    "reserve": (_target, "reserve"),
-    "hand over": (_jobs, "open_pair"),
-    "right after the start": (_repository.Repository, "update", is_copying),
+    "lock": (repository_repository, "_probe_lock"),
+    "begin": (repository_repository.Repository, "begin"),
+    "make an image": (target_image, "_make_file"),
+    "reserve": (target_image, "reserve"),
+    "hand over": (block_jobs, "open_pair"),
+    "right after the start": (repository_repository.Repository, "update", is_copying),
 }
 ENDING = {
-    "finish": (_attempt, "finish_image"),
-    "describe": (_repository.Repository, "describe"),
-    "publish": (_repository.Repository, "publish"),
+    "finish": (prepare, "finish_image"),
+    "describe": (repository_repository.Repository, "describe"),
+    "publish": (repository_repository.Repository, "publish"),
 }
 
 
@@ -288,7 +283,7 @@ def test_others_that_look_into_the_repository(
         "backup_prune": {**repository, "keep_last": 1},
         "backup_restore": {**repository, "vm": "vm", "directory": str(directory)},
     }
-    there = Moment(monkeypatch, directory, _repository.Repository, "shelf")
+    there = Moment(monkeypatch, directory, repository_repository.Repository, "shelf")
     process = start_module(name, options.get(name, repository))
     with there.reached(DeadServer(sets.path)):
         result = process.result()
@@ -299,7 +294,8 @@ def test_others_that_look_into_the_repository(
 
 
 @pytest.mark.parametrize(
-    ("name", "place", "function"), [("backup_plan", _survey, "space_in"), ("backup_prune", _repository, "_probe_lock")]
+    ("name", "place", "function"),
+    [("backup_plan", space, "space_in"), ("backup_prune", repository_repository, "_probe_lock")],
 )
 def test_others_that_write_into_the_repository(
     vm: Qemu,
@@ -325,13 +321,13 @@ def test_others_that_write_into_the_repository(
 def test_what_takes_long_in_a_repository_that_answers_is_not_cut_off(
     vm: Qemu, sets: Sets, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shelf = _repository.Repository.shelf
+    shelf = repository_repository.Repository.shelf
 
     def slow_shelf(*args: t.Any) -> t.Any:
-        time.sleep(10 * _calls.MOMENT)
+        time.sleep(10 * io_thread.MOMENT)
         return shelf(*args)
 
-    monkeypatch.setattr(_repository.Repository, "shelf", slow_shelf)
+    monkeypatch.setattr(repository_repository.Repository, "shelf", slow_shelf)
     sets.back_up(vm)
     assert len(succeed("backup_info", {"repository": str(sets.path)})["sets"]) == 1
 
@@ -339,14 +335,14 @@ def test_what_takes_long_in_a_repository_that_answers_is_not_cut_off(
 def test_neither_repository_nor_monitor_answer(
     vm: Qemu, mounted: FileSystem, sets: Sets, start_module: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cancel_jobs = _jobs.cancel_jobs
+    cancel_jobs = block_jobs.cancel_jobs
 
     async def hang_and_cancel(*args: t.Any) -> t.Any:
         vm.hang()
         return await cancel_jobs(*args)
 
-    monkeypatch.setattr(_jobs, "cancel_jobs", hang_and_cancel)
-    monkeypatch.setattr(_qmp, "COMMAND_TIMEOUT", 2.0)
+    monkeypatch.setattr(block_jobs, "cancel_jobs", hang_and_cancel)
+    monkeypatch.setattr(qemu_monitor, "COMMAND_TIMEOUT", 2.0)
     process = start_module("backup_set", {"plan": sets.plan(vm, speed=AT_REST)["plan"]})
     wait_for_copies(sets, "vm")
     try:
@@ -400,9 +396,9 @@ def test_qemu_ends_while_it_is_handed_the_targets(
 ) -> None:
     vm, other = vms.start(vms.disk(0), vms.disk(1), name="web01"), vms.start(vms.disk(2), name="other")
     plan = sets.plan(vm, other)["plan"]
-    add_fdset, pid, left = _qmp.Monitor.add_fdset, vm.pid, [handed_over]
+    add_fdset, pid, left = qemu_monitor.Monitor.add_fdset, vm.pid, [handed_over]
 
-    async def kill_and_hand_over(monitor: _qmp.Monitor, *args: t.Any) -> int:
+    async def kill_and_hand_over(monitor: qemu_monitor.Monitor, *args: t.Any) -> int:
         if monitor.process and monitor.process.pid == pid:
             left[0] -= 1
             if left[0] < 0:
@@ -410,7 +406,7 @@ def test_qemu_ends_while_it_is_handed_the_targets(
                 os.kill(pid, signal.SIGKILL)
         return await add_fdset(monitor, *args)
 
-    monkeypatch.setattr(_qmp.Monitor, "add_fdset", kill_and_hand_over)
+    monkeypatch.setattr(qemu_monitor.Monitor, "add_fdset", kill_and_hand_over)
     result = start_module("backup_set", {"plan": plan}).result()
     monkeypatch.undo()
     assert result_of(result, "other")["state"] == "published"

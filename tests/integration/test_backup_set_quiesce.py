@@ -14,8 +14,8 @@ import typing as t
 
 import pytest
 
-from ansible_collections.vmfleet.backup.plugins.module_utils import _agent, _guard
-from ansible_collections.vmfleet.backup.plugins.module_utils._qmp import Process
+from ansible_collections.vmfleet.backup.plugins.module_utils._host.process import Process
+from ansible_collections.vmfleet.backup.plugins.module_utils._qemu import guest_agent, guest_freeze
 from ansible_collections.vmfleet.backup.tests.harness.backup import release
 from ansible_collections.vmfleet.backup.tests.harness.guest import Guest
 from ansible_collections.vmfleet.backup.tests.harness.images import MIB, qemu_img
@@ -114,21 +114,21 @@ def assert_undone(vm: Qemu, sets: Sets, name: str = "vm") -> None:
 
 def die_at(monkeypatch: pytest.MonkeyPatch, moment: str) -> None:
     """Let modules, which are forks of this process, be killed when the guest is `frozen`, or `started` its jobs are."""
-    enter, leave = _guard.Freezer.__aenter__, _guard.Freezer.__aexit__
+    enter, leave = guest_freeze.Freezer.__aenter__, guest_freeze.Freezer.__aexit__
 
-    async def enter_and_die(freezer: _guard.Freezer) -> _guard.Freezer:
+    async def enter_and_die(freezer: guest_freeze.Freezer) -> guest_freeze.Freezer:
         await enter(freezer)
         if moment == "frozen":
             os.kill(os.getpid(), signal.SIGKILL)
         return freezer
 
-    async def die_and_leave(freezer: _guard.Freezer, *args: t.Any) -> None:
+    async def die_and_leave(freezer: guest_freeze.Freezer, *args: t.Any) -> None:
         if moment == "started":
             os.kill(os.getpid(), signal.SIGKILL)
         await leave(freezer, *args)
 
-    monkeypatch.setattr(_guard.Freezer, "__aenter__", enter_and_die)
-    monkeypatch.setattr(_guard.Freezer, "__aexit__", die_and_leave)
+    monkeypatch.setattr(guest_freeze.Freezer, "__aenter__", enter_and_die)
+    monkeypatch.setattr(guest_freeze.Freezer, "__aexit__", die_and_leave)
 
 
 # A real guest
@@ -262,8 +262,8 @@ def test_case_29_no_agent(vms: Vms, directory: Path, sets: Sets, kind: str) -> N
 def test_case_30_a_freeze_without_an_answer(
     vm: Qemu, agent: ScriptedAgent, sets: Sets, monkeypatch: pytest.MonkeyPatch, quiesce: str
 ) -> None:
-    monkeypatch.setattr(_agent, "FREEZE_TIMEOUT", 1.0)
-    monkeypatch.setattr(_agent, "THAW_TIMEOUT", 1.0)
+    monkeypatch.setattr(guest_agent, "FREEZE_TIMEOUT", 1.0)
+    monkeypatch.setattr(guest_agent, "THAW_TIMEOUT", 1.0)
     agent.script = {FREEZE: [mute_freeze]}
     reason = "did not answer guest-fsfreeze-freeze within 1 s"
     if quiesce == "try":
@@ -280,10 +280,14 @@ def test_case_30_a_freeze_without_an_answer(
 def test_an_agent_that_is_silent_once_it_has_frozen(
     vm: Qemu, agent: ScriptedAgent, sets: Sets, monkeypatch: pytest.MonkeyPatch, quiesce: str
 ) -> None:
-    for module, name in ((_agent, "FREEZE_TIMEOUT"), (_agent, "ANSWER_TIMEOUT"), (_agent, "THAW_TIMEOUT")):
+    for module, name in (
+        (guest_agent, "FREEZE_TIMEOUT"),
+        (guest_agent, "ANSWER_TIMEOUT"),
+        (guest_agent, "THAW_TIMEOUT"),
+    ):
         monkeypatch.setattr(module, name, 1.0)
-    monkeypatch.setattr(_guard, "THAW_TIMEOUT", 1.0)
-    monkeypatch.setattr(_guard, "THAW_LIMIT", PATIENCE)
+    monkeypatch.setattr(guest_freeze, "THAW_TIMEOUT", 1.0)
+    monkeypatch.setattr(guest_freeze, "THAW_LIMIT", PATIENCE)
 
     def freeze_and_fall_silent(agent: ScriptedAgent) -> dict[str, int]:
         agent.script = dict.fromkeys(("guest-sync", STATUS, THAW), [silence] * 1000)

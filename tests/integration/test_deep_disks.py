@@ -16,17 +16,19 @@ from collections import Counter
 
 import pytest
 
-from ansible_collections.vmfleet.backup.plugins.module_utils import _inspect, _survey
-from ansible_collections.vmfleet.backup.plugins.module_utils._agent import find_agent
-from ansible_collections.vmfleet.backup.plugins.module_utils._calls import WatchedCalls
-from ansible_collections.vmfleet.backup.plugins.module_utils._engine import Engine, Settings
-from ansible_collections.vmfleet.backup.plugins.module_utils._inspect import inspect_vm
-from ansible_collections.vmfleet.backup.plugins.module_utils._outcome import PUBLISHED
-from ansible_collections.vmfleet.backup.plugins.module_utils._plan import parse_plan
-from ansible_collections.vmfleet.backup.plugins.module_utils._probe import Watch
-from ansible_collections.vmfleet.backup.plugins.module_utils._qmp import Monitor, parse_address
-from ansible_collections.vmfleet.backup.plugins.module_utils._repository import open_repository
-from ansible_collections.vmfleet.backup.plugins.module_utils._watched import WatchedRepository
+from ansible_collections.vmfleet.backup.plugins.module_utils._backup.engine import Engine
+from ansible_collections.vmfleet.backup.plugins.module_utils._backup.outcome import VmState
+from ansible_collections.vmfleet.backup.plugins.module_utils._backup.task import Settings
+from ansible_collections.vmfleet.backup.plugins.module_utils._host.io_thread import ThreadedCalls
+from ansible_collections.vmfleet.backup.plugins.module_utils._host.probe import Watch
+from ansible_collections.vmfleet.backup.plugins.module_utils._plan import observe
+from ansible_collections.vmfleet.backup.plugins.module_utils._plan.model import parse_plan
+from ansible_collections.vmfleet.backup.plugins.module_utils._qemu import query
+from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.guest_agent import find_agent
+from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.monitor import Monitor, parse_address
+from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.query import inspect_vm
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository.async_repository import AsyncRepository
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository.repository import open_repository
 from ansible_collections.vmfleet.backup.tests.harness.backup import wait_concluded
 from ansible_collections.vmfleet.backup.tests.harness.images import MIB, create, layered, patterned, qemu_img, write
 from ansible_collections.vmfleet.backup.tests.harness.modules import fail, succeed
@@ -36,7 +38,7 @@ from ansible_collections.vmfleet.backup.tests.harness.sets import Sets, result_o
 if t.TYPE_CHECKING:
     from pathlib import Path
 
-    from ansible_collections.vmfleet.backup.plugins.module_utils._inspect import Vm
+    from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.model import Vm
     from ansible_collections.vmfleet.backup.tests.harness.fixtures import Vms
 
 SIZE = 8 * MIB
@@ -116,7 +118,7 @@ def test_names_of_files_tell_the_same_as_statistics(vms: Vms, directory: Path, m
             return await inspect_vm(monitor)
 
     by_names = asyncio.run(look())
-    monkeypatch.setattr(_inspect, "_below_by_file_name", lambda _nodes: None)
+    monkeypatch.setattr(query, "_below_by_file_name", lambda _nodes: None)
     assert by_names == asyncio.run(look())
     assert {disk.name for disk in by_names.disks} == {"drive0", "drive7", "n8", "format"}
 
@@ -255,10 +257,10 @@ def test_a_set_that_is_copied_is_looked_at_twice(vms: Vms, directory: Path, monk
         return await inspect_vm(monitor, name)
 
     async def finish() -> list[str]:
-        async with WatchedCalls(Watch(str(sets.path), writing=True)) as calls:
-            repository = WatchedRepository(open_repository(str(sets.path)), calls)
+        async with ThreadedCalls(Watch(str(sets.path), writing=True)) as calls:
+            repository = AsyncRepository(open_repository(str(sets.path)), calls)
             return [outcome.state for outcome in await Engine(repository, parse_plan(plan), Settings()).run()]
 
-    monkeypatch.setattr(_survey, "inspect_vm", counted)
-    assert asyncio.run(finish()) == [PUBLISHED]
+    monkeypatch.setattr(observe, "inspect_vm", counted)
+    assert asyncio.run(finish()) == [VmState.PUBLISHED]
     assert looks == ["web01"] * 2

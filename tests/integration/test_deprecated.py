@@ -175,7 +175,11 @@ class TestSets:
         record = directory / "record"
         plan = sets.plan(vm, id="s0", level="full")["plan"]
         start_module("backup_set", {"plan": plan}, record=record).result()
-        points = [point for point in crash.read(record) if "_jobs." in point.name and point.hit == 1]
+        points = [
+            point
+            for point in crash.read(record)
+            if crash.JOBS & {*point.name.split(":")[0].split(" > ")} and point.hit == 1
+        ]
         assert {"blockdev-add", "blockdev-del"} <= {point.name.rsplit(" ", 1)[1] for point in points}
         for number, point in enumerate(points, 1):
             set_id = f"s{number}"
@@ -305,7 +309,7 @@ class TestDriveBackup:
 
         record = directory / "record"
         start_module("drive_backup", call(target), record=record).result()
-        points = [point for point in crash.read(record) if "_jobs." in point.name]
+        points = [point for point in crash.read(record) if crash.JOBS & {*point.name.split(":")[0].split(" > ")}]
         assert {"blockdev-add", "blockdev-del"} <= {point.name.rsplit(" ", 1)[1] for point in points}
         for number, point in enumerate(points):
             path = target.with_name(f"{number}.qcow2")

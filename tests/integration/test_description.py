@@ -11,9 +11,10 @@ import json
 import os
 import typing as t
 
-from ansible_collections.vmfleet.backup.plugins.module_utils._description import REMOVED, describe_vm
-from ansible_collections.vmfleet.backup.plugins.module_utils._inspect import inspect_vm
-from ansible_collections.vmfleet.backup.plugins.module_utils._qmp import Monitor, parse_address
+from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.monitor import Monitor, parse_address
+from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.query import inspect_vm
+from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.secrets import REMOVED
+from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.vm_config import describe_vm
 from ansible_collections.vmfleet.backup.tests.harness.images import MIB, create
 from ansible_collections.vmfleet.backup.tests.harness.qemu import Disk
 

@@ -25,7 +25,7 @@ from collections import Counter
 
 import pytest
 
-from ansible_collections.vmfleet.backup.plugins.module_utils._target import Target
+from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.target_image import Target
 from ansible_collections.vmfleet.backup.tests.harness.backup import arguments, assert_absent, assert_good, release
 from ansible_collections.vmfleet.backup.tests.harness.fixtures import leftovers
 from ansible_collections.vmfleet.backup.tests.harness.images import MIB, qemu_img

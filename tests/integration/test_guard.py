@@ -19,9 +19,9 @@ from pathlib import Path
 
 import pytest
 
-from ansible_collections.vmfleet.backup.plugins.module_utils import _agent
-from ansible_collections.vmfleet.backup.plugins.module_utils._errors import AgentError
-from ansible_collections.vmfleet.backup.plugins.module_utils._guard import Freezer, check, thaw
+from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import AgentError
+from ansible_collections.vmfleet.backup.plugins.module_utils._qemu import guest_agent
+from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.guest_freeze import Freezer, check, thaw
 from ansible_collections.vmfleet.backup.tests.harness.guest import Guest
 from ansible_collections.vmfleet.backup.tests.harness.qemu import PATIENCE, wait_until
 
@@ -148,13 +148,13 @@ def test_freeze_that_takes_too_long_is_undone(guest: Guest, monkeypatch: pytest.
                 pytest.fail("frozen")
         return freezer.thaw_error
 
-    monkeypatch.setattr(_agent, "FREEZE_TIMEOUT", 0.0)
+    monkeypatch.setattr(guest_agent, "FREEZE_TIMEOUT", 0.0)
     assert "not seen thawed yet" in asyncio.run(scenario())
     assert_writes(guest)
 
 
 def test_guest_without_an_agent(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_agent, "ANSWER_TIMEOUT", 1.0)
+    monkeypatch.setattr(guest_agent, "ANSWER_TIMEOUT", 1.0)
     no_agent = pytest.raises(AgentError, match="no guest agent answers")
     with no_agent, Guest(directory, agent=False, writer=False) as guest:
         asyncio.run(check(str(guest.agent)))

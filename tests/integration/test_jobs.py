@@ -11,16 +11,15 @@ import typing as t
 
 import pytest
 
-from ansible_collections.vmfleet.backup.plugins.module_utils._errors import CommandError
-from ansible_collections.vmfleet.backup.plugins.module_utils._jobs import (
+from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import CommandError
+from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.bitmaps import bitmap_add, remove_bitmaps
+from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.block_jobs import (
     BackupStart,
-    bitmap_add,
     rehearse_backups,
-    remove_bitmaps,
     start_backups,
 )
-from ansible_collections.vmfleet.backup.plugins.module_utils._qmp import Monitor, parse_address
-from ansible_collections.vmfleet.backup.plugins.module_utils._target import Target
+from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.monitor import Monitor, parse_address
+from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.target_image import Target
 from ansible_collections.vmfleet.backup.tests.harness.backup import wait_concluded
 from ansible_collections.vmfleet.backup.tests.harness.images import MIB, create, identical, info, unlocked
 

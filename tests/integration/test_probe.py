@@ -16,8 +16,8 @@ import typing as t
 
 import pytest
 
-from ansible_collections.vmfleet.backup.plugins.module_utils._errors import BackupError
-from ansible_collections.vmfleet.backup.plugins.module_utils._probe import Watch, probe
+from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import BackupError
+from ansible_collections.vmfleet.backup.plugins.module_utils._host.probe import Watch, probe
 from ansible_collections.vmfleet.backup.tests.harness.filesystems import DeadServer
 from ansible_collections.vmfleet.backup.tests.harness.images import MIB
 from ansible_collections.vmfleet.backup.tests.harness.qemu import PATIENCE, wait_until

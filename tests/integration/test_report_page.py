@@ -10,8 +10,8 @@ import typing as t
 
 import pytest
 
-from ansible_collections.vmfleet.backup.plugins.module_utils._page import page
-from ansible_collections.vmfleet.backup.plugins.module_utils._report import Run
+from ansible_collections.vmfleet.backup.plugins.module_utils._report.html import page
+from ansible_collections.vmfleet.backup.plugins.module_utils._report.run import Run
 from ansible_collections.vmfleet.backup.tests.harness.browser import Browser, Picture
 from ansible_collections.vmfleet.backup.tests.harness.reports import a_vm, failed, of_a_fleet, report, runs, told
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from ansible_collections.vmfleet.backup.plugins.module_utils._target import Target
+from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.target_image import Target
 from ansible_collections.vmfleet.backup.tests.harness.backup import arguments, partial, release
 from ansible_collections.vmfleet.backup.tests.harness.images import MIB, create, identical, write
 from ansible_collections.vmfleet.backup.tests.harness.modules import succeed

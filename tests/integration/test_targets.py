@@ -11,8 +11,9 @@ import typing as t
 
 import pytest
 
-from ansible_collections.vmfleet.backup.plugins.module_utils import _target
-from ansible_collections.vmfleet.backup.plugins.module_utils._target import Target
+from ansible_collections.vmfleet.backup.plugins.module_utils._host import preallocate
+from ansible_collections.vmfleet.backup.plugins.module_utils._qemu import target_image
+from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.target_image import Target
 from ansible_collections.vmfleet.backup.tests.harness.backup import (
     assert_good,
     backup,
@@ -45,10 +46,10 @@ TIB = 1 << 40
 def test_copy_of_a_new_image_is_like_one_from_qemu_img(
     size: int, options: dict[str, t.Any], backing: tuple[str, str] | None, directory: Path
 ) -> None:
-    made: dict[tuple[str, ...], _target.Blank] = {}
+    made: dict[tuple[str, ...], target_image.Blank] = {}
     first, second = directory / "first.qcow2", directory / "second.qcow2"
     for path in (first, second):
-        asyncio.run(_target.create(Target(str(path), "qcow2", size, **options), backing, made=made))
+        asyncio.run(target_image.create(Target(str(path), "qcow2", size, **options), backing, made=made))
     assert len(made) == 1
     assert first.read_bytes() == second.read_bytes()
     told = [info(path) for path in (first, second)]
@@ -66,10 +67,10 @@ def test_copy_of_a_new_image_is_like_one_from_qemu_img(
 
 def test_copy_of_a_new_image_takes_a_backup(vm: Qemu, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target = directory / "x.qcow2"
-    made: dict[tuple[str, ...], _target.Blank] = {}
-    asyncio.run(_target.create(Target(str(directory / "first.qcow2"), "qcow2", 64 * MIB), made=made))
+    made: dict[tuple[str, ...], target_image.Blank] = {}
+    asyncio.run(target_image.create(Target(str(directory / "first.qcow2"), "qcow2", 64 * MIB), made=made))
     monkeypatch.setenv("PATH", "")
-    asyncio.run(_target.create(Target(str(target), "qcow2", 64 * MIB), made=made))
+    asyncio.run(target_image.create(Target(str(target), "qcow2", 64 * MIB), made=made))
     monkeypatch.undo()
     backup(vm, target, mode="existing", overwrite=True)
     assert vm.disks[0].path
@@ -79,7 +80,7 @@ def test_copy_of_a_new_image_takes_a_backup(vm: Qemu, directory: Path, monkeypat
 def test_space_is_reserved_under_a_running_job(vm: Qemu, target: Path, directory: Path) -> None:
     copy = vm.freeze(vm.disks[0], directory / "frozen.qcow2")
     start_slowly(vm, target)
-    assert _target.top_up(str(partial(target)), 256 * MIB)
+    assert preallocate.top_up(str(partial(target)), 256 * MIB)
     status = partial(target).stat()
     assert status.st_blocks * 512 >= 256 * MIB
     assert status.st_size < 256 * MIB

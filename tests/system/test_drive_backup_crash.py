@@ -43,48 +43,48 @@ pytestmark = pytest.mark.usefixtures("clean")
 
 # The points, by what is done there, and in what calls that is done.
 LOCK = {
-    "_lock.locked: mkdir",
-    "_lock.locked: create",
+    "lock: mkdir",
+    "lock: create",
 }
 BEGIN = {
-    "_receipt.sweep > _target.remove: remove",
-    "_receipt.create > _target.remove: remove",
-    "_receipt.create: create",
-    "_receipt.create: pwrite",
-    "_receipt.create: truncate",
-    "_receipt.create: fsync",
-    "_receipt.create: link",
-    "_receipt.create > _target.sync_directory: fsync",
-    "_target.create: create",
-    "_target.create > _qemu_img.run: qemu-img create",
-    "_target.reserve: fallocate",
-    "_receipt.update: create",
-    "_receipt.update: pwrite",
-    "_receipt.update: truncate",
-    "_receipt.update: fsync",
-    "_receipt.update: renameat2",
-    "_receipt.update > _target.sync_directory: fsync",
+    "sweep receipts > remove: remove",
+    "create receipt > remove: remove",
+    "create receipt: create",
+    "create receipt: pwrite",
+    "create receipt: truncate",
+    "create receipt: fsync",
+    "create receipt: link",
+    "create receipt > sync directory: fsync",
+    "make image: create",
+    "make image > run: qemu-img create",
+    "reserve > allocate: fallocate",
+    "update receipt: create",
+    "update receipt: pwrite",
+    "update receipt: truncate",
+    "update receipt: fsync",
+    "update receipt: renameat2",
+    "update receipt > sync directory: fsync",
 }
 START = {
-    "_jobs.start_backups: pass a file",
-    "_jobs.start_backups: add-fd",
-    "_jobs.start_backups: drive-backup",
-    "_jobs.start_backups: remove-fd",
+    "start: pass a file",
+    "start: add-fd",
+    "start: drive-backup",
+    "start: remove-fd",
 }
 FINISH = {
-    "_target.flush: fsync",
-    "_target.flush: truncate",
-    "_target.take_name: fsync",
-    "_receipt.finish: rename",
-    "_receipt.finish > _target.remove: remove",
-    "_receipt.finish > _target.sync_directory: fsync",
-    "_jobs.dismiss_jobs: job-dismiss",
+    "flush: fsync",
+    "flush: truncate",
+    "take name: fsync",
+    "finish receipt: rename",
+    "finish receipt > remove: remove",
+    "finish receipt > sync directory: fsync",
+    "dismiss jobs: job-dismiss",
 }
 NEW_NAME = {
-    "_target.take_name: link",
-    "_target.take_name: remove",
+    "take name: link",
+    "take name: remove",
 }
-OLD_NAME = {"_target.take_name: rename"}
+OLD_NAME = {"take name: rename"}
 POINTS: dict[str, set[str]] = {
     "called": LOCK | BEGIN | START | FINISH | NEW_NAME,
     "cancelled": LOCK | BEGIN | START,

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import yaml
 
-from ansible_collections.vmfleet.backup.plugins.module_utils._metrics import HELP
+from ansible_collections.vmfleet.backup.plugins.module_utils._report.prometheus import HELP
 
 DOCS = Path(__file__).parents[2] / "docs"
 RULES = DOCS / "prometheus" / "vmfleet_backup.rules.yml"

@@ -15,24 +15,24 @@ from typing import TYPE_CHECKING, Any
 import jsonschema
 import pytest
 
-from ansible_collections.vmfleet.backup.plugins.module_utils._description import describe_vm
-from ansible_collections.vmfleet.backup.plugins.module_utils._documents import (
-    COPYING,
+from ansible_collections.vmfleet.backup.plugins.module_utils._host.machine import Hypervisor
+from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.vm_config import describe_vm
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository.create import create_repository
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository.documents import (
     Consolidation,
     DiskImage,
     Failure,
-    Growing,
-    Hypervisor,
     Intent,
     Manifest,
     Parent,
+    Phase,
     Pin,
     Protection,
     Restoration,
+    StagedDisk,
     Verification,
     VmName,
 )
-from ansible_collections.vmfleet.backup.plugins.module_utils._repository import create_repository
 from ansible_collections.vmfleet.backup.tests.harness.reports import a_vm, failed, report, told
 from ansible_collections.vmfleet.backup.tests.unit.plugins.builders import UUID, disk, vm
 from ansible_collections.vmfleet.backup.tests.unit.plugins.doubles import FakeMonitor, monitor, refusal
@@ -103,7 +103,7 @@ INTENT = Intent(
     begun=1234.5,
     deadline=None,
     checksum=True,
-    disks=(Growing(INCREMENT, f"vmfleet.671a3da2.{ATTEMPT}.0", 1 << 20),),
+    disks=(StagedDisk(INCREMENT, f"vmfleet.671a3da2.{ATTEMPT}.0", 1 << 20),),
 )
 FAILURE = Failure("033ba100fa7bedfd", "", "2026-11-22", "failed", "disk vda: No space left on device", TIME, TIME)
 PROTECTION = Protection("2026-11-22", TIME)
@@ -136,7 +136,7 @@ CLASSES = {
     ("intent", "disk"): DiskImage,
     ("intent", "parent"): Parent,
     ("intent", "hypervisor"): Hypervisor,
-    ("intent", "growing"): Growing,
+    ("intent", "growing"): StagedDisk,
     ("failure", ""): Failure,
     ("protection", ""): Protection,
     ("pin", ""): Pin,
@@ -236,7 +236,9 @@ def test_all_files_say_the_same_of_a_disk(name: str) -> None:
             "manifest", replace(MANIFEST, hypervisor=None, consistency_reason="no agent"), id="manifest, little"
         ),
         pytest.param("intent", INTENT, id="intent"),
-        pytest.param("intent", replace(INTENT, process=(), deadline=5.0, phase=COPYING, agent="/x"), id="intent, TCP"),
+        pytest.param(
+            "intent", replace(INTENT, process=(), deadline=5.0, phase=Phase.COPYING, agent="/x"), id="intent, TCP"
+        ),
         pytest.param("failure", FAILURE, id="failure"),
         pytest.param("failure", replace(FAILURE, state="cancelled", attempt=ATTEMPT), id="failure, cancelled"),
         pytest.param("protection", PROTECTION, id="protection"),

@@ -14,20 +14,21 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ansible_collections.vmfleet.backup.plugins.module_utils._chain import set_level
-from ansible_collections.vmfleet.backup.plugins.module_utils._documents import (
+from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup.receipt import Record
+from ansible_collections.vmfleet.backup.plugins.module_utils._host.machine import Hypervisor, machine_id
+from ansible_collections.vmfleet.backup.plugins.module_utils._host.process import Process
+from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.model import Bitmap, Disk, Job, Vm
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository.chain import set_level
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository.documents import (
     DiskImage,
-    Growing,
-    Hypervisor,
     Intent,
     Manifest,
     Parent,
+    StagedDisk,
     VmName,
 )
-from ansible_collections.vmfleet.backup.plugins.module_utils._inspect import Bitmap, Disk, Job, Vm, machine_id
-from ansible_collections.vmfleet.backup.plugins.module_utils._qmp import Process
-from ansible_collections.vmfleet.backup.plugins.module_utils._receipt import Record
-from ansible_collections.vmfleet.backup.plugins.module_utils._repository import MANIFEST, Repository, write_document
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository.json_file import write_document
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository.repository import MANIFEST, Repository
 
 MIB = 1024 * 1024
 SIZE = 16 * MIB
@@ -191,7 +192,7 @@ def intent(set_id: str = "s1", *images: DiskImage, **values: Any) -> Intent:
         "begun": 100.0,
         "deadline": None,
         "checksum": True,
-        "disks": tuple(Growing(disk, f"job{number}", MIB) for number, disk in enumerate(disks)),
+        "disks": tuple(StagedDisk(disk, f"job{number}", MIB) for number, disk in enumerate(disks)),
         **values,
     }
     return Intent(**{"id": set_id, **given})

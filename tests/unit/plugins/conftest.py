@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from ansible_collections.vmfleet.backup.plugins.module_utils._repository import create_repository
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository.create import create_repository
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from ansible_collections.vmfleet.backup.plugins.module_utils._repository import Repository
+    from ansible_collections.vmfleet.backup.plugins.module_utils._repository.repository import Repository
 
 
 @pytest.fixture

@@ -11,15 +11,16 @@ import fcntl
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
-from ansible_collections.vmfleet.backup.plugins.module_utils._errors import CommandError
-from ansible_collections.vmfleet.backup.plugins.module_utils._inspect import (
-    Vm,
-    inspect_vm,
-)
-from ansible_collections.vmfleet.backup.plugins.module_utils._qmp import Address, Monitor, Process
+from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import CommandError
+from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.monitor import Address, Monitor
+from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.query import inspect_vm
 from ansible_collections.vmfleet.backup.tests.unit.plugins.builders import MIB, SIZE, UUID
+
+if TYPE_CHECKING:
+    from ansible_collections.vmfleet.backup.plugins.module_utils._host.process import Process
+    from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.model import Vm
 
 
 class FakeMonitor:

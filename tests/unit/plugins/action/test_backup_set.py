@@ -14,7 +14,7 @@ import pytest
 from ansible.errors import AnsibleConnectionFailure
 
 from ansible_collections.vmfleet.backup.plugins.action import backup_set
-from ansible_collections.vmfleet.backup.plugins.module_utils._outcome import Outcome, results
+from ansible_collections.vmfleet.backup.plugins.module_utils._backup.outcome import Outcome, results
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

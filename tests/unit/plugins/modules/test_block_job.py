@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from ansible_collections.vmfleet.backup.plugins.module_utils._errors import BackupError, CommandError
+from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import BackupError, CommandError
 from ansible_collections.vmfleet.backup.plugins.modules import block_job
 from ansible_collections.vmfleet.backup.tests.unit.plugins.builders import job
 from ansible_collections.vmfleet.backup.tests.unit.plugins.doubles import FakeMonitor, jobs, refusal
 from ansible_collections.vmfleet.backup.tests.unit.plugins.doubles import block_job as entry
 
 if TYPE_CHECKING:
-    from ansible_collections.vmfleet.backup.plugins.module_utils._inspect import Job
+    from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.model import Job
 
 RUNNING = job("j0")
 PAUSED = job("j0", "paused", paused=True)

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from ansible_collections.vmfleet.backup.plugins.module_utils._errors import BackupError, MonitorGone, Refused
+from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import BackupError, MonitorGone, Refused
 from ansible_collections.vmfleet.backup.plugins.modules import vm_info
 from ansible_collections.vmfleet.backup.tests.unit.plugins.doubles import FakeMonitor, Node, answers, device, refusal
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from ansible_collections.vmfleet.backup.plugins.module_utils._qmp import Address
+    from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.monitor import Address
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from ansible_collections.vmfleet.backup.plugins.module_utils._outcome import Outcome
+from ansible_collections.vmfleet.backup.plugins.module_utils._backup.outcome import Outcome
 from ansible_collections.vmfleet.backup.plugins.plugin_utils._progress import Progress, duration
 
 MIB = 1 << 20

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from ansible_collections.vmfleet.backup.plugins.module_utils._outcome import (
+from ansible_collections.vmfleet.backup.plugins.module_utils._backup.outcome import (
     Outcome,
     describe,
     diff,

@@ -1,0 +1,139 @@
+# Copyright (c) 2026, vmfleet contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Judge what has become of an attempt."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from .._common.words import Word
+from .._plan.disks import plan_disks
+from .._plan.levels import ChainLink
+from .._plan.model import Action
+from .._qemu.model import IO_ERROR
+from .._repository import chain
+from .._repository.chain import Level
+from .._repository.documents import Phase
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from .._plan.model import Decision, DiskPlan, Observation, VmPlan
+    from .._qemu.model import Job, Vm
+    from .._repository.documents import Intent
+    from .._repository.repository import VmRecords
+
+
+class AttemptStatus(Word):
+    """What has become of an attempt."""
+
+    RUNNING = "running"
+    COPIED = "copied"
+    INTERRUPTED = "interrupted"
+    BROKEN = "broken"
+    GIVEN_UP = "given up"
+    UNREACHABLE = "unreachable"
+
+
+CANCELLED = "Operation canceled"
+"""QEMU's words for a cancelled job."""
+
+
+def keep_planned_fulls(decision: Decision, planned: VmPlan) -> Decision:
+    """The decision, with a full image wherever the plan had one: what has changed since makes a run safer only."""
+    if planned.action != Action.START:
+        return decision
+    full = {disk.name: disk.reason for disk in planned.disks if disk.level == Level.FULL}
+    links = tuple(
+        ChainLink(Level.FULL, full[disk.name]) if disk.name in full else link
+        for disk, link in zip(decision.choice.disks, decision.links)
+    )
+    disks = plan_disks(decision.choice.disks, links)
+    level = chain.set_level(disk.level for disk in disks)
+    return replace(decision, links=links, plan=replace(decision.plan, disks=disks, level=level))
+
+
+def changes(planned: VmPlan, disks: Iterable[DiskPlan]) -> tuple[str, ...]:
+    """What goes otherwise than planned."""
+    before = {disk.name: disk for disk in planned.disks} if planned.action == Action.START else {}
+    return tuple(
+        f"disk {disk.name} is {disk.level} instead of {before[disk.name].level}: {disk.reason}"
+        for disk in disks
+        if disk.name in before and disk.level != before[disk.name].level
+    )
+
+
+@dataclass(frozen=True)
+class AttemptState:
+    """What has become of an attempt. C(error) says why it is broken, or why nobody can tell."""
+
+    state: str
+    error: str = ""
+
+
+def judge(intent: Intent, facts: Observation, shelf: VmRecords, now: float) -> AttemptState:
+    """What has become of an attempt, at C(now) seconds of the hypervisor's CLOCK_BOOTTIME."""
+    failure = shelf.failure(intent.id)
+    if failure and failure.attempt == intent.attempt:
+        return AttemptState(AttemptStatus.GIVEN_UP, failure.error)
+    if intent.attempt in shelf.described:
+        return AttemptState(AttemptStatus.COPIED)
+    if intent.attempt in facts.dead:
+        if intent.phase == Phase.PREPARING:
+            return AttemptState(AttemptStatus.INTERRUPTED)
+        return AttemptState(AttemptStatus.BROKEN, "QEMU ended, or was restarted, while the set was made")
+    if facts.vm is None:
+        return AttemptState(AttemptStatus.UNREACHABLE, facts.error)
+    return _judge_jobs(intent, facts.vm, now)
+
+
+def _judge_jobs(intent: Intent, vm: Vm, now: float) -> AttemptState:
+    jobs = {disk.image.name: vm.job(disk.job) for disk in intent.disks}
+    if intent.phase == Phase.PREPARING and not any(jobs.values()):
+        return AttemptState(AttemptStatus.INTERRUPTED)
+    errors = [f"disk {disk}: {_job_error(job)}" for disk, job in jobs.items() if _job_error(job)]
+    if errors:
+        return AttemptState(AttemptStatus.BROKEN, "; ".join(errors))
+    if all(job and job.ended for job in jobs.values()):
+        return _judge_sizes(intent, vm)
+    if intent.deadline is not None and now >= intent.deadline:
+        return AttemptState(
+            AttemptStatus.BROKEN, f"not done within the timeout of {intent.deadline - intent.begun:g} s"
+        )
+    return AttemptState(AttemptStatus.RUNNING)
+
+
+def _judge_sizes(intent: Intent, vm: Vm) -> AttemptState:
+    """A disk that is cut short while it is copied leaves an image that lacks the end, and no error.
+
+    QEMU refuses that for a disk with a job, but not through a filter (such as a throttle) above its node.
+    """
+    now = {disk.node: disk.virtual_size for disk in vm.disks}
+    for disk in intent.disks:
+        if now.get(disk.image.node, disk.image.virtual_size) < disk.image.virtual_size:
+            return AttemptState(AttemptStatus.BROKEN, f"disk {disk.image.name} has been shrunk while it was copied")
+    return AttemptState(AttemptStatus.COPIED)
+
+
+def _job_error(job: Job | None) -> str:
+    """Why a job comes to nothing; empty while it runs, and where it has ended well."""
+    if job is None:
+        return "its job was dismissed by somebody else: nobody knows how it ended"
+    if not job.ended or (job.status == "concluded" and not job.error):
+        return ""
+    return "cancelled from outside" if job.error == CANCELLED else job.error or f"its job ended as {job.status}"
+
+
+def guest_stopped_by(intent: Intent, facts: Observation) -> bool:
+    """Whether a VM stands still because of our target: only then is it ours to let it go on.
+
+    A target whose space is not reserved may have been full for a moment: neither it nor the job tells of that later. To
+    go on does no harm to a VM that has stopped for another reason: it tries its write again, and stops again.
+    """
+    if facts.vm is None or facts.vm.status != IO_ERROR or intent.guest == IO_ERROR:
+        return False
+    in_error = any(job.id in intent.jobs and (job.error or job.io_status != "ok") for job in facts.vm.jobs)
+    return in_error or not intent.reserved

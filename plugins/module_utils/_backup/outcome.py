@@ -1,0 +1,180 @@
+# Copyright (c) 2026, vmfleet contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""What has become of the VMs of a run: as return values, as a summary, and for people to read."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+from .._common.formats import human
+from .._common.words import Word
+from .._repository.names import column
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+    from typing import Any
+
+    from .._repository.documents import DiskImage
+
+
+class VmState(Word):
+    """What has become of a VM in a run."""
+
+    PUBLISHED = "published"
+    RUNNING = "running"
+    QUEUED = "queued"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+    SKIPPED = "skipped"
+    UNTRACKED = "untracked"
+
+
+STATES = (
+    VmState.PUBLISHED,
+    VmState.RUNNING,
+    VmState.QUEUED,
+    VmState.FAILED,
+    VmState.CANCELLED,
+    VmState.SKIPPED,
+    VmState.UNTRACKED,
+)
+UNFINISHED = (VmState.RUNNING, VmState.QUEUED)
+STOPPING = (VmState.CANCELLED, VmState.UNTRACKED)
+"""What may be asked for instead of sets."""
+
+
+@dataclass(frozen=True)
+class DiskOutcome:
+    """One disk of a set: its level and why it has that. C(bytes) is the size of its image."""
+
+    name: str
+    level: str
+    reason: str
+    parent: str | None
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What has become of one VM's set. C(consistency) is empty where there is none.
+
+    C(offset) of C(len) bytes have been copied, where the jobs still run.
+    """
+
+    name: str
+    id: str
+    state: str
+    level: str = ""
+    bytes: int = 0
+    duration: float = 0.0
+    consistency: str = ""
+    consistency_reason: str = ""
+    frozen_ms: int = 0
+    path: str = ""
+    error: str = ""
+    reason: str = ""
+    warnings: tuple[str, ...] = ()
+    disks: tuple[DiskOutcome, ...] = ()
+    changed: bool = False
+    offset: int = 0
+    len: int = 0
+
+    def describe(self, width: int) -> list[str]:
+        said = self.error or self.reason
+        if self.state == VmState.PUBLISHED:
+            frozen = f" (frozen for {self.frozen_ms} ms)" if self.frozen_ms else ""
+            written = f"{human(self.bytes)} in {self.duration:.1f} s"
+            said = f"{self.level}, {self.consistency} consistent{frozen}, {written}, {self.path}"
+            if not self.changed:
+                said += " (was there)"
+        indent = " " * (9 + 2 + width + 2)
+        return [f"{self.state:9}  {self.name:{width}}  {said}", *(f"{indent}{warning}" for warning in self.warnings)]
+
+
+def of_disks(images: Iterable[DiskImage]) -> tuple[DiskOutcome, ...]:
+    return tuple(
+        DiskOutcome(image.name, image.level, image.reason, image.parent.id if image.parent else None, image.bytes)
+        for image in images
+    )
+
+
+def results(outcomes: Iterable[Outcome]) -> list[dict[str, Any]]:
+    return [asdict(outcome) for outcome in outcomes]
+
+
+def of_result(found: Mapping[str, Any]) -> Outcome:
+    """The outcome that C(results) has written."""
+    disks = tuple(DiskOutcome(**disk) for disk in found["disks"])
+    return Outcome(**{**found, "warnings": tuple(found["warnings"]), "disks": disks})
+
+
+def summarize(outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    """How many VMs are in which state, and what was written."""
+    counts: dict[str, Any] = {state: sum(outcome.state == state for outcome in outcomes) for state in STATES}
+    counts["changed"] = sum(outcome.changed for outcome in outcomes)
+    counts["bytes"] = sum(outcome.bytes for outcome in outcomes if outcome.changed)
+    return counts
+
+
+def headline(outcomes: Sequence[Outcome], wanted: str, check_mode: bool = False) -> str:
+    """Return what has become of all VMs, in one line; a second one says of which kinds their sets are."""
+    counts = summarize(outcomes)
+    if wanted in STOPPING:
+        stopped = len(outcomes) - counts[VmState.FAILED]
+        things = "sets" if wanted == VmState.CANCELLED else "VMs"
+        verb = "would be" if check_mode else ""
+        nothing = "no set is being made" if wanted == VmState.CANCELLED else "no VM is named"
+        return " ".join(filter(None, (str(stopped), things, verb, wanted))) if outcomes else nothing
+    written = human(counts["bytes"]) if counts["bytes"] else "nothing"
+    failed = counts[VmState.FAILED] + counts[VmState.CANCELLED]
+    first = (
+        f"{counts[VmState.PUBLISHED]} of {len(outcomes)} VMs have their set, {failed} failed,"
+        f" {counts[VmState.SKIPPED]} skipped, {written} written"
+    )
+    return "\n".join(filter(None, (first, _kinds(outcomes))))
+
+
+def _kinds(outcomes: Iterable[Outcome]) -> str:
+    """Return how many sets of which level there are, and how many are consistent in which way."""
+    published = [outcome for outcome in outcomes if outcome.state == VmState.PUBLISHED]
+    levels = [outcome.level for outcome in published]
+    consistencies = [f"{outcome.consistency} consistent" for outcome in published]
+    return ", ".join(f"{kinds.count(kind)} {kind}" for kinds in (levels, consistencies) for kind in sorted(set(kinds)))
+
+
+def describe(outcomes: Sequence[Outcome]) -> list[str]:
+    """The results for people to read, what went wrong last."""
+    width = column(outcome.name for outcome in outcomes)
+    ordered = sorted(outcomes, key=lambda one: one.state in (VmState.FAILED, VmState.CANCELLED))
+    return [line for outcome in ordered for line in outcome.describe(width)]
+
+
+def diff(outcomes: Iterable[Outcome]) -> dict[str, str]:
+    """The sets before and after; nothing differs where nothing has changed."""
+    before, after = "", ""
+    for outcome in outcomes:
+        was = "not published" if outcome.changed else outcome.state
+        before += f"{outcome.name}/{outcome.id}: {was}\n"
+        after += f"{outcome.name}/{outcome.id}: {outcome.state}\n"
+    return {"before": before, "after": after}
+
+
+def failure(outcomes: Sequence[Outcome], set_id: str, wanted: str) -> str:
+    """What the module says when not every VM is where it should be; empty where all are."""
+    bad_states = (VmState.FAILED,) if wanted in STOPPING else (VmState.FAILED, VmState.CANCELLED)
+    bad = [outcome for outcome in outcomes if outcome.state in bad_states]
+    if not bad:
+        return ""
+    if wanted in STOPPING:
+        return f"{len(bad)} of {len(outcomes)} VMs could not be {wanted}: {_reasons(bad)}"
+    return (
+        f"{len(bad)} of {len(outcomes)} VMs have no set {set_id}: {_reasons(bad)}."
+        f" Run the backup again with id {set_id}: sets that are there stay as they are"
+    )
+
+
+def _reasons(outcomes: Iterable[Outcome]) -> str:
+    return "; ".join(f"{outcome.name}: {outcome.error}" for outcome in outcomes)

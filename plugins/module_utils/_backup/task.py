@@ -1,0 +1,88 @@
+# Copyright (c) 2026, vmfleet contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Hold what a run knows of a VM beyond disk and QEMU."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .._host.process import Process
+    from .._plan.model import Request, VmPlan
+    from .._qemu.model import Vm
+    from .._repository.documents import DiskImage, Intent
+
+
+FIRST_PAUSE = 0.05
+LONGEST_PAUSE = 1.0
+PAUSE_GROWTH = 1.5
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a run goes. Times are seconds; 0 waits without end. The last three are those of _plan.Terms.
+
+    C(bandwidth) is bytes/s for all jobs together, 0 for no limit; C(slice) is when to come back, done or not. Without
+    C(begin), what is being made is gone on with, and nothing else.
+    """
+
+    state: str = "completed"
+    max_vms: int = 4
+    bandwidth: int = 0
+    slice: float = 0
+    timeout: float = 0
+    stall_timeout: float = 600
+    unattended: bool = False
+    begin: bool = True
+    check_mode: bool = False
+    takeover: bool = False
+    supersede: bool = False
+    adopt: bool = False
+
+
+@dataclass
+class VmTask:
+    """What this process knows of one VM beyond disk and QEMU. Losing it costs time only."""
+
+    planned: VmPlan
+    changed: bool = False
+    safe: dict[str, tuple[DiskImage, ...]] = field(default_factory=dict)
+    """Finished images on stable storage, by attempt."""
+    spoiled: dict[str, str] = field(default_factory=dict)
+    """Why finished images could not be brought there, by attempt."""
+    order: tuple[str, int] = ("", 0)
+    """Its place among those that wait for their turn: when its newest set was begun, and its place in the plan."""
+    progress: tuple[str, int, float] = ("", -1, 0.0)
+    """Attempt, bytes copied, and when that was first seen."""
+    moved: bool = False
+    """Whether this process has seen it advance."""
+    fresh: bool = True
+    """Whether nothing was done for it yet, and all that is known of it is the plan."""
+    called: Process | None = None
+    """The QEMU of a VM that was told to wait for its turn to start a set."""
+    copying: tuple[Vm, Intent] | None = None
+    """The VM as it was when its jobs were last seen to run, and whose jobs they are."""
+    followed: Intent | None = None
+    """The last attempt whose jobs may run on this hypervisor."""
+    cut_off: bool = False
+    """Whether the connection has broken off once while a set was started."""
+    silent_since: float = 0.0
+    """When its monitor was first found not to answer."""
+    pause: float = FIRST_PAUSE
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def request(self) -> Request:
+        return self.planned.request
+
+    def next_pause(self) -> float:
+        """Seconds until the next look: short at first, as most sets are small."""
+        pause, self.pause = self.pause, min(self.pause * PAUSE_GROWTH, LONGEST_PAUSE)
+        return pause
+
+    def warn(self, text: str) -> None:
+        if text not in self.warnings:
+            self.warnings.append(text)

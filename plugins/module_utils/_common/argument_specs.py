@@ -1,0 +1,52 @@
+# Copyright (c) 2026, vmfleet contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""What options of several modules share: argument specs, each with a documentation fragment of its name, and times."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from .errors import Refused
+from .formats import seconds
+
+if TYPE_CHECKING:
+    from typing import Any
+
+
+def duration(option: str, text: str) -> float:
+    """The seconds of an option that is a time, such as C(90), C(10m) or C(1.5h)."""
+    try:
+        return seconds(text)
+    except ValueError as error:
+        raise Refused(option, f"{error}; 0 waits without limit") from None
+
+
+def monitor_argument_spec() -> dict[str, Any]:
+    """The documentation is in C(doc_fragments/monitor.py)."""
+    return {"monitor": {"type": "str", "required": True}}
+
+
+def drive_argument_spec(required: bool = False, defaults: bool = False) -> dict[str, Any]:
+    """One drive of drive_backup: on its own (C(defaults)), or as an element of C(drives) (C(required))."""
+    on_error = ["report", "ignore", "enospc", "stop"]
+    spec: dict[str, Any] = {
+        "device": {"type": "str", "required": required},
+        "target": {"type": "str", "required": required},
+        "format": {"type": "str"},
+        "mode": {"type": "str", "choices": ["absolute-paths", "existing"], "default": "absolute-paths"},
+        "speed": {"type": "bytes", "default": "0"},
+        "on_source_error": {"type": "str", "choices": on_error, "default": "report"},
+        "on_target_error": {"type": "str", "choices": on_error, "default": "report"},
+        "sync": {"type": "str", "choices": ["full", "top", "incremental", "bitmap"], "default": "full"},
+        "bitmap": {"type": "str"},
+        "bitmap_mode": {"type": "str", "choices": ["on-success", "never", "always"]},
+        "compress": {"type": "bool", "default": False},
+        "job_id": {"type": "str"},
+        "receipt": {"type": "path"},
+    }
+    if not defaults:
+        for option in spec.values():
+            option.pop("default", None)
+    return spec

@@ -1,0 +1,96 @@
+# Copyright (c) 2026, vmfleet contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""The exceptions of the collection, and the one place that turns them into a module's failure."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from typing import Any
+
+
+class BackupError(Exception):
+    """What happened, to which VM and disk, and what to do. C(details) become return values of the failing module."""
+
+    def __init__(self, message: str, **details: Any) -> None:
+        super().__init__(message)
+        self.details = details
+
+
+class Refused(BackupError):
+    """Bad input, found before anything was changed. The message begins with the option's name."""
+
+    def __init__(self, option: str, reason: str) -> None:
+        super().__init__(f"{option}: {reason}")
+        self.option = option
+
+
+class MonitorError(BackupError):
+    """The monitor cannot be reached, or the conversation with it broke off."""
+
+
+class MonitorGone(MonitorError):
+    """Nobody serves the monitor's address: the VM is off, or its QEMU has ended."""
+
+
+class MonitorTimeout(MonitorError):
+    """The monitor did not answer in time."""
+
+
+class CommandError(BackupError):
+    """QEMU refused a QMP command."""
+
+    def __init__(self, monitor: str, command: str, error_class: str, description: str) -> None:
+        super().__init__(f"{monitor}: QEMU refused {command}: {description.strip()}")
+        self.command = command
+        self.error_class = error_class
+        self.description = description.strip()
+
+
+class AgentError(BackupError):
+    """The guest agent cannot be asked, or does not do what it was asked for."""
+
+
+class ToolError(BackupError):
+    """qemu-img is missing, failed, or took too long."""
+
+
+class RepositoryHangs(BackupError):
+    """The repository's file system has ceased to answer. What was asked of it last may yet be done, or never."""
+
+
+class JobFailed(BackupError):
+    """A backup did not end well; everything of that attempt has been cleaned up, or the message says what was not."""
+
+
+def internal(error: Exception) -> str:
+    """What is told of a defect of ours that shows with one VM; the traceback is to go with it as a warning."""
+    return f"internal error: {error!r}; report it with the warning"
+
+
+@contextlib.contextmanager
+def after(first: BaseException | str) -> Iterator[None]:
+    """Have what goes wrong with the end of something told after the reason for that end, which matters more."""
+    try:
+        yield
+    except MonitorError:
+        # Whether QEMU can be asked is decided by others.
+        raise
+    except (BackupError, OSError) as error:
+        kind = type(error) if isinstance(error, (RepositoryHangs, JobFailed)) else BackupError
+        details = error.details if isinstance(error, BackupError) else {}
+        cause = first if isinstance(first, str) else in_words(first)
+        raise kind(f"{cause}; and then: {in_words(error)}", **details) from error
+
+
+def in_words(error: BaseException) -> str:
+    """Return what an error says, in words: an OSError with the file first, and without its number."""
+    if not isinstance(error, OSError) or not error.strerror:
+        return str(error)
+    return f"{os.fsdecode(error.filename)}: {error.strerror}" if error.filename else error.strerror

@@ -1,0 +1,62 @@
+# Copyright (c) 2026, vmfleet contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Times and sizes, as they are taken, written and read."""
+
+from __future__ import annotations
+
+import re
+import time
+from datetime import datetime, timezone
+
+
+def boottime() -> float:
+    """Seconds of a clock that nobody sets, and that goes on while the machine sleeps."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+def utc_now() -> str:
+    """The time as it stands in documents."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds").replace("+00:00", "Z")
+
+
+def parse_time(text: str) -> datetime:
+    """A time in ISO 8601; without a zone it is UTC. ValueError where it is none."""
+    # Python 3.8 knows no Z.
+    found = datetime.fromisoformat(text.replace("Z", "+00:00"))
+    return found if found.tzinfo else found.replace(tzinfo=timezone.utc)
+
+
+SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
+
+
+def seconds(text: str) -> float:
+    """C(90), C(10m) or C(1.5h) in seconds. ValueError where it is none."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd]?)", text.strip())
+    if not match:
+        raise ValueError(f"{text!r} is not a number of seconds, nor one with s, m, h or d, such as '10m'")
+    return float(match.group(1)) * SECONDS[match.group(2)]
+
+
+def human(size: int) -> str:
+    """C(33.6 MiB)"""
+    if size < 1024:
+        return f"{size} B"
+    number = size / 1024
+    for unit in ("KiB", "MiB", "GiB"):
+        if number < 1024:
+            return f"{number:.1f} {unit}"
+        number /= 1024
+    return f"{number:.1f} TiB"
+
+
+def amount(size: int) -> str:
+    """Return a size within a sentence: C(33.6 MiB), or C(0 Bytes)."""
+    return human(size) if size else "0 Bytes"
+
+
+def seconds_since(moment: str) -> float:
+    """Seconds since a time that was written down, maybe by another process; 0 where the clock was set back."""
+    then = datetime.fromisoformat(moment.replace("Z", "+00:00"))
+    return max(0.0, (datetime.now(timezone.utc) - then).total_seconds())

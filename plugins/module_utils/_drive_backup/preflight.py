@@ -1,0 +1,222 @@
+# Copyright (c) 2026, vmfleet contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""What drive_backup refuses after a look at the VM and the target, before the first file or job exists."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from .._common.errors import BackupError, Refused, ToolError
+from .._host import files, preallocate
+from .._qemu import image_lock, image_size, qemu_img, target_image
+from . import receipt
+from .receipt import ReceiptPhase
+from .request import NO_KEY
+from .status import CopyState
+
+if TYPE_CHECKING:
+    from .._qemu.model import Disk, Vm
+    from .request import Drive
+    from .status import Copy
+
+
+async def prepare_target(vm: Vm, copy: Copy, overwrite: bool) -> target_image.Target:
+    """The target to be written, after every check that needs the VM or the file."""
+    drive, disk = copy.drive, copy.disk
+    _refuse_own_image(drive, vm)
+    if vm.cannot_copy(disk):
+        raise Refused("device", vm.cannot_copy(disk))
+    _refuse_bitmap(drive, disk, vm)
+    image_format = drive.format or "qcow2"
+    if drive.existing:
+        image_format = await _existing_format(drive, disk)
+    else:
+        await _check_format(image_format)
+    if drive.compress and image_format == "raw":
+        raise Refused("compress", f"{drive.target} is a raw image, which cannot be compressed")
+    if copy.found in (CopyState.OCCUPIED, CopyState.DONE) and not overwrite:
+        await _refuse_overwriting(copy, image_format)
+    elif copy.found in (CopyState.OCCUPIED, CopyState.DONE):
+        _refuse_hidden(copy, vm)
+    await _refuse_used(drive, image_format)
+    return target_image.Target(
+        path=drive.image_path,
+        format=image_format,
+        size=disk.virtual_size,
+        expected=await image_size.expected_bytes(disk, image_format, drive.sync, drive.bitmap),
+        compress=drive.compress,
+        block_device=files.is_block_device(drive.target),
+    )
+
+
+def refuse_busy(vm: Vm, starting: list[Copy]) -> None:
+    """Refuse to start beside any other block job: two backups of one node can kill QEMU."""
+    others = vm.active_jobs()
+    if others:
+        raise BackupError(
+            "VM {} is busy: {}; wait for its end, or cancel it with block_job, then repeat the backup of {}".format(
+                vm.name,
+                ", ".join(f"job {job.id} ({job.type}, {job.status})" for job in others),
+                ", ".join(copy.who for copy in starting),
+            )
+        )
+    for copy in starting:
+        if copy.drive.job_id and vm.job(copy.drive.job_id):
+            raise Refused(
+                "job_id",
+                f"{copy.drive.job_id} is taken by an ended job on VM {vm.name}; dismiss that one with block_job",
+            )
+
+
+def refuse_encrypted(vm: Vm, starting: list[Copy]) -> None:
+    """Refuse to copy what is encrypted at rest: its copy is not."""
+    encrypted = ", ".join(copy.disk.name for copy in starting if copy.disk.encrypted)
+    if encrypted:
+        raise Refused(
+            "encrypted_source",
+            f"disk {encrypted} of VM {vm.name} is encrypted at rest, and its copy would not be; leave it out, or let it"
+            " be copied with encrypted_source: warn",
+        )
+
+
+def refuse_lost_increment(copy: Copy, accepted: bool) -> None:
+    """QEMU clears the bitmap of an incremental copy at its end; a copy that is lost after that leaves a gap."""
+    record = copy.record
+    if copy.found != CopyState.DEAD or record is None or not record.consumes_bitmap or accepted:
+        return
+    if record.phase not in (ReceiptPhase.COPYING, ReceiptPhase.COPIED):
+        return
+    raise BackupError(
+        f"bitmap: the increment of {copy.who} that was started at {record.started} is lost ({copy.reason}), and QEMU"
+        f" may have cleared bitmap {record.bitmap} by then:"
+        " further increments could miss its changes. Make a full backup and begin a new chain; overwrite: true goes on"
+        f" all the same, and removes {receipt.record_path(copy.drive.receipt_path)}"
+    )
+
+
+def _refuse_own_image(drive: Drive, vm: Vm) -> None:
+    for path in (drive.target, drive.image_path):
+        for own in (*vm.files, *_open_files(vm)):
+            try:
+                same = os.path.samefile(path, own)
+            except OSError:
+                same = os.path.normpath(path) == os.path.normpath(own)
+            if same:
+                raise Refused("target", f"{path} is an image of VM {vm.name} itself")
+
+
+def _open_files(vm: Vm) -> list[str]:
+    """What QEMU has open, whatever it is called where QEMU is; nothing where that is not to be seen."""
+    directory = f"/proc/{vm.process.pid}/fd" if vm.process else ""
+    try:
+        return [os.path.join(directory, fd) for fd in os.listdir(directory)] if directory else []
+    except OSError:
+        return []
+
+
+def _refuse_hidden(copy: Copy, vm: Vm) -> None:
+    """Refuse to replace what may be an image of the VM itself. That an image is not locked proves little: QEMU can be
+    told not to lock them.
+    """
+    target = copy.drive.target
+    is_ours = copy.record is not None and copy.record.matches(os.stat(target), files.is_block_device(target))
+    if vm.hidden_files and not is_ours:
+        raise Refused(
+            "target",
+            f"{target} exists, no receipt says that it is a backup, and it may be an image of VM {vm.name} itself:"
+            f" which files {', '.join(vm.hidden_files)} of that VM are cannot be seen from here. Use another target; or"
+            " remove it yourself, if it may go; or run this where QEMU can be seen, over a monitor on a UNIX socket",
+        )
+
+
+def _refuse_bitmap(drive: Drive, disk: Disk, vm: Vm) -> None:
+    if not drive.bitmap:
+        return
+    bitmap = disk.bitmap(drive.bitmap)
+    if bitmap is None:
+        known = ", ".join(found.name for found in disk.bitmaps) or "none"
+        raise Refused("bitmap", f"disk {disk.name} of VM {vm.name} has no bitmap {drive.bitmap!r}; it has: {known}")
+    if bitmap.unusable:
+        raise Refused(
+            "bitmap",
+            f"{bitmap.name} of disk {disk.name}, VM {vm.name}, {bitmap.unusable}; make a full backup",
+        )
+    below = [layer.node for layer in vm.chain(disk)[1:] if layer.bitmap(drive.bitmap)]
+    if below and drive.sync in ("incremental", "bitmap"):
+        # libvirt puts an empty one of the same name onto the overlay of an external snapshot.
+        raise Refused(
+            "bitmap",
+            f"{bitmap.name} of disk {disk.name}, VM {vm.name}, is also in a layer below (node {', '.join(below)}):"
+            " somebody took an external snapshot, and the writes before it are marked there only. Commit the snapshot,"
+            " merge the bitmaps (block-dirty-bitmap-merge) into one of another name, or make a full backup",
+        )
+
+
+async def _check_format(image_format: str) -> None:
+    try:
+        await qemu_img.run(qemu_img.options_command(image_format))
+    except qemu_img.NotInstalled:
+        raise
+    except ToolError as error:
+        raise Refused("format", f"qemu-img cannot make an image of format {image_format!r}") from error
+
+
+async def _existing_format(drive: Drive, disk: Disk) -> str:
+    """The format of an existing target, which must be given where it is raw: anything can be taken for raw."""
+    try:
+        info = await qemu_img.run_json(qemu_img.info_command(drive.target, drive.format))
+    except ToolError as error:
+        raise Refused("target", f"{drive.target} cannot be used: {error}") from error
+    if info.get("encrypted") and drive.compress:
+        raise Refused(
+            "compress",
+            f"{drive.target} is encrypted, and QEMU writes compressed data into such an image in the clear; {NO_KEY}",
+        )
+    if info.get("encrypted"):
+        raise Refused("target", f"{drive.target} is encrypted: {NO_KEY}")
+    if info["format"] == "raw" and drive.format != "raw":
+        raise Refused("format", f"{drive.target} looks raw; say format: raw if it is meant to be")
+    rounded = -(-disk.virtual_size // preallocate.SECTOR) * preallocate.SECTOR
+    if info["virtual-size"] != rounded:
+        raise Refused(
+            "target",
+            f"{drive.target} has {info['virtual-size']} bytes, and disk {disk.name} has {disk.virtual_size};"
+            " they must be equal",
+        )
+    return str(info["format"])
+
+
+async def _refuse_overwriting(copy: Copy, image_format: str) -> None:
+    drive = copy.drive
+    if drive.existing and copy.record is None:
+        if files.is_block_device(drive.target):
+            return
+        # Nothing is lost in an image that holds nothing, such as one just made with qemu-img create.
+        extents = await qemu_img.run_json(qemu_img.map_command(drive.target, image_format))
+        if not any(extent["data"] and extent["depth"] == 0 for extent in extents):
+            return
+    reason = copy.reason or "was made at another moment than the other drives' targets"
+    raise Refused("target", f"{drive.target} exists, and {reason}; use another target, or overwrite: true")
+
+
+async def _refuse_used(drive: Drive, image_format: str) -> None:
+    """Refuse a target that another process has open as an image, or that is mounted."""
+    if not os.path.exists(drive.target):
+        return
+    if files.is_block_device(drive.target):
+        try:
+            os.close(os.open(drive.target, os.O_RDWR | os.O_EXCL | os.O_CLOEXEC))
+        except OSError as error:
+            raise Refused(
+                "target", f"{drive.target} is in use (mounted, or part of a volume): {error.strerror}"
+            ) from error
+    if image_lock.is_locked(drive.target):
+        raise Refused("target", f"{drive.target} is in use by another process, a VM most often; see `fuser` of it")
+    try:
+        await qemu_img.run(qemu_img.info_command(drive.target, image_format if drive.existing else ""))
+    except ToolError as error:
+        if "lock" in str(error):
+            raise Refused("target", f"{drive.target} is in use by another process: {error}") from error

@@ -1,0 +1,239 @@
+# Copyright (c) 2026, vmfleet contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""The memory that drive_backup keeps beside a target.
+
+While an image grows, C(<receipt>.partial) is its record: who makes it, with which job, how far it has come. When the
+image is finished, the record becomes the receipt by a rename. Both are JSON with the fields of C(Record).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import TYPE_CHECKING
+
+from .._common.errors import BackupError
+from .._common.words import Word
+from .._host.files import claim, identity, remove, step, sync_directory
+from .._qemu.origin import Origin
+
+if TYPE_CHECKING:
+    from typing import Any
+
+
+class ReceiptPhase(Word):
+    """How far a backup had come when its record was written."""
+
+    PREPARING = "preparing"
+    """The image may exist, and the job may have been started a moment ago."""
+    COPYING = "copying"
+    """The job has been started."""
+    COPIED = "copied"
+    """The image is on stable storage: a rename or two, and the record is the receipt."""
+    CANCELLING = "cancelling"
+    """This attempt is given up: its job and its image are to go."""
+
+
+SCHEMA = 1
+SIZE = 4096
+"""Bytes of a record's file: one block."""
+AT_FDCWD = -100
+RENAME_EXCHANGE = 2
+OVERWRITING_BITMAP_MODES = ("on-success", "always")
+
+
+@dataclass(frozen=True)
+class Record:
+    """One backup of one disk to one target. Times are UTC (ISO 8601), sizes bytes, C(mtime) is in nanoseconds."""
+
+    phase: str
+    attempt: str
+    job: str
+    vm: str
+    identity: str
+    hypervisor: str
+    process: list[int]
+    """pid and start time of QEMU; empty over TCP."""
+    device: str
+    sync: str
+    bitmap: str
+    bitmap_mode: str
+    target: str
+    format: str
+    virtual_size: int
+    started: str
+    guest: str
+    """The VM's status at the start."""
+    reserved: bool
+    replaces: list[int] = field(default_factory=lambda: [0, 0])
+    """Identity (inode and generation) of the file that stood at the target when this began."""
+    finished: str = ""
+    inode: int = 0
+    """The image's, from its creation on; 0 for a block device."""
+    generation: int = 0
+    size: int = 0
+    mtime: int = 0
+    duration: float = 0.0
+    boot: str = ""
+    """The boot of the machine; this and the next two are missing in what version 0.1.0 wrote."""
+    monitor: str = ""
+    spaces: dict[str, str] = field(default_factory=dict)
+    """The name spaces in which C(process) and C(monitor) mean what they say."""
+    schema: int = field(default=SCHEMA)
+
+    @property
+    def whole(self) -> bool:
+        """Whether the image that it speaks of is finished."""
+        return self.phase == ReceiptPhase.COPIED
+
+    @property
+    def origin(self) -> Origin:
+        return Origin(self.identity, self.monitor, tuple(self.process), self.spaces)
+
+    @property
+    def consumes_bitmap(self) -> bool:
+        """Whether QEMU clears the bitmap when the copy ends well: nothing else knows those changes then."""
+        return bool(self.bitmap) and (self.sync == "incremental" or self.bitmap_mode in OVERWRITING_BITMAP_MODES)
+
+    def wrote(self, path: str) -> bool:
+        """Whether the file at C(path) is the one that the job was given."""
+        return not self.inode or identity(os.path.realpath(path)) == (self.inode, self.generation)
+
+    def matches(self, status: os.stat_result, is_device: bool) -> bool:
+        """Whether the file that was finished is still there, and untouched. A device has no such marks."""
+        return is_device or (self.inode, self.size, self.mtime) == (status.st_ino, status.st_size, status.st_mtime_ns)
+
+    def copied(self, status: os.stat_result, finished: str, duration: float) -> Record:
+        """This record when its image is on stable storage."""
+        return replace(
+            self,
+            phase=ReceiptPhase.COPIED,
+            finished=finished,
+            duration=duration,
+            inode=status.st_ino,
+            size=status.st_size,
+            mtime=status.st_mtime_ns,
+        )
+
+
+def record_path(receipt: str) -> str:
+    """Where the record of a growing image lies."""
+    return receipt + ".partial"
+
+
+def read(path: str) -> Record | None:
+    """The record or receipt at C(path); None where there is none. Raises BackupError where it is not one of ours."""
+    try:
+        with open(path, encoding="utf-8") as source:
+            found = json.load(source)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise _unreadable(path, str(error)) from error
+    return _parse(path, found)
+
+
+def _parse(path: str, found: Any) -> Record:
+    names = {entry.name for entry in fields(Record)}
+    if not isinstance(found, dict) or not isinstance(found.get("schema"), int):
+        raise _unreadable(path, "it has no schema number")
+    if found["schema"] > SCHEMA:
+        raise _unreadable(path, f"its schema {found['schema']} is newer than this collection; update vmfleet.backup")
+    try:
+        return Record(**{name: value for name, value in found.items() if name in names})
+    except TypeError as error:
+        raise _unreadable(path, str(error)) from error
+
+
+def _unreadable(path: str, reason: str) -> BackupError:
+    return BackupError(f"receipt: {path} is not a receipt of vmfleet.backup: {reason}; move it away, or name another")
+
+
+def create(path: str, record: Record) -> None:
+    """Write a record where there is none; FileExistsError where somebody else was first."""
+    if os.path.lexists(path):
+        raise FileExistsError(path)
+    spare = _spare(path)
+    remove(spare)
+    try:
+        inode = _write(spare, record)
+        claim(spare, path)
+        if os.stat(path).st_ino != inode:
+            raise FileExistsError(path)
+    finally:
+        remove(spare)
+    try:
+        # By this the record can be renewed when the file system is full: that is when it must be.
+        _write(spare, record)
+    except OSError:
+        discard(path)
+        raise
+    sync_directory(os.path.dirname(path))
+
+
+def update(path: str, record: Record) -> None:
+    """Replace a record, also on a full file system: its spare has the space."""
+    spare = _spare(path)
+    if os.path.lexists(spare) and os.lstat(spare).st_nlink > 1:
+        # A process was killed while it claimed the name: this is still the record itself.
+        os.unlink(spare)
+    _write(spare, record)
+    try:
+        _exchange(spare, path)
+    except OSError:
+        # Not every file system can (NFS): the spare is used up then.
+        os.replace(spare, path)
+    sync_directory(os.path.dirname(path))
+
+
+def sweep(path: str) -> None:
+    """Remove what is left where a process was killed before it had claimed the record's name, or after it let it go."""
+    if not os.path.lexists(path):
+        remove(_spare(path))
+
+
+def discard(path: str) -> None:
+    """Remove a record or receipt, for good."""
+    found = remove(path)
+    if remove(_spare(path)) or found:
+        sync_directory(os.path.dirname(path))
+
+
+def finish(path: str, receipt: str) -> None:
+    """Turn the record at C(path) into the receipt."""
+    os.replace(path, receipt)
+    remove(_spare(path))
+    sync_directory(os.path.dirname(receipt))
+
+
+def _write(spare: str, record: Record) -> int:
+    """Write a record into the spare file, over what is there, onto stable storage; returns its inode."""
+    text = json.dumps(asdict(record), indent=1, sort_keys=True)
+    fd = os.open(spare, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        # Always of one size, so that the next one fits into the same blocks.
+        content = text.encode("utf-8", "surrogateescape").ljust(SIZE - 1) + b"\n"
+        with step(spare, "the record of the backup was written"):
+            os.pwrite(fd, content, 0)
+            os.ftruncate(fd, len(content))
+            os.fsync(fd)
+            return os.fstat(fd).st_ino
+    finally:
+        os.close(fd)
+
+
+def _exchange(one: str, other: str) -> None:
+    """Swap two files' names at once (renameat2(2))."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.renameat2(AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), RENAME_EXCHANGE) != 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code), other)
+
+
+def _spare(path: str) -> str:
+    # One fixed name: what a killed process has left there is used or removed by the next one.
+    return path + ".tmp"

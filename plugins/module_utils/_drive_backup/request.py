@@ -1,0 +1,185 @@
+# Copyright (c) 2026, vmfleet contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""What drive_backup is asked for, and what can be seen to be wrong with it without asking QEMU."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from .._common.errors import Refused
+from .._host.files import is_block_device
+from .._repository.names import check_length
+
+if TYPE_CHECKING:
+    from typing import Any
+
+    from .._qemu.monitor import Address
+
+
+NO_KEY = (
+    "an encrypted target needs a key, which cannot be given here; use a target that is not encrypted, in a directory"
+    " whose storage is"
+)
+JOB_ID = re.compile(r"[A-Za-z][A-Za-z0-9._-]*")
+
+
+@dataclass(frozen=True)
+class Drive:
+    """What is asked for one disk. The names are those of QEMU's drive-backup."""
+
+    device: str
+    target: str
+    format: str = ""
+    mode: str = "absolute-paths"
+    speed: int = 0
+    on_source_error: str = "report"
+    on_target_error: str = "report"
+    sync: str = "full"
+    bitmap: str = ""
+    bitmap_mode: str = ""
+    compress: bool = False
+    job_id: str = ""
+    receipt: str = ""
+
+    @property
+    def existing(self) -> bool:
+        return self.mode == "existing"
+
+    @property
+    def receipt_path(self) -> str:
+        """Empty where nothing can be remembered: a block device has no room beside it."""
+        if self.receipt:
+            return self.receipt
+        return "" if is_block_device(self.target) else self.target + ".receipt.json"
+
+    def names_beside(self, path: str) -> tuple[str, ...]:
+        """What is put after the name of the target or of the receipt to name what stands beside it for a time."""
+        if path == self.receipt_path:
+            return (".partial.tmp",)
+        return () if self.existing else (".partial",)
+
+    @property
+    def image_path(self) -> str:
+        """The file that QEMU writes."""
+        return self.target if self.existing else self.target + ".partial"
+
+    def arguments(self) -> dict[str, Any]:
+        """QEMU's arguments, as far as they do not depend on how the target is handed over."""
+        arguments: dict[str, Any] = {
+            "sync": self.sync,
+            "speed": self.speed,
+            "on-source-error": self.on_source_error,
+            "on-target-error": self.on_target_error,
+        }
+        if self.bitmap:
+            arguments["bitmap"] = self.bitmap
+        if self.bitmap_mode:
+            arguments["bitmap-mode"] = self.bitmap_mode
+        if self.compress:
+            arguments["compress"] = True
+        return arguments
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked of one VM. Times are seconds; 0 waits without end."""
+
+    address: Address
+    drives: tuple[Drive, ...]
+    state: str = "completed"
+    completion_mode: str = "grouped"
+    overwrite: bool = False
+    timeout: float = 0
+    stall_timeout: float = 600
+    on_timeout: str = "cancel"
+    encrypted_source: str = "warn"
+    check_mode: bool = False
+
+
+def check_drives(drives: tuple[Drive, ...]) -> None:
+    """Refuse what can be seen to be wrong without asking QEMU."""
+    for drive in drives:
+        _check_names(drive)
+        _check_bitmap_options(drive)
+        _check_place(drive)
+        if drive.speed < 0:
+            raise Refused("speed", f"{drive.speed} is negative; give bytes per second, 0 is unlimited")
+        if drive.format == "luks":
+            raise Refused("format", f"luks: {NO_KEY}")
+        if drive.compress and drive.format == "raw":
+            raise Refused("compress", "a raw image cannot be compressed; use format qcow2")
+    _refuse_twice("target", [plain_path(drive.target) for drive in drives])
+    _refuse_twice("receipt", [plain_path(drive.receipt_path) for drive in drives if drive.receipt_path])
+    _refuse_twice("job_id", [drive.job_id for drive in drives if drive.job_id])
+
+
+def plain_path(path: str) -> str:
+    """One spelling for each place; the last part may be a link, and is left as it is."""
+    return os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path))
+
+
+def _refuse_twice(option: str, given: list[str]) -> None:
+    for value in given:
+        if given.count(value) > 1:
+            raise Refused(option, f"{value} is given for more than one drive")
+
+
+def _check_names(drive: Drive) -> None:
+    for option in ("target", "receipt"):
+        if "\0" in getattr(drive, option):
+            raise Refused(option, "a path cannot hold a NUL character")
+    if not drive.target.startswith("/"):
+        raise Refused(
+            "target",
+            f"{drive.target!r} is not an absolute path; relative, json: and protocol (nbd:, file:) targets are not"
+            " accepted",
+        )
+    if drive.receipt and not drive.receipt.startswith("/"):
+        raise Refused("receipt", f"{drive.receipt!r} is not an absolute path")
+    if drive.job_id and not JOB_ID.fullmatch(drive.job_id):
+        raise Refused("job_id", f"{drive.job_id!r}: QEMU wants a letter, then letters, digits, '-', '.' and '_'")
+
+
+def _check_bitmap_options(drive: Drive) -> None:
+    if drive.sync in ("incremental", "bitmap") and not drive.bitmap:
+        raise Refused("bitmap", f"sync {drive.sync} needs the bitmap that holds the changes")
+    if drive.sync == "bitmap" and not drive.bitmap_mode:
+        raise Refused("bitmap_mode", "sync bitmap needs on-success, never or always")
+    if drive.sync == "incremental" and drive.bitmap_mode not in ("", "on-success"):
+        raise Refused("bitmap_mode", "sync incremental has only on-success; use sync bitmap for the others")
+    if drive.bitmap_mode and not drive.bitmap:
+        raise Refused("bitmap_mode", "there is no bitmap that it could apply to")
+    if drive.bitmap and drive.sync in ("full", "top"):
+        if not drive.bitmap_mode:
+            raise Refused(
+                "bitmap", f"sync {drive.sync} does not read it; use sync incremental or bitmap, or a bitmap_mode"
+            )
+        if drive.bitmap_mode == "never":
+            raise Refused("bitmap_mode", f"never has no effect with sync {drive.sync}")
+
+
+def _check_place(drive: Drive) -> None:
+    places = [("target", drive.target)]
+    if drive.receipt_path:
+        places.append(("receipt" if drive.receipt else "target", drive.receipt_path))
+    for option, path in places:
+        directory = os.path.dirname(path)
+        if not os.path.isdir(directory):
+            raise Refused(option, f"{path}: the directory {directory} does not exist; create it first (mode 0700)")
+        # Nothing is made beside a block device.
+        makes_files = path != drive.target or not is_block_device(path)
+        if makes_files:
+            check_length(option, path, *drive.names_beside(path))
+        if makes_files and not os.access(directory, os.W_OK | os.X_OK):
+            raise Refused(option, f"{path}: cannot write to the directory {directory}")
+    if os.path.isdir(drive.target):
+        raise Refused("target", f"{drive.target} is a directory; name the image's file")
+    if drive.existing and not os.path.exists(drive.target):
+        raise Refused("target", f"{drive.target} does not exist, and mode is existing")
+    if not drive.existing and is_block_device(drive.target):
+        raise Refused("mode", f"{drive.target} is a block device, which is there already; use mode existing")

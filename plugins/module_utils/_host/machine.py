@@ -1,0 +1,49 @@
+# Copyright (c) 2026, vmfleet contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Tell which hypervisor this is."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from .namespaces import boot_id
+
+
+def machine_id() -> str:
+    """This hypervisor's identity (machine-id(5))."""
+    for path in ("/etc/machine-id", "/var/lib/dbus/machine-id"):
+        try:
+            with open(path, encoding="ascii") as source:
+                found = source.read().strip()
+        except FileNotFoundError:
+            continue
+        # It is empty in images that are to be cloned, until their first boot.
+        if found:
+            return found
+    return os.uname().nodename
+
+
+@dataclass(frozen=True)
+class Hypervisor:
+    """The machine that makes a set, and its boot: no QEMU outlives that."""
+
+    name: str
+    machine_id: str
+    boot_id: str
+
+    def is_same(self, other: Hypervisor) -> bool:
+        """Whether both are one machine, maybe booted again. Containers on it may have a machine-id of their own.
+
+        Images of machines and of containers are cloned with their machine-id: with another boot and another name it
+        proves nothing.
+        """
+        if self.boot_id == other.boot_id:
+            return True
+        return (self.machine_id, self.name) == (other.machine_id, other.name)
+
+
+def this_hypervisor() -> Hypervisor:
+    return Hypervisor(os.uname().nodename, machine_id(), boot_id())

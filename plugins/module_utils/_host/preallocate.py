@@ -1,0 +1,95 @@
+# Copyright (c) 2026, vmfleet contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Reserve space for files before they grow, and write them out early."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import stat
+import threading
+
+from .._common.errors import BackupError
+from .files import step
+
+SECTOR = 512
+FALLOC_FL_KEEP_SIZE = 1
+SYNC_FILE_RANGE_WRITE = 2
+CANNOT_RESERVE = frozenset({errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.ENODEV})
+
+
+def top_up(path: str, expected: int) -> bool:
+    """Reserve space for an image as reserve() does, up to C(expected) bytes, while a job may be writing it."""
+    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        with step(path, "its space was reserved"):
+            return allocate(fd, expected)
+    except OSError as error:
+        free = os.fstatvfs(fd)
+        raise BackupError(
+            f"target: {path}: {error.strerror}: the backup needs up to {expected} bytes there,"
+            f" and {free.f_bavail * free.f_frsize} are free"
+        ) from error
+    finally:
+        os.close(fd)
+
+
+def allocate(fd: int, length: int) -> bool:
+    """Allocate the first C(length) bytes of a file without changing its size; False where the file system cannot."""
+    # os.posix_fallocate would change the size, and write zeroes where the file system cannot allocate.
+    libc = ctypes.CDLL(None, use_errno=True)
+    arguments = (ctypes.c_int(fd), ctypes.c_int(FALLOC_FL_KEEP_SIZE), ctypes.c_int64(0), ctypes.c_int64(length))
+    while length:
+        if libc.fallocate(*arguments) == 0:
+            # ZFS says so without allocating anything.
+            return os.fstat(fd).st_blocks * SECTOR >= length
+        code = ctypes.get_errno()
+        if code in CANNOT_RESERVE:
+            return False
+        if code != errno.EINTR:
+            raise OSError(code, os.strerror(code))
+    return True
+
+
+def flush(path: str, held: int | None = None) -> os.stat_result:
+    """Give back the space that was reserved and not used, and bring the image to stable storage.
+
+    QEMU does not tell of every fsync that failed, and with cache=unsafe makes none: its word is not enough. C(held) is
+    a file descriptor of the image from before the job, where this process has one.
+    """
+    with step(path, "it was brought to stable storage"):
+        if held is not None:
+            os.fsync(held)
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            status = os.fstat(fd)
+            if stat.S_ISREG(status.st_mode):
+                os.ftruncate(fd, status.st_size)
+            os.fsync(fd)
+            return os.fstat(fd)
+        finally:
+            os.close(fd)
+
+
+class Writeback:
+    """Has the kernel write out an image that grows in the page cache: else the flush at the end has all of it to do."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._thread: threading.Thread | None = None
+
+    def nudge(self) -> None:
+        """Begin to write out what is there, unless the last call is still at that."""
+        if self._thread is None or not self._thread.is_alive():
+            # It waits while the device has enough to do, and for ever for one that hangs: nobody is to wait for it.
+            self._thread = threading.Thread(target=_write_out, args=(self._fd,), daemon=True)
+            self._thread.start()
+
+
+def _write_out(fd: int) -> None:
+    # Without a flag that waits, no error is reported here that the flush would then not report.
+    everything = (ctypes.c_int64(0), ctypes.c_int64(0))
+    ctypes.CDLL(None).sync_file_range(ctypes.c_int(fd), *everything, ctypes.c_uint(SYNC_FILE_RANGE_WRITE))

@@ -1,0 +1,195 @@
+# Copyright (c) 2026, vmfleet contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""What is to be done with each VM, and why: pure functions of what was asked, what QEMU says and what there is."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from .._repository import chain
+from .disks import READ_ONLY, choose_disks, disks_of_intent, link_disks, plan_disks
+from .model import PUBLISHED_ALREADY, Action, Choice, Decision, EncryptedSource, VmPlan
+
+if TYPE_CHECKING:
+    from .._host.machine import Hypervisor
+    from .._qemu.model import Job, Vm
+    from .._repository.documents import Intent, Manifest
+    from .._repository.repository import VmRecords
+    from .model import Observation, Request, RunContext
+
+
+MIGRATING = frozenset({"inmigrate", "postmigrate", "finish-migrate"})
+
+
+def decide(request: Request, facts: Observation, shelf: VmRecords, terms: RunContext) -> Decision:
+    """What to do with one VM; the first reason that applies wins."""
+    choice = choose_disks(facts.vm, request) if facts.vm else Choice()
+    intent, removal, unless = None, "", ""
+    if choice.error:
+        action, reason = Action.FAIL, choice.error
+    elif shelf.published(terms.id):
+        action, reason = _already_published(facts, shelf, terms, choice)
+    elif _has_given_up(shelf, terms):
+        action, reason = Action.FAIL, _has_given_up(shelf, terms)
+    elif shelf.intents:
+        intent = _next_intent(shelf.intents, terms.id)
+        action, reason, removal = _being_made(intent, facts, terms)
+        unless = "takeover" if action == Action.FAIL else ""
+    elif _belongs_to_another(facts, shelf) and not terms.adopt:
+        action, reason, unless = Action.FAIL, _belongs_to_another(facts, shelf), "adopt"
+    else:
+        action, reason = _not_begun(facts, shelf, terms, choice)
+    links = link_disks(request, facts, shelf, terms, choice) if action in (Action.START, Action.FINISH) else ()
+    disks = plan_disks(choice.disks, links) if links else disks_of_intent(intent)
+    plan = VmPlan(
+        name=request.name,
+        monitor=request.monitor,
+        action=action,
+        reason=reason,
+        identity=facts.vm.identity if facts.vm else "",
+        level=chain.set_level(disk.level for disk in disks),
+        include_disks=request.include_disks,
+        exclude_disks=request.exclude_disks,
+        wanted=request.wanted,
+        quiesce=request.quiesce,
+        agent=request.agent,
+        unless=unless,
+        disks=disks,
+        left_out=choice.left_out,
+    )
+    return Decision(plan, choice, links, intent, shelf.published(terms.id), removal)
+
+
+def _already_published(facts: Observation, shelf: VmRecords, terms: RunContext, choice: Choice) -> tuple[Action, str]:
+    manifest = shelf.published(terms.id)
+    wrong = _mismatch(manifest, facts.vm, choice) if manifest and facts.vm else ""
+    return (Action.FAIL, wrong) if wrong else (Action.SKIP, PUBLISHED_ALREADY)
+
+
+def _has_given_up(shelf: VmRecords, terms: RunContext) -> str:
+    """Why this run has come to its end without a set: it neither tries again nor stands in the way of others."""
+    failure = shelf.failure(terms.id)
+    if failure and failure.run == terms.run and not any(intent.run == terms.run for intent in shelf.intents):
+        return failure.error
+    return ""
+
+
+def _being_made(intent: Intent, facts: Observation, terms: RunContext) -> tuple[Action, str, str]:
+    """Action, reason, and why the intent is to be removed."""
+    foreign = _foreign(intent, facts, terms.hypervisor)
+    if foreign and not terms.takeover:
+        return (
+            Action.FAIL,
+            f"{foreign}; let it end. If nobody makes it any more, takeover: true removes what is there of it",
+            "",
+        )
+    if foreign:
+        return Action.FINISH, f"{foreign}; it is taken over", f"taken over by hypervisor {terms.hypervisor.name}"
+    if intent.id != terms.id and terms.supersede:
+        return Action.FINISH, f"set {intent.id} is unfinished, and superseded", f"superseded by set {terms.id}"
+    if intent.id != terms.id:
+        return Action.FINISH, f"set {intent.id} of this VM is unfinished, and comes first", ""
+    return Action.ATTACH, f"the set is being made since {intent.started}", ""
+
+
+def _not_begun(facts: Observation, shelf: VmRecords, terms: RunContext, choice: Choice) -> tuple[Action, str]:
+    if terms.id in shelf.strays:
+        return (
+            Action.FAIL,
+            f"in the place of set {terms.id} stands something that is no set (no valid manifest); move it away",
+        )
+    if facts.vm is None:
+        return Action.SKIP if facts.off and terms.policy.offline == "skip" else Action.FAIL, facts.error
+    busy = ", ".join(f"job {job.id} ({job.type}, {job.status})" for job in _foreign_jobs(facts.vm, terms.tag))
+    if busy:
+        return Action.FAIL, f"busy: {busy}; wait for its end, or cancel it with block_job"
+    if facts.vm.status in MIGRATING:
+        return Action.SKIP, f"migrating ({facts.vm.status})"
+    if not choice.disks:
+        return Action.SKIP, _nothing_to_back_up(choice)
+    encrypted = ", ".join(disk.name for disk in choice.disks if disk.encrypted)
+    if encrypted and terms.policy.encrypted_source == EncryptedSource.REFUSE:
+        return Action.FAIL, (
+            f"encrypted_source: disk {encrypted} is encrypted at rest, and its copy would not be; exclude it"
+            " (exclude_disks), or let it be copied with encrypted_source: warn (vm_backup_encrypted_source)"
+        )
+    return Action.START, f"there is no set {terms.id} of this VM"
+
+
+def _nothing_to_back_up(choice: Choice) -> str:
+    drives = "; ".join(f"{drive.name} {drive.reason}" for drive in choice.left_out)
+    read_only = any(drive.reason == READ_ONLY for drive in choice.left_out)
+    return "it has no disk to back up{}{}".format(
+        f": {drives}" if drives else "",
+        ". Read-only ones do not change with the VM; name them in include_disks to back them up too"
+        if read_only
+        else "",
+    )
+
+
+def _belongs_to_another(facts: Observation, shelf: VmRecords) -> str:
+    """What is said of a VM in whose directory another one's sets are; empty where there are none."""
+    newest = shelf.sets[-1] if shelf.sets else None
+    if newest is None or facts.vm is None or newest.vm.identity == facts.vm.identity:
+        return ""
+    return (
+        f"the directory belongs to another VM of this name ({newest.vm.identity}, set {newest.id}; this one is"
+        f" {facts.vm.identity}). Give one of them another name; if this VM has taken the other's place, adopt: true"
+        " goes on there, with a full set"
+    )
+
+
+def _next_intent(intents: tuple[Intent, ...], set_id: str) -> Intent:
+    """An unfinished older set comes to its end before a new one begins."""
+    others = [intent for intent in intents if intent.id != set_id]
+    return [*others, *intents][0]
+
+
+def _mismatch(published: Manifest, vm: Vm, choice: Choice) -> str:
+    """Why a published set is not the one that is asked for; empty where it is."""
+    if published.vm.identity != vm.identity:
+        return (
+            f"set {published.id} belongs to another VM of this name ({published.vm.identity};"
+            f" this one is {vm.identity}); rename one of them, or use another id, with adopt: true"
+        )
+    held = {disk.name for disk in published.disks}
+    missing = ", ".join(disk.name for disk in choice.disks if disk.name not in held)
+    return f"set {published.id} exists without disk {missing}; use another id" if missing else ""
+
+
+def _foreign(intent: Intent, facts: Observation, hypervisor: Hypervisor) -> str:
+    """Why an intent is somebody else's; empty where it is ours."""
+    maker = intent.hypervisor
+    if not maker.is_same(hypervisor):
+        return (
+            f"set {intent.id} is being made by hypervisor {maker.name} (machine-id {maker.machine_id}) since"
+            f" {intent.started}"
+        )
+    if intent.attempt in facts.doubtful:
+        return in_doubt(intent)
+    vm = facts.vm
+    # The name of a job is that of one attempt only: the VM that has it is the right one, whatever it is called here.
+    if vm is None or intent.attempt in facts.dead or facts.shows(intent):
+        return ""
+    if vm.identity != intent.vm.identity:
+        return f"set {intent.id} is being made of another VM of this name ({intent.vm.identity}) since {intent.started}"
+    if intent.attempt in facts.elsewhere:
+        other = f"pid {intent.process[0]}, {intent.monitor}"
+        return f"set {intent.id} is being made of another VM of this name ({other}) since {intent.started}"
+    return ""
+
+
+def in_doubt(intent: Intent) -> str:
+    """What is said of an attempt whose QEMU can neither be asked nor be seen to have ended."""
+    return (
+        f"set {intent.id} is being made since {intent.started}, and was begun where processes and sockets have other"
+        " names than here (in a container, or outside of this one): whether its QEMU still copies cannot be told from"
+        " here. Run the backup where it was begun"
+    )
+
+
+def _foreign_jobs(vm: Vm, tag: str) -> tuple[Job, ...]:
+    """The jobs of a VM that are none of this repository's."""
+    return tuple(job for job in vm.active_jobs() if not job.id.startswith(f"vmfleet.{tag}."))

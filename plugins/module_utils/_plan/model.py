@@ -1,0 +1,282 @@
+# Copyright (c) 2026, vmfleet contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Describe what is asked for, what is seen, and what is planned."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, fields
+from typing import TYPE_CHECKING
+
+from .._common.errors import Refused
+from .._common.words import Word
+from .._repository.chain import Level
+from .._repository.names import check_set_id
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from typing import Any
+
+    from .._host.machine import Hypervisor
+    from .._host.process import Process
+    from .._qemu.model import Disk, Vm
+    from .._repository.documents import Intent, Manifest
+    from .levels import ChainLink
+
+
+class Action(Word):
+    """What is to be done for a VM."""
+
+    SKIP = "skip"
+    ATTACH = "attach"
+    """Go on with a set that is being made."""
+    FINISH = "finish"
+    """Bring an older set to its end, before the new one begins."""
+    START = "start"
+    FAIL = "fail"
+
+
+class Quiesce(Word):
+    """Whether the file systems of the guest are frozen while the jobs start."""
+
+    NONE = "none"
+    TRY = "try"
+    REQUIRE = "require"
+
+
+class EncryptedSource(Word):
+    """What to do about a disk that is encrypted at rest, and whose copy will not be."""
+
+    WARN = "warn"
+    REFUSE = "refuse"
+
+
+QUIESCE = (Quiesce.NONE, Quiesce.TRY, Quiesce.REQUIRE)
+ENCRYPTED_SOURCE = (EncryptedSource.WARN, EncryptedSource.REFUSE)
+PUBLISHED_ALREADY = "the set is published"
+
+
+@dataclass(frozen=True)
+class Policy:
+    """How sets are made. C(speed) is bytes/s, 0 for no limit; C(reserve) as it was given, such as C(5%)."""
+
+    compression: str = "none"
+    speed: int = 0
+    reserve: str = "5%"
+    checksum: bool = True
+    offline: str = "fail"
+    max_chain: int = 30
+    tracking: bool = True
+    encrypted_source: str = EncryptedSource.WARN
+
+
+@dataclass(frozen=True)
+class Request:
+    """A VM to back up. C(name) is what the set is called after; the lists name disks by any of their names.
+
+    C(wanted) is the level that is asked for; C(agent) the guest agent's socket, empty for the one that QEMU knows.
+    """
+
+    name: str
+    monitor: str
+    include_disks: tuple[str, ...] = ()
+    exclude_disks: tuple[str, ...] = ()
+    wanted: str = Level.AUTO
+    quiesce: str = Quiesce.NONE
+    agent: str = ""
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What a look at a VM found. C(vm) is None where it did not answer, and C(off) says that there is no QEMU.
+
+    C(dead) are the attempts whose QEMU has ended, C(doubtful) those of whose QEMU that cannot be told, C(elsewhere)
+    those of a QEMU that is seen to be another one than that which has answered. C(damage) says, by set id and disk,
+    what is wrong with the files of the images that the next ones would build on.
+    """
+
+    vm: Vm | None = None
+    error: str = ""
+    off: bool = False
+    dead: frozenset[str] = frozenset()
+    doubtful: frozenset[str] = frozenset()
+    elsewhere: frozenset[str] = frozenset()
+    damage: Mapping[tuple[str, str], str] = field(default_factory=dict)
+
+    @property
+    def process(self) -> Process | None:
+        """The QEMU that has answered, where it is known."""
+        return self.vm.process if self.vm else None
+
+    def shows(self, intent: Intent) -> bool:
+        """Whether the QEMU that has answered has a job of this attempt, and so is the one that makes its set."""
+        return self.vm is not None and any(self.vm.job(job) for job in intent.jobs)
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A drive that is not backed up, and why."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class DiskPlan:
+    """One disk of a set. C(bytes) is the most that its image is expected to take."""
+
+    name: str
+    node: str
+    level: str
+    reason: str
+    parent: str | None
+    target: str
+    bytes: int = 0
+
+
+@dataclass(frozen=True)
+class VmPlan:
+    """One VM: what is to be done, and why. C(wanted) is the level that is asked for, C(level) the one to be made.
+
+    C(unless) is the option of backup_set with which it goes on after all, where C(action) is C(fail).
+    """
+
+    name: str
+    monitor: str
+    action: str
+    reason: str
+    identity: str = ""
+    level: str = Level.FULL
+    include_disks: tuple[str, ...] = ()
+    exclude_disks: tuple[str, ...] = ()
+    wanted: str = Level.AUTO
+    quiesce: str = Quiesce.NONE
+    agent: str = ""
+    unless: str = ""
+    disks: tuple[DiskPlan, ...] = ()
+    left_out: tuple[LeftOut, ...] = ()
+
+    @property
+    def request(self) -> Request:
+        return Request(
+            self.name, self.monitor, self.include_disks, self.exclude_disks, self.wanted, self.quiesce, self.agent
+        )
+
+    @property
+    def bytes(self) -> int:
+        return sum(disk.bytes for disk in self.disks) if self.action in (Action.START, Action.FINISH) else 0
+
+
+@dataclass(frozen=True)
+class Space:
+    """Room in the repository, in bytes. C(reserve) stays free; C(promised) is what other growing sets will take."""
+
+    free: int
+    reserve: int
+    promised: int
+    reservable: bool
+    needed: int = 0
+
+    @property
+    def usable(self) -> int:
+        # Where nothing can be reserved, others may take the space in the middle of a copy: the reserve counts double.
+        return self.free - self.reserve * (1 if self.reservable else 2) - self.promised
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One run on one hypervisor."""
+
+    repository: str
+    create_repository: bool
+    run: str
+    id: str
+    policy: Policy
+    space: Space
+    vms: tuple[VmPlan, ...]
+    warnings: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        found = asdict(self)
+        found["space"]["usable"] = self.space.usable
+        for plan, entry in zip(self.vms, found["vms"]):
+            entry["bytes"] = plan.bytes
+        return found
+
+
+def parse_plan(found: Mapping[str, Any]) -> Plan:
+    """The plan that backup_plan has returned; Refused where it is something else."""
+    try:
+        plan = Plan(
+            repository=str(found["repository"]),
+            create_repository=bool(found["create_repository"]),
+            run=str(found["run"]),
+            id=check_set_id(str(found["id"]), "plan"),
+            policy=_build(Policy, found["policy"]),
+            space=_build(Space, found["space"]),
+            vms=tuple(_parse_vm(entry) for entry in found["vms"]),
+            warnings=tuple(found.get("warnings", ())),
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise Refused("plan", f"this is not the plan that backup_plan returns ({error!r})") from error
+    return plan
+
+
+def _parse_vm(found: Mapping[str, Any]) -> VmPlan:
+    parsed = {
+        **found,
+        "include_disks": tuple(found["include_disks"]),
+        "exclude_disks": tuple(found["exclude_disks"]),
+        "disks": tuple(_build(DiskPlan, disk) for disk in found["disks"]),
+        "left_out": tuple(_build(LeftOut, disk) for disk in found["left_out"]),
+    }
+    plan: VmPlan = _build(VmPlan, parsed)
+    return plan
+
+
+def _build(cls: Any, found: Mapping[str, Any]) -> Any:
+    names = {entry.name for entry in fields(cls)}
+    return cls(**{name: value for name, value in found.items() if name in names})
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which disks of a VM are backed up. C(error) says what is wrong with the lists of names."""
+
+    disks: tuple[Disk, ...] = ()
+    left_out: tuple[LeftOut, ...] = ()
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class RunContext:
+    """What holds for all VMs of a run. C(tag) marks the jobs of its repository.
+
+    C(takeover) removes what others are making, C(supersede) what we are making under another id, and C(adopt) goes on
+    with a directory that belongs to another VM.
+    """
+
+    id: str
+    run: str
+    tag: str
+    hypervisor: Hypervisor
+    policy: Policy
+    takeover: bool = False
+    supersede: bool = False
+    adopt: bool = False
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What is to be done with a VM now. C(intent) is the one to bring to its end, C(manifest) the set that is there.
+
+    C(links) says how each of the chosen disks goes into the set; C(removal) why the intent is removed instead.
+    """
+
+    plan: VmPlan
+    choice: Choice = field(default_factory=Choice)
+    links: tuple[ChainLink, ...] = ()
+    intent: Intent | None = None
+    manifest: Manifest | None = None
+    removal: str = ""

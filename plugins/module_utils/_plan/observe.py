@@ -1,0 +1,142 @@
+# Copyright (c) 2026, vmfleet contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""A look round: the hypervisor, its VMs, the room in the repository; and the plan drawn up from it. Changes nothing."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from .._common.errors import BackupError, MonitorGone
+from .._host.machine import machine_id
+from .._qemu.monitor import Monitor, parse_address
+from .._qemu.origin import Origin
+from .._qemu.query import inspect_vm, query_jobs
+from .._repository.annotations import read_annotations
+from .._repository.catalog import Depth, failed_sets
+from .._repository.chain import Level, walk
+from .model import Observation
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
+
+    from .._host.machine import Hypervisor
+    from .._host.process import Process
+    from .._qemu.model import Vm
+    from .._repository.documents import Intent, Manifest
+    from .._repository.repository import Repository, VmRecords
+    from .model import Request
+
+
+async def find_process(request: Request) -> Process | None:
+    """Which QEMU is behind a monitor; None where none answers, or where that cannot be told."""
+    try:
+        async with Monitor(parse_address(request.monitor)) as monitor:
+            return monitor.process
+    except BackupError:
+        return None
+
+
+async def observe(request: Request, monitor: Monitor | None = None) -> Observation:
+    """Ask one VM for everything; C(monitor) is a connection that is open already."""
+    return await _ask(request, lambda asked: _inspect(asked, request.name), monitor)
+
+
+async def refresh(request: Request, seen: Vm, wanted: Collection[str]) -> Observation:
+    """Ask one VM for what changes while the jobs C(wanted) run; C(seen) is what a look has shown.
+
+    When they have ended it is for everything: what they have come to is not told by what was seen before.
+    """
+
+    async def question(monitor: Monitor) -> Vm:
+        if monitor.process != seen.process:
+            return await _inspect(monitor, request.name)
+        status, jobs = await asyncio.gather(monitor.execute("query-status"), query_jobs(monitor))
+        if all(job.ended for job in jobs if job.id in wanted):
+            return await _inspect(monitor, request.name)
+        return replace(seen, status=status["status"], jobs=jobs)
+
+    return await _ask(request, question)
+
+
+async def _ask(
+    request: Request, question: Callable[[Monitor], Awaitable[Vm]], monitor: Monitor | None = None
+) -> Observation:
+    try:
+        if monitor is not None:
+            return Observation(await question(monitor))
+        async with Monitor(parse_address(request.monitor)) as own:
+            return Observation(await question(own))
+    except MonitorGone as error:
+        return Observation(error=str(error), off=True)
+    except BackupError as error:
+        return Observation(error=str(error))
+
+
+async def _inspect(monitor: Monitor, name: str) -> Vm:
+    vm = await inspect_vm(monitor, name)
+    # In a repository a VM without a uuid is known by its name there, wherever that name comes from.
+    return vm if vm.uuid else replace(vm, identity=f"{machine_id()}:{vm.name}")
+
+
+def with_shelf(
+    repository: Repository, facts: Observation, name: str, hypervisor: Hypervisor, damage: bool = True
+) -> tuple[Observation, VmRecords]:
+    """What the repository holds about a VM, and the facts with what that adds to them; C(damage) is worth a look each.
+
+    Raises BackupError as Repository.shelf() does.
+    """
+    shelf = repository.shelf(name)
+    facts = with_fates(facts, shelf.intents, hypervisor)
+    return with_damage(facts, repository, shelf.sets) if damage else facts, shelf
+
+
+def with_damage(facts: Observation, repository: Repository, sets: Sequence[Manifest]) -> Observation:
+    """The facts with what is wrong with the images that this VM's next ones may build on."""
+    if facts.vm is None or not sets:
+        return facts
+    found = {}
+    marks = read_annotations(repository, sets[-1].vm.name)
+    # That a guest did not start says nothing of what its disks' images hold.
+    looks = tuple(mark for mark in marks.verifications if mark.ok or mark.depth != Depth.BOOT)
+    failed = failed_sets(sets, replace(marks, verifications=looks))
+    fulls = {disk.name: manifest for manifest in sets for disk in manifest.disks if disk.level == Level.FULL}
+    for disk in facts.vm.disks:
+        # Manifests are not hashable as a whole; the two are often one.
+        for base in {one.id: one for one in (sets[-1], fulls.get(disk.name, sets[-1]))}.values():
+            steps, _broken = walk(sets, base, disk.name)
+            wrong = next(filter(None, (repository.damage(manifest, image) for manifest, image in steps)), "")
+            if not wrong and base.id in failed:
+                wrong = f"set {base.id} has failed its verification: {failed[base.id]}"
+            if wrong:
+                found[(base.id, disk.name)] = wrong
+    return replace(facts, damage=found)
+
+
+def with_fates(facts: Observation, intents: Iterable[Intent], hypervisor: Hypervisor) -> Observation:
+    """The facts with what can be told from here of each attempt's QEMU."""
+    found = list(intents)
+    ended = {intent.attempt: _has_ended(intent, facts, hypervisor) for intent in found}
+    return replace(
+        facts,
+        dead=frozenset(attempt for attempt, fate in ended.items() if fate),
+        doubtful=frozenset(attempt for attempt, fate in ended.items() if fate is None),
+        elsewhere=frozenset(
+            intent.attempt for intent in found if facts.vm and _origin(intent).is_other_process(facts.vm)
+        ),
+    )
+
+
+def _has_ended(intent: Intent, facts: Observation, hypervisor: Hypervisor) -> bool | None:
+    if not intent.hypervisor.is_same(hypervisor):
+        return False
+    if intent.hypervisor.boot_id != hypervisor.boot_id:
+        return True
+    return _origin(intent).has_ended(facts.vm, facts.off, facts.shows(intent))
+
+
+def _origin(intent: Intent) -> Origin:
+    return Origin(intent.vm.identity, intent.monitor, intent.process, intent.spaces)

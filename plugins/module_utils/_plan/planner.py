@@ -1,0 +1,203 @@
+# Copyright (c) 2026, vmfleet contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Draw up the plan of a hypervisor."""
+
+from __future__ import annotations
+
+import asyncio
+import glob
+import os
+import secrets
+import stat
+import traceback
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from .._common.errors import BackupError, Refused, RepositoryHangs, in_words, internal
+from .._common.formats import human
+from .._host.machine import this_hypervisor
+from .._qemu.losses import lost_in_copy
+from .._qemu.monitor import parse_address
+from .._repository.names import column
+from . import decide
+from .model import Action, Plan, RunContext, VmPlan
+from .observe import observe, with_shelf
+from .space import fit_into, measure, space_in
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from .._qemu.model import Vm
+    from .._repository.async_repository import AsyncRepository
+    from .model import Policy, Request
+
+
+# The whole run
+
+
+def refuse_duplicates(plans: Iterable[VmPlan], processes: Mapping[str, tuple[int, ...]]) -> tuple[VmPlan, ...]:
+    """VMs of one name, or monitors of one QEMU: which of them is meant cannot be known, so none is touched.
+
+    C(processes) are the QEMUs behind the monitors, as far as they are known.
+    """
+    checked = tuple(plans)
+    names = [plan.name for plan in checked]
+    pids = [processes.get(plan.monitor) for plan in checked]
+    result = []
+    for plan, process in zip(checked, pids):
+        if names.count(plan.name) > 1:
+            others = ", ".join(other.monitor for other in checked if other.name == plan.name and other is not plan)
+            reason = f"another VM is called {plan.name} too ({others}); give one of them another name"
+        elif process and pids.count(process) > 1:
+            others = ", ".join(
+                other.monitor for other, pid in zip(checked, pids) if pid == process and other is not plan
+            )
+            reason = f"{plan.monitor} belongs to the same QEMU as {others}; name one of the two only"
+        else:
+            result.append(plan)
+            continue
+        # Without an identity: nobody is to look whether it goes on after all.
+        result.append(replace(plan, action=Action.FAIL, reason=reason, unless="", identity="", disks=()))
+    return tuple(result)
+
+
+def describe(plan: Plan) -> list[str]:
+    """The plan for people to read."""
+    space = plan.space
+    created = " (to be created)" if plan.create_repository else ""
+    amounts = {
+        "needed": space.needed,
+        "free": space.free,
+        "kept in reserve": space.reserve,
+        "promised to other sets": space.promised,
+    }
+    lines = [
+        f"Backup {plan.id} to {plan.repository}{created}",
+        "Space: {}".format(", ".join(f"{human(size)} {what}" for what, size in amounts.items())),
+    ]
+    if not space.reservable:
+        lines.append("This file system cannot reserve space for a copy: the reserve counts twice.")
+    lines += [f"Warning: {warning}" for warning in plan.warnings]
+    width = column(vm.name for vm in plan.vms)
+    for vm in plan.vms:
+        lines.append(f"{vm.action:6}  {vm.name:{width}}  {vm.reason}")
+        if vm.action in (Action.START, Action.ATTACH, Action.FINISH):
+            indent = " " * (6 + 2 + width + 2)
+            lines += [
+                f"{indent}{disk.name}: {disk.level}, about {human(disk.bytes)}: {disk.reason}" for disk in vm.disks
+            ]
+            lines += [f"{indent}{drive.name}: left out, {drive.reason}" for drive in vm.left_out]
+    return lines
+
+
+AT_ONCE = 32
+"""How many VMs are asked at the same time."""
+
+
+def discover(listed: Iterable[Request], patterns: Iterable[str], general: Request) -> tuple[list[Request], list[str]]:
+    """The VMs that are listed, and one like C(general) for each further socket of the patterns; with warnings."""
+    requests = [replace(request, monitor=str(parse_address(request.monitor, "vms"))) for request in listed]
+    known = {request.monitor for request in requests}
+    warnings = []
+    for pattern in patterns:
+        if not pattern.startswith("/"):
+            raise Refused("sockets", f"{pattern!r} is not an absolute path or pattern")
+        if not glob.has_magic(pattern):
+            # A path that is spelled out is meant, be there a socket or not.
+            found = [pattern]
+        else:
+            found = [path for path in sorted(glob.glob(pattern)) if _is_socket(path)]
+            if not found:
+                warnings.append(f"no socket matches {pattern}")
+        for path in found:
+            monitor = str(parse_address(path, "sockets"))
+            if monitor not in known:
+                known.add(monitor)
+                requests.append(replace(general, monitor=monitor))
+    return requests, warnings
+
+
+def _is_socket(path: str) -> bool:
+    try:
+        return stat.S_ISSOCK(os.stat(path).st_mode)
+    except OSError:
+        return False
+
+
+async def draw_up(
+    repository: AsyncRepository,
+    requests: Iterable[Request],
+    set_id: str,
+    policy: Policy,
+    warnings: Iterable[str] = (),
+    orders: Mapping[str, bool] | None = None,
+) -> Plan:
+    """The plan for these VMs: every one of them is in it, whatever its state.
+
+    C(orders) are takeover, supersede and adopt, as _plan.Terms has them.
+    """
+    terms = RunContext(set_id, secrets.token_hex(8), repository.tag, this_hypervisor(), policy, **(orders or {}))
+    turns = asyncio.Semaphore(AT_ONCE)
+    processes: dict[str, tuple[int, ...]] = {}
+    losses: dict[str, tuple[str, ...]] = {}
+    defects: list[str] = []
+
+    async def plan_vm(request: Request) -> VmPlan:
+        named = replace(request, name=request.name or _stem(request))
+        try:
+            facts = await observe(request)
+            named = replace(request, name=await _name(request, facts.vm, repository))
+            if facts.vm and facts.vm.process:
+                processes[request.monitor] = (facts.vm.process.pid, facts.vm.process.start)
+            facts, shelf = await repository.run(with_shelf, facts, named.name, terms.hypervisor)
+            decision = decide.decide(named, facts, shelf, terms)
+            if not decision.links:
+                # Nothing is to be started, or the VM is off, and only what was begun is to be brought to its end.
+                return decision.plan
+            expected = await measure(decision.choice.disks, decision.links, vm=facts.vm)
+            disks = tuple(replace(disk, bytes=expected[disk.name]) for disk in decision.plan.disks)
+            if facts.vm:
+                losses[request.monitor] = lost_in_copy(decision.choice.disks, facts.vm.disks)
+            return replace(decision.plan, disks=disks)
+        except RepositoryHangs:
+            raise
+        except (BackupError, OSError) as error:
+            reason = in_words(error)
+        except Exception as error:  # noqa: BLE001
+            # A defect of ours that shows with one VM is not to take the others along.
+            defects.append(f"{request.monitor}: {traceback.format_exc()}")
+            reason = internal(error)
+        return VmPlan(named.name, named.monitor, Action.FAIL, reason)
+
+    async def in_turn(request: Request) -> VmPlan:
+        async with turns:
+            return await plan_vm(request)
+
+    plans = refuse_duplicates(await asyncio.gather(*(in_turn(request) for request in requests)), processes)
+    space, plans = fit_into(await repository.run(space_in, policy), plans)
+    copied = [plan for plan in plans if plan.action in (Action.START, Action.FINISH)]
+    said = [f"VM {plan.name}: {loss}" for plan in copied for loss in losses.get(plan.monitor, ())]
+    return Plan(
+        repository=repository.path,
+        create_repository=not repository.uuid,
+        run=terms.run,
+        id=set_id,
+        policy=policy,
+        space=space,
+        vms=plans,
+        warnings=(*warnings, *said, *defects),
+    )
+
+
+async def _name(request: Request, vm: Vm | None, repository: AsyncRepository) -> str:
+    """What a VM is called; one that is off can only be known by a set that it was making, or by its monitor."""
+    if request.name or vm is not None:
+        return request.name or (vm.name if vm else "")
+    making = [intent.vm.name for intent in await repository.intents() if intent.monitor == request.monitor]
+    return making[0] if making else _stem(request)
+
+
+def _stem(request: Request) -> str:
+    return os.path.splitext(os.path.basename(request.monitor))[0]

@@ -1,0 +1,70 @@
+# Copyright (c) 2026, vmfleet contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Read and write QEMU's command line options."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+    from typing import Any
+
+
+FLASH = re.compile(r"/machine/[^/]*\bflash\d+")
+"""The qdev path of the firmware's flash chips, such as C(/machine/system.flash0)."""
+ITEM = re.compile(r"(?:[^,]|,,)+")
+"""One C(key=value) of an option; a comma that belongs to a value is doubled."""
+ALIASES = {"-M": "-machine", "-enable-kvm": "-accel", "-no-kvm": "-accel"}
+
+
+def pairs(arguments: Sequence[str]) -> list[tuple[str, str]]:
+    """Options with their values; one without a value has an empty one. Names of images are left out."""
+    found: list[tuple[str, str]] = []
+    free = False
+    for argument in arguments:
+        if argument.startswith("-"):
+            # QEMU takes --object for -object.
+            name = "-" + argument.lstrip("-")
+            found.append((ALIASES.get(name, name), ""))
+            free = True
+        elif free:
+            found[-1] = (found[-1][0], argument)
+            free = False
+    return found
+
+
+def properties(value: str, first: str) -> dict[str, str]:
+    """An option's C(key=value) pairs. The first may come without its key, which is C(first); JSON is read as well."""
+    if value.startswith("{"):
+        try:
+            return {key: str(one) for key, one in json.loads(value).items()}
+        except ValueError:
+            return {}
+    found: dict[str, str] = {}
+    for number, item in enumerate(ITEM.findall(value)):
+        key, equals, text = item.partition("=")
+        if not equals:
+            key, text = (first, item) if number == 0 else (item, "on")
+        found[key] = text.replace(",,", ",")
+    return found
+
+
+def flatten(options: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    for key, value in options.items():
+        if isinstance(value, dict):
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def option_keys(values: Mapping[str, str]) -> str:
+    return ",".join(f"{key}={escape(value)}" for key, value in values.items())
+
+
+def escape(value: str) -> str:
+    return value.replace(",", ",,")

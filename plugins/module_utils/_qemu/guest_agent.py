@@ -1,0 +1,292 @@
+# Copyright (c) 2026, vmfleet contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""The guest agent of a VM: its channel, found through QEMU's object tree, and what is said there.
+
+Reference: QEMU 7.2, docs/interop/qemu-ga.rst and qga/qapi-schema.json; virtio-serial port org.qemu.guest_agent.0.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import select
+import socket
+import time
+from collections import deque
+from typing import TYPE_CHECKING
+
+from .._common.errors import AgentError, CommandError
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+    from types import TracebackType
+    from typing import Any
+
+    from .monitor import Monitor
+
+    Wait = Callable[["socket.socket | None", float], Awaitable[bool]]
+
+
+PORT_NAME = "org.qemu.guest_agent.0"
+PORT_TYPE = "child<virtserialport>"
+ANSWER_TIMEOUT = 5.0
+"""Seconds for what an agent answers at once; whether one is there at all shows in no other way."""
+FREEZE_TIMEOUT = 10.0
+"""Seconds for freezing: the guest writes out first what it has in memory."""
+THAW_TIMEOUT = 10.0
+ANSWER_LIMIT = 1 << 20
+"""Bytes of one answer. The longest, to guest-info, has some thousands."""
+REASON_LIMIT = 500
+"""Characters of the agent's own words in a message."""
+RETRY_INTERVAL = 0.05
+"""Seconds between attempts to enter a full backlog."""
+
+
+async def find_agent(monitor: Monitor) -> dict[str, Any] | None:
+    """The agent channel's C(socket) path and whether an agent in the guest has it open; None where there is none."""
+    for path in await _ports(monitor):
+        name, chardev = await asyncio.gather(
+            monitor.execute("qom-get", {"path": path, "property": "name"}),
+            monitor.execute("qom-get", {"path": path, "property": "chardev"}),
+        )
+        if name == PORT_NAME:
+            chardevs = {entry["label"]: entry for entry in await monitor.execute("query-chardev")}
+            channel = chardevs.get(chardev, {"filename": "", "frontend-open": False})
+            return {"socket": _socket_path(channel["filename"]), "connected": channel["frontend-open"]}
+    return None
+
+
+async def _ports(monitor: Monitor) -> list[str]:
+    found = []
+    for container in ("/machine/peripheral", "/machine/peripheral-anon"):
+        try:
+            entries = await monitor.execute("qom-list", {"path": container})
+        except CommandError:
+            # A machine without devices has no such container.
+            continue
+        found += ["{}/{}".format(container, entry["name"]) for entry in entries if entry["type"] == PORT_TYPE]
+    return found
+
+
+def _socket_path(filename: str) -> str:
+    """C(/run/web01.qga) of C(unix:/run/web01.qga,server=on) or C(disconnected:unix:...)."""
+    return filename.partition("unix:")[2].partition(",")[0]
+
+
+class AgentRefusal(AgentError):
+    """The agent has answered, but not done what it was asked for."""
+
+
+class AgentGone(AgentError):
+    """Nobody serves the agent's socket: the VM is off."""
+
+
+async def wait_in_loop(connection: socket.socket | None, seconds: float) -> bool:
+    """Whether there is something to read (or the end) within so many seconds; without a connection, a pause."""
+    loop = asyncio.get_running_loop()
+    readable: asyncio.Future[bool] = loop.create_future()
+
+    def settle(value: bool) -> None:
+        if not readable.done():
+            readable.set_result(value)
+
+    # Not asyncio.wait_for: before Python 3.12 it loses a cancellation that meets with what it waits for.
+    timer = loop.call_later(seconds, settle, False)
+    if connection:
+        loop.add_reader(connection, settle, True)
+    try:
+        return await readable
+    finally:
+        timer.cancel()
+        if connection:
+            loop.remove_reader(connection)
+
+
+async def wait_alone(connection: socket.socket | None, seconds: float) -> bool:
+    """The same for a process without an event loop: it blocks."""
+    poll = select.poll()
+    if connection:
+        poll.register(connection, select.POLLIN)
+    return bool(poll.poll(seconds * 1000))
+
+
+class Agent:
+    """A conversation with a guest agent, as an async context manager.
+
+    An agent serves one client at a time: hold it briefly. All waiting is done by C(wait), so that the same words serve
+    in an event loop and without one.
+    """
+
+    def __init__(self, path: str, wait: Wait = wait_in_loop) -> None:
+        self.path = path
+        self._wait = wait
+        self._connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._connection.setblocking(False)
+        self._lines: deque[bytes] = deque()
+        self._unfinished = b""
+        self._owed = 0
+
+    async def __aenter__(self) -> Agent:
+        deadline = time.monotonic() + ANSWER_TIMEOUT
+        try:
+            await self._connect(deadline)
+            await self._synchronize(deadline)
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Leave the agent to its next client."""
+        self._connection.close()
+
+    async def require_freezable(self) -> None:
+        """Raise AgentError where freezing, or the thawing that has to follow, is not to be had."""
+        if await self.frozen():
+            raise AgentError(
+                f"{self.path}: the guest's file systems are frozen by somebody else; left as it is. Where no other"
+                " backup is at work, thaw them (guest-fsfreeze-thaw)"
+            )
+        info = await self._ask("guest-info", ANSWER_TIMEOUT)
+        try:
+            enabled = {entry["name"] for entry in info["supported_commands"] if entry["enabled"]}
+        except (KeyError, TypeError):
+            raise self._nonsense("guest-info") from None
+        missing = {"guest-fsfreeze-freeze", "guest-fsfreeze-thaw"} - enabled
+        if missing:
+            raise AgentError(
+                f"{self.path}: the guest agent does not offer {' and '.join(sorted(missing))}: allow it in the agent's"
+                " configuration, or back this VM up without freezing"
+            )
+
+    async def frozen(self) -> bool:
+        """Whether file systems were frozen through the agent, by whomever; it does not know of fsfreeze(8)."""
+        status = await self._ask("guest-fsfreeze-status", ANSWER_TIMEOUT)
+        if status not in ("frozen", "thawed"):
+            raise self._nonsense("guest-fsfreeze-status")
+        return bool(status == "frozen")
+
+    async def freeze(self) -> int:
+        """Freeze all file systems and return their number, which is never 0."""
+        count = await self._count("guest-fsfreeze-freeze", FREEZE_TIMEOUT)
+        if not count:
+            raise AgentRefusal(f"{self.path}: the guest agent found no file system that can be frozen")
+        return count
+
+    async def thaw(self) -> int:
+        """Thaw all file systems and return how many were frozen.
+
+        The answer to a freeze may still be owed: an agent works through its commands one by one.
+        """
+        return await self._count("guest-fsfreeze-thaw", THAW_TIMEOUT)
+
+    async def _connect(self, deadline: float) -> None:
+        while True:
+            try:
+                return self._connection.connect(self.path)
+            except BlockingIOError:
+                # The backlog is full of clients that wait for their turn.
+                if time.monotonic() >= deadline:
+                    raise AgentError(self._no_agent()) from None
+                await self._wait(None, RETRY_INTERVAL)
+            except (FileNotFoundError, ConnectionRefusedError):
+                raise AgentGone(
+                    f"{self.path}: nobody listens there: the VM is off, or the socket of its guest agent is elsewhere"
+                ) from None
+            except OSError as error:
+                raise AgentError(f"{self.path}: cannot connect: {error.strerror or error}") from error
+
+    async def _synchronize(self, deadline: float) -> None:
+        """Skip what the agent still answers to earlier clients."""
+        number = int.from_bytes(os.urandom(4), "big")
+        # Whatever an earlier client has left half said ends with this byte, which is in no JSON.
+        self._send({"execute": "guest-sync", "arguments": {"id": number}}, prefix=b"\xff")
+        while (await self._answer(deadline, self._no_agent())).get("return") != number:
+            pass
+        self._owed = 0
+
+    async def _count(self, command: str, timeout: float) -> int:
+        count = await self._ask(command, timeout)
+        if not isinstance(count, int):
+            raise self._nonsense(command)
+        return count
+
+    async def _ask(self, command: str, timeout: float) -> Any:
+        self._send({"execute": command})
+        deadline = time.monotonic() + timeout
+        answer: dict[str, Any] = {}
+        while self._owed:
+            silence = f"{self.path}: the guest agent did not answer {command} within {timeout:g} s"
+            answer = await self._answer(deadline, silence)
+            self._owed -= 1
+        if "return" not in answer:
+            raise AgentRefusal(f"{self.path}: the guest agent refused {command}: {_reason(answer)}")
+        return answer["return"]
+
+    def _send(self, request: dict[str, Any], prefix: bytes = b"") -> None:
+        try:
+            # Never more than what fits into the buffer of a new connection.
+            self._connection.sendall(prefix + json.dumps(request).encode() + b"\n")
+        except OSError as error:
+            raise self._broken(error) from error
+        self._owed += 1
+
+    async def _answer(self, deadline: float, silence: str) -> dict[str, Any]:
+        """The next answer; what is none is skipped. The guest may send anything, for ever, and is not trusted."""
+        while True:
+            while self._lines:
+                answer = _parsed(self._lines.popleft())
+                if answer:
+                    return answer
+            left = deadline - time.monotonic()
+            if left <= 0 or not await self._wait(self._connection, left):
+                raise AgentError(silence)
+            self._read()
+
+    def _read(self) -> None:
+        try:
+            data = self._connection.recv(65536)
+        except OSError as error:
+            raise self._broken(error) from error
+        if not data:
+            raise self._broken("closed by the other side")
+        *lines, self._unfinished = (self._unfinished + data).split(b"\n")
+        self._lines.extend(lines)
+        if len(self._unfinished) > ANSWER_LIMIT:
+            raise AgentError(f"{self.path}: what answers there is no guest agent")
+
+    def _no_agent(self) -> str:
+        return (
+            f"{self.path}: no guest agent answers within {ANSWER_TIMEOUT:g} s: none runs in the guest, or another"
+            " client (libvirt, another backup, an open shell) holds its socket, which serves one at a time; find"
+            " that with `ss -xp`"
+        )
+
+    def _broken(self, error: object) -> AgentError:
+        return AgentError(f"{self.path}: the connection to the guest agent broke off: {error}")
+
+    def _nonsense(self, command: str) -> AgentError:
+        return AgentError(f"{self.path}: what answers {command} there is no guest agent")
+
+
+def _parsed(line: bytes) -> dict[str, Any]:
+    try:
+        # Some guests tell errors in a character set of their own.
+        message = json.loads(line.decode("utf-8", "replace"))
+    except (ValueError, RecursionError):
+        return {}
+    is_answer = isinstance(message, dict) and ("return" in message or "error" in message)
+    return message if is_answer else {}
+
+
+def _reason(answer: dict[str, Any]) -> str:
+    error = answer["error"]
+    return str(error.get("desc", error) if isinstance(error, dict) else error)[:REASON_LIMIT]

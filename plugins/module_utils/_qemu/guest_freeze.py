@@ -1,0 +1,248 @@
+# Copyright (c) 2026, vmfleet contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Freezing a guest's file systems, so that nothing leaves them frozen, whatever is killed.
+
+Not the module freezes but its guard, a process of its own that alone holds the agent's socket. A pair of sockets
+connects the two, and the module's last word is the same whether it comes to its end or is killed: the pair is closed.
+Then the guard thaws, and tries again until the guest is seen thawed. The death of the guard shows in the same way, and
+the module thaws in its place. Where both die, the set's intent tells a later run to thaw.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import math
+import os
+import signal
+import socket as sockets
+import time
+from typing import TYPE_CHECKING
+
+from .._common.errors import AgentError
+from .guest_agent import THAW_TIMEOUT, Agent, AgentGone, AgentRefusal, wait_alone, wait_in_loop
+
+if TYPE_CHECKING:
+    from collections.abc import Coroutine, Iterator
+    from types import TracebackType
+    from typing import Any, NoReturn
+
+    from .guest_agent import Wait
+
+
+HOLD_LIMIT = 60.0
+"""Seconds after which a guard thaws unasked, for a module that hangs: longer than any start of jobs may take."""
+THAW_LIMIT = 300.0
+"""Seconds for which a guard goes on trying to thaw."""
+RETRY_INTERVAL = 0.5
+"""Seconds between two attempts to thaw, in which other clients of the agent get their turn."""
+GUARD_TIMEOUT = 30.0
+"""Seconds for a word of the guard while it freezes: longer than all its own time limits together."""
+
+
+async def check(socket: str) -> None:
+    """Raise AgentError where a guest cannot be frozen: no agent, none that freezes, or frozen by somebody else."""
+    async with Agent(socket) as agent:
+        await agent.require_freezable()
+
+
+async def thaw(socket: str) -> None:
+    """Thaw a guest that a dead module of ours has left frozen; raises AgentError unless it is seen thawed."""
+    await _thaw(socket, wait_in_loop, THAW_TIMEOUT)
+
+
+class Freezer:
+    """Freezes a guest's file systems, as an async context manager.
+
+    Entering raises AgentError if that fails. Leaving thaws, and raises nothing when that is not seen.
+    """
+
+    def __init__(self, socket: str) -> None:
+        self.frozen_ms = 0
+        """From the sending of the freeze to the answer to the thaw."""
+        self.filesystems = 0
+        self.held = False
+        """Whether they were still frozen when asked to thaw. If not, the guest may have written in between."""
+        self.thaw_error = ""
+        """Why the guest was not seen thawed, after a failed entering too; empty where it was, or was never frozen."""
+        self._socket = socket
+        self._channel: sockets.socket
+        self._since = 0.0
+
+    async def __aenter__(self) -> Freezer:
+        self._channel = _start_guard(self._socket)
+        self.thaw_error = (
+            f"{self._socket}: the guest's file systems were not seen thawed yet; a guard process goes on trying for"
+            f" {THAW_LIMIT:g} s"
+        )
+        try:
+            await self._freeze()
+        except BaseException:
+            self._channel.close()
+            raise
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self._channel.shutdown(sockets.SHUT_WR)
+            await self._see_thaw()
+        finally:
+            self._channel.close()
+
+    async def _freeze(self) -> None:
+        word = await self._hear(GUARD_TIMEOUT)
+        if "since" not in word:
+            if not word.get("silent"):
+                self.thaw_error = ""
+            raise AgentError(word.get("error", f"{self._socket}: the guard process died before it froze the guest"))
+        self._since = word["since"]
+        word = await self._hear(GUARD_TIMEOUT)
+        if "filesystems" in word:
+            self.filesystems = word["filesystems"]
+            return
+        if not word.get("silent"):
+            await self._see_thaw()
+        raise AgentError(word.get("error", f"{self._socket}: the guard process died while it froze the guest"))
+
+    async def _see_thaw(self) -> None:
+        word = await self._hear(THAW_TIMEOUT) or await self._thaw_in_its_place()
+        if "thawed" in word:
+            self.held = word["held"]
+            self.frozen_ms = math.ceil((word["thawed"] - self._since) * 1000)
+            self.thaw_error = ""
+        elif not word.get("silent"):
+            self.thaw_error = word["error"]
+
+    async def _thaw_in_its_place(self) -> dict[str, Any]:
+        try:
+            count = await _thaw(self._socket, wait_in_loop, THAW_TIMEOUT)
+        except AgentError as error:
+            return {"error": str(error)}
+        return {"thawed": time.monotonic(), "held": count > 0}
+
+    async def _hear(self, seconds: float) -> dict[str, Any]:
+        """The guard's next word; an empty one from a guard that is dead."""
+        if not await wait_in_loop(self._channel, seconds):
+            return {"silent": True, "error": f"{self._socket}: no word from the guard process within {seconds:g} s"}
+        word: dict[str, Any] = json.loads(self._channel.recv(65536) or b"{}")
+        return word
+
+
+async def _thaw(path: str, wait: Wait, limit: float) -> int:
+    """Try until the guest is seen thawed; returns how many file systems were frozen."""
+    deadline = time.monotonic() + limit
+    while True:
+        try:
+            async with Agent(path, wait) as agent:
+                return await agent.thaw() if await agent.frozen() else 0
+        except AgentGone:
+            # With its QEMU the guest has ended, too.
+            raise
+        except AgentError:
+            if time.monotonic() >= deadline:
+                raise
+        await wait(None, RETRY_INTERVAL)
+
+
+def _start_guard(path: str) -> sockets.socket:
+    """Start a guard; returns the module's end of the pair that connects them."""
+    try:
+        ours, guards = sockets.socketpair(sockets.AF_UNIX, sockets.SOCK_SEQPACKET)
+        with guards, _signals_blocked():
+            child = os.fork()
+            if not child:
+                _become_guard(path, guards)
+    except OSError as error:
+        raise AgentError(f"{path}: cannot start a guard process for the guest: {error.strerror}") from error
+    # Where SIGCHLD is ignored, nothing is left to wait for.
+    with contextlib.suppress(ChildProcessError):
+        os.waitpid(child, 0)
+    return ours
+
+
+@contextlib.contextmanager
+def _signals_blocked() -> Iterator[None]:
+    """No handler of the module may run in its child. There the block remains: only SIGKILL ends a guard."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    try:
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _become_guard(path: str, channel: sockets.socket) -> NoReturn:
+    """Never return to the module's code, whose locks, connections and clean-up are not the guard's."""
+    try:
+        # An object that is collected would close a file by its number, which may be the guard's by now.
+        gc.disable()
+        # A child's child: nobody has to wait for its end, which may come after the module's.
+        if not os.fork():
+            _detach(channel.fileno())
+            _run(_guard(path, channel))
+    finally:
+        os._exit(0)
+
+
+def _detach(kept: int) -> None:
+    """Let go of all that belongs to the module: its session, working directory and open files."""
+    os.setsid()
+    os.chdir("/")
+    null = os.open(os.devnull, os.O_RDWR)
+    for fd in {0, 1, 2} - {kept}:
+        os.dup2(null, fd)
+    for fd in {int(name) for name in os.listdir("/proc/self/fd")} - {0, 1, 2, kept}:
+        # One was the listing's own.
+        with contextlib.suppress(OSError):
+            os.close(fd)
+
+
+def _run(coroutine: Coroutine[Any, Any, None]) -> None:
+    """Run what waits by wait_alone only, and therefore needs no event loop."""
+    with contextlib.suppress(StopIteration):
+        coroutine.send(None)
+
+
+async def _guard(path: str, channel: sockets.socket) -> None:
+    """Freeze, and thaw when the module says so, has ended, or hangs."""
+    try:
+        async with Agent(path, wait_alone) as agent:
+            await agent.require_freezable()
+            _tell(channel, since=time.monotonic())
+            in_time = await _hold(agent, channel)
+            count = await _thaw_at_last(agent)
+    except AgentError as error:
+        _tell(channel, error=str(error))
+    else:
+        _tell(channel, thawed=time.monotonic(), held=in_time and count > 0)
+
+
+async def _hold(agent: Agent, channel: sockets.socket) -> bool:
+    """Freeze until the module's word; False if that failed or took too long."""
+    try:
+        count = await agent.freeze()
+    except AgentError as error:
+        _tell(channel, error=str(error), silent=not isinstance(error, AgentRefusal))
+        return False
+    _tell(channel, filesystems=count)
+    return await wait_alone(channel, HOLD_LIMIT)
+
+
+async def _thaw_at_last(agent: Agent) -> int:
+    try:
+        # Behind a freeze without an answer, too: whenever the agent comes to that, the thaw follows.
+        return await agent.thaw()
+    except AgentError:
+        agent.close()
+    return await _thaw(agent.path, wait_alone, THAW_LIMIT)
+
+
+def _tell(channel: sockets.socket, **word: Any) -> None:
+    # A module that is dead does not hear it.
+    with contextlib.suppress(OSError):
+        channel.send(json.dumps(word).encode())

@@ -1,0 +1,30 @@
+# Copyright (c) 2026, vmfleet contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""See whether QEMU has an image open, by its locks."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import struct
+
+FLOCK = "hhqqi"
+"""struct flock: type, whence, start, length, pid."""
+QEMU_LOCKS = (100, 200)
+"""Where QEMU's locks on an image begin, and how many bytes they span at most (block/file-posix.c)."""
+
+
+def is_locked(path: str) -> bool:
+    """Whether a QEMU has this image open, in whatever name space, be it to read from it only.
+
+    QEMU says with locks on single bytes what it does with a file, and what it does not want others to do. No command
+    of qemu-img asks for them without writing where the format is raw.
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        found = fcntl.fcntl(fd, fcntl.F_GETLK, struct.pack(FLOCK, fcntl.F_WRLCK, os.SEEK_SET, *QEMU_LOCKS, 0))
+    finally:
+        os.close(fd)
+    return bool(struct.unpack(FLOCK, found)[0] != fcntl.F_UNLCK)

@@ -1,0 +1,90 @@
+# Copyright (c) 2026, vmfleet contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Estimate how many bytes an image will take."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from .._common.errors import ToolError
+from . import qemu_img
+from .qcow2_tables import held_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+    from typing import Any
+
+    from .model import Bitmap, Disk
+
+
+PAGE = 4096
+FIRST_TABLE = 1 << 26
+"""Bytes of a disk for which there is one byte in a qcow2 image's first table, full or not."""
+
+
+async def expected_bytes(
+    disk: Disk, image_format: str, sync: str = "full", bitmap: str = "", before: int = 0, chain: Sequence[Disk] = ()
+) -> int:
+    """The most that a backup of C(disk) will write, in bytes.
+
+    The larger of what qemu-img measures and what the images hold (it does not see writes that QEMU has not flushed),
+    plus one percent, at most the fully allocated size. What it was C(before), if that is known, is not measured again.
+    Nor is what the tables of all its layers, C(chain), tell to be no more than the images hold.
+    """
+    if image_format == "raw":
+        return disk.virtual_size
+    everything = _fully_allocated(disk.virtual_size)
+    tracked = disk.bitmap(bitmap) if bitmap else None
+    if sync in ("incremental", "bitmap") and tracked:
+        return increment_bytes(disk, (tracked,))
+    if sync == "top":
+        held: int | None = disk.layer_size
+    else:
+        held = disk.actual_size
+        measured = None if before or await _is_in(held, chain) else await _measured(disk)
+        if measured and held is not None:
+            # All tables are in that: QEMU gives them to the image of a full backup, however little is on the disk.
+            before = min(measured["fully-allocated"], _with_spare(measured["required"]) + _metadata(0))
+            everything = measured["fully-allocated"]
+    if held is None:
+        return everything
+    return max(before, min(everything, _with_spare(held) + _metadata(disk.virtual_size)))
+
+
+async def _is_in(held: int | None, chain: Sequence[Disk]) -> bool:
+    """Return whether the data in a disk's layers are known to be no more than C(held)."""
+    counted = await held_bytes(chain) if chain and held is not None else None
+    return counted is not None and held is not None and counted <= held
+
+
+def _with_spare(held: int) -> int:
+    return held + held // 100
+
+
+def increment_bytes(disk: Disk, records: Iterable[Bitmap]) -> int:
+    """Return the most bytes that an increment of what these bitmaps of C(disk) have marked together will take."""
+    # The least write that a fine bitmap marks can cost a whole cluster.
+    marked = sum(bitmap.count // bitmap.granularity * max(qemu_img.CLUSTER, bitmap.granularity) for bitmap in records)
+    # Only what is written has tables, in the worst case one for each cluster.
+    tables = min(_metadata(disk.virtual_size), marked + _metadata(0) + disk.virtual_size // FIRST_TABLE)
+    return min(_fully_allocated(disk.virtual_size), _fully_allocated(marked) + tables)
+
+
+async def _measured(disk: Disk) -> Any:
+    """What qemu-img measures; None for a network disk or a json: file name, which only QEMU itself can open."""
+    try:
+        return await qemu_img.run_json(qemu_img.measure_command(disk.filename, disk.driver, "qcow2"))
+    except ToolError:
+        return None
+
+
+def _metadata(virtual_size: int) -> int:
+    """qcow2's own tables for an image of this size with nothing in it, generously."""
+    return 16 * qemu_img.CLUSTER + virtual_size // qemu_img.CLUSTER * 8
+
+
+def _fully_allocated(size: int) -> int:
+    clusters = -(-size // qemu_img.CLUSTER)
+    return clusters * qemu_img.CLUSTER + _metadata(size) + clusters * 16

@@ -1,0 +1,255 @@
+# Copyright (c) 2026, vmfleet contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Describe a VM as QEMU shows it: its disks, bitmaps and jobs."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING
+
+from .._common.errors import Refused
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from typing import Any
+
+    from .._host.process import Process
+
+
+NO_UUID = "00000000-0000-0000-0000-000000000000"
+ENDED = frozenset({"concluded", "null"})
+"""Job states in which a job does nothing any more."""
+SETTLING = frozenset({"waiting", "pending", "aborting"})
+"""Job states in which a job copies nothing any more: it waits for the others of its transaction, or goes back."""
+IO_ERROR = "io-error"
+"""QEMU's status of a VM that was stopped because a read or a write of its guest failed."""
+TARGET_NODES = "vmf."
+"""What the names of all nodes begin with that backups of this collection write to."""
+TARGET_NODE = re.compile(re.escape(TARGET_NODES) + r"(db|[0-9a-f]{8})\.[0-9a-f]{12}(\.\d+)?")
+PERIPHERAL = "/machine/peripheral/"
+TEMPORARY = re.compile(r"/vl\.[A-Za-z0-9]{6}(?:\"|$)")
+"""The file that QEMU makes for a temporary disk, in /var/tmp or in TMPDIR (block.c, create_tmp_file)."""
+
+
+@dataclass(frozen=True)
+class Bitmap:
+    """A dirty bitmap of a disk. C(count) and C(granularity) are bytes."""
+
+    name: str
+    count: int
+    granularity: int
+    recording: bool
+    busy: bool
+    persistent: bool
+    inconsistent: bool
+
+    @property
+    def unusable(self) -> str:
+        """Why an increment cannot rest on this bitmap; empty where it can."""
+        if self.inconsistent:
+            return "is inconsistent: QEMU was not shut down cleanly"
+        if self.busy:
+            return "is in use by another operation"
+        if not self.recording:
+            return "is disabled: it has missed writes"
+        return ""
+
+
+@dataclass(frozen=True)
+class Disk:
+    """A block node that can be backed up. Sizes are bytes, None where QEMU cannot tell.
+
+    C(layer_size) is what the top image holds, C(actual_size) what it holds together with its backing files.
+    C(filters) are the nodes between the device and C(node), such as a throttle. C(layers) are the nodes of its backing
+    files, top first, without filters between them. C(stable_name) is false of a name that another disk can have after a
+    restart of QEMU. C(keeps_bitmaps) tells whether a bitmap can be stored in the image. C(encrypted) says that it or a
+    layer below is, C(snapshots) how many internal ones it holds. C(file) is where it stands, C(data_file) where its
+    data are if elsewhere; both as QEMU names them.
+    """
+
+    name: str
+    node: str
+    driver: str
+    filters: tuple[str, ...] = ()
+    layers: tuple[str, ...] = ()
+    device: str = ""
+    qdev: str = ""
+    filename: str = ""
+    backing_file: str = ""
+    backing_format: str = ""
+    virtual_size: int = 0
+    layer_size: int | None = None
+    actual_size: int | None = None
+    read_only: bool = False
+    removable: bool = False
+    stable_name: bool = True
+    keeps_bitmaps: bool = False
+    encrypted: bool = False
+    snapshots: int = 0
+    file: str = ""
+    data_file: str = ""
+    bitmaps: tuple[Bitmap, ...] = ()
+
+    @property
+    def aliases(self) -> tuple[str, ...]:
+        """Every name that a user may call this disk by."""
+        found = [self.device, qdev_id(self.qdev), self.qdev, *self.filters, self.node, self.name]
+        return tuple(dict.fromkeys(name for name in found if name))
+
+    def shares_file(self, other: Disk) -> bool:
+        """Whether another disk is on the same file."""
+        return bool(self.file) and plain_path(self.file) == plain_path(other.file) and self.node != other.node
+
+    def bitmap(self, name: str) -> Bitmap | None:
+        return next((bitmap for bitmap in self.bitmaps if bitmap.name == name), None)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A block job, as query-block-jobs and query-jobs show it together. C(offset), C(len) bytes; C(speed) bytes/s."""
+
+    id: str
+    type: str
+    status: str
+    offset: int = 0
+    len: int = 0
+    speed: int = 0
+    paused: bool = False
+    busy: bool = False
+    io_status: str = "ok"
+    error: str = ""
+
+    @property
+    def ended(self) -> bool:
+        return self.status in ENDED
+
+    @property
+    def copied(self) -> bool:
+        """Whether there is nothing left for it to copy: it has ended, or is about to."""
+        return self.ended or self.status in SETTLING
+
+    @property
+    def stuck(self) -> bool:
+        """Whether an error paused it (on-target-error or on-source-error stop, enospc): it waits for somebody."""
+        return self.paused and self.io_status != "ok" and not self.ended
+
+    @property
+    def percent(self) -> float:
+        if self.len == 0:
+            return 100.0 if self.ended and not self.error else 0.0
+        return round(100.0 * self.offset / self.len, 1)
+
+    def as_dict(self) -> dict[str, Any]:
+        """This job as a return value."""
+        return {**asdict(self), "percent": self.percent}
+
+
+@dataclass(frozen=True)
+class Vm:
+    """One QEMU process. C(identity) is its uuid, or machine-id:name where it has none."""
+
+    name: str
+    uuid: str
+    identity: str
+    status: str
+    version: str
+    disks: tuple[Disk, ...]
+    other_nodes: tuple[Disk, ...] = field(repr=False)
+    empty: tuple[str, ...]
+    jobs: tuple[Job, ...]
+    fdsets: dict[int, tuple[str, ...]]
+    process: Process | None
+    monitor: str = ""
+    """The address at which it was asked."""
+    files: tuple[str, ...] = field(default=(), repr=False)
+    """Paths of all image files that this VM has open, backing files included."""
+    target_nodes: tuple[str, ...] = field(default=(), repr=False)
+    """The nodes that backups of this collection write to, or have written to. None of them is a disk."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """This VM as a return value."""
+        return {
+            "name": self.name,
+            "uuid": self.uuid,
+            "status": self.status,
+            "version": self.version,
+            "pid": self.process.pid if self.process else 0,
+            "disks": [asdict(disk) for disk in self.disks],
+            "empty": list(self.empty),
+            "jobs": [job.as_dict() for job in self.jobs],
+        }
+
+    @property
+    def hidden_files(self) -> tuple[str, ...]:
+        """The images whose names do not tell which files they are; those of a QEMU that can be seen are seen there."""
+        if self.process is not None:
+            return ()
+        return tuple(path for path in self.files if not path.startswith("/") or path.startswith("/dev/fdset/"))
+
+    def cannot_copy(self, disk: Disk) -> str:
+        """Why QEMU must not be told to copy this disk; empty where it may.
+
+        QEMU hands the mark "temporary" of such a disk on to whatever it opens for it, and deletes the file of that name
+        (7.2 to 11.1). A file that was handed over open has no name that it could delete.
+        """
+        names = [name for layer in self.chain(disk) for name in (layer.filename, layer.backing_file)]
+        if not self.monitor.startswith("tcp:") or not any(TEMPORARY.search(name) for name in names):
+            return ""
+        return (
+            f"disk {disk.name} of VM {self.name} is temporary (-snapshot, snapshot=on). QEMU deletes each image that it"
+            " copies such a disk to by name, and over TCP there is no other way; give the VM a monitor on a UNIX socket"
+        )
+
+    def chain(self, disk: Disk) -> tuple[Disk, ...]:
+        """Return a disk's own node, and the layers that it reads through, from the top to the bottom."""
+        return chain_of(disk, (*self.disks, *self.other_nodes))
+
+    def job(self, job_id: str) -> Job | None:
+        return next((job for job in self.jobs if job.id == job_id), None)
+
+    def active_jobs(self, besides: Iterable[str] = ()) -> tuple[Job, ...]:
+        """The jobs that have not ended, except those named."""
+        return tuple(job for job in self.jobs if not job.ended and job.id not in set(besides))
+
+    def disk(self, name: str, option: str = "device") -> Disk:
+        """The disk called C(name) by backend name, node name or qdev id; Refused with the names there are."""
+        # A backend's name wins over a node's: that is how QEMU itself reads them.
+        for disk in self.disks:
+            if name and name == disk.device:
+                return disk
+        for disk in (*self.disks, *self.other_nodes):
+            if name in disk.aliases:
+                return disk
+        known = "; ".join(" = ".join(disk.aliases) for disk in self.disks) or "none"
+        empty = " (without medium: {})".format(", ".join(self.empty)) if self.empty else ""
+        raise Refused(option, f"VM {self.name} has no device {name!r}; it has: {known}{empty}")
+
+
+def chain_of(disk: Disk, nodes: Iterable[Disk]) -> tuple[Disk, ...]:
+    """Return a disk's own node and, of C(nodes), the layers that it reads through, from the top to the bottom."""
+    by_name = {node.node: node for node in nodes}
+    return (disk, *(by_name[name] for name in disk.layers if name in by_name))
+
+
+def qdev_id(qdev: str) -> str:
+    """C(vd0) of C(/machine/peripheral/vd0/virtio-backend); empty for devices without an id of their own.
+
+    IDE and SCSI disks are told by their bare id, virtio disks by a path.
+    """
+    if qdev.startswith(PERIPHERAL):
+        return qdev[len(PERIPHERAL) :].partition("/")[0]
+    return "" if qdev.startswith("/") else qdev
+
+
+def plain_path(file: str) -> str:
+    """One spelling for each file that QEMU names: a block device has many (C(by-id), C(dm-3), the name of a volume).
+
+    Links elsewhere are not followed: who looks at a file system that hangs, hangs.
+    """
+    if not file.startswith("/"):
+        return file
+    return os.path.realpath(file) if file.startswith("/dev/") else os.path.normpath(file)

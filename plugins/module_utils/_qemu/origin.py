@@ -1,0 +1,74 @@
+# Copyright (c) 2026, vmfleet contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Tell whether a QEMU of earlier can be seen from here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from .._host.namespaces import PATHS, PORTS, PROCESSES, shared
+from .._host.process import Process
+from .monitor import parse_address
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from .model import Vm
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Of which VM an attempt was begun, at which monitor, and by whom it is called so. C(process) is its QEMU."""
+
+    identity: str
+    monitor: str
+    process: tuple[int, ...] = ()
+    spaces: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def is_from_here(self) -> bool:
+        """Whether it was begun where this process stands."""
+        return all(shared(kind, self.spaces) for kind in (PROCESSES, PATHS, PORTS))
+
+    @property
+    def knows_process(self) -> bool:
+        """Whether its process id means something here."""
+        return bool(self.process) and shared(PROCESSES, self.spaces)
+
+    def is_other_process(self, vm: Vm) -> bool:
+        """Whether the QEMU that answers is seen not to be the one of the attempt."""
+        if vm.process is None or not self.knows_process:
+            return False
+        return (vm.process.pid, vm.process.start) != self.process
+
+    def has_ended(self, vm: Vm | None, off: bool, has_traces: bool) -> bool | None:
+        """Whether the QEMU of an attempt has ended, on this machine since it was booted last; None: nobody can tell.
+
+        C(vm) is what answers at its monitor now, C(off) says that nobody is there, and C(has_traces) that what answers
+        has a job of this attempt.
+        """
+        if has_traces:
+            return False
+        if self.knows_process:
+            return not Process(*self.process).alive
+        if vm is not None:
+            return False if self._is_succeeded_by(vm) else None
+        if not off:
+            return False
+        return True if self._shares_address() else None
+
+    def _is_succeeded_by(self, vm: Vm) -> bool:
+        """Whether what answers is the same VM, so that a job that it does not have is gone."""
+        if vm.identity != self.identity:
+            return False
+        if not self.spaces:
+            return True
+        # Without a uuid two VMs can be called the same, in one container each.
+        return self.monitor in ("", vm.monitor) and (bool(vm.uuid) or self._shares_address())
+
+    def _shares_address(self) -> bool:
+        is_path = not self.monitor or bool(parse_address(self.monitor).path)
+        return shared(PATHS if is_path else PORTS, self.spaces)

@@ -1,0 +1,208 @@
+# Copyright (c) 2026, vmfleet contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""qemu-img: the commands as argument lists, and their answers.
+
+Reference: QEMU 7.2, docs/tools/qemu-img.rst.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import shutil
+from typing import TYPE_CHECKING
+
+from .._common.errors import ToolError
+from .._host.process import die_with_parent
+
+if TYPE_CHECKING:
+    from typing import Any
+
+
+class NotInstalled(ToolError):
+    """There is no qemu-img here."""
+
+
+TIMEOUT = 60.0
+"""Seconds for one qemu-img command that looks at metadata only; a hung file system is what comes near it."""
+MEASURE_TIMEOUT = 600.0
+"""Seconds for measuring an image: for that the tables of all images of its chain are read."""
+CLUSTER = 65536
+"""qcow2's default cluster size, in bytes; a table of this size tells of half a GiB."""
+LONG_TIMEOUT = 7 * 24 * 3600.0
+"""Seconds for reading an image to its end: no sensible one takes as long."""
+
+
+def create_command(
+    path: str,
+    image_format: str,
+    size: int,
+    options: dict[str, str] | None = None,
+    backing: tuple[str, str] | None = None,
+) -> list[str]:
+    """C(qemu-img create). C(backing) is a file name and its format; it is written down, not opened (C(-u))."""
+    command = ["qemu-img", "create", "-q", "-f", image_format]
+    if options:
+        command += ["-o", ",".join("{}={}".format(*item) for item in sorted(options.items()))]
+    if backing:
+        command += ["-u", "-b", backing[0], "-F", backing[1]]
+    return [*command, "--", path, str(size)]
+
+
+def info_command(path: str, image_format: str = "", shared: bool = False) -> list[str]:
+    """C(qemu-img info). Not C(shared): fails on an image that somebody else has open for writing."""
+    command = ["qemu-img", "info", "--output=json"]
+    if shared:
+        command.append("-U")
+    if image_format:
+        command += ["-f", image_format]
+    return [*command, "--", path]
+
+
+def measure_command(path: str, image_format: str, target_format: str) -> list[str]:
+    """C(qemu-img measure) of an image that a running VM may have open. Without a format, the name has to tell it."""
+    return ["qemu-img", "measure", "-U", "--output=json", *_format("-f", image_format), "-O", target_format, "--", path]
+
+
+async def whole(path: str, image_format: str) -> str:
+    """The name of an image for a command that reads all of it: the C(json:) one by which it is opened for that.
+
+    The tables of all its layers are read a cluster at a time, and not the 4 KiB at a time that are good for a guest:
+    QEMU gives a backup of a large disk all of its tables, however little is on the disk.
+    """
+    layers = await run_json([*info_command(path, image_format, shared=True)[:-2], "--backing-chain", "--", path])
+    options: dict[str, Any] = {}
+    for layer in reversed(layers):
+        tables = min(layer.get("cluster-size", 0), CLUSTER) if layer["format"] == "qcow2" else 0
+        below = {"backing": options} if options else {}
+        options = {"l2-cache-entry-size": tables, **below} if tables else below
+    return "json:" + json.dumps({**options, "driver": image_format, "file": {"driver": "file", "filename": path}})
+
+
+async def copy_bytes(path: str, image_format: str, size: int) -> int:
+    """The most that a qcow2 copy of an image takes, with all that it builds on; C(size) is the disk's, in bytes.
+
+    C(qemu-img measure) counts the tables of a disk that is full, 10 GiB for one of 64 TiB: a copy has those only that
+    tell of data, in the worst case one for each cluster.
+    """
+    command = measure_command(await whole(path, image_format), "", "qcow2")
+    measured = await run_json(command, MEASURE_TIMEOUT)
+    tables = int(measured["fully-allocated"]) - -(-size // CLUSTER) * CLUSTER
+    data = int(measured["required"]) - tables
+    needed = data + data // 1024 + (size >> 26) + 8 * CLUSTER
+    return data + min(tables, needed)
+
+
+def _format(option: str, image_format: str) -> list[str]:
+    return [option, image_format] if image_format else []
+
+
+def read_command(source: str, size: int) -> list[str]:
+    """Read all that is in an image to nowhere, and unpack what is compressed; C(size) is the disk's, in bytes.
+
+    Nothing is done about what is known to be zero.
+    """
+    command = ["qemu-img", "convert", "-U", "-n", "--target-is-zero", "-m", "16", "-W", "--target-image-opts"]
+    return [*command, "--", source, f"driver=null-co,size={size}"]
+
+
+def convert_command(
+    source: str, target: str, target_format: str, onto_device: bool = False, compression: str = "none"
+) -> list[str]:
+    """C(qemu-img convert) of an image, by its C(whole) name. A device is not made anew, but written onto.
+
+    Nobody writes to the source, but a QEMU whose VM is paused may still have it open, and locked.
+    """
+    command = ["qemu-img", "convert", "-U", "-m", "16", "-O", target_format]
+    if onto_device:
+        command.append("-n")
+    # Compressed clusters are written in order only.
+    command += ["-W"] if compression == "none" else ["-c", "-o", f"compression_type={compression}"]
+    return [*command, "--", source, target]
+
+
+def compare_command(one: str, other: str) -> list[str]:
+    """C(qemu-img compare) of two images, by their C(whole) names; fails where a guest would see a difference."""
+    return ["qemu-img", "compare", "-U", "--", one, other]
+
+
+def map_command(path: str, image_format: str) -> list[str]:
+    """C(qemu-img map)."""
+    return ["qemu-img", "map", "--output=json", "-f", image_format, "--", path]
+
+
+def options_command(image_format: str) -> list[str]:
+    """List a format's creation options: succeeds for just those formats that can be created, and touches nothing."""
+    return ["qemu-img", "create", "-f", image_format, "-o", "help"]
+
+
+async def run(
+    command: list[str], timeout: float = TIMEOUT, pass_fds: tuple[int, ...] = (), is_long: bool = False
+) -> str:
+    """Run a command and return what it printed; raises ToolError with the command's own words.
+
+    C(pass_fds) are inherited: a lock given to a command that writes lasts until that command has ended,
+    even where its parent is killed before. A command that C(is_long) ends with its parent instead: nobody needs what it
+    would go on to write.
+    """
+    try:
+        process = await asyncio.create_subprocess_exec(
+            *(die_with_parent(command) if is_long else command),
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+            pass_fds=pass_fds,
+            env={**os.environ, "LC_ALL": "C"},
+        )
+    except FileNotFoundError:
+        raise NotInstalled(
+            f"{command[0]} is not installed on this hypervisor (Debian: qemu-utils, Red Hat and SUSE: qemu-img)"
+        ) from None
+    try:
+        output, errors = await asyncio.wait_for(process.communicate(), timeout)
+    except BaseException as error:
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+        if not isinstance(error, asyncio.TimeoutError):
+            raise
+        # One that hangs in the kernel cannot be waited for.
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(process.wait(), 1)
+        text = "{}: no end within {:g} s; does its file system hang?".format(" ".join(command), timeout)
+        raise ToolError(_readable(command, text)) from None
+    if process.returncode != 0:
+        raise ToolError(
+            _readable(command, "{}: {}".format(" ".join(command), errors.decode("utf-8", "replace").strip()))
+        )
+    return output.decode("utf-8", "replace")
+
+
+def _readable(command: list[str], text: str) -> str:
+    """A text with paths in place of the C(json:) names that a command was given."""
+    for word in command:
+        if word.startswith("json:"):
+            text = text.replace(word, _path(word))
+    return text
+
+
+def _path(name: str) -> str:
+    """The path in a C(json:) name; one of QEMU's disks that has none stays as it is: RBD, NBD, quorum, cut short."""
+    try:
+        return str(json.loads(name[len("json:") :])["file"]["filename"])
+    except (ValueError, LookupError, TypeError):
+        return name
+
+
+async def run_json(command: list[str], timeout: float = TIMEOUT) -> Any:
+    """Run a command that prints JSON."""
+    return json.loads(await run(command, timeout))
+
+
+def require_qemu_img() -> None:
+    """ToolError where there is no qemu-img: better now than after the first VM."""
+    if shutil.which("qemu-img") is None:
+        raise ToolError("qemu-img is not installed on this hypervisor (Debian: qemu-utils, Red Hat and SUSE: qemu-img)")

@@ -1,0 +1,392 @@
+# Copyright (c) 2026, vmfleet contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Read model of a VM: what query-* say, as plain objects with the field's own names.
+
+Reference: QEMU QMP Reference Manual 7.2, chapters "Block devices", "Background jobs" and "VM run state".
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from .._host.machine import machine_id
+from .model import NO_UUID, TARGET_NODE, Bitmap, Disk, Job, Vm, qdev_id
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from typing import Any
+
+    from .._host.process import Process
+    from .monitor import Monitor
+
+
+FILTERS = frozenset({"copy-before-write", "copy-on-read", "compress", "throttle"})
+"""Drivers that only pass requests on. A bitmap put on one of them is lost: the node below is what we work with."""
+CHILDREN = (10, 1)
+"""The first version of QEMU that names the children of a node."""
+FLAT_DEVICES = (11, 0)
+"""The first version whose query-block can leave out the backing files."""
+FILE_DRIVERS = frozenset({"file", "host_device", "host_cdrom"})
+GRAPH_ATTEMPTS = 20
+"""How often the block graph is asked for until its parts fit together: once and again is the rule."""
+
+
+async def inspect_vm(monitor: Monitor, name: str = "") -> Vm:
+    """Ask a VM for everything that a backup needs to know. C(name) overrules the VM's own name."""
+    # One after the other would cost a round trip each; QEMU answers them in order.
+    named, uuid, status, graph, block_jobs, jobs, fdsets = await asyncio.gather(
+        monitor.execute("query-name"),
+        monitor.execute("query-uuid"),
+        monitor.execute("query-status"),
+        _query_graph(monitor),
+        monitor.execute("query-block-jobs"),
+        monitor.execute("query-jobs"),
+        monitor.execute("query-fdsets"),
+    )
+    own_name = name or named.get("name")
+    vm_name = own_name or _stem(monitor.address.path) or str(monitor.address)
+    vm_uuid = "" if uuid["UUID"] == NO_UUID else uuid["UUID"]
+    disks, other_nodes = _disks(graph)
+    return Vm(
+        name=vm_name,
+        uuid=vm_uuid,
+        # Two VMs that nobody has named may have sockets of one file name, in different directories.
+        identity=vm_uuid or f"{machine_id()}:{own_name or monitor.address}",
+        status=status["status"],
+        version=monitor.version,
+        disks=disks,
+        other_nodes=other_nodes,
+        empty=tuple(_backend_name(entry) for entry in graph.devices if "inserted" not in entry),
+        jobs=merge_jobs(block_jobs, jobs),
+        fdsets={entry["fdset-id"]: tuple(fd.get("opaque", "") for fd in entry["fds"]) for entry in fdsets},
+        process=monitor.process,
+        monitor=str(monitor.address),
+        files=_files(graph.nodes.values(), monitor.process),
+        target_nodes=tuple(name for name in graph.nodes if TARGET_NODE.fullmatch(name)),
+    )
+
+
+@dataclass
+class _Graph:
+    """The block graph of one moment: C(devices) of query-block, C(nodes) by name.
+
+    C(below) is the node that a node reads its data from: its file, or what it filters. C(backing) is that of its
+    backing file, or all that it may be where QEMU does not tell. C(used) are all nodes that others read through.
+    """
+
+    devices: list[dict[str, Any]]
+    nodes: dict[str, dict[str, Any]]
+    below: dict[str, str] = field(default_factory=dict)
+    backing: dict[str, list[str]] = field(default_factory=dict)
+    used: set[str] = field(default_factory=set)
+
+    def filter_path(self, node_name: str) -> list[str]:
+        """The filters on top of a node, and the first node below them."""
+        path = [node_name]
+        while self.nodes[path[-1]]["drv"] in FILTERS and self.below.get(path[-1]) in self.nodes:
+            path.append(self.below[path[-1]])
+        return path
+
+    def file_of(self, node_name: str) -> str:
+        """The file of an image; empty for one that is a part of a file only."""
+        name = node_name
+        while self.below.get(name) in self.nodes and not _is_window(self.nodes[name]):
+            name = self.below[name]
+        return "" if _is_window(self.nodes[name]) else str(self.nodes[name]["file"])
+
+    def layers(self) -> dict[str, tuple[str, ...]]:
+        """The layers below each node, top first."""
+        direct = {upper: self._layer(lower) for upper, lower in self.backing.items()}
+        found: dict[str, tuple[str, ...]] = {}
+        for start in self.nodes:
+            path: list[str] = []
+            name = start
+            # What has been entered ends the walk also where names lead in a circle.
+            while name not in found:
+                found[name] = ()
+                path.append(name)
+                name = next(iter(direct.get(name, ())), name)
+            for upper in reversed(path):
+                if direct.get(upper):
+                    lower = dict.fromkeys((*direct[upper], *found[direct[upper][0]]))
+                    lower.pop(upper, None)
+                    found[upper] = tuple(lower)
+        return found
+
+    def _layer(self, backing: Iterable[str]) -> list[str]:
+        """The nodes below the filters, of those that may be a backing file."""
+        return [self.filter_path(name)[-1] for name in backing if name in self.nodes]
+
+
+async def _query_graph(monitor: Monitor) -> _Graph:
+    """The block graph, from answers that grow with the number of its nodes and no faster.
+
+    A job that ends takes its filter node along. Where that happens between two queries, their answers do not fit
+    together, and are asked for again.
+    """
+    version = tuple(int(number) for number in monitor.version.split("."))
+    ask = _query_children if version >= CHILDREN else _query_file_names
+    # Without C(flat), the entry of each node, or device, would tell of all its backing files again.
+    devices_asked = {"flat": True} if version >= FLAT_DEVICES else {}
+    for _attempt in range(GRAPH_ATTEMPTS):
+        graph, fits = await ask(monitor, devices_asked)
+        if fits:
+            break
+    return graph
+
+
+async def _query_children(monitor: Monitor, devices_asked: dict[str, Any]) -> tuple[_Graph, bool]:
+    """The graph as QEMU tells it, and whether its parts fit together."""
+    before, nodes, devices = await asyncio.gather(
+        monitor.execute("query-block", devices_asked),
+        monitor.execute("query-named-block-nodes", {"flat": True}),
+        monitor.execute("query-block", devices_asked),
+    )
+    graph = _Graph(devices, {node["node-name"]: node for node in nodes})
+    for name, node in graph.nodes.items():
+        for child in node["children"]:
+            graph.used.add(child["node-name"])
+            if child["child"] == "file":
+                graph.below[name] = child["node-name"]
+            elif child["child"] == "backing":
+                graph.backing[name] = [child["node-name"]]
+    return graph, _shown(before) == _shown(devices) and _shown(devices) <= set(graph.nodes)
+
+
+async def _query_file_names(monitor: Monitor, devices_asked: dict[str, Any]) -> tuple[_Graph, bool]:
+    """The graph as far as an older QEMU tells it, and whether its parts fit together.
+
+    It tells the names of files only. Where they are not enough, statistics name the nodes: of the whole answer, these
+    are the larger half.
+    """
+    nodes, devices = await asyncio.gather(
+        monitor.execute("query-named-block-nodes", {"flat": True}),
+        monitor.execute("query-block", devices_asked),
+    )
+    below = _below_by_file_name(nodes)
+    known = {node["node-name"] for node in nodes}
+    if below is None:
+        stats = await monitor.execute("query-blockstats", {"query-nodes": True})
+        below = {entry["node-name"]: entry["parent"]["node-name"] for entry in stats if "parent" in entry}
+        known = {entry["node-name"] for entry in stats}
+    graph = _Graph(devices, {node["node-name"]: node for node in nodes}, below, _backing_by_file_name(nodes, below))
+    if any(len(found) != 1 for found in graph.backing.values()):
+        # This answer doubles with each filter on the way down: it is not asked for without need.
+        for device in await monitor.execute("query-blockstats"):
+            upper = device
+            while "backing" in upper:
+                lower = upper["backing"]
+                if upper["node-name"] in graph.backing:
+                    graph.backing[upper["node-name"]] = [lower["node-name"]]
+                upper = lower
+    graph.used.update(below.values(), *graph.backing.values())
+    return graph, _shown(devices) | graph.used <= set(graph.nodes) == known
+
+
+def _shown(devices: list[dict[str, Any]]) -> set[str]:
+    """The nodes that guest devices see."""
+    return {entry["inserted"]["node-name"] for entry in devices if "inserted" in entry}
+
+
+def _below_by_file_name(nodes: list[dict[str, Any]]) -> dict[str, str] | None:
+    """For each image, the node of its file; None where names do not tell.
+
+    An image has the name of the node below it. They tell where each name is that of one file and of one image at most:
+    never with a filter, nor with anything else between an image and its file.
+    """
+    files: dict[str, str] = {}
+    images: dict[str, str] = {}
+    for node in nodes:
+        name = node["image"]["filename"]
+        kind = files if node["drv"] in FILE_DRIVERS else images
+        has_data_file = "data-file" in node["image"].get("format-specific", {}).get("data", {})
+        if name in kind or node["drv"] in FILTERS or has_data_file:
+            return None
+        kind[name] = node["node-name"]
+    return {image: files[name] for name, image in images.items()} if images.keys() <= files.keys() else None
+
+
+def _backing_by_file_name(nodes: list[dict[str, Any]], below: dict[str, str]) -> dict[str, list[str]]:
+    """For each node with a backing file, the nodes that have that file open."""
+    openers: dict[str, list[str]] = {}
+    for node in nodes:
+        openers.setdefault(node["image"]["filename"], []).append(node["node-name"])
+    backing = {}
+    for node in nodes:
+        # A filter shows what it filters as its backing file.
+        if "backing_file" in node and node["drv"] not in FILTERS:
+            found = openers.get(node["backing_file"], [])
+            # A format, the filter on top of it and the protocol below it have one file name.
+            inner = {node["node-name"], *(below.get(opener) for opener in found)}
+            backing[node["node-name"]] = [opener for opener in found if opener not in inner]
+    return backing
+
+
+async def query_jobs(monitor: Monitor) -> tuple[Job, ...]:
+    """The VM's block jobs now."""
+    block_jobs, jobs = await asyncio.gather(monitor.execute("query-block-jobs"), monitor.execute("query-jobs"))
+    return merge_jobs(block_jobs, jobs)
+
+
+def merge_jobs(block_jobs: list[dict[str, Any]], jobs: list[dict[str, Any]]) -> tuple[Job, ...]:
+    """query-block-jobs with what only query-jobs knows. A job that ended between the two is in one of them only."""
+    general = {job["id"]: job for job in jobs}
+    merged = []
+    for entry in block_jobs:
+        other = general.get(entry["device"], {})
+        merged.append(
+            Job(
+                id=entry["device"],
+                type=entry["type"],
+                status=other.get("status", entry["status"]),
+                offset=entry["offset"],
+                len=entry["len"],
+                speed=entry["speed"],
+                paused=entry["paused"],
+                busy=entry["busy"],
+                io_status=entry["io-status"],
+                error=other.get("error", entry.get("error", "")),
+            )
+        )
+    return tuple(merged)
+
+
+def _disks(graph: _Graph) -> tuple[tuple[Disk, ...], tuple[Disk, ...]]:
+    """The VM's disks (those of devices first, in QEMU's order), and the nodes that other nodes are made of."""
+    layers = graph.layers()
+    sizes = {name: node["image"].get("actual-size") for name, node in graph.nodes.items()}
+    encrypted = {name for name, node in graph.nodes.items() if node["image"].get("encrypted", False)}
+
+    def disk_of(node_name: str, name: str, **others: Any) -> Disk:
+        lower = layers[node_name]
+        held = [sizes[layer] for layer in (node_name, *lower)]
+        return _disk(
+            graph.nodes[node_name],
+            name,
+            layers=lower,
+            backing_format=graph.nodes[lower[0]]["drv"] if lower else "",
+            layer_size=held[0],
+            actual_size=None if None in held else sum(held),
+            encrypted=not encrypted.isdisjoint((node_name, *lower)),
+            file=graph.file_of(node_name),
+            **others,
+        )
+
+    disks: dict[str, Disk] = {}
+    for number, entry in enumerate(graph.devices):
+        inserted = entry.get("inserted")
+        if inserted and inserted["node-name"] in graph.nodes:
+            *filters, node_name = graph.filter_path(inserted["node-name"])
+            own_name = _own_name(entry, graph.nodes[node_name])
+            disk = disk_of(
+                node_name,
+                own_name or f"disk{number}",
+                filters=tuple(filters),
+                device=entry["device"],
+                qdev=entry.get("qdev", ""),
+                removable=entry["removable"],
+                stable_name=bool(own_name),
+            )
+            disks.setdefault(node_name, disk)
+    taken = {*disks, *(name for disk in disks.values() for name in disk.filters)}
+    # A bare -blockdev that nothing reads through is a disk as well, below the filter of its job where there is one.
+    for top in graph.nodes:
+        *filters, node_name = graph.filter_path(top)
+        ours = node_name.startswith("#") or TARGET_NODE.fullmatch(node_name)
+        if top not in graph.used and top not in taken and not ours:
+            disks.setdefault(node_name, disk_of(node_name, node_name, filters=tuple(filters)))
+            taken.update((*filters, node_name))
+    # A file without a name is told by the image in it. There is one for each layer.
+    others = (
+        disk_of(name, "" if name.startswith("#") else name)
+        for name, node in graph.nodes.items()
+        if name not in taken and not (name.startswith("#") and node["drv"] in FILE_DRIVERS)
+    )
+    return tuple(disks.values()), tuple(others)
+
+
+def _disk(node: dict[str, Any], name: str, **others: Any) -> Disk:
+    image = node["image"]
+    return Disk(
+        name=name,
+        node=node["node-name"],
+        driver=node["drv"],
+        filename=image["filename"],
+        backing_file=image.get("full-backing-filename", image.get("backing-filename", "")),
+        virtual_size=image["virtual-size"],
+        read_only=node["ro"],
+        keeps_bitmaps=_keeps_bitmaps(node),
+        snapshots=len(image.get("snapshots", [])),
+        data_file=image.get("format-specific", {}).get("data", {}).get("data-file", ""),
+        bitmaps=tuple(_bitmap(entry) for entry in node.get("dirty-bitmaps", []) if entry.get("name")),
+        **others,
+    )
+
+
+def _is_window(node: dict[str, Any]) -> bool:
+    """Whether a raw node shows a part of its file only (C(offset), C(size)), beside which another may show the next."""
+    name = node["image"]["filename"]
+    if node["drv"] != "raw" or not name.startswith("json:"):
+        return False
+    try:
+        options = json.loads(name[len("json:") :])
+    except ValueError:
+        # QEMU cuts a name of 4096 bytes short: which part of what it shows cannot be told then.
+        return True
+    return "offset" in options or "size" in options
+
+
+def _keeps_bitmaps(node: dict[str, Any]) -> bool:
+    """Whether QEMU can store bitmaps in this node's image, and only QEMU writes its data.
+
+    Those of a read-only one would be accepted and then lost. A raw data file can be written without its qcow2 image.
+    """
+    details = node["image"].get("format-specific", {}).get("data", {})
+    old = details.get("compat", "0.10") == "0.10"
+    return node["drv"] == "qcow2" and not node["ro"] and not old and not details.get("data-file-raw", False)
+
+
+def _bitmap(entry: dict[str, Any]) -> Bitmap:
+    return Bitmap(
+        name=entry["name"],
+        count=entry["count"],
+        granularity=entry["granularity"],
+        recording=entry["recording"],
+        busy=entry["busy"],
+        persistent=entry["persistent"],
+        inconsistent=entry.get("inconsistent", False),
+    )
+
+
+def _own_name(entry: dict[str, Any], node: dict[str, Any]) -> str:
+    """The backend's name, else the device's id, else the node's; empty where it has none that holds beyond one boot."""
+    named = "" if node["node-name"].startswith("#") else str(node["node-name"])
+    return entry["device"] or qdev_id(entry.get("qdev", "")) or named
+
+
+def _backend_name(entry: dict[str, Any]) -> str:
+    return entry["device"] or qdev_id(entry.get("qdev", "")) or entry.get("qdev", "")
+
+
+def _files(nodes: Iterable[dict[str, Any]], process: Process | None) -> tuple[str, ...]:
+    found = []
+    for node in nodes:
+        path = node["file"]
+        if not path.startswith("/") and node["drv"] not in FILE_DRIVERS:
+            # What stands for several files, or for one on another machine: the files have nodes of their own.
+            continue
+        if not path.startswith("/") and process is not None:
+            # QEMU tells a relative name as it was given; it counts from QEMU's own working directory.
+            path = os.path.join(f"/proc/{process.pid}/cwd", path)
+        found.append(path)
+    return tuple(dict.fromkeys(found))
+
+
+def _stem(path: str) -> str:
+    return os.path.splitext(os.path.basename(path))[0]

@@ -1,0 +1,150 @@
+# Copyright (c) 2026, vmfleet contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Backup targets: made by us and never by QEMU, with their space reserved, handed over as open files, flushed by us."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from .._host.files import step
+from .._host.io_thread import AT_ONCE
+from .._host.preallocate import top_up
+from . import qemu_img
+from .image_size import PAGE
+
+if TYPE_CHECKING:
+    from typing import IO, Any
+
+    from .._host.io_thread import DirectCalls
+
+
+DIRECT_ALIGNMENT = 4096
+
+
+@dataclass(frozen=True)
+class Target:
+    """An image that a job will write. C(size) is its virtual size and C(expected) the data to come, in bytes."""
+
+    path: str
+    format: str
+    size: int
+    expected: int = 0
+    compress: bool = False
+    block_device: bool = False
+    compression_type: str = "zstd"
+
+    @property
+    def direct(self) -> bool:
+        """Whether O_DIRECT is worth trying: compressed clusters are unaligned, and so can a raw image's end be."""
+        aligned = self.format != "raw" or self.size % DIRECT_ALIGNMENT == 0
+        return not self.compress and aligned
+
+    def node(self, filename: str, direct: bool) -> str:
+        """The C(json:) file name under which QEMU opens the image."""
+        return "json:" + json.dumps(self.options(filename, direct))
+
+    def options(self, filename: str, direct: bool) -> dict[str, Any]:
+        """Return the options with which QEMU opens the image: nothing probed, no backing file opened.
+
+        What is not said here a target gets from its source: a disk with aio=native would have no buffered target, and
+        one with cache=unsafe none that is flushed.
+        """
+        flags = {"cache": {"direct": direct, "no-flush": False}, "read-only": False, "auto-read-only": False}
+        file = {
+            "driver": "host_device" if self.block_device else "file",
+            "filename": filename,
+            "aio": "threads",
+            "locking": "auto",
+            "discard": "unmap",
+            **flags,
+        }
+        # Clusters that an existing image frees are used again, and so their space stays reserved.
+        options: dict[str, Any] = {
+            "driver": self.format,
+            "file": file,
+            "discard": "ignore",
+            "detect-zeroes": "on",
+            **flags,
+        }
+        if self.format != "raw":
+            options["backing"] = None
+        return options
+
+
+@dataclass(frozen=True)
+class Blank:
+    """A new image in memory: its length in bytes, and the parts of it that are not zero, each with its offset."""
+
+    length: int
+    parts: tuple[tuple[int, bytes], ...]
+
+    @classmethod
+    def of(cls, path: str) -> Blank:
+        with step(path, "it was read"), open(path, "rb") as image:
+            content = image.read()
+        pages = ((offset, content[offset : offset + PAGE]) for offset in range(0, len(content), PAGE))
+        return cls(len(content), tuple((offset, page) for offset, page in pages if any(page)))
+
+    def write(self, image: IO[bytes]) -> None:
+        image.truncate(self.length)
+        for offset, part in self.parts:
+            image.seek(offset)
+            image.write(part)
+
+
+async def create(
+    target: Target,
+    backing: tuple[str, str] | None = None,
+    pass_fds: tuple[int, ...] = (),
+    made: dict[tuple[str, ...], Blank] | None = None,
+    calls: DirectCalls = AT_ONCE,
+) -> None:
+    """Make a new image, readable by its owner only. FileExistsError where the path is taken, whatever stands there.
+
+    C(made) remembers the images made: another one of the same kind is a copy, which spares the run of qemu-img.
+    C(calls) is how the target's file system is called.
+    """
+    options = {"compression_type": target.compression_type} if target.format == "qcow2" and target.compress else None
+    kind = tuple(qemu_img.create_command("", target.format, target.size, options, backing))
+    blank = Blank(target.size, ()) if target.format == "raw" else (made or {}).get(kind)
+    await calls.run(_make_file, target.path, blank)
+    if blank:
+        return
+    command = qemu_img.create_command(target.path, target.format, target.size, options, backing)
+    await qemu_img.run(command, pass_fds=pass_fds)
+    # Images of other formats have identifiers of their own.
+    if made is not None and target.format == "qcow2":
+        made[kind] = await calls.run(Blank.of, target.path)
+
+
+def _make_file(path: str, blank: Blank | None) -> None:
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
+    with step(path, "it was made"), open(os.open(path, flags, 0o600), "wb") as image:
+        if blank:
+            blank.write(image)
+
+
+def reserve(target: Target) -> bool:
+    """Allocate the bytes that the job is expected to write, without changing the file's size.
+
+    A guest's write fails when the copy of the old data does, whatever on-target-error says: only space that nobody
+    else can take keeps a full file system from the guest. False where the file system cannot; BackupError where the
+    space is not there.
+    """
+    return target.block_device or top_up(target.path, target.expected)
+
+
+def open_pair(target: Target, direct: bool) -> tuple[int, int]:
+    """Two fds for an fdset, one to read and one to write; raises OSError where the file system has no O_DIRECT."""
+    flags = os.O_CLOEXEC | (os.O_DIRECT if direct else 0)
+    reading = os.open(target.path, os.O_RDONLY | flags)
+    try:
+        return reading, os.open(target.path, os.O_RDWR | flags)
+    except OSError:
+        os.close(reading)
+        raise

@@ -1,0 +1,129 @@
+# Copyright (c) 2026, vmfleet contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""How a VM was built, so that it can be built again from its backup: the content of C(vm.json).
+
+Secrets are taken out: a backup is read by more people than a hypervisor's process list.
+
+Reference: QEMU 7.2, qemu-options.hx for the command line, docs/system/secrets.rst for what is secret in it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+from datetime import datetime, timezone
+from typing import TYPE_CHECKING
+
+from .._common.errors import CommandError
+from .._common.version import COLLECTION_VERSION, SCHEMA
+from .command_line import FLASH
+from .secrets import _Redaction, redact
+
+if TYPE_CHECKING:
+    from typing import Any
+
+    from .._host.process import Process
+    from .model import Disk, Vm
+    from .monitor import Monitor
+
+
+MACHINE = "-machine"
+CHILD = re.compile(r"child<(.+)>")
+
+
+async def describe_vm(monitor: Monitor, vm: Vm) -> dict[str, Any]:
+    """How C(vm) is built. What a VM does not have, or its QEMU does not tell, is null or empty.
+
+    C(removed) lists what has been taken out, and so has to be set again by whoever builds the VM again.
+    C(command_line) is what QEMU was started with, C(devices) what there is now; null where the process is unknown.
+    """
+    machine, bios, kvm, memory, cpus, named, unnamed, chardevs = await asyncio.gather(
+        _ask(monitor, "qom-get", path="/machine", property="type"),
+        _ask(monitor, "qom-get", path="/machine", property="firmware"),
+        _ask(monitor, "query-kvm"),
+        _ask(monitor, "query-memory-size-summary"),
+        _cpus(monitor),
+        _devices(monitor, "/machine/peripheral"),
+        _devices(monitor, "/machine/peripheral-anon"),
+        _ask(monitor, "query-chardev"),
+    )
+    arguments = _command_line(vm.process)
+    command_line, removed = redact(arguments or [])
+    return {
+        "schema": SCHEMA,
+        "collection": COLLECTION_VERSION,
+        "taken": datetime.now(timezone.utc).isoformat(timespec="seconds").replace("+00:00", "Z"),
+        "name": vm.name,
+        "uuid": vm.uuid,
+        "qemu": vm.version,
+        "machine": machine[: -len(MACHINE)] if machine and machine.endswith(MACHINE) else machine,
+        # Without KVM it may be TCG or Xen.
+        "accelerator": "kvm" if kvm and kvm["enabled"] else None,
+        "memory": memory["base-memory"] + memory.get("plugged-memory", 0) if memory else None,
+        "cpus": cpus,
+        "firmware": {"bios": bios or None, "flash": [disk.name for disk in vm.disks if FLASH.match(disk.qdev)]},
+        "command_line": command_line if arguments else None,
+        "disks": [_disk(disk, removed) for disk in vm.disks],
+        "devices": named + [{**device, "id": ""} for device in unnamed],
+        "chardevs": [_chardev(entry, removed) for entry in chardevs or []],
+        "removed": removed,
+    }
+
+
+async def _ask(monitor: Monitor, command: str, **arguments: str) -> Any:
+    """QEMU's answer; None where this VM has no such thing."""
+    try:
+        return await monitor.execute(command, arguments)
+    except CommandError:
+        return None
+
+
+async def _cpus(monitor: Monitor) -> dict[str, Any]:
+    found = await _ask(monitor, "query-cpus-fast") or []
+    kind = await _ask(monitor, "qom-get", path=found[0]["qom-path"], property="type") if found else None
+    return {"count": len(found), "type": kind}
+
+
+async def _devices(monitor: Monitor, container: str) -> list[dict[str, str]]:
+    entries = await _ask(monitor, "qom-list", path=container) or []
+    children = ((entry["name"], CHILD.fullmatch(entry["type"])) for entry in entries)
+    return [{"id": name, "type": child[1]} for name, child in children if child]
+
+
+def _command_line(process: Process | None) -> list[str] | None:
+    """What QEMU was started with; None where nobody knows (over TCP), or the process may not be seen."""
+    if process is None:
+        return None
+    try:
+        with open(f"/proc/{process.pid}/cmdline", "rb") as source:
+            content = source.read()
+    except OSError:
+        return None
+    # Looked at afterwards: the pid was this process's all the time, then.
+    if not process.alive or not content:
+        return None
+    return [os.fsdecode(argument) for argument in content.split(b"\0")[:-1]]
+
+
+def _disk(disk: Disk, removed: list[str]) -> dict[str, Any]:
+    redaction = _Redaction(f"disk {disk.name}", removed)
+    return {
+        "name": disk.name,
+        "node": disk.node,
+        "qdev": disk.qdev,
+        "device": disk.device,
+        "driver": disk.driver,
+        "file": redaction.text("file", disk.filename),
+        "backing_file": redaction.text("backing_file", disk.backing_file),
+        "virtual_size": disk.virtual_size,
+        "read_only": disk.read_only,
+        "removable": disk.removable,
+    }
+
+
+def _chardev(entry: dict[str, Any], removed: list[str]) -> dict[str, str]:
+    redaction = _Redaction("chardev {}".format(entry["label"]), removed)
+    return {"label": entry["label"], "filename": redaction.text("filename", entry["filename"])}

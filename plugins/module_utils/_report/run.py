@@ -1,0 +1,128 @@
+# Copyright (c) 2026, vmfleet contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""The report of one run over a fleet, as data: a pure function of what its hypervisors have told."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from .._backup.outcome import VmState
+from .._common.formats import parse_time
+from .._common.words import Word
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterable, Mapping
+    from typing import Any
+
+
+class HypervisorState(Word):
+    """What a hypervisor has told of its part of a run."""
+
+    REPORTED = "reported"
+    UNREACHED = "failed"
+    """It has not told anything, and will not."""
+    WAITING = "waiting"
+    """It may still tell."""
+
+
+SCHEMA = 1
+NO_REASON = "it has told nothing: it could not be reached, or has failed before its VMs; the output of the run says why"
+NOTHING: dict[str, Any] = {"repository": "", "id": "", "written": "", "error": "", "vms": []}
+"""What a hypervisor that has told nothing has told."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What stays of a run when it is one of many. C(began) is when its first set was begun, or it was written."""
+
+    id: str
+    began: str
+    vms: int
+    bad: int
+    bytes: int
+    seconds: float
+
+    @classmethod
+    def of(cls, report: Mapping[str, Any]) -> Run:
+        """ValueError where it is no report of a run."""
+        try:
+            found = report["summary"]
+            run = cls(
+                report["id"],
+                found["began"] or report["written"],
+                found["vms"],
+                found["failed"] + found["cancelled"] + found["hypervisors_failed"],
+                found["bytes"],
+                float(found["seconds"]),
+            )
+            parse_time(run.began)
+            if report["schema"] != SCHEMA or min(run.vms, run.bad, run.bytes, run.seconds) < 0:
+                raise ValueError(f"schema {report['schema']}")
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{error!r}") from error
+        return run
+
+
+def collect(
+    set_id: str,
+    now: str,
+    told: Mapping[str, Mapping[str, Any]],
+    errors: Mapping[str, str],
+    pending: Collection[str],
+    before: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    """The report. C(told) has all hypervisors of the play; C(before) is the report of the same id that it replaces.
+
+    What that says of hypervisors of which nothing new is known is still true: a run may be repeated for some of them.
+    """
+    earlier = {one["name"]: one for one in before["hypervisors"]} if before else {}
+    found = []
+    for name, record in told.items():
+        blank = {"name": name, "state": HypervisorState.WAITING, **NOTHING}
+        if record:
+            found.append({**blank, **{field: record[field] for field in NOTHING}, "state": HypervisorState.REPORTED})
+        elif name in pending and not errors.get(name):
+            found.append(earlier.get(name, blank))
+        else:
+            found.append(
+                {**earlier.get(name, blank), "state": HypervisorState.UNREACHED, "error": errors.get(name) or NO_REASON}
+            )
+    found += [one for name, one in earlier.items() if name not in told]
+    return {"schema": SCHEMA, "id": set_id, "written": now, "summary": summarize(found), "hypervisors": found}
+
+
+def summarize(hypervisors: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """The fleet at a glance."""
+    hypervisors = list(hypervisors)
+    vms = [vm for one in hypervisors for vm in one["vms"]]
+    published = [vm["set"] for vm in vms if vm["state"] == VmState.PUBLISHED and vm["set"]]
+    spans = sorted((parse_time(one["started"]).timestamp(), one["duration"]) for one in published)
+    return {
+        "hypervisors": len(hypervisors),
+        "hypervisors_failed": sum(one["state"] == HypervisorState.UNREACHED for one in hypervisors),
+        "hypervisors_waiting": sum(one["state"] == HypervisorState.WAITING for one in hypervisors),
+        "vms": len(vms),
+        **{
+            state: sum(vm["state"] == state for vm in vms)
+            for state in (VmState.PUBLISHED, VmState.FAILED, VmState.CANCELLED, VmState.SKIPPED)
+        },
+        "new": sum(vm["state"] == VmState.PUBLISHED and vm["changed"] for vm in vms),
+        "bytes": sum(one["bytes"] for one in published),
+        "seconds": round(covered(spans), 3),
+        "began": min((one["started"] for one in published), default=""),
+        "frozen": sum(one["consistency"] == "filesystem" for one in published),
+        "verified": sum(bool(one["verified"]) for one in published),
+        "damaged": sum(bool(vm["damage"]) for vm in vms),
+    }
+
+
+def covered(spans: Iterable[tuple[float, float]]) -> float:
+    """The time in which at least one copy ran. Pauses between the tries of a run do not count; C(spans) are sorted."""
+    total, end = 0.0, float("-inf")
+    for start, length in spans:
+        total += max(0.0, start + length - max(start, end))
+        end = max(end, start + length)
+    return total

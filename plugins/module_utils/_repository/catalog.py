@@ -1,0 +1,236 @@
+# Copyright (c) 2026, vmfleet contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""What a repository holds of a VM, for those who read it: restore, verify, list, prune. Needs no QEMU and no locks."""
+
+from __future__ import annotations
+
+import glob
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from .._common.errors import BackupError, Refused
+from .._common.formats import parse_time
+from .._common.words import Word
+from .annotations import annotation_path, is_read, read_annotations
+from .chain import broken_images, walk
+from .documents import Intent
+from .json_file import read_document
+from .names import vm_directory
+from .repository import FAILED, HARMLESS, INTENT, STAGING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping
+    from datetime import datetime
+
+    from .annotations import SetAnnotations
+    from .documents import DiskImage, Manifest, Pin, Protection, Verification
+    from .repository import Repository, VmRecords
+
+
+class Depth(Word):
+    """How deep a verification looks. Each depth includes those before it."""
+
+    MANIFEST = "manifest"
+    CHECKSUM = "checksum"
+    IMAGE = "image"
+    BOOT = "boot"
+    """That a guest does not start says nothing of the sets that build on its own."""
+
+
+DEPTHS = tuple(Depth)
+"""From the least deep to the deepest."""
+
+
+CONSOLIDATING_SUFFIX = ".consolidating"
+"""What the name of a hidden file ends with in which an increment becomes a full image."""
+MANY = 30
+"""VMs that are listed where one is not found."""
+
+
+@dataclass(frozen=True)
+class VmCatalog:
+    """One VM in a repository. C(broken) says, by set id and disk, why an image cannot be read whole."""
+
+    name: str
+    shelf: VmRecords
+    marks: SetAnnotations
+    broken: Mapping[tuple[str, str], str]
+
+    @property
+    def broken_sets(self) -> dict[str, str]:
+        """Why sets cannot be restored whole, by id."""
+        found: dict[str, str] = {}
+        for (set_id, disk), reason in self.broken.items():
+            found.setdefault(set_id, f"disk {disk}: {reason}")
+        return found
+
+    @property
+    def failed_sets(self) -> dict[str, str]:
+        """Why sets are not to be relied on, by id."""
+        return failed_sets(self.shelf.sets, self.marks)
+
+    def find(self, set_id: str = "", before: datetime | None = None) -> Manifest:
+        """The set with this id, or the newest one, or the newest that was begun no later than C(before)."""
+        if set_id:
+            found = self.shelf.published(set_id)
+            if found is None:
+                raise Refused("id", f"VM {self.name} has no set {set_id}; it has: {self._ids()}")
+            return found
+        fitting = [one for one in self.shelf.sets if before is None or begun(one) <= before]
+        if not fitting:
+            when = f" from before {before.isoformat()}" if before else ""
+            raise Refused("before" if before else "vm", f"VM {self.name} has no set{when}; it has: {self._ids()}")
+        return fitting[-1]
+
+    def chain(self, manifest: Manifest, disk: str) -> list[tuple[Manifest, DiskImage]]:
+        """The images that make up a disk of a set, itself first; BackupError names the link that is missing."""
+        reason = self.broken.get((manifest.id, disk), "")
+        steps, broken = walk(self.shelf.sets, manifest, disk)
+        if broken or reason:
+            raise BackupError(f"VM {self.name}, set {manifest.id}, disk {disk}: {reason or broken}")
+        return steps
+
+    def _ids(self) -> str:
+        return ", ".join(one.id for one in self.shelf.sets) or "none"
+
+
+def failed_sets(sets: Iterable[Manifest], marks: SetAnnotations) -> dict[str, str]:
+    """Why sets are not to be relied on, by id: they have failed their verification, or one below them has.
+
+    What a set itself was found to be since then, by a look as deep, outweighs what is below it.
+    """
+    reasons: dict[str, str] = {}
+    suspects: dict[str, Verification] = {}
+    for manifest in sets:
+        own = marks.verification(manifest)
+        below = (suspects.get(disk.parent.id) for disk in manifest.disks if disk.parent)
+        suspect = next((found for found in below if found and not (own and _outweighs(own, found))), None)
+        if suspect:
+            reasons[manifest.id] = f"set {suspect.id} below it has failed its verification: {suspect.errors[0]}"
+        if own and not own.ok:
+            reasons[manifest.id] = own.errors[0]
+            suspect = suspect if own.depth == Depth.BOOT else own
+        if suspect:
+            suspects[manifest.id] = suspect
+    return reasons
+
+
+def _outweighs(own: Verification, below: Verification) -> bool:
+    as_deep = own.depth in DEPTHS and below.depth in DEPTHS and DEPTHS.index(own.depth) >= DEPTHS.index(below.depth)
+    return own.ok and as_deep and own.when >= below.when
+
+
+def read_catalog(repository: Repository, vm: str) -> VmCatalog:
+    """All that a repository holds about one VM."""
+    shelf = repository.shelf(vm)
+    return VmCatalog(vm, shelf, read_annotations(repository, vm), broken_images(shelf.sets, repository.damage))
+
+
+def leftovers(repository: Repository, held: VmCatalog) -> list[dict[str, str]]:
+    """What stands in a VM's directory besides sets, and what it is."""
+
+    def found(path: str, what: str) -> dict[str, str]:
+        return {"vm": held.name, "path": path, "what": what}
+
+    shelf = held.shelf
+    left = [
+        found(
+            repository.staging(held.name, intent.id),
+            f"set {intent.id} is being made by hypervisor {intent.hypervisor.name} since {intent.started}",
+        )
+        for intent in shelf.intents
+    ]
+    left += [
+        found(repository.failure_path(held.name, failure.id), f"set {failure.id} {failure.state}: {failure.error}")
+        for failure in shelf.failures
+    ]
+    left += [
+        found(repository.set_path(held.name, stray), "no set: no valid manifest") for stray in sorted(shelf.strays)
+    ]
+    left += [
+        found(repository.note_path(held.name, note.id), f"set {note.id} becomes a full one; the next prune goes on")
+        for note in shelf.notes
+    ]
+    left += [found(path, said) for path, said in _stale_marks(repository, held)]
+    left += [
+        found(path, "an increment that becomes a full image, or was to; the next prune goes on")
+        for path in growing(repository, held.name)
+    ]
+    return left + [found(path, "left by a process that was killed") for path in repository.litter(held.name)]
+
+
+def _stale_marks(repository: Repository, held: VmCatalog) -> Iterator[tuple[str, str]]:
+    """What is said of sets without need, each with the reason."""
+    there = {manifest.id for manifest in held.shelf.sets} | held.shelf.strays
+    marks: list[Protection | Verification | Pin] = [
+        *held.marks.protections,
+        *held.marks.verifications,
+        *held.marks.pins,
+    ]
+    for mark in marks:
+        if mark.id not in there:
+            yield annotation_path(repository, held.name, mark), f"said of set {mark.id}, which is gone"
+    for pin in held.marks.pins:
+        if pin.id in there and not is_read(pin):
+            yield annotation_path(repository, held.name, pin), f"{pin.path}, which has read set {pin.id}, is gone"
+
+
+def growing(repository: Repository, vm: str) -> list[str]:
+    """The files in which increments become full images, or were to."""
+    directory = repository.directory(vm)
+    entries = sorted(os.listdir(directory)) if os.path.isdir(directory) else []
+    return [
+        os.path.join(directory, entry)
+        for entry in entries
+        if entry.startswith(".") and entry.endswith(CONSOLIDATING_SUFFIX)
+    ]
+
+
+def require_sets(repository: Repository, held: VmCatalog) -> None:
+    """Refuse a VM that a repository has no set of, and tell of which it has some: mostly the name is misspelt."""
+    if held.shelf.sets:
+        return
+    known = vm_names(repository)
+    more = f" and {len(known) - MANY} others" if len(known) > MANY else ""
+    raise Refused(
+        "vm", f"VM {held.name} has no set; the repository knows of: {', '.join(known[:MANY]) or 'none'}{more}"
+    )
+
+
+def vm_names(repository: Repository) -> list[str]:
+    """The VMs that a repository has sets of, is getting some, or was to, by the names in their documents."""
+    names = set()
+    for directory in glob.glob(os.path.join(glob.escape(repository.path), "*", "")):
+        entry = os.path.basename(os.path.dirname(directory))
+        if entry in HARMLESS:
+            continue
+        try:
+            found = repository.any_manifest(directory) or _any_intent(directory)
+            used = not found and _was_used(repository, entry)
+        except (BackupError, OSError):
+            # What cannot be read is said by whoever looks at this VM.
+            found, used = None, True
+        if found:
+            names.add(found.vm.name)
+        elif used and vm_directory(entry) == entry:
+            names.add(entry)
+    return sorted(names)
+
+
+def _any_intent(directory: str) -> Intent | None:
+    """Some intent in a VM's directory."""
+    paths = glob.glob(os.path.join(glob.escape(directory), f".*{STAGING}", INTENT))
+    return next((intent for intent in (read_document(path, Intent) for path in paths) if intent), None)
+
+
+def _was_used(repository: Repository, vm: str) -> bool:
+    """Whether there are traces of sets of a VM of which there is none."""
+    failed = glob.glob(os.path.join(glob.escape(repository.directory(vm)), f".*{FAILED}"))
+    return bool(failed or repository.litter(vm))
+
+
+def begun(manifest: Manifest) -> datetime:
+    return parse_time(manifest.started)

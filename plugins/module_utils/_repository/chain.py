@@ -1,0 +1,119 @@
+# Copyright (c) 2026, vmfleet contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Which image a disk's next one builds on, and what has to be kept for that: pure functions of the published sets.
+
+Every image has a bitmap of its own, which records the writes since that image and is never cleared. An increment is
+what the bitmap of the image below it has marked; without any doubt about that bitmap, or it is a full image.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from .._common.words import Word
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping, Sequence
+
+    from .documents import DiskImage, Intent, Manifest, Parent
+
+
+class Level(Word):
+    """How much of a disk an image holds. C(AUTO) is only asked for, never made."""
+
+    AUTO = "auto"
+    FULL = "full"
+    INCREMENTAL = "incremental"
+    """What has changed since the set before."""
+    DIFFERENTIAL = "differential"
+    """What has changed since the newest full set."""
+
+
+def newest_full(sets: Sequence[Manifest], disk: str) -> Manifest | None:
+    for manifest in reversed(sets):
+        image = manifest.disk(disk)
+        if image and image.level == Level.FULL:
+            return manifest
+    return None
+
+
+def walk(sets: Sequence[Manifest], start: Manifest, disk: str) -> tuple[list[tuple[Manifest, DiskImage]], str]:
+    """The images that a disk's image in C(start) is made of, itself first; and what is wrong with a broken chain."""
+    by_id = {manifest.id: manifest for manifest in sets}
+    steps: list[tuple[Manifest, DiskImage]] = []
+    manifest: Manifest | None = start
+    image = start.disk(disk)
+    while manifest and image:
+        steps.append((manifest, image))
+        broken = _broken_below(by_id, manifest, image)
+        if broken or image.parent is None:
+            return steps, broken
+        manifest = by_id[image.parent.id]
+        image = manifest.disk(disk)
+    return steps, f"set {start.id} has no disk {disk}"
+
+
+def broken_images(sets: Sequence[Manifest], damage: Callable[[Manifest, DiskImage], str]) -> dict[tuple[str, str], str]:
+    """Which images of all sets cannot be read whole, by set id and disk, and why.
+
+    C(damage) says what is wrong with an image's own file; it is asked once for each.
+    """
+    by_id = {manifest.id: manifest for manifest in sets}
+    broken: dict[tuple[str, str], str] = {}
+    for manifest in sets:
+        for image in manifest.disks:
+            reason = damage(manifest, image) or _broken_below(by_id, manifest, image)
+            if not reason and image.parent:
+                reason = broken.get((image.parent.id, image.name), "")
+            if reason:
+                broken[(manifest.id, image.name)] = reason
+    return broken
+
+
+def _broken_below(by_id: Mapping[str, Manifest], manifest: Manifest, image: DiskImage) -> str:
+    """What is wrong with the link from an image to the one that it builds on."""
+    parent = image.parent
+    if parent is None:
+        return ""
+    base = by_id.get(parent.id)
+    below = base.disk(image.name) if base else None
+    if base is None or below is None:
+        return f"set {parent.id}, which {manifest.id} builds on, is gone or has no disk {image.name}"
+    if base.sequence >= manifest.sequence or is_another(parent, base, below):
+        return f"set {parent.id} is not the one that {manifest.id} builds on"
+    return ""
+
+
+def is_another(parent: Parent, manifest: Manifest, image: DiskImage) -> bool:
+    return parent.attempt != manifest.attempt if parent.attempt else parent.sha256 != image.sha256
+
+
+def lost_parent(intent: Intent, sets: Sequence[Manifest]) -> str:
+    """What is wrong with the chains that a set builds on that is being made; empty where nothing is."""
+    by_id = {manifest.id: manifest for manifest in sets}
+    for disk in intent.disks:
+        name, parent = disk.image.name, disk.image.parent
+        base = by_id.get(parent.id) if parent else None
+        image = base.disk(name) if base else None
+        if parent and (not base or not image or is_another(parent, base, image) or walk(sets, base, name)[1]):
+            return f"set {parent.id}, which the increment of disk {name} builds on, was removed while it was made"
+    return ""
+
+
+def set_level(levels: Iterable[str]) -> str:
+    """The level of a set whose disks have these: full if all are, else what the others are."""
+    found = set(levels)
+    return next((level for level in (Level.INCREMENTAL, Level.DIFFERENTIAL) if level in found), Level.FULL)
+
+
+def bitmaps_to_keep(sets: Sequence[Manifest], differential: bool) -> frozenset[str]:
+    """The bitmaps that the next set may need: the newest set's, and for differentials those of the disks' fulls."""
+    if not sets:
+        return frozenset()
+    images = list(sets[-1].disks)
+    if differential:
+        fulls = ((newest_full(sets, disk.name), disk.name) for disk in sets[-1].disks)
+        images += [image for image in (full.disk(name) for full, name in fulls if full) if image]
+    return frozenset(image.bitmap for image in images if image.bitmap)

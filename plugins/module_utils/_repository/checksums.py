@@ -1,0 +1,43 @@
+# Copyright (c) 2026, vmfleet contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Compare the checksums of images with their manifests."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+from .._host.checksum import sha256
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from .documents import DiskImage, Manifest
+    from .repository import Repository
+
+
+async def check_all(repository: Repository, images: Iterable[tuple[Manifest, DiskImage]]) -> dict[tuple[str, str], str]:
+    """What is wrong with these images, by set id and disk, one for each processor at a time.
+
+    An image that was made without a checksum cannot be checked, and counts as good.
+    """
+    loop = asyncio.get_running_loop()
+    checked = [(manifest, image) for manifest, image in images if image.sha256]
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        found = await asyncio.gather(*(loop.run_in_executor(pool, _check, repository, *one) for one in checked))
+    return {(manifest.id, image.name): error for (manifest, image), error in zip(checked, found) if error}
+
+
+def _check(repository: Repository, manifest: Manifest, image: DiskImage) -> str:
+    path = os.path.join(repository.set_path(manifest.vm.name, manifest.id), image.image)
+    try:
+        found = sha256(path)
+    except OSError as error:
+        return f"image {path} cannot be read: {error.strerror}"
+    if found != image.sha256:
+        return f"image {path} is not what was written: its SHA-256 is {found}, and was {image.sha256}"
+    return ""

@@ -1,0 +1,76 @@
+# Copyright (c) 2026, vmfleet contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Find and create repositories."""
+
+from __future__ import annotations
+
+import glob
+import os
+import uuid as uuids
+
+from .._common.errors import BackupError
+from .._common.version import SCHEMA
+from .._host.files import claim, remove, sync_directory
+from .json_file import write_document
+from .names import REPOSITORY_FILE
+from .repository import HARMLESS, Repository, open_repository
+
+TEMPORARY = f".{REPOSITORY_FILE}."
+
+
+def find_repository(path: str, create: bool) -> Repository:
+    """The repository at C(path), fit to be written to; one without a uuid where it may be made and is not there yet."""
+    if create and not os.path.lexists(os.path.join(path, REPOSITORY_FILE)):
+        check_creatable(path)
+        return Repository(path, "")
+    repository = open_repository(path)
+    check_writable(path)
+    return repository
+
+
+def check_creatable(path: str) -> None:
+    """Refuse to make a repository out of a directory that holds something else."""
+    try:
+        # Another hypervisor may be making the repository at this moment.
+        found = sorted(entry for entry in set(os.listdir(path)) - HARMLESS if not entry.startswith(TEMPORARY))
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise BackupError(f"repository: {path}: {error.strerror}") from error
+    if found and REPOSITORY_FILE not in found:
+        others = ", ".join(found[:3])
+        raise BackupError(
+            f"repository: {path} holds {others} and is no repository; name an empty directory, or a new one"
+        )
+
+
+def create_repository(path: str) -> Repository:
+    """Make a repository where there is none yet; the one that is there where somebody was first."""
+    check_creatable(path)
+    os.makedirs(path, mode=0o700, exist_ok=True)
+    marker = os.path.join(path, REPOSITORY_FILE)
+    temporary = os.path.join(path, TEMPORARY + uuids.uuid4().hex)
+    try:
+        write_document(temporary, {"schema": SCHEMA, "uuid": str(uuids.uuid4())})
+        claim(temporary, marker)
+    except (FileExistsError, FileNotFoundError):
+        # Somebody else was faster, and has tidied up as below.
+        pass
+    remove_half_made(path)
+    sync_directory(path)
+    return open_repository(path)
+
+
+def remove_half_made(path: str) -> None:
+    """Remove what processes have left that died while they made the repository, which is there now."""
+    for leftover in glob.glob(os.path.join(glob.escape(path), TEMPORARY + "*")):
+        remove(leftover)
+
+
+def check_writable(path: str) -> None:
+    """BackupError where this user cannot write to the repository."""
+    if not os.access(path, os.W_OK | os.X_OK):
+        reason = "is mounted read-only" if os.statvfs(path).f_flag & os.ST_RDONLY else "is not writable"
+        raise BackupError(f"repository: {path} {reason} for user {os.geteuid()}; remount it, or become its owner")

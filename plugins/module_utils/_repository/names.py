@@ -1,0 +1,84 @@
+# Copyright (c) 2026, vmfleet contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Names of VMs, sets and disks, made safe for the file system: none of them leads out of the repository."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import re
+from typing import TYPE_CHECKING
+
+from .._common.errors import Refused
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+
+SET_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}\Z")
+VM_NAME = SET_ID
+DISK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}\Z")
+REPOSITORY_FILE = "vmfleet.json"
+"""It stands where the VMs' directories stand."""
+
+
+def check_set_id(text: str, option: str = "id") -> str:
+    """The id of a set as it is; Refused where it could not be a directory's name, everywhere and for ever."""
+    if not SET_ID.match(text) or ".." in text:
+        raise Refused(
+            option,
+            f"{text!r} is no id of a set: 1 to 64 letters, digits, '.', '_', '-', the first a letter or digit, no '..'",
+        )
+    return text
+
+
+COLUMN = 32
+"""The most that a column of names takes: a longer one moves what follows it in its own line, and in no other."""
+
+
+def column(names: Iterable[str]) -> int:
+    """The width of the column of these names, where text is printed for people."""
+    return min(max(map(len, names), default=0), COLUMN)
+
+
+def check_length(option: str, path: str, *ends: str) -> None:
+    """Refuse a file whose name would be too long with one of these ends; its directory is there."""
+    longest = max(ends, key=len, default="")
+    most = os.pathconf(os.path.dirname(path), "PC_NAME_MAX")
+    surplus = len(os.fsencode(os.path.basename(path) + longest)) - most
+    if surplus > 0:
+        beside = f" {os.path.basename(path)[:8]}...{longest} has to stand beside it, and" if longest else ""
+        raise Refused(
+            option,
+            f"{path}: the name is {surplus} bytes too long.{beside} a name may have {most} bytes there",
+        )
+
+
+@functools.lru_cache(maxsize=1024)
+def vm_directory(name: str) -> str:
+    """The name of a VM's directory: the VM's own where that is fit for it."""
+    if VM_NAME.match(name) and ".." not in name and name.casefold() != REPOSITORY_FILE:
+        return name
+    return _marked(name)
+
+
+def image_files(names: Iterable[str], suffix: str) -> dict[str, str]:
+    """The image file of each disk of a VM: no two meet, on file systems that ignore case neither."""
+    plain = {name: name if DISK_NAME.match(name) else _marked(name) for name in names}
+    folded = [stem.casefold() for stem in plain.values()]
+    return {
+        name: (stem if folded.count(stem.casefold()) == 1 else f"{stem}-{_mark(name)}") + suffix
+        for name, stem in plain.items()
+    }
+
+
+def _marked(name: str) -> str:
+    cleaned = re.sub(r"[^A-Za-z0-9_-]+", "_", name).lstrip("_-")[:48]
+    return "{}-{}".format(cleaned or "x", _mark(name))
+
+
+def _mark(name: str) -> str:
+    return hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()[:8]

@@ -1,0 +1,136 @@
+# Copyright (c) 2026, vmfleet contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Results, for machines and for people."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from ansible_collections.vmfleet.backup.plugins.module_utils._backup.outcome import (
+    DiskOutcome,
+    Outcome,
+    describe,
+    diff,
+    failure,
+    headline,
+    of_disks,
+    of_result,
+    results,
+    summarize,
+)
+from ansible_collections.vmfleet.backup.tests.unit.plugins.builders import image
+
+OUTCOMES = [
+    Outcome("web01", "s1", "failed", error="target full", changed=True),
+    Outcome("db01", "s1", "published", "full", 3 << 20, 1.25, "crash", path="/srv/db01/s1", changed=True),
+    Outcome("mail01", "s1", "published", "incremental", 5 << 20, 2.0, "crash", path="/srv/mail01/s1"),
+    Outcome("old", "s1", "skipped", reason="migrating (inmigrate)"),
+]
+
+
+def test_results_read_well_and_end_with_what_went_wrong() -> None:
+    assert describe(OUTCOMES) == [
+        "published  db01    full, crash consistent, 3.0 MiB in 1.2 s, /srv/db01/s1",
+        "published  mail01  incremental, crash consistent, 5.0 MiB in 2.0 s, /srv/mail01/s1 (was there)",
+        "skipped    old     migrating (inmigrate)",
+        "failed     web01   target full",
+    ]
+
+
+def test_summary() -> None:
+    summary = summarize(OUTCOMES)
+    assert (summary["published"], summary["failed"], summary["skipped"], summary["running"]) == (2, 1, 1, 0)
+    assert (summary["changed"], summary["bytes"]) == (2, 3 << 20)
+
+
+def test_the_headline_counts_vms_and_the_kinds_of_their_sets() -> None:
+    assert headline(OUTCOMES, "completed").splitlines() == [
+        "2 of 4 VMs have their set, 1 failed, 1 skipped, 3.0 MiB written",
+        "1 full, 1 incremental, 2 crash consistent",
+    ]
+
+
+def test_the_headline_of_sets_that_differ_in_all_ways() -> None:
+    outcomes = [
+        Outcome("a", "s1", "published", "full", 1, consistency="filesystem"),
+        Outcome("b", "s1", "published", "differential", 1, consistency="crash"),
+        Outcome("c", "s1", "published", "full", 1, consistency="crash"),
+        Outcome("d", "s1", "cancelled", level="incremental", consistency="crash"),
+    ]
+    assert headline(outcomes, "started").splitlines() == [
+        "3 of 4 VMs have their set, 1 failed, 0 skipped, nothing written",
+        "1 differential, 2 full, 2 crash consistent, 1 filesystem consistent",
+    ]
+
+
+def test_the_headline_where_there_is_no_set_is_one_line() -> None:
+    outcome = Outcome("web01", "s1", "failed", error="target full")
+    assert headline([outcome], "completed") == "0 of 1 VMs have their set, 1 failed, 0 skipped, nothing written"
+
+
+@pytest.mark.parametrize(
+    ("wanted", "check_mode", "said"),
+    [
+        ("cancelled", False, "2 sets cancelled"),
+        ("cancelled", True, "2 sets would be cancelled"),
+        ("untracked", False, "2 VMs untracked"),
+        ("untracked", True, "2 VMs would be untracked"),
+    ],
+)
+def test_the_headline_of_what_was_stopped(wanted: str, check_mode: bool, said: str) -> None:
+    outcomes = [Outcome("a", "", wanted), Outcome("b", "", "failed", error="no"), Outcome("c", "", wanted)]
+    assert headline(outcomes, wanted, check_mode) == said
+
+
+def test_the_headline_where_there_is_nothing_to_cancel() -> None:
+    assert headline([], "cancelled") == headline([], "cancelled", check_mode=True) == "no set is being made"
+
+
+def test_warnings_stand_below_their_vm() -> None:
+    outcome = Outcome(
+        "db01", "s1", "published", "full", 3 << 20, 1.25, "filesystem", frozen_ms=80, path="/p", warnings=("careful",)
+    )
+    assert describe([outcome]) == [
+        "published  db01  full, filesystem consistent (frozen for 80 ms), 3.0 MiB in 1.2 s, /p (was there)",
+        "                 careful",
+    ]
+
+
+def test_the_disks_of_a_set() -> None:
+    full, later = image("vda", reason="why", bytes=7), image("vdb", "s0", reason="changes")
+    assert of_disks([full, later]) == (
+        DiskOutcome("vda", "full", "why", None, 7),
+        DiskOutcome("vdb", "incremental", "changes", "s0", 0),
+    )
+    assert results([Outcome("a", "b", "published", disks=of_disks([full]))])[0]["disks"][0]["reason"] == "why"
+
+
+def test_what_was_returned_can_be_read_back() -> None:
+    disks = (DiskOutcome("vda", "full", "why", None, 7),)
+    outcomes = [*OUTCOMES, Outcome("db02", "s1", "running", warnings=("careful",), disks=disks, offset=1, len=2)]
+    assert [of_result(json.loads(json.dumps(found))) for found in results(outcomes)] == outcomes
+
+
+def test_failures_are_told_with_their_reasons_and_what_to_do() -> None:
+    assert failure(OUTCOMES, "s1", "completed") == (
+        "1 of 4 VMs have no set s1: web01: target full."
+        " Run the backup again with id s1: sets that are there stay as they are"
+    )
+    cancelled = Outcome("db01", "s1", "cancelled", error="on request")
+    assert failure([cancelled], "s1", "started").startswith("1 of 1 VMs have no set s1: db01: on request.")
+    assert failure([cancelled, OUTCOMES[0]], "s1", "cancelled") == (
+        "1 of 2 VMs could not be cancelled: web01: target full"
+    )
+    assert not failure([cancelled], "s1", "cancelled")
+    assert not failure(OUTCOMES[1:], "s1", "completed")
+
+
+def test_a_difference_is_what_has_changed() -> None:
+    assert diff(OUTCOMES[1:3]) == {
+        "before": "db01/s1: not published\nmail01/s1: published\n",
+        "after": "db01/s1: published\nmail01/s1: published\n",
+    }

@@ -1,0 +1,168 @@
+# Copyright (c) 2026, vmfleet contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Locks between processes."""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import os
+import stat
+import subprocess
+import time
+from types import SimpleNamespace
+from typing import TYPE_CHECKING
+
+import pytest
+
+from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import BackupError
+from ansible_collections.vmfleet.backup.plugins.module_utils._host import lock
+from ansible_collections.vmfleet.backup.plugins.module_utils._host.lock import locked
+from ansible_collections.vmfleet.backup.plugins.module_utils._host.process import Process
+from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.monitor import Address
+from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.vm_lock import host_lock_path
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+@pytest.mark.parametrize(
+    ("process", "address", "name"),
+    [
+        (Process(4711, 99), Address(path="/run/qemu/web01.qmp"), "4711-99.lock"),
+        (None, Address(host="127.0.0.1", port=4444), "tcp:127.0.0.1:4444.lock"),
+        (None, Address(path="/run/qemu/web01.qmp"), "unix:_run_qemu_web01.qmp.lock"),
+    ],
+)
+@pytest.mark.parametrize(("user", "directory"), [(0, "/run/vmfleet-locks"), (1000, "/tmp/vmfleet-1000")])
+def test_lock_of_a_vm(
+    process: Process | None, address: Address, name: str, user: int, directory: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = SimpleNamespace(st_uid=user, st_mode=stat.S_IFDIR | 0o700)
+    monkeypatch.setattr(os, "geteuid", lambda: user)
+    monkeypatch.setattr(os, "lstat", lambda _path: own)
+    assert host_lock_path(process, address) == f"{directory}/{name}"
+
+
+def test_sockets_of_vms_and_locks_do_not_meet() -> None:
+    """Whoever owns the sockets' directory may write to it, and could exchange a lock in it."""
+    assert lock.DIRECTORY not in ("/run/vmfleet", "/run/qemu", "/run/vmfleet-monitors")
+
+
+@pytest.fixture
+def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What root's directory of locks is for this test; it is not there yet."""
+    monkeypatch.setattr(lock, "DIRECTORY", str(tmp_path / "locks"))
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    return tmp_path / "locks"
+
+
+def test_a_directory_of_ones_own(directory: Path) -> None:
+    assert lock.lock_directory() == str(directory)
+    assert not directory.exists()
+    directory.mkdir(mode=0o755)
+    if os.getuid() == 0:
+        assert lock.lock_directory() == str(directory)
+
+
+@pytest.mark.parametrize("mode", [0o770, 0o702, 0o1777])
+def test_directory_that_others_can_write_to_is_refused(mode: int, directory: Path) -> None:
+    directory.mkdir()
+    directory.chmod(mode)
+    with pytest.raises(
+        BackupError, match=rf"^{directory} is for .* nobody else can write to, and is d[rwxt-]+ of user"
+    ):
+        host_lock_path(None, Address(path="/run/qemu/web01.qmp"))
+
+
+def test_directory_of_somebody_else_is_refused(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one that libvirt's QEMUs make their sockets in: owned by their user."""
+    directory.mkdir(mode=0o700)
+    monkeypatch.setattr(os, "lstat", lambda _path: SimpleNamespace(st_uid=64055, st_mode=stat.S_IFDIR | 0o700))
+    with pytest.raises(BackupError, match=r"and is drwx------ of user 64055: a lock in it would hold nobody off"):
+        host_lock_path(None, Address(path="/run/qemu/web01.qmp"))
+
+
+@pytest.mark.parametrize("kind", ["link", "file"])
+def test_what_is_no_directory_is_refused(kind: str, directory: Path, tmp_path: Path) -> None:
+    if kind == "link":
+        directory.symlink_to(tmp_path)
+    else:
+        directory.touch(mode=0o600)
+    with pytest.raises(BackupError, match="Move it away; it is made anew"):
+        host_lock_path(None, Address(path="/run/qemu/web01.qmp"))
+
+
+async def take(path: Path, timeout: float = 0.0) -> float:
+    """Take the lock, and return how long that took."""
+    began = time.monotonic()
+    async with locked(str(path), "web01", timeout):
+        return time.monotonic() - began
+
+
+def test_lock_excludes_and_ends_with_its_block(tmp_path: Path) -> None:
+    path = tmp_path / "locks" / "1.lock"
+
+    async def hold() -> None:
+        async with locked(str(path), "web01"):
+            with pytest.raises(BackupError) as refused:
+                await take(path)
+            assert str(refused.value).startswith(f"web01: another backup process has held {path} for more than 0 s")
+        await take(path)
+
+    asyncio.run(hold())
+    # Never unlinked: else two could hold a lock of the same name.
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
+
+
+def test_lock_is_waited_for(tmp_path: Path) -> None:
+    path = tmp_path / "1.lock"
+
+    async def hold() -> float:
+        with open(path, "w", encoding="ascii") as other:
+            fcntl.flock(other, fcntl.LOCK_EX)
+            waiting = asyncio.ensure_future(take(path, timeout=30))
+            await asyncio.sleep(0.1)
+            assert not waiting.done()
+        return await waiting
+
+    assert asyncio.run(hold()) >= 0.1
+
+
+def test_lock_is_freed_by_an_exception(tmp_path: Path) -> None:
+    path = tmp_path / "1.lock"
+
+    async def fail() -> None:
+        async with locked(str(path), "web01"):
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        asyncio.run(fail())
+    asyncio.run(take(path))
+
+
+def test_lock_lasts_as_long_as_a_child_that_inherited_it(tmp_path: Path) -> None:
+    path = tmp_path / "1.lock"
+
+    async def hand_over() -> subprocess.Popen[bytes]:
+        async with locked(str(path), "web01") as fd:
+            return subprocess.Popen(["sleep", "60"], pass_fds=(fd,))
+
+    child = asyncio.run(hand_over())
+    try:
+        with pytest.raises(BackupError):
+            asyncio.run(take(path))
+    finally:
+        child.kill()
+        child.wait()
+    asyncio.run(take(path, timeout=10))
+
+
+def test_link_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "1.lock").symlink_to(tmp_path / "victim")
+    with pytest.raises(OSError, match="symbolic link"):
+        asyncio.run(take(tmp_path / "1.lock"))
+    assert not (tmp_path / "victim").exists()

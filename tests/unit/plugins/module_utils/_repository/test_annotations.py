@@ -1,0 +1,143 @@
+# Copyright (c) 2026, vmfleet contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""What is said of sets, beside them."""
+
+from __future__ import annotations
+
+import errno
+import os
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING
+
+import pytest
+
+from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import BackupError
+from ansible_collections.vmfleet.backup.plugins.module_utils._common.version import SCHEMA
+from ansible_collections.vmfleet.backup.plugins.module_utils._host.machine import machine_id
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository.annotations import (
+    PARTIAL,
+    SetAnnotations,
+    annotation_path,
+    is_read,
+    read_annotations,
+    remove_annotations,
+    write_annotation,
+)
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository.documents import (
+    Failure,
+    Pin,
+    Protection,
+    Verification,
+)
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository.json_file import write_document
+from ansible_collections.vmfleet.backup.tests.unit.plugins.builders import manifest
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from ansible_collections.vmfleet.backup.plugins.module_utils._repository.repository import Repository
+
+PROTECTION = Protection("s1", "2026-11-22T01:00:00Z")
+PIN = Pin("s1", "vda", "/look/vda.qcow2", "hv1", "machine", "2026-11-22T01:00:00Z")
+VERIFICATION = Verification("s1", "a1", "checksum", "2026-11-22T01:00:00Z", ("vda: changed",))
+
+
+@pytest.fixture
+def repository(repository: Repository) -> Repository:
+    """An empty repository that knows of a VM."""
+    os.mkdir(repository.directory("web01"))
+    return repository
+
+
+def test_marks_come_back_as_they_were_written_and_go(repository: Repository) -> None:
+    assert read_annotations(repository, "nosuch") == read_annotations(repository, "web01") == SetAnnotations()
+    for mark in (PROTECTION, PIN, VERIFICATION):
+        write_annotation(repository, "web01", mark)
+    marks = read_annotations(repository, "web01")
+    assert marks == SetAnnotations((PROTECTION,), (PIN,), (VERIFICATION,))
+    assert (marks.protected("s1"), marks.protected("s2")) == (True, False)
+    assert (marks.pins_of("s1"), marks.pins_of("s2")) == ((PIN,), ())
+    remove_annotations(repository, "web01", [PROTECTION, PIN, VERIFICATION, PROTECTION])
+    assert os.listdir(repository.directory("web01")) == []
+
+
+def test_a_verification_is_of_one_attempt(repository: Repository) -> None:
+    write_annotation(repository, "web01", VERIFICATION)
+    made = manifest("s1", attempt="a1")
+    assert read_annotations(repository, "web01").verification(made) == VERIFICATION
+    # The set was removed, and made again under the same id.
+    assert read_annotations(repository, "web01").verification(replace(made, attempt="a2")) is None
+
+
+def test_a_verification_replaces_the_one_before_and_an_overlay_has_one_pin(repository: Repository) -> None:
+    others = [
+        replace(PIN, path="/look/vdb.qcow2"),
+        replace(PIN, machine_id="another"),
+        replace(PIN, id="s2"),
+    ]
+    for verification in (VERIFICATION, replace(VERIFICATION, errors=())):
+        write_annotation(repository, "web01", verification)
+    for pin in (PIN, replace(PIN, since="later"), *others):
+        write_annotation(repository, "web01", pin)
+    marks = read_annotations(repository, "web01")
+    assert [mark.ok for mark in marks.verifications] == [True]
+    assert {*marks.pins} == {replace(PIN, since="later"), *others}
+
+
+def test_ids_that_look_like_marks_are_none(repository: Repository) -> None:
+    for set_id in ("a.protected", "a.verified", "a.pin-00000000", "a.pin-b"):
+        failure = Failure("run", "a1", set_id, "failed", "x", "then", "now")
+        write_document(repository.failure_path("web01", set_id), asdict(failure))
+        write_annotation(repository, "web01", replace(PROTECTION, id=set_id))
+    marks = read_annotations(repository, "web01")
+    assert sorted(mark.id for mark in marks.protections) == ["a.pin-00000000", "a.pin-b", "a.protected", "a.verified"]
+    assert (marks.pins, marks.verifications) == ((), ())
+
+
+def test_half_written_marks_are_none_and_newer_ones_are_not_skipped(repository: Repository) -> None:
+    path = annotation_path(repository, "web01", PROTECTION)
+    for content in ("", "{", "{}", '{"schema": 1}'):
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(content)
+        assert read_annotations(repository, "web01") == SetAnnotations()
+    write_document(path, {**asdict(PROTECTION), "schema": SCHEMA + 1})
+    with pytest.raises(BackupError, match="newer than this collection"):
+        read_annotations(repository, "web01")
+
+
+def test_a_pin_of_this_machine_ends_with_its_file_and_that_of_another_never(tmp_path: Path) -> None:
+    path = tmp_path / "vda.qcow2"
+    pin = replace(PIN, path=str(path), machine_id=machine_id())
+    assert not is_read(pin)
+    assert is_read(replace(pin, machine_id="another"))
+    # It grows, under another name.
+    partial = path.with_name(path.name + PARTIAL)
+    partial.touch()
+    assert is_read(pin)
+    partial.rename(path)
+    assert is_read(pin)
+    path.unlink()
+    path.symlink_to("nowhere")
+    assert is_read(pin)
+
+
+@pytest.mark.parametrize("error", [errno.EACCES, errno.ESTALE, errno.EIO])
+def test_a_pin_whose_file_cannot_be_looked_up_stays(monkeypatch: pytest.MonkeyPatch, error: int) -> None:
+    def refuse(_path: str) -> None:
+        raise OSError(error, os.strerror(error))
+
+    pin = replace(PIN, machine_id=machine_id())
+    monkeypatch.setattr(os, "lstat", refuse)
+    assert is_read(pin)
+
+
+def test_a_pin_below_what_cannot_be_entered(tmp_path: Path) -> None:
+    loop, file = tmp_path / "loop", tmp_path / "file"
+    loop.symlink_to(loop)
+    file.touch()
+    pin = replace(PIN, machine_id=machine_id())
+    assert is_read(replace(pin, path=str(loop / "vda.qcow2")))
+    # Below a file there is nothing, for certain.
+    assert not is_read(replace(pin, path=str(file / "vda.qcow2")))
