@@ -150,8 +150,8 @@ def test_watch_over_a_server_that_is_unmounted(dead_server: DeadServer) -> None:
 
 MODULE = """
 import asyncio, fcntl, os, sys
-from ansible_collections.vmfleet.backup.plugins.module_utils._errors import BackupError
-from ansible_collections.vmfleet.backup.plugins.module_utils._probe import probe
+from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import BackupError
+from ansible_collections.vmfleet.backup.plugins.module_utils._host.probe import probe
 path, lock = sys.argv[1:]
 fcntl.flock(os.open(lock, os.O_RDWR | os.O_CREAT), fcntl.LOCK_EX)
 try:
