@@ -2,8 +2,7 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""The option that names a VM's monitor; its argument spec is C(monitor_argument_spec) in"
-" C(module_utils/_options.py)."""
+"""Describe the option that names a VM's monitor; its argument spec is in C(module_utils/_common/argument_specs.py)."""
 
 from __future__ import annotations
 

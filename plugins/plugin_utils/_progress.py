@@ -2,7 +2,6 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-# PRIVATE: this file is not part of the public interface of the collection; it can change without notice.
 """How far the sets of one hypervisor are, as lines for people to read."""
 
 from __future__ import annotations
