@@ -206,3 +206,9 @@ def put(repository: Repository, made: Manifest, content: bytes = b"abc") -> Path
         (directory / disk.image).write_bytes(content)
     write_document(str(directory / MANIFEST), asdict(made))
     return directory
+
+
+def begin(repository: Repository, of: Intent) -> None:
+    """Begin a set, maybe the first of its VM."""
+    os.makedirs(repository.directory(of.vm.name), exist_ok=True)
+    repository.begin(of)

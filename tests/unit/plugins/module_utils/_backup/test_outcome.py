@@ -134,3 +134,19 @@ def test_a_difference_is_what_has_changed() -> None:
         "before": "db01/s1: not published\nmail01/s1: published\n",
         "after": "db01/s1: published\nmail01/s1: published\n",
     }
+
+
+LONG = "x" * 200
+
+
+def test_a_long_name_has_a_long_line_alone() -> None:
+    outcomes = [Outcome(name, "s1", "skipped", reason="why", warnings=("odd",)) for name in ("web01", LONG)]
+    short, warning, long, _other = describe(outcomes)
+    assert short == f"skipped    {'web01':32}  why"
+    assert warning == " " * 45 + "odd"
+    assert long == f"skipped    {LONG}  why"
+
+
+def test_names_of_like_length_stand_in_a_column() -> None:
+    found = describe([Outcome(name, "s1", "skipped", reason="why") for name in ("a", "web01")])
+    assert found == ["skipped    a      why", "skipped    web01  why"]

@@ -15,8 +15,11 @@ import pytest
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import (
     BackupError,
     CommandError,
+    JobFailed,
     MonitorGone,
     Refused,
+    RepositoryHangs,
+    after,
 )
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.run_module import run_module
 
@@ -81,3 +84,22 @@ def test_mistakes_of_ours_are_not_hidden() -> None:
 
     with pytest.raises(KeyError):
         run_module(Module(), main)  # type: ignore[arg-type]
+
+
+class TestAfter:
+    def test_first_things_first(self) -> None:
+        with (
+            pytest.raises(BackupError, match=r"^the first; and then: /b/x: No space left on device$"),
+            after("the first"),
+        ):
+            raise OSError(errno.ENOSPC, "No space left on device", "/b/x")
+
+    @pytest.mark.parametrize("kind", [JobFailed, RepositoryHangs])
+    def test_kind_and_details_stay(self, kind: type[BackupError]) -> None:
+        with pytest.raises(kind, match=r"^first; and then: second$") as failed, after(BackupError("first")):
+            raise kind("second", jobs=[1])
+        assert failed.value.details == {"jobs": [1]}
+
+    def test_a_monitor_that_is_gone_is_the_matter_of_others(self) -> None:
+        with pytest.raises(MonitorGone, match=r"^gone$"), after("first"):
+            raise MonitorGone("gone")

@@ -16,13 +16,6 @@ from typing import TYPE_CHECKING
 import pytest
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._common import errors
-from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import (
-    BackupError,
-    JobFailed,
-    MonitorGone,
-    RepositoryHangs,
-    after,
-)
 from ansible_collections.vmfleet.backup.plugins.module_utils._host import checksum, files, preallocate
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu import target_image, vm_lock
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository import create, json_file
@@ -76,12 +69,6 @@ def test_errors_tell_the_file_and_the_step(work: Callable[[str], object], step: 
     assert "Errno" not in words
 
 
-def test_reserving_tells_the_file(tmp_path: Path) -> None:
-    (tmp_path / "image").touch()
-    with pytest.raises(BackupError, match=r"image: .* while its space was reserved"):
-        preallocate.top_up(str(tmp_path / "image"), 1 << 62)
-
-
 def test_the_kind_of_an_error_stays_and_the_innermost_step_is_told() -> None:
     with pytest.raises(FileNotFoundError) as failed, files.step("/outer", "that"), files.step("/inner", "this"):
         os.stat("/nowhere")
@@ -89,25 +76,6 @@ def test_the_kind_of_an_error_stays_and_the_innermost_step_is_told() -> None:
     assert errors.in_words(failed.value) == "/nowhere: No such file or directory while this"
     assert errors.in_words(ValueError("said")) == "said"
     assert errors.in_words(OSError("said")) == "said"
-
-
-class TestAfter:
-    def test_first_things_first(self) -> None:
-        with (
-            pytest.raises(BackupError, match=r"^the first; and then: /b/x: No space left on device$"),
-            after("the first"),
-        ):
-            raise OSError(errno.ENOSPC, "No space left on device", "/b/x")
-
-    @pytest.mark.parametrize("kind", [JobFailed, RepositoryHangs])
-    def test_kind_and_details_stay(self, kind: type[BackupError]) -> None:
-        with pytest.raises(kind, match=r"^first; and then: second$") as failed, after(BackupError("first")):
-            raise kind("second", jobs=[1])
-        assert failed.value.details == {"jobs": [1]}
-
-    def test_a_monitor_that_is_gone_is_the_matter_of_others(self) -> None:
-        with pytest.raises(MonitorGone, match=r"^gone$"), after("first"):
-            raise MonitorGone("gone")
 
 
 class TestPermissions:
@@ -191,3 +159,18 @@ def test_scratch(nameless: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         os.write(fd, b"content")
         assert [name[:6] for name in os.listdir(tmp_path)] == ([] if nameless else [".mine."])
     assert os.listdir(tmp_path) == []
+
+
+def test_remove(tmp_path: Path) -> None:
+    image = tmp_path / "x"
+    image.touch()
+    assert files.remove(str(image))
+    assert not image.exists()
+    assert not files.remove(str(image))
+
+
+def test_files_and_what_is_missing_are_no_block_devices(tmp_path: Path) -> None:
+    image = tmp_path / "x"
+    image.touch()
+    assert not files.is_block_device(str(image))
+    assert not files.is_block_device(str(image) + ".missing")

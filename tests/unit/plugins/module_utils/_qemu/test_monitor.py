@@ -2,7 +2,7 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Addresses, processes, and conversations over real sockets with servers of all kinds."""
+"""Addresses, and conversations over real sockets with servers of all kinds."""
 
 from __future__ import annotations
 
@@ -12,13 +12,9 @@ import errno
 import io
 import json
 import os
-import shutil
-import signal
 import socket
-import subprocess
 import tempfile
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
@@ -33,7 +29,6 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors impo
     MonitorTimeout,
     Refused,
 )
-from ansible_collections.vmfleet.backup.plugins.module_utils._host import process as host_process
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.process import Process
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu import monitor as qemu_monitor
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.monitor import Address, Monitor, parse_address
@@ -83,58 +78,6 @@ class TestAddress:
         assert reason in str(refused.value)
 
 
-@pytest.fixture
-def child(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """A process whose name looks like the fields that follow it in /proc/PID/stat."""
-    program = tmp_path / "a) Z 1 (b"
-    shutil.copy(shutil.which("sleep") or "", program)
-    process = subprocess.Popen([program, "60"])
-    yield process
-    process.kill()
-    process.wait()
-
-
-def wait_for_state(pid: int, state: str) -> None:
-    deadline = time.monotonic() + 10
-    while host_process._process_stat(pid)[0] != state:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
-class TestProcess:
-    def test_lives(self, child: subprocess.Popen[bytes]) -> None:
-        wait_for_state(child.pid, "S")
-        process = Process.of(child.pid)
-        assert process
-        assert process.pid == child.pid
-        assert process.alive
-        assert not process.stopped
-
-    def test_later_one_of_the_same_pid_is_another(self, child: subprocess.Popen[bytes]) -> None:
-        process = Process.of(child.pid)
-        assert process
-        assert not Process(process.pid, process.start + 1).alive
-
-    def test_stopped_one_lives(self, child: subprocess.Popen[bytes]) -> None:
-        child.send_signal(signal.SIGSTOP)
-        wait_for_state(child.pid, "T")
-        process = Process.of(child.pid)
-        assert process
-        assert process.stopped
-        assert process.alive
-
-    def test_zombie_and_what_is_gone_do_not_live(self, child: subprocess.Popen[bytes]) -> None:
-        process = Process.of(child.pid)
-        assert process
-        child.kill()
-        wait_for_state(child.pid, "Z")
-        assert not process.alive
-        child.wait()
-        assert not process.alive
-        assert not process.stopped
-        assert Process.of(child.pid) is None
-
-
 TABLE = """\
 Num       RefCount Protocol Flags    Type St Inode Path
 0000000000000000: 00000002 00000000 00010000 0001 01 5001 /run/web01.qmp
@@ -167,6 +110,7 @@ GREETING = {
         "capabilities": ["oob"],
     }
 }
+
 
 Answer = Callable[[str, dict[str, Any]], "dict[str, Any] | None"]
 

@@ -2,7 +2,7 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Targets: how they are made, reserved, opened and flushed, and how large they can become."""
+"""Targets: how they are made, reserved and opened."""
 
 from __future__ import annotations
 
@@ -12,23 +12,19 @@ import errno
 import json
 import os
 import stat
-import threading
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import BackupError, ToolError
-from ansible_collections.vmfleet.backup.plugins.module_utils._host import files, preallocate
-from ansible_collections.vmfleet.backup.plugins.module_utils._qemu import image_size, qemu_img, target_image
+from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import BackupError
+from ansible_collections.vmfleet.backup.plugins.module_utils._host import preallocate
+from ansible_collections.vmfleet.backup.plugins.module_utils._qemu import qemu_img, target_image
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.target_image import Target
-from ansible_collections.vmfleet.backup.tests.unit.plugins.builders import MIB, SIZE, bitmap, disk
+from ansible_collections.vmfleet.backup.tests.unit.plugins.builders import MIB, SIZE
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-    from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.model import Disk
 
 
 @pytest.mark.parametrize(
@@ -330,175 +326,3 @@ class TestOpenPair:
             target_image.open_pair(Target(str(image), "qcow2", MIB), direct=False)
         monkeypatch.undo()
         assert len(os.listdir("/proc/self/fd")) == len(before)
-
-
-def test_flush_raises_what_fsync_says(image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(_fd: int) -> None:
-        raise OSError(errno.EIO, os.strerror(errno.EIO))
-
-    monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(OSError, match="Input/output error"):
-        preallocate.flush(str(image))
-
-
-class TestWriteback:
-    @pytest.fixture
-    def calls(self, monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
-        """What the kernel was asked for; it is at it until `done` is set."""
-        calls: list[list[int]] = []
-
-        done = self.done = threading.Event()
-
-        def sync_file_range(*arguments: Any) -> int:
-            calls.append([argument.value for argument in arguments])
-            done.wait(30)
-            return 0
-
-        monkeypatch.setattr(ctypes, "CDLL", lambda _name: SimpleNamespace(sync_file_range=sync_file_range))
-        return calls
-
-    @staticmethod
-    def thread(writeback: preallocate.Writeback) -> threading.Thread:
-        assert writeback._thread
-        return writeback._thread
-
-    def test_one_call_at_a_time_that_nobody_waits_for(self, calls: list[list[int]]) -> None:
-        writeback = preallocate.Writeback(7)
-        for _dummy in range(3):
-            writeback.nudge()
-        first = self.thread(writeback)
-        assert first.daemon
-        self.done.set()
-        first.join(30)
-        assert calls == [[7, 0, 0, preallocate.SYNC_FILE_RANGE_WRITE]]
-        writeback.nudge()
-        self.thread(writeback).join(30)
-        assert len(calls) == 2
-
-    def test_kernel_has_it(self, image: Path) -> None:
-        with image.open("r+b") as file:
-            preallocate._write_out(file.fileno())
-        assert image.read_bytes() == b"header"
-
-
-def test_remove(image: Path) -> None:
-    assert files.remove(str(image))
-    assert not image.exists()
-    assert not files.remove(str(image))
-
-
-def test_files_and_what_is_missing_are_no_block_devices(image: Path) -> None:
-    assert not files.is_block_device(str(image))
-    assert not files.is_block_device(str(image) + ".missing")
-
-
-METADATA = 16 * 65536 + SIZE // 65536 * 8
-FULLY = SIZE + METADATA + SIZE // 65536 * 16
-"""What the largest qcow2 image of a 16 MiB disk takes."""
-
-
-class TestExpectedBytes:
-    @pytest.fixture(autouse=True)
-    def measure(self, monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
-        """What qemu-img measures; nothing where it cannot."""
-        answer: dict[str, int] = {}
-
-        async def run_json(command: list[str]) -> dict[str, int]:
-            assert command == qemu_img.measure_command("/images/web01.qcow2", "qcow2", "qcow2")
-            if not answer:
-                raise ToolError("qemu-img measure: Could not open")
-            return answer
-
-        monkeypatch.setattr(qemu_img, "run_json", run_json)
-        return answer
-
-    @pytest.mark.parametrize(
-        ("required", "held", "expected"),
-        [
-            # What is measured has the tables in it.
-            (5 * MIB, 3 * MIB, 5 * MIB + 5 * MIB // 100 + 16 * 65536),
-            (3 * MIB, 5 * MIB, 5 * MIB + 5 * MIB // 100 + METADATA),
-            (None, 5 * MIB, 5 * MIB + 5 * MIB // 100 + METADATA),
-            (SIZE, 5 * MIB, 17 * MIB),
-            (3 * MIB, 40 * MIB, 17 * MIB),
-            (None, 40 * MIB, FULLY),
-            (3 * MIB, None, FULLY),
-            (None, None, FULLY),
-            (0, 0, METADATA),
-        ],
-    )
-    def test_full(self, required: int | None, held: int | None, expected: int, measure: dict[str, int]) -> None:
-        if required is not None:
-            measure.update({"required": required, "fully-allocated": 17 * MIB})
-        assert asyncio.run(image_size.expected_bytes(disk(actual_size=held), "qcow2")) == expected
-
-    @pytest.mark.parametrize(
-        ("layer", "expected"), [(MIB, MIB + MIB // 100 + METADATA), (40 * MIB, FULLY), (None, FULLY)]
-    )
-    def test_top(self, layer: int | None, expected: int, measure: dict[str, int]) -> None:
-        measure.update({"required": 9 * MIB, "fully-allocated": 17 * MIB})
-        of_two = disk(layer_size=layer, actual_size=9 * MIB)
-        assert asyncio.run(image_size.expected_bytes(of_two, "qcow2", "top")) == expected
-
-    @pytest.mark.parametrize("sync", ["incremental", "bitmap"])
-    @pytest.mark.parametrize(
-        ("count", "expected"),
-        [
-            # Its clusters, their entries, and the tables of both the data's size and the disk's.
-            (2 * 65536, 2 * 65536 + 2 * 16 + 16 * 65536 + 2 * 8 + METADATA),
-            (0, 2 * 16 * 65536),
-            (SIZE, FULLY),
-        ],
-    )
-    def test_increment(self, sync: str, count: int, expected: int) -> None:
-        tracked = disk(actual_size=9 * MIB, bitmaps=(bitmap("b0", count=count),))
-        assert asyncio.run(image_size.expected_bytes(tracked, "qcow2", sync, "b0")) == expected
-
-    def test_increment_of_a_large_thin_disk_has_few_tables(self) -> None:
-        large = replace(disk(bitmaps=(bitmap("b0", count=3 * 65536),)), virtual_size=64 << 40)
-        expected = asyncio.run(image_size.expected_bytes(large, "qcow2", "bitmap", "b0"))
-        # The first table alone has a MiB.
-        assert MIB < expected < 5 * MIB
-
-    def test_tables_of_a_large_thin_disk_are_counted_once(self, measure: dict[str, int]) -> None:
-        # As qemu-img measures a disk of 1 TiB with 64 MiB of data; QEMU's image of it takes 201,588,736 bytes.
-        measure.update({"required": 237_240_320, "fully-allocated": 1_099_679_662_080})
-        large = replace(disk(actual_size=64 * MIB), virtual_size=1 << 40)
-        assert 201_588_736 < asyncio.run(image_size.expected_bytes(large, "qcow2")) < 250_000_000
-
-    @pytest.mark.parametrize(
-        ("counted", "held", "expected"),
-        [
-            (3 * MIB, 5 * MIB, 5 * MIB + 5 * MIB // 100 + METADATA),
-            (5 * MIB, 5 * MIB, 5 * MIB + 5 * MIB // 100 + METADATA),
-            (3 * MIB, 40 * MIB, FULLY),
-            # Compressed, or with holes that the file system makes: qemu-img tells what is in there.
-            (5 * MIB + 65536, 5 * MIB, 9 * MIB + 9 * MIB // 100 + 16 * 65536),
-            (None, 5 * MIB, 9 * MIB + 9 * MIB // 100 + 16 * 65536),
-            (3 * MIB, None, FULLY),
-        ],
-    )
-    def test_full_of_known_layers(
-        self,
-        counted: int | None,
-        held: int | None,
-        expected: int,
-        measure: dict[str, int],
-        monkeypatch: pytest.MonkeyPatch,
-    ) -> None:
-        layers = [disk(actual_size=held), disk("below")]
-
-        async def held_bytes(chain: list[Disk]) -> int | None:
-            assert chain == layers
-            return counted
-
-        monkeypatch.setattr(image_size, "held_bytes", held_bytes)
-        measure.update({"required": 9 * MIB, "fully-allocated": 17 * MIB})
-        assert asyncio.run(image_size.expected_bytes(layers[0], "qcow2", chain=layers)) == expected
-
-    def test_full_that_clears_a_bitmap_is_a_full(self) -> None:
-        tracked = disk(actual_size=9 * MIB, bitmaps=(bitmap("b0", count=0),))
-        assert asyncio.run(image_size.expected_bytes(tracked, "qcow2", "full", "b0")) > 9 * MIB
-
-    def test_raw_is_written_whole(self) -> None:
-        assert asyncio.run(image_size.expected_bytes(disk(actual_size=MIB), "raw")) == SIZE

@@ -16,12 +16,7 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._plan import levels
 from ansible_collections.vmfleet.backup.plugins.module_utils._plan.levels import ChainLink, LevelPolicy
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.chain import Level
 from ansible_collections.vmfleet.backup.tests.unit.plugins.builders import SIZE, UUID, bitmap
-from ansible_collections.vmfleet.backup.tests.unit.plugins.module_utils._repository.test_chain import (
-    S1,
-    disk,
-    image,
-    manifest,
-)
+from ansible_collections.vmfleet.backup.tests.unit.plugins.chains import S1, disk, image, manifest
 
 if t.TYPE_CHECKING:
     from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.model import Disk

@@ -1,0 +1,152 @@
+# Copyright (c) 2026, vmfleet contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""How an attempt stands, from what the repository and QEMU tell."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from ansible_collections.vmfleet.backup.plugins.module_utils._backup.attempt_state import (
+    changes,
+    guest_stopped_by,
+    judge,
+    keep_planned_fulls,
+)
+from ansible_collections.vmfleet.backup.plugins.module_utils._plan.decide import decide
+from ansible_collections.vmfleet.backup.plugins.module_utils._plan.model import Observation
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository.documents import Intent, Phase
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository.repository import VmRecords
+from ansible_collections.vmfleet.backup.tests.unit.plugins.builders import SIZE, job
+from ansible_collections.vmfleet.backup.tests.unit.plugins.today import (
+    FAILED,
+    MONDAY,
+    OFF,
+    REQUEST,
+    TERMS,
+    VDA,
+    VDB,
+    intent,
+    tracked,
+    vm,
+)
+
+
+def test_what_was_planned_as_a_full_stays_one() -> None:
+    planned = decide(REQUEST, Observation(vm()), VmRecords(), TERMS).plan
+    now = Observation(vm(tracked("vda", "b-vda"), tracked("vdb", "b-vdb"), tracked("new", "b")))
+    shelf = VmRecords(sets=(MONDAY,))
+    bolder = decide(REQUEST, now, shelf, TERMS)
+    assert [link.level for link in bolder.links] == ["incremental", "incremental", "full"]
+    safe = keep_planned_fulls(bolder, planned)
+    assert [(link.level, link.bitmap) for link in safe.links] == [("full", "")] * 3
+    assert [(disk.level, disk.parent) for disk in safe.plan.disks] == [("full", None)] * 3
+    assert safe.plan.level == "full"
+    assert safe.plan.disks[0].reason == "it is the VM's first set"
+    assert changes(planned, safe.plan.disks) == ()
+    # A plan that was to attach, or to finish another set first, has said nothing of this one's disks.
+    for action in ("attach", "finish", "fail"):
+        assert keep_planned_fulls(bolder, replace(planned, action=action)) == bolder
+        assert changes(replace(planned, action=action), bolder.plan.disks) == ()
+
+
+def test_what_goes_otherwise_than_planned_is_said() -> None:
+    both = Observation(vm(tracked("vda", "b-vda"), tracked("vdb", "b-vdb")))
+    planned = decide(REQUEST, both, VmRecords(sets=(MONDAY,)), TERMS).plan
+    now = decide(
+        REQUEST, Observation(vm(tracked("vda", "b-vda"), tracked("vdb", "gone"))), VmRecords(sets=(MONDAY,)), TERMS
+    )
+    [said] = changes(planned, keep_planned_fulls(now, planned).plan.disks)
+    assert said.startswith("disk vdb is full instead of incremental: the record of the changes since set monday")
+
+
+BOTH_DONE = (job("job0", "concluded"), job("job1", "concluded"))
+VERDICTS = {
+    "copying": (intent(), Observation(vm(jobs=(job("job0"), job("job1")))), VmRecords(), "running"),
+    "one is done": (intent(), Observation(vm(jobs=(job("job0", "concluded"), job("job1")))), VmRecords(), "running"),
+    "copied": (intent(), Observation(vm(jobs=BOTH_DONE)), VmRecords(), "copied"),
+    "started, not yet written down": (
+        intent(phase=Phase.PREPARING),
+        Observation(vm(jobs=(job("job0"), job("job1")))),
+        VmRecords(),
+        "running",
+    ),
+    "never started": (intent(phase=Phase.PREPARING), Observation(vm()), VmRecords(), "interrupted"),
+    "never started, QEMU gone": (
+        intent(phase=Phase.PREPARING),
+        replace(OFF, dead=frozenset({"a1"})),
+        VmRecords(),
+        "interrupted",
+    ),
+    "one failed": (
+        intent(),
+        Observation(vm(jobs=(job("job0", "concluded", error="No space left on device"), job("job1")))),
+        VmRecords(),
+        "broken",
+    ),
+    "not listed is no success": (intent(), Observation(vm()), VmRecords(), "broken"),
+    "one dismissed": (intent(), Observation(vm(jobs=(job("job0", "concluded"),))), VmRecords(), "broken"),
+    "aborting": (intent(), Observation(vm(jobs=(job("job0", "null"), job("job1")))), VmRecords(), "broken"),
+    "QEMU gone": (intent(), replace(OFF, dead=frozenset({"a1"})), VmRecords(), "broken"),
+    "silent": (intent(), Observation(error="no greeting"), VmRecords(), "unreachable"),
+    "described, then QEMU gone": (
+        intent(),
+        replace(OFF, dead=frozenset({"a1"})),
+        VmRecords(described=frozenset({"a1"})),
+        "copied",
+    ),
+    "given up": (intent(), Observation(vm(jobs=BOTH_DONE)), VmRecords(failures=(FAILED,)), "given up"),
+    "an older attempt failed": (
+        intent(),
+        Observation(vm(jobs=BOTH_DONE)),
+        VmRecords(failures=(replace(FAILED, attempt="a0"),)),
+        "copied",
+    ),
+    "shrunk while it was copied": (
+        intent(),
+        Observation(vm(VDA, replace(VDB, virtual_size=0), jobs=BOTH_DONE)),
+        VmRecords(),
+        "broken",
+    ),
+    "grown while it was copied": (
+        intent(),
+        Observation(vm(VDA, replace(VDB, virtual_size=2 * SIZE), jobs=BOTH_DONE)),
+        VmRecords(),
+        "copied",
+    ),
+    "unplugged since": (intent(), Observation(vm(VDA, jobs=BOTH_DONE)), VmRecords(), "copied"),
+    "shrunk since it was described": (
+        intent(),
+        Observation(vm(VDA, replace(VDB, virtual_size=0), jobs=BOTH_DONE)),
+        VmRecords(described=frozenset({"a1"})),
+        "copied",
+    ),
+    "too late": (intent(deadline=150.0), Observation(vm(jobs=(job("job0"), job("job1")))), VmRecords(), "broken"),
+    "in time": (intent(deadline=250.0), Observation(vm(jobs=(job("job0"), job("job1")))), VmRecords(), "running"),
+    "late but done": (intent(deadline=150.0), Observation(vm(jobs=BOTH_DONE)), VmRecords(), "copied"),
+}
+
+
+@pytest.mark.parametrize(("attempt", "facts", "shelf", "state"), VERDICTS.values(), ids=list(VERDICTS))
+def test_judge(attempt: Intent, facts: Observation, shelf: VmRecords, state: str) -> None:
+    verdict = judge(attempt, facts, shelf, now=200.0)
+    assert verdict.state == state
+    assert bool(verdict.error) == (state in ("broken", "unreachable", "given up"))
+
+
+@pytest.mark.parametrize(
+    ("attempt", "facts", "ours"),
+    [
+        (intent(reserved=False), Observation(vm(status="io-error", jobs=(job("job0"), job("job1")))), True),
+        (intent(reserved=True), Observation(vm(status="io-error", jobs=(job("job0"), job("job1")))), False),
+        (intent(), Observation(vm(status="io-error", jobs=(job("job0", "concluded", error="EIO"),))), True),
+        (intent(guest="io-error"), Observation(vm(status="io-error", jobs=(job("job0", error="EIO"),))), False),
+        (intent(reserved=False), Observation(vm(status="paused", jobs=(job("job0"), job("job1")))), False),
+        (intent(reserved=False), OFF, False),
+    ],
+)
+def test_a_guest_is_resumed_only_if_our_target_stopped_it(attempt: Intent, facts: Observation, ours: bool) -> None:
+    assert guest_stopped_by(attempt, facts) is ours
