@@ -34,7 +34,7 @@ torture: ## Drive 200 random chains of sets, where `make system` drives 25 (root
 crashes: ## Kill modules, QEMU or both at every hit of every point, where `make test` kills at some (root)
 package: ## Build the tarball into dist, install it elsewhere and run its playbook (root)
 versions: ## Run the most telling tests with the newest QEMU, and the oldest and newest Ansible and Python (root)
-matrix: ## Run the tests with all versions of QEMU, Ansible and Python, and write the table in the guides (root)
+matrix: ## Run the tests with all versions of QEMU, Ansible and Python, or the cells in ARGS; write the table in the guides (root)
 integration molecule system torture crashes package versions matrix:
 	@tools/setup vm
 	@.venv/bin/python tools/check $@ --arguments="$(ARGS)"

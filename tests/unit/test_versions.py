@@ -7,9 +7,13 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.machinery
+import importlib.util
 import os
 import re
 import subprocess
+import sys
+import typing as t
 from pathlib import Path
 
 import pytest
@@ -40,9 +44,9 @@ def half_made(cache: Path, version: str) -> Path:
     return directory
 
 
-def table() -> list[dict[str, str]]:
+def table(page: Path = TESTED) -> list[dict[str, str]]:
     """The table of the guide."""
-    lines = TESTED.read_text().split("make matrix.")[1].strip().splitlines()
+    lines = page.read_text().split("make matrix.")[1].strip().splitlines()
     columns = [match.span() for match in re.finditer("=+", lines[0])]
     head, *rows = [[line[begin:end].strip() for begin, end in columns] for line in lines if not line.startswith("=")]
     return [dict(zip(head, row, strict=True)) for row in rows]
@@ -96,3 +100,31 @@ def test_a_version_that_is_not_to_be_had_has_a_status_of_its_own(tmp_path: Path)
     done = run(REPOSITORY / "tools" / "with", "hypervisor-3.0", "--", "true", cache=tmp_path)
     assert done.returncode == 77
     assert "VERSIONS" not in done.stdout
+
+
+@pytest.fixture
+def check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> t.Any:
+    """tools/check, and a copy of the page that it writes."""
+    loader = importlib.machinery.SourceFileLoader("check", str(REPOSITORY / "tools" / "check"))
+    spec = importlib.util.spec_from_loader("check", loader)
+    assert spec
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "check", module)
+    loader.exec_module(module)
+    page = tmp_path / TESTED.name
+    page.write_text(TESTED.read_text())
+    monkeypatch.setattr(module, "CHECKOUT", tmp_path)
+    monkeypatch.setattr(module, "TESTED", page)
+    return module
+
+
+def test_a_cell_takes_the_place_of_its_own_row_only(check: t.Any) -> None:
+    cells = [cell for cell in check.CHECKS["matrix"] if "qemu-1" in cell.name][:2]
+    versions = {"qemu": "10.0.1", "ansible-core": "2.19.1", "python": "3.11.1", "hypervisor": "3.11.1"}
+    for passed, cell in [(1, cells[1]), (2, cells[0]), (3, cells[1])]:
+        check.document(check.table_row(cell, check.Result(passed, 0, 4, versions=versions)))
+    rows = {row["cell"]: row for row in table(check.TESTED)}
+    assert [(rows[cell.name]["passed"], rows[cell.name]["skipped"]) for cell in cells] == [("2", "4"), ("3", "4")]
+    assert [name for name in rows if name in [cell.name for cell in cells]] == [cell.name for cell in cells]
+    head, _rows = TESTED.read_text().split(".. Written by make matrix.")
+    assert check.TESTED.read_text().startswith(head)
