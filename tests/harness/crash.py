@@ -63,15 +63,14 @@ STEPS = {
     "_qemu/vm_lock": {"write_owners": "write owners"},
     "_repository/annotations": {},
     "_repository/create": {"create_repository": "create repository"},
-    "_repository/json_file": {},
-    "_repository/repository": {
+    "_repository/removal": {"remove_set": "remove set", "tidy": "tidy"},
+    "_repository/staging": {
         "begin": "begin",
         "describe": "write manifest",
         "discard": "discard",
         "discard_images": "discard images",
         "publish": "publish",
         "record_failure": "record failure",
-        "tidy": "tidy",
         "update": "update intent",
         "write_description": "write description",
     },
@@ -88,7 +87,9 @@ STEPS = {
 
 A function that has none here is called by its file and its name.
 """
-PASSED_THROUGH = frozenset({"_host/files", "_host/io_thread", "_qemu/monitor"})
+PASSED_THROUGH = frozenset(
+    {"_host/files", "_host/io_thread", "_qemu/monitor", "_repository/json_file", "_repository/removal"}
+)
 """What takes no step of its own, but where a name above says so."""
 JOBS = frozenset({*STEPS["_qemu/block_jobs"].values(), *STEPS["_qemu/bitmaps"].values()})
 """The steps that tell QEMU's block jobs what to do."""

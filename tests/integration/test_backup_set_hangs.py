@@ -22,6 +22,7 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._plan import space
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu import block_jobs, target_image
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu import monitor as qemu_monitor
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository import repository as repository_repository
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository import staging
 from ansible_collections.vmfleet.backup.tests.harness.backup import release, wait_concluded
 from ansible_collections.vmfleet.backup.tests.harness.filesystems import DeadServer
 from ansible_collections.vmfleet.backup.tests.harness.guest import Guest
@@ -202,16 +203,16 @@ def is_copying(_repository: t.Any, intent: t.Any) -> bool:
 # Whatever comes first of what two VMs do there at the same time.
 STARTING = {
     "lock": (repository_repository, "_probe_lock"),
-    "begin": (repository_repository.Repository, "begin"),
+    "begin": (staging, "begin"),
     "make an image": (target_image, "_make_file"),
     "reserve": (target_image, "reserve"),
     "hand over": (block_jobs, "open_pair"),
-    "right after the start": (repository_repository.Repository, "update", is_copying),
+    "right after the start": (staging, "update", is_copying),
 }
 ENDING = {
     "finish": (prepare, "finish_image"),
-    "describe": (repository_repository.Repository, "describe"),
-    "publish": (repository_repository.Repository, "publish"),
+    "describe": (staging, "describe"),
+    "publish": (staging, "publish"),
 }
 
 

@@ -2,15 +2,17 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""A repository as those see it who have guests to look after: whatever touches its files has to be awaited.
+"""Call a repository whose file system may begin to hang, without keeping guests waiting: each call is awaited.
 
-All that does may raise RepositoryHangs. For what it does else, see C(_repository).
+Every call that touches files may raise RepositoryHangs.
 """
 
 from __future__ import annotations
 
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
+
+from . import removal, staging
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
 
 
 class AsyncRepository:
-    """A repository behind WatchedCalls, which also serve for single files in it."""
+    """A repository behind ThreadedCalls, which also serve for single files in it."""
 
     def __init__(self, repository: Repository, calls: ThreadedCalls) -> None:
         self.path = repository.path
@@ -35,18 +37,14 @@ class AsyncRepository:
         self.calls = calls
         self._repository = repository
 
-    # What needs no file
-
     def set_path(self, vm: str, set_id: str) -> str:
         return self._repository.set_path(vm, set_id)
 
     def image_path(self, intent: Intent, image: str) -> str:
         return self._repository.image_path(intent, image)
 
-    # What does
-
     async def run(self, function: Callable[Concatenate[Repository, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """What a function says of the repository, which is its first argument."""
+        """Call a function of the repository, which is its first argument, and return what that returns."""
         return await self.calls.run(function, self._repository, *args, **kwargs)
 
     @asynccontextmanager
@@ -67,31 +65,31 @@ class AsyncRepository:
         return await self.calls.run(self._repository.intent, vm, set_id)
 
     async def begin(self, intent: Intent) -> None:
-        await self.calls.run(self._repository.begin, intent)
+        await self.run(staging.begin, intent)
 
     async def update(self, intent: Intent) -> None:
-        await self.calls.run(self._repository.update, intent)
+        await self.run(staging.update, intent)
 
     async def write_description(self, intent: Intent, description: dict[str, Any]) -> None:
-        await self.calls.run(self._repository.write_description, intent, description)
+        await self.run(staging.write_description, intent, description)
 
     async def describe(self, intent: Intent, manifest: Manifest) -> None:
-        await self.calls.run(self._repository.describe, intent, manifest)
+        await self.run(staging.describe, intent, manifest)
 
     async def publish(self, intent: Intent) -> Manifest:
-        return await self.calls.run(self._repository.publish, intent)
+        return await self.run(staging.publish, intent)
 
     async def untidy(self, vm: str, set_id: str) -> bool:
-        return await self.calls.run(self._repository.untidy, vm, set_id)
+        return await self.run(removal.untidy, vm, set_id)
 
     async def tidy(self, vm: str, set_id: str) -> None:
-        await self.calls.run(self._repository.tidy, vm, set_id)
+        await self.run(removal.tidy, vm, set_id)
 
     async def record_failure(self, vm: str, failure: Failure) -> None:
-        await self.calls.run(self._repository.record_failure, vm, failure)
+        await self.run(staging.record_failure, vm, failure)
 
     async def discard_images(self, intent: Intent) -> None:
-        await self.calls.run(self._repository.discard_images, intent)
+        await self.run(staging.discard_images, intent)
 
     async def discard(self, intent: Intent) -> None:
-        await self.calls.run(self._repository.discard, intent)
+        await self.run(staging.discard, intent)

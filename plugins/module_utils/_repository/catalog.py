@@ -19,6 +19,7 @@ from .chain import broken_images, walk
 from .documents import Intent
 from .json_file import read_document
 from .names import vm_directory
+from .removal import litter
 from .repository import FAILED, HARMLESS, INTENT, STAGING
 
 if TYPE_CHECKING:
@@ -138,7 +139,7 @@ def leftovers(repository: Repository, held: VmCatalog) -> list[dict[str, str]]:
     shelf = held.shelf
     left = [
         found(
-            repository.staging(held.name, intent.id),
+            repository.staging_path(held.name, intent.id),
             f"set {intent.id} is being made by hypervisor {intent.hypervisor.name} since {intent.started}",
         )
         for intent in shelf.intents
@@ -159,7 +160,7 @@ def leftovers(repository: Repository, held: VmCatalog) -> list[dict[str, str]]:
         found(path, "an increment that becomes a full image, or was to; the next prune goes on")
         for path in growing(repository, held.name)
     ]
-    return left + [found(path, "left by a process that was killed") for path in repository.litter(held.name)]
+    return left + [found(path, "left by a process that was killed") for path in litter(repository, held.name)]
 
 
 def _stale_marks(repository: Repository, held: VmCatalog) -> Iterator[tuple[str, str]]:
@@ -229,7 +230,7 @@ def _any_intent(directory: str) -> Intent | None:
 def _was_used(repository: Repository, vm: str) -> bool:
     """Whether there are traces of sets of a VM of which there is none."""
     failed = glob.glob(os.path.join(glob.escape(repository.directory(vm)), f".*{FAILED}"))
-    return bool(failed or repository.litter(vm))
+    return bool(failed or litter(repository, vm))
 
 
 def begun(manifest: Manifest) -> datetime:

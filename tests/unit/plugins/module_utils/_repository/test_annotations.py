@@ -44,13 +44,6 @@ PIN = Pin("s1", "vda", "/look/vda.qcow2", "hv1", "machine", "2026-11-22T01:00:00
 VERIFICATION = Verification("s1", "a1", "checksum", "2026-11-22T01:00:00Z", ("vda: changed",))
 
 
-@pytest.fixture
-def repository(repository: Repository) -> Repository:
-    """An empty repository that knows of a VM."""
-    os.mkdir(repository.directory("web01"))
-    return repository
-
-
 def test_marks_come_back_as_they_were_written_and_go(repository: Repository) -> None:
     assert read_annotations(repository, "nosuch") == read_annotations(repository, "web01") == SetAnnotations()
     for mark in (PROTECTION, PIN, VERIFICATION):

@@ -17,6 +17,7 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors impo
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.formats import parse_time
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.version import SCHEMA
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.machine import machine_id
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository import staging
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.annotations import write_annotation
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.catalog import (
     CONSOLIDATING_SUFFIX,
@@ -215,7 +216,7 @@ class TestNames:
     def test_a_vm_whose_first_set_is_being_made(self, repository: Repository) -> None:
         name = "web 01/ä"
         os.mkdir(repository.directory(name))
-        repository.begin(intent(vm=VmName(name, UUID, UUID)))
+        staging.begin(repository, intent(vm=VmName(name, UUID, UUID)))
         assert vm_names(repository) == [name]
 
     @pytest.mark.parametrize("document", ["s1/manifest.json", ".s1.staging/intent.json"])
