@@ -327,7 +327,8 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors impo
 from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup.drive_backup import DriveBackup
 from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup.request import Drive, Request, check_drives
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.run_module import run_module
-from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.monitor import parse_address, require_qmp
+from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.address import parse_address
+from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.qmp_client import require_qmp
 
 if TYPE_CHECKING:
     from typing import Any

@@ -88,7 +88,15 @@ STEPS = {
 A function that has none here is called by its file and its name.
 """
 PASSED_THROUGH = frozenset(
-    {"_host/files", "_host/io_thread", "_qemu/monitor", "_repository/json_file", "_repository/removal"}
+    {
+        "_host/files",
+        "_host/io_thread",
+        "_qemu/connection",
+        "_qemu/monitor",
+        "_qemu/qmp_client",
+        "_repository/json_file",
+        "_repository/removal",
+    }
 )
 """What takes no step of its own, but where a name above says so."""
 JOBS = frozenset({*STEPS["_qemu/block_jobs"].values(), *STEPS["_qemu/bitmaps"].values()})

@@ -19,7 +19,7 @@ import pytest
 from ansible_collections.vmfleet.backup.plugins.module_utils._backup import engine, prepare
 from ansible_collections.vmfleet.backup.plugins.module_utils._host import io_thread, probe
 from ansible_collections.vmfleet.backup.plugins.module_utils._plan import space
-from ansible_collections.vmfleet.backup.plugins.module_utils._qemu import block_jobs, target_image
+from ansible_collections.vmfleet.backup.plugins.module_utils._qemu import block_jobs, connection, target_image
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu import monitor as qemu_monitor
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository import repository as repository_repository
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository import staging
@@ -55,7 +55,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(probe, "TIMEOUT", 5.0)
     monkeypatch.setattr(probe, "INTERVAL", 0.2)
     monkeypatch.setattr(io_thread, "MOMENT", 0.2)
-    monkeypatch.setattr(qemu_monitor, "CONNECT_TIMEOUT", 3.0)
+    monkeypatch.setattr(connection, "CONNECT_TIMEOUT", 3.0)
     monkeypatch.setattr(block_jobs, "SETTLE_TIMEOUT", 2.0)
     monkeypatch.setattr(engine, "UNREACHABLE_PATIENCE", 1.0)
 

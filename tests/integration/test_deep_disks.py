@@ -24,8 +24,9 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._host.probe import 
 from ansible_collections.vmfleet.backup.plugins.module_utils._plan import observe
 from ansible_collections.vmfleet.backup.plugins.module_utils._plan.model import parse_plan
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu import query
+from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.address import parse_address
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.guest_agent import find_agent
-from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.monitor import Monitor, parse_address
+from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.monitor import Monitor
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.query import inspect_vm
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.async_repository import AsyncRepository
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.repository import open_repository

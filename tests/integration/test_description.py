@@ -11,7 +11,8 @@ import json
 import os
 import typing as t
 
-from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.monitor import Monitor, parse_address
+from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.address import parse_address
+from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.monitor import Monitor
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.query import inspect_vm
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.secrets import REMOVED
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.vm_config import describe_vm

@@ -17,7 +17,7 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup.drive
 from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup.request import Drive, Request
 from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup.status import Copy, CopyState
 from ansible_collections.vmfleet.backup.plugins.module_utils._host import preallocate
-from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.monitor import Address
+from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.address import Address
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.target_image import Target
 from ansible_collections.vmfleet.backup.tests.unit.plugins.builders import MIB, disk, job
 

@@ -21,7 +21,7 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors impo
 from ansible_collections.vmfleet.backup.plugins.module_utils._host import lock
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.lock import locked
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.process import Process
-from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.monitor import Address
+from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.address import Address
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.vm_lock import host_lock_path
 
 if TYPE_CHECKING:

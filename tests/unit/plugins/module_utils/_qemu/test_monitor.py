@@ -30,8 +30,10 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors impo
     Refused,
 )
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.process import Process
+from ansible_collections.vmfleet.backup.plugins.module_utils._qemu import connection, qmp_client
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu import monitor as qemu_monitor
-from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.monitor import Address, Monitor, parse_address
+from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.address import Address, parse_address
+from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.monitor import Monitor
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -100,8 +102,8 @@ Num       RefCount Protocol Flags    Type St Inode Path
     ],
 )
 def test_clients_of_a_socket(path: str, clients: tuple[int | None, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(qemu_monitor, "open", lambda *_args, **_options: io.StringIO(TABLE), raising=False)
-    assert qemu_monitor._clients(path) == clients
+    monkeypatch.setattr(connection, "open", lambda *_args, **_options: io.StringIO(TABLE), raising=False)
+    assert connection._clients(path) == clients
 
 
 GREETING = {
@@ -228,7 +230,7 @@ def client(path: str, resources: ExitStack) -> Callable[[], None]:
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(qemu_monitor, "CONNECT_TIMEOUT", 0.2)
+    monkeypatch.setattr(connection, "CONNECT_TIMEOUT", 0.2)
     monkeypatch.setattr(qemu_monitor, "COMMAND_TIMEOUT", 0.2)
 
 
@@ -527,11 +529,11 @@ class TestLibrary:
         return Module()
 
     def test_present(self) -> None:
-        qemu_monitor.require_qmp(self.module())
+        qmp_client.require_qmp(self.module())
 
     def test_missing(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(qemu_monitor, "QMP_IMPORT_ERROR", "Traceback: no module named qemu")
+        monkeypatch.setattr(qmp_client, "QMP_IMPORT_ERROR", "Traceback: no module named qemu")
         with pytest.raises(self.Failed) as failed:
-            qemu_monitor.require_qmp(self.module())
+            qmp_client.require_qmp(self.module())
         assert failed.value.args[0]["exception"] == "Traceback: no module named qemu"
         assert "qemu.qmp" in failed.value.args[0]["msg"]
