@@ -18,7 +18,7 @@ from .._repository.names import check_length
 if TYPE_CHECKING:
     from typing import Any
 
-    from .._qemu.monitor import Address
+    from .._qemu.address import Address
 
 
 NO_KEY = (
