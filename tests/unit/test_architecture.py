@@ -30,7 +30,7 @@ def imported(file: Path) -> set[tuple[str, ...]]:
     found = set()
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.level == 2:
-            room, _, rest = (node.module or "").partition(".")
+            room, _dot, rest = (node.module or "").partition(".")
             found |= {(room, rest or alias.name) for alias in node.names}
     return found
 

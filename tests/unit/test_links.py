@@ -38,7 +38,7 @@ def broken(page: str, target: str) -> bool:
     inside = HERE.match(target)
     if "://" in target and not inside:
         return False
-    path, _, anchor = target[inside.end() if inside else 0 :].partition("#")
+    path, _hash, anchor = target[inside.end() if inside else 0 :].partition("#")
     found = ROOT / path if inside else (ROOT / page).parent / path if path else ROOT / page
     return not found.exists() or (bool(anchor) and anchor not in anchors(found))
 
