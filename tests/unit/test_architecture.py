@@ -6,50 +6,39 @@
 
 from __future__ import annotations
 
-import ast
 import re
 from pathlib import Path
 
 import pytest
 
+from ansible_collections.vmfleet.backup.tests.unit.plugins.module_utils.test_floors import FLOORS
+
 ROOT = Path(__file__).parents[2]
 ROOMS = ROOT / "plugins" / "module_utils"
 ARCHITECTURE = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
 
-PLACES = "plugins|roles|playbooks|docs|tools|findings|meta|changelogs|_[a-z_]+"
+PLACES = "plugins|tests/unit|roles|playbooks|docs|tools|findings|meta|changelogs|_[a-z_]+"
 
 
-def floors() -> dict[str, int]:
-    """Return the floor of each room, as the table has it."""
-    rows = re.findall(r"^\| (\d) \| ([^|]+) \|", ARCHITECTURE, re.MULTILINE)
-    return {room: int(floor) for floor, rooms in rows for room in re.findall(r"`(_\w+)`", rooms)}
-
-
-def imported(file: Path) -> set[tuple[str, ...]]:
-    """Return what a file imports from other rooms: the names of room and file."""
-    found = set()
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom) and node.level == 2:
-            room, _dot, rest = (node.module or "").partition(".")
-            found |= {(room, rest or alias.name) for alias in node.names}
+def floors() -> dict[str, set[str]]:
+    """Return what each room may import, as the table of floors has it."""
+    rows = re.findall(r"^\| (\d) \| ([^|]+) \| ([^|]*) ?\|$", ARCHITECTURE, re.MULTILINE)
+    on_floor = {int(floor): re.findall(r"`(_\w+)`", rooms) for floor, rooms, _allowed in rows}
+    found = {}
+    for floor, _rooms, allowed in rows:
+        below = re.search(r"floors? 1(?: to (\d))?", allowed)
+        known = range(1, int(below.group(1) or 1) + 1) if below else ()
+        for room in on_floor[int(floor)]:
+            found[room] = {*re.findall(r"`(_\w+)`", allowed), *(other for one in known for other in on_floor[one])}
     return found
 
 
-def test_every_room_is_in_the_tree_and_on_a_floor() -> None:
-    rooms = {path.parent.name for path in ROOMS.glob("*/*.py")}
-    assert set(re.findall(r"^  (_\w+)/ ", ARCHITECTURE, re.MULTILINE)) == rooms
-    assert set(floors()) == rooms
-    assert [path.name for path in ROOMS.glob("*.py")] == []
+def test_every_room_is_in_the_tree() -> None:
+    assert set(re.findall(r"^  (_\w+)/ ", ARCHITECTURE, re.MULTILINE)) == set(FLOORS)
 
 
-@pytest.mark.parametrize("room", sorted(floors()))
-def test_a_room_imports_from_floors_below_only(room: str) -> None:
-    known = {name for file in (ROOMS / room).glob("*.py") for name in imported(file)}
-    assert {other for other, _file in known if floors()[other] >= floors()[room]} == set()
-    if room == "_backup":
-        assert {other for other, _file in known if floors()[other] == floors()["_plan"]} == {"_plan"}
-    if room == "_report":
-        assert {file for other, file in known if other == "_backup"} <= {"outcome"}
+def test_the_floors_are_those_that_are_held() -> None:
+    assert floors() == FLOORS
 
 
 @pytest.mark.parametrize("page", ["ARCHITECTURE.md", "CONTRIBUTING.md"])
