@@ -70,7 +70,7 @@ def test_a_deep_look_does_not_hide_how_shallow_a_fault_is(repository: Repository
     held = read_catalog(repository, VM)
     assert set(held.failed_sets) == {"s3", "s4", "s5", "s6"}
     pruned = asyncio.run(prune(repository, VM, PruneOptions(Rules(last=2))))
-    assert [fate.id for fate in pruned.fates if fate.keep] == ["s1", "s2", "s3", "s4", "s5", "s6"]
+    assert [one.id for one in pruned.decisions if one.keep] == ["s1", "s2", "s3", "s4", "s5", "s6"]
 
 
 def test_of_two_faults_the_deeper_one_is_not_forgotten(repository: Repository) -> None:
