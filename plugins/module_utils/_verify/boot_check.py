@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from .._repository.documents import Manifest
     from .._repository.repository import Repository
     from .boot_options import BootOptions
-    from .model import SetCheck, VerifyRun
+    from .model import SetCheck
+    from .run import VerifyRun
 
 
 async def check_boot(run: VerifyRun, check: SetCheck, options: BootOptions) -> None:

@@ -17,7 +17,8 @@ from .._repository.checksums import check_all
 from .model import REMEDY
 
 if TYPE_CHECKING:
-    from .model import SetCheck, SetImage, VerifyRun
+    from .model import SetCheck, SetImage
+    from .run import VerifyRun
 
 
 MAX_COMPLAINTS = 3

@@ -6,8 +6,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import os
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -19,7 +17,6 @@ if TYPE_CHECKING:
 
     from .._repository.catalog import VmCatalog
     from .._repository.documents import DiskImage, Manifest
-    from .._repository.repository import Repository
     from .boot_options import BootOptions
 
     ImageKey = tuple[str, str]
@@ -123,18 +120,6 @@ class SetCheck:
             reasons = [errors[key] for key in keys if key in errors]
             if reasons:
                 self.fail(disk, depth, "; ".join(reasons))
-
-
-@dataclass(frozen=True)
-class VerifyRun:
-    """What the checks of one call share. Each image takes one of the processors while it is read."""
-
-    repository: Repository
-    options: VerifyOptions
-    warnings: list[str] = field(default_factory=list)
-    processors: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(len(os.sched_getaffinity(0))))
-    boot_lock: asyncio.Lock = field(default_factory=asyncio.Lock)
-    """One throwaway VM at a time: it takes as much memory as the real one."""
 
 
 def bad_sets(findings: Iterable[Finding]) -> list[str]:

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from .._repository.catalog import VmCatalog
     from .._repository.documents import Manifest
     from .._repository.repository import Repository
-    from .model import Finding, SetCheck, VerifyOptions, VerifyRun
+    from .model import Finding, SetCheck, VerifyOptions
+    from .run import VerifyRun
 
 
 async def record(run: VerifyRun, check: SetCheck) -> None:

@@ -16,8 +16,9 @@ from .._repository.repository import HARMLESS
 from .boot_check import check_boot
 from .image_check import check_checksums, check_images
 from .manifest_check import check_manifest, lost_set, lost_sets
-from .model import Finding, SetCheck, VerifyRun
+from .model import Finding, SetCheck
 from .record import record
+from .run import VerifyRun
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

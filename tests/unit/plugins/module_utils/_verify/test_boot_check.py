@@ -15,7 +15,8 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._repository.annotat
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.catalog import Depth, read_catalog
 from ansible_collections.vmfleet.backup.plugins.module_utils._verify.boot_check import start
 from ansible_collections.vmfleet.backup.plugins.module_utils._verify.boot_options import BootOptions
-from ansible_collections.vmfleet.backup.plugins.module_utils._verify.model import SetCheck, VerifyOptions, VerifyRun
+from ansible_collections.vmfleet.backup.plugins.module_utils._verify.model import SetCheck, VerifyOptions
+from ansible_collections.vmfleet.backup.plugins.module_utils._verify.run import VerifyRun
 from ansible_collections.vmfleet.backup.tests.unit.plugins.verifying import VM, publish, start_from
 
 if TYPE_CHECKING:

@@ -22,8 +22,9 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._repository.annotat
 )
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.catalog import Depth, read_catalog
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.documents import Verification
-from ansible_collections.vmfleet.backup.plugins.module_utils._verify.model import SetCheck, VerifyOptions, VerifyRun
+from ansible_collections.vmfleet.backup.plugins.module_utils._verify.model import SetCheck, VerifyOptions
 from ansible_collections.vmfleet.backup.plugins.module_utils._verify.record import record
+from ansible_collections.vmfleet.backup.plugins.module_utils._verify.run import VerifyRun
 from ansible_collections.vmfleet.backup.plugins.module_utils._verify.verify import verify_all
 from ansible_collections.vmfleet.backup.tests.unit.plugins.verifying import VM, image, publish, start_from, verify
 
