@@ -215,13 +215,15 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._repository.names i
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.repository import open_repository
 from ansible_collections.vmfleet.backup.plugins.module_utils._verify.boot import find_qemu
 from ansible_collections.vmfleet.backup.plugins.module_utils._verify.boot_options import BootOptions
-from ansible_collections.vmfleet.backup.plugins.module_utils._verify.model import (
-    VerifyOptions,
+from ansible_collections.vmfleet.backup.plugins.module_utils._verify.model import VerifyOptions
+from ansible_collections.vmfleet.backup.plugins.module_utils._verify.verify import (
     bad_sets,
     describe,
+    has_sets,
     headline,
+    known_vms,
+    verify_all,
 )
-from ansible_collections.vmfleet.backup.plugins.module_utils._verify.verify import has_sets, known_vms, verify_all
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -230,25 +232,24 @@ if TYPE_CHECKING:
     from ansible_collections.vmfleet.backup.plugins.module_utils._repository.repository import Repository
     from ansible_collections.vmfleet.backup.plugins.module_utils._verify.model import Finding
 
-MAX_ERRORS = 5
+TOLD = 5
 """Errors that the message tells; C(results) has them all."""
 
 
-def boot_options(params: dict[str, Any]) -> BootOptions:
-    options = BootOptions(
+def boot_wish(params: dict[str, Any]) -> BootOptions:
+    wish = BootOptions(
         qemu=find_qemu(params["qemu"] or ""),
         tmpdir=os.path.abspath(params["tmpdir"]),
         timeout=params["boot_timeout"],
         pattern=params["boot_pattern"] or "",
         agent=params["boot_agent"],
-        extra=tuple(params["boot_options"]),
+        options=tuple(params["boot_options"]),
     )
-    options.check()
-    return options
+    wish.check()
+    return wish
 
 
-def chosen_vms(repository: Repository, names: list[str] | None) -> list[str]:
-    """Return the VMs that are asked for; Refused where one has no sets."""
+def vms(repository: Repository, names: list[str] | None) -> list[str]:
     if names is None:
         return known_vms(repository)
     unknown = ", ".join(name for name in names if not has_sets(repository, name))
@@ -258,25 +259,26 @@ def chosen_vms(repository: Repository, names: list[str] | None) -> list[str]:
     return names
 
 
-def error_message(bad: Sequence[Finding]) -> str:
-    told = "; ".join(finding.full_text for finding in bad[:MAX_ERRORS])
-    more = f"; and {len(bad) - MAX_ERRORS} more, see results" if len(bad) > MAX_ERRORS else ""
-    return f"sets that are not good: {len(bad_sets(bad))}: {told}{more}"
+def message(bad: Sequence[Finding]) -> str:
+    sets = {(finding.vm, finding.id) for finding in bad}
+    told = "; ".join(finding.where for finding in bad[:TOLD])
+    more = f"; and {len(bad) - TOLD} more, see results" if len(bad) > TOLD else ""
+    return f"sets that are not good: {len(sets)}: {told}{more}"
 
 
 async def main_task(module: AnsibleModule) -> dict[str, Any]:
     params = module.params
-    depth = Depth(params["depth"])
+    depth = params["depth"]
     set_id = check_set_id(params["id"]) if params["id"] else ""
     if depth in (Depth.IMAGE, Depth.BOOT):
         require_qemu_img()
-    options = VerifyOptions(depth, boot_options(params) if depth == Depth.BOOT else None, module.check_mode)
+    order = VerifyOptions(depth, boot_wish(params) if depth == Depth.BOOT else None, module.check_mode)
     await probe_if_there(params["repository"], writing=not module.check_mode)
     repository = open_repository(params["repository"])
-    names = chosen_vms(repository, params["names"])
+    names = vms(repository, params["names"])
     if not names:
         module.warn(f"there are no sets in {repository.path}, and so nothing was verified")
-    findings, warnings = await verify_all(repository, names, set_id, options)
+    findings, warnings = await verify_all(repository, names, set_id, order)
     for warning in warnings:
         module.warn(warning)
     result = {
@@ -288,7 +290,7 @@ async def main_task(module: AnsibleModule) -> dict[str, Any]:
     }
     bad = [finding for finding in findings if finding.error]
     if bad:
-        raise BackupError(error_message(bad), **result)
+        raise BackupError(message(bad), **result)
     return result
 
 

@@ -1,0 +1,159 @@
+# Copyright (c) 2026, vmfleet contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Put the backups of all VMs of a fleet into one table."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from .._common.formats import amount
+from .._repository.names import column
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+    from typing import Any
+
+
+SECONDS = {"h": 3600, "d": 86400, "w": 7 * 86400}
+
+COLUMNS = ("VM", "newest set", "age", "level", "sets", "size", "verified", "hypervisor")
+
+
+@dataclass(frozen=True)
+class HypervisorStatus:
+    """What a hypervisor has found: the VMs that it should back up, and those in its repository."""
+
+    name: str
+    repository: str
+    file: str
+    expected: tuple[str, ...]
+    missing: tuple[str, ...]
+    found: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, here: Mapping[str, Any]) -> HypervisorStatus:
+        """Return what is known of one."""
+        expected = expected_vms(here["vms"], here["sockets"], here["running"])
+        there = {vm["name"] for vm in here["found"]["vms"]}
+        missing = [name for name in expected if name not in there and name in (here["names"] or expected)]
+        return cls(here["name"], here["repository"], here["file"], tuple(expected), tuple(missing), here["found"])
+
+    def shares(self, other: HypervisorStatus) -> bool:
+        """Tell whether two have the same repository."""
+        return self is other or bool(self.file and self.file == other.file)
+
+
+@dataclass(frozen=True)
+class StatusRow:
+    """A VM in a repository, and the hypervisors that have it."""
+
+    vm: Mapping[str, Any]
+    bad: bool
+    hypervisors: tuple[str, ...]
+    leader: str
+
+    @property
+    def cells(self) -> tuple[str, ...]:
+        vm = self.vm
+        return (
+            vm["name"],
+            vm["newest"],
+            _age(vm["age"]),
+            vm["level"],
+            str(vm["sets"]),
+            amount(vm["bytes"]),
+            (vm["verified"] or "no") if vm["ok"] else "NOT GOOD",
+            ", ".join(self.hypervisors) or f"({self.leader})",
+        )
+
+
+def expected_vms(
+    listed: Iterable[Mapping[str, Any]], sockets: Iterable[str], running: Sequence[Mapping[str, Any]]
+) -> list[str]:
+    """Return the VMs that a hypervisor should back up; one that does not answer is called after its socket."""
+    named = {_address(vm["monitor"]): vm["name"] for vm in listed if "name" in vm}
+    others = [vm for vm in running if vm["monitor"] not in named]
+    answering = [vm["monitor"] for vm in running]
+    exact = [_address(path) for path in sockets if not re.search(r"[*?[]", path)]
+    silent = [vm["monitor"] for vm in others if "name" not in vm] + [one for one in exact if one not in answering]
+    names = [vm["name"] for vm in listed if "name" in vm] + [vm["name"] for vm in others if "name" in vm]
+    return list(dict.fromkeys([*names, *(re.sub(r"[.][^.]*$", "", monitor.rpartition("/")[2]) for monitor in silent)]))
+
+
+def _address(monitor: str) -> str:
+    """Return a monitor's address as vm_info tells it."""
+    return f"unix:{monitor}" if monitor.startswith("/") else monitor
+
+
+def fleet_status(heres: Sequence[Mapping[str, Any]], max_age: str = "", silent: Sequence[str] = ()) -> dict[str, Any]:
+    """Return the table of all VMs, and those that have no good set of this age."""
+    fleet = [HypervisorStatus.of(here) for here in heres]
+    oldest = int(max_age[:-1]) * SECONDS[max_age[-1]] if max_age else None
+    leaders = [one for place, one in enumerate(fleet) if not any(one.shares(other) for other in fleet[:place])]
+    rows = [row for one in leaders for row in _rows(one, fleet, oldest)]
+    lines = [
+        _headline(fleet, leaders, rows, max_age),
+        *_table(fleet, rows),
+        *(f"{left['vm']}: {left['what']}" for one in leaders for left in one.found["leftovers"]),
+        *(f"! {name} could not be asked" for name in silent),
+    ]
+    bad = {one.name: _bad_of(one, fleet, any(one is leader for leader in leaders), oldest) for one in fleet}
+    return {"text": "\n".join(lines).splitlines(), "bad": bad}
+
+
+def _is_bad(vm: Mapping[str, Any], oldest: int | None) -> bool:
+    return not vm["ok"] or (oldest is not None and vm["age"] > oldest)
+
+
+def _rows(leader: HypervisorStatus, fleet: Iterable[HypervisorStatus], oldest: int | None) -> list[StatusRow]:
+    """Return the VMs in a repository. It may be that of several hypervisors, of which this is the first."""
+    owners: dict[str, list[str]] = {}
+    for one in fleet:
+        for name in one.expected if one.shares(leader) else ():
+            owners.setdefault(name, []).append(one.name)
+    return [
+        StatusRow(vm, _is_bad(vm, oldest), tuple(owners.get(vm["name"], ())), leader.name) for vm in leader.found["vms"]
+    ]
+
+
+def _bad_of(one: HypervisorStatus, fleet: Iterable[HypervisorStatus], leads: bool, oldest: int | None) -> list[str]:
+    """Return the VMs without a good set that are a hypervisor's matter."""
+    bad = [vm["name"] for vm in one.found["vms"] if _is_bad(vm, oldest)]
+    elsewhere = {name for other in fleet if other is not one and one.shares(other) for name in other.expected}
+    mine = [name for name in bad if (name not in elsewhere if leads else name in one.expected)]
+    return sorted([*one.missing, *mine], key=str.lower)
+
+
+def _headline(
+    fleet: Sequence[HypervisorStatus], leaders: Sequence[HypervisorStatus], rows: Sequence[StatusRow], max_age: str
+) -> str:
+    places = ", ".join(dict.fromkeys(one.repository for one in fleet))
+    sets = sum(one.found["totals"]["sets"] for one in leaders)
+    size = amount(sum(row.vm["bytes"] for row in rows))
+    limit = f" that is at most {max_age} old" if max_age else ""
+    bad = sum(row.bad for row in rows) + sum(len(one.missing) for one in fleet)
+    return f"{places}: {sets} sets of {len(rows)} VMs, {size}; without a good set{limit}: {bad}"
+
+
+def _table(fleet: Sequence[HypervisorStatus], rows: Sequence[StatusRow]) -> list[str]:
+    """Return the lines of the table: VMs without any set, those without a good one, oldest first, and the others."""
+    missing = [(name, one.name) for one in fleet for name in sorted(one.missing, key=str.lower)]
+    bad = sorted((row for row in rows if row.bad), key=lambda row: row.vm["age"], reverse=True)
+    good = sorted((row for row in rows if not row.bad), key=lambda row: row.vm["name"].lower())
+    lines: list[tuple[str, tuple[str, ...]]] = [("", COLUMNS)]
+    lines += [("!", (name, "none", "", "", "0", "", "", hypervisor)) for name, hypervisor in missing]
+    lines += [("!" if row.bad else "", row.cells) for row in (*bad, *good)]
+    width = max(8, column(cells[0] for _mark, cells in lines))
+    id_width = max(10, column(row.vm["newest"] for row in rows))
+    form = f"{{:1}} {{:{width}}}  {{:{id_width}}}  {{:>6}}  {{:12}}  {{:>4}}  {{:>10}}  {{:9}}  {{}}"
+    return [form.format(mark, *cells) for mark, cells in lines]
+
+
+def _age(seconds: int) -> str:
+    if seconds < 90 * 60:
+        return f"{seconds // 60} min"
+    return f"{seconds // 3600} h" if seconds < 2 * 86400 else f"{seconds // 86400} d"

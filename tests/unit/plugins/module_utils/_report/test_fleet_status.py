@@ -1,0 +1,152 @@
+# Copyright (c) 2026, vmfleet contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""One table of the VMs of several hypervisors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from ansible_collections.vmfleet.backup.plugins.module_utils._report.fleet_status import expected_vms, fleet_status
+
+HOUR = 3600
+DAY = 24 * HOUR
+
+
+def row(name: str, age: int = HOUR, **more: Any) -> dict[str, Any]:
+    """What backup_info tells of a VM."""
+    found = {"name": name, "newest": "2026-11-22", "age": age, "level": "full", "sets": 1, "bytes": 1 << 20}
+    return {**found, "verified": "", "ok": True, **more}
+
+
+def here(
+    name: str, *found: dict[str, Any], vms: tuple[str, ...] = (), file: str = "", left: Any = (), **more: Any
+) -> dict[str, Any]:
+    """What a hypervisor has to tell; C(vms) are those that it has."""
+    listed = [{"name": vm, "monitor": f"/run/{vm}.qmp"} for vm in vms]
+    info = {"vms": list(found), "leftovers": list(left), "totals": {"sets": sum(vm["sets"] for vm in found)}}
+    place = {"name": name, "repository": "/srv/backup", "file": file, "found": info}
+    return {**place, "vms": listed, "sockets": [], "running": [], "names": [], **more}
+
+
+def test_the_table() -> None:
+    fleet = [
+        here(
+            "hv1",
+            row("web01", age=50 * HOUR, level="incremental", sets=12, bytes=5 << 30, verified="checksum"),
+            row("Pool01", age=5399),
+            vms=("web01", "Pool01", "new01"),
+            left=[{"vm": "web01", "what": "set s9 is being made"}],
+        ),
+        here("hv2", row("db01", ok=False, age=DAY), row("old01", age=90 * 60), vms=("db01",), repository="/srv/other"),
+    ]
+    assert fleet_status(fleet, silent=["hv3"])["text"] == [
+        "/srv/backup, /srv/other: 15 sets of 4 VMs, 5.0 GiB; without a good set: 2",
+        "  VM        newest set     age  level         sets        size  verified   hypervisor",
+        "! new01     none                                 0                         hv1",
+        "! db01      2026-11-22    24 h  full             1     1.0 MiB  NOT GOOD   hv2",
+        "  old01     2026-11-22     1 h  full             1     1.0 MiB  no         (hv2)",
+        "  Pool01    2026-11-22  89 min  full             1     1.0 MiB  no         hv1",
+        "  web01     2026-11-22     2 d  incremental     12     5.0 GiB  checksum   hv1",
+        "web01: set s9 is being made",
+        "! hv3 could not be asked",
+    ]
+
+
+def test_nothing_at_all() -> None:
+    assert fleet_status([here("hv1")]) == {
+        "text": [
+            "/srv/backup: 0 sets of 0 VMs, 0 Bytes; without a good set: 0",
+            "  VM        newest set     age  level         sets        size  verified   hypervisor",
+        ],
+        "bad": {"hv1": []},
+    }
+
+
+@pytest.mark.parametrize(("max_age", "bad"), [("", []), ("26h", ["a", "b"]), ("2d", ["a"]), ("1w", [])])
+def test_a_limit_of_age(max_age: str, bad: list[str]) -> None:
+    names = ("a", "b", "c")
+    rows = (row("b", age=26 * HOUR + 1), row("a", age=2 * DAY + 1), row("c", age=26 * HOUR))
+    found = fleet_status([here("hv1", *rows, vms=names)], max_age)
+    limit = f" that is at most {max_age} old" if max_age else ""
+    assert found["text"][0].endswith(f"; without a good set{limit}: {len(bad)}")
+    assert found["bad"] == {"hv1": bad}
+    # Those first that are bad, the oldest of them first.
+    assert [line[2] for line in found["text"][2:]] == [*bad, *(name for name in names if name not in bad)]
+
+
+def test_a_shared_repository_is_told_once_and_each_answers_for_its_own_vms() -> None:
+    rows = [row("a", ok=False), row("b", ok=False), row("c"), row("gone", ok=False)]
+    left = [{"vm": "a", "what": "a leftover"}]
+    found = fleet_status(
+        [
+            here("hv1", *rows, vms=("a",), file="{uuid}", left=left),
+            here("hv2", *rows, vms=("b", "c", "new"), file="{uuid}", left=left),
+            here("hv3", *rows, vms=("c",), file="{another}"),
+        ]
+    )
+    cells = [line.split() for line in found["text"][2:]]
+    assert [(line[1], line[-1]) for line in cells if line[0] == "!" and line[2] != "none"] == [
+        ("a", "hv1"),
+        ("b", "hv2"),
+        ("gone", "(hv1)"),
+        ("a", "(hv3)"),
+        ("b", "(hv3)"),
+        ("gone", "(hv3)"),
+    ]
+    assert [(line[0], line[-1]) for line in cells if line[0] == "c"] == [("c", "hv2"), ("c", "hv3")]
+    assert found["text"].count("a: a leftover") == 1
+    assert found["text"][0].startswith("/srv/backup: 8 sets of 8 VMs, 8.0 MiB; ")
+    assert found["bad"] == {"hv1": ["a", "gone"], "hv2": ["b", "new"], "hv3": ["a", "b", "gone"]}
+
+
+def test_a_vm_of_two_hypervisors_is_the_matter_of_both_but_not_of_the_first() -> None:
+    fleet = [here(f"hv{number}", row("a", ok=False), file="{uuid}", vms=("a",)) for number in (2, 3)]
+    found = fleet_status([here("hv1", row("a", ok=False), file="{uuid}"), *fleet])
+    assert found["text"][2].endswith("  hv2, hv3")
+    assert found["bad"] == {"hv1": [], "hv2": ["a"], "hv3": ["a"]}
+
+
+def test_short_names_and_ids_stand_below_their_titles() -> None:
+    title, line = fleet_status([here("hv1", row("a", newest="s1"), vms=("a",))])["text"][1:]
+    assert line.index("full") == title.index("level")
+
+
+def test_names_limit_what_is_missing() -> None:
+    found = fleet_status([here("hv1", vms=("a", "b", "c"), names=["b", "x"])])
+    assert found["bad"] == {"hv1": ["b"]}
+
+
+def test_a_long_name_moves_its_own_line_only() -> None:
+    lines = fleet_status([here("hv1", row("a"), row("n" * 40), vms=("a", "n" * 40))])["text"][1:]
+    places = [line.index("2026-11-22") for line in lines[1:]]
+    assert places == [36, 44]
+    assert lines[0].index("newest set") == 36
+
+
+@pytest.mark.parametrize(
+    ("listed", "sockets", "running", "expected"),
+    [
+        ([("/run/a.qmp", "web01")], [], [], ["web01"]),
+        # What it calls itself is of no matter where the user has named it.
+        ([("/run/a.qmp", "web01")], [], [("unix:/run/a.qmp", "other")], ["web01"]),
+        ([("/run/a.qmp", None)], [], [("unix:/run/a.qmp", "other")], ["other"]),
+        ([("tcp:[::1]:4444", "web01")], [], [("tcp:[::1]:4444", "other")], ["web01"]),
+        # One that does not answer is called after its socket; a pattern is no VM.
+        ([], ["/run/*.qmp"], [("unix:/run/a.b.qmp", None)], ["a.b"]),
+        ([], ["/run/*.qmp", "/run/off.qmp", "/run/[ab]"], [("unix:/run/a.qmp", "web01")], ["web01", "off"]),
+        ([], ["/run/a.qmp"], [("unix:/run/a.qmp", "web01")], ["web01"]),
+        # Each once.
+        ([("/run/a.qmp", "web01")], ["/run/b.qmp"], [("unix:/run/b.qmp", "web01")], ["web01"]),
+    ],
+)
+def test_the_vms_that_there_should_be(
+    listed: list[tuple[str, Any]], sockets: list[str], running: list[tuple[str, Any]], expected: list[str]
+) -> None:
+    def entries(of: list[tuple[str, Any]]) -> list[dict[str, str]]:
+        return [{"monitor": monitor, **({"name": name} if name else {})} for monitor, name in of]
+
+    assert expected_vms(entries(listed), sockets, entries(running)) == expected
