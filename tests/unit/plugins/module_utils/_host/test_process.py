@@ -2,24 +2,34 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Processes: one that is told from a later one of the same number."""
+"""Processes: one that is told from a later one of the same number, and one that ends with its parent."""
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from typing import TYPE_CHECKING
 
 import pytest
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._host import process as host_process
-from ansible_collections.vmfleet.backup.plugins.module_utils._host.process import Process
+from ansible_collections.vmfleet.backup.plugins.module_utils._host.process import Process, die_with_parent
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
+
+
+PARENT = """
+import subprocess, time
+from ansible_collections.vmfleet.backup.plugins.module_utils._host.process import die_with_parent
+print(subprocess.Popen(die_with_parent(["sleep", "60"])).pid, flush=True)
+time.sleep(60)
+"""
 
 
 @pytest.fixture
@@ -72,3 +82,39 @@ class TestProcess:
         assert not process.alive
         assert not process.stopped
         assert Process.of(child.pid) is None
+
+
+class TestDieWithParent:
+    def test_a_command_is_run_as_it_is(self) -> None:
+        command = ["sh", "-c", 'printf "%s|" "$0" "$@"; nice', "a b", "'c'", ""]
+        done = subprocess.run(die_with_parent(command, niceness=3), capture_output=True, text=True, check=True)
+        assert done.stdout == f"a b|'c'||{os.nice(0) + 3}\n"
+
+    def test_its_exit_status_is_that_of_the_command(self) -> None:
+        assert subprocess.run(die_with_parent(["sh", "-c", "exit 7"]), check=False).returncode == 7
+
+    def test_what_is_not_installed(self) -> None:
+        with pytest.raises(FileNotFoundError, match="no-such-program"):
+            die_with_parent(["no-such-program"])
+
+    @pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL])
+    def test_it_ends_with_its_parent(self, end: signal.Signals) -> None:
+        parent = subprocess.Popen([sys.executable, "-c", PARENT], stdout=subprocess.PIPE, text=True)
+        assert parent.stdout
+        child = Process.of(int(parent.stdout.readline()))
+        assert child
+        assert child.alive
+        parent.send_signal(end)
+        parent.wait()
+        deadline = time.monotonic() + 10
+        while child.alive:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        parent.stdout.close()
+
+    def test_it_does_not_begin_where_its_parent_has_ended(self, tmp_path: Path) -> None:
+        command = die_with_parent(["touch", str(tmp_path / "begun")])
+        # As if another process had started it.
+        command[command.index(str(os.getpid()))] = "1"
+        assert subprocess.run(command, check=False).returncode == 0
+        assert not (tmp_path / "begun").exists()
