@@ -2,11 +2,12 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""How much of a disk the layers of its image hold, counted in their own tables.
+"""Count how much of a disk the layers of its image hold, in their own tables.
 
 C(qemu-img measure) tells more, and opens each layer for that with all that QEMU has for an image: for a disk with many
 snapshots that takes longer than all else that is done to plan its backup. What is counted here is never less: clusters
-below others that are zero are counted, and those that are holes in the image's file.
+below others that are zero are counted, and those that are holes in the image's file. Neither sees what QEMU has not
+flushed: whoever asks compares with the size of the files, which grow before.
 
 Reference: QEMU 7.2, docs/interop/qcow2.txt.
 """
@@ -46,6 +47,8 @@ MOST_TABLES = 1 << 15
 """Entries of the first table of a disk of 16 TiB; larger ones are for qemu-img, which reads them faster."""
 _one_at_a_time = threading.Lock()
 """Each count has all layers of a disk open, of which there may be hundreds."""
+_hangs = threading.Event()
+"""Set once a count has not ended in time. The others would wait as long behind it, one after the other."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,9 @@ class _Layer:
         """Return the bytes of C(ENTRIES) entries as one integer: not zero for each cluster that the layer holds."""
         if number not in self.tables:
             return 0
-        table = os.pread(self.fd, CLUSTER, self.tables[number]).ljust(CLUSTER, b"\0")
+        table = os.pread(self.fd, CLUSTER, self.tables[number])
+        if len(table) < CLUSTER:
+            raise ValueError(f"table {number} is cut short")
         # Where the data are, and whether they are compressed. The last two bytes tell of a cluster that is zero.
         return reduce(or_, (int.from_bytes(table[place::8], "big") for place in range(6)))
 
@@ -70,7 +75,8 @@ async def held_bytes(chain: Sequence[Disk]) -> int | None:
     The top layer comes first. None where it cannot be told: for images that are not qcow2 with clusters as QEMU makes
     them if nobody asks for others, or that are not to be read here, or not now.
     """
-    if not all(layer.driver == "qcow2" and layer.filename.startswith("/") for layer in chain) or chain[-1].backing_file:
+    is_plain = all(layer.driver == "qcow2" and layer.filename.startswith("/") for layer in chain)
+    if not is_plain or chain[-1].backing_file or _hangs.is_set():
         return None
     loop = asyncio.get_running_loop()
     answer: asyncio.Future[int | None] = loop.create_future()
@@ -81,15 +87,17 @@ async def held_bytes(chain: Sequence[Disk]) -> int | None:
         with contextlib.suppress(RuntimeError):
             loop.call_soon_threadsafe(lambda: None if answer.done() else answer.set_result(found))
 
-    # A file system that hangs would hang all else here, and the end of the process.
+    # A call on a file system that hangs never returns: only this thread may wait for it.
     threading.Thread(target=count, daemon=True).start()
     try:
         return await asyncio.wait_for(answer, TIMEOUT)
     except asyncio.TimeoutError:
+        _hangs.set()
         return None
 
 
 def _count(images: Sequence[tuple[str, int]]) -> int | None:
+    """Return the bytes that these images hold together, each given as its path and the size of its disk."""
     with _one_at_a_time, contextlib.ExitStack() as stack:
         try:
             layers = [_open(stack, path, size) for path, size in images]
@@ -103,6 +111,7 @@ def _count(images: Sequence[tuple[str, int]]) -> int | None:
 
 def _open(stack: contextlib.ExitStack, path: str, size: int) -> _Layer:
     """Open an image; ValueError for one that is not of the plain kind, or not the one that QEMU has open."""
+    # The path may lead to something else here than where QEMU runs: nothing waits for the other end of a pipe.
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     stack.callback(os.close, fd)
     magic, version, _at, _length, bits, own_size, encryption, count, start, features = HEADER.unpack(
