@@ -2,12 +2,11 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Run a module, and tell its errors."""
+"""Run a module to its end, and turn an error into its failure."""
 
 from __future__ import annotations
 
 import asyncio
-import json
 from typing import TYPE_CHECKING
 
 from .._common.errors import BackupError
@@ -33,11 +32,10 @@ def run_module(module: AnsibleModule, main: Callable[[AnsibleModule], Coroutine[
             msg="{}: the operating system refused: {}".format(error.filename or "I/O", error.strerror or error)
         )
     _warn(module)
-    # Ansible takes plain strings only, not the words of closed lists.
-    module.exit_json(**json.loads(json.dumps(result)))
+    module.exit_json(**result)
 
 
 def _warn(module: AnsibleModule) -> None:
-    """Ansible shows a warning once, however many modules of a run have the same."""
+    # Ansible shows a warning once, however many modules of a run have the same.
     for warning in unkept():
         module.warn(warning)
