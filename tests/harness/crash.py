@@ -42,7 +42,7 @@ AFTER = "after"
 STEPS = {
     "_host/files": {"remove": "remove", "sync_directory": "sync directory", "take_name": "take name"},
     "_host/lock": {"locked": "lock", "_open": "open lock"},
-    "_host/preallocate": {"allocate": "allocate", "flush": "flush", "top_up": "top up"},
+    "_host/preallocate": {"allocate": "allocate", "flush": "flush", "top_up": "allocate"},
     "_host/probe": {"probe_if_there": "look", "probe": "probe", "ask": "watch"},
     "_qemu/bitmaps": {"remove_bitmaps": "remove bitmaps"},
     "_qemu/block_jobs": {

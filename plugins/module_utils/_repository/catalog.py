@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING
 
 from .._common.errors import BackupError, Refused
 from .._common.formats import parse_time
-from .._common.words import Word
 from .annotations import annotation_path, is_read, read_annotations
 from .chain import broken_images, walk
+from .documents import DEPTHS as DEPTHS  # noqa: PLC0414
+from .documents import Depth as Depth  # noqa: PLC0414
 from .documents import Intent
 from .json_file import read_document
 from .names import vm_directory
@@ -29,20 +30,6 @@ if TYPE_CHECKING:
     from .annotations import SetAnnotations
     from .documents import DiskImage, Manifest, Pin, Protection, Verification
     from .repository import Repository, VmRecords
-
-
-class Depth(Word):
-    """How deep a verification looks. Each depth includes those before it."""
-
-    MANIFEST = "manifest"
-    CHECKSUM = "checksum"
-    IMAGE = "image"
-    BOOT = "boot"
-    """That a guest does not start says nothing of the sets that build on its own."""
-
-
-DEPTHS = tuple(Depth)
-"""From the least deep to the deepest."""
 
 
 CONSOLIDATING_SUFFIX = ".consolidating"

@@ -12,23 +12,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .._common.words import Word
+from .documents import Level as Level  # noqa: PLC0414
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from .documents import DiskImage, Intent, Manifest, Parent
-
-
-class Level(Word):
-    """How much of a disk an image holds. C(AUTO) is only asked for, never made."""
-
-    AUTO = "auto"
-    FULL = "full"
-    INCREMENTAL = "incremental"
-    """What has changed since the set before."""
-    DIFFERENTIAL = "differential"
-    """What has changed since the newest full set."""
 
 
 def newest_full(sets: Sequence[Manifest], disk: str) -> Manifest | None:
@@ -102,7 +91,7 @@ def lost_parent(intent: Intent, sets: Sequence[Manifest]) -> str:
     return ""
 
 
-def set_level(levels: Iterable[str]) -> str:
+def set_level(levels: Iterable[str]) -> Level:
     """The level of a set whose disks have these: full if all are, else what the others are."""
     found = set(levels)
     return next((level for level in (Level.INCREMENTAL, Level.DIFFERENTIAL) if level in found), Level.FULL)

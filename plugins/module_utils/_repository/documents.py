@@ -22,6 +22,17 @@ if TYPE_CHECKING:
     T = TypeVar("T")
 
 
+class Level(Word):
+    """How much of a disk an image holds. C(AUTO) is only asked for, never made."""
+
+    AUTO = "auto"
+    FULL = "full"
+    INCREMENTAL = "incremental"
+    """What has changed since the set before."""
+    DIFFERENTIAL = "differential"
+    """What has changed since the newest full set."""
+
+
 class Phase(Word):
     """How far an attempt had come when its intent was written."""
 
@@ -31,6 +42,18 @@ class Phase(Word):
     """QEMU has started the jobs."""
 
 
+class Depth(Word):
+    """How deep a verification looks. Each depth includes those before it."""
+
+    MANIFEST = "manifest"
+    CHECKSUM = "checksum"
+    IMAGE = "image"
+    BOOT = "boot"
+    """That a guest does not start says nothing of the sets that build on its own."""
+
+
+DEPTHS = tuple(Depth)
+"""From the least deep to the deepest."""
 MERGED = ".merged"
 """What is added to the name of an image's bitmap for the one that its increment is made from, across layers."""
 
@@ -92,7 +115,9 @@ class DiskImage:
     def parse(cls, found: Any) -> DiskImage:
         parent = found.get("parent")
         layers = tuple(found.get("layers", ()))
-        return _build(cls, {**found, "layers": layers, "parent": _build(Parent, parent) if parent else None})
+        parsed = {**found, "layers": layers, "parent": _build(Parent, parent) if parent else None}
+        _read_words(parsed, level=Level)
+        return _build(cls, parsed)
 
 
 @dataclass(frozen=True)
@@ -146,6 +171,7 @@ class Manifest:
                 "disks": tuple(DiskImage.parse(disk) for disk in found["disks"]),
                 "hypervisor": _build(Hypervisor, maker) if maker else None,
             }
+            _read_words(parsed, level=Level)
             return _build(cls, parsed)
         except (KeyError, TypeError, AttributeError) as error:
             raise DocumentError(f"it is no manifest: {error!r}") from error
@@ -188,7 +214,7 @@ class Intent:
     deadline: float | None
     checksum: bool
     disks: tuple[StagedDisk, ...]
-    phase: str = Phase.PREPARING
+    phase: Phase = Phase.PREPARING
     reserved: bool = False
     agent: str = ""
     frozen: bool = False
@@ -223,6 +249,7 @@ class Intent:
                 "progress": tuple(found.get("progress", ())),
                 "disks": disks,
             }
+            _read_words(parsed, level=Level, phase=Phase)
             return _build(cls, parsed)
         except (KeyError, TypeError, AttributeError) as error:
             raise DocumentError(f"it is no intent: {error!r}") from error
@@ -294,7 +321,9 @@ class Verification:
     @classmethod
     def parse(cls, found: Any) -> Verification:
         _check_schema(found)
-        return _parse(cls, {**found, "errors": tuple(found.get("errors", ()))}, "verification")
+        parsed = {**found, "errors": tuple(found.get("errors", ()))}
+        _read_words(parsed, depth=Depth)
+        return _parse(cls, parsed, "verification")
 
 
 @dataclass(frozen=True)
@@ -356,6 +385,13 @@ def _check_schema(found: Any) -> None:
         raise DocumentError("it has no schema number")
     if found["schema"] > SCHEMA:
         raise NewerSchema("its schema {} is newer than this collection; update vmfleet.backup".format(found["schema"]))
+
+
+def _read_words(found: dict[str, Any], **words: type[Word]) -> None:
+    """Replace the words of closed lists in a document's fields by their members."""
+    for name, kind in words.items():
+        if name in found:
+            found[name] = kind.read(found[name])
 
 
 def _build(cls: type[T], found: dict[str, Any]) -> T:

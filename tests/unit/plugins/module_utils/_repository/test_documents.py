@@ -15,11 +15,16 @@ import yaml
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.version import COLLECTION_VERSION
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.documents import (
+    Depth,
     DocumentError,
     Intent,
+    Level,
     Manifest,
     NewerSchema,
+    Phase,
+    Verification,
 )
+from ansible_collections.vmfleet.backup.tests.unit.plugins import builders
 
 DISK = {
     "name": "vda",
@@ -83,6 +88,22 @@ def test_a_manifest_is_read_as_it_was_written() -> None:
 
 def test_what_a_later_release_adds_is_left_out() -> None:
     assert Manifest.parse({**MANIFEST, "colour": "red"}) == Manifest.parse(MANIFEST)
+
+
+def test_words_are_read_as_such_and_unknown_ones_stay() -> None:
+    manifest = Manifest.parse(MANIFEST)
+    assert manifest.level is manifest.disks[0].level is Level.FULL
+    intent = builders.intent(phase="copying", level="differential")
+    read = Intent.parse(asdict(intent))
+    assert read == intent
+    assert (read.phase, read.level) == (Phase.COPYING, Level.DIFFERENTIAL)
+    assert read.phase is Phase.COPYING
+    assert (
+        Verification.parse({"id": "s1", "attempt": "a", "depth": "boot", "when": "", "schema": 1}).depth is Depth.BOOT
+    )
+    # What a later release may say.
+    later = Manifest.parse({**MANIFEST, "level": "synthetic", "disks": [{**DISK, "level": "mirror"}]})
+    assert (later.level, later.disks[0].level) == ("synthetic", "mirror")
 
 
 def test_a_newer_schema_is_refused() -> None:
