@@ -181,7 +181,7 @@ SECONDS = {"h": 3600, "d": 86400, "w": 7 * 86400, "y": 365 * 86400}
 
 
 def seconds(text: str) -> float:
-    """C(14d) in seconds."""
+    """Return C(14d) in seconds."""
     match = re.fullmatch(r"(\d+)([hdwy])", text)
     if not match:
         raise Refused("keep_within", f"{text!r} is not a number with h, d, w or y, such as 14d")
@@ -189,6 +189,7 @@ def seconds(text: str) -> float:
 
 
 def rules(params: dict[str, Any]) -> Rules:
+    """Return what is to be kept; Refused where the options do not say it, or contradict each other."""
     counts = {name: params[f"keep_{name}"] for name in ("last", *PERIODS)}
     for name, count in counts.items():
         if count < 0:
@@ -206,8 +207,8 @@ def rules(params: dict[str, Any]) -> Rules:
     return found
 
 
-def chosen_names(repository: Repository, params: dict[str, Any]) -> list[str]:
-    """The VMs that are asked for. One that is to be forgotten need not be there any more."""
+def chosen_vms(repository: Repository, params: dict[str, Any]) -> list[str]:
+    """Return the VMs that are asked for. One that is to be forgotten need not be there any more."""
     known = vm_names(repository)
     if params["names"] is None:
         return known
@@ -224,49 +225,50 @@ def chosen_names(repository: Repository, params: dict[str, Any]) -> list[str]:
 
 
 async def prune_all(
-    repository: Repository, names: Iterable[str], order: PruneOptions
+    repository: Repository, names: Iterable[str], options: PruneOptions
 ) -> tuple[list[Pruned], dict[str, str]]:
-    """All VMs, one after the other; one that cannot be pruned never stops the others. Returns what went wrong, too."""
+    """Prune one VM after the other; one that fails does not stop the others. Return the results, and errors by VM."""
     done: list[Pruned] = []
     errors: dict[str, str] = {}
     for name in names:
         try:
-            done.append(await prune(repository, name, order))
+            done.append(await prune(repository, name, options))
         except (BackupError, OSError) as error:
             errors[name] = in_words(error)
     errors.update({one.vm: one.error for one in done if one.error})
     return done, errors
 
 
-def listed(pruned: Iterable[Pruned], keep: bool) -> list[dict[str, Any]]:
+def results(pruned: Iterable[Pruned], keep: bool) -> list[dict[str, Any]]:
+    """Return the sets that are kept, or those that are not."""
     found = []
     for one in pruned:
-        for fate in one.fates:
-            if fate.keep == keep:
-                entry = {"vm": one.vm, "id": fate.id, "reason": fate.reason, "bytes": one.sizes[fate.id]}
-                found.append({**entry, "consolidated": fate.consolidate} if keep else entry)
+        for decision in one.decisions:
+            if decision.keep == keep:
+                size = one.sizes[decision.id]
+                entry = {"vm": one.vm, "id": decision.id, "reason": decision.reason, "bytes": size}
+                found.append({**entry, "consolidated": decision.consolidate} if keep else entry)
     return found
 
 
 async def main_task(module: AnsibleModule) -> dict[str, Any]:
     params = module.params
-    asked = rules(params)
-    if params["consolidate"]:
-        require_qemu_img()
-    await probe_if_there(params["repository"], writing=not module.check_mode)
-    repository = open_repository(params["repository"])
-    check_writable(repository.path)
-    order = PruneOptions(
-        asked,
+    options = PruneOptions(
+        rules(params),
         params["consolidate"],
         params["forget"],
         tuple(params["protect"]),
         tuple(params["unprotect"]),
         module.check_mode,
     )
-    done, errors = await prune_all(repository, chosen_names(repository, params), order)
-    removed = listed(done, keep=False)
-    kept = listed(done, keep=True)
+    if options.consolidate:
+        require_qemu_img()
+    await probe_if_there(params["repository"], writing=not module.check_mode)
+    repository = open_repository(params["repository"])
+    check_writable(repository.path)
+    done, errors = await prune_all(repository, chosen_vms(repository, params), options)
+    removed = results(done, keep=False)
+    kept = results(done, keep=True)
     before = "".join("{vm}/{id}\n".format(**one) for one in (*removed, *kept))
     after = "".join("{vm}/{id}\n".format(**one) for one in kept)
     result = {
@@ -275,7 +277,7 @@ async def main_task(module: AnsibleModule) -> dict[str, Any]:
         "kept": kept,
         "bytes": sum(one["bytes"] for one in removed),
         "headline": headline(done, module.check_mode),
-        "text": [line for one in done for line in describe(one.vm, one.fates)],
+        "text": [line for one in done for line in describe(one.vm, one.decisions)],
         "diff": {"before": before, "after": after},
     }
     if errors:

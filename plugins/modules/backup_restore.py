@@ -222,9 +222,11 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._restore.model impo
     DiskRestore,
     RestoreMethod,
     RestoreOptions,
+    describe,
+    headline,
 )
-from ansible_collections.vmfleet.backup.plugins.module_utils._restore.overlays import forget, overlays
-from ansible_collections.vmfleet.backup.plugins.module_utils._restore.restore import describe, headline, restore
+from ansible_collections.vmfleet.backup.plugins.module_utils._restore.overlays import find_overlays, remove_overlays
+from ansible_collections.vmfleet.backup.plugins.module_utils._restore.restore import restore
 
 if TYPE_CHECKING:
     from datetime import datetime
@@ -232,22 +234,25 @@ if TYPE_CHECKING:
 
     from ansible_collections.vmfleet.backup.plugins.module_utils._repository.catalog import VmCatalog
     from ansible_collections.vmfleet.backup.plugins.module_utils._repository.documents import Manifest
+    from ansible_collections.vmfleet.backup.plugins.module_utils._repository.repository import Repository
 
 
 def check_absolute(option: str, path: str) -> None:
+    """Refuse a relative path."""
     if not os.path.isabs(path):
         raise Refused(option, f"{path!r} is not an absolute path")
 
 
-def before(params: dict[str, Any]) -> datetime | None:
+def latest_time(params: dict[str, Any]) -> datetime | None:
+    """Return the time that the set has to be from at the latest."""
     try:
         return parse_time(params["before"]) if params["before"] else None
     except ValueError:
         raise Refused("before", "{!r} is no time like 2026-11-22T03:00:00Z".format(params["before"])) from None
 
 
-def wanted(params: dict[str, Any], manifest: Manifest) -> list[dict[str, Any]]:
-    """The disks that are asked for, each with its target."""
+def chosen_disks(params: dict[str, Any], manifest: Manifest) -> list[dict[str, Any]]:
+    """Return the disks that are asked for, each with its target."""
     names = [disk.name for disk in manifest.disks]
     if params["disks"] is None:
         check_absolute("directory", params["directory"])
@@ -265,18 +270,60 @@ def wanted(params: dict[str, Any], manifest: Manifest) -> list[dict[str, Any]]:
     return asked
 
 
-def pieces(params: dict[str, Any], held: VmCatalog, manifest: Manifest) -> list[DiskRestore]:
+def disk_restores(params: dict[str, Any], catalog: VmCatalog, manifest: Manifest) -> list[DiskRestore]:
+    """Return what is to be restored, with the chain of each disk."""
     found = []
-    for disk in wanted(params, manifest):
-        target = disk["target"]
+    for asked in chosen_disks(params, manifest):
+        target = asked["target"]
         check_absolute("target", target)
         default = "raw" if is_block_device(target) else "qcow2"
-        steps = tuple(held.chain(manifest, disk["name"]))
-        piece = DiskRestore(disk["name"], steps, target, disk["format"] or default, params["method"])
-        if piece.method == RestoreMethod.OVERLAY and piece.format != "qcow2":
+        chain = tuple(catalog.chain(manifest, asked["name"]))
+        method = RestoreMethod(params["method"])
+        disk = DiskRestore(asked["name"], chain, target, asked["format"] or default, method)
+        if disk.overlay and disk.format != "qcow2":
             raise Refused("format", f"{target}: an overlay is a qcow2 image")
-        found.append(piece)
+        found.append(disk)
     return found
+
+
+async def remove_targets(module: AnsibleModule, repository: Repository, catalog: VmCatalog) -> dict[str, Any]:
+    """Remove overlays: those that are named, or all in the directory."""
+    disks = module.params["disks"]
+    if disks is None:
+        targets = find_overlays(repository, catalog, module.params["directory"])
+    else:
+        targets = [disk["target"] for disk in disks]
+    removed, independent = await remove_overlays(repository, catalog, targets, module.check_mode)
+    were = "would be" if module.check_mode else "were"
+    return {
+        "changed": bool(removed or independent),
+        "removed": removed,
+        "independent": independent,
+        "headline": f"Overlays of {catalog.name} that {were} removed: {len(removed)}",
+        "text": removed,
+    }
+
+
+async def restore_disks(module: AnsibleModule, repository: Repository, catalog: VmCatalog) -> dict[str, Any]:
+    """Restore the disks of one set."""
+    params = module.params
+    manifest = catalog.find(params["id"] or "", latest_time(params))
+    options = RestoreOptions(params["overwrite"], params["checksum"], module.check_mode)
+    restored, warnings = await restore(repository, catalog, disk_restores(params, catalog, manifest), options)
+    for warning in warnings:
+        module.warn(warning)
+    lines = ["{target}: {disk} of set ".format(**disk) + f"{manifest.id}\n" for disk in restored]
+    return {
+        "changed": any(disk["changed"] for disk in restored),
+        "id": manifest.id,
+        "restored": restored,
+        "headline": f"Set {manifest.id} of {catalog.name}: {headline(restored, module.check_mode)}",
+        "text": describe(restored),
+        "diff": {
+            "before": "".join(line for line, disk in zip(lines, restored) if not disk["changed"]),
+            "after": "".join(lines),
+        },
+    }
 
 
 async def main_task(module: AnsibleModule) -> dict[str, Any]:
@@ -285,41 +332,11 @@ async def main_task(module: AnsibleModule) -> dict[str, Any]:
     check_absolute("repository", params["repository"])
     await probe_if_there(params["repository"], writing=not module.check_mode)
     repository = open_repository(params["repository"])
-    held = read_catalog(repository, params["vm"])
-    given = params["disks"]
-    if params["state"] == "present" or given is None:
-        require_sets(repository, held)
-    # A target that is named tells itself whose it is.
-    if params["state"] == "absent":
-        targets = (
-            overlays(repository, held, params["directory"]) if given is None else [disk["target"] for disk in given]
-        )
-        removed, independent = await forget(repository, held, targets, module.check_mode)
-        were = "would be" if module.check_mode else "were"
-        return {
-            "changed": bool(removed or independent),
-            "removed": removed,
-            "independent": independent,
-            "headline": f"Overlays of {params['vm']} that {were} removed: {len(removed)}",
-            "text": removed,
-        }
-    manifest = held.find(params["id"] or "", before(params))
-    order = RestoreOptions(params["overwrite"], params["checksum"], module.check_mode)
-    restored, warnings = await restore(repository, held, pieces(params, held, manifest), order)
-    for warning in warnings:
-        module.warn(warning)
-    after = "".join("{target}: {disk} of set ".format(**disk) + f"{manifest.id}\n" for disk in restored)
-    before_text = "".join(
-        "{target}: {disk} of set ".format(**disk) + f"{manifest.id}\n" for disk in restored if not disk["changed"]
-    )
-    return {
-        "changed": any(disk["changed"] for disk in restored),
-        "id": manifest.id,
-        "restored": restored,
-        "headline": f"Set {manifest.id} of {params['vm']}: {headline(restored, module.check_mode)}",
-        "text": describe(restored),
-        "diff": {"before": before_text, "after": after},
-    }
+    catalog = read_catalog(repository, params["vm"])
+    # The receipt of a target that is named tells whose overlay it is.
+    if params["state"] == "present" or params["disks"] is None:
+        require_sets(repository, catalog)
+    return await (remove_targets if params["state"] == "absent" else restore_disks)(module, repository, catalog)
 
 
 def main() -> None:

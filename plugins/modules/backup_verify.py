@@ -215,15 +215,13 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._repository.names i
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.repository import open_repository
 from ansible_collections.vmfleet.backup.plugins.module_utils._verify.boot import find_qemu
 from ansible_collections.vmfleet.backup.plugins.module_utils._verify.boot_options import BootOptions
-from ansible_collections.vmfleet.backup.plugins.module_utils._verify.model import VerifyOptions
-from ansible_collections.vmfleet.backup.plugins.module_utils._verify.verify import (
+from ansible_collections.vmfleet.backup.plugins.module_utils._verify.model import (
+    VerifyOptions,
     bad_sets,
     describe,
-    has_sets,
     headline,
-    known_vms,
-    verify_all,
 )
+from ansible_collections.vmfleet.backup.plugins.module_utils._verify.verify import has_sets, known_vms, verify_all
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -232,24 +230,25 @@ if TYPE_CHECKING:
     from ansible_collections.vmfleet.backup.plugins.module_utils._repository.repository import Repository
     from ansible_collections.vmfleet.backup.plugins.module_utils._verify.model import Finding
 
-TOLD = 5
+MAX_ERRORS = 5
 """Errors that the message tells; C(results) has them all."""
 
 
-def boot_wish(params: dict[str, Any]) -> BootOptions:
-    wish = BootOptions(
+def boot_options(params: dict[str, Any]) -> BootOptions:
+    options = BootOptions(
         qemu=find_qemu(params["qemu"] or ""),
         tmpdir=os.path.abspath(params["tmpdir"]),
         timeout=params["boot_timeout"],
         pattern=params["boot_pattern"] or "",
         agent=params["boot_agent"],
-        options=tuple(params["boot_options"]),
+        extra=tuple(params["boot_options"]),
     )
-    wish.check()
-    return wish
+    options.check()
+    return options
 
 
-def vms(repository: Repository, names: list[str] | None) -> list[str]:
+def chosen_vms(repository: Repository, names: list[str] | None) -> list[str]:
+    """Return the VMs that are asked for; Refused where one has no sets."""
     if names is None:
         return known_vms(repository)
     unknown = ", ".join(name for name in names if not has_sets(repository, name))
@@ -259,26 +258,25 @@ def vms(repository: Repository, names: list[str] | None) -> list[str]:
     return names
 
 
-def message(bad: Sequence[Finding]) -> str:
-    sets = {(finding.vm, finding.id) for finding in bad}
-    told = "; ".join(finding.where for finding in bad[:TOLD])
-    more = f"; and {len(bad) - TOLD} more, see results" if len(bad) > TOLD else ""
-    return f"sets that are not good: {len(sets)}: {told}{more}"
+def error_message(bad: Sequence[Finding]) -> str:
+    told = "; ".join(finding.full_text for finding in bad[:MAX_ERRORS])
+    more = f"; and {len(bad) - MAX_ERRORS} more, see results" if len(bad) > MAX_ERRORS else ""
+    return f"sets that are not good: {len(bad_sets(bad))}: {told}{more}"
 
 
 async def main_task(module: AnsibleModule) -> dict[str, Any]:
     params = module.params
-    depth = params["depth"]
+    depth = Depth(params["depth"])
     set_id = check_set_id(params["id"]) if params["id"] else ""
     if depth in (Depth.IMAGE, Depth.BOOT):
         require_qemu_img()
-    order = VerifyOptions(depth, boot_wish(params) if depth == Depth.BOOT else None, module.check_mode)
+    options = VerifyOptions(depth, boot_options(params) if depth == Depth.BOOT else None, module.check_mode)
     await probe_if_there(params["repository"], writing=not module.check_mode)
     repository = open_repository(params["repository"])
-    names = vms(repository, params["names"])
+    names = chosen_vms(repository, params["names"])
     if not names:
         module.warn(f"there are no sets in {repository.path}, and so nothing was verified")
-    findings, warnings = await verify_all(repository, names, set_id, order)
+    findings, warnings = await verify_all(repository, names, set_id, options)
     for warning in warnings:
         module.warn(warning)
     result = {
@@ -290,7 +288,7 @@ async def main_task(module: AnsibleModule) -> dict[str, Any]:
     }
     bad = [finding for finding in findings if finding.error]
     if bad:
-        raise BackupError(message(bad), **result)
+        raise BackupError(error_message(bad), **result)
     return result
 
 

@@ -2,7 +2,7 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Make a full image of an increment, so that those before it can go."""
+"""Make an increment a full image, so that those before it can go."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .._repository.chain import Level
 from .._repository.checksums import check_all
 from .._repository.documents import Consolidation
 from .._repository.repository import PUBLISHED_MODE
-from .retention import condition
+from .retention import read_constraints
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -33,20 +33,17 @@ if TYPE_CHECKING:
     from .retention import RetentionDecision
 
 
-# Increments that become full
-
-
 def finish_consolidation(repository: Repository, vm: str) -> None:
-    """Bring to its end what a killed process has left, with the VM's lock held."""
+    """Finish what a killed process has left, with the VM's lock held."""
     for note in repository.shelf(vm).notes:
-        _settle(repository, vm, note)
+        _finish_manifest(repository, vm, note)
     for path in growing(repository, vm):
         files.remove(path)
     repository.tidy(vm, "")
 
 
-def _settle(repository: Repository, vm: str, note: Consolidation) -> None:
-    """Let the manifest say what the file is by now, and take the note away."""
+def _finish_manifest(repository: Repository, vm: str, note: Consolidation) -> None:
+    """Write into the manifest what the file is by now, and remove the note."""
     manifest = repository.shelf(vm).published(note.id)
     if manifest and manifest.attempt == note.attempt and manifest.disk(note.image.name) == note.image:
         level = chain.set_level(disk.level for disk in manifest.disks)
@@ -54,32 +51,35 @@ def _settle(repository: Repository, vm: str, note: Consolidation) -> None:
     repository.remove_note(vm, note.id)
 
 
-async def consolidate(repository: Repository, held: VmCatalog, fates: Iterable[RetentionDecision]) -> dict[str, str]:
-    """Make all images of some sets full, one after the other; returns what went wrong, by set id."""
+async def consolidate(
+    repository: Repository, catalog: VmCatalog, decisions: Iterable[RetentionDecision]
+) -> dict[str, str]:
+    """Make all images of some sets full, one after the other; return what went wrong, by set id."""
     errors = {}
-    for manifest in (held.find(fate.id) for fate in fates if fate.consolidate):
+    for manifest in (catalog.find(decision.id) for decision in decisions if decision.consolidate):
         try:
             for image in manifest.disks:
                 if image.parent:
-                    await _make_full(repository, held, manifest, image)
+                    await _make_full(repository, catalog, manifest, image)
         except (BackupError, OSError) as error:
             errors[manifest.id] = f"set {manifest.id} was not consolidated: {in_words(error)}"
     return errors
 
 
-async def _make_full(repository: Repository, held: VmCatalog, manifest: Manifest, image: DiskImage) -> None:
-    steps = held.chain(manifest, image.name)
-    errors = await check_all(repository, steps)
+async def _make_full(repository: Repository, catalog: VmCatalog, manifest: Manifest, image: DiskImage) -> None:
+    """Replace an increment by a full image."""
+    images = catalog.chain(manifest, image.name)
+    errors = await check_all(repository, images)
     if errors:
-        # What is wrong would get a good checksum by this.
+        # Otherwise a damaged image would get a new checksum that fits.
         raise BackupError("; ".join(errors.values()))
-    path = os.path.join(repository.set_path(held.name, manifest.id), image.image)
-    _check_room(repository, await _most(path, steps))
-    new = os.path.join(repository.directory(held.name), f".{manifest.id}.{image.image}{CONSOLIDATING_SUFFIX}")
+    path = repository.set_image_path(manifest, image)
+    _check_free(repository, await _most_bytes(path, images))
+    new = os.path.join(repository.directory(catalog.name), f".{manifest.id}.{image.image}{CONSOLIDATING_SUFFIX}")
     try:
         full = await _copy_full(path, new, image)
-        async with repository.lock(held.name):
-            now = read_catalog(repository, held.name)
+        async with repository.lock(catalog.name):
+            now = read_catalog(repository, catalog.name)
             there = now.shelf.published(manifest.id)
             if there is None or there.attempt != manifest.attempt or there.disk(image.name) != image:
                 raise BackupError("somebody else has changed it meanwhile")
@@ -87,40 +87,40 @@ async def _make_full(repository: Repository, held: VmCatalog, manifest: Manifest
             if reader:
                 raise BackupError(reader)
             note = Consolidation(manifest.id, manifest.attempt, full)
-            repository.write_note(held.name, note)
+            repository.write_note(catalog.name, note)
             os.replace(new, path)
             files.sync_directory(os.path.dirname(path))
-            _settle(repository, held.name, note)
+            _finish_manifest(repository, catalog.name, note)
     except BaseException as error:
         with after(error):
             files.remove(new)
         raise
 
 
-def _reader(held: VmCatalog, set_id: str) -> str:
-    """Who reads a set at this moment, or one that builds on it; empty where nobody does."""
-    in_use = condition(held, may_go=False).in_use
-    for manifest in held.shelf.sets:
-        chains = (chain.walk(held.shelf.sets, manifest, image.name)[0] for image in manifest.disks)
-        if manifest.id in in_use and any(below.id == set_id for steps in chains for below, _image in steps):
+def _reader(catalog: VmCatalog, set_id: str) -> str:
+    """Return who reads a set at this moment, or one that builds on it; empty where nobody does."""
+    in_use = read_constraints(catalog, allow_remove_last=False).in_use
+    for manifest in catalog.shelf.sets:
+        chains = (chain.walk(catalog.shelf.sets, manifest, image.name)[0] for image in manifest.disks)
+        if manifest.id in in_use and any(below.id == set_id for images in chains for below, _image in images):
             return in_use[manifest.id]
     return ""
 
 
-async def _most(path: str, steps: Sequence[tuple[Manifest, DiskImage]]) -> int:
-    """The most bytes that a full image of a chain can take."""
-    image = steps[0][1]
-    if all(below.compression == image.compression for _manifest, below in steps):
-        return sum(below.bytes for _manifest, below in steps)
-    # The same content may take more when it is packed in another way.
+async def _most_bytes(path: str, images: Sequence[tuple[Manifest, DiskImage]]) -> int:
+    """Return the most bytes that a full image of a chain can take."""
+    image = images[0][1]
+    if all(below.compression == image.compression for _manifest, below in images):
+        return sum(below.bytes for _manifest, below in images)
+    # With another compression the same content may take more.
     try:
         return await qemu_img.copy_bytes(path, image.format, image.virtual_size)
     except ToolError:
         return image.virtual_size
 
 
-def _check_room(repository: Repository, needed: int) -> None:
-    """Refuse to take the room that sets which are being made will need: their guests would feel it."""
+def _check_free(repository: Repository, needed: int) -> None:
+    """Refuse to take the space that running backups will need: their guests would feel it."""
     promised = sum(repository.outstanding(intent) for intent in repository.intents())
     free = files.free_bytes(repository.path)
     if needed + promised > free:
@@ -130,8 +130,8 @@ def _check_room(repository: Repository, needed: int) -> None:
         )
 
 
-def _forget_cached(path: str) -> None:
-    """Bring a file to stable storage, and have whoever reads it next see what is there."""
+def _flush_and_drop(path: str) -> None:
+    """Bring a file to stable storage, and drop it from the page cache: it is read back from the storage then."""
     preallocate.flush(path)
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
@@ -141,16 +141,16 @@ def _forget_cached(path: str) -> None:
 
 
 async def _copy_full(path: str, new: str, image: DiskImage) -> DiskImage:
-    """A full image of the same content, on stable storage; returns what is to be said of it."""
+    """Write a full image of the same content to stable storage; return what the manifest is to say of it."""
     os.close(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
     source = await qemu_img.whole(path, "qcow2")
     command = qemu_img.convert_command(source, new, "qcow2", compression=image.compression)
     await qemu_img.run(command, timeout=qemu_img.LONG_TIMEOUT, is_long=True)
-    _forget_cached(new)
+    _flush_and_drop(new)
     command = qemu_img.compare_command(source, await qemu_img.whole(new, "qcow2"))
     await qemu_img.run(command, timeout=qemu_img.LONG_TIMEOUT, is_long=True)
     if os.stat(new).st_size == image.bytes:
-        # By their sizes the two are told apart while either may stand there. What follows the last cluster is ignored.
+        # Their sizes must differ: they tell the two apart after a crash. QEMU ignores what follows the last cluster.
         os.truncate(new, image.bytes + qemu_img.CLUSTER)
     status = preallocate.flush(new)
     set_mode(new, PUBLISHED_MODE)

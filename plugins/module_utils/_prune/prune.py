@@ -2,10 +2,10 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Sets of a VM removed, and increments turned into full ones, as the rules of retention have it.
+"""Remove sets of a VM, and make increments full, as the rules of retention decide.
 
-A set is removed by one rename, after all that build on it; what a crash leaves of it is listed no more, and goes with
-the next run. The long work of making an increment full is done without the VM's lock, so that no backup waits for it.
+A set is removed by one rename, after all that build on it; what a crash leaves of it is not listed any more, and the
+next run removes it. The long work of making an increment full is done without the VM's lock: no backup waits for it.
 """
 
 from __future__ import annotations
@@ -23,9 +23,8 @@ from .._host.lock import LockHeld, locked
 from .._repository.annotations import is_read, may_be_there, remove_annotations, write_annotation
 from .._repository.catalog import read_catalog
 from .._repository.documents import Protection
-from . import retention
 from .consolidate import consolidate, finish_consolidation
-from .retention import condition
+from .retention import decide, read_constraints
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -38,11 +37,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PruneOptions:
-    """What is asked for. C(may_go) lets VMs lose their newest good set; the lists are ids of sets."""
+    """What is asked for. C(allow_remove_last) lets VMs lose their newest good set; the lists are ids of sets."""
 
     rules: Rules
     consolidate: bool = False
-    may_go: bool = False
+    allow_remove_last: bool = False
     protect: tuple[str, ...] = ()
     unprotect: tuple[str, ...] = ()
     check_mode: bool = False
@@ -56,22 +55,22 @@ class Pruned:
     """
 
     vm: str
-    fates: tuple[RetentionDecision, ...]
+    decisions: tuple[RetentionDecision, ...]
     sizes: dict[str, int]
-    marked: bool = False
+    protection_changed: bool = False
     error: str = ""
 
     @property
     def changed(self) -> bool:
-        return self.marked or any(not fate.keep or fate.consolidate for fate in self.fates)
+        return self.protection_changed or any(not decision.keep or decision.consolidate for decision in self.decisions)
 
 
 def headline(pruned: Iterable[Pruned], check_mode: bool) -> str:
     """Return what has become of the sets of all VMs, in one line."""
-    fates = [(fate, one.sizes[fate.id]) for one in pruned for fate in one.fates]
-    removed = [size for fate, size in fates if not fate.keep]
-    made_full = sum(fate.keep and fate.consolidate for fate, _size in fates)
-    told = [f"{len(fates) - len(removed)} kept"]
+    decisions = [(decision, one.sizes[decision.id]) for one in pruned for decision in one.decisions]
+    removed = [size for decision, size in decisions if not decision.keep]
+    made_full = sum(decision.keep and decision.consolidate for decision, _size in decisions)
+    told = [f"{len(decisions) - len(removed)} kept"]
     if made_full:
         told.insert(0, f"{made_full} would be made full" if check_mode else f"{made_full} made full")
     would_be = "would be removed" if check_mode else "removed"
@@ -79,120 +78,125 @@ def headline(pruned: Iterable[Pruned], check_mode: bool) -> str:
     return ", ".join((gone, *told))
 
 
-async def prune(repository: Repository, vm: str, order: PruneOptions) -> Pruned:
-    """Bring one VM's sets to what the rules say; in check mode only say it."""
-    held = read_catalog(repository, vm)
-    marked = _check_marks(held, order)
-    if order.check_mode:
-        held = _as_marked(held, order)
-        return Pruned(vm, _fates(held, order), _sizes(held), marked)
-    if order.protect or order.unprotect:
+async def prune(repository: Repository, vm: str, options: PruneOptions) -> Pruned:
+    """Prune the sets of one VM; in check mode only return what would be done."""
+    catalog = read_catalog(repository, vm)
+    changed = check_protection(catalog, options)
+    if options.check_mode:
+        catalog = _as_protected(catalog, options)
+        return Pruned(vm, _decide(catalog, options), _sizes(catalog), changed)
+    if options.protect or options.unprotect:
         async with repository.lock(vm):
-            # A set that is marked is not to go any more: it has to be there at this moment.
-            held = read_catalog(repository, vm)
-            marked = _check_marks(held, order)
-            _mark(repository, held, order)
-        held = read_catalog(repository, vm)
-        fates = _fates(held, order)
-        if all(fate.keep and not fate.consolidate for fate in fates):
-            # So that nobody has to wait for a prune that makes full images for hours.
-            return Pruned(vm, fates, _sizes(held), marked)
+            # The set has to be there with the lock held: once protected, it is not removed any more.
+            catalog = read_catalog(repository, vm)
+            changed = check_protection(catalog, options)
+            _protect(repository, catalog, options)
+        catalog = read_catalog(repository, vm)
+        decisions = _decide(catalog, options)
+        if all(decision.keep and not decision.consolidate for decision in decisions):
+            # Nothing is left to do, so this needs not wait for a prune that makes full images for hours.
+            return Pruned(vm, decisions, _sizes(catalog), changed)
     async with AsyncExitStack() as stack:
-        # The VM's own lock is for moments only; this one keeps a second prune away meanwhile.
+        # The VM's own lock is held for moments only; this one keeps a second prune away meanwhile.
         lock = locked(os.path.join(repository.directory(vm), ".prune.lock"), f"VM {vm}, prune")
         try:
             await stack.enter_async_context(lock)
         except LockHeld:
             raise BackupError(f"VM {vm} is being pruned by another process; run again later") from None
+        return await _apply(repository, vm, options, changed)
+
+
+async def _apply(repository: Repository, vm: str, options: PruneOptions, protection_changed: bool) -> Pruned:
+    """Remove sets and make increments full, while no other process prunes the VM."""
+    async with repository.lock(vm):
+        finish_consolidation(repository, vm)
+    catalog = read_catalog(repository, vm)
+    decisions = _decide(catalog, options)
+    doomed = {decision.id for decision in decisions if not decision.keep}
+    errors: dict[str, str] = {}
+    if any(decision.consolidate for decision in decisions):
+        # What nothing builds on goes first: full images need space.
         async with repository.lock(vm):
-            finish_consolidation(repository, vm)
-        held = read_catalog(repository, vm)
-        fates = _fates(held, order)
-        doomed = {fate.id for fate in fates if not fate.keep}
-        errors: dict[str, str] = {}
-        if any(fate.consolidate for fate in fates):
-            # What nothing builds on makes room for what comes.
-            async with repository.lock(vm):
-                _remove(repository, vm, order, doomed, errors)
-            errors.update(await consolidate(repository, held, fates))
-        async with repository.lock(vm):
-            spared = _remove(repository, vm, order, doomed, errors)
-    fates = tuple(
-        replace(spared.get(fate.id, fate), consolidate=fate.consolidate and fate.id not in errors) for fate in fates
+            _remove(repository, vm, options, doomed, errors)
+        errors.update(await consolidate(repository, catalog, decisions))
+    async with repository.lock(vm):
+        spared = _remove(repository, vm, options, doomed, errors)
+    done = tuple(
+        replace(spared.get(decision.id, decision), consolidate=decision.consolidate and decision.id not in errors)
+        for decision in decisions
     )
-    return Pruned(vm, fates, _sizes(held), marked, "; ".join(errors.values()))
+    return Pruned(vm, done, _sizes(catalog), protection_changed, "; ".join(errors.values()))
 
 
-def _sizes(held: VmCatalog) -> dict[str, int]:
-    return {manifest.id: manifest.bytes for manifest in held.shelf.sets}
+def _sizes(catalog: VmCatalog) -> dict[str, int]:
+    return {manifest.id: manifest.bytes for manifest in catalog.shelf.sets}
 
 
-def _fates(held: VmCatalog, order: PruneOptions) -> tuple[RetentionDecision, ...]:
+def _decide(catalog: VmCatalog, options: PruneOptions) -> tuple[RetentionDecision, ...]:
     now = datetime.now(timezone.utc)
-    return retention.decide(held.shelf.sets, order.rules, condition(held, order.may_go), now, order.consolidate)
+    constraints = read_constraints(catalog, options.allow_remove_last)
+    return decide(catalog.shelf.sets, options.rules, constraints, now, options.consolidate)
 
 
-# Protection
-
-
-def _check_marks(held: VmCatalog, order: PruneOptions) -> bool:
-    """Whether there are marks to be changed; Refused where there is no such set."""
-    for option, ids in (("protect", order.protect), ("unprotect", order.unprotect)):
+def check_protection(catalog: VmCatalog, options: PruneOptions) -> bool:
+    """Return whether the protection of a set would change; Refused where there is no such set."""
+    for option, ids in (("protect", options.protect), ("unprotect", options.unprotect)):
         for set_id in ids:
-            if held.shelf.published(set_id) is None:
-                raise Refused(option, f"VM {held.name} has no set {set_id}")
-    return any(not held.marks.protected(set_id) for set_id in order.protect) or any(
-        held.marks.protected(set_id) for set_id in order.unprotect
+            if catalog.shelf.published(set_id) is None:
+                raise Refused(option, f"VM {catalog.name} has no set {set_id}")
+    return any(not catalog.marks.protected(set_id) for set_id in options.protect) or any(
+        catalog.marks.protected(set_id) for set_id in options.unprotect
     )
 
 
-def _mark(repository: Repository, held: VmCatalog, order: PruneOptions) -> None:
-    for set_id in order.protect:
-        if not held.marks.protected(set_id):
-            write_annotation(repository, held.name, Protection(set_id, utc_now()))
-    remove_annotations(repository, held.name, [mark for mark in held.marks.protections if mark.id in order.unprotect])
+def _protect(repository: Repository, catalog: VmCatalog, options: PruneOptions) -> None:
+    for set_id in options.protect:
+        if not catalog.marks.protected(set_id):
+            write_annotation(repository, catalog.name, Protection(set_id, utc_now()))
+    gone = [protection for protection in catalog.marks.protections if protection.id in options.unprotect]
+    remove_annotations(repository, catalog.name, gone)
 
 
-def _as_marked(held: VmCatalog, order: PruneOptions) -> VmCatalog:
-    """How it would be, for check mode."""
-    kept = [mark for mark in held.marks.protections if mark.id not in (*order.unprotect, *order.protect)]
-    added = [Protection(set_id, "") for set_id in order.protect]
-    return replace(held, marks=replace(held.marks, protections=(*kept, *added)))
-
-
-# Removal, with the VM's lock held
+def _as_protected(catalog: VmCatalog, options: PruneOptions) -> VmCatalog:
+    """Return the catalog as it would be with the protection that is asked for."""
+    changed = (*options.unprotect, *options.protect)
+    kept = [protection for protection in catalog.marks.protections if protection.id not in changed]
+    added = [Protection(set_id, "") for set_id in options.protect]
+    return replace(catalog, marks=replace(catalog.marks, protections=(*kept, *added)))
 
 
 def _remove(
-    repository: Repository, vm: str, order: PruneOptions, doomed: set[str], errors: dict[str, str]
+    repository: Repository, vm: str, options: PruneOptions, doomed: set[str], errors: dict[str, str]
 ) -> dict[str, RetentionDecision]:
-    """Remove what was to go and still may, those first that build on others; returns the fates of those that stay.
+    """Remove what was to go and still may, with the VM's lock held; return the decisions of the sets that stay.
 
-    What is left of a set all the same is added to C(errors), by set id.
+    Where something of a set is left, that is added to C(errors), by set id.
     """
-    held = read_catalog(repository, vm)
-    # Meanwhile a set may have been begun that builds on one of them, or an overlay; or a set has turned out to be bad,
-    # and another one is the newest good set. What has not become a full one by now counts as what it is.
-    fates = {fate.id: fate for fate in _fates(held, replace(order, consolidate=False)) if fate.id in doomed}
-    for manifest in reversed(held.shelf.sets):
-        if manifest.id in fates and not fates[manifest.id].keep:
+    catalog = read_catalog(repository, vm)
+    # Meanwhile a new set or an overlay may build on one of them, or a set has turned out to be bad, and another one is
+    # the newest good set. An increment that was not made full by now counts as an increment.
+    now = _decide(catalog, replace(options, consolidate=False))
+    decisions = {decision.id: decision for decision in now if decision.id in doomed}
+    # Those that build on others go first.
+    for manifest in reversed(catalog.shelf.sets):
+        if manifest.id in decisions and not decisions[manifest.id].keep:
             left = repository.remove_set(vm, manifest.id)
             if left:
                 errors[manifest.id] = f"set {manifest.id} was removed, but {left}; remove that by hand"
-    _remove_stale_marks(repository, held)
-    _forget_failures(repository, held)
-    return {fate.id: fate for fate in fates.values() if fate.keep}
+    _remove_stale_annotations(repository, catalog)
+    _remove_old_failures(repository, catalog)
+    return {decision.id: decision for decision in decisions.values() if decision.keep}
 
 
-def _remove_stale_marks(repository: Repository, held: VmCatalog) -> None:
-    said: list[Protection | Verification] = [*held.marks.protections, *held.marks.verifications]
-    gone = [mark for mark in said if not may_be_there(repository.set_path(held.name, mark.id))]
-    remove_annotations(repository, held.name, [*gone, *(pin for pin in held.marks.pins if not is_read(pin))])
+def _remove_stale_annotations(repository: Repository, catalog: VmCatalog) -> None:
+    annotations: list[Protection | Verification] = [*catalog.marks.protections, *catalog.marks.verifications]
+    gone = [one for one in annotations if not may_be_there(repository.set_path(catalog.name, one.id))]
+    remove_annotations(repository, catalog.name, [*gone, *(pin for pin in catalog.marks.pins if not is_read(pin))])
 
 
-def _forget_failures(repository: Repository, held: VmCatalog) -> None:
-    """Forget the attempts that failed before the VM's newest set was begun: their runs have long ended."""
-    newest = held.shelf.sets[-1].started if held.shelf.sets else ""
-    for failure in held.shelf.failures:
+def _remove_old_failures(repository: Repository, catalog: VmCatalog) -> None:
+    """Remove the records of attempts that failed before the newest set was begun: their runs have long ended."""
+    newest = catalog.shelf.sets[-1].started if catalog.shelf.sets else ""
+    for failure in catalog.shelf.failures:
         if failure.ended < newest:
-            files.remove(repository.failure_path(held.name, failure.id))
+            files.remove(repository.failure_path(catalog.name, failure.id))

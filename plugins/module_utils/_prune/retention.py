@@ -2,7 +2,7 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Which sets of a VM stay and which go, and why: a pure function of the sets, the rules and the present time.
+"""Decide which sets of a VM stay and which go: a pure function of the sets, the rules and the present time.
 
 The rules choose sets; everything that these build on stays with them. Time is counted from the VM's newest set, never
 from now: the sets of a VM that is gone do not grow old. Now is only there to tell which sets were made with a clock
@@ -34,9 +34,9 @@ PERIODS: dict[str, str] = {
     "monthly": "%Y-%m",
     "yearly": "%Y",
 }
-"""What two sets of the same hour, day, week (ISO 8601), month or year have in common."""
-AHEAD = timedelta(days=1)
-"""By how much the clocks of two machines may differ at most."""
+"""The time of a set in this form is the same for all sets of one hour, day, week (ISO 8601), month or year."""
+CLOCK_TOLERANCE = timedelta(days=1)
+"""The clocks of two machines differ by no more than this. A set from further ahead was made with a wrong clock."""
 
 
 @dataclass(frozen=True)
@@ -64,19 +64,19 @@ class Constraints:
     """What counts besides the rules, each by set id with the reason.
 
     C(guarded) sets stay, C(broken) ones cannot be restored whole, C(in_use) ones are read at this moment, so that none
-    that they build on may be rewritten. C(may_go) lets a VM lose its newest good set, too, and without any rule its
-    broken ones.
+    that they build on may be rewritten. C(allow_remove_last) lets a VM lose its newest good set, too, and without any
+    rule its broken ones.
     """
 
     guarded: Mapping[str, str] = field(default_factory=dict)
     broken: Mapping[str, str] = field(default_factory=dict)
     in_use: Mapping[str, str] = field(default_factory=dict)
-    may_go: bool = False
+    allow_remove_last: bool = False
 
 
 @dataclass(frozen=True)
 class RetentionDecision:
-    """What becomes of a set. C(consolidate) makes a full one of it, so that what it builds on can go."""
+    """What becomes of a set, and why. C(consolidate) makes it a full one, so that what it builds on can go."""
 
     id: str
     keep: bool
@@ -85,42 +85,44 @@ class RetentionDecision:
 
 
 def decide(
-    sets: Sequence[Manifest], rules: Rules, condition: Constraints, now: datetime, consolidate: bool = False
+    sets: Sequence[Manifest], rules: Rules, constraints: Constraints, now: datetime, consolidate: bool = False
 ) -> tuple[RetentionDecision, ...]:
-    """The fate of each of a VM's sets, which are in the order of their making."""
-    chosen = _chosen(sets, rules, condition, now)
+    """Decide about each of a VM's sets, oldest first."""
+    chosen = _chosen(sets, rules, constraints, now)
     parents = {manifest.id: _parents(manifest) for manifest in sets}
-    made_full = _to_consolidate(sets, parents, chosen, condition) if consolidate else frozenset()
+    made_full = _to_consolidate(sets, parents, chosen, constraints) if consolidate else frozenset()
     needed = _needed_by(parents, chosen, made_full)
-    fates = []
+    decisions = []
     for manifest in sets:
         reasons = [*chosen.get(manifest.id, ())]
         if manifest.id in needed:
             reasons.append(f"set {needed[manifest.id]} builds on it")
         becomes_full = manifest.id in made_full
         reason = "; ".join(reasons) or "no rule keeps it"
-        fates.append(RetentionDecision(manifest.id, bool(reasons), reason, becomes_full))
-    return tuple(fates)
+        decisions.append(RetentionDecision(manifest.id, bool(reasons), reason, becomes_full))
+    return tuple(decisions)
 
 
-def _chosen(sets: Sequence[Manifest], rules: Rules, condition: Constraints, now: datetime) -> dict[str, list[str]]:
-    """The sets that are kept for their own sake, with the reasons."""
+def _chosen(sets: Sequence[Manifest], rules: Rules, constraints: Constraints, now: datetime) -> dict[str, list[str]]:
+    """Return the sets that are kept for their own sake, with the reasons."""
     chosen: dict[str, list[str]] = {}
-    good = [manifest for manifest in reversed(sets) if manifest.id not in condition.broken]
+    good = [manifest for manifest in reversed(sets) if manifest.id not in constraints.broken]
     for manifest, reason in _by_rules(good, rules, now):
         chosen.setdefault(manifest.id, []).append(reason)
-    if good and not condition.may_go:
+    if good and not constraints.allow_remove_last:
         chosen.setdefault(good[0].id, ["it is the newest good set"])
     for manifest in sets:
-        if manifest.id in condition.guarded:
-            chosen.setdefault(manifest.id, []).append(condition.guarded[manifest.id])
-        if manifest.id in condition.broken and not (condition.may_go and rules.empty):
-            chosen.setdefault(manifest.id, []).append(f"it is broken, and left alone: {condition.broken[manifest.id]}")
+        if manifest.id in constraints.guarded:
+            chosen.setdefault(manifest.id, []).append(constraints.guarded[manifest.id])
+        if manifest.id in constraints.broken and not (constraints.allow_remove_last and rules.empty):
+            chosen.setdefault(manifest.id, []).append(
+                f"it is broken, and left alone: {constraints.broken[manifest.id]}"
+            )
     return chosen
 
 
 def _by_rules(good: Sequence[Manifest], rules: Rules, now: datetime) -> Iterator[tuple[Manifest, str]]:
-    """The sets that the rules choose, among the good ones, newest first."""
+    """Yield the sets that the rules choose among the good ones, which are newest first."""
     for manifest in good[: rules.last]:
         yield manifest, "last"
     for period, form in PERIODS.items():
@@ -131,11 +133,11 @@ def _by_rules(good: Sequence[Manifest], rules: Rules, now: datetime) -> Iterator
 
 
 def _within(good: Sequence[Manifest], span: timedelta, now: datetime) -> Iterator[tuple[Manifest, str]]:
-    # A part of a day that is none is not told.
+    # Whole days are told without hours.
     told = str(span).replace(", 0:00:00", "")
-    newest = next((manifest for manifest in good if begun(manifest) - now <= AHEAD), None)
+    newest = next((manifest for manifest in good if begun(manifest) - now <= CLOCK_TOLERANCE), None)
     for manifest in good:
-        if begun(manifest) - now > AHEAD:
+        if begun(manifest) - now > CLOCK_TOLERANCE:
             yield manifest, f"it is from the future ({manifest.started}), and so its age is not known"
         elif newest and begun(newest) - begun(manifest) <= span:
             yield manifest, f"within {told} before set {newest.id}"
@@ -157,7 +159,7 @@ def _parents(manifest: Manifest) -> frozenset[str]:
 def _needed_by(
     parents: Mapping[str, frozenset[str]], chosen: Iterable[str], made_full: frozenset[str] = frozenset()
 ) -> dict[str, str]:
-    """What the chosen sets build on, directly or not, with one that does; C(made_full) build on nothing any more."""
+    """Return what the chosen sets build on, directly or not, with one that does. C(made_full) build on nothing."""
     needed: dict[str, str] = {}
     waiting = sorted(chosen)
     while waiting:
@@ -173,56 +175,56 @@ def _to_consolidate(
     sets: Sequence[Manifest],
     parents: Mapping[str, frozenset[str]],
     chosen: Mapping[str, list[str]],
-    condition: Constraints,
+    constraints: Constraints,
 ) -> frozenset[str]:
-    """The oldest chosen increments of their chains, where with them what they build on can go."""
+    """Return the oldest chosen increments of their chains that, once full, let what they build on go."""
     oldest = [
         manifest.id
         for manifest in sets
         if manifest.id in chosen
         and manifest.level != Level.FULL
-        and manifest.id not in condition.broken
+        and manifest.id not in constraints.broken
         and not any(below in chosen for below in _needed_by(parents, [manifest.id]))
-        and not _is_read(manifest.id, parents, condition.in_use)
+        and not _is_read(manifest.id, parents, constraints.in_use)
     ]
     made_full: frozenset[str] = frozenset()
     while True:
         more = [name for name in oldest if name not in made_full and _frees(name, parents, chosen, made_full)]
         if not more:
             return made_full
-        # With this one full, others may be the last ones that need something.
+        # With this one full, another may be the last that needs something.
         made_full |= {more[0]}
 
 
 def _frees(name: str, parents: Mapping[str, frozenset[str]], chosen: Iterable[str], made_full: frozenset[str]) -> bool:
-    """Whether something that a set builds on is needed by no other one that is kept."""
+    """Return whether something that a set builds on is needed by no other set that is kept."""
     others = _needed_by(parents, [other for other in chosen if other != name], made_full | {name})
     return not parents[name] <= set(others)
 
 
 def _is_read(name: str, parents: Mapping[str, frozenset[str]], in_use: Iterable[str]) -> bool:
-    """Whether somebody reads a set at this moment, or one that builds on it."""
+    """Return whether a set is read at this moment, or one that builds on it."""
     return any(name == reader or name in _needed_by(parents, [reader]) for reader in in_use)
 
 
-def describe(name: str, fates: Iterable[RetentionDecision]) -> list[str]:
-    """The fates for people to read, newest first."""
+def describe(name: str, decisions: Iterable[RetentionDecision]) -> list[str]:
+    """Return the decisions for people to read, newest first."""
     lines = []
-    for fate in reversed(tuple(fates)):
-        word = "remove" if not fate.keep else "consolidate" if fate.consolidate else "keep"
-        lines.append(f"{word:11}  {name}/{fate.id}  {fate.reason}")
+    for decision in reversed(tuple(decisions)):
+        word = "remove" if not decision.keep else "consolidate" if decision.consolidate else "keep"
+        lines.append(f"{word:11}  {name}/{decision.id}  {decision.reason}")
     return lines
 
 
-def condition(held: VmCatalog, may_go: bool) -> Constraints:
-    """What keeps sets besides the rules."""
-    guarded = {mark.id: "it is protected" for mark in held.marks.protections}
+def read_constraints(catalog: VmCatalog, allow_remove_last: bool) -> Constraints:
+    """Return what counts besides the rules, as the repository tells it."""
+    guarded = {protection.id: "it is protected" for protection in catalog.marks.protections}
     in_use = {}
-    for pin in held.marks.pins:
+    for pin in catalog.marks.pins:
         if is_read(pin):
             guarded[pin.id] = in_use[pin.id] = f"{pin.path} on {pin.host} reads it"
-    for intent in held.shelf.intents:
+    for intent in catalog.shelf.intents:
         for disk in intent.disks:
             if disk.image.parent:
                 guarded[disk.image.parent.id] = f"set {intent.id}, which is being made, builds on it"
-    return Constraints(guarded, {**held.failed_sets, **held.broken_sets}, in_use, may_go)
+    return Constraints(guarded, {**catalog.failed_sets, **catalog.broken_sets}, in_use, allow_remove_last)

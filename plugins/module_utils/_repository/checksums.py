@@ -33,7 +33,7 @@ async def check_all(repository: Repository, images: Iterable[tuple[Manifest, Dis
 
 
 def _check(repository: Repository, manifest: Manifest, image: DiskImage) -> str:
-    path = os.path.join(repository.set_path(manifest.vm.name, manifest.id), image.image)
+    path = repository.set_image_path(manifest, image)
     try:
         found = sha256(path)
     except OSError as error:

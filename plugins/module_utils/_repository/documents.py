@@ -195,7 +195,7 @@ class Intent:
     C(guest) is the VM's status at the start. C(process) is QEMU's pid and start time, empty over TCP. C(frozen) says
     that the guest's file systems may be frozen by us, through the agent's socket C(agent). C(progress) is where a set
     stood that did not advance while it was last watched: bytes copied, and since when, by that clock. C(spaces) are
-    the name spaces in which C(process) and C(monitor) mean what they say; version 0.1.0 did not have them.
+    the name spaces in which C(process) and C(monitor) mean what they say; documents of before do not have them.
     """
 
     run: str

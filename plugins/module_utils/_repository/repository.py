@@ -93,6 +93,10 @@ class Repository:
         """Return the path of a published set."""
         return os.path.join(self.directory(vm), set_id)
 
+    def set_image_path(self, manifest: Manifest, image: DiskImage) -> str:
+        """Return the path of an image of a published set."""
+        return os.path.join(self.set_path(manifest.vm.name, manifest.id), image.image)
+
     def staging_path(self, vm: str, set_id: str) -> str:
         """Return where a set grows: as deep as the set itself, so that relative backing files hold before and after."""
         return os.path.join(self.directory(vm), f".{set_id}{STAGING}")
@@ -198,7 +202,7 @@ class Repository:
 
     def damage(self, manifest: Manifest, image: DiskImage) -> str:
         """Return what is wrong with an image's file, as far as its metadata tells; empty where nothing is."""
-        path = f"{self.set_path(manifest.vm.name, manifest.id)}/{image.image}"
+        path = self.set_image_path(manifest, image)
         try:
             status = os.stat(path, follow_symlinks=False)
         except FileNotFoundError:

@@ -22,62 +22,62 @@ from .._repository.checksums import check_all
 from .._repository.documents import Restoration
 from .._repository.json_file import UNFINISHED, read_document
 from .._repository.names import check_length
-from .model import RECEIPT, RestoreMethod, image_path
+from .model import RECEIPT
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from contextlib import AbstractAsyncContextManager
 
-    from .._repository.catalog import VmCatalog
     from .._repository.repository import Repository
     from .model import DiskRestore
 
 
 LOCK_TIMEOUT = 1.0
-"""Seconds to wait for somebody else who restores to the same target: longer than the end of such a work takes."""
+"""Seconds to wait for another process that restores to the same target: longer than its last steps take."""
 
 
-# What is found before anything is written
-
-
-def refuse_collisions(repository: Repository, pieces: Sequence[DiskRestore]) -> None:
-    """Refuse targets that come in the way of each other, or of the backups."""
+def refuse_collisions(repository: Repository, disks: Sequence[DiskRestore]) -> None:
+    """Refuse targets that are in the way of each other, or of the backups."""
     taken: set[str] = set()
-    for piece in pieces:
-        target = os.path.realpath(piece.target)
+    for disk in disks:
+        target = os.path.realpath(disk.target)
         if os.path.commonpath([target, os.path.realpath(repository.path)]) == os.path.realpath(repository.path):
-            raise Refused("target", f"{piece.target} is inside of the repository")
+            raise Refused("target", f"{disk.target} is inside of the repository")
         names = {target, target + PARTIAL, target + RECEIPT}
         if names & taken:
-            raise Refused("target", f"{piece.target} comes in the way of another disk's target")
+            raise Refused("target", f"{disk.target} comes in the way of another disk's target")
         taken |= names
 
 
-def is_done(repository: Repository, piece: DiskRestore) -> bool:
-    """Whether just this was restored to just there, and nobody has touched it since. A block device cannot tell."""
-    receipt: Restoration | None = read_document(piece.receipt, Restoration)
-    if receipt is None or piece.block_device:
+def is_restored(repository: Repository, disk: DiskRestore) -> bool:
+    """Return whether the receipt says that just this was restored, and nobody has changed it since.
+
+    A block device has no time of its last change.
+    """
+    receipt: Restoration | None = read_document(disk.receipt, Restoration)
+    if receipt is None or disk.block_device:
         return False
     try:
-        status = os.stat(piece.target)
+        status = os.stat(disk.target)
     except FileNotFoundError:
         return False
-    asked = read_receipt(repository, piece, status)
-    if piece.method == RestoreMethod.OVERLAY:
-        # It is there to be written to.
-        asked = replace(asked, size=receipt.size, mtime=receipt.mtime)
-    return replace(receipt, when="") == replace(asked, when="")
+    expected = make_receipt(repository, disk, status)
+    if disk.overlay:
+        # An overlay is there to be written to.
+        expected = replace(expected, size=receipt.size, mtime=receipt.mtime)
+    return replace(receipt, when="") == replace(expected, when="")
 
 
-def read_receipt(repository: Repository, piece: DiskRestore, status: os.stat_result) -> Restoration:
+def make_receipt(repository: Repository, disk: DiskRestore, status: os.stat_result) -> Restoration:
+    """Return what is written beside a restored disk, whose file has this status."""
     return Restoration(
         repository=repository.uuid,
-        vm=piece.manifest.vm.name,
-        id=piece.manifest.id,
-        attempt=piece.manifest.attempt,
-        disk=piece.disk,
-        method=piece.method,
-        format=piece.format,
+        vm=disk.manifest.vm.name,
+        id=disk.manifest.id,
+        attempt=disk.manifest.attempt,
+        disk=disk.name,
+        method=disk.method,
+        format=disk.format,
         inode=status.st_ino,
         size=status.st_size,
         mtime=status.st_mtime_ns,
@@ -85,62 +85,63 @@ def read_receipt(repository: Repository, piece: DiskRestore, status: os.stat_res
     )
 
 
-def check_target(piece: DiskRestore, overwrite: bool) -> None:
-    """Refuse a target that is not to be written to, or that somebody has in use."""
-    directory = os.path.dirname(piece.target)
+def check_target(disk: DiskRestore, overwrite: bool) -> None:
+    """Refuse a target that must not be overwritten, or that is in use."""
+    directory = os.path.dirname(disk.target)
     if not os.path.isdir(directory):
-        raise Refused("target", f"{piece.target}: there is no directory {directory}")
-    if piece.block_device:
-        check_device(piece, overwrite)
+        raise Refused("target", f"{disk.target}: there is no directory {directory}")
+    if disk.block_device:
+        check_device(disk, overwrite)
         return
-    check_length("target", piece.target, PARTIAL, RECEIPT + UNFINISHED)
-    if os.path.lexists(piece.target):
-        if not os.path.isfile(piece.target):
-            raise Refused("target", f"{piece.target} is neither a file nor a block device")
+    check_length("target", disk.target, PARTIAL, RECEIPT + UNFINISHED)
+    if os.path.lexists(disk.target):
+        if not os.path.isfile(disk.target):
+            raise Refused("target", f"{disk.target} is neither a file nor a block device")
         if not overwrite:
             raise Refused(
-                "target", f"{piece.target} exists, and is not this restore; with overwrite: true it is replaced"
+                "target", f"{disk.target} exists, and is not this restore; with overwrite: true it is replaced"
             )
-        check_unused(piece.target)
+        check_unused(disk.target)
 
 
-def check_device(piece: DiskRestore, overwrite: bool) -> None:
-    if piece.method == RestoreMethod.OVERLAY or piece.format != "raw":
-        raise Refused("target", f"{piece.target} is a block device: it takes a copy in format raw only")
+def check_device(disk: DiskRestore, overwrite: bool) -> None:
+    """Refuse a block device that is too small, in use, or not to be overwritten."""
+    if disk.overlay or disk.format != "raw":
+        raise Refused("target", f"{disk.target} is a block device: it takes a copy in format raw only")
     if not overwrite:
-        raise Refused("target", f"{piece.target} is a block device: overwrite: true says that its content may go")
-    fd = os.open(piece.target, os.O_RDONLY | os.O_CLOEXEC)
+        raise Refused("target", f"{disk.target} is a block device: overwrite: true says that its content may go")
+    fd = os.open(disk.target, os.O_RDONLY | os.O_CLOEXEC)
     try:
         size = os.lseek(fd, 0, os.SEEK_END)
     finally:
         os.close(fd)
-    if size < piece.image.virtual_size:
+    if size < disk.image.virtual_size:
         raise Refused(
             "target",
-            f"{piece.target} has {size} bytes, and disk {piece.disk} needs {piece.image.virtual_size}",
+            f"{disk.target} has {size} bytes, and disk {disk.name} needs {disk.image.virtual_size}",
         )
     try:
         # The kernel refuses this while the device is mounted or part of another one.
-        os.close(os.open(piece.target, os.O_RDWR | os.O_EXCL | os.O_CLOEXEC))
+        os.close(os.open(disk.target, os.O_RDWR | os.O_EXCL | os.O_CLOEXEC))
     except OSError as error:
         use = "is in use" if error.errno == errno.EBUSY else "cannot be written to"
-        raise Refused("target", f"{piece.target} {use}: {error.strerror}") from error
-    check_unused(piece.target)
+        raise Refused("target", f"{disk.target} {use}: {error.strerror}") from error
+    check_unused(disk.target)
 
 
 def check_unused(path: str, user: str = "a running VM") -> None:
-    """Refuse what a running VM has open: it would go on with a file that has no name any more."""
+    """Refuse a file that a running VM has open: the VM would go on with a file that has no name any more."""
     if image_lock.is_locked(path):
         raise Refused("target", f"{path} is in use by {user}; see `fuser {path}`")
 
 
-async def check_space(repository: Repository, pieces: Sequence[DiskRestore]) -> None:
-    """Refuse what would not fit; pieces that go to one file system share what is free there."""
+async def check_space(repository: Repository, disks: Sequence[DiskRestore]) -> None:
+    """Refuse what would not fit; disks that go to one file system share its free space."""
     needed: dict[int, int] = {}
-    for piece in pieces:
-        directory = os.path.dirname(piece.target)
+    for disk in disks:
+        directory = os.path.dirname(disk.target)
         device = os.stat(directory).st_dev
-        needed[device] = needed.get(device, 0) + await _measured(repository, piece)
+        needed[device] = needed.get(device, 0) + await _copy_bytes(repository, disk)
         free = files.free_bytes(directory)
         if needed[device] > free:
             raise Refused(
@@ -149,24 +150,26 @@ async def check_space(repository: Repository, pieces: Sequence[DiskRestore]) -> 
             )
 
 
-async def _measured(repository: Repository, piece: DiskRestore) -> int:
-    """Bytes that a copy takes; where that cannot be found out, what its images take, which is no reason to refuse."""
-    # For raw the holes would be counted.
+async def _copy_bytes(repository: Repository, disk: DiskRestore) -> int:
+    """Return the bytes that a copy takes, as a qcow2 image: for raw, qemu-img would count the holes."""
+    path = repository.set_image_path(disk.manifest, disk.image)
     try:
-        return await qemu_img.copy_bytes(image_path(repository, piece), piece.image.format, piece.image.virtual_size)
+        return await qemu_img.copy_bytes(path, disk.image.format, disk.image.virtual_size)
     except ToolError:
-        return min(piece.image.virtual_size, sum(image.bytes for _manifest, image in piece.steps))
+        # A set that cannot be measured is still restored.
+        return min(disk.image.virtual_size, sum(image.bytes for _manifest, image in disk.chain))
 
 
-async def check_sums(repository: Repository, held: VmCatalog, pieces: Sequence[DiskRestore]) -> None:
-    steps = {(manifest.id, image.name): (manifest, image) for piece in pieces for manifest, image in piece.steps}
-    errors = await check_all(repository, steps.values())
+async def check_checksums(repository: Repository, vm: str, disks: Sequence[DiskRestore]) -> None:
+    """Raise BackupError where an image of these disks is not what was written."""
+    images = {(manifest.id, image.name): (manifest, image) for disk in disks for manifest, image in disk.chain}
+    errors = await check_all(repository, images.values())
     if errors:
         wrong = "; ".join(f"set {set_id}, disk {disk}: {error}" for (set_id, disk), error in errors.items())
-        raise BackupError(f"VM {held.name}: {wrong}. Nothing was restored")
+        raise BackupError(f"VM {vm}: {wrong}. Nothing was restored")
 
 
 def lock_target(target: str) -> AbstractAsyncContextManager[int]:
-    """The lock of a target on this machine."""
-    mark = hashlib.sha256(os.path.realpath(target).encode("utf-8", "surrogateescape")).hexdigest()[:16]
-    return locked(os.path.join(lock_directory(), f"restore-{mark}.lock"), f"target {target}", LOCK_TIMEOUT)
+    """Return the lock of a target on this machine."""
+    name = hashlib.sha256(os.path.realpath(target).encode("utf-8", "surrogateescape")).hexdigest()[:16]
+    return locked(os.path.join(lock_directory(), f"restore-{name}.lock"), f"target {target}", LOCK_TIMEOUT)

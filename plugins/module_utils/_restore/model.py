@@ -2,7 +2,7 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Describe what is asked of a restore."""
+"""Describe what is asked of a restore, and what it has done."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from .._common.formats import human
 from .._common.words import Word
 from .._host import files
 from .._repository.annotations import PARTIAL
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
     from typing import Any
 
     from .._repository.documents import DiskImage, Manifest
-    from .._repository.repository import Repository
 
 
 class RestoreMethod(Word):
@@ -30,32 +31,37 @@ class RestoreMethod(Word):
     """As a thin image on top of the set."""
 
 
-METHODS = (RestoreMethod.COPY, RestoreMethod.OVERLAY)
+METHODS = tuple(RestoreMethod)
 FORMATS = ("qcow2", "raw")
 RECEIPT = ".restored.json"
+"""The name of the receipt beside a restored disk ends with this."""
 
 
 @dataclass(frozen=True)
 class DiskRestore:
-    """One disk to be brought back: the images that it is made of, newest first, and where it goes."""
+    """One disk to be restored: the images that it is made of, newest first, and where it goes."""
 
-    disk: str
-    steps: tuple[tuple[Manifest, DiskImage], ...]
+    name: str
+    chain: tuple[tuple[Manifest, DiskImage], ...]
     target: str
     format: str
-    method: str
+    method: RestoreMethod
 
     @property
     def image(self) -> DiskImage:
-        return self.steps[0][1]
+        return self.chain[0][1]
 
     @property
     def manifest(self) -> Manifest:
-        return self.steps[0][0]
+        return self.chain[0][0]
 
     @property
     def block_device(self) -> bool:
         return files.is_block_device(self.target)
+
+    @property
+    def overlay(self) -> bool:
+        return self.method == RestoreMethod.OVERLAY
 
     @property
     def receipt(self) -> str:
@@ -65,33 +71,49 @@ class DiskRestore:
     def partial(self) -> str:
         return self.target + PARTIAL
 
-    def result(self, changed: bool, size: int) -> dict[str, Any]:
+    @property
+    def bytes(self) -> int:
+        """The bytes that the target takes up by now."""
+        with contextlib.suppress(FileNotFoundError):
+            return os.stat(self.target).st_blocks * 512 if not self.block_device else self.image.virtual_size
+        return 0
+
+    def result(self, changed: bool) -> dict[str, Any]:
+        """Return an entry of the module's return value C(restored)."""
         return {
-            "disk": self.disk,
+            "disk": self.name,
             "target": self.target,
             "format": self.format,
             "method": self.method,
             "virtual_size": self.image.virtual_size,
-            "bytes": size,
-            "chain": [manifest.id for manifest, _image in self.steps],
+            "bytes": self.bytes,
+            "chain": [manifest.id for manifest, _image in self.chain],
             "changed": changed,
         }
 
 
 @dataclass(frozen=True)
 class RestoreOptions:
-    """What is asked for. C(checksum) takes the checksums of all images of the chains first."""
+    """What is asked for. With C(checksum), the checksums of all images are compared first."""
 
     overwrite: bool = False
     checksum: bool = True
     check_mode: bool = False
 
 
-def size_of(piece: DiskRestore) -> int:
-    with contextlib.suppress(FileNotFoundError):
-        return os.stat(piece.target).st_blocks * 512 if not piece.block_device else piece.image.virtual_size
-    return 0
+def headline(restored: Sequence[Mapping[str, Any]], check_mode: bool) -> str:
+    """Return how many disks of a set were restored by this call."""
+    made = sum(disk["changed"] for disk in restored)
+    if check_mode:
+        return f"{made} of {len(restored)} disks would be restored"
+    return f"{made} of {len(restored)} disks were restored just now" if made else "all disks are there already"
 
 
-def image_path(repository: Repository, piece: DiskRestore) -> str:
-    return os.path.join(repository.set_path(piece.manifest.vm.name, piece.manifest.id), piece.image.image)
+def describe(restored: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Return where each disk is, for people to read."""
+    return [
+        "{disk}: {target} ({format}, {size}, {method} of set {sets})".format(
+            **disk, size=human(disk["virtual_size"]), sets=" on ".join(disk["chain"])
+        )
+        for disk in restored
+    ]

@@ -2,7 +2,7 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Find the overlays that stand on sets, and let them go."""
+"""Find the overlays on the sets of a VM, and remove them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .._repository.documents import Restoration
 from .._repository.json_file import UNFINISHED, read_document
 from .checks import check_unused, lock_target
 from .model import RECEIPT, RestoreMethod
-from .pins import take_pins
+from .pins import remove_pins
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -29,46 +29,42 @@ if TYPE_CHECKING:
     from .._repository.repository import Repository
 
 
-# Overlays removed
-
-
-def overlays(repository: Repository, held: VmCatalog, directory: str) -> list[str]:
-    """The overlays on the sets of a VM that were made here in a directory, whichever sets there are by now."""
+def find_overlays(repository: Repository, catalog: VmCatalog, directory: str) -> list[str]:
+    """Return the overlays of a VM that this machine has made in a directory, whether their sets exist or not."""
     found = {
         pin.path
-        for pin in held.marks.pins
+        for pin in catalog.marks.pins
         if pin.machine_id == machine_id() and os.path.dirname(pin.path) == os.path.normpath(directory)
     }
     for path in glob.glob(os.path.join(glob.escape(os.path.normpath(directory)), "*" + RECEIPT)):
         receipt: Restoration | None = read_document(path, Restoration)
         if receipt and (receipt.repository, receipt.vm, receipt.method) == (
             repository.uuid,
-            held.name,
+            catalog.name,
             RestoreMethod.OVERLAY,
         ):
             found.add(path[: -len(RECEIPT)])
     return sorted(path for path in found if not path.endswith(PARTIAL))
 
 
-async def forget(
-    repository: Repository, held: VmCatalog, targets: Sequence[str], check_mode: bool
+async def remove_overlays(
+    repository: Repository, catalog: VmCatalog, targets: Sequence[str], check_mode: bool
 ) -> tuple[list[str], list[str]]:
-    """Remove overlays of a VM that were made here, with their pins; returns the paths of those that were there.
+    """Remove overlays of a VM that this machine has made, with their pins; return the paths of those that were there.
 
-    One that reads nothing from its set any more is somebody's disk by now: it stays, without its pin, and its path is
-    among the second. So does a block device.
+    An overlay that reads nothing from its set any more is a disk of its own: the file stays, its pin goes, and its path
+    is among the second. So does a block device.
     """
-    mine = [pin for pin in held.marks.pins if pin.machine_id == machine_id()]
+    mine = [pin for pin in catalog.marks.pins if pin.machine_id == machine_id()]
     gone: list[str] = []
     independent: list[str] = []
     for path in targets:
         names = {path, path + PARTIAL}
         if files.is_block_device(path):
-            # What a restore that was killed has left is the pin alone: whatever is on the device stays.
+            # A killed restore leaves a pin; what is on the device stays.
             independent += [path] if any(pin.path == path for pin in mine) else []
             continue
-        there = _is_overlay(repository, held.name, path)
-        if there and await _is_independent(path):
+        if _overlay_exists(repository, catalog.name, path) and await _is_independent(path):
             independent.append(path)
             continue
         for name in names:
@@ -78,14 +74,14 @@ async def forget(
             gone.append(path)
     if not check_mode:
         for path in gone:
-            await _let_go(repository, held.name, path, mine, ("", PARTIAL, RECEIPT, RECEIPT + UNFINISHED))
+            await _remove(repository, catalog.name, path, mine, ("", PARTIAL, RECEIPT, RECEIPT + UNFINISHED))
         for path in independent:
-            await _let_go(repository, held.name, path, mine, (RECEIPT, RECEIPT + UNFINISHED))
+            await _remove(repository, catalog.name, path, mine, (RECEIPT, RECEIPT + UNFINISHED))
     return gone, independent
 
 
-def _is_overlay(repository: Repository, vm: str, path: str) -> bool:
-    """Whether there is an overlay of a VM; Refused where something else stands there, such as that of another VM."""
+def _overlay_exists(repository: Repository, vm: str, path: str) -> bool:
+    """Return whether there is an overlay of a VM; Refused where something else is there, such as that of another VM."""
     receipt: Restoration | None = read_document(path + RECEIPT, Restoration)
     there = os.path.lexists(path)
     if there and (receipt is None or receipt.method != RestoreMethod.OVERLAY):
@@ -98,18 +94,18 @@ def _is_overlay(repository: Repository, vm: str, path: str) -> bool:
 
 
 async def _is_independent(path: str) -> bool:
-    """Whether an overlay was rebased or streamed, so that all of its content is its own."""
+    """Return whether an overlay was rebased or streamed, so that all of its content is its own."""
     found = await qemu_img.run_json(qemu_img.info_command(path, "qcow2", shared=True))
     return "backing-filename" not in found
 
 
-async def _let_go(repository: Repository, vm: str, path: str, pins: Sequence[Pin], ends: Iterable[str]) -> None:
-    """Remove what stands at and beside an overlay's path, and its pins."""
+async def _remove(repository: Repository, vm: str, path: str, pins: Sequence[Pin], suffixes: Iterable[str]) -> None:
+    """Remove the files whose names are the path of an overlay with these suffixes, and its pins."""
     async with lock_target(path):
-        for end in ends:
-            files.remove(path + end)
+        for suffix in suffixes:
+            files.remove(path + suffix)
         if os.path.isdir(os.path.dirname(path)):
             files.sync_directory(os.path.dirname(path))
         own = [pin for pin in pins if pin.path in (path, path + PARTIAL)]
         if own:
-            await take_pins(repository, vm, own)
+            await remove_pins(repository, vm, own)

@@ -17,7 +17,6 @@ from .._host.machine import machine_id
 from .._repository.annotations import read_annotations, remove_annotations, write_annotation
 from .._repository.catalog import read_catalog
 from .._repository.documents import Pin
-from .model import RestoreMethod
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterable, Sequence
@@ -26,45 +25,42 @@ if TYPE_CHECKING:
     from .model import DiskRestore
 
 
-# Pins
-
-
-def pin_of(piece: DiskRestore) -> Pin:
-    # A device is written to under its own name: nothing else stands for the restore.
-    path = piece.target if piece.method == RestoreMethod.OVERLAY or piece.block_device else piece.partial
-    return Pin(piece.manifest.id, piece.disk, path, os.uname().nodename, machine_id(), utc_now())
+def make_pin(disk: DiskRestore) -> Pin:
+    """Return the pin of the file that reads the set, which is the unfinished copy, or an overlay."""
+    # A block device has no other name while it is written to.
+    path = disk.target if disk.overlay or disk.block_device else disk.partial
+    return Pin(disk.manifest.id, disk.name, path, os.uname().nodename, machine_id(), utc_now())
 
 
 @asynccontextmanager
-async def pinned(repository: Repository, vm: str, piece: DiskRestore, warnings: list[str]) -> AsyncIterator[None]:
-    """Keep the chain from being pruned while it is read: for a moment, or as long as there is the overlay."""
-    is_new = await put_pin(repository, vm, piece, warnings)
+async def pinned(repository: Repository, vm: str, disk: DiskRestore, warnings: list[str]) -> AsyncIterator[None]:
+    """Keep a chain from being pruned while it is read: until the copy is complete, or as long as the overlay exists."""
+    is_new = await put_pin(repository, vm, disk, warnings)
     try:
         yield
     except BaseException:
         if is_new:
-            await _take_back(repository, vm, [pin_of(piece)], warnings)
+            await _remove_or_warn(repository, vm, [make_pin(disk)], warnings)
         raise
-    await take_other_pins(repository, vm, piece, warnings)
+    await remove_other_pins(repository, vm, disk, warnings)
 
 
-async def put_pin(repository: Repository, vm: str, piece: DiskRestore, warnings: list[str]) -> bool:
-    """Whether there is a pin now that was not there before.
+async def put_pin(repository: Repository, vm: str, disk: DiskRestore, warnings: list[str]) -> bool:
+    """Write the pin of a disk, and return whether it is new.
 
-    A repository that is mounted read-only cannot be told, nor one whose lock is held by a machine that has died: it is
-    read all the same. Raises BackupError where the set has gone since the sets were read: from here on the pin would
-    keep it.
+    A repository that is mounted read-only, or locked by a machine that has died, is read all the same, with a warning.
+    Raises BackupError where the set was removed meanwhile: from here on, the pin keeps it.
     """
-    pin = pin_of(piece)
+    pin = make_pin(disk)
     try:
         async with repository.lock(vm):
-            _check_there(repository, vm, piece)
-            if is_same_pin(pin, read_annotations(repository, vm).pins):
+            _check_set(repository, vm, disk)
+            if is_known(pin, read_annotations(repository, vm).pins):
                 return False
             write_annotation(repository, vm, pin)
     except (BackupError, OSError) as error:
-        # This is what nothing can be restored without, with the lock or not.
-        _check_there(repository, vm, piece)
+        # The set has to be there, with the lock or without.
+        _check_set(repository, vm, disk)
         warnings.append(
             f"{repository.path} cannot be written to ({in_words(error)}), and so nobody is told that set {pin.id} is in"
             f" use: do not prune it while {pin.path} is there"
@@ -73,36 +69,37 @@ async def put_pin(repository: Repository, vm: str, piece: DiskRestore, warnings:
     return True
 
 
-def _check_there(repository: Repository, vm: str, piece: DiskRestore) -> None:
-    """BackupError where a set is not the one any more that was looked at, or cannot be read whole."""
-    held = read_catalog(repository, vm)
-    there = held.shelf.published(piece.manifest.id)
-    if there is None or there.attempt != piece.manifest.attempt:
-        raise BackupError(f"VM {vm}: set {piece.manifest.id} was removed meanwhile, and cannot be restored any more")
-    # Its chain may have become shorter: what a disk reads as stays the same then.
-    held.chain(there, piece.disk)
+def _check_set(repository: Repository, vm: str, disk: DiskRestore) -> None:
+    """Raise BackupError where the set is not the same any more, or cannot be read whole."""
+    catalog = read_catalog(repository, vm)
+    there = catalog.shelf.published(disk.manifest.id)
+    if there is None or there.attempt != disk.manifest.attempt:
+        raise BackupError(f"VM {vm}: set {disk.manifest.id} was removed meanwhile, and cannot be restored any more")
+    # A consolidation makes the chain shorter; the disk reads the same.
+    catalog.chain(there, disk.name)
 
 
-def is_same_pin(pin: Pin, pins: Iterable[Pin]) -> bool:
+def is_known(pin: Pin, pins: Iterable[Pin]) -> bool:
+    """Return whether there is such a pin, however old."""
     return any(replace(other, since="") == replace(pin, since="") for other in pins)
 
 
-async def take_other_pins(repository: Repository, vm: str, piece: DiskRestore, warnings: list[str]) -> None:
-    """Take the pins of what has stood under this name before, or was to; that of an overlay which is there stays."""
-    needed = [pin_of(piece)] if piece.method == RestoreMethod.OVERLAY else []
+async def remove_other_pins(repository: Repository, vm: str, disk: DiskRestore, warnings: list[str]) -> None:
+    """Remove the pins of what stood at the target before, or was to. The pin of an overlay that is there stays."""
+    needed = [make_pin(disk)] if disk.overlay else []
     others = [
         pin
         for pin in read_annotations(repository, vm).pins
-        if pin.machine_id == machine_id() and pin.path in (piece.target, piece.partial) and not is_same_pin(pin, needed)
+        if pin.machine_id == machine_id() and pin.path in (disk.target, disk.partial) and not is_known(pin, needed)
     ]
     if others:
-        await _take_back(repository, vm, others, warnings)
+        await _remove_or_warn(repository, vm, others, warnings)
 
 
-async def _take_back(repository: Repository, vm: str, pins: Sequence[Pin], warnings: list[str]) -> None:
-    """Take back pins, as far as that can be done: what was restored is good without it."""
+async def _remove_or_warn(repository: Repository, vm: str, pins: Sequence[Pin], warnings: list[str]) -> None:
+    """Remove pins. Where that fails, the restored disk is still good."""
     try:
-        await take_pins(repository, vm, pins)
+        await remove_pins(repository, vm, pins)
     except (BackupError, OSError) as error:
         ids = ", ".join(sorted({pin.id for pin in pins}))
         warnings.append(
@@ -111,7 +108,7 @@ async def _take_back(repository: Repository, vm: str, pins: Sequence[Pin], warni
         )
 
 
-async def take_pins(repository: Repository, vm: str, pins: Sequence[Pin]) -> None:
-    """Say that these overlays are no more."""
+async def remove_pins(repository: Repository, vm: str, pins: Sequence[Pin]) -> None:
+    """Say that these files read the set no more."""
     async with repository.lock(vm):
         remove_annotations(repository, vm, pins)

@@ -2,11 +2,10 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Disks of a set brought back: copied out of their chain, or laid over it.
+"""Restore disks of a set: as copies of their chain, or as overlays on it.
 
-The repository is read as it lies. All that can be wrong with it or with a target is found before the first byte is
-written. A target appears under its name only when it is whole and on stable storage; a receipt beside it then says what
-it is, so that the same restore is not made twice.
+Everything is checked before the first byte is written. A target gets its name only when it is complete and on stable
+storage; a receipt beside it then says what it is, so that the same restore is not made twice.
 """
 
 from __future__ import annotations
@@ -18,27 +17,25 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from .._common.errors import BackupError, Refused, after, in_words
-from .._common.formats import human
 from .._host import files, preallocate
 from .._qemu import qemu_img, target_image
 from .._repository.annotations import read_annotations
 from .._repository.json_file import write_document
 from .checks import (
+    check_checksums,
     check_device,
     check_space,
-    check_sums,
     check_target,
     check_unused,
-    is_done,
+    is_restored,
     lock_target,
-    read_receipt,
+    make_receipt,
     refuse_collisions,
 )
-from .model import RestoreMethod, image_path, size_of
-from .pins import is_same_pin, pin_of, pinned, put_pin, take_other_pins
+from .pins import is_known, make_pin, pinned, put_pin, remove_other_pins
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Sequence
     from typing import Any
 
     from .._repository.catalog import VmCatalog
@@ -46,126 +43,105 @@ if TYPE_CHECKING:
     from .model import DiskRestore, RestoreOptions
 
 
-def headline(restored: Sequence[Mapping[str, Any]], check_mode: bool) -> str:
-    """Return how many disks of a set were restored by this call."""
-    made = sum(disk["changed"] for disk in restored)
-    if check_mode:
-        return f"{made} of {len(restored)} disks would be restored"
-    return f"{made} of {len(restored)} disks were restored just now" if made else "all disks are there already"
-
-
-def describe(restored: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Return where each disk is, for people to read."""
-    return [
-        "{disk}: {target} ({format}, {size}, {method} of set {sets})".format(
-            **disk, size=human(disk["virtual_size"]), sets=" on ".join(disk["chain"])
-        )
-        for disk in restored
-    ]
-
-
 async def restore(
-    repository: Repository, held: VmCatalog, pieces: Sequence[DiskRestore], order: RestoreOptions
+    repository: Repository, catalog: VmCatalog, disks: Sequence[DiskRestore], options: RestoreOptions
 ) -> tuple[list[dict[str, Any]], list[str]]:
-    """Bring all pieces back, or none that could not be checked before; returns the results, and warnings."""
-    refuse_collisions(repository, pieces)
-    waiting = [piece for piece in pieces if not is_done(repository, piece)]
-    for piece in waiting:
-        check_target(piece, order.overwrite)
-    await check_space(
-        repository, [piece for piece in waiting if piece.method == RestoreMethod.COPY and not piece.block_device]
-    )
-    if order.checksum and waiting:
-        await check_sums(repository, held, waiting)
+    """Restore all disks, after all checks; return the results, and warnings."""
+    refuse_collisions(repository, disks)
+    waiting = [disk for disk in disks if not is_restored(repository, disk)]
+    for disk in waiting:
+        check_target(disk, options.overwrite)
+    await check_space(repository, [disk for disk in waiting if not (disk.overlay or disk.block_device)])
+    if options.checksum and waiting:
+        await check_checksums(repository, catalog.name, waiting)
     warnings: list[str] = []
-    if not order.check_mode:
+    if not options.check_mode:
         done = await asyncio.gather(
-            *(_bring_back(repository, held.name, piece, order, warnings) for piece in waiting), return_exceptions=True
+            *(_restore_disk(repository, catalog.name, disk, options, warnings) for disk in waiting),
+            return_exceptions=True,
         )
-        _raise_failures(held.name, waiting, done)
-        for piece in pieces:
-            if piece not in waiting:
-                await _go_on(repository, held, piece, warnings)
-    return [piece.result(piece in waiting, size_of(piece)) for piece in pieces], warnings
+        _raise_failures(catalog.name, waiting, done)
+        for disk in disks:
+            if disk not in waiting:
+                await _finish(repository, catalog.name, disk, warnings)
+    return [disk.result(disk in waiting) for disk in disks], warnings
 
 
-def _raise_failures(vm: str, pieces: Sequence[DiskRestore], done: Sequence[BaseException | None]) -> None:
-    failed = [(piece, error) for piece, error in zip(pieces, done) if error]
+def _raise_failures(vm: str, disks: Sequence[DiskRestore], done: Sequence[BaseException | None]) -> None:
+    """Raise one BackupError for all disks that failed."""
+    failed = [(disk, error) for disk, error in zip(disks, done) if error]
     for _piece, error in failed:
         if not isinstance(error, (BackupError, OSError)):
             raise error
     if failed:
-        reasons = "; ".join(f"disk {piece.disk} to {piece.target}: {in_words(error)}" for piece, error in failed)
-        good = [piece.result(True, size_of(piece)) for piece, error in zip(pieces, done) if not error]
+        reasons = "; ".join(f"disk {disk.name} to {disk.target}: {in_words(error)}" for disk, error in failed)
+        good = [disk.result(True) for disk, error in zip(disks, done) if not error]
         raise BackupError(f"VM {vm}: {reasons}", restored=good)
 
 
-# Doing
-
-
-async def _bring_back(
-    repository: Repository, vm: str, piece: DiskRestore, order: RestoreOptions, warnings: list[str]
+async def _restore_disk(
+    repository: Repository, vm: str, disk: DiskRestore, options: RestoreOptions, warnings: list[str]
 ) -> None:
-    # Of two that write to one target, both would be lost.
-    async with lock_target(piece.target):
-        if piece.block_device:
-            async with pinned(repository, vm, piece, warnings):
-                # Checksums take long.
-                check_device(piece, order.overwrite)
-                await _convert(repository, piece, piece.target)
-                preallocate.flush(piece.target)
+    # Two processes that write to one target would spoil it.
+    async with lock_target(disk.target):
+        if disk.block_device:
+            async with pinned(repository, vm, disk, warnings):
+                # The first check was before the checksums, which take long.
+                check_device(disk, options.overwrite)
+                await _copy(repository, disk, disk.target)
+                preallocate.flush(disk.target)
         else:
-            await _write_file(repository, vm, piece, order, warnings)
+            await _write_file(repository, vm, disk, options, warnings)
 
 
 async def _write_file(
-    repository: Repository, vm: str, piece: DiskRestore, order: RestoreOptions, warnings: list[str]
+    repository: Repository, vm: str, disk: DiskRestore, options: RestoreOptions, warnings: list[str]
 ) -> None:
-    """Make the file under another name, and give it its own when it is whole."""
-    replaces = files.identity(piece.target) if order.overwrite else (0, 0)
-    # A process that was killed may have left one.
-    _remove_partial(piece.partial)
-    os.close(os.open(piece.partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
-    made = files.identity(piece.partial)
+    """Write the file under another name, and rename it when it is complete."""
+    replaces = files.identity(disk.target) if options.overwrite else (0, 0)
+    # A killed process may have left one.
+    _remove_partial(disk.partial)
+    os.close(os.open(disk.partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+    made = files.identity(disk.partial)
     try:
-        async with pinned(repository, vm, piece, warnings):
-            await (_lay_over if piece.method == RestoreMethod.OVERLAY else _convert)(repository, piece, piece.partial)
-            preallocate.flush(piece.partial)
+        async with pinned(repository, vm, disk, warnings):
+            await (_create_overlay if disk.overlay else _copy)(repository, disk, disk.partial)
+            preallocate.flush(disk.partial)
             if replaces[0]:
-                check_unused(piece.target)
-            if files.identity(piece.partial) != made:
-                raise BackupError(f"{piece.partial} is another file by now: somebody else restores to the same place")
-            _take_name(repository, piece, replaces)
+                check_unused(disk.target)
+            if files.identity(disk.partial) != made:
+                raise BackupError(f"{disk.partial} is another file by now: somebody else restores to the same place")
+            _take_name(repository, disk, replaces)
     except BaseException as error:
         with after(error):
-            if files.identity(piece.partial) == made:
-                files.remove(piece.partial)
+            if files.identity(disk.partial) == made:
+                files.remove(disk.partial)
         raise
 
 
 def _remove_partial(path: str) -> None:
-    """Remove what a restore has left unfinished. Refused where somebody is at it, perhaps on another machine."""
+    """Remove an unfinished copy. Refused where a process still writes it, perhaps on another machine."""
     if os.path.isfile(path):
         check_unused(path, "another process, such as a backup or a restore to the same place")
     files.remove(path)
 
 
-def _take_name(repository: Repository, piece: DiskRestore, replaces: tuple[int, int]) -> None:
-    """Give a complete file its name, and the receipt before: whatever comes in between, the two belong together."""
-    write_document(piece.receipt, asdict(read_receipt(repository, piece, os.stat(piece.partial))))
+def _take_name(repository: Repository, disk: DiskRestore, replaces: tuple[int, int]) -> None:
+    """Write the receipt, and then give a complete file its name: whatever comes in between, the two belong together."""
+    write_document(disk.receipt, asdict(make_receipt(repository, disk, os.stat(disk.partial))))
     try:
-        files.take_name(piece.partial, piece.target, replaces)
+        files.take_name(disk.partial, disk.target, replaces)
     except OSError as error:
         with after(error):
-            files.remove(piece.receipt)
+            files.remove(disk.receipt)
         raise
 
 
-async def _convert(repository: Repository, piece: DiskRestore, path: str) -> None:
-    source = await qemu_img.whole(image_path(repository, piece), piece.image.format)
-    command = qemu_img.convert_command(source, path, piece.format, piece.block_device)
-    if target_image.Target(path, piece.format, piece.image.virtual_size).direct and _takes_direct(path):
-        # All of it is to be on stable storage in the end: the page cache would be a detour, and others need it.
+async def _copy(repository: Repository, disk: DiskRestore, path: str) -> None:
+    source = await qemu_img.whole(repository.set_image_path(disk.manifest, disk.image), disk.image.format)
+    command = qemu_img.convert_command(source, path, disk.format, disk.block_device)
+    if target_image.Target(path, disk.format, disk.image.virtual_size).direct and _takes_direct(path):
+        # All of it has to reach stable storage anyway, and others need the page cache.
         command[2:2] = ["-t", "none"]
     await qemu_img.run(command, timeout=qemu_img.LONG_TIMEOUT, is_long=True)
 
@@ -178,20 +154,18 @@ def _takes_direct(path: str) -> bool:
     return True
 
 
-async def _lay_over(repository: Repository, piece: DiskRestore, path: str) -> None:
-    backing = (image_path(repository, piece), piece.image.format)
-    await qemu_img.run(qemu_img.create_command(path, "qcow2", piece.image.virtual_size, backing=backing))
+async def _create_overlay(repository: Repository, disk: DiskRestore, path: str) -> None:
+    backing = (repository.set_image_path(disk.manifest, disk.image), disk.image.format)
+    await qemu_img.run(qemu_img.create_command(path, "qcow2", disk.image.virtual_size, backing=backing))
 
 
-async def _go_on(repository: Repository, held: VmCatalog, piece: DiskRestore, warnings: list[str]) -> None:
-    """Do what a process has left to do that was killed when the target was there already."""
-    if os.path.lexists(piece.partial):
-        async with lock_target(piece.target):
-            # Who is at it puts it away.
+async def _finish(repository: Repository, vm: str, disk: DiskRestore, warnings: list[str]) -> None:
+    """Finish a restore that was killed when its target was complete."""
+    if os.path.lexists(disk.partial):
+        async with lock_target(disk.target):
+            # A process that still writes it removes it in the end.
             with contextlib.suppress(Refused):
-                _remove_partial(piece.partial)
-    if piece.method == RestoreMethod.OVERLAY and not is_same_pin(
-        pin_of(piece), read_annotations(repository, held.name).pins
-    ):
-        await put_pin(repository, held.name, piece, warnings)
-    await take_other_pins(repository, held.name, piece, warnings)
+                _remove_partial(disk.partial)
+    if disk.overlay and not is_known(make_pin(disk), read_annotations(repository, vm).pins):
+        await put_pin(repository, vm, disk, warnings)
+    await remove_other_pins(repository, vm, disk, warnings)

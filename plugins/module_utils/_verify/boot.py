@@ -2,9 +2,9 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""A throwaway VM that starts from a backup: put together from C(vm.json), watched for a sign of life, and put away.
+"""Start a throwaway VM from a backup, wait for a sign of life, and stop it.
 
-It has no network. It writes to overlays in a directory of its own, which goes with it; what it reads stays as it is.
+It has no network. It writes to overlays in a work directory, which is removed with it; what it reads stays as it is.
 
 Reference: QEMU 7.2, qemu-options.hx.
 """
@@ -39,43 +39,41 @@ if TYPE_CHECKING:
 
 
 PREFIX = "vmfleet-boot-"
-"""What the directory of a throwaway VM is called, followed by whose it is."""
+"""The name of a work directory begins with this, followed by the process that it belongs to."""
 INTERVAL = 0.25
 """Seconds between two looks at the guest's console."""
-ROOM = 128 << 20
-"""Bytes that a throwaway VM leaves free where its overlays are: others live there."""
+MIN_FREE = 128 << 20
+"""Bytes that a throwaway VM leaves free where its overlays are: others need them."""
 CONSOLE_LIMIT = 1 << 20
-"""Bytes of the console, the last ones, that are looked at."""
-TAIL = 40
-"""Lines of the console that are told of a guest that did not start."""
+"""Bytes of the console that are searched, the last ones."""
+CONSOLE_LINES = 40
+"""Lines of the console that are told of a guest that did not start, the last ones."""
 END_TIMEOUT = 10.0
 """Seconds for a killed QEMU to be gone; only one that hangs in the kernel takes longer."""
 NICENESS = 10
 """QEMU gives way to the VMs of the hypervisor."""
 KVM_GET_API_VERSION = 0xAE00
 KVM_API_VERSION = 12
-NOISE = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b[@-Z\\-_]|[\x00-\x08\x0b-\x1f\x7f]")
-"""What moves a terminal's cursor or colours its text."""
+CONTROL_SEQUENCES = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b[@-Z\\-_]|[\x00-\x08\x0b-\x1f\x7f]")
+"""Move the cursor of a terminal, or colour its text."""
 
 
 @dataclass(frozen=True)
 class BootResult:
-    """How it went. C(error) is empty where there was a sign of life; C(guilty) tells the backup's faults from ours."""
+    """How a start ended. C(error) is empty where there was a sign of life."""
 
     error: str = ""
     console: tuple[str, ...] = ()
-    guilty: bool = True
-
-
-# The machine that it runs on
+    is_backup_fault: bool = True
 
 
 def this_host() -> Host:
+    """Return what this machine has for a throwaway VM."""
     return Host(kvm_works(), len(os.sched_getaffinity(0)))
 
 
 def kvm_works() -> bool:
-    """Whether this process may use KVM, and the kernel answers."""
+    """Return whether this process may use KVM, and the kernel answers."""
     try:
         fd = os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC)
     except OSError:
@@ -89,10 +87,10 @@ def kvm_works() -> bool:
 
 
 def find_qemu(wanted: str = "") -> str:
-    """The path of QEMU; Refused where there is none."""
+    """Return the path of QEMU; Refused where there is none."""
     machine = os.uname().machine
     architecture = {"i686": "i386", "ppc64le": "ppc64", "armv7l": "arm"}.get(machine, machine)
-    # Red Hat has it under a name of its own.
+    # Red Hat names it otherwise.
     names = [wanted] if wanted else [f"qemu-system-{architecture}", "/usr/libexec/qemu-kvm"]
     found = next((path for path in map(shutil.which, names) if path), None)
     if found is None:
@@ -100,12 +98,9 @@ def find_qemu(wanted: str = "") -> str:
     return found
 
 
-# Directories
-
-
 @contextlib.contextmanager
 def work_dir(tmpdir: str) -> Iterator[str]:
-    """A directory for one throwaway VM, which goes with what is in it."""
+    """Create a directory for one throwaway VM, and remove it with its content at the end."""
     me = Process.of(os.getpid())
     owner = f"{me.pid}-{me.start}" if me else "0-0"
     # Nobody can tell in another pid namespace whether this one has ended.
@@ -118,10 +113,10 @@ def work_dir(tmpdir: str) -> Iterator[str]:
 
 
 def clear_work_dirs(tmpdir: str) -> None:
-    """Remove what modules have left that were killed: their QEMU died with them."""
+    """Remove the work directories of modules that were killed: their QEMU died with them."""
     for path in glob.glob(os.path.join(glob.escape(tmpdir), PREFIX + "*")):
         owner = re.match(PREFIX + r"(\d+)-(\d+)-(\d+)-", os.path.basename(path))
-        # Somebody else may have made something that looks like ours; of what is not ours, nothing can be removed.
+        # The name of another's directory may begin like ours.
         if (
             owner
             and owner.group(3) == spaces()[PROCESSES]
@@ -130,33 +125,30 @@ def clear_work_dirs(tmpdir: str) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def copy_flash(description: Mapping[str, Any], layers: Sequence[BootDisk], place: str) -> dict[str, str]:
-    """Copies of the flash chips that the backup does not have, as far as they are on this machine, by name."""
+def copy_flash(description: Mapping[str, Any], disks: Sequence[BootDisk], directory: str) -> dict[str, str]:
+    """Copy the flash chips that the backup does not have, where they are on this machine; return the copies by name."""
     copies: dict[str, str] = {}
-    for disk in flash_chips(description):
-        known = any(layer.name == disk["name"] for layer in layers)
-        if not known and os.path.isfile(disk["file"]):
-            copies[disk["name"]] = os.path.join(place, f"flash{len(copies)}")
-            shutil.copyfile(disk["file"], copies[disk["name"]])
+    for chip in flash_chips(description):
+        known = any(disk.name == chip["name"] for disk in disks)
+        if not known and os.path.isfile(chip["file"]):
+            copies[chip["name"]] = os.path.join(directory, f"flash{len(copies)}")
+            shutil.copyfile(chip["file"], copies[chip["name"]])
     return copies
 
 
-# Its life
-
-
-async def watch(arguments: Sequence[str], place: str, wish: BootOptions) -> BootResult:
-    """Start it and wait for a sign of life. QEMU is gone when this returns, however it returns."""
-    log = os.open(os.path.join(place, "log"), os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+async def watch(command: Sequence[str], directory: str, options: BootOptions) -> BootResult:
+    """Start QEMU and wait for a sign of life. QEMU is gone when this returns, however it returns."""
+    log = os.open(os.path.join(directory, "log"), os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         process = await asyncio.create_subprocess_exec(
-            *die_with_parent(arguments, NICENESS), stdin=asyncio.subprocess.DEVNULL, stdout=log, stderr=log
+            *die_with_parent(command, NICENESS), stdin=asyncio.subprocess.DEVNULL, stdout=log, stderr=log
         )
     finally:
         os.close(log)
-    # Nobody listens there where the agent is no sign of life.
-    answer = asyncio.ensure_future(_answer(os.path.join(place, "agent")))
+    # Without the agent as a sign of life nothing listens there, and this never ends by itself.
+    answer = asyncio.ensure_future(_wait_for_agent(os.path.join(directory, "agent")))
     try:
-        return await _wait(process, answer, place, wish)
+        return await _wait(process, answer, directory, options)
     finally:
         answer.cancel()
         await asyncio.gather(answer, return_exceptions=True)
@@ -166,7 +158,7 @@ async def watch(arguments: Sequence[str], place: str, wish: BootOptions) -> Boot
             await asyncio.wait_for(process.wait(), END_TIMEOUT)
 
 
-async def _answer(path: str) -> None:
+async def _wait_for_agent(path: str) -> None:
     """Return once the agent has answered."""
     while True:
         with contextlib.suppress(AgentError):
@@ -176,26 +168,27 @@ async def _answer(path: str) -> None:
 
 
 async def _wait(
-    process: asyncio.subprocess.Process, answer: asyncio.Future[None], place: str, wish: BootOptions
+    process: asyncio.subprocess.Process, answer: asyncio.Future[None], directory: str, options: BootOptions
 ) -> BootResult:
-    deadline = time.monotonic() + wish.timeout
+    """Return how the start ended: by a sign of life, by the end of QEMU, or by a limit."""
+    deadline = time.monotonic() + options.timeout
     while True:
-        # Asked first: what it said at its very end is read below.
-        ended = process.returncode
-        console = _read(os.path.join(place, "console"))
-        if wish.pattern and re.search(wish.pattern, console, re.MULTILINE):
+        # This comes before the console is read: what the guest said at its very end counts.
+        status = process.returncode
+        console = _read(os.path.join(directory, "console"))
+        if options.pattern and re.search(options.pattern, console, re.MULTILINE):
             return BootResult()
         if answer.done():
             answer.result()
             return BootResult()
-        tail = tuple(console.splitlines()[-TAIL:])
-        if ended is not None:
-            return _early_end(ended, _read(os.path.join(place, "log")), tail)
-        if free_bytes(place) < ROOM:
-            said = f"{place} has only {human(ROOM)} left: the guest was stopped; give a tmpdir with more room"
-            return BootResult(said, tail, guilty=False)
+        tail = tuple(console.splitlines()[-CONSOLE_LINES:])
+        if status is not None:
+            return _early_end(status, _read(os.path.join(directory, "log")), tail)
+        if free_bytes(directory) < MIN_FREE:
+            error = f"{directory} has only {human(MIN_FREE)} left: the guest was stopped; give a tmpdir with more room"
+            return BootResult(error, tail, is_backup_fault=False)
         if time.monotonic() >= deadline:
-            return BootResult(_silence(wish, tail), tail)
+            return BootResult(_no_sign(options, tail), tail)
         await asyncio.sleep(INTERVAL)
 
 
@@ -205,22 +198,22 @@ def _early_end(status: int, log: str, tail: tuple[str, ...]) -> BootResult:
             "the guest switched off or restarted before it gave a sign of life; its console tells more", tail
         )
     reason = "; ".join(log.splitlines()[-3:]) or f"status {status}"
-    said = f"QEMU ended before the guest gave a sign of life: {reason}; give boot_options that fit this machine"
-    return BootResult(said, tail, guilty=False)
+    error = f"QEMU ended before the guest gave a sign of life: {reason}; give boot_options that fit this machine"
+    return BootResult(error, tail, is_backup_fault=False)
 
 
-def _silence(wish: BootOptions, tail: tuple[str, ...]) -> str:
-    signs = ["its agent's answer"] if wish.agent else []
-    signs += [f"{wish.pattern!r} on its console"] if wish.pattern else []
+def _no_sign(options: BootOptions, tail: tuple[str, ...]) -> str:
+    signs = ["its agent's answer"] if options.agent else []
+    signs += [f"{options.pattern!r} on its console"] if options.pattern else []
     hint = "its console tells more" if tail else "its console said nothing (does the guest use the serial console?)"
     return (
-        f"the guest gave no sign of life ({' or '.join(signs)}) within {wish.timeout:g} s: {hint}. A slow one needs a"
-        " longer boot_timeout, one that misses something boot_options"
+        f"the guest gave no sign of life ({' or '.join(signs)}) within {options.timeout:g} s: {hint}. A slow one needs"
+        " a longer boot_timeout, one that misses something boot_options"
     )
 
 
 def _read(path: str) -> str:
-    """The end of a text that the guest or QEMU writes, without what is for terminals only."""
+    """Return the end of a text that the guest or QEMU writes, without what is for terminals only."""
     try:
         with open(path, "rb") as source:
             size = os.fstat(source.fileno()).st_size
@@ -228,4 +221,4 @@ def _read(path: str) -> str:
             content = source.read(CONSOLE_LIMIT)
     except FileNotFoundError:
         return ""
-    return NOISE.sub("", content.decode("utf-8", "replace").replace("\r\n", "\n"))
+    return CONTROL_SEQUENCES.sub("", content.decode("utf-8", "replace").replace("\r\n", "\n"))

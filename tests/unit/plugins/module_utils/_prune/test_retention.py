@@ -51,12 +51,12 @@ def daily(*plan: str) -> list[Manifest]:
     return sets
 
 
-def kept(fates: Sequence[RetentionDecision]) -> list[str]:
-    return [fate.id for fate in fates if fate.keep]
+def kept(decisions: Sequence[RetentionDecision]) -> list[str]:
+    return [decision.id for decision in decisions if decision.keep]
 
 
-def reason(fates: Sequence[RetentionDecision], set_id: str) -> str:
-    return next(fate.reason for fate in fates if fate.id == set_id)
+def reason(decisions: Sequence[RetentionDecision], set_id: str) -> str:
+    return next(decision.reason for decision in decisions if decision.id == set_id)
 
 
 NOTHING = Constraints()
@@ -67,9 +67,9 @@ class TestRules:
     """Each rule alone."""
 
     def test_last(self) -> None:
-        fates = decide(daily("a", "b", "c", "d"), Rules(last=2), NOTHING, NOW)
-        assert kept(fates) == ["c", "d"]
-        assert [fate.reason for fate in fates] == ["no rule keeps it", "no rule keeps it", "last", "last"]
+        decisions = decide(daily("a", "b", "c", "d"), Rules(last=2), NOTHING, NOW)
+        assert kept(decisions) == ["c", "d"]
+        assert [decision.reason for decision in decisions] == ["no rule keeps it", "no rule keeps it", "last", "last"]
 
     @pytest.mark.parametrize(
         ("rules", "step", "expected", "why"),
@@ -85,9 +85,9 @@ class TestRules:
     def test_the_newest_of_each_period(self, rules: Rules, step: timedelta, expected: list[str], why: str) -> None:
         start = MONDAY.replace(minute=0)
         sets = [made(name, None, start + number * step, number) for number, name in enumerate("abcdef")]
-        fates = decide(sets, rules, NOTHING, NOW)
-        assert kept(fates) == expected
-        assert reason(fates, expected[0]) == why
+        decisions = decide(sets, rules, NOTHING, NOW)
+        assert kept(decisions) == expected
+        assert reason(decisions, expected[0]) == why
 
     def test_periods_without_a_set_do_not_count(self) -> None:
         sets = [made("a"), made("b", None, MONDAY + 100 * DAY), made("c", None, MONDAY + 300 * DAY)]
@@ -95,27 +95,27 @@ class TestRules:
 
     def test_a_week_at_the_turn_of_the_year_is_one_week(self) -> None:
         eve = datetime(2026, 12, 31, tzinfo=UTC)
-        fates = decide([made("a", None, eve), made("b", None, eve + DAY)], Rules(weekly=5), NOTHING, NOW)
-        assert kept(fates) == ["b"]
-        assert reason(fates, "b") == "weekly 2026-W53"
+        decisions = decide([made("a", None, eve), made("b", None, eve + DAY)], Rules(weekly=5), NOTHING, NOW)
+        assert kept(decisions) == ["b"]
+        assert reason(decisions, "b") == "weekly 2026-W53"
 
     def test_within_is_counted_from_the_newest_good_set_and_never_from_now(self) -> None:
-        fates = decide(daily("a", "b", "c", "d"), Rules(within=86400), NOTHING, NOW)
-        assert kept(fates) == ["c", "d"]
-        assert reason(fates, "c") == "within 1 day before set d"
-        fates = decide(daily("a", "b", "c", "d"), Rules(within=86400), Constraints(broken={"d": "x"}), NOW)
-        assert kept(fates) == ["b", "c", "d"]
+        decisions = decide(daily("a", "b", "c", "d"), Rules(within=86400), NOTHING, NOW)
+        assert kept(decisions) == ["c", "d"]
+        assert reason(decisions, "c") == "within 1 day before set d"
+        decisions = decide(daily("a", "b", "c", "d"), Rules(within=86400), Constraints(broken={"d": "x"}), NOW)
+        assert kept(decisions) == ["b", "c", "d"]
 
     def test_nothing_is_counted_from_a_set_of_the_future(self) -> None:
         sets = [*daily("a", "b", "c", "d"), made("e", "d", MONDAY.replace(year=2036), 5)]
         now = MONDAY + 4 * DAY
-        fates = decide(sets, Rules(within=86400), NOTHING, now)
-        assert kept(fates) == ["c", "d", "e"]
-        assert reason(fates, "c") == "within 1 day before set d"
-        assert reason(fates, "e") == "it is from the future (2036-11-16T01:30:00Z), and so its age is not known"
+        decisions = decide(sets, Rules(within=86400), NOTHING, now)
+        assert kept(decisions) == ["c", "d", "e"]
+        assert reason(decisions, "c") == "within 1 day before set d"
+        assert reason(decisions, "e") == "it is from the future (2036-11-16T01:30:00Z), and so its age is not known"
         # Other rules count, whatever the clocks said, and it can be forgotten.
         assert kept(decide([*sets, made("f", None, now, 6)], Rules(last=1), NOTHING, now)) == ["f"]
-        assert kept(decide(sets, Rules(), Constraints(may_go=True), now)) == []
+        assert kept(decide(sets, Rules(), Constraints(allow_remove_last=True), now)) == []
         # Where it has become the present, it counts.
         assert kept(decide(sets, Rules(within=86400), NOTHING, MONDAY.replace(year=2037))) == ["d", "e"]
 
@@ -129,9 +129,9 @@ class TestRules:
         assert kept(decide(daily("a", "b", "c"), Rules(within=86400), NOTHING, past)) == ["a", "b", "c"]
 
     def test_rules_add_up(self) -> None:
-        fates = decide(daily("a", "b", "c", "d"), Rules(last=1, daily=2, yearly=1), NOTHING, NOW)
-        assert kept(fates) == ["c", "d"]
-        assert reason(fates, "d") == "last; daily 2026-11-19; yearly 2026"
+        decisions = decide(daily("a", "b", "c", "d"), Rules(last=1, daily=2, yearly=1), NOTHING, NOW)
+        assert kept(decisions) == ["c", "d"]
+        assert reason(decisions, "d") == "last; daily 2026-11-19; yearly 2026"
 
     def test_the_order_is_that_of_the_making_whatever_the_clocks_said(self) -> None:
         sets = [made("z", None, MONDAY + 9 * DAY, 1), made("y", None, MONDAY, 2), made("x", None, MONDAY, 3)]
@@ -152,11 +152,11 @@ class TestGuards:
     """What keeps sets besides the rules."""
 
     def test_what_a_kept_set_builds_on(self) -> None:
-        fates = decide(
+        decisions = decide(
             daily("a", "b<a", "c<b", "d", "e<d"), Rules(), Constraints(guarded={"b": "it is protected"}), NOW
         )
-        assert kept(fates) == ["a", "b", "d", "e"]
-        assert [reason(fates, name) for name in "abde"] == [
+        assert kept(decisions) == ["a", "b", "d", "e"]
+        assert [reason(decisions, name) for name in "abde"] == [
             "set b builds on it",
             "it is protected",
             "set e builds on it",
@@ -170,19 +170,21 @@ class TestGuards:
     def test_the_newest_good_set_goes_only_where_it_may(self) -> None:
         sets = daily("a", "b")
         assert kept(decide(sets, Rules(), NOTHING, NOW)) == ["b"]
-        assert kept(decide(sets, Rules(), Constraints(may_go=True), NOW)) == []
-        assert kept(decide(sets, Rules(last=1), Constraints(may_go=True), NOW)) == ["b"]
+        assert kept(decide(sets, Rules(), Constraints(allow_remove_last=True), NOW)) == []
+        assert kept(decide(sets, Rules(last=1), Constraints(allow_remove_last=True), NOW)) == ["b"]
 
     def test_broken_sets_do_not_count_and_are_left_alone(self) -> None:
-        fates = decide(daily("a", "b", "c<b"), Rules(last=1), Constraints(broken={"c": "image gone"}), NOW)
-        assert kept(fates) == ["b", "c"]
-        assert reason(fates, "c") == "it is broken, and left alone: image gone"
-        assert reason(fates, "b") == "last; set c builds on it"
-        fates = decide(daily("a", "b", "c"), Rules(daily=1), Constraints(broken={"c": "image gone"}), NOW)
-        assert kept(fates) == ["b", "c"]
+        decisions = decide(daily("a", "b", "c<b"), Rules(last=1), Constraints(broken={"c": "image gone"}), NOW)
+        assert kept(decisions) == ["b", "c"]
+        assert reason(decisions, "c") == "it is broken, and left alone: image gone"
+        assert reason(decisions, "b") == "last; set c builds on it"
+        decisions = decide(daily("a", "b", "c"), Rules(daily=1), Constraints(broken={"c": "image gone"}), NOW)
+        assert kept(decisions) == ["b", "c"]
 
     def test_a_vm_that_is_forgotten_loses_its_broken_sets_and_no_guarded_ones(self) -> None:
-        condition = Constraints(guarded={"b": "it is protected"}, broken={"d": "gone", "b": "gone"}, may_go=True)
+        condition = Constraints(
+            guarded={"b": "it is protected"}, broken={"d": "gone", "b": "gone"}, allow_remove_last=True
+        )
         assert kept(decide(daily("a", "b<a", "c", "d"), Rules(), condition, NOW)) == ["a", "b"]
         # With a rule, somebody still cares for this VM.
         assert kept(decide(daily("a", "b<a", "c", "d"), Rules(last=1), condition, NOW)) == ["a", "b", "c", "d"]
@@ -192,12 +194,14 @@ class TestConsolidation:
     """Increments that become full."""
 
     def consolidated(self, sets: Sequence[Manifest], rules: Rules, condition: Constraints = NOTHING) -> list[str]:
-        return [fate.id for fate in decide(sets, rules, condition, NOW, consolidate=True) if fate.consolidate]
+        return [
+            decision.id for decision in decide(sets, rules, condition, NOW, consolidate=True) if decision.consolidate
+        ]
 
     def test_the_oldest_that_is_kept_and_what_it_builds_on_goes(self) -> None:
-        fates = decide(daily("a", "b<a", "c<b", "d<c"), Rules(last=2), NOTHING, NOW, consolidate=True)
-        assert kept(fates) == ["c", "d"]
-        assert [fate.id for fate in fates if fate.consolidate] == ["c"]
+        decisions = decide(daily("a", "b<a", "c<b", "d<c"), Rules(last=2), NOTHING, NOW, consolidate=True)
+        assert kept(decisions) == ["c", "d"]
+        assert [decision.id for decision in decisions if decision.consolidate] == ["c"]
         assert kept(decide(daily("a", "b<a", "c<b", "d<c"), Rules(last=2), NOTHING, NOW)) == ["a", "b", "c", "d"]
 
     def test_not_where_nothing_could_go(self) -> None:
@@ -238,8 +242,8 @@ class TestConsolidation:
 
 
 def test_text_for_people_is_newest_first() -> None:
-    fates = decide(daily("a", "b<a", "c<b"), Rules(last=2), NOTHING, NOW, consolidate=True)
-    assert describe("web01", fates) == [
+    decisions = decide(daily("a", "b<a", "c<b"), Rules(last=2), NOTHING, NOW, consolidate=True)
+    assert describe("web01", decisions) == [
         "keep         web01/c  last",
         "consolidate  web01/b  last; set c builds on it",
         "remove       web01/a  no rule keeps it",
@@ -276,7 +280,7 @@ def random_condition(chance: random.Random, sets: Sequence[Manifest]) -> Constra
         return {one.id: "so" for one in sets if chance.random() < likely}
 
     in_use = some(0.05)
-    return Constraints({**some(0.1), **in_use}, some(0.15), in_use, may_go=chance.random() < 0.2)
+    return Constraints({**some(0.1), **in_use}, some(0.15), in_use, allow_remove_last=chance.random() < 0.2)
 
 
 class Model:
@@ -308,10 +312,10 @@ class Model:
         if one.id in condition.guarded:
             return True
         if one.id in condition.broken:
-            return not condition.may_go or not rules.empty
+            return not condition.allow_remove_last or not rules.empty
         newer = [other for other in self.sets[number + 1 :] if other.id not in condition.broken]
         return (
-            (not newer and not condition.may_go)
+            (not newer and not condition.allow_remove_last)
             or len(newer) < rules.last
             or any(self._newest_of_its(period, one, newer) for period in PERIODS)
             or bool(rules.within and (self._ahead(one) or self._is_within(one, newer)))
@@ -350,9 +354,9 @@ def part(period: str, one: Manifest) -> object:
     return moment(one).isocalendar()[:2] if period == "weekly" else one.started[: lengths[period]]
 
 
-def after(sets: Sequence[Manifest], fates: Sequence[RetentionDecision]) -> list[Manifest]:
+def after(sets: Sequence[Manifest], decisions: Sequence[RetentionDecision]) -> list[Manifest]:
     """The sets as they are when all has been done."""
-    fate_of = {fate.id: fate for fate in fates}
+    fate_of = {decision.id: decision for decision in decisions}
     left = []
     for one in sets:
         if fate_of[one.id].consolidate:
@@ -366,20 +370,20 @@ def after(sets: Sequence[Manifest], fates: Sequence[RetentionDecision]) -> list[
 def check_promises(
     sets: Sequence[Manifest], rules: Rules, condition: Constraints, now: datetime, consolidate: bool
 ) -> None:
-    fates = decide(sets, rules, condition, now, consolidate)
-    assert [fate.id for fate in fates] == [one.id for one in sets]
-    stay = set(kept(fates))
-    full = {fate.id for fate in fates if fate.consolidate}
+    decisions = decide(sets, rules, condition, now, consolidate)
+    assert [decision.id for decision in decisions] == [one.id for one in sets]
+    stay = set(kept(decisions))
+    full = {decision.id for decision in decisions if decision.consolidate}
     # What a kept set needs is there when all has been done.
-    left = after(sets, fates)
+    left = after(sets, decisions)
     for one in left:
         assert {disk.parent.id for disk in one.disks if disk.parent} <= {other.id for other in left}
     good = [one.id for one in sets if one.id not in condition.broken]
-    if good and not condition.may_go:
+    if good and not condition.allow_remove_last:
         assert good[-1] in stay
     assert set(condition.guarded) & {one.id for one in sets} <= stay
     assert full <= stay - set(condition.broken)
-    assert all(fate.reason for fate in fates)
+    assert all(decision.reason for decision in decisions)
     model = Model(sets, rules, condition, now, consolidate)
     assert full.isdisjoint(condition.in_use)
     for name in (*condition.in_use, *full):
@@ -389,7 +393,7 @@ def check_promises(
     # A second run has nothing to do.
     again = decide(left, rules, condition, now, consolidate)
     assert kept(again) == [one.id for one in left]
-    assert not any(fate.consolidate for fate in again)
+    assert not any(decision.consolidate for decision in again)
 
 
 @pytest.mark.parametrize("consolidate", [False, True])

@@ -2,248 +2,25 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""How a throwaway VM is put together from what vm.json says of the real one."""
+"""The life of a throwaway VM: its work directory, its console, its end."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import Refused
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.namespaces import PROCESSES, spaces
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.process import Process
-from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.command_line import pairs, properties
 from ansible_collections.vmfleet.backup.plugins.module_utils._verify import boot
-from ansible_collections.vmfleet.backup.plugins.module_utils._verify.boot_options import (
-    BootDisk,
-    BootOptions,
-    Host,
-    command,
-)
+from ansible_collections.vmfleet.backup.plugins.module_utils._verify.boot_options import BootDisk, BootOptions
 
-MIB = 1 << 20
-PLACE = "/var/tmp/place"
-WISH = BootOptions("/usr/bin/qemu", "/var/tmp", 10, "login:", agent=False)
-TCG = Host(kvm=False, processors=4)
-KVM = Host(kvm=True, processors=4)
-
-PLAIN = {
-    "name": "web01",
-    "uuid": "4b1e3cde-4a29-4f1c-9a55-6b6f1b7c2d10",
-    "machine": "pc-q35-7.2",
-    "accelerator": None,
-    "memory": 192 * MIB,
-    "cpus": {"count": 2, "type": "qemu64-x86_64-cpu"},
-    "command_line": ["qemu-system-x86_64", "-machine", "q35,accel=tcg", "-cpu", "qemu64"],
-}
-
-
-def layer(name: str, qdev: str = "", node: str = "") -> BootDisk:
-    return BootDisk(name, node or f"node-{name}", qdev, f"/srv/backup/{name}", f"{PLACE}/{name}")
-
-
-def built(
-    description: dict[str, Any],
-    *layers: BootDisk,
-    options: tuple[str, ...] = (),
-    host: Host = TCG,
-    copies: dict[str, str] | None = None,
-    agent: bool = False,
-) -> list[tuple[str, str]]:
-    wish = replace(WISH, options=options, agent=agent)
-    return pairs(command(description, layers, copies or {}, wish, host, PLACE))
-
-
-def values(found: list[tuple[str, str]], option: str) -> list[str]:
-    return [value for name, value in found if name == option]
-
-
-def one(found: list[tuple[str, str]], option: str) -> str:
-    [value] = values(found, option)
-    return value
-
-
-def disks(found: list[tuple[str, str]]) -> list[tuple[str, dict[str, str]]]:
-    """The overlay and the device of each disk, in their order."""
-    nodes = {}
-    for value in values(found, "-blockdev"):
-        node = properties(value, "driver")
-        assert node["driver"] == node["backing.driver"] == "qcow2"
-        assert (node["backing.read-only"], node["backing.force-share"]) == ("on", "on")
-        assert node["backing.file.filename"].startswith("/srv/backup/")
-        nodes[node["node-name"]] = node["file.filename"].rpartition("/")[2]
-    devices = [properties(value, "driver") for value in values(found, "-device")]
-    return [(nodes[device["drive"]], device) for device in devices if "drive" in device]
-
-
-def drivers(found: list[tuple[str, str]]) -> list[tuple[str, str]]:
-    return [(name, device["driver"]) for name, device in disks(found)]
-
-
-def test_machine() -> None:
-    found = built(PLAIN)
-    assert one(found, "-machine") == "pc-q35-7.2"
-    assert one(found, "-accel") == "tcg"
-    assert one(found, "-cpu") == "qemu64"
-    assert one(found, "-smp") == "2"
-    assert one(found, "-m") == "192M"
-    assert one(found, "-uuid") == PLAIN["uuid"]
-    assert one(found, "-nic") == "none"
-    assert one(found, "-display") == "none"
-    assert {"-nodefaults", "-no-user-config", "-no-reboot"} <= {option for option, _value in found}
-
-
-def test_no_more_processors_than_there_are() -> None:
-    assert one(built({**PLAIN, "cpus": {"count": 64, "type": None}}), "-smp") == "4"
-
-
-@pytest.mark.parametrize(
-    ("host", "accelerator", "cpu", "expected"),
-    [
-        (KVM, "kvm", "host,migratable=on", ("kvm", "host,migratable=on")),
-        (TCG, "kvm", "host,migratable=on", ("tcg", "max")),
-        (KVM, None, "qemu64", ("tcg", "qemu64")),
-    ],
-)
-def test_accelerator(host: Host, accelerator: str | None, cpu: str, expected: tuple[str, str]) -> None:
-    found = built({**PLAIN, "accelerator": accelerator, "command_line": ["qemu", "-cpu", cpu]}, host=host)
-    assert (one(found, "-accel"), one(found, "-cpu")) == expected
-
-
-def test_machine_properties_that_firmware_needs() -> None:
-    given = "pc-q35-7.2,usb=off,smm=on,dump-guest-core=off,memory-backend=pc.ram,acpi=on,accel=kvm"
-    assert one(built({**PLAIN, "command_line": ["qemu", "-M", given]}), "-machine") == "pc-q35-7.2,acpi=on,smm=on"
-
-
-def test_unknown_process() -> None:
-    """Over TCP, vm.json has no command line."""
-    found = built({**PLAIN, "command_line": None}, layer("drive0"))
-    assert (one(found, "-machine"), one(found, "-cpu")) == ("pc-q35-7.2", "qemu64")
-    assert drivers(found) == [("drive0", "virtio-blk-pci")]
-    assert "-m" in dict(found)
-
-
-def test_nothing_is_known() -> None:
-    found = dict(built({"schema": 1}, layer("drive0")))
-    assert not {"-machine", "-cpu", "-m", "-uuid", "-kernel"} & set(found)
-
-
-def test_kernel() -> None:
-    line = ["qemu", "-kernel", "/boot/vmlinuz", "-initrd", "/boot/initrd", "-append", "root=/dev/vda quiet", "-S"]
-    found = built({**PLAIN, "command_line": line})
-    assert one(found, "-kernel") == "/boot/vmlinuz"
-    assert one(found, "-initrd") == "/boot/initrd"
-    assert one(found, "-append") == "root=/dev/vda quiet"
-    assert "-S" not in dict(found)
-
-
-@pytest.mark.parametrize(
-    ("options", "replaced"),
-    [
-        (("-machine", "pc"), "-machine"),
-        (("-M", "pc"), "-machine"),
-        (("--cpu", "max"), "-cpu"),
-        (("-m", "1G"), "-m"),
-        (("-smp", "1"), "-smp"),
-        (("-accel", "tcg,thread=single"), "-accel"),
-        (("-enable-kvm",), "-accel"),
-        (("-kernel", "/k"), "-kernel"),
-        (("-initrd", "/i"), "-initrd"),
-        (("-append", "single"), "-append"),
-    ],
-)
-def test_options_take_the_place_of_those_of_the_vm(options: tuple[str, ...], replaced: str) -> None:
-    line = [*PLAIN["command_line"], "-kernel", "/boot/k", "-initrd", "/boot/i", "-append", "quiet"]
-    found = built({**PLAIN, "command_line": line}, options=options)
-    assert values(found, replaced) == [options[1] if len(options) > 1 else ""]
-    assert {"-machine", "-cpu", "-m", "-smp", "-accel", "-kernel", "-initrd", "-append"} <= set(dict(found))
-
-
-def test_accelerator_of_a_machine() -> None:
-    assert values(built(PLAIN, options=("-machine", "q35,accel=kvm")), "-accel") == []
-
-
-def test_disks_in_the_order_of_their_devices() -> None:
-    line = [
-        *("qemu", "-drive", "if=none,id=a,file=a.qcow2", "-drive", "if=none,id=b,file=b.qcow2"),
-        *("-device", "virtio-blk-pci,id=second,drive=b,serial=with,,comma,bootindex=1,werror=stop,iothread=io1"),
-        *("-device", '{"driver":"virtio-blk-pci-non-transitional","drive":"node-a","bus":"pci.4","bootindex":2}'),
-    ]
-    entries = [{"name": name, "device": name, "node": f"node-{name}", "qdev": ""} for name in "ab"]
-    found = disks(built({**PLAIN, "command_line": line, "disks": entries}, layer("a"), layer("b")))
-    assert [name for name, _device in found] == ["b", "a"]
-    assert found[0][1] == {"driver": "virtio-blk-pci", "drive": "disk1", "serial": "with,comma", "bootindex": "1"}
-    assert found[1][1] == {"driver": "virtio-blk-pci-non-transitional", "drive": "disk0", "bootindex": "2"}
-
-
-def test_disk_below_a_filter() -> None:
-    line = ["qemu", "-device", "ide-hd,id=hd0,drive=throttle0"]
-    entry = {"name": "hd0", "device": "", "node": "n0", "qdev": "hd0"}
-    assert drivers(built({**PLAIN, "command_line": line, "disks": [entry]}, layer("hd0", "hd0"))) == [("hd0", "ide-hd")]
-
-
-def test_disk_that_was_plugged_in_later() -> None:
-    line = ["qemu", "-device", "virtio-blk-pci,id=first,drive=node-first"]
-    description = {**PLAIN, "command_line": line, "devices": [{"id": "late", "type": "nvme"}, {"id": "", "type": "x"}]}
-    found = disks(built(description, layer("late", "/machine/peripheral/late"), layer("first")))
-    assert [(name, device["driver"]) for name, device in found] == [("first", "virtio-blk-pci"), ("late", "nvme")]
-    # QEMU refuses one without.
-    assert found[1][1]["serial"] == "disk0"
-
-
-@pytest.mark.parametrize(
-    ("backend", "driver"), [("ide0-hd1", "ide-hd"), ("virtio3", "virtio-blk"), ("x0", "virtio-blk-pci")]
-)
-def test_disk_of_an_interface(backend: str, driver: str) -> None:
-    entry = {"name": backend, "device": backend, "node": "#block1", "qdev": "/machine/unattached/device[3]"}
-    assert drivers(built({**PLAIN, "disks": [entry]}, layer(backend))) == [(backend, driver)]
-
-
-@pytest.mark.parametrize(
-    ("controller", "disk", "expected"),
-    [
-        ("lsi53c895a,id=scsi0", "scsi-hd,bus=scsi0.0,drive=a", ("lsi53c895a", "scsi-hd")),
-        ("virtio-scsi-pci,id=s", "scsi-block,bus=s.0,drive=a", ("virtio-scsi-pci", "scsi-hd")),
-        ("virtio-scsi-pci,id=s", "scsi-hd,drive=a", ("virtio-scsi", "scsi-hd")),
-        ("ich9-usb-ehci1,id=usb", "usb-storage,bus=usb.0,drive=a", ("ich9-usb-ehci1", "usb-storage")),
-    ],
-)
-def test_controllers(controller: str, disk: str, expected: tuple[str, str]) -> None:
-    line = ["qemu", "-device", controller, "-device", disk, "-device", disk.replace("=a", "=b")]
-    found = built({**PLAIN, "command_line": line}, layer("a"), layer("b"))
-    devices = [properties(value, "driver") for value in values(found, "-device")]
-    assert [device["driver"] for device in devices] == [expected[0], expected[1], expected[1]]
-    assert devices[0]["id"] + ".0" == devices[1]["bus"] == devices[2]["bus"]
-
-
-def test_firmware() -> None:
-    """The variables are in the backup; the code is read-only, and is not."""
-    entries = [
-        {"name": "code", "driver": "raw", "file": "/usr/share/OVMF/CODE.fd", "qdev": "/machine/system.flash0"},
-        {"name": "vars", "driver": "raw", "file": "/var/lib/vars,1.fd", "qdev": "/machine/system.flash1"},
-        {"name": "a", "driver": "qcow2", "file": "/a", "qdev": "", "device": "a", "node": "n"},
-    ]
-    secure = "driver=cfi.pflash01,property=secure,value=on"
-    line = ["qemu", "-global", secure, "-global", "kvm-pit.lost_tick_policy=discard"]
-    description = {**PLAIN, "command_line": line, "disks": entries}
-    layers = (layer("vars", "/machine/system.flash1"), layer("a"))
-    found = built(description, *layers, copies={"code": f"{PLACE}/flash0"})
-    code, variables = (properties(value, "") for value in values(found, "-drive"))
-    assert code == {"if": "pflash", "unit": "0", "driver": "raw", "file.filename": f"{PLACE}/flash0"}
-    assert (variables["if"], variables["unit"], variables["file.filename"]) == ("pflash", "1", f"{PLACE}/vars")
-    assert variables["backing.file.filename"] == "/srv/backup/vars"
-    assert one(found, "-global") == secure
-    assert drivers(found) == [("a", "virtio-blk-pci")]
-    # Firmware that is given takes the place of all that.
-    found = built(description, *layers, options=("-bios", "/other.fd"))
-    assert (values(found, "-drive"), values(found, "-global"), one(found, "-bios")) == ([], [], "/other.fd")
+OPTIONS = BootOptions("/usr/bin/qemu", "/var/tmp", 10, "login:", agent=False)
 
 
 def test_flash_that_is_not_in_the_backup_is_copied(tmp_path: Path) -> None:
@@ -252,75 +29,9 @@ def test_flash_that_is_not_in_the_backup_is_copied(tmp_path: Path) -> None:
         {"name": name, "driver": "raw", "file": str(tmp_path / f"{name}.fd"), "qdev": f"/machine/system.flash{unit}"}
         for unit, name in enumerate(("code", "vars"))
     ]
-    copies = boot.copy_flash({"disks": entries}, [layer("code")], str(tmp_path))
+    copies = boot.copy_flash({"disks": entries}, [BootDisk("code", "", "", "/srv/backup/code", "")], str(tmp_path))
     assert list(copies) == ["vars"]
     assert Path(copies["vars"]).read_bytes() == b"variables"
-
-
-def test_console_and_agent() -> None:
-    found = built(PLAIN, agent=True)
-    assert f"file,id=console,path={PLACE}/console" in values(found, "-chardev")
-    assert one(found, "-serial") == "chardev:console"
-    assert f"socket,id=agent,path={PLACE}/agent,server=on,wait=off" in values(found, "-chardev")
-    assert any("name=org.qemu.guest_agent.0" in value for value in values(found, "-device"))
-    assert len(values(built(PLAIN), "-chardev")) == 1
-
-
-@pytest.mark.parametrize(
-    ("devices", "expected"),
-    [
-        (["virtio-serial-pci", "virtio-blk-pci,drive=a", "virtio-blk-pci,drive=b"], ["channel", "a", "b"]),
-        (["virtio-blk-pci,drive=b", "virtio-serial", "virtio-blk-pci,drive=a"], ["b", "channel", "a"]),
-        (["virtio-blk-pci,drive=b", "virtio-blk-pci,drive=a"], ["b", "a", "channel"]),
-        ([], ["a", "b", "channel"]),
-    ],
-)
-def test_agent_and_disks_are_counted_as_before(devices: list[str], expected: list[str]) -> None:
-    """A guest may know its agent's port as /dev/vport0p1."""
-    line = ["qemu", *(word for device in devices for word in ("-device", device))]
-    found = built({**PLAIN, "command_line": line}, layer("a"), layer("b"), agent=True)
-    names = {"virtio-serial": "channel", "disk0": "a", "disk1": "b"}
-    given = [properties(value, "driver") for value in values(found, "-device")]
-    assert [names[device.get("drive", device["driver"])] for device in given if "chardev" not in device] == expected
-
-
-@pytest.mark.parametrize(
-    ("arguments", "expected"),
-    [
-        (["qemu", "disk.img", "-S", "-m", "1G", "more.img"], [("-S", ""), ("-m", "1G")]),
-        (["--enable-kvm", "-M", "q35"], [("-accel", ""), ("-machine", "q35")]),
-    ],
-)
-def test_pairs(arguments: list[str], expected: list[tuple[str, str]]) -> None:
-    assert pairs(arguments) == expected
-
-
-@pytest.mark.parametrize(
-    ("value", "expected"),
-    [
-        ("q35,smm,kernel-irqchip=on", {"type": "q35", "smm": "on", "kernel-irqchip": "on"}),
-        ("type=q35", {"type": "q35"}),
-        (json.dumps({"driver": "nvme", "bootindex": 1}), {"driver": "nvme", "bootindex": "1"}),
-        ("{'driver': 'nvme'}", {}),
-        ("", {}),
-    ],
-)
-def test_properties(value: str, expected: dict[str, str]) -> None:
-    assert properties(value, "type") == expected
-
-
-@pytest.mark.parametrize(
-    ("wish", "message"),
-    [
-        (replace(WISH, pattern=""), "boot_agent: "),
-        (replace(WISH, pattern="["), "boot_pattern: "),
-        (replace(WISH, options=("--net", "user")), "boot_options: -net"),
-        (replace(WISH, tmpdir="/nowhere"), "tmpdir: "),
-    ],
-)
-def test_refused(wish: BootOptions, message: str) -> None:
-    with pytest.raises(Refused, match=message):
-        wish.check()
 
 
 def test_qemu_of_another_name(tmp_path: Path) -> None:
@@ -366,15 +77,15 @@ def left_running() -> list[int]:
 
 
 def test_nothing_is_left_running(tmp_path: Path) -> None:
-    ending = asyncio.run(boot.watch(LONG, str(tmp_path), replace(WISH, timeout=0)))
-    assert "no sign of life ('login:' on its console) within 0 s: its console said nothing" in ending.error
-    assert ending.guilty
+    result = asyncio.run(boot.watch(LONG, str(tmp_path), replace(OPTIONS, timeout=0)))
+    assert "no sign of life ('login:' on its console) within 0 s: its console said nothing" in result.error
+    assert result.is_backup_fault
     assert not left_running()
 
 
 def test_nothing_is_left_running_by_one_that_is_interrupted(tmp_path: Path) -> None:
     async def interrupted() -> None:
-        watching = asyncio.ensure_future(boot.watch(LONG, str(tmp_path), WISH))
+        watching = asyncio.ensure_future(boot.watch(LONG, str(tmp_path), OPTIONS))
         while not left_running():
             await asyncio.sleep(0.01)
         watching.cancel()
@@ -386,15 +97,15 @@ def test_nothing_is_left_running_by_one_that_is_interrupted(tmp_path: Path) -> N
 
 
 def test_one_that_fills_the_disk_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(boot, "ROOM", 1 << 60)
+    monkeypatch.setattr(boot, "MIN_FREE", 1 << 60)
     (tmp_path / "console").write_text("much\n")
-    ending = asyncio.run(boot.watch(LONG, str(tmp_path), WISH))
-    assert "give a tmpdir with more room" in ending.error
-    assert (ending.console, ending.guilty) == (("much",), False)
+    result = asyncio.run(boot.watch(LONG, str(tmp_path), OPTIONS))
+    assert "give a tmpdir with more room" in result.error
+    assert (result.console, result.is_backup_fault) == (("much",), False)
     assert not left_running()
 
 
 def test_qemu_that_does_not_start(tmp_path: Path) -> None:
-    ending = asyncio.run(boot.watch(["/bin/sh", "-c", "echo no such machine >&2; exit 1"], str(tmp_path), WISH))
-    assert "QEMU ended before the guest gave a sign of life: no such machine; give boot_options" in ending.error
-    assert not ending.guilty
+    result = asyncio.run(boot.watch(["/bin/sh", "-c", "echo no such machine >&2; exit 1"], str(tmp_path), OPTIONS))
+    assert "QEMU ended before the guest gave a sign of life: no such machine; give boot_options" in result.error
+    assert not result.is_backup_fault

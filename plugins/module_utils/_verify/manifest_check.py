@@ -1,0 +1,106 @@
+# Copyright (c) 2026, vmfleet contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Check the manifest of a set, its files, and the description of its VM."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import TYPE_CHECKING
+
+from .._common.errors import BackupError
+from .._common.version import SCHEMA
+from .._repository.catalog import Depth
+from .._repository.json_file import UNFINISHED
+from .._repository.repository import DESCRIPTION, INTENT, MANIFEST
+from .model import REMEDY, Finding
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from typing import Any
+
+    from .._repository.catalog import VmCatalog
+    from .._repository.documents import Manifest
+    from .._repository.repository import Repository
+    from .model import SetCheck
+
+
+def check_manifest(repository: Repository, check: SetCheck) -> None:
+    """Find the chain of each disk, and check what stands in the directory of the set."""
+    catalog, manifest = check.catalog, check.manifest
+    for image in manifest.disks:
+        try:
+            check.chains[image.name] = catalog.chain(manifest, image.name)
+        except BackupError:
+            reason = catalog.broken.get((manifest.id, image.name), "its chain is not complete")
+            check.fail(image.name, Depth.MANIFEST, f"{reason}; {REMEDY}")
+    reasons = [*_unexpected(repository, catalog, manifest), *_bad_description(repository, manifest)]
+    if reasons:
+        check.fail("", Depth.MANIFEST, "; ".join(reasons))
+
+
+def _unexpected(repository: Repository, catalog: VmCatalog, manifest: Manifest) -> list[str]:
+    """Return what does not belong to a set like this one."""
+    path = repository.set_path(catalog.name, manifest.id)
+    if repository.set_path(manifest.vm.name, manifest.id) != path:
+        return [f"{path} is a set of VM {manifest.vm.name}; move it to where it belongs"]
+    images = {image.image for image in manifest.disks}
+    found = [] if manifest.disks else [f"{path} has no disk"]
+    if len(images) < len(manifest.disks) or any(os.path.basename(image) != image for image in images):
+        found.append(f"{os.path.join(path, MANIFEST)} does not name one file of the set for each disk; {REMEDY}")
+    expected = {MANIFEST, DESCRIPTION, *images}
+    # A killed process leaves these behind.
+    expected |= {INTENT, *(name + UNFINISHED for name in (MANIFEST, DESCRIPTION, INTENT))}
+    # NFS keeps a removed file under such a name while somebody reads it.
+    entries = sorted(entry for entry in os.listdir(path) if not entry.startswith(".nfs"))
+    found += [
+        f"{os.path.join(path, entry)} does not belong to the set; move it away"
+        for entry in entries
+        if entry not in expected
+    ]
+    return found
+
+
+def _bad_description(repository: Repository, manifest: Manifest) -> list[str]:
+    """Return what is wrong with the description of the VM."""
+    try:
+        read_description(repository, manifest)
+    except (OSError, ValueError) as error:
+        path = _description_path(repository, manifest)
+        why = error.strerror if isinstance(error, OSError) else error
+        return [f"{path} cannot be read ({why}), and nothing else tells how the VM was built; {REMEDY}"]
+    return []
+
+
+def read_description(repository: Repository, manifest: Manifest) -> dict[str, Any]:
+    """Return what C(vm.json) of a set says. OSError or ValueError where it cannot be read."""
+    with open(_description_path(repository, manifest), encoding="utf-8") as source:
+        found = json.load(source)
+    if not isinstance(found, dict) or not isinstance(found.get("schema"), int):
+        raise ValueError("it has no schema number")
+    if found["schema"] > SCHEMA:
+        raise ValueError("its schema {} is newer than this collection".format(found["schema"]))
+    return found
+
+
+def _description_path(repository: Repository, manifest: Manifest) -> str:
+    return os.path.join(repository.set_path(manifest.vm.name, manifest.id), DESCRIPTION)
+
+
+def lost_sets(repository: Repository, vm: str, strays: Iterable[str]) -> list[str]:
+    """Return those of a VM's strays that have been sets; others may keep what they like there."""
+
+    def was_set(path: str) -> bool:
+        entries = os.listdir(path) if os.path.isdir(path) else []
+        return any(entry in (MANIFEST, DESCRIPTION) or entry.endswith(".qcow2") for entry in entries)
+
+    return [stray for stray in sorted(strays) if was_set(repository.set_path(vm, stray))]
+
+
+def lost_set(repository: Repository, vm: str, set_id: str) -> Finding:
+    """Return what is said of a set that has lost its manifest."""
+    path = os.path.join(repository.set_path(vm, set_id), MANIFEST)
+    error = f"{path} is missing or damaged, so that this is no set any more; {REMEDY} and move the directory away"
+    return Finding(vm, set_id, "", Depth.MANIFEST, error)

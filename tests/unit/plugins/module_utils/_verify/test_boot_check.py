@@ -1,0 +1,43 @@
+# Copyright (c) 2026, vmfleet contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""When a throwaway VM is not started, and whose fault that is."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository.annotations import read_annotations
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository.catalog import Depth, read_catalog
+from ansible_collections.vmfleet.backup.plugins.module_utils._verify.boot_check import start
+from ansible_collections.vmfleet.backup.plugins.module_utils._verify.boot_options import BootOptions
+from ansible_collections.vmfleet.backup.plugins.module_utils._verify.model import SetCheck, VerifyOptions
+from ansible_collections.vmfleet.backup.plugins.module_utils._verify.run import VerifyRun
+from ansible_collections.vmfleet.backup.tests.unit.plugins.verifying import VM, publish, start_from
+
+if TYPE_CHECKING:
+    from ansible_collections.vmfleet.backup.plugins.module_utils._repository.repository import Repository
+
+
+def test_a_set_with_faults_of_its_own_is_not_started(repository: Repository, tmp_path: Path) -> None:
+    publish(repository, 1)
+    [found] = start_from(repository, tmp_path)
+    assert found.depth == Depth.MANIFEST
+    assert found.error.endswith("has no disk; not started, since the set is not good")
+    [mark] = read_annotations(repository, VM).verifications
+    assert (mark.depth, mark.errors) == (Depth.MANIFEST, (found.error,))
+
+
+def test_a_description_that_makes_no_sense(repository: Repository, tmp_path: Path) -> None:
+    """It is JSON, but its parts are not what they should be."""
+    made = publish(repository, 1)
+    (Path(repository.set_path(VM, "s1")) / "vm.json").write_text(json.dumps({"schema": 1, "cpus": 4}))
+    run = VerifyRun(repository, VerifyOptions(Depth.BOOT))
+    options = BootOptions("/bin/false", str(tmp_path), 1, "x", agent=False)
+    result = asyncio.run(start(run, SetCheck(read_catalog(repository, VM), made), options))
+    assert "vm.json does not describe a VM" in result.error
+    assert result.is_backup_fault

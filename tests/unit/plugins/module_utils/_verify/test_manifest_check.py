@@ -1,0 +1,86 @@
+# Copyright (c) 2026, vmfleet contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""What does not belong to a set, and what a set has lost."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from ansible_collections.vmfleet.backup.plugins.module_utils._verify.manifest_check import lost_set, lost_sets
+from ansible_collections.vmfleet.backup.tests.unit.plugins.verifying import VM, image, publish, verify
+
+if TYPE_CHECKING:
+    from ansible_collections.vmfleet.backup.plugins.module_utils._repository.documents import DiskImage
+    from ansible_collections.vmfleet.backup.plugins.module_utils._repository.repository import Repository
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        ((), "has no disk"),
+        ((image("a", image="../s1/a.qcow2"),), "does not name one file of the set for each disk"),
+        ((image("a"), image("b", image="a.qcow2")), "does not name one file of the set for each disk"),
+    ],
+)
+def test_odd_manifests(repository: Repository, images: tuple[DiskImage, ...], message: str) -> None:
+    publish(repository, 1, *images)
+    found = verify(repository)[0]
+    assert found.disk == ""
+    assert message in found.error
+
+
+def test_files_that_do_not_belong_to_a_set(repository: Repository) -> None:
+    publish(repository, 1, image("a"))
+    path = Path(repository.set_path(VM, "s1"))
+    # A killed process and NFS leave these behind.
+    for name in ("intent.json", "manifest.json.new", ".nfs0001"):
+        (path / name).touch()
+    (path / "notes").touch()
+    [found, good] = verify(repository)
+    assert found.error == f"{path}/notes does not belong to the set; move it away"
+    assert (good.disk, good.error) == ("a", "")
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("[]", "it has no schema number"),
+        ('{"schema": 99}', "its schema 99 is newer than this collection"),
+        ("{", "Expecting property name"),
+        (None, "No such file or directory"),
+    ],
+)
+def test_descriptions_that_cannot_be_read(repository: Repository, text: str | None, reason: str) -> None:
+    publish(repository, 1, image("a"))
+    path = Path(repository.set_path(VM, "s1"), "vm.json")
+    if text is None:
+        path.unlink()
+    else:
+        path.write_text(text)
+    found = verify(repository)[0]
+    assert found.error.startswith(f"{path} cannot be read ({reason}")
+
+
+def test_a_set_below_the_name_of_another_vm(repository: Repository) -> None:
+    publish(repository, 1, image("a"))
+    os.rename(repository.directory(VM), repository.directory("db01"))
+    [found, _disk] = verify(repository, vm="db01")
+    assert found.error.startswith(
+        f"{repository.set_path('db01', 's1')} is a set of VM {VM}; move it to where it belongs"
+    )
+
+
+def test_what_was_a_set_and_what_was_none(repository: Repository) -> None:
+    for path in ("s1/disk.qcow2", "s2/vm.json", "notes/todo"):
+        file = Path(repository.directory(VM), path)
+        file.parent.mkdir(parents=True)
+        file.touch()
+    (file.parent.parent / "file").touch()
+    assert lost_sets(repository, VM, {"s2", "notes", "s1", "file"}) == ["s1", "s2"]
+    assert lost_set(repository, VM, "s1").error.startswith(f"{repository.set_path(VM, 's1')}/manifest.json is missing")
