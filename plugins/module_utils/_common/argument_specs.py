@@ -2,7 +2,7 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""What options of several modules share: argument specs, each with a documentation fragment of its name, and times."""
+"""Give options to several modules: argument specs, each with a documentation fragment of its name, and times."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def duration(option: str, text: str) -> float:
-    """The seconds of an option that is a time, such as C(90), C(10m) or C(1.5h)."""
+    """Return the seconds of an option that is a time, such as C(90), C(10m) or C(1.5h). Refused where it is none."""
     try:
         return seconds(text)
     except ValueError as error:
@@ -24,12 +24,12 @@ def duration(option: str, text: str) -> float:
 
 
 def monitor_argument_spec() -> dict[str, Any]:
-    """The documentation is in C(doc_fragments/monitor.py)."""
+    """Return the option of modules that work on one VM. Its documentation is in C(doc_fragments/monitor.py)."""
     return {"monitor": {"type": "str", "required": True}}
 
 
 def drive_argument_spec(required: bool = False, defaults: bool = False) -> dict[str, Any]:
-    """One drive of drive_backup: on its own (C(defaults)), or as an element of C(drives) (C(required))."""
+    """Return the options of one drive of drive_backup: on its own (C(defaults)), or in C(drives) (C(required))."""
     on_error = ["report", "ignore", "enospc", "stop"]
     spec: dict[str, Any] = {
         "device": {"type": "str", "required": required},

@@ -2,7 +2,7 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""The exceptions of the collection, and the one place that turns them into a module's failure."""
+"""Name what can go wrong, and put errors into words."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class ToolError(BackupError):
 
 
 class RepositoryHangs(BackupError):
-    """The repository's file system has ceased to answer. What was asked of it last may yet be done, or never."""
+    """The repository's file system does not answer any more. The last call may still be done later, or never."""
 
 
 class JobFailed(BackupError):
@@ -70,17 +70,17 @@ class JobFailed(BackupError):
 
 
 def internal(error: Exception) -> str:
-    """What is told of a defect of ours that shows with one VM; the traceback is to go with it as a warning."""
+    """Return what is told of a defect of ours that shows with one VM. Its traceback has to be told as a warning."""
     return f"internal error: {error!r}; report it with the warning"
 
 
 @contextlib.contextmanager
 def after(first: BaseException | str) -> Iterator[None]:
-    """Have what goes wrong with the end of something told after the reason for that end, which matters more."""
+    """Tell what goes wrong while something is ended after the reason why it is ended, which matters more."""
     try:
         yield
     except MonitorError:
-        # Whether QEMU can be asked is decided by others.
+        # The caller decides what it means that QEMU cannot be asked.
         raise
     except (BackupError, OSError) as error:
         kind = type(error) if isinstance(error, (RepositoryHangs, JobFailed)) else BackupError

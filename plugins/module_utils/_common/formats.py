@@ -2,7 +2,7 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Times and sizes, as they are taken, written and read."""
+"""Take, write and read times and sizes."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from datetime import datetime, timezone
 
 
 def boottime() -> float:
-    """Seconds of a clock that nobody sets, and that goes on while the machine sleeps."""
+    """Return the seconds of a clock that nobody sets, and that goes on while the machine sleeps."""
     return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 def utc_now() -> str:
-    """The time as it stands in documents."""
+    """Return the time now, as documents say it."""
     return datetime.now(timezone.utc).isoformat(timespec="seconds").replace("+00:00", "Z")
 
 
 def parse_time(text: str) -> datetime:
-    """A time in ISO 8601; without a zone it is UTC. ValueError where it is none."""
+    """Read a time in ISO 8601, which is UTC without a zone. Raises ValueError where it is none."""
     # Python 3.8 knows no Z.
     found = datetime.fromisoformat(text.replace("Z", "+00:00"))
     return found if found.tzinfo else found.replace(tzinfo=timezone.utc)
@@ -32,7 +32,7 @@ SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
 def seconds(text: str) -> float:
-    """C(90), C(10m) or C(1.5h) in seconds. ValueError where it is none."""
+    """Return a time such as C(90), C(10m) or C(1.5h) in seconds. Raises ValueError where it is none."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd]?)", text.strip())
     if not match:
         raise ValueError(f"{text!r} is not a number of seconds, nor one with s, m, h or d, such as '10m'")
@@ -40,7 +40,7 @@ def seconds(text: str) -> float:
 
 
 def human(size: int) -> str:
-    """C(33.6 MiB)"""
+    """Return a size for people, such as C(33.6 MiB)."""
     if size < 1024:
         return f"{size} B"
     number = size / 1024
@@ -57,6 +57,6 @@ def amount(size: int) -> str:
 
 
 def seconds_since(moment: str) -> float:
-    """Seconds since a time that was written down, maybe by another process; 0 where the clock was set back."""
+    """Return the seconds since a time that was written down; 0 where the clock was set back since then."""
     then = datetime.fromisoformat(moment.replace("Z", "+00:00"))
     return max(0.0, (datetime.now(timezone.utc) - then).total_seconds())

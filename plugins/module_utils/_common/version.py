@@ -2,7 +2,7 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Tell the version of the collection, and of the documents that it writes."""
+"""Name the version of the collection, and that of the documents that it writes."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Give the words of a closed list names and one place."""
+"""Name the words of a closed list in one place."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Checksums of images, many at a time: hashlib works outside of the interpreter's lock."""
+"""Take the checksum of an image. Threads can do that at the same time: hashlib releases the interpreter's lock."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ READ_SIZE = 1 << 20
 
 
 def sha256(path: str) -> str:
-    """The checksum of what is on the disk, not of what the page cache remembers, which keeps nothing of it.
+    """Return the checksum of what is on the disk. The page cache is neither asked nor filled.
 
     What a hypervisor has in its memory is worth more than a backup that nobody reads again today.
     """

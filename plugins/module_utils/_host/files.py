@@ -2,7 +2,7 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""What all have in common that work with files: errors tell which one, and file systems keep what they can."""
+"""Work with files so that an error tells which one, and on file systems that lack permissions, links or locks."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _unkept: dict[str, str] = {}
 
 @contextlib.contextmanager
 def step(path: str, what: str) -> Iterator[None]:
-    """Have an OSError tell which file it is about, and what was being done: a call on an open file knows no name.
+    """Make an OSError tell which file it is about, and what was done: a call on an open file knows no name.
 
     C(what) goes on a sentence, such as C(it was flushed). Of steps within steps the innermost is told.
     """
@@ -53,7 +53,7 @@ def step(path: str, what: str) -> Iterator[None]:
 
 
 def set_mode(path: str, mode: int, fd: int | None = None) -> None:
-    """Set who may do what with a file. Where its file system keeps no such thing, that is noted for C(unkept)."""
+    """Set the permissions of a file. Where its file system does not keep them, that is noted for unkept()."""
     try:
         with step(path, "its permissions were set"):
             os.chmod(path if fd is None else fd, mode)
@@ -99,7 +99,7 @@ def claim(source: str, name: str) -> None:
 
 
 def read_text(path: str) -> str:
-    """What a file says; empty where there is none."""
+    """Return the content of a text file; empty where there is none."""
     try:
         with step(path, "it was read"), open(path, encoding="utf-8", errors="replace") as source:
             return source.read()
@@ -169,6 +169,7 @@ STATFS_SIZE = 256
 
 
 def is_block_device(path: str) -> bool:
+    """Return whether there is a block device at C(path)."""
     try:
         return stat.S_ISBLK(os.stat(path).st_mode)
     except (FileNotFoundError, NotADirectoryError):
@@ -176,13 +177,13 @@ def is_block_device(path: str) -> bool:
 
 
 def free_bytes(path: str) -> int:
-    """Bytes that are free on the file system of C(path)."""
+    """Return the bytes that are free on the file system of C(path)."""
     free = os.statvfs(path)
     return free.f_bavail * free.f_frsize
 
 
 def identity(path: str) -> tuple[int, int]:
-    """Inode and generation of what stands at C(path), zeros for nothing.
+    """Return the inode and the generation of what stands at C(path), zeros for nothing.
 
     A new file often gets the inode that was freed last, but another generation (FS_IOC_GETVERSION); that is 0 where the
     file system has none, as on tmpfs, and on FUSE, whose servers answer with what their memory happens to hold.

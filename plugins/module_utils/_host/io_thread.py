@@ -2,9 +2,9 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Calls on a file system that may begin to hang at any moment: then they never return, and nothing can interrupt them.
+"""Call a file system that may begin to hang at any moment: then a call never returns, and nothing can interrupt it.
 
-Such a call is made in a thread. The one that waits for it is told when the file system is seen to hang; the call is
+Such a call is made in a thread. Whoever waits for it gets an error when the file system is seen to hang; the call is
 left behind with its thread, and with the locks that were taken for it.
 """
 
@@ -37,10 +37,10 @@ LONG_AT_ONCE = 6
 
 
 class DirectCalls:
-    """Calls that are simply made, by those who do nothing else meanwhile."""
+    """Calls that are made at once, for callers who do nothing else meanwhile."""
 
     async def run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """What C(function) returns, or raises."""
+        """Call C(function), and return what it returns."""
         return function(*args, **kwargs)
 
     def close(self, fd: int) -> None:
@@ -71,21 +71,21 @@ class ThreadedCalls(DirectCalls):
         return self
 
     async def __aexit__(self, *exc: object) -> None:
-        # Nobody has waited for a file to be closed: that can hang as well.
+        # To close a file can hang as well, and nobody has waited for that.
         with contextlib.suppress(RepositoryHangs):
             await self.run(self._queue.put, None)
             if self._worker:
                 self._worker.join()
 
     async def run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """What C(function) returns, or raises; calls are made in their order. RepositoryHangs where it never will."""
+        """Call C(function) after the calls before it, and return what it returns; RepositoryHangs where it hangs."""
         answer = self._begin()
         self._put(lambda: self._call(answer, lambda: function(*args, **kwargs)))
         found: T = await answer
         return found
 
     async def run_long(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """The same for a call that the others are not to wait for."""
+        """Call C(function) beside the others, which do not wait for it, and return what it returns."""
         async with self._places:
             answer = self._begin()
             call = (answer, lambda: function(*args, **kwargs))
@@ -108,19 +108,19 @@ class ThreadedCalls(DirectCalls):
 
     def _call(self, answer: asyncio.Future[Any], function: Callable[[], Any]) -> None:
         if self._hangs:
-            # Nobody counts any more on what was not begun before the file system hung.
+            # Its caller was told already that it hangs.
             return
         found, error = None, None
         try:
             found = function()
         except BaseException as raised:  # noqa: BLE001
             error = raised
-        # The file system may come back when the loop has come to its end.
+        # The file system may come back after the loop has ended.
         with contextlib.suppress(RuntimeError):
             answer.get_loop().call_soon_threadsafe(_settle, answer, found, error)
 
     def _begin(self) -> asyncio.Future[Any]:
-        """An answer to wait for."""
+        """Return an answer to wait for."""
         if self._hangs:
             raise RepositoryHangs(self._hangs)
         loop = asyncio.get_running_loop()
@@ -132,11 +132,11 @@ class ThreadedCalls(DirectCalls):
         return answer
 
     async def _ask(self) -> None:
-        """As long as somebody waits for an answer, see to it that there can be one."""
+        """Watch over the file system for as long as somebody waits for an answer."""
         try:
             while self._awaited:
                 await asyncio.sleep(MOMENT)
-                # Where there is no process to ask with, there may be one in a moment.
+                # No process could be started to ask: maybe the next time.
                 with contextlib.suppress(OSError):
                     await self._give_up_what_hangs()
         finally:
@@ -151,7 +151,7 @@ class ThreadedCalls(DirectCalls):
 
 
 def _close(fd: int) -> None:
-    # Nobody can do anything about an error: those that matter, an fsync has told before.
+    # Nobody can do anything about an error. The fsync before it has told those that matter.
     with contextlib.suppress(OSError):
         os.close(fd)
 

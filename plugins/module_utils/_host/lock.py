@@ -2,7 +2,7 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Locks between module processes: flock(2) on files that are never unlinked."""
+"""Hold locks against other module processes: flock(2) on files that are never unlinked."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class LockHeld(BackupError):
 
 
 def lock_directory() -> str:
-    """Where this user's locks are; BackupError where others could exchange them."""
+    """Return the directory of this user's locks. Raises BackupError where others could exchange them."""
     user = os.geteuid()
     directory = DIRECTORY if user == 0 else os.path.join("/tmp", f"vmfleet-{user}")
     try:
@@ -57,7 +57,7 @@ def lock_directory() -> str:
 async def locked(
     path: str, holder_of: str, timeout: float = TIMEOUT, calls: DirectCalls = AT_ONCE
 ) -> AsyncIterator[int]:
-    """Hold the lock at C(path), waiting for it at most C(timeout) seconds; gives its file descriptor.
+    """Hold the lock at C(path), and give its file descriptor. Waits for it at most C(timeout) seconds.
 
     C(calls) is how its file system is called.
     """

@@ -2,7 +2,7 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Tell which hypervisor this is."""
+"""Tell hypervisors from each other."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .namespaces import boot_id
 
 
 def machine_id() -> str:
-    """This hypervisor's identity (machine-id(5))."""
+    """Return the identity of this hypervisor (machine-id(5))."""
     for path in ("/etc/machine-id", "/var/lib/dbus/machine-id"):
         try:
             with open(path, encoding="ascii") as source:
@@ -35,10 +35,10 @@ class Hypervisor:
     boot_id: str
 
     def is_same(self, other: Hypervisor) -> bool:
-        """Whether both are one machine, maybe booted again. Containers on it may have a machine-id of their own.
+        """Return whether both are one machine, maybe booted again.
 
-        Images of machines and of containers are cloned with their machine-id: with another boot and another name it
-        proves nothing.
+        Containers on a machine may have a machine-id of their own, but have its boot. Images of machines and of
+        containers are cloned with their machine-id, which therefore has to come with the same name.
         """
         if self.boot_id == other.boot_id:
             return True
@@ -46,4 +46,5 @@ class Hypervisor:
 
 
 def this_hypervisor() -> Hypervisor:
+    """Return the machine that this process runs on."""
     return Hypervisor(os.uname().nodename, machine_id(), boot_id())

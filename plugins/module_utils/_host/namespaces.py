@@ -2,7 +2,7 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Where this process stands: its machine's boot and its name spaces, and what can be judged from there.
+"""Tell whether a process id, a path or a port means here what it meant to another process.
 
 A container has process ids, paths and ports of its own. What was begun in one of them and is gone on with in another
 can be alive, and its process id, its socket or its port mean something else here, or nothing.
@@ -27,18 +27,18 @@ PORTS = "ports"
 
 @lru_cache(maxsize=None)
 def boot_id() -> str:
-    """The boot of the kernel that runs this process: containers and what is outside of them have one."""
+    """Return the boot of the kernel that runs this process, which is one for all containers of a machine."""
     with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as source:
         return source.read().strip()
 
 
 @lru_cache(maxsize=None)
 def spaces() -> dict[str, str]:
-    """Within what this process's ids, paths and ports mean what they mean; empty where that cannot be told."""
+    """Return the name spaces in which this process knows ids, paths and ports; empty where that cannot be told."""
     root = os.stat("/")
     mounts = _space("mnt")
     return {
-        # With somebody else's /proc in view, an id that the kernel tells us is another process's there.
+        # In a /proc of another name space, a process id from the kernel would be that of another process.
         PROCESSES: _space("pid") if proc_is_ours() else "",
         PATHS: f"{mounts}:{root.st_dev}:{root.st_ino}" if mounts else "",
         PORTS: _space("net"),
@@ -46,6 +46,7 @@ def spaces() -> dict[str, str]:
 
 
 def _space(kind: str) -> str:
+    """Return the id of a name space of this process; empty where it cannot be told."""
     try:
         return str(os.stat(f"/proc/self/ns/{kind}").st_ino)
     except OSError:
@@ -53,9 +54,9 @@ def _space(kind: str) -> str:
 
 
 def shared(kind: str, recorded: Mapping[str, str]) -> bool:
-    """Whether a name of this kind means here what it meant where it was written down.
+    """Return whether a name of this kind means here what it meant in the name spaces that were C(recorded).
 
-    Version 0.1.0 did not say where that was: it knew of one place only.
+    Version 0.1.0 recorded none, and is taken to have stood where this process stands.
     """
     here = spaces()[kind]
     return bool(here) and recorded.get(kind, here) == here

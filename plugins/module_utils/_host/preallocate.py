@@ -2,7 +2,7 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Reserve space for files before they grow, and write them out early."""
+"""Reserve space for a file before it grows, and write it out while it grows."""
 
 from __future__ import annotations
 
@@ -90,6 +90,6 @@ class Writeback:
 
 
 def _write_out(fd: int) -> None:
-    # Without a flag that waits, no error is reported here that the flush would then not report.
+    # Without a flag that waits, no error is reported here, so that the flush still reports it.
     everything = (ctypes.c_int64(0), ctypes.c_int64(0))
     ctypes.CDLL(None).sync_file_range(ctypes.c_int(fd), *everything, ctypes.c_uint(SYNC_FILE_RANGE_WRITE))

@@ -2,7 +2,7 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Whether a file system answers at all: calls on a dead NFS server never return, and nothing can interrupt them.
+"""Ask a file system whether it answers at all: calls on a dead NFS server never return, and nothing interrupts them.
 
 A child process asks, and is left behind where it hangs: the module lives on, and says what is wrong. The child ends
 when the file system comes back, or goes.
@@ -28,9 +28,8 @@ if TYPE_CHECKING:
 PREFIX = ".vmfleet.json."
 """What the name of a file begins with that is made to see whether files can be made.
 
-A repository that is being made begins like this too: whoever makes one at this moment passes over both.
+A repository that is being made begins like this too (C(_repository/create.py)), and passes over both.
 """
-
 TIMEOUT = 30.0
 """Seconds until a file system counts as hanging: a busy one may need a while to flush."""
 INTERVAL = 10.0
@@ -66,7 +65,7 @@ class Probe:
         self._answer.set_result(os.read(self._source, 16))
 
     async def answered(self, timeout: float) -> bool:
-        """Whether there is an answer, no later than C(timeout) seconds after the question."""
+        """Wait for an answer until C(timeout) seconds after the question; return whether there is one."""
         left = self.asked + timeout - time.monotonic()
         done, _pending = await asyncio.wait({self._answer}, timeout=max(0.0, left))
         return bool(done)
@@ -102,9 +101,9 @@ async def probe(path: str, timeout: float | None = None, writing: bool = False) 
 
 
 async def probe_if_there(path: str, writing: bool = False) -> None:
-    """The same for a directory that may be missing, in whose place the nearest one above it answers.
+    """Do as probe() does for a directory that may be missing: then the nearest one above it is asked.
 
-    That it is missing, or cannot be written to, is no error here: who opens it knows what that means.
+    That it is missing, or cannot be written to, is no error here: whoever opens it knows what that means.
     """
     try:
         await probe(path, writing=writing)
@@ -130,7 +129,7 @@ class Watch:
         self._good_until = 0.0
 
     async def ask(self) -> str:
-        """Why the file system cannot be used now; empty where it answers, or has less than C(INTERVAL) ago.
+        """Return why the file system cannot be used now; empty where it answers, or has less than C(INTERVAL) ago.
 
         The first one to meet with a file system that hangs waits C(timeout) for it; those after that do not wait.
         """
@@ -161,7 +160,7 @@ def _hangs(path: str, timeout: float) -> str:
 
 
 def _ended(child: int, wait: bool = False) -> bool:
-    """Whether a child has ended; it is no zombie then. C(wait) waits for its end."""
+    """Return whether a child has ended, and leave no zombie of it. C(wait) waits for its end."""
     try:
         return os.waitpid(child, 0 if wait else os.WNOHANG)[0] == child
     except ChildProcessError:
@@ -170,7 +169,7 @@ def _ended(child: int, wait: bool = False) -> bool:
 
 
 def _start(path: str, writing: bool) -> tuple[int, int]:
-    """Start the child; returns the file descriptor that its answer will come from, and its pid."""
+    """Start the child; return the file descriptor that its answer will come from, and its pid."""
     source, sink = os.pipe()
     # A signal is an exception to the module, which the child is not to take home into the module's code.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
@@ -188,7 +187,7 @@ def _start(path: str, writing: bool) -> tuple[int, int]:
 
 
 def _live(path: str, writing: bool, sink: int) -> NoReturn:
-    """The child's whole life. It uses system calls only: locks of the parent's threads may be held for ever."""
+    """Live as the child. It uses system calls only: locks of the parent's threads may be held for ever."""
     try:
         _close_inherited(path, sink)
         os.write(sink, b"%d" % _ask(path, writing))
@@ -213,7 +212,7 @@ def _close_inherited(path: str, sink: int) -> None:
 
 
 def _ask(path: str, writing: bool) -> int:
-    """The errno that the file system answers with; 0 where all is well."""
+    """Return the errno that the file system answers with; 0 where all is well."""
     try:
         os.statvfs(path)
         with os.scandir(path) as entries:

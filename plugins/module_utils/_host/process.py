@@ -2,7 +2,7 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Programs that die with the process that has started them, however that ends."""
+"""Tell processes from each other, and start programs that die with this one, however it ends."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 
-# What is to be killed with its parent has to say so itself (PR_SET_PDEATHSIG), and the parent may be dead by then.
+# Only the process itself can ask to be killed with its parent (PR_SET_PDEATHSIG), which may have ended by then.
 LAUNCHER = """
 import ctypes, os, signal, sys
 os.nice(int(sys.argv[2]))
@@ -27,7 +27,7 @@ if os.getppid() == int(sys.argv[1]):
 
 
 def die_with_parent(command: Sequence[str], niceness: int = 0) -> list[str]:
-    """A command that becomes another one, bound to this process; FileNotFoundError where that is not installed.
+    """Return a command that runs this one, and is killed when this process ends. FileNotFoundError where there is none.
 
     C(niceness) is added to this process's own (nice(2)).
     """
@@ -46,23 +46,25 @@ class Process:
 
     @classmethod
     def of(cls, pid: int) -> Process | None:
-        """The process of this id; None where there is none, or where it is out of sight, as from a container."""
+        """Return the process of this id; None where there is none, or where it is out of sight, as from a container."""
         stat = _process_stat(pid) if proc_is_ours() else []
         return cls(pid, int(stat[19])) if stat else None
 
     @property
     def alive(self) -> bool:
+        """Return whether it has not ended."""
         # A zombie has closed its files and ended its jobs: only its exit status is still there.
         stat = _process_stat(self.pid)
         return bool(stat) and int(stat[19]) == self.start and stat[0] != "Z"
 
     @property
     def stopped(self) -> bool:
+        """Return whether a signal or a debugger has stopped it."""
         return _process_stat(self.pid)[:1] in (["T"], ["t"])
 
 
 def proc_is_ours() -> bool:
-    """Whether /proc shows processes by the ids that they have for this one: that of another pid namespace does not."""
+    """Return whether /proc shows processes by the ids that they have here: that of another pid namespace does not."""
     try:
         with open("/proc/self/status", encoding="ascii", errors="replace") as status:
             ids = next((line.split()[1:] for line in status if line.startswith("NSpid:")), [""])
@@ -73,7 +75,7 @@ def proc_is_ours() -> bool:
 
 
 def _process_stat(pid: int) -> list[str]:
-    """The fields of /proc/PID/stat from the state on (proc(5)); empty where there is no such process."""
+    """Return the fields of /proc/PID/stat from the state on (proc(5)); empty where there is no such process."""
     try:
         with open(f"/proc/{pid}/stat", encoding="ascii", errors="replace") as stat:
             return stat.read().rpartition(")")[2].split()

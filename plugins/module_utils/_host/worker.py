@@ -2,10 +2,10 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""A module whose work is done in a child process, which is left behind where the repository's file system hangs.
+"""Do a module's work in a child process, which is left behind where the repository's file system hangs.
 
 A process does not end before the last call of its threads has: not for a signal, nor for itself. Ansible waits for the
-one that it has started, and so that one leaves all calls which may never return to the child.
+process that it has started, which therefore leaves all calls that may never return to its child.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def run_in_worker(module: AnsibleModule, main: Main, watched: str = "", writing:
 
 
 def _wait(source: int, watched: str, writing: bool) -> str:
-    """Wait for the child's last word; returns why it will not come."""
+    """Wait for the child's last word; return why it will not come."""
     timeout = MOMENT if watched else None
     return "" if select.select([source], [], [], timeout)[0] else asyncio.run(_watch_over(source, watched, writing))
 
@@ -73,7 +73,7 @@ async def _watch_over(source: int, watched: str, writing: bool) -> str:
     ended = asyncio.Event()
     asyncio.get_running_loop().add_reader(source, ended.set)
     while True:
-        # Only where the file system hangs, nothing more is to be expected: all other work may take as long as it does.
+        # Nothing more will come only where the file system hangs. All other work may take as long as it needs.
         reason = await watch.ask()
         if ended.is_set():
             return ""
@@ -92,7 +92,7 @@ def _repeat(said: tuple[int, int]) -> None:
 
 
 def _leave(child: int, word: bytes) -> int:
-    """The exit status that the child has told; where it was killed, so is this process."""
+    """Return the exit status that the child has told. Where a signal has killed it, that kills this process too."""
     status, left_behind = word or (0, False)
     if not left_behind:
         # Where SIGCHLD is ignored, nothing is left to wait for.
@@ -104,11 +104,11 @@ def _leave(child: int, word: bytes) -> int:
 
 
 def _work(module: AnsibleModule, main: Main, parent: int, sink: int, said: tuple[int, int]) -> NoReturn:
-    """The child's whole life."""
+    """Live as the child."""
     status = 1
     try:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        # One that cannot end keeps its files open, and whoever reads the module's output to its end would wait for it.
+        # A child that cannot end keeps its files open. Ansible reads the module's output to its end, and would wait.
         for place, file in enumerate((os.open(os.devnull, os.O_RDONLY), *said)):
             os.dup2(file, place)
         if os.getppid() == parent:
@@ -120,7 +120,7 @@ def _work(module: AnsibleModule, main: Main, parent: int, sink: int, said: tuple
 
 
 def _run(module: AnsibleModule, main: Main) -> int:
-    """Run the module to its end, whatever that is; returns the exit status."""
+    """Run the module to its end, whatever that is; return the exit status."""
     status = 1
     try:
         run_module(module, main)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def bitmap_add(node: str, name: str, persistent: bool) -> dict[str, Any]:
-    """The action of a transaction that adds a bitmap to a node."""
+    """Return the action of a transaction that adds a bitmap to a node."""
     return {"type": "block-dirty-bitmap-add", "data": {"node": node, "name": name, "persistent": persistent}}
 
 

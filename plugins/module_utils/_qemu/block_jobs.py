@@ -2,7 +2,7 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Backup jobs: started in one go, cancelled, dismissed. Nothing here waits longer than a moment for a job.
+"""Start backup jobs together, cancel and dismiss them. Nothing here waits longer than a moment for a job.
 
 A backup is QEMU's drive-backup. Where a QEMU has that no more, or its policy refuses what is deprecated, it is the same
 with blockdev-backup: the target is a node then, which we add before and remove after.
@@ -73,7 +73,7 @@ class Way:
     by_node: bool = False
 
     def after(self, error: CommandError | OSError) -> Way | None:
-        """The way to try where this one has failed; None where there is no other."""
+        """Return the way to try where this one has failed; None where there is no other."""
         # In a transaction it is the value of a field that is refused, and no class of error tells it from others.
         if isinstance(error, CommandError) and DRIVE_BACKUP in error.description and not self.by_node:
             return replace(self, by_node=True)
@@ -82,7 +82,7 @@ class Way:
 
 
 def target_nodes(opaque: str) -> str:
-    """The name of the node of a target whose fdset has this tag; of the beginning of a tag, that of such names.
+    """Return the name of the node of a target whose fdset has this tag; for the beginning of a tag, that of its names.
 
     A node's name has 31 characters at most, and begins with a letter.
     """
@@ -153,7 +153,7 @@ async def _with_targets(
     bitmap_actions: Sequence[dict[str, Any]],
     execute: Callable[[list[dict[str, Any]]], Awaitable[bool]],
 ) -> Way:
-    """Hand over the targets and C(execute) the actions, in the first way in which that works; returns which that is."""
+    """Hand over the targets and C(execute) the actions, in the first way in which that works; return that way."""
     way = Way(tuple(start.target.direct for start in starts))
     while True:
         try:
@@ -226,7 +226,7 @@ async def set_speed(monitor: Monitor, job_id: str, speed: int) -> None:
 
 
 async def cancel_jobs(monitor: Monitor, job_ids: Iterable[str]) -> tuple[Job, ...]:
-    """Cancel these jobs and wait for a moment until they have ended; returns those that have not."""
+    """Cancel these jobs and wait for a moment until they have ended; return those that have not."""
     wanted = set(job_ids)
     deadline = time.monotonic() + SETTLE_TIMEOUT
     asked: set[str] = set()
@@ -240,7 +240,7 @@ async def cancel_jobs(monitor: Monitor, job_ids: Iterable[str]) -> tuple[Job, ..
                 try:
                     await monitor.execute("block-job-cancel", {"device": job.id, "force": True})
                 except CommandError:
-                    # It ended, or a sibling's end took it along, since we asked: the next look tells.
+                    # It has ended since we asked, maybe with another job of its transaction. The next look tells.
                     continue
         await asyncio.sleep(SETTLE_INTERVAL)
 
@@ -274,7 +274,7 @@ async def remove_nodes(monitor: Monitor, names: Iterable[str]) -> None:
 
 
 async def close_targets(monitor: Monitor, vm: Vm, prefix: str) -> bool:
-    """Close the targets that are nodes and whose tags begin with C(prefix); returns whether there were any."""
+    """Close the targets that are nodes and whose tags begin with C(prefix); return whether there were any."""
     nodes = [name for name in vm.target_nodes if name.startswith(target_nodes(prefix))]
     await remove_nodes(monitor, nodes)
     return bool(nodes)

@@ -23,7 +23,7 @@ ALIASES = {"-M": "-machine", "-enable-kvm": "-accel", "-no-kvm": "-accel"}
 
 
 def pairs(arguments: Sequence[str]) -> list[tuple[str, str]]:
-    """Options with their values; one without a value has an empty one. Names of images are left out."""
+    """Return options with their values, which are empty where they have none. Names of images are left out."""
     found: list[tuple[str, str]] = []
     free = False
     for argument in arguments:
@@ -39,7 +39,7 @@ def pairs(arguments: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def properties(value: str, first: str) -> dict[str, str]:
-    """An option's C(key=value) pairs. The first may come without its key, which is C(first); JSON is read as well."""
+    """Return an option's C(key=value) pairs. The first may lack its key, which is C(first). JSON is read too."""
     if value.startswith("{"):
         try:
             return {key: str(one) for key, one in json.loads(value).items()}
@@ -55,6 +55,7 @@ def properties(value: str, first: str) -> dict[str, str]:
 
 
 def flatten(options: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Return options as pairs, with a dotted key for what stands within another."""
     for key, value in options.items():
         if isinstance(value, dict):
             yield from flatten(value, f"{prefix}{key}.")
@@ -63,8 +64,10 @@ def flatten(options: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
 
 
 def option_keys(values: Mapping[str, str]) -> str:
+    """Return an option's value of these keys and values."""
     return ",".join(f"{key}={escape(value)}" for key, value in values.items())
 
 
 def escape(value: str) -> str:
+    """Return a value as it stands within an option."""
     return value.replace(",", ",,")

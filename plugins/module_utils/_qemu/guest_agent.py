@@ -2,7 +2,7 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""The guest agent of a VM: its channel, found through QEMU's object tree, and what is said there.
+"""Talk to the guest agent of a VM, whose channel is found through QEMU's object tree.
 
 Reference: QEMU 7.2, docs/interop/qemu-ga.rst and qga/qapi-schema.json; virtio-serial port org.qemu.guest_agent.0.
 """
@@ -46,7 +46,7 @@ RETRY_INTERVAL = 0.05
 
 
 async def find_agent(monitor: Monitor) -> dict[str, Any] | None:
-    """The agent channel's C(socket) path and whether an agent in the guest has it open; None where there is none."""
+    """Return the agent channel's C(socket) path, and whether an agent has it open; None where there is no channel."""
     for path in await _ports(monitor):
         name, chardev = await asyncio.gather(
             monitor.execute("qom-get", {"path": path, "property": "name"}),
@@ -72,7 +72,7 @@ async def _ports(monitor: Monitor) -> list[str]:
 
 
 def _socket_path(filename: str) -> str:
-    """C(/run/web01.qga) of C(unix:/run/web01.qga,server=on) or C(disconnected:unix:...)."""
+    """Return C(/run/web01.qga) of C(unix:/run/web01.qga,server=on) or C(disconnected:unix:...)."""
     return filename.partition("unix:")[2].partition(",")[0]
 
 
@@ -85,7 +85,7 @@ class AgentGone(AgentError):
 
 
 async def wait_in_loop(connection: socket.socket | None, seconds: float) -> bool:
-    """Whether there is something to read (or the end) within so many seconds; without a connection, a pause."""
+    """Wait so many seconds for something to read, or for the end; return whether it came. No connection: just wait."""
     loop = asyncio.get_running_loop()
     readable: asyncio.Future[bool] = loop.create_future()
 
@@ -106,7 +106,7 @@ async def wait_in_loop(connection: socket.socket | None, seconds: float) -> bool
 
 
 async def wait_alone(connection: socket.socket | None, seconds: float) -> bool:
-    """The same for a process without an event loop: it blocks."""
+    """Wait as wait_in_loop() does, in a process without an event loop, which blocks."""
     poll = select.poll()
     if connection:
         poll.register(connection, select.POLLIN)
@@ -145,7 +145,7 @@ class Agent:
         self.close()
 
     def close(self) -> None:
-        """Leave the agent to its next client."""
+        """Close the connection: the agent is free for its next client."""
         self._connection.close()
 
     async def require_freezable(self) -> None:
@@ -168,7 +168,7 @@ class Agent:
             )
 
     async def frozen(self) -> bool:
-        """Whether file systems were frozen through the agent, by whomever; it does not know of fsfreeze(8)."""
+        """Return whether file systems were frozen through the agent, by whomever. It does not know of fsfreeze(8)."""
         status = await self._ask("guest-fsfreeze-status", ANSWER_TIMEOUT)
         if status not in ("frozen", "thawed"):
             raise self._nonsense("guest-fsfreeze-status")
@@ -205,9 +205,9 @@ class Agent:
                 raise AgentError(f"{self.path}: cannot connect: {error.strerror or error}") from error
 
     async def _synchronize(self, deadline: float) -> None:
-        """Skip what the agent still answers to earlier clients."""
+        """Read over what the agent still answers to earlier clients."""
         number = int.from_bytes(os.urandom(4), "big")
-        # Whatever an earlier client has left half said ends with this byte, which is in no JSON.
+        # This byte, which is in no JSON, ends what an earlier client has left half said.
         self._send({"execute": "guest-sync", "arguments": {"id": number}}, prefix=b"\xff")
         while (await self._answer(deadline, self._no_agent())).get("return") != number:
             pass
@@ -240,7 +240,7 @@ class Agent:
         self._owed += 1
 
     async def _answer(self, deadline: float, silence: str) -> dict[str, Any]:
-        """The next answer; what is none is skipped. The guest may send anything, for ever, and is not trusted."""
+        """Return the next answer, and skip what is none: the guest may send anything, for ever, and is not trusted."""
         while True:
             while self._lines:
                 answer = _parsed(self._lines.popleft())

@@ -2,12 +2,12 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Freezing a guest's file systems, so that nothing leaves them frozen, whatever is killed.
+"""Freeze a guest's file systems so that they do not stay frozen, whatever is killed.
 
-Not the module freezes but its guard, a process of its own that alone holds the agent's socket. A pair of sockets
-connects the two, and the module's last word is the same whether it comes to its end or is killed: the pair is closed.
-Then the guard thaws, and tries again until the guest is seen thawed. The death of the guard shows in the same way, and
-the module thaws in its place. Where both die, the set's intent tells a later run to thaw.
+The module starts a guard, a process of its own that alone holds the agent's socket, and freezes. A pair of sockets
+connects the two. It is closed when the module ends or is killed: then the guard thaws, and tries again until the guest
+is seen thawed. Where the guard is killed, the module sees the pair closed, and thaws in its place. Where both are
+killed, the set's intent tells a later run to thaw.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ class Freezer:
         return {"thawed": time.monotonic(), "held": count > 0}
 
     async def _hear(self, seconds: float) -> dict[str, Any]:
-        """The guard's next word; an empty one from a guard that is dead."""
+        """Return the guard's next word; an empty one from a guard that is dead."""
         if not await wait_in_loop(self._channel, seconds):
             return {"silent": True, "error": f"{self._socket}: no word from the guard process within {seconds:g} s"}
         word: dict[str, Any] = json.loads(self._channel.recv(65536) or b"{}")
@@ -134,14 +134,14 @@ class Freezer:
 
 
 async def _thaw(path: str, wait: Wait, limit: float) -> int:
-    """Try until the guest is seen thawed; returns how many file systems were frozen."""
+    """Try until the guest is seen thawed; return how many file systems were frozen."""
     deadline = time.monotonic() + limit
     while True:
         try:
             async with Agent(path, wait) as agent:
                 return await agent.thaw() if await agent.frozen() else 0
         except AgentGone:
-            # With its QEMU the guest has ended, too.
+            # Without its QEMU the guest has ended.
             raise
         except AgentError:
             if time.monotonic() >= deadline:
@@ -150,7 +150,7 @@ async def _thaw(path: str, wait: Wait, limit: float) -> int:
 
 
 def _start_guard(path: str) -> sockets.socket:
-    """Start a guard; returns the module's end of the pair that connects them."""
+    """Start a guard; return the module's end of the pair that connects them."""
     try:
         ours, guards = sockets.socketpair(sockets.AF_UNIX, sockets.SOCK_SEQPACKET)
         with guards, _signals_blocked():
@@ -167,7 +167,7 @@ def _start_guard(path: str) -> sockets.socket:
 
 @contextlib.contextmanager
 def _signals_blocked() -> Iterator[None]:
-    """No handler of the module may run in its child. There the block remains: only SIGKILL ends a guard."""
+    """Block all signals: no handler of the module may run in its child. There they stay blocked, except SIGKILL."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     try:
         signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
@@ -177,11 +177,11 @@ def _signals_blocked() -> Iterator[None]:
 
 
 def _become_guard(path: str, channel: sockets.socket) -> NoReturn:
-    """Never return to the module's code, whose locks, connections and clean-up are not the guard's."""
+    """Live as the guard, and never return to the module's code: its locks and connections are not the guard's."""
     try:
         # An object that is collected would close a file by its number, which may be the guard's by now.
         gc.disable()
-        # A child's child: nobody has to wait for its end, which may come after the module's.
+        # The guard is a child's child, so that nobody has to wait for its end: the module may end before.
         if not os.fork():
             _detach(channel.fileno())
             _run(_guard(path, channel))
@@ -197,7 +197,7 @@ def _detach(kept: int) -> None:
     for fd in {0, 1, 2} - {kept}:
         os.dup2(null, fd)
     for fd in {int(name) for name in os.listdir("/proc/self/fd")} - {0, 1, 2, kept}:
-        # One was the listing's own.
+        # One of them has listed the others, and is closed already.
         with contextlib.suppress(OSError):
             os.close(fd)
 
@@ -235,7 +235,7 @@ async def _hold(agent: Agent, channel: sockets.socket) -> bool:
 
 async def _thaw_at_last(agent: Agent) -> int:
     try:
-        # Behind a freeze without an answer, too: whenever the agent comes to that, the thaw follows.
+        # This is right behind a freeze without an answer, too: the agent thaws after it has frozen, however late.
         return await agent.thaw()
     except AgentError:
         agent.close()

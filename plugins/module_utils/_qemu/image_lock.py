@@ -2,7 +2,7 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""See whether QEMU has an image open, by its locks."""
+"""Tell by QEMU's locks whether it has an image open."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ QEMU_LOCKS = (100, 200)
 
 
 def is_locked(path: str) -> bool:
-    """Whether a QEMU has this image open, in whatever name space, be it to read from it only.
+    """Return whether a QEMU has this image open, in whatever name space, even if only to read it.
 
     QEMU says with locks on single bytes what it does with a file, and what it does not want others to do. No command
     of qemu-img asks for them without writing where the format is raw.

@@ -27,11 +27,11 @@ FIRST_TABLE = 1 << 26
 async def expected_bytes(
     disk: Disk, image_format: str, sync: str = "full", bitmap: str = "", before: int = 0, chain: Sequence[Disk] = ()
 ) -> int:
-    """The most that a backup of C(disk) will write, in bytes.
+    """Return the most that a backup of C(disk) will write, in bytes.
 
-    The larger of what qemu-img measures and what the images hold (it does not see writes that QEMU has not flushed),
-    plus one percent, at most the fully allocated size. What it was C(before), if that is known, is not measured again.
-    Nor is what the tables of all its layers, C(chain), tell to be no more than the images hold.
+    It is the larger of what qemu-img measures and what the images hold, as qemu-img does not see writes that QEMU has
+    not flushed; plus one percent, and at most the fully allocated size. What it was C(before), if that is known, is not
+    measured again. Nor is a disk whose layers, C(chain), hold no more by their tables than their images do.
     """
     if image_format == "raw":
         return disk.virtual_size
@@ -73,7 +73,7 @@ def increment_bytes(disk: Disk, records: Iterable[Bitmap]) -> int:
 
 
 async def _measured(disk: Disk) -> Any:
-    """What qemu-img measures; None for a network disk or a json: file name, which only QEMU itself can open."""
+    """Return what qemu-img measures; None for a network disk or a json: file name, which only QEMU itself can open."""
     try:
         return await qemu_img.run_json(qemu_img.measure_command(disk.filename, disk.driver, "qcow2"))
     except ToolError:
@@ -81,7 +81,7 @@ async def _measured(disk: Disk) -> Any:
 
 
 def _metadata(virtual_size: int) -> int:
-    """qcow2's own tables for an image of this size with nothing in it, generously."""
+    """Return the most that qcow2's own tables take for an image of this size with nothing in it."""
     return 16 * qemu_img.CLUSTER + virtual_size // qemu_img.CLUSTER * 8
 
 

@@ -2,7 +2,7 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""What a copy of a disk does not keep, to be said before it is made: pure functions of what QEMU says."""
+"""Tell what a copy of a disk will lack, before it is made: pure functions of what QEMU says."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ IN_THE_CLEAR = "is encrypted at rest, and its copy is not: whoever can read the 
 
 
 def lost_in_copy(disks: Iterable[Disk], among: Iterable[Disk]) -> tuple[str, ...]:
-    """What the copies of C(disks) will lack, a sentence for each fact; C(among) are all disks of their VM."""
+    """Return what the copies of C(disks) will lack, one sentence for each fact; C(among) are all disks of their VM."""
     every = tuple(among)
     return tuple(loss for disk in disks for loss in _losses(disk, every))
 

@@ -49,7 +49,7 @@ class Bitmap:
 
     @property
     def unusable(self) -> str:
-        """Why an increment cannot rest on this bitmap; empty where it can."""
+        """Return why an increment cannot be made from this bitmap; empty where it can."""
         if self.inconsistent:
             return "is inconsistent: QEMU was not shut down cleanly"
         if self.busy:
@@ -96,12 +96,12 @@ class Disk:
 
     @property
     def aliases(self) -> tuple[str, ...]:
-        """Every name that a user may call this disk by."""
+        """Return every name that a user may call this disk by."""
         found = [self.device, qdev_id(self.qdev), self.qdev, *self.filters, self.node, self.name]
         return tuple(dict.fromkeys(name for name in found if name))
 
     def shares_file(self, other: Disk) -> bool:
-        """Whether another disk is on the same file."""
+        """Return whether another disk is on the same file."""
         return bool(self.file) and plain_path(self.file) == plain_path(other.file) and self.node != other.node
 
     def bitmap(self, name: str) -> Bitmap | None:
@@ -125,26 +125,28 @@ class Job:
 
     @property
     def ended(self) -> bool:
+        """Return whether it does nothing any more."""
         return self.status in ENDED
 
     @property
     def copied(self) -> bool:
-        """Whether there is nothing left for it to copy: it has ended, or is about to."""
+        """Return whether nothing is left for it to copy: it has ended, or is about to."""
         return self.ended or self.status in SETTLING
 
     @property
     def stuck(self) -> bool:
-        """Whether an error paused it (on-target-error or on-source-error stop, enospc): it waits for somebody."""
+        """Return whether an error has paused it (on-target-error or on-source-error is stop or enospc)."""
         return self.paused and self.io_status != "ok" and not self.ended
 
     @property
     def percent(self) -> float:
+        """Return how much of its work is done."""
         if self.len == 0:
             return 100.0 if self.ended and not self.error else 0.0
         return round(100.0 * self.offset / self.len, 1)
 
     def as_dict(self) -> dict[str, Any]:
-        """This job as a return value."""
+        """Return this job as a return value of a module."""
         return {**asdict(self), "percent": self.percent}
 
 
@@ -171,7 +173,7 @@ class Vm:
     """The nodes that backups of this collection write to, or have written to. None of them is a disk."""
 
     def as_dict(self) -> dict[str, Any]:
-        """This VM as a return value."""
+        """Return this VM as a return value of a module."""
         return {
             "name": self.name,
             "uuid": self.uuid,
@@ -185,13 +187,13 @@ class Vm:
 
     @property
     def hidden_files(self) -> tuple[str, ...]:
-        """The images whose names do not tell which files they are; those of a QEMU that can be seen are seen there."""
+        """Return the images whose names do not tell which files they are; none where /proc tells the files."""
         if self.process is not None:
             return ()
         return tuple(path for path in self.files if not path.startswith("/") or path.startswith("/dev/fdset/"))
 
     def cannot_copy(self, disk: Disk) -> str:
-        """Why QEMU must not be told to copy this disk; empty where it may.
+        """Return why QEMU must not be told to copy this disk; empty where it may.
 
         QEMU hands the mark "temporary" of such a disk on to whatever it opens for it, and deletes the file of that name
         (7.2 to 11.1). A file that was handed over open has no name that it could delete.
@@ -212,12 +214,12 @@ class Vm:
         return next((job for job in self.jobs if job.id == job_id), None)
 
     def active_jobs(self, besides: Iterable[str] = ()) -> tuple[Job, ...]:
-        """The jobs that have not ended, except those named."""
+        """Return the jobs that have not ended, except those named."""
         return tuple(job for job in self.jobs if not job.ended and job.id not in set(besides))
 
     def disk(self, name: str, option: str = "device") -> Disk:
-        """The disk called C(name) by backend name, node name or qdev id; Refused with the names there are."""
-        # A backend's name wins over a node's: that is how QEMU itself reads them.
+        """Return the disk of this backend name, node name or qdev id. Raises Refused with the names there are."""
+        # QEMU itself prefers a backend's name to a node's.
         for disk in self.disks:
             if name and name == disk.device:
                 return disk
@@ -236,9 +238,9 @@ def chain_of(disk: Disk, nodes: Iterable[Disk]) -> tuple[Disk, ...]:
 
 
 def qdev_id(qdev: str) -> str:
-    """C(vd0) of C(/machine/peripheral/vd0/virtio-backend); empty for devices without an id of their own.
+    """Return C(vd0) of C(/machine/peripheral/vd0/virtio-backend); empty for devices without an id of their own.
 
-    IDE and SCSI disks are told by their bare id, virtio disks by a path.
+    QEMU tells IDE and SCSI disks by their bare id, virtio disks by a path.
     """
     if qdev.startswith(PERIPHERAL):
         return qdev[len(PERIPHERAL) :].partition("/")[0]
@@ -246,9 +248,9 @@ def qdev_id(qdev: str) -> str:
 
 
 def plain_path(file: str) -> str:
-    """One spelling for each file that QEMU names: a block device has many (C(by-id), C(dm-3), the name of a volume).
+    """Return one spelling for each file that QEMU names: a block device has many (C(by-id), C(dm-3), a volume's name).
 
-    Links elsewhere are not followed: who looks at a file system that hangs, hangs.
+    Links elsewhere are not followed: whoever looks at a file system that hangs, hangs.
     """
     if not file.startswith("/"):
         return file

@@ -2,7 +2,7 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Tell whether a QEMU of earlier can be seen from here."""
+"""Tell whether the QEMU of an attempt has ended, as far as this process can see it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Origin:
-    """Of which VM an attempt was begun, at which monitor, and by whom it is called so. C(process) is its QEMU."""
+    """The VM, the monitor and the QEMU process of an attempt, as they were called in the name spaces C(spaces)."""
 
     identity: str
     monitor: str
@@ -30,22 +30,22 @@ class Origin:
 
     @property
     def is_from_here(self) -> bool:
-        """Whether it was begun where this process stands."""
+        """Return whether the attempt was begun in the name spaces of this process."""
         return all(shared(kind, self.spaces) for kind in (PROCESSES, PATHS, PORTS))
 
     @property
     def knows_process(self) -> bool:
-        """Whether its process id means something here."""
+        """Return whether its process id means the same process here."""
         return bool(self.process) and shared(PROCESSES, self.spaces)
 
     def is_other_process(self, vm: Vm) -> bool:
-        """Whether the QEMU that answers is seen not to be the one of the attempt."""
+        """Return whether the QEMU that answers is certainly not the one of the attempt."""
         if vm.process is None or not self.knows_process:
             return False
         return (vm.process.pid, vm.process.start) != self.process
 
     def has_ended(self, vm: Vm | None, off: bool, has_traces: bool) -> bool | None:
-        """Whether the QEMU of an attempt has ended, on this machine since it was booted last; None: nobody can tell.
+        """Return whether the QEMU of an attempt on this machine, since its last boot, has ended; None: nobody can tell.
 
         C(vm) is what answers at its monitor now, C(off) says that nobody is there, and C(has_traces) that what answers
         has a job of this attempt.
@@ -61,7 +61,7 @@ class Origin:
         return True if self._shares_address() else None
 
     def _is_succeeded_by(self, vm: Vm) -> bool:
-        """Whether what answers is the same VM, so that a job that it does not have is gone."""
+        """Return whether what answers is the same VM: a job that it does not have is gone then."""
         if vm.identity != self.identity:
             return False
         if not self.spaces:
@@ -70,5 +70,6 @@ class Origin:
         return self.monitor in ("", vm.monitor) and (bool(vm.uuid) or self._shares_address())
 
     def _shares_address(self) -> bool:
+        """Return whether the address of its monitor means the same here."""
         is_path = not self.monitor or bool(parse_address(self.monitor).path)
         return shared(PATHS if is_path else PORTS, self.spaces)

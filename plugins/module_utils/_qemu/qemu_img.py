@@ -2,7 +2,7 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""qemu-img: the commands as argument lists, and their answers.
+"""Run qemu-img: its commands as argument lists, and their answers.
 
 Reference: QEMU 7.2, docs/tools/qemu-img.rst.
 """
@@ -44,7 +44,7 @@ def create_command(
     options: dict[str, str] | None = None,
     backing: tuple[str, str] | None = None,
 ) -> list[str]:
-    """C(qemu-img create). C(backing) is a file name and its format; it is written down, not opened (C(-u))."""
+    """Return C(qemu-img create). C(backing) is a file name and its format: written down, not opened (C(-u))."""
     command = ["qemu-img", "create", "-q", "-f", image_format]
     if options:
         command += ["-o", ",".join("{}={}".format(*item) for item in sorted(options.items()))]
@@ -54,7 +54,7 @@ def create_command(
 
 
 def info_command(path: str, image_format: str = "", shared: bool = False) -> list[str]:
-    """C(qemu-img info). Not C(shared): fails on an image that somebody else has open for writing."""
+    """Return C(qemu-img info). If not C(shared), it fails on an image that somebody else has open for writing."""
     command = ["qemu-img", "info", "--output=json"]
     if shared:
         command.append("-U")
@@ -64,12 +64,12 @@ def info_command(path: str, image_format: str = "", shared: bool = False) -> lis
 
 
 def measure_command(path: str, image_format: str, target_format: str) -> list[str]:
-    """C(qemu-img measure) of an image that a running VM may have open. Without a format, the name has to tell it."""
+    """Return C(qemu-img measure) of an image that a VM may have open. Without a format, the name has to tell it."""
     return ["qemu-img", "measure", "-U", "--output=json", *_format("-f", image_format), "-O", target_format, "--", path]
 
 
 async def whole(path: str, image_format: str) -> str:
-    """The name of an image for a command that reads all of it: the C(json:) one by which it is opened for that.
+    """Return the C(json:) name of an image by which a command opens it to read all of it.
 
     The tables of all its layers are read a cluster at a time, and not the 4 KiB at a time that are good for a guest:
     QEMU gives a backup of a large disk all of its tables, however little is on the disk.
@@ -84,7 +84,7 @@ async def whole(path: str, image_format: str) -> str:
 
 
 async def copy_bytes(path: str, image_format: str, size: int) -> int:
-    """The most that a qcow2 copy of an image takes, with all that it builds on; C(size) is the disk's, in bytes.
+    """Return the most that a qcow2 copy of an image takes, with all that it builds on; C(size) is the disk's, in bytes.
 
     C(qemu-img measure) counts the tables of a disk that is full, 10 GiB for one of 64 TiB: a copy has those only that
     tell of data, in the worst case one for each cluster.
@@ -102,9 +102,9 @@ def _format(option: str, image_format: str) -> list[str]:
 
 
 def read_command(source: str, size: int) -> list[str]:
-    """Read all that is in an image to nowhere, and unpack what is compressed; C(size) is the disk's, in bytes.
+    """Return the command that reads all of an image, and unpacks what is compressed; C(size) is the disk's, in bytes.
 
-    Nothing is done about what is known to be zero.
+    What is known to be zero is not read.
     """
     command = ["qemu-img", "convert", "-U", "-n", "--target-is-zero", "-m", "16", "-W", "--target-image-opts"]
     return [*command, "--", source, f"driver=null-co,size={size}"]
@@ -113,7 +113,7 @@ def read_command(source: str, size: int) -> list[str]:
 def convert_command(
     source: str, target: str, target_format: str, onto_device: bool = False, compression: str = "none"
 ) -> list[str]:
-    """C(qemu-img convert) of an image, by its C(whole) name. A device is not made anew, but written onto.
+    """Return C(qemu-img convert) of an image, by its whole() name. A device is not made anew, but written onto.
 
     Nobody writes to the source, but a QEMU whose VM is paused may still have it open, and locked.
     """
@@ -126,17 +126,17 @@ def convert_command(
 
 
 def compare_command(one: str, other: str) -> list[str]:
-    """C(qemu-img compare) of two images, by their C(whole) names; fails where a guest would see a difference."""
+    """Return C(qemu-img compare) of two images, by their whole() names. It fails where a guest sees a difference."""
     return ["qemu-img", "compare", "-U", "--", one, other]
 
 
 def map_command(path: str, image_format: str) -> list[str]:
-    """C(qemu-img map)."""
+    """Return C(qemu-img map)."""
     return ["qemu-img", "map", "--output=json", "-f", image_format, "--", path]
 
 
 def options_command(image_format: str) -> list[str]:
-    """List a format's creation options: succeeds for just those formats that can be created, and touches nothing."""
+    """Return the command that lists a format's creation options. It succeeds only for formats that can be created."""
     return ["qemu-img", "create", "-f", image_format, "-o", "help"]
 
 
@@ -182,7 +182,7 @@ async def run(
 
 
 def _readable(command: list[str], text: str) -> str:
-    """A text with paths in place of the C(json:) names that a command was given."""
+    """Return a text with paths in place of the C(json:) names that a command was given."""
     for word in command:
         if word.startswith("json:"):
             text = text.replace(word, _path(word))
@@ -190,7 +190,7 @@ def _readable(command: list[str], text: str) -> str:
 
 
 def _path(name: str) -> str:
-    """The path in a C(json:) name; one of QEMU's disks that has none stays as it is: RBD, NBD, quorum, cut short."""
+    """Return the path in a C(json:) name. One that has none stays as it is: RBD, NBD, quorum, cut short by QEMU."""
     try:
         return str(json.loads(name[len("json:") :])["file"]["filename"])
     except (ValueError, LookupError, TypeError):
@@ -203,6 +203,6 @@ async def run_json(command: list[str], timeout: float = TIMEOUT) -> Any:
 
 
 def require_qemu_img() -> None:
-    """ToolError where there is no qemu-img: better now than after the first VM."""
+    """Raise ToolError where there is no qemu-img: better now than after the first VM."""
     if shutil.which("qemu-img") is None:
         raise ToolError("qemu-img is not installed on this hypervisor (Debian: qemu-utils, Red Hat and SUSE: qemu-img)")

@@ -2,7 +2,7 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Read model of a VM: what query-* say, as plain objects with the field's own names.
+"""Ask QEMU about a VM, and read its answers into the model.
 
 Reference: QEMU QMP Reference Manual 7.2, chapters "Block devices", "Background jobs" and "VM run state".
 """
@@ -87,21 +87,21 @@ class _Graph:
     used: set[str] = field(default_factory=set)
 
     def filter_path(self, node_name: str) -> list[str]:
-        """The filters on top of a node, and the first node below them."""
+        """Return the filters on top of a node, and the first node below them."""
         path = [node_name]
         while self.nodes[path[-1]]["drv"] in FILTERS and self.below.get(path[-1]) in self.nodes:
             path.append(self.below[path[-1]])
         return path
 
     def file_of(self, node_name: str) -> str:
-        """The file of an image; empty for one that is a part of a file only."""
+        """Return the file of an image; empty for one that is only a part of a file."""
         name = node_name
         while self.below.get(name) in self.nodes and not _is_window(self.nodes[name]):
             name = self.below[name]
         return "" if _is_window(self.nodes[name]) else str(self.nodes[name]["file"])
 
     def layers(self) -> dict[str, tuple[str, ...]]:
-        """The layers below each node, top first."""
+        """Return the layers below each node, top first."""
         direct = {upper: self._layer(lower) for upper, lower in self.backing.items()}
         found: dict[str, tuple[str, ...]] = {}
         for start in self.nodes:
@@ -120,12 +120,12 @@ class _Graph:
         return found
 
     def _layer(self, backing: Iterable[str]) -> list[str]:
-        """The nodes below the filters, of those that may be a backing file."""
+        """Return the nodes below the filters, of those that may be a backing file."""
         return [self.filter_path(name)[-1] for name in backing if name in self.nodes]
 
 
 async def _query_graph(monitor: Monitor) -> _Graph:
-    """The block graph, from answers that grow with the number of its nodes and no faster.
+    """Return the block graph, from answers that grow with the number of its nodes and no faster.
 
     A job that ends takes its filter node along. Where that happens between two queries, their answers do not fit
     together, and are asked for again.
@@ -142,7 +142,7 @@ async def _query_graph(monitor: Monitor) -> _Graph:
 
 
 async def _query_children(monitor: Monitor, devices_asked: dict[str, Any]) -> tuple[_Graph, bool]:
-    """The graph as QEMU tells it, and whether its parts fit together."""
+    """Return the graph as QEMU tells it, and whether its parts fit together."""
     before, nodes, devices = await asyncio.gather(
         monitor.execute("query-block", devices_asked),
         monitor.execute("query-named-block-nodes", {"flat": True}),
@@ -160,7 +160,7 @@ async def _query_children(monitor: Monitor, devices_asked: dict[str, Any]) -> tu
 
 
 async def _query_file_names(monitor: Monitor, devices_asked: dict[str, Any]) -> tuple[_Graph, bool]:
-    """The graph as far as an older QEMU tells it, and whether its parts fit together.
+    """Return the graph as far as an older QEMU tells it, and whether its parts fit together.
 
     It tells the names of files only. Where they are not enough, statistics name the nodes: of the whole answer, these
     are the larger half.
@@ -190,12 +190,12 @@ async def _query_file_names(monitor: Monitor, devices_asked: dict[str, Any]) -> 
 
 
 def _shown(devices: list[dict[str, Any]]) -> set[str]:
-    """The nodes that guest devices see."""
+    """Return the nodes that guest devices see."""
     return {entry["inserted"]["node-name"] for entry in devices if "inserted" in entry}
 
 
 def _below_by_file_name(nodes: list[dict[str, Any]]) -> dict[str, str] | None:
-    """For each image, the node of its file; None where names do not tell.
+    """Return for each image the node of its file; None where names do not tell.
 
     An image has the name of the node below it. They tell where each name is that of one file and of one image at most:
     never with a filter, nor with anything else between an image and its file.
@@ -213,7 +213,7 @@ def _below_by_file_name(nodes: list[dict[str, Any]]) -> dict[str, str] | None:
 
 
 def _backing_by_file_name(nodes: list[dict[str, Any]], below: dict[str, str]) -> dict[str, list[str]]:
-    """For each node with a backing file, the nodes that have that file open."""
+    """Return for each node with a backing file the nodes that have that file open."""
     openers: dict[str, list[str]] = {}
     for node in nodes:
         openers.setdefault(node["image"]["filename"], []).append(node["node-name"])
@@ -229,13 +229,13 @@ def _backing_by_file_name(nodes: list[dict[str, Any]], below: dict[str, str]) ->
 
 
 async def query_jobs(monitor: Monitor) -> tuple[Job, ...]:
-    """The VM's block jobs now."""
+    """Ask a VM for its block jobs."""
     block_jobs, jobs = await asyncio.gather(monitor.execute("query-block-jobs"), monitor.execute("query-jobs"))
     return merge_jobs(block_jobs, jobs)
 
 
 def merge_jobs(block_jobs: list[dict[str, Any]], jobs: list[dict[str, Any]]) -> tuple[Job, ...]:
-    """query-block-jobs with what only query-jobs knows. A job that ended between the two is in one of them only."""
+    """Return the jobs of query-block-jobs, with what query-jobs adds. A job that ends in between is in one only."""
     general = {job["id"]: job for job in jobs}
     merged = []
     for entry in block_jobs:
@@ -258,7 +258,7 @@ def merge_jobs(block_jobs: list[dict[str, Any]], jobs: list[dict[str, Any]]) -> 
 
 
 def _disks(graph: _Graph) -> tuple[tuple[Disk, ...], tuple[Disk, ...]]:
-    """The VM's disks (those of devices first, in QEMU's order), and the nodes that other nodes are made of."""
+    """Return the VM's disks (those of devices first, in QEMU's order), and the nodes that others are made of."""
     layers = graph.layers()
     sizes = {name: node["image"].get("actual-size") for name, node in graph.nodes.items()}
     encrypted = {name for name, node in graph.nodes.items() if node["image"].get("encrypted", False)}
@@ -330,7 +330,7 @@ def _disk(node: dict[str, Any], name: str, **others: Any) -> Disk:
 
 
 def _is_window(node: dict[str, Any]) -> bool:
-    """Whether a raw node shows a part of its file only (C(offset), C(size)), beside which another may show the next."""
+    """Return whether a raw node shows only a part of its file (C(offset), C(size)): another may show the next part."""
     name = node["image"]["filename"]
     if node["drv"] != "raw" or not name.startswith("json:"):
         return False
@@ -343,7 +343,7 @@ def _is_window(node: dict[str, Any]) -> bool:
 
 
 def _keeps_bitmaps(node: dict[str, Any]) -> bool:
-    """Whether QEMU can store bitmaps in this node's image, and only QEMU writes its data.
+    """Return whether QEMU can store bitmaps in this node's image, and only QEMU writes its data.
 
     Those of a read-only one would be accepted and then lost. A raw data file can be written without its qcow2 image.
     """
@@ -365,7 +365,7 @@ def _bitmap(entry: dict[str, Any]) -> Bitmap:
 
 
 def _own_name(entry: dict[str, Any], node: dict[str, Any]) -> str:
-    """The backend's name, else the device's id, else the node's; empty where it has none that holds beyond one boot."""
+    """Return the backend's name, else the device's id, else the node's; empty where none lasts beyond one boot."""
     named = "" if node["node-name"].startswith("#") else str(node["node-name"])
     return entry["device"] or qdev_id(entry.get("qdev", "")) or named
 

@@ -53,7 +53,7 @@ EMBEDDED = (
 
 
 def redact(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """A QEMU command line without its secrets, and the names of what has been removed."""
+    """Return a QEMU command line without its secrets, and the names of what has been removed."""
     removed: list[str] = []
     cleaned = []
     option = ""
@@ -61,7 +61,7 @@ def redact(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
         if argument.startswith("-"):
             # QEMU takes --object for -object.
             option = "-" + argument.lstrip("-")
-            cleaned.append(_Redaction(option, removed).text("", argument))
+            cleaned.append(Redaction(option, removed).text("", argument))
         else:
             cleaned.append(_redact_value(option, argument, removed))
             option = ""
@@ -69,14 +69,14 @@ def redact(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def _redact_value(option: str, argument: str, removed: list[str]) -> str:
-    """The value of an option, or the name of an image, for which C(option) is empty."""
+    """Return the value of an option without its secrets. C(option) is empty for the name of an image."""
     if option in PLAIN:
-        return _Redaction(option or "image", removed).text("", argument)
+        return Redaction(option or "image", removed).text("", argument)
     is_json = argument.startswith("{")
     fields = _read_json(argument) or {} if is_json else _fields(option, argument)
     name = next((fields[key] for key in NAMES if key in fields), "")
     payload = PAYLOADS.get((option, fields.get("qom-type")), "")
-    redaction = _Redaction(f"{option} {name}".rstrip(), removed, payload)
+    redaction = Redaction(f"{option} {name}".rstrip(), removed, payload)
     return redaction.json("", argument) if is_json else redaction.items(argument)
 
 
@@ -92,7 +92,7 @@ def _fields(option: str, argument: str) -> dict[str, str]:
 
 
 def _read_json(text: str) -> Any:
-    """What QEMU reads out of its JSON; None where that is not to be told."""
+    """Return what QEMU reads in its JSON; None where that cannot be told."""
 
     def in_double_quotes(match: re.Match[str]) -> str:
         if match[1] is None:
@@ -106,7 +106,7 @@ def _read_json(text: str) -> Any:
 
 
 @dataclass(frozen=True)
-class _Redaction:
+class Redaction:
     """Takes the secrets out of what belongs to C(owner), and notes them in C(removed).
 
     C(payload) is a key that is secret here besides those that always are.
@@ -117,7 +117,7 @@ class _Redaction:
     payload: str = ""
 
     def items(self, argument: str) -> str:
-        """C(key=value,...) as on the command line."""
+        """Return C(key=value,...) of a command line without its secrets."""
 
         def cleaned(match: re.Match[str]) -> str:
             key, equals, value = match[0].partition("=")
@@ -128,7 +128,7 @@ class _Redaction:
         return ITEM.sub(cleaned, argument)
 
     def json(self, key: str, text: str) -> str:
-        """A JSON text; as it was where there is no secret in it."""
+        """Return a JSON text without its secrets; unchanged where there is none in it."""
         tree = _read_json(text)
         if tree is None:
             # Nobody knows what it holds.
@@ -138,7 +138,7 @@ class _Redaction:
         return text if len(self.removed) == known else json.dumps(cleaned)
 
     def text(self, key: str, value: str) -> str:
-        """The value of a key, or of none."""
+        """Return the value of a key, or a value without one, without its secrets."""
         if self._secret(key):
             return value if value in HARMLESS else self._remove(key)
         if value.startswith("json:"):

@@ -2,7 +2,7 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Backup targets: made by us and never by QEMU, with their space reserved, handed over as open files, flushed by us."""
+"""Make the image that a backup is written to, reserve its space, and open it for QEMU, which never makes one."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ class Target:
 
     @property
     def direct(self) -> bool:
-        """Whether O_DIRECT is worth trying: compressed clusters are unaligned, and so can a raw image's end be."""
+        """Return whether O_DIRECT can work: compressed clusters are unaligned, and so can a raw image's end be."""
         aligned = self.format != "raw" or self.size % DIRECT_ALIGNMENT == 0
         return not self.compress and aligned
 
     def node(self, filename: str, direct: bool) -> str:
-        """The C(json:) file name under which QEMU opens the image."""
+        """Return the C(json:) file name under which QEMU opens the image."""
         return "json:" + json.dumps(self.options(filename, direct))
 
     def options(self, filename: str, direct: bool) -> dict[str, Any]:
@@ -85,12 +85,14 @@ class Blank:
 
     @classmethod
     def of(cls, path: str) -> Blank:
+        """Read a new image."""
         with step(path, "it was read"), open(path, "rb") as image:
             content = image.read()
         pages = ((offset, content[offset : offset + PAGE]) for offset in range(0, len(content), PAGE))
         return cls(len(content), tuple((offset, page) for offset, page in pages if any(page)))
 
     def write(self, image: IO[bytes]) -> None:
+        """Write this image into an empty file."""
         image.truncate(self.length)
         for offset, part in self.parts:
             image.seek(offset)
@@ -140,7 +142,7 @@ def reserve(target: Target) -> bool:
 
 
 def open_pair(target: Target, direct: bool) -> tuple[int, int]:
-    """Two fds for an fdset, one to read and one to write; raises OSError where the file system has no O_DIRECT."""
+    """Open a target for an fdset: once to read, once to write. Raises OSError where the file system has no O_DIRECT."""
     flags = os.O_CLOEXEC | (os.O_DIRECT if direct else 0)
     reading = os.open(target.path, os.O_RDONLY | flags)
     try:

@@ -2,7 +2,7 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""How a VM was built, so that it can be built again from its backup: the content of C(vm.json).
+"""Describe how a VM is built, so that it can be built again from its backup: the content of C(vm.json).
 
 Secrets are taken out: a backup is read by more people than a hypervisor's process list.
 
@@ -14,13 +14,13 @@ from __future__ import annotations
 import asyncio
 import os
 import re
-from datetime import datetime, timezone
 from typing import TYPE_CHECKING
 
 from .._common.errors import CommandError
+from .._common.formats import utc_now
 from .._common.version import COLLECTION_VERSION, SCHEMA
 from .command_line import FLASH
-from .secrets import _Redaction, redact
+from .secrets import Redaction, redact
 
 if TYPE_CHECKING:
     from typing import Any
@@ -35,7 +35,7 @@ CHILD = re.compile(r"child<(.+)>")
 
 
 async def describe_vm(monitor: Monitor, vm: Vm) -> dict[str, Any]:
-    """How C(vm) is built. What a VM does not have, or its QEMU does not tell, is null or empty.
+    """Describe how C(vm) is built. What a VM does not have, or its QEMU does not tell, is null or empty.
 
     C(removed) lists what has been taken out, and so has to be set again by whoever builds the VM again.
     C(command_line) is what QEMU was started with, C(devices) what there is now; null where the process is unknown.
@@ -55,7 +55,7 @@ async def describe_vm(monitor: Monitor, vm: Vm) -> dict[str, Any]:
     return {
         "schema": SCHEMA,
         "collection": COLLECTION_VERSION,
-        "taken": datetime.now(timezone.utc).isoformat(timespec="seconds").replace("+00:00", "Z"),
+        "taken": utc_now(),
         "name": vm.name,
         "uuid": vm.uuid,
         "qemu": vm.version,
@@ -74,7 +74,7 @@ async def describe_vm(monitor: Monitor, vm: Vm) -> dict[str, Any]:
 
 
 async def _ask(monitor: Monitor, command: str, **arguments: str) -> Any:
-    """QEMU's answer; None where this VM has no such thing."""
+    """Return QEMU's answer; None where this VM has no such thing."""
     try:
         return await monitor.execute(command, arguments)
     except CommandError:
@@ -94,7 +94,7 @@ async def _devices(monitor: Monitor, container: str) -> list[dict[str, str]]:
 
 
 def _command_line(process: Process | None) -> list[str] | None:
-    """What QEMU was started with; None where nobody knows (over TCP), or the process may not be seen."""
+    """Return what QEMU was started with; None where nobody knows (over TCP), or the process may not be seen."""
     if process is None:
         return None
     try:
@@ -102,14 +102,14 @@ def _command_line(process: Process | None) -> list[str] | None:
             content = source.read()
     except OSError:
         return None
-    # Looked at afterwards: the pid was this process's all the time, then.
+    # The process lives after the reading, so the pid was its own all the time.
     if not process.alive or not content:
         return None
     return [os.fsdecode(argument) for argument in content.split(b"\0")[:-1]]
 
 
 def _disk(disk: Disk, removed: list[str]) -> dict[str, Any]:
-    redaction = _Redaction(f"disk {disk.name}", removed)
+    redaction = Redaction(f"disk {disk.name}", removed)
     return {
         "name": disk.name,
         "node": disk.node,
@@ -125,5 +125,5 @@ def _disk(disk: Disk, removed: list[str]) -> dict[str, Any]:
 
 
 def _chardev(entry: dict[str, Any], removed: list[str]) -> dict[str, str]:
-    redaction = _Redaction("chardev {}".format(entry["label"]), removed)
+    redaction = Redaction("chardev {}".format(entry["label"]), removed)
     return {"label": entry["label"], "filename": redaction.text("filename", entry["filename"])}

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def host_lock_path(process: Process | None, address: Address) -> str:
-    """The lock of one QEMU on this hypervisor. Over TCP the process is unknown, and the address stands for it."""
+    """Return the path of the lock of one QEMU. Over TCP the process is unknown, and the address stands for it."""
     directory = lock_directory()
     if process is not None:
         return os.path.join(directory, f"{process.pid}-{process.start}.lock")
@@ -27,7 +27,7 @@ def host_lock_path(process: Process | None, address: Address) -> str:
 
 
 def read_owners(path: str) -> dict[str, str]:
-    """Whose the jobs with ids of the user's choice are: QEMU does not tell. Kept in the lock of that very QEMU."""
+    """Return who owns the jobs with ids of the user's choice. QEMU does not tell, so that its lock's file does."""
     try:
         with step(path, "it was read"), open(path, encoding="utf-8") as source:
             return dict(json.loads(source.read() or "{}"))

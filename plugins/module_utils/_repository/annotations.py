@@ -2,7 +2,7 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""What is said of published sets, beside them: protected, in use by an overlay, verified. The sets stay as they are.
+"""Annotate published sets, which stay as they are: protected, in use by an overlay, verified.
 
 C(.<set id>.protected.json), C(.<set id>.pin-<8 hex>.json) and C(.<set id>.verified.json) stand in the VM's directory.
 What changes something here is called with the VM's lock held.
@@ -46,13 +46,15 @@ class SetAnnotations:
     verifications: tuple[Verification, ...] = ()
 
     def protected(self, set_id: str) -> bool:
+        """Return whether a set is protected."""
         return any(mark.id == set_id for mark in self.protections)
 
     def pins_of(self, set_id: str) -> tuple[Pin, ...]:
+        """Return the pins on the images of a set."""
         return tuple(mark for mark in self.pins if mark.id == set_id)
 
     def verification(self, manifest: Manifest) -> Verification | None:
-        """How the last look at a set ended; None for one that nobody has looked at."""
+        """Return how the last verification of a set ended; None for one that was never verified."""
         return self._verified.get(manifest.attempt)
 
     @cached_property
@@ -61,7 +63,7 @@ class SetAnnotations:
 
 
 def read_annotations(repository: Repository, vm: str) -> SetAnnotations:
-    """What is said of the sets of one VM, whether they are still there or not."""
+    """Read what is said of the sets of one VM, whether they are still there or not."""
     directory = repository.directory(vm)
     try:
         entries = sorted(entry for entry in os.listdir(directory) if entry.startswith(".") and entry.endswith(SUFFIX))
@@ -85,12 +87,12 @@ def _kind(stem: str) -> Any:
 
 
 def is_read(pin: Pin) -> bool:
-    """Whether what a pin stands for is still there. On another machine only that machine can tell."""
+    """Return whether what a pin stands for is still there. Only the machine that it is on can say that it is gone."""
     return pin.machine_id != machine_id() or any(may_be_there(pin.path + end) for end in ("", PARTIAL))
 
 
 def may_be_there(path: str) -> bool:
-    """False only where there is nothing for certain: a path that this user may not look up is no such one."""
+    """Return False only where there is certainly nothing. A path that this user may not look up may be there."""
     try:
         os.lstat(path)
     except (FileNotFoundError, NotADirectoryError):
@@ -101,18 +103,19 @@ def may_be_there(path: str) -> bool:
 
 
 def write_annotation(repository: Repository, vm: str, mark: Protection | Pin | Verification) -> None:
-    """Say something of a set; what was said before in the same sense is replaced."""
+    """Write an annotation, in place of the one of its kind."""
     write_document(annotation_path(repository, vm, mark), asdict(mark))
 
 
 def remove_annotations(repository: Repository, vm: str, marks: Iterable[Protection | Pin | Verification]) -> None:
-    """Take back what was said."""
+    """Remove annotations."""
     for mark in marks:
         remove(annotation_path(repository, vm, mark))
     sync_directory(repository.directory(vm))
 
 
 def annotation_path(repository: Repository, vm: str, mark: Protection | Pin | Verification) -> str:
+    """Return where an annotation stands."""
     if isinstance(mark, Pin):
         # One overlay has one pin, however often it is made.
         place = f"{mark.machine_id}:{mark.path}".encode("utf-8", "surrogateescape")

@@ -2,7 +2,7 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""What a repository holds of a VM, for those who read it: restore, verify, list, prune. Needs no QEMU and no locks."""
+"""Read all that a repository holds of a VM, for restore, verify, prune and reports. Needs no QEMU and no locks."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class VmCatalog:
 
     @property
     def broken_sets(self) -> dict[str, str]:
-        """Why sets cannot be restored whole, by id."""
+        """Return why sets cannot be restored whole, by id."""
         found: dict[str, str] = {}
         for (set_id, disk), reason in self.broken.items():
             found.setdefault(set_id, f"disk {disk}: {reason}")
@@ -57,11 +57,11 @@ class VmCatalog:
 
     @property
     def failed_sets(self) -> dict[str, str]:
-        """Why sets are not to be relied on, by id."""
+        """Return why sets are not to be relied on, by id."""
         return failed_sets(self.shelf.sets, self.marks)
 
     def find(self, set_id: str = "", before: datetime | None = None) -> Manifest:
-        """The set with this id, or the newest one, or the newest that was begun no later than C(before)."""
+        """Return the set with this id, or the newest one, or the newest that was begun no later than C(before)."""
         if set_id:
             found = self.shelf.published(set_id)
             if found is None:
@@ -74,7 +74,7 @@ class VmCatalog:
         return fitting[-1]
 
     def chain(self, manifest: Manifest, disk: str) -> list[tuple[Manifest, DiskImage]]:
-        """The images that make up a disk of a set, itself first; BackupError names the link that is missing."""
+        """Return the images that make up a disk of a set, its own first. BackupError names the one that is missing."""
         reason = self.broken.get((manifest.id, disk), "")
         steps, broken = walk(self.shelf.sets, manifest, disk)
         if broken or reason:
@@ -86,9 +86,9 @@ class VmCatalog:
 
 
 def failed_sets(sets: Iterable[Manifest], marks: SetAnnotations) -> dict[str, str]:
-    """Why sets are not to be relied on, by id: they have failed their verification, or one below them has.
+    """Return why sets are not to be relied on, by id: their verification has failed, or that of a set below them.
 
-    What a set itself was found to be since then, by a look as deep, outweighs what is below it.
+    A later and as deep verification of a set itself outweighs that of a set below it.
     """
     reasons: dict[str, str] = {}
     suspects: dict[str, Verification] = {}
@@ -112,13 +112,13 @@ def _outweighs(own: Verification, below: Verification) -> bool:
 
 
 def read_catalog(repository: Repository, vm: str) -> VmCatalog:
-    """All that a repository holds about one VM."""
+    """Read all that a repository holds of one VM."""
     shelf = repository.shelf(vm)
     return VmCatalog(vm, shelf, read_annotations(repository, vm), broken_images(shelf.sets, repository.damage))
 
 
 def leftovers(repository: Repository, held: VmCatalog) -> list[dict[str, str]]:
-    """What stands in a VM's directory besides sets, and what it is."""
+    """Return what stands in a VM's directory besides sets, and what it is."""
 
     def found(path: str, what: str) -> dict[str, str]:
         return {"vm": held.name, "path": path, "what": what}
@@ -151,7 +151,7 @@ def leftovers(repository: Repository, held: VmCatalog) -> list[dict[str, str]]:
 
 
 def _stale_marks(repository: Repository, held: VmCatalog) -> Iterator[tuple[str, str]]:
-    """What is said of sets without need, each with the reason."""
+    """Return the annotations that nobody needs any more, each with the reason."""
     there = {manifest.id for manifest in held.shelf.sets} | held.shelf.strays
     marks: list[Protection | Verification | Pin] = [
         *held.marks.protections,
@@ -167,7 +167,7 @@ def _stale_marks(repository: Repository, held: VmCatalog) -> Iterator[tuple[str,
 
 
 def growing(repository: Repository, vm: str) -> list[str]:
-    """The files in which increments become full images, or were to."""
+    """Return the files in which increments become full images, or were to."""
     directory = repository.directory(vm)
     entries = sorted(os.listdir(directory)) if os.path.isdir(directory) else []
     return [
@@ -189,7 +189,7 @@ def require_sets(repository: Repository, held: VmCatalog) -> None:
 
 
 def vm_names(repository: Repository) -> list[str]:
-    """The VMs that a repository has sets of, is getting some, or was to, by the names in their documents."""
+    """Return the VMs that a repository has sets of, is getting some, or was to, by the names in their documents."""
     names = set()
     for directory in glob.glob(os.path.join(glob.escape(repository.path), "*", "")):
         entry = os.path.basename(os.path.dirname(directory))
@@ -199,7 +199,7 @@ def vm_names(repository: Repository) -> list[str]:
             found = repository.any_manifest(directory) or _any_intent(directory)
             used = not found and _was_used(repository, entry)
         except (BackupError, OSError):
-            # What cannot be read is said by whoever looks at this VM.
+            # Whoever reads this VM tells why it cannot be read.
             found, used = None, True
         if found:
             names.add(found.vm.name)
@@ -209,16 +209,17 @@ def vm_names(repository: Repository) -> list[str]:
 
 
 def _any_intent(directory: str) -> Intent | None:
-    """Some intent in a VM's directory."""
+    """Return some intent in a VM's directory."""
     paths = glob.glob(os.path.join(glob.escape(directory), f".*{STAGING}", INTENT))
     return next((intent for intent in (read_document(path, Intent) for path in paths) if intent), None)
 
 
 def _was_used(repository: Repository, vm: str) -> bool:
-    """Whether there are traces of sets of a VM of which there is none."""
+    """Return whether there are traces of sets of a VM that has none."""
     failed = glob.glob(os.path.join(glob.escape(repository.directory(vm)), f".*{FAILED}"))
     return bool(failed or litter(repository, vm))
 
 
 def begun(manifest: Manifest) -> datetime:
+    """Return when a set was begun."""
     return parse_time(manifest.started)

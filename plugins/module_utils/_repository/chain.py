@@ -2,10 +2,10 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Which image a disk's next one builds on, and what has to be kept for that: pure functions of the published sets.
+"""Follow the chains of images through the sets of a VM: pure functions of what the repository says.
 
 Every image has a bitmap of its own, which records the writes since that image and is never cleared. An increment is
-what the bitmap of the image below it has marked; without any doubt about that bitmap, or it is a full image.
+what the bitmap of the image below it has marked. Where there is any doubt about that bitmap, a full image is made.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 
 def newest_full(sets: Sequence[Manifest], disk: str) -> Manifest | None:
+    """Return the newest set with a full image of a disk; None where there is none."""
     for manifest in reversed(sets):
         image = manifest.disk(disk)
         if image and image.level == Level.FULL:
@@ -29,7 +30,7 @@ def newest_full(sets: Sequence[Manifest], disk: str) -> Manifest | None:
 
 
 def walk(sets: Sequence[Manifest], start: Manifest, disk: str) -> tuple[list[tuple[Manifest, DiskImage]], str]:
-    """The images that a disk's image in C(start) is made of, itself first; and what is wrong with a broken chain."""
+    """Return the images that a disk's image in C(start) is made of, itself first, and why a chain is broken."""
     by_id = {manifest.id: manifest for manifest in sets}
     steps: list[tuple[Manifest, DiskImage]] = []
     manifest: Manifest | None = start
@@ -45,9 +46,9 @@ def walk(sets: Sequence[Manifest], start: Manifest, disk: str) -> tuple[list[tup
 
 
 def broken_images(sets: Sequence[Manifest], damage: Callable[[Manifest, DiskImage], str]) -> dict[tuple[str, str], str]:
-    """Which images of all sets cannot be read whole, by set id and disk, and why.
+    """Return which images of all sets cannot be read whole, by set id and disk, and why.
 
-    C(damage) says what is wrong with an image's own file; it is asked once for each.
+    C(damage) tells what is wrong with an image's own file. It is called once for each.
     """
     by_id = {manifest.id: manifest for manifest in sets}
     broken: dict[tuple[str, str], str] = {}
@@ -62,7 +63,7 @@ def broken_images(sets: Sequence[Manifest], damage: Callable[[Manifest, DiskImag
 
 
 def _broken_below(by_id: Mapping[str, Manifest], manifest: Manifest, image: DiskImage) -> str:
-    """What is wrong with the link from an image to the one that it builds on."""
+    """Return what is wrong with the link from an image to the one that it builds on."""
     parent = image.parent
     if parent is None:
         return ""
@@ -76,11 +77,12 @@ def _broken_below(by_id: Mapping[str, Manifest], manifest: Manifest, image: Disk
 
 
 def is_another(parent: Parent, manifest: Manifest, image: DiskImage) -> bool:
+    """Return whether an image is not the one that an increment names as its parent."""
     return parent.attempt != manifest.attempt if parent.attempt else parent.sha256 != image.sha256
 
 
 def lost_parent(intent: Intent, sets: Sequence[Manifest]) -> str:
-    """What is wrong with the chains that a set builds on that is being made; empty where nothing is."""
+    """Return what is wrong with the chains that a growing set builds on; empty where nothing is."""
     by_id = {manifest.id: manifest for manifest in sets}
     for disk in intent.disks:
         name, parent = disk.image.name, disk.image.parent
@@ -92,13 +94,13 @@ def lost_parent(intent: Intent, sets: Sequence[Manifest]) -> str:
 
 
 def set_level(levels: Iterable[str]) -> Level:
-    """The level of a set whose disks have these: full if all are, else what the others are."""
+    """Return the level of a set whose disks have these: full if all are, else what the others are."""
     found = set(levels)
     return next((level for level in (Level.INCREMENTAL, Level.DIFFERENTIAL) if level in found), Level.FULL)
 
 
 def bitmaps_to_keep(sets: Sequence[Manifest], differential: bool) -> frozenset[str]:
-    """The bitmaps that the next set may need: the newest set's, and for differentials those of the disks' fulls."""
+    """Return the bitmaps that the next set may need: those of the newest set, and for differentials of the fulls."""
     if not sets:
         return frozenset()
     images = list(sets[-1].disks)

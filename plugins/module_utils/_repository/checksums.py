@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 async def check_all(repository: Repository, images: Iterable[tuple[Manifest, DiskImage]]) -> dict[tuple[str, str], str]:
-    """What is wrong with these images, by set id and disk, one for each processor at a time.
+    """Return what is wrong with these images, by set id and disk. Each processor reads one at a time.
 
     An image that was made without a checksum cannot be checked, and counts as good.
     """
@@ -33,6 +33,7 @@ async def check_all(repository: Repository, images: Iterable[tuple[Manifest, Dis
 
 
 def _check(repository: Repository, manifest: Manifest, image: DiskImage) -> str:
+    """Return what is wrong with one image; empty where nothing is."""
     path = repository.set_image_path(manifest, image)
     try:
         found = sha256(path)

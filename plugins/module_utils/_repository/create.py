@@ -18,10 +18,11 @@ from .names import REPOSITORY_FILE
 from .repository import HARMLESS, Repository, open_repository
 
 TEMPORARY = f".{REPOSITORY_FILE}."
+"""What the name of a marker begins with until it is written; a probe's file begins like that, too."""
 
 
 def find_repository(path: str, create: bool) -> Repository:
-    """The repository at C(path), fit to be written to; one without a uuid where it may be made and is not there yet."""
+    """Open the repository at C(path) for writing. Where C(create) allows to make it later, it has no uuid yet."""
     if create and not os.path.lexists(os.path.join(path, REPOSITORY_FILE)):
         check_creatable(path)
         return Repository(path, "")
@@ -56,7 +57,7 @@ def create_repository(path: str) -> Repository:
         write_document(temporary, {"schema": SCHEMA, "uuid": str(uuids.uuid4())})
         claim(temporary, marker)
     except (FileExistsError, FileNotFoundError):
-        # Somebody else was faster, and has tidied up as below.
+        # Another process was faster, and has removed ours as below.
         pass
     remove_half_made(path)
     sync_directory(path)
@@ -70,7 +71,7 @@ def remove_half_made(path: str) -> None:
 
 
 def check_writable(path: str) -> None:
-    """BackupError where this user cannot write to the repository."""
+    """Raise BackupError where this user cannot write to the repository."""
     if not os.access(path, os.W_OK | os.X_OK):
         reason = "is mounted read-only" if os.statvfs(path).f_flag & os.ST_RDONLY else "is not writable"
         raise BackupError(f"repository: {path} {reason} for user {os.geteuid()}; remount it, or become its owner")

@@ -2,7 +2,7 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""What a repository's JSON files say: the manifest of a set, the intent of one that grows, the memory of a failure.
+"""Name the fields of a repository's JSON files: manifests, intents, failures, annotations.
 
 The files have the fields of these classes. Times are UTC (ISO 8601), sizes bytes.
 """
@@ -108,7 +108,7 @@ class DiskImage:
 
     @property
     def merged(self) -> str:
-        """The bitmap that is there while an increment is copied whose changes several layers have recorded."""
+        """Return the bitmap from which an increment is copied whose changes several layers have recorded."""
         return f"{self.bitmap}{MERGED}" if self.bitmap else ""
 
     @classmethod
@@ -230,7 +230,7 @@ class Intent:
 
     @property
     def bitmaps(self) -> frozenset[str]:
-        """The bitmaps that this attempt may have added."""
+        """Return the bitmaps that this attempt may have added."""
         names = (name for disk in self.disks for name in (disk.image.bitmap, disk.image.merged))
         return frozenset(name for name in names if name)
 
@@ -395,7 +395,7 @@ def _read_words(found: dict[str, Any], **words: type[Word]) -> None:
 
 
 def _build(cls: type[T], found: dict[str, Any]) -> T:
-    """An object of C(cls); fields that a later release has added to the same schema are left out."""
+    """Build an object of C(cls), without fields that a later release has added to the same schema."""
     try:
         return cls(**found)
     except TypeError:

@@ -25,7 +25,7 @@ CHUNK = 1 << 16
 
 
 def read_document(path: str, kind: Any) -> Any:
-    """A document; None where there is none, or one that is not whole. A newer schema is never skipped over."""
+    """Read a document; None where there is none, or one that is not whole. BackupError where its schema is newer."""
     try:
         return kind.parse(json.loads(_content(path)))
     except NewerSchema as error:
@@ -37,7 +37,7 @@ def read_document(path: str, kind: Any) -> Any:
 
 
 def _content(path: str) -> bytes:
-    """All of a small file. Thousands are read at a time, and a file object takes longer to make than such a file."""
+    """Read a small file. Thousands are read at a time, and to make a file object takes longer than to read it."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         parts: list[bytes] = []

@@ -2,7 +2,7 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Names of VMs, sets and disks, made safe for the file system: none of them leads out of the repository."""
+"""Make names of VMs, sets and disks safe for the file system: none of them leads out of the repository."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ REPOSITORY_FILE = "vmfleet.json"
 
 
 def check_set_id(text: str, option: str = "id") -> str:
-    """The id of a set as it is; Refused where it could not be a directory's name, everywhere and for ever."""
+    """Return the id of a set. Refused where it cannot be the name of a directory on every file system."""
     if not SET_ID.match(text) or ".." in text:
         raise Refused(
             option,
@@ -40,7 +40,7 @@ COLUMN = 32
 
 
 def column(names: Iterable[str]) -> int:
-    """The width of the column of these names, where text is printed for people."""
+    """Return the width of the column of these names, where text is printed for people."""
     return min(max(map(len, names), default=0), COLUMN)
 
 
@@ -59,14 +59,14 @@ def check_length(option: str, path: str, *ends: str) -> None:
 
 @functools.lru_cache(maxsize=1024)
 def vm_directory(name: str) -> str:
-    """The name of a VM's directory: the VM's own where that is fit for it."""
+    """Return the name of a VM's directory: the VM's own where that is safe."""
     if VM_NAME.match(name) and ".." not in name and name.casefold() != REPOSITORY_FILE:
         return name
     return _marked(name)
 
 
 def image_files(names: Iterable[str], suffix: str) -> dict[str, str]:
-    """The image file of each disk of a VM: no two meet, on file systems that ignore case neither."""
+    """Return the image file of each disk of a VM. No two are the same, even on file systems that ignore case."""
     plain = {name: name if DISK_NAME.match(name) else _marked(name) for name in names}
     folded = [stem.casefold() for stem in plain.values()]
     return {
