@@ -160,11 +160,11 @@ if TYPE_CHECKING:
     from ansible_collections.vmfleet.backup.plugins.module_utils._repository.documents import Manifest, Verification
 
 
-def chain_lengths(held: VmCatalog) -> dict[str, int]:
-    """How many images a disk of each set is made of. Where its disks differ, the most."""
+def chain_lengths(catalog: VmCatalog) -> dict[str, int]:
+    """Return how many images a disk of each set is made of. Where its disks differ, the most."""
     longest: dict[str, int] = {}
     lengths: dict[tuple[str, str], int] = {}
-    for manifest in held.shelf.sets:
+    for manifest in catalog.shelf.sets:
         most = 0
         for disk in manifest.disks:
             below = lengths.get((disk.parent.id, disk.name), 0) if disk.parent else 0
@@ -174,11 +174,12 @@ def chain_lengths(held: VmCatalog) -> dict[str, int]:
     return longest
 
 
-def describe_set(held: VmCatalog, manifest: Manifest, chain: int, broken: str) -> dict[str, Any]:
-    # Ansible walks through every value twice, which takes longer than to read the manifests: what few ask for, such as
-    # why an image is a full one, is left to them.
+def describe_set(catalog: VmCatalog, manifest: Manifest, chain: int, broken: str) -> dict[str, Any]:
+    """Return what is said of a set."""
+    # Ansible walks through every value twice, which takes longer than to read the manifests: what few need, such as why
+    # an image is a full one, stays in the manifests.
     return {
-        "vm": held.name,
+        "vm": catalog.name,
         "id": manifest.id,
         "sequence": manifest.sequence,
         "level": manifest.level,
@@ -190,37 +191,38 @@ def describe_set(held: VmCatalog, manifest: Manifest, chain: int, broken: str) -
         "parents": sorted({disk.parent.id for disk in manifest.disks if disk.parent}),
         "chain": chain,
         "broken": broken,
-        "verified": describe_verification(held.marks.verification(manifest)),
-        "protected": held.marks.protected(manifest.id),
-        "used_by": [f"{pin.path} on {pin.host}" for pin in held.marks.pins_of(manifest.id)],
+        "verified": describe_verification(catalog.marks.verification(manifest)),
+        "protected": catalog.marks.protected(manifest.id),
+        "used_by": [f"{pin.path} on {pin.host}" for pin in catalog.marks.pins_of(manifest.id)],
     }
 
 
 def describe_verification(found: Verification | None) -> dict[str, Any]:
+    """Return what is said of the last verification of a set; nothing where there was none."""
     if found is None:
         return {}
     return {"depth": found.depth, "when": found.when, "ok": found.ok, "errors": list(found.errors)}
 
 
-def describe_vm(sets: list[dict[str, Any]], held: VmCatalog, now: datetime) -> dict[str, Any]:
-    """What is said of a VM. C(sets) are its own, newest first, and at least one."""
+def describe_vm(sets: list[dict[str, Any]], catalog: VmCatalog, now: datetime) -> dict[str, Any]:
+    """Return what is said of a VM. C(sets) are its own, newest first, and at least one."""
     newest = sets[0]
     verified = newest["verified"]
     return {
-        "name": held.name,
+        "name": catalog.name,
         "sets": len(sets),
         "bytes": sum(one["bytes"] for one in sets),
         "newest": newest["id"],
         "created": newest["created"],
-        "age": max(0, int((now - begun(held.shelf.sets[-1])).total_seconds())),
+        "age": max(0, int((now - begun(catalog.shelf.sets[-1])).total_seconds())),
         "level": newest["level"],
         "verified": verified["depth"] if verified and verified["ok"] else "",
-        "ok": not newest["broken"] and newest["id"] not in held.failed_sets,
+        "ok": not newest["broken"] and newest["id"] not in catalog.failed_sets,
     }
 
 
 async def main_task(module: AnsibleModule) -> dict[str, Any]:
-    # To look for garbage among all that is read and told would take longer than to read it.
+    # A search for garbage among all that is read would take longer than reading it.
     gc.disable()
     await probe_if_there(module.params["repository"])
     repository = open_repository(module.params["repository"])
@@ -232,18 +234,18 @@ async def main_task(module: AnsibleModule) -> dict[str, Any]:
     names = vm_names(repository) if module.params["names"] is None else module.params["names"]
     for name in dict.fromkeys(names):
         try:
-            held = read_catalog(repository, name)
-            left += leftovers(repository, held)
+            catalog = read_catalog(repository, name)
+            left += leftovers(repository, catalog)
         except (BackupError, OSError) as error:
             errors.append(f"VM {name}: {in_words(error)}")
             continue
-        chains, broken = chain_lengths(held), held.broken_sets
+        chains, broken = chain_lengths(catalog), catalog.broken_sets
         own = [
-            describe_set(held, manifest, chains[manifest.id], broken.get(manifest.id, ""))
-            for manifest in reversed(held.shelf.sets)
+            describe_set(catalog, manifest, chains[manifest.id], broken.get(manifest.id, ""))
+            for manifest in reversed(catalog.shelf.sets)
         ]
         sets += own
-        vms += [describe_vm(own, held, now)] if own else []
+        vms += [describe_vm(own, catalog, now)] if own else []
     totals = {
         "vms": len(vms),
         "sets": len(sets),

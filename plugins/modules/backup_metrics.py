@@ -126,8 +126,8 @@ if TYPE_CHECKING:
     from ansible_collections.vmfleet.backup.plugins.module_utils._repository.repository import Repository
 
 
-def look(repository: Repository, set_id: str, vms: list[dict[str, Any]]) -> list[str]:
-    """Add to each VM what the repository holds of it; returns what cannot be read."""
+def add_sets(repository: Repository, set_id: str, vms: list[dict[str, Any]]) -> list[str]:
+    """Add to each VM what the repository says of it; return what cannot be read."""
     errors: list[str] = []
     for vm in vms:
         try:
@@ -138,51 +138,52 @@ def look(repository: Repository, set_id: str, vms: list[dict[str, Any]]) -> list
     return errors
 
 
-def gone(repository: Repository, names: list[str]) -> list[dict[str, Any]]:
-    """Those of the VMs of earlier runs that are still this hypervisor's matter."""
+def absent_vms(repository: Repository, names: list[str]) -> list[dict[str, Any]]:
+    """Return those VMs of earlier runs whose newest set this hypervisor has made."""
     found = []
     for name in names:
         with contextlib.suppress(BackupError, OSError):
             if not made_here(repository, name):
                 continue
-        # One that cannot be read is as well, and will be said to be damaged.
+        # One whose sets cannot be read stays in the metrics, as damaged.
         found.append(status_of_absent(name))
     return found
 
 
-def metrics_path(directory: str, place: str) -> str:
+def metrics_path(directory: str, repository: str) -> str:
+    """Return the path of the metrics of a repository."""
     if not os.path.isdir(directory):
         raise Refused(
             "directory",
             f"{directory} is no directory; make it, and name it in --collector.textfile.directory of node_exporter",
         )
-    return os.path.join(directory, file_name(place))
+    return os.path.join(directory, file_name(repository))
 
 
 async def main_task(module: AnsibleModule) -> dict[str, Any]:
     params = module.params
-    place = os.path.normpath(params["repository"])
+    location = os.path.normpath(params["repository"])
     now = utc_now()
     vms = [status_from_result(result) for result in params["results"]]
-    record = {"repository": place, "id": check_set_id(params["id"]), "written": now, "error": "", "vms": vms}
+    record = {"repository": location, "id": check_set_id(params["id"]), "written": now, "error": "", "vms": vms}
     path = before = after = ""
     try:
-        await probe_if_there(place)
-        repository = open_repository(place)
-        errors = look(repository, params["id"], vms)
+        await probe_if_there(location)
+        repository = open_repository(location)
+        errors = add_sets(repository, params["id"], vms)
         if params["directory"]:
-            path = metrics_path(params["directory"], place)
+            path = metrics_path(params["directory"], location)
             before = read_text(path)
             in_run = {vm["name"] for vm in vms}
-            absent = gone(repository, [name for name in vms_in(before) if name not in in_run])
-            errors += look(repository, params["id"], absent)
-            after = metrics(place, [*vms, *absent], int(parse_time(now).timestamp()))
+            absent = absent_vms(repository, [name for name in vms_in(before) if name not in in_run])
+            errors += add_sets(repository, params["id"], absent)
+            after = metrics(location, [*vms, *absent], int(parse_time(now).timestamp()))
             if not module.check_mode:
                 write_text(path, after)
         if errors:
             raise BackupError("; ".join(errors))
     except BackupError as error:
-        # What the run itself has told is to be in the report all the same.
+        # The report needs what the run itself says all the same.
         raise BackupError(str(error), hypervisor={**record, "error": str(error)}) from error
     except OSError as error:
         said = f"{error.filename or path}: {error.strerror}"

@@ -102,7 +102,8 @@ from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.formats import utc_now
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.files import read_text, step, write_text
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.run_module import run_module
-from ansible_collections.vmfleet.backup.plugins.module_utils._report.html import BARS, page
+from ansible_collections.vmfleet.backup.plugins.module_utils._report.html import page
+from ansible_collections.vmfleet.backup.plugins.module_utils._report.html_charts import BARS
 from ansible_collections.vmfleet.backup.plugins.module_utils._report.run import Run, collect
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.names import check_set_id
 
@@ -112,8 +113,8 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def alone(directory: str, check_mode: bool) -> Iterator[None]:
-    """Two runs may write into one directory: each adds to what the other has written."""
+def locked(directory: str, check_mode: bool) -> Iterator[None]:
+    """Lock a directory: two runs may write into it, and each adds to what the other has written."""
     if check_mode:
         yield
         return
@@ -128,10 +129,10 @@ def alone(directory: str, check_mode: bool) -> Iterator[None]:
 
 
 def read_report(module: AnsibleModule, path: str) -> dict[str, Any] | None:
-    """A report that is there; None, with a warning, for what is none."""
+    """Return a report that is there; None, with a warning, for what is none."""
     try:
         found: dict[str, Any] = json.loads(read_text(path))
-        if os.path.basename(path) != Run.of(found).id + ".json":
+        if os.path.basename(path) != Run.from_report(found).id + ".json":
             raise ValueError("the name of the file is another id")
     except ValueError as error:
         module.warn(f"{path} is left out: it is no report of this release: {error}")
@@ -139,24 +140,24 @@ def read_report(module: AnsibleModule, path: str) -> dict[str, Any] | None:
     return found
 
 
-def others(module: AnsibleModule, directory: str, path: str) -> dict[str, Run]:
-    """The newest other runs of which there are reports, by the files of these."""
+def other_runs(module: AnsibleModule, directory: str, path: str) -> dict[str, Run]:
+    """Return the newest other runs, by the files of their reports."""
     paths = [one for one in glob.glob(os.path.join(glob.escape(directory), "*.json")) if one != path]
     newest = sorted(paths, key=lambda one: os.stat(one).st_mtime_ns)[-BARS:]
     found = ((one, read_report(module, one)) for one in newest)
-    return {one: Run.of(report) for one, report in found if report}
+    return {one: Run.from_report(report) for one, report in found if report}
 
 
 async def main_task(module: AnsibleModule) -> dict[str, Any]:
     params = module.params
     directory = os.path.abspath(params["directory"])
     stem = os.path.join(directory, check_set_id(params["id"]))
-    told = (params["hypervisors"], params["errors"], params["pending"])
-    with alone(directory, module.check_mode):
+    given = (params["hypervisors"], params["errors"], params["pending"])
+    with locked(directory, module.check_mode):
         earlier = read_report(module, stem + ".json") if os.path.exists(stem + ".json") else None
-        report = collect(params["id"], utc_now(), *told, earlier)
-        runs = others(module, directory, stem + ".json")
-        runs[stem + ".json"] = Run.of(report)
+        report = collect(params["id"], utc_now(), *given, earlier)
+        runs = other_runs(module, directory, stem + ".json")
+        runs[stem + ".json"] = Run.from_report(report)
         ordered = sorted(runs, key=lambda path: (runs[path].began, path))
         if not module.check_mode:
             history = [runs[path] for path in ordered]
@@ -164,7 +165,7 @@ async def main_task(module: AnsibleModule) -> dict[str, Any]:
             write_text(stem + ".html", page(report, history))
             newest = json.loads(read_text(ordered[-1]))
             write_text(os.path.join(directory, "index.html"), page(newest, history))
-    # All the rest would be thousands of lines.
+    # A diff of the hypervisors could have thousands of lines.
     diff = {"before": earlier["summary"] if earlier else {}, "after": report["summary"]}
     return {
         "changed": True,

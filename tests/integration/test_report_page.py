@@ -36,7 +36,7 @@ def show(browser: Browser, directory: Path) -> t.Callable[..., Browser]:
         found: dict[str, t.Any], size: tuple[int, int] = DESKTOP, dark: bool = False, history: int = 1
     ) -> Browser:
         path = directory / f"{found['id']}.html"
-        path.write_text(page(found, [*runs(history - 1, bad=[3]), Run.of(found)]))
+        path.write_text(page(found, [*runs(history - 1, bad=[3]), Run.from_report(found)]))
         browser.open(path, *size, dark=dark, phone=size != DESKTOP)
         assert browser.fetched == [path.as_uri()]
         assert browser.complaints == []

@@ -2,7 +2,7 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""How backups stand, in the text format of Prometheus: a pure function of what is known of the VMs."""
+"""Write the status of backups in the text format of Prometheus: a pure function of what is known of the VMs."""
 
 from __future__ import annotations
 
@@ -37,13 +37,11 @@ HELP = {
 
 
 def metrics(repository: str, vms: Iterable[dict[str, Any]], now: int) -> str:
-    """The text of a file for node_exporter's textfile collector."""
+    """Return the text of a file for node_exporter's textfile collector."""
     samples: dict[str, list[str]] = {name: [] for name in HELP}
     for name, labels, value in _samples(list(vms), now):
-        written = ",".join(
-            f'{label}="{_escaped(text)}"' for label, text in {"repository": repository, **labels}.items()
-        )
-        samples[name].append(f"{name}{{{written}}} {value}")
+        pairs = (f'{label}="{_escape(text)}"' for label, text in {"repository": repository, **labels}.items())
+        samples[name].append(f"{name}{{{','.join(pairs)}}} {value}")
     lines: list[str] = []
     for name, found in samples.items():
         if found:
@@ -58,7 +56,7 @@ def _samples(vms: list[dict[str, Any]], now: int) -> Iterator[tuple[str, dict[st
     for vm in vms:
         of_vm, last = {"vm": vm["name"]}, vm["last"]
         yield DAMAGED, of_vm, int(bool(vm["damage"]))
-        # Of sets that cannot be read it is not known that there are none.
+        # Where sets cannot be read, there may still be good ones.
         if last or not vm["damage"]:
             yield "vmfleet_backup_last_success_timestamp_seconds", of_vm, _seconds(last["started"] if last else "")
             yield "vmfleet_backup_last_verified_timestamp_seconds", of_vm, _seconds(vm["verified_at"])
@@ -77,25 +75,25 @@ def _seconds(when: str) -> int:
     return int(parse_time(when).timestamp()) if when else 0
 
 
-def _escaped(text: str) -> str:
+def _escape(text: str) -> str:
     # A name that is no UTF-8 would make the whole file unreadable.
     text = text.encode("utf-8", "backslashreplace").decode("utf-8")
     return text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
 
 
-def _unescaped(text: str) -> str:
+def _unescape(text: str) -> str:
     return re.sub(r"\\(.)", lambda found: "\n" if found[1] == "n" else found[1], text)
 
 
 def vms_in(text: str) -> list[str]:
-    """The VMs that a file tells of."""
+    """Return the VMs that a file has metrics of."""
     pattern = DAMAGED + r'\{repository="(?:[^"\\]|\\.)*",vm="((?:[^"\\]|\\.)*)"\} '
     found = (re.match(pattern, line) for line in text.split("\n"))
-    return [_unescaped(one[1]) for one in found if one]
+    return [_unescape(one[1]) for one in found if one]
 
 
 def file_name(repository: str) -> str:
-    """One for each repository: two runs of a hypervisor into two of them leave each other's numbers alone."""
+    """Return the name of the file for a repository. Each has its own, so that runs into several do not mix."""
     readable = re.sub(r"[^A-Za-z0-9]+", "_", repository).strip("_")[:48]
     return "vmfleet_backup_{}_{}.prom".format(
         readable, hashlib.sha256(repository.encode("utf-8", "surrogateescape")).hexdigest()[:8]

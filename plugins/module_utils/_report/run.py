@@ -2,7 +2,7 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""The report of one run over a fleet, as data: a pure function of what its hypervisors have told."""
+"""Make the report of one run over a fleet, as data: a pure function of what its hypervisors have reported."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ if TYPE_CHECKING:
 
 
 class HypervisorState(Word):
-    """What a hypervisor has told of its part of a run."""
+    """What is known of a hypervisor in a run."""
 
     REPORTED = "reported"
     UNREACHED = "failed"
-    """It has not told anything, and will not."""
+    """It has reported nothing, and will not."""
     WAITING = "waiting"
-    """It may still tell."""
+    """It may still report."""
 
 
 SCHEMA = 1
 NO_REASON = "it has told nothing: it could not be reached, or has failed before its VMs; the output of the run says why"
-NOTHING: dict[str, Any] = {"repository": "", "id": "", "written": "", "error": "", "vms": []}
-"""What a hypervisor that has told nothing has told."""
+BLANK: dict[str, Any] = {"repository": "", "id": "", "written": "", "error": "", "vms": []}
+"""Stands for the record of a hypervisor that has reported nothing."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """What stays of a run when it is one of many. C(began) is when its first set was begun, or it was written."""
+    """A run in the list of runs. C(began) is when its first set was begun, or else when the report was written."""
 
     id: str
     began: str
@@ -46,8 +46,8 @@ class Run:
     seconds: float
 
     @classmethod
-    def of(cls, report: Mapping[str, Any]) -> Run:
-        """ValueError where it is no report of a run."""
+    def from_report(cls, report: Mapping[str, Any]) -> Run:
+        """Return the run of a report. ValueError where it is no report of a run."""
         try:
             found = report["summary"]
             run = cls(
@@ -69,33 +69,33 @@ class Run:
 def collect(
     set_id: str,
     now: str,
-    told: Mapping[str, Mapping[str, Any]],
+    records: Mapping[str, Mapping[str, Any]],
     errors: Mapping[str, str],
     pending: Collection[str],
     before: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
-    """The report. C(told) has all hypervisors of the play; C(before) is the report of the same id that it replaces.
+    """Return the report. C(records) has all hypervisors of the play; C(before) is the report that this one replaces.
 
-    What that says of hypervisors of which nothing new is known is still true: a run may be repeated for some of them.
+    What that says of hypervisors that have reported nothing new is still true: a run may be repeated for some of them.
     """
     earlier = {one["name"]: one for one in before["hypervisors"]} if before else {}
     found = []
-    for name, record in told.items():
-        blank = {"name": name, "state": HypervisorState.WAITING, **NOTHING}
+    for name, record in records.items():
+        blank = {"name": name, "state": HypervisorState.WAITING, **BLANK}
         if record:
-            found.append({**blank, **{field: record[field] for field in NOTHING}, "state": HypervisorState.REPORTED})
+            found.append({**blank, **{field: record[field] for field in BLANK}, "state": HypervisorState.REPORTED})
         elif name in pending and not errors.get(name):
             found.append(earlier.get(name, blank))
         else:
             found.append(
                 {**earlier.get(name, blank), "state": HypervisorState.UNREACHED, "error": errors.get(name) or NO_REASON}
             )
-    found += [one for name, one in earlier.items() if name not in told]
+    found += [one for name, one in earlier.items() if name not in records]
     return {"schema": SCHEMA, "id": set_id, "written": now, "summary": summarize(found), "hypervisors": found}
 
 
 def summarize(hypervisors: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """The fleet at a glance."""
+    """Return the numbers of all hypervisors together."""
     hypervisors = list(hypervisors)
     vms = [vm for one in hypervisors for vm in one["vms"]]
     published = [vm["set"] for vm in vms if vm["state"] == VmState.PUBLISHED and vm["set"]]
@@ -120,7 +120,7 @@ def summarize(hypervisors: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def covered(spans: Iterable[tuple[float, float]]) -> float:
-    """The time in which at least one copy ran. Pauses between the tries of a run do not count; C(spans) are sorted."""
+    """Return the time in which at least one copy ran. Pauses between runs do not count. C(spans) are sorted."""
     total, end = 0.0, float("-inf")
     for start, length in spans:
         total += max(0.0, start + length - max(start, end))

@@ -2,7 +2,7 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""How the backups of a VM stand, as the repository tells it: the set of a run, and the newest good one."""
+"""Return the status of a VM's backups: the set of a run, and the newest good one."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 
 ABSENT = "absent"
-"""What a VM is that has sets and was in no plan."""
-OF_A_RUN: dict[str, Any] = {
+"""The state of a VM that has sets, and was not in the run."""
+RUN_FIELDS: dict[str, Any] = {
     "changed": False,
     "error": "",
     "reason": "",
@@ -33,49 +33,49 @@ OF_A_RUN: dict[str, Any] = {
     "frozen_ms": 0,
     "path": "",
 }
-"""What a run tells of a VM, and what stands for it where it tells nothing."""
-OF_ITS_SETS: dict[str, Any] = {"set": None, "last": None, "damage": "", "verified_at": ""}
-"""What the repository tells of a VM, if it does."""
+"""What a run says of a VM, with the values where it says nothing."""
+SET_FIELDS: dict[str, Any] = {"set": None, "last": None, "damage": "", "verified_at": ""}
+"""What the repository says of a VM, with the values where it says nothing."""
 
 
 def status_from_result(result: dict[str, Any]) -> dict[str, Any]:
-    """What is known of a VM from its run alone."""
+    """Return what is known of a VM from its run alone."""
     if not isinstance(result.get("name"), str) or result.get("state") not in STATES:
         raise Refused("results", f"{result!r} is no result of backup_set")
-    told = {field: result.get(field, blank) for field, blank in OF_A_RUN.items()}
-    return {"name": result["name"], "state": result["state"], **told, **OF_ITS_SETS}
+    run = {field: result.get(field, blank) for field, blank in RUN_FIELDS.items()}
+    return {"name": result["name"], "state": result["state"], **run, **SET_FIELDS}
 
 
 def status_of_absent(name: str) -> dict[str, Any]:
-    """What is known of a VM that was not in the run."""
-    return {"name": name, "state": ABSENT, **OF_A_RUN, **OF_ITS_SETS}
+    """Return what is known of a VM that was not in the run."""
+    return {"name": name, "state": ABSENT, **RUN_FIELDS, **SET_FIELDS}
 
 
 def status_from_repository(repository: Repository, name: str, set_id: str) -> dict[str, Any]:
-    """What is known of a VM from its sets: C(set) is the one of this id, C(last) the newest that is good."""
-    held = read_catalog(repository, name)
-    sets = held.shelf.sets
-    damage = {**held.failed_sets, **held.broken_sets}
-    this = held.shelf.published(set_id)
+    """Return what is known of a VM from its sets: C(set) is the one of this id, C(last) the newest that is good."""
+    catalog = read_catalog(repository, name)
+    sets = catalog.shelf.sets
+    damage = {**catalog.failed_sets, **catalog.broken_sets}
+    this = catalog.shelf.published(set_id)
     last = next((one for one in reversed(sets) if one.id not in damage), None)
-    looks = [held.marks.verification(one) for one in sets]
+    verifications = [catalog.marks.verification(one) for one in sets]
     return {
-        "set": _describe(held, this) if this else None,
-        "last": _describe(held, last) if last else None,
+        "set": _describe(catalog, this) if this else None,
+        "last": _describe(catalog, last) if last else None,
         "damage": damage.get(sets[-1].id, "") if sets else "",
-        "verified_at": max((look.when for look in looks if look and look.ok), default=""),
+        "verified_at": max((one.when for one in verifications if one and one.ok), default=""),
     }
 
 
 def made_here(repository: Repository, name: str) -> bool:
-    """Whether a VM's newest set was made by this machine: a VM that has moved on is the matter of another one."""
+    """Return whether this machine made the newest set of a VM: the VM may run on another hypervisor by now."""
     sets = repository.shelf(name).sets
     maker = sets[-1].hypervisor if sets else None
     return maker is not None and maker.machine_id == machine_id()
 
 
-def _describe(held: VmCatalog, manifest: Manifest) -> dict[str, Any]:
-    look = held.marks.verification(manifest)
+def _describe(catalog: VmCatalog, manifest: Manifest) -> dict[str, Any]:
+    verification = catalog.marks.verification(manifest)
     return {
         "id": manifest.id,
         "started": manifest.started,
@@ -83,6 +83,6 @@ def _describe(held: VmCatalog, manifest: Manifest) -> dict[str, Any]:
         "bytes": manifest.bytes,
         "level": manifest.level,
         "consistency": manifest.consistency,
-        "chain": max(len(walk(held.shelf.sets, manifest, disk.name)[0]) for disk in manifest.disks),
-        "verified": look.depth if look and look.ok else "",
+        "chain": max(len(walk(catalog.shelf.sets, manifest, disk.name)[0]) for disk in manifest.disks),
+        "verified": verification.depth if verification and verification.ok else "",
     }

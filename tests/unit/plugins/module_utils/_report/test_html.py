@@ -12,7 +12,9 @@ from html.parser import HTMLParser
 
 import pytest
 
-from ansible_collections.vmfleet.backup.plugins.module_utils._report.html import BARS, page, rate, span, text
+from ansible_collections.vmfleet.backup.plugins.module_utils._report.html import page
+from ansible_collections.vmfleet.backup.plugins.module_utils._report.html_charts import BARS
+from ansible_collections.vmfleet.backup.plugins.module_utils._report.html_text import rate, span, text
 from ansible_collections.vmfleet.backup.plugins.module_utils._report.run import Run
 from ansible_collections.vmfleet.backup.tests.harness.reports import (
     MIB,
@@ -65,9 +67,9 @@ class Reader(HTMLParser):
 
 
 def read(found: dict[str, t.Any], history: list[Run] | None = None) -> Reader:
-    html = page(found, [Run.of(found)] if history is None else history)
+    html = page(found, [Run.from_report(found)] if history is None else history)
     html.encode("utf-8")
-    assert html == page(found, [Run.of(found)] if history is None else history)
+    assert html == page(found, [Run.from_report(found)] if history is None else history)
     return Reader(html)
 
 

@@ -26,7 +26,7 @@ def test_a_run_without_anything() -> None:
     found = report()
     assert found["hypervisors"] == []
     assert set(found["summary"].values()) == {0, ""}
-    assert Run.of(found) == Run(ID, NOW, 0, 0, 0, 0.0)
+    assert Run.from_report(found) == Run(ID, NOW, 0, 0, 0, 0.0)
 
 
 def test_the_summary_counts() -> None:
@@ -53,7 +53,7 @@ def test_the_summary_counts() -> None:
         "verified": 1,
         "damaged": 1,
     }
-    assert Run.of(found) == Run(ID, f"{ID}T01:29:00Z", 6, 3, 1800 * MIB, 120.0)
+    assert Run.from_report(found) == Run(ID, f"{ID}T01:29:00Z", 6, 3, 1800 * MIB, 120.0)
 
 
 @pytest.mark.parametrize(
@@ -112,4 +112,4 @@ def test_one_that_is_to_come_takes_nothing_away() -> None:
 )
 def test_what_is_no_report_is_none(found: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=r"\S"):
-        Run.of(found)
+        Run.from_report(found)

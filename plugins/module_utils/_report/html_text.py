@@ -1,0 +1,50 @@
+# Copyright (c) 2026, vmfleet contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Write names, times and sizes as HTML."""
+
+from __future__ import annotations
+
+import re
+from html import escape
+
+from .._common.formats import human, parse_time
+
+
+def text(value: object) -> str:
+    """Return anything at all as text of the page, never as markup."""
+    # Control characters are no HTML, and half a surrogate pair is no UTF-8.
+    return escape(re.sub("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]", "\ufffd", str(value)), quote=True)
+
+
+def span(seconds: float) -> str:
+    """Return a length of time such as C(3 min 05 s)."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02} min"
+
+
+def moment(when: str) -> str:
+    """Return a time as HTML; nothing where there is none."""
+    return "<time>{}</time>".format(parse_time(when).strftime("%Y-%m-%d %H:%M UTC")) if when else ""
+
+
+def rate(size: int, seconds: float) -> str:
+    """Return bytes per second; nothing where they mean nothing."""
+    return f"{human(int(size / seconds))}/s" if size and seconds else ""
+
+
+def counted(number: int, one: str, many: str = "") -> str:
+    """Return a number with its noun, in the plural where it is not one."""
+    return f"{number} {one if number == 1 else many or one + 's'}"
+
+
+def label(kind: str, html: str) -> str:
+    """Return a word in the colour of its kind: good, warn or bad."""
+    return f'<span class="word {kind}">{html}</span>'
