@@ -22,8 +22,8 @@ from .._common.errors import BackupError, CommandError, JobFailed, MonitorError,
 from .._common.formats import seconds_since
 from .._host import files, preallocate
 from .._host.lock import locked
-from .._host.machine import machine_id
-from .._host.namespaces import boot_id, spaces
+from .._host.machine import boot_id, machine_id
+from .._host.namespaces import spaces
 from .._qemu import block_jobs, target_image
 from .._qemu.losses import lost_in_copy
 from .._qemu.model import IO_ERROR

@@ -19,8 +19,7 @@ from .._common.errors import BackupError, Refused
 from .._common.formats import seconds_since
 from .._common.words import Word
 from .._host.files import is_block_device
-from .._host.machine import machine_id
-from .._host.namespaces import boot_id
+from .._host.machine import boot_id, machine_id
 from .._qemu.model import Disk
 from .receipt import ReceiptPhase, read, record_path
 from .request import plain_path

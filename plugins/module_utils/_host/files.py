@@ -17,6 +17,8 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
+from .warnings import warn_once
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -31,8 +33,6 @@ NO_MODES = frozenset({errno.EPERM, errno.EACCES, errno.EOPNOTSUPP, errno.ENOSYS}
 """What file systems say that have no permissions of their own (vfat, SMB, some of FUSE)."""
 NO_LINKS = frozenset({errno.EPERM, errno.EACCES, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK})
 """What file systems say that have no hard links."""
-_unkept: dict[str, str] = {}
-"""Where permissions were not kept, by mount point, with the reason."""
 
 
 @contextlib.contextmanager
@@ -53,27 +53,27 @@ def step(path: str, what: str) -> Iterator[None]:
 
 
 def set_mode(path: str, mode: int, fd: int | None = None) -> None:
-    """Set the permissions of a file. Where its file system does not keep them, that is noted for unkept()."""
+    """Set the permissions of a file, and warn where its file system does not keep them."""
     try:
         with step(path, "its permissions were set"):
             os.chmod(path if fd is None else fd, mode)
     except OSError as error:
         if error.errno not in NO_MODES:
             raise
-        _unkept.setdefault(_mount_point(path), os.strerror(error.errno))
+        _warn_of_permissions(path, os.strerror(error.errno))
         return
     if stat.S_IMODE(os.stat(path if fd is None else fd).st_mode) & ~mode:
-        _unkept.setdefault(_mount_point(path), "they stay as they are")
+        _warn_of_permissions(path, "they stay as they are")
 
 
-def unkept() -> list[str]:
-    """Return a warning for each file system that has not kept the permissions of what was written to it."""
-    return [
-        f"{where}: its file system does not keep permissions ({why}). What is written there can be as open to others as"
-        " the mount makes it: mount it so that nobody else can read it (vfat: umask=077; SMB: file_mode=0600,"
-        "dir_mode=0700)"
-        for where, why in _unkept.items()
-    ]
+def _warn_of_permissions(path: str, why: str) -> None:
+    mount_point = _mount_point(path)
+    warn_once(
+        mount_point,
+        f"{mount_point}: its file system does not keep permissions ({why}). What is written there can be as open to"
+        " others as the mount makes it: mount it so that nobody else can read it (vfat: umask=077; SMB: file_mode=0600,"
+        "dir_mode=0700)",
+    )
 
 
 def _mount_point(path: str) -> str:

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-
-from .namespaces import boot_id
+from functools import lru_cache
 
 
 def machine_id() -> str:
@@ -43,6 +42,13 @@ class Hypervisor:
         if self.boot_id == other.boot_id:
             return True
         return (self.machine_id, self.name) == (other.machine_id, other.name)
+
+
+@lru_cache(maxsize=None)
+def boot_id() -> str:
+    """Return the boot of the kernel that runs this process, which is one for all containers of a machine."""
+    with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as source:
+        return source.read().strip()
 
 
 def this_hypervisor() -> Hypervisor:

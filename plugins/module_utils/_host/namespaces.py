@@ -26,13 +26,6 @@ PORTS = "ports"
 
 
 @lru_cache(maxsize=None)
-def boot_id() -> str:
-    """Return the boot of the kernel that runs this process, which is one for all containers of a machine."""
-    with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as source:
-        return source.read().strip()
-
-
-@lru_cache(maxsize=None)
 def spaces() -> dict[str, str]:
     """Return the name spaces in which this process knows ids, paths and ports; empty where that cannot be told."""
     root = os.stat("/")

@@ -10,7 +10,7 @@ import asyncio
 from typing import TYPE_CHECKING
 
 from .._common.errors import BackupError
-from .files import unkept
+from .warnings import kept_warnings
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
@@ -37,5 +37,5 @@ def run_module(module: AnsibleModule, main: Callable[[AnsibleModule], Coroutine[
 
 def _warn(module: AnsibleModule) -> None:
     # Ansible shows a warning once, however many modules of a run have the same.
-    for warning in unkept():
+    for warning in kept_warnings():
         module.warn(warning)

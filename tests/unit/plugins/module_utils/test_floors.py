@@ -68,7 +68,7 @@ PURE = {
     "_plan": ("decide", "disks", "levels", "model"),
     "_prune": ("retention",),
     "_qemu": ("command_line", "losses", "secrets"),
-    "_report": ("html", "run", "status"),
+    "_report": ("html", "html_charts", "html_style", "html_text", "prometheus", "run", "status"),
     "_repository": ("chain", "documents"),
     "_verify": ("model",),
 }
