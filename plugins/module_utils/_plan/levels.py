@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from .._qemu.model import chain_of
-from .._repository.chain import Level, newest_full, walk
-from .._repository.documents import Parent
+from .._repository.chain import newest_full, walk
+from .._repository.documents import Level, Parent
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from .._common.errors import Refused
 from .._common.words import Word
-from .._repository.chain import Level
+from .._repository.documents import Level
 from .._repository.names import check_set_id
 
 if TYPE_CHECKING:

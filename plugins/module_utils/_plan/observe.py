@@ -16,8 +16,9 @@ from .._qemu.monitor import Monitor, parse_address
 from .._qemu.origin import Origin
 from .._qemu.query import inspect_vm, query_jobs
 from .._repository.annotations import read_annotations
-from .._repository.catalog import Depth, failed_sets
-from .._repository.chain import Level, walk
+from .._repository.catalog import failed_sets
+from .._repository.chain import walk
+from .._repository.documents import Depth, Level
 from .model import Observation
 
 if TYPE_CHECKING:

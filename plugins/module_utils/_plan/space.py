@@ -19,8 +19,9 @@ from .._common.formats import human
 from .._host import preallocate
 from .._host.files import scratch
 from .._qemu import image_size, qemu_img
-from .._repository.chain import Level
+from .._repository.documents import Level
 from .._repository.names import REPOSITORY_FILE
+from .._repository.staging import outstanding
 from .model import Action, Space
 
 if TYPE_CHECKING:
@@ -138,7 +139,7 @@ class SpaceTracker:
             self._growing = {intent.attempt: intent for intent in self._repository.intents()}
             self._seen = time.monotonic()
         others = (intent for intent in self._growing.values() if intent.vm.name != besides)
-        return sum(self._repository.outstanding(intent) for intent in others)
+        return sum(outstanding(self._repository, intent) for intent in others)
 
 
 def space_in(repository: Repository, policy: Policy) -> Space:

@@ -18,10 +18,12 @@ from .._host.files import set_mode
 from .._qemu import qemu_img
 from .._repository import chain
 from .._repository.catalog import CONSOLIDATING_SUFFIX, growing, read_catalog
-from .._repository.chain import Level
 from .._repository.checksums import check_all
-from .._repository.documents import Consolidation
+from .._repository.consolidation import remove_note, rewrite_manifest, write_note
+from .._repository.documents import Consolidation, Level
+from .._repository.removal import tidy
 from .._repository.repository import PUBLISHED_MODE
+from .._repository.staging import outstanding
 from .retention import read_constraints
 
 if TYPE_CHECKING:
@@ -39,7 +41,7 @@ def finish_consolidation(repository: Repository, vm: str) -> None:
         _finish_manifest(repository, vm, note)
     for path in growing(repository, vm):
         files.remove(path)
-    repository.tidy(vm, "")
+    tidy(repository, vm, "")
 
 
 def _finish_manifest(repository: Repository, vm: str, note: Consolidation) -> None:
@@ -47,8 +49,8 @@ def _finish_manifest(repository: Repository, vm: str, note: Consolidation) -> No
     manifest = repository.shelf(vm).published(note.id)
     if manifest and manifest.attempt == note.attempt and manifest.disk(note.image.name) == note.image:
         level = chain.set_level(disk.level for disk in manifest.disks)
-        repository.rewrite_manifest(replace(manifest, level=level))
-    repository.remove_note(vm, note.id)
+        rewrite_manifest(repository, replace(manifest, level=level))
+    remove_note(repository, vm, note.id)
 
 
 async def consolidate(
@@ -87,7 +89,7 @@ async def _make_full(repository: Repository, catalog: VmCatalog, manifest: Manif
             if reader:
                 raise BackupError(reader)
             note = Consolidation(manifest.id, manifest.attempt, full)
-            repository.write_note(catalog.name, note)
+            write_note(repository, catalog.name, note)
             os.replace(new, path)
             files.sync_directory(os.path.dirname(path))
             _finish_manifest(repository, catalog.name, note)
@@ -121,7 +123,7 @@ async def _most_bytes(path: str, images: Sequence[tuple[Manifest, DiskImage]]) -
 
 def _check_free(repository: Repository, needed: int) -> None:
     """Refuse to take the space that running backups will need: their guests would feel it."""
-    promised = sum(repository.outstanding(intent) for intent in repository.intents())
+    promised = sum(outstanding(repository, intent) for intent in repository.intents())
     free = files.free_bytes(repository.path)
     if needed + promised > free:
         raise BackupError(
@@ -131,7 +133,7 @@ def _check_free(repository: Repository, needed: int) -> None:
 
 
 def _flush_and_drop(path: str) -> None:
-    """Bring a file to stable storage, and drop it from the page cache: it is read back from the storage then."""
+    """Flush a file, and drop it from the page cache, so that it is read back from stable storage."""
     preallocate.flush(path)
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:

@@ -23,6 +23,7 @@ from .._host.lock import LockHeld, locked
 from .._repository.annotations import is_read, may_be_there, remove_annotations, write_annotation
 from .._repository.catalog import read_catalog
 from .._repository.documents import Protection
+from .._repository.removal import remove_set
 from .consolidate import consolidate, finish_consolidation
 from .retention import decide, read_constraints
 
@@ -180,7 +181,7 @@ def _remove(
     # Those that build on others go first.
     for manifest in reversed(catalog.shelf.sets):
         if manifest.id in decisions and not decisions[manifest.id].keep:
-            left = repository.remove_set(vm, manifest.id)
+            left = remove_set(repository, vm, manifest.id)
             if left:
                 errors[manifest.id] = f"set {manifest.id} was removed, but {left}; remove that by hand"
     _remove_stale_annotations(repository, catalog)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from .._repository.annotations import is_read
 from .._repository.catalog import begun
-from .._repository.chain import Level
+from .._repository.documents import Level
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from .._backup.outcome import VmState
 from .._common.formats import parse_time
-from .._repository.chain import Level
+from .._repository.documents import Level
 from .status import ABSENT
 
 if TYPE_CHECKING:

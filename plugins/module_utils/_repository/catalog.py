@@ -15,9 +15,7 @@ from .._common.errors import BackupError, Refused
 from .._common.formats import parse_time
 from .annotations import annotation_path, is_read, read_annotations
 from .chain import broken_images, walk
-from .documents import DEPTHS as DEPTHS  # noqa: PLC0414
-from .documents import Depth as Depth  # noqa: PLC0414
-from .documents import Intent
+from .documents import DEPTHS, Depth, Intent
 from .json_file import read_document
 from .names import vm_directory
 from .removal import litter

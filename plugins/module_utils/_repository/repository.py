@@ -222,58 +222,6 @@ class Repository:
         found: Intent | None = read_document(os.path.join(self.staging_path(vm, set_id), INTENT), Intent)
         return found
 
-    # Until their callers call the functions.
-
-    def outstanding(self, intent: Intent) -> int:
-        from . import staging  # noqa: PLC0415
-
-        return staging.outstanding(self, intent)
-
-    def begin(self, intent: Intent) -> None:
-        from . import staging  # noqa: PLC0415
-
-        staging.begin(self, intent)
-
-    def describe(self, intent: Intent, manifest: Manifest) -> None:
-        from . import staging  # noqa: PLC0415
-
-        staging.describe(self, intent, manifest)
-
-    def publish(self, intent: Intent) -> Manifest:
-        from . import staging  # noqa: PLC0415
-
-        return staging.publish(self, intent)
-
-    def discard(self, intent: Intent) -> None:
-        from . import staging  # noqa: PLC0415
-
-        staging.discard(self, intent)
-
-    def tidy(self, vm: str, set_id: str) -> None:
-        from . import removal  # noqa: PLC0415
-
-        removal.tidy(self, vm, set_id)
-
-    def remove_set(self, vm: str, set_id: str) -> str:
-        from . import removal  # noqa: PLC0415
-
-        return removal.remove_set(self, vm, set_id)
-
-    def write_note(self, vm: str, note: Consolidation) -> None:
-        from . import consolidation  # noqa: PLC0415
-
-        consolidation.write_note(self, vm, note)
-
-    def remove_note(self, vm: str, set_id: str) -> None:
-        from . import consolidation  # noqa: PLC0415
-
-        consolidation.remove_note(self, vm, set_id)
-
-    def rewrite_manifest(self, manifest: Manifest) -> None:
-        from . import consolidation  # noqa: PLC0415
-
-        consolidation.rewrite_manifest(self, manifest)
-
 
 def open_repository(path: str) -> Repository:
     """Open the repository at C(path); BackupError where there is none."""

@@ -13,8 +13,7 @@ from .._common.errors import BackupError, in_words
 from .._common.formats import utc_now
 from .._host.machine import machine_id
 from .._qemu import qemu_img
-from .._repository.catalog import Depth
-from .._repository.documents import Pin
+from .._repository.documents import Depth, Pin
 from .._repository.repository import DESCRIPTION
 from . import boot
 from .boot_options import BootDisk, qemu_options

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 from .._common.errors import ToolError
 from .._qemu import qemu_img
-from .._repository.catalog import Depth
 from .._repository.checksums import check_all
+from .._repository.documents import Depth
 from .model import REMEDY
 
 if TYPE_CHECKING:

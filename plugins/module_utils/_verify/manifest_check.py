@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from .._common.errors import BackupError
 from .._common.version import SCHEMA
-from .._repository.catalog import Depth
+from .._repository.documents import Depth
 from .._repository.json_file import UNFINISHED
 from .._repository.repository import DESCRIPTION, INTENT, MANIFEST
 from .model import REMEDY, Finding

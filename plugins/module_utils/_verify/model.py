@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from .._repository.catalog import DEPTHS, Depth
+from .._repository.documents import DEPTHS, Depth
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class VerifyRun:
-    """One call. Each image takes one of the processors while it is read."""
+    """One call of the module. An image takes one of the processors while it is read."""
 
     repository: Repository
     options: VerifyOptions

@@ -18,6 +18,7 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup.recei
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.machine import Hypervisor, machine_id
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.process import Process
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.model import Bitmap, Disk, Job, Vm
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository import staging
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.chain import set_level
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.documents import (
     DiskImage,
@@ -211,4 +212,4 @@ def put(repository: Repository, made: Manifest, content: bytes = b"abc") -> Path
 def begin(repository: Repository, of: Intent) -> None:
     """Begin a set, maybe the first of its VM."""
     os.makedirs(repository.directory(of.vm.name), exist_ok=True)
-    repository.begin(of)
+    staging.begin(repository, of)

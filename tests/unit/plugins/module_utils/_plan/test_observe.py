@@ -17,6 +17,7 @@ import pytest
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.process import Process
 from ansible_collections.vmfleet.backup.plugins.module_utils._plan.model import Observation, Request
 from ansible_collections.vmfleet.backup.plugins.module_utils._plan.observe import observe, with_damage, with_fates
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository import staging
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.annotations import write_annotation
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.documents import DiskImage, Verification
 from ansible_collections.vmfleet.backup.tests.unit.plugins import builders
@@ -47,8 +48,8 @@ def publish(repository: Repository, set_id: str, *images: DiskImage) -> None:
     begin(repository, this)
     for found in images:
         Path(repository.image_path(this, found.image)).write_bytes(b"abc")
-    repository.describe(this, manifest(set_id, *images))
-    repository.publish(this)
+    staging.describe(repository, this, manifest(set_id, *images))
+    staging.publish(repository, this)
 
 
 def stored(name: str, below: str | None = None) -> DiskImage:

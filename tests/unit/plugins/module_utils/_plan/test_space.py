@@ -24,8 +24,8 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._plan.space import 
     reserve_bytes,
 )
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.model import Disk
-from ansible_collections.vmfleet.backup.plugins.module_utils._repository.chain import Level
-from ansible_collections.vmfleet.backup.plugins.module_utils._repository.documents import Intent, VmName
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository import staging
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository.documents import Intent, Level, VmName
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.repository import Repository
 from ansible_collections.vmfleet.backup.tests.harness.images import create, patterned, qemu_img, write
 from ansible_collections.vmfleet.backup.tests.unit.plugins import builders
@@ -102,7 +102,7 @@ class TestRoom:
         room.note(intent())
         assert room.space().promised == 2 * MIB
         # And one that has come to its end does so no more.
-        repository.discard(intent())
+        staging.discard(repository, intent())
         assert room.space().promised == 0
 
     def test_what_others_have_begun_is_looked_up_now_and_then(

@@ -20,8 +20,8 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._repository.annotat
     remove_annotations,
     write_annotation,
 )
-from ansible_collections.vmfleet.backup.plugins.module_utils._repository.catalog import Depth, read_catalog
-from ansible_collections.vmfleet.backup.plugins.module_utils._repository.documents import Verification
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository.catalog import read_catalog
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository.documents import Depth, Verification
 from ansible_collections.vmfleet.backup.plugins.module_utils._verify.model import SetCheck, VerifyOptions
 from ansible_collections.vmfleet.backup.plugins.module_utils._verify.record import record
 from ansible_collections.vmfleet.backup.plugins.module_utils._verify.run import VerifyRun
