@@ -32,7 +32,7 @@ pytestmark = pytest.mark.slow
 
 MODULE = """
 import asyncio, sys
-from ansible_collections.vmfleet.backup.plugins.module_utils._guard import Freezer
+from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.guest_freeze import Freezer
 async def main():
     async with Freezer(sys.argv[1]):
         print("frozen", flush=True)
