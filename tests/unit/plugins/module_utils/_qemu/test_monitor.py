@@ -2,14 +2,13 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Addresses, and conversations over real sockets with servers of all kinds."""
+"""Conversations over real sockets with servers of all kinds."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import errno
-import io
 import json
 import os
 import socket
@@ -27,83 +26,15 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors impo
     MonitorError,
     MonitorGone,
     MonitorTimeout,
-    Refused,
 )
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.process import Process
-from ansible_collections.vmfleet.backup.plugins.module_utils._qemu import connection, qmp_client
+from ansible_collections.vmfleet.backup.plugins.module_utils._qemu import connection
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu import monitor as qemu_monitor
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.address import Address, parse_address
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.monitor import Monitor
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-
-class TestAddress:
-    @pytest.mark.parametrize(
-        ("text", "address", "canonical"),
-        [
-            ("unix:/run/web01.qmp", Address(path="/run/web01.qmp"), "unix:/run/web01.qmp"),
-            ("/run/web 01:x.qmp", Address(path="/run/web 01:x.qmp"), "unix:/run/web 01:x.qmp"),
-            ("tcp:127.0.0.1:4444", Address(host="127.0.0.1", port=4444), "tcp:127.0.0.1:4444"),
-            ("tcp:hv.example.org:65535", Address(host="hv.example.org", port=65535), "tcp:hv.example.org:65535"),
-            ("tcp:[fe80::1]:1", Address(host="fe80::1", port=1), "tcp:[fe80::1]:1"),
-        ],
-    )
-    def test_forms(self, text: str, address: Address, canonical: str) -> None:
-        assert parse_address(text) == address
-        assert str(address) == canonical
-        assert parse_address(canonical) == address
-
-    @pytest.mark.parametrize(
-        ("text", "reason"),
-        [
-            ("", "is neither unix:/PATH"),
-            ("web01.qmp", "is neither unix:/PATH"),
-            ("unix:web01.qmp", "is neither unix:/PATH"),
-            ("ssh:host:22", "is neither unix:/PATH"),
-            ("tcp:4444", "is not of the form"),
-            ("tcp:host:0", "is not of the form"),
-            ("tcp:host:65536", "is not of the form"),
-            ("tcp:host:qmp", "is not of the form"),
-            ("tcp::4444", "is not of the form"),
-            ("tcp:fe80::1:4444", "is not of the form"),
-            ("tcp:[host]:4444", "is not of the form"),
-            ("libvirt:web01", "libvirt addresses are not supported yet"),
-            ("libvirt:web01", "Where AppArmor is on, it needs a rule"),
-        ],
-    )
-    def test_others_are_refused_under_the_options_name(self, text: str, reason: str) -> None:
-        with pytest.raises(Refused) as refused:
-            parse_address(text, "sockets")
-        assert str(refused.value).startswith(f"sockets: {text!r}")
-        assert reason in str(refused.value)
-
-
-TABLE = """\
-Num       RefCount Protocol Flags    Type St Inode Path
-0000000000000000: 00000002 00000000 00010000 0001 01 5001 /run/web01.qmp
-0000000000000000: 00000003 00000000 00000000 0001 03 5002 /run/web01.qmp
-0000000000000000: 00000002 00000000 00000000 0001 02     0 /run/web01.qmp
-0000000000000000: 00000002 00000000 00000000 0001 02     0 /run/web01.qmp
-0000000000000000: 00000003 00000000 00000000 0001 03 5003
-0000000000000000: 00000003 00000000 00000000 0001 03 5004 /run/web01.qmp2
-0000000000000000: 00000003 00000000 00000000 0001 03 5005 /run/db 01.qmp
-"""
-
-
-@pytest.mark.parametrize(
-    ("path", "clients"),
-    [
-        ("/run/web01.qmp", (1, 2)),
-        ("/run/db 01.qmp", (1, 0)),
-        ("/run/db", (None, 0)),
-        ("/run/web01.qmp2", (1, 0)),
-    ],
-)
-def test_clients_of_a_socket(path: str, clients: tuple[int | None, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connection, "open", lambda *_args, **_options: io.StringIO(TABLE), raising=False)
-    assert connection._clients(path) == clients
 
 
 GREETING = {
@@ -513,27 +444,3 @@ class TestExecute:
     def test_set_without_files_is_a_mistake(self) -> None:
         with pytest.raises(ValueError, match="at least one"):
             asyncio.run(Monitor(Address(path="/run/web01.qmp")).add_fdset([], "x"))
-
-
-class TestLibrary:
-    class Failed(Exception):
-        """What fail_json ends with."""
-
-    def module(self) -> Any:
-        test = self
-
-        class Module:
-            def fail_json(self, **values: Any) -> None:
-                raise test.Failed(values)
-
-        return Module()
-
-    def test_present(self) -> None:
-        qmp_client.require_qmp(self.module())
-
-    def test_missing(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(qmp_client, "QMP_IMPORT_ERROR", "Traceback: no module named qemu")
-        with pytest.raises(self.Failed) as failed:
-            qmp_client.require_qmp(self.module())
-        assert failed.value.args[0]["exception"] == "Traceback: no module named qemu"
-        assert "qemu.qmp" in failed.value.args[0]["msg"]
