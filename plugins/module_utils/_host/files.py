@@ -2,7 +2,7 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Work with files so that an error tells which one, and on file systems that lack permissions, links or locks."""
+"""Work with files so that an error tells which one, and on file systems that lack permissions or links."""
 
 from __future__ import annotations
 

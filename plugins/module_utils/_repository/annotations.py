@@ -47,11 +47,11 @@ class SetAnnotations:
 
     def protected(self, set_id: str) -> bool:
         """Return whether a set is protected."""
-        return any(mark.id == set_id for mark in self.protections)
+        return any(annotation.id == set_id for annotation in self.protections)
 
     def pins_of(self, set_id: str) -> tuple[Pin, ...]:
         """Return the pins on the images of a set."""
-        return tuple(mark for mark in self.pins if mark.id == set_id)
+        return tuple(annotation for annotation in self.pins if annotation.id == set_id)
 
     def verification(self, manifest: Manifest) -> Verification | None:
         """Return how the last verification of a set ended; None for one that was never verified."""
@@ -59,7 +59,7 @@ class SetAnnotations:
 
     @cached_property
     def _verified(self) -> dict[str, Verification]:
-        return {mark.attempt: mark for mark in self.verifications}
+        return {annotation.attempt: annotation for annotation in self.verifications}
 
 
 def read_annotations(repository: Repository, vm: str) -> SetAnnotations:
@@ -72,9 +72,9 @@ def read_annotations(repository: Repository, vm: str) -> SetAnnotations:
     kinds: dict[Any, list[Any]] = {Protection: [], Pin: [], Verification: []}
     for entry in entries:
         kind = _kind(entry[1 : -len(SUFFIX)])
-        mark = read_document(os.path.join(directory, entry), kind) if kind else None
-        if mark:
-            kinds[kind].append(mark)
+        annotation = read_document(os.path.join(directory, entry), kind) if kind else None
+        if annotation:
+            kinds[kind].append(annotation)
     return SetAnnotations(*(tuple(found) for found in kinds.values()))
 
 
@@ -102,24 +102,24 @@ def may_be_there(path: str) -> bool:
     return True
 
 
-def write_annotation(repository: Repository, vm: str, mark: Protection | Pin | Verification) -> None:
+def write_annotation(repository: Repository, vm: str, annotation: Protection | Pin | Verification) -> None:
     """Write an annotation, in place of the one of its kind."""
-    write_document(annotation_path(repository, vm, mark), asdict(mark))
+    write_document(annotation_path(repository, vm, annotation), asdict(annotation))
 
 
-def remove_annotations(repository: Repository, vm: str, marks: Iterable[Protection | Pin | Verification]) -> None:
+def remove_annotations(repository: Repository, vm: str, annotations: Iterable[Protection | Pin | Verification]) -> None:
     """Remove annotations."""
-    for mark in marks:
-        remove(annotation_path(repository, vm, mark))
+    for annotation in annotations:
+        remove(annotation_path(repository, vm, annotation))
     sync_directory(repository.directory(vm))
 
 
-def annotation_path(repository: Repository, vm: str, mark: Protection | Pin | Verification) -> str:
+def annotation_path(repository: Repository, vm: str, annotation: Protection | Pin | Verification) -> str:
     """Return where an annotation stands."""
-    if isinstance(mark, Pin):
+    if isinstance(annotation, Pin):
         # One overlay has one pin, however often it is made.
-        place = f"{mark.machine_id}:{mark.path}".encode("utf-8", "surrogateescape")
+        place = f"{annotation.machine_id}:{annotation.path}".encode("utf-8", "surrogateescape")
         suffix = PIN + hashlib.sha256(place).hexdigest()[:8]
     else:
-        suffix = PROTECTED if isinstance(mark, Protection) else VERIFIED
-    return os.path.join(repository.directory(vm), f".{mark.id}{suffix}{SUFFIX}")
+        suffix = PROTECTED if isinstance(annotation, Protection) else VERIFIED
+    return os.path.join(repository.directory(vm), f".{annotation.id}{suffix}{SUFFIX}")

@@ -83,7 +83,7 @@ class VmCatalog:
         return ", ".join(one.id for one in self.shelf.sets) or "none"
 
 
-def failed_sets(sets: Iterable[Manifest], marks: SetAnnotations) -> dict[str, str]:
+def failed_sets(sets: Iterable[Manifest], annotations: SetAnnotations) -> dict[str, str]:
     """Return why sets are not to be relied on, by id: their verification has failed, or that of a set below them.
 
     A later and as deep verification of a set itself outweighs that of a set below it.
@@ -91,7 +91,7 @@ def failed_sets(sets: Iterable[Manifest], marks: SetAnnotations) -> dict[str, st
     reasons: dict[str, str] = {}
     suspects: dict[str, Verification] = {}
     for manifest in sets:
-        own = marks.verification(manifest)
+        own = annotations.verification(manifest)
         below = (suspects.get(disk.parent.id) for disk in manifest.disks if disk.parent)
         suspect = next((found for found in below if found and not (own and _outweighs(own, found))), None)
         if suspect:
@@ -115,53 +115,53 @@ def read_catalog(repository: Repository, vm: str) -> VmCatalog:
     return VmCatalog(vm, shelf, read_annotations(repository, vm), broken_images(shelf.sets, repository.damage))
 
 
-def leftovers(repository: Repository, held: VmCatalog) -> list[dict[str, str]]:
+def leftovers(repository: Repository, catalog: VmCatalog) -> list[dict[str, str]]:
     """Return what stands in a VM's directory besides sets, and what it is."""
 
     def found(path: str, what: str) -> dict[str, str]:
-        return {"vm": held.name, "path": path, "what": what}
+        return {"vm": catalog.name, "path": path, "what": what}
 
-    shelf = held.shelf
+    shelf = catalog.shelf
     left = [
         found(
-            repository.staging_path(held.name, intent.id),
+            repository.staging_path(catalog.name, intent.id),
             f"set {intent.id} is being made by hypervisor {intent.hypervisor.name} since {intent.started}",
         )
         for intent in shelf.intents
     ]
     left += [
-        found(repository.failure_path(held.name, failure.id), f"set {failure.id} {failure.state}: {failure.error}")
+        found(repository.failure_path(catalog.name, failure.id), f"set {failure.id} {failure.state}: {failure.error}")
         for failure in shelf.failures
     ]
     left += [
-        found(repository.set_path(held.name, stray), "no set: no valid manifest") for stray in sorted(shelf.strays)
+        found(repository.set_path(catalog.name, stray), "no set: no valid manifest") for stray in sorted(shelf.strays)
     ]
     left += [
-        found(repository.note_path(held.name, note.id), f"set {note.id} becomes a full one; the next prune goes on")
+        found(repository.note_path(catalog.name, note.id), f"set {note.id} becomes a full one; the next prune goes on")
         for note in shelf.notes
     ]
-    left += [found(path, said) for path, said in _stale_marks(repository, held)]
+    left += [found(path, said) for path, said in _stale_annotations(repository, catalog)]
     left += [
         found(path, "an increment that becomes a full image, or was to; the next prune goes on")
-        for path in growing(repository, held.name)
+        for path in growing(repository, catalog.name)
     ]
-    return left + [found(path, "left by a process that was killed") for path in litter(repository, held.name)]
+    return left + [found(path, "left by a process that was killed") for path in litter(repository, catalog.name)]
 
 
-def _stale_marks(repository: Repository, held: VmCatalog) -> Iterator[tuple[str, str]]:
+def _stale_annotations(repository: Repository, catalog: VmCatalog) -> Iterator[tuple[str, str]]:
     """Return the annotations that nobody needs any more, each with the reason."""
-    there = {manifest.id for manifest in held.shelf.sets} | held.shelf.strays
-    marks: list[Protection | Verification | Pin] = [
-        *held.marks.protections,
-        *held.marks.verifications,
-        *held.marks.pins,
+    there = {manifest.id for manifest in catalog.shelf.sets} | catalog.shelf.strays
+    annotations: list[Protection | Verification | Pin] = [
+        *catalog.marks.protections,
+        *catalog.marks.verifications,
+        *catalog.marks.pins,
     ]
-    for mark in marks:
-        if mark.id not in there:
-            yield annotation_path(repository, held.name, mark), f"said of set {mark.id}, which is gone"
-    for pin in held.marks.pins:
+    for annotation in annotations:
+        if annotation.id not in there:
+            yield annotation_path(repository, catalog.name, annotation), f"said of set {annotation.id}, which is gone"
+    for pin in catalog.marks.pins:
         if pin.id in there and not is_read(pin):
-            yield annotation_path(repository, held.name, pin), f"{pin.path}, which has read set {pin.id}, is gone"
+            yield annotation_path(repository, catalog.name, pin), f"{pin.path}, which has read set {pin.id}, is gone"
 
 
 def growing(repository: Repository, vm: str) -> list[str]:
@@ -175,14 +175,14 @@ def growing(repository: Repository, vm: str) -> list[str]:
     ]
 
 
-def require_sets(repository: Repository, held: VmCatalog) -> None:
+def require_sets(repository: Repository, catalog: VmCatalog) -> None:
     """Refuse a VM that a repository has no set of, and tell of which it has some: mostly the name is misspelt."""
-    if held.shelf.sets:
+    if catalog.shelf.sets:
         return
     known = vm_names(repository)
     more = f" and {len(known) - MANY} others" if len(known) > MANY else ""
     raise Refused(
-        "vm", f"VM {held.name} has no set; the repository knows of: {', '.join(known[:MANY]) or 'none'}{more}"
+        "vm", f"VM {catalog.name} has no set; the repository knows of: {', '.join(known[:MANY]) or 'none'}{more}"
     )
 
 
