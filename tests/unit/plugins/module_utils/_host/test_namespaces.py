@@ -15,18 +15,19 @@ import sys
 import pytest
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._host import namespaces
+from ansible_collections.vmfleet.backup.plugins.module_utils._host.machine import boot_id
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.namespaces import (
     PATHS,
     PORTS,
     PROCESSES,
-    boot_id,
     shared,
     spaces,
 )
 
 ASK = """
 import json
-from ansible_collections.vmfleet.backup.plugins.module_utils._host.namespaces import boot_id, spaces
+from ansible_collections.vmfleet.backup.plugins.module_utils._host.machine import boot_id
+from ansible_collections.vmfleet.backup.plugins.module_utils._host.namespaces import spaces
 print(json.dumps([boot_id(), spaces()]))
 """
 
