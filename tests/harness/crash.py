@@ -61,7 +61,12 @@ STEPS = {
     "_qemu/qemu_img": {"run": "run"},
     "_qemu/target_image": {"_make_file": "make file", "create": "make image", "reserve": "reserve"},
     "_qemu/vm_lock": {"write_owners": "write owners"},
-    "_repository/annotations": {},
+    "_repository/annotations": {"remove_annotations": "remove annotations", "write_annotation": "write annotation"},
+    "_repository/consolidation": {
+        "remove_note": "remove note",
+        "rewrite_manifest": "rewrite manifest",
+        "write_note": "write note",
+    },
     "_repository/create": {"create_repository": "create repository"},
     "_repository/removal": {"remove_set": "remove set", "tidy": "tidy"},
     "_repository/staging": {
@@ -81,6 +86,12 @@ STEPS = {
         "sweep": "sweep receipts",
         "update": "update receipt",
     },
+    "_prune/consolidate": {"consolidate": "consolidate", "finish_consolidation": "finish consolidation"},
+    "_restore/overlays": {"remove_overlays": "remove overlays"},
+    "_restore/pins": {"pinned": "pin", "put_pin": "pin", "remove_other_pins": "unpin", "remove_pins": "unpin"},
+    "_restore/restore": {"_restore_disk": "restore disk", "_finish": "finish restore"},
+    "_verify/boot": {"work_dir": "work directory", "clear_work_dirs": "clear work directories", "watch": "start VM"},
+    "_verify/record": {"annotate": "pin", "record": "record", "remove_pins": "unpin"},
     "_plan/space": {"SpaceTracker": "track space", "space_in": "measure space"},
 }
 """The names of the steps, by the file and the function that take them. They stay when an engine is built anew.
