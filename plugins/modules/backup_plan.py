@@ -301,15 +301,14 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._host.probe import 
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.worker import run_in_worker
 from ansible_collections.vmfleet.backup.plugins.module_utils._plan.levels import LEVELS
 from ansible_collections.vmfleet.backup.plugins.module_utils._plan.model import (
-    ENCRYPTED_SOURCE,
     QUIESCE,
-    EncryptedSource,
     Policy,
     Quiesce,
     Request,
 )
 from ansible_collections.vmfleet.backup.plugins.module_utils._plan.planner import describe, discover, draw_up
 from ansible_collections.vmfleet.backup.plugins.module_utils._plan.space import reserve_bytes
+from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.losses import EncryptedSource
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.qemu_img import require_qemu_img
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.qmp_client import require_qmp
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.async_repository import AsyncRepository
@@ -407,7 +406,7 @@ def argument_spec() -> dict[str, Any]:
         "checksum": {"type": "bool", "default": True},
         **{name: {"type": "bool", "default": False} for name in ORDERS},
         "offline": {"type": "str", "choices": ["fail", "skip"], "default": "fail"},
-        "encrypted_source": {"type": "str", "choices": list(ENCRYPTED_SOURCE), "default": EncryptedSource.WARN},
+        "encrypted_source": {"type": "str", "choices": list(EncryptedSource), "default": EncryptedSource.WARN},
     }
 
 

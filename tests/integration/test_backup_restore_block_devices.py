@@ -70,7 +70,7 @@ class TestBlockDevices:
     def test_a_mounted_device_is_refused(self, chain: Chain, storage: Storage) -> None:
         mount = storage.mount("ext4", 16 * MIB)
         said = chain.library.fail_restore(disks=one_disk(mount.source), overwrite=True)  # type: ignore[arg-type]
-        assert said == f"target: {mount.source} is in use: Device or resource busy"
+        assert said == f"target: {mount.source} is in use (mounted, or part of a volume): Device or resource busy"
 
     def test_a_read_only_device_is_refused(self, chain: Chain, storage: Storage) -> None:
         device = storage.loop(SIZE)

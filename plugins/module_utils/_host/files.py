@@ -176,6 +176,16 @@ def is_block_device(path: str) -> bool:
         return False
 
 
+def unusable_device(path: str) -> str:
+    """Return why a block device must not be written to; empty where it may. The kernel knows who has claimed it."""
+    try:
+        os.close(os.open(path, os.O_RDWR | os.O_EXCL | os.O_CLOEXEC))
+    except OSError as error:
+        use = "is in use (mounted, or part of a volume)" if error.errno == errno.EBUSY else "cannot be written to"
+        return f"{use}: {error.strerror}"
+    return ""
+
+
 def free_bytes(path: str) -> int:
     """Return the bytes that are free on the file system of C(path)."""
     free = os.statvfs(path)

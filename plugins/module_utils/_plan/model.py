@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from .._common.errors import Refused
 from .._common.words import Word
+from .._qemu.losses import EncryptedSource
 from .._repository.documents import Level
 from .._repository.names import check_set_id
 
@@ -45,15 +46,7 @@ class Quiesce(Word):
     REQUIRE = "require"
 
 
-class EncryptedSource(Word):
-    """What to do about a disk that is encrypted at rest, and whose copy will not be."""
-
-    WARN = "warn"
-    REFUSE = "refuse"
-
-
 QUIESCE = (Quiesce.NONE, Quiesce.TRY, Quiesce.REQUIRE)
-ENCRYPTED_SOURCE = (EncryptedSource.WARN, EncryptedSource.REFUSE)
 PUBLISHED_ALREADY = "the set is published"
 
 

@@ -18,7 +18,7 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from .._common.errors import CommandError
+from .._common.errors import CommandError, JobFailed
 from .._host.io_thread import AT_ONCE
 from .model import IO_ERROR, TARGET_NODES
 from .query import query_jobs
@@ -243,6 +243,16 @@ async def cancel_jobs(monitor: Monitor, job_ids: Iterable[str]) -> tuple[Job, ..
                     # It has ended since we asked, maybe with another job of its transaction. The next look tells.
                     continue
         await asyncio.sleep(SETTLE_INTERVAL)
+
+
+async def stop_jobs(monitor: Monitor, job_ids: Iterable[str]) -> None:
+    """Cancel these jobs; raises JobFailed where one of them does not end."""
+    stubborn = ", ".join(job.id for job in await cancel_jobs(monitor, job_ids))
+    if stubborn:
+        raise JobFailed(
+            f"{monitor.address}: job {stubborn} does not end after block-job-cancel: its target hangs. Bring the target"
+            " back; the next call removes what is left"
+        )
 
 
 async def dismiss_jobs(monitor: Monitor, job_ids: Iterable[str]) -> None:

@@ -8,10 +8,19 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from .._common.words import Word
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from .model import Disk
+
+
+class EncryptedSource(Word):
+    """What to do about a disk that is encrypted at rest, and whose copy will not be."""
+
+    WARN = "warn"
+    REFUSE = "refuse"
 
 
 IN_THE_CLEAR = "is encrypted at rest, and its copy is not: whoever can read the copy can read the disk"

@@ -25,6 +25,8 @@ ENDED = frozenset({"concluded", "null"})
 """Job states in which a job does nothing any more."""
 SETTLING = frozenset({"waiting", "pending", "aborting"})
 """Job states in which a job copies nothing any more: it waits for the others of its transaction, or goes back."""
+CANCELLED = "Operation canceled"
+"""QEMU's words for a cancelled job."""
 IO_ERROR = "io-error"
 """QEMU's status of a VM that was stopped because a read or a write of its guest failed."""
 TARGET_NODES = "vmf."
@@ -132,6 +134,23 @@ class Job:
     def copied(self) -> bool:
         """Return whether nothing is left for it to copy: it has ended, or is about to."""
         return self.ended or self.status in SETTLING
+
+    @property
+    def failure(self) -> str:
+        """Why it ended badly, in QEMU's words; empty while it runs, and where it has ended well."""
+        if not self.ended:
+            return ""
+        return self.error or ("" if self.status == "concluded" else f"its job ended as {self.status}")
+
+    @property
+    def failure_in_words(self) -> str:
+        """Why it ended badly, for a message: no backup of this collection cancels a job that it still wants."""
+        return "cancelled from outside" if self.failure == CANCELLED else self.failure
+
+    @property
+    def in_error(self) -> bool:
+        """Whether an error has ended it, or has met it on its way."""
+        return bool(self.error) or self.io_status != "ok"
 
     @property
     def stuck(self) -> bool:

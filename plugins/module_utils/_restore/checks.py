@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
 from dataclasses import replace
@@ -120,12 +119,9 @@ def check_device(disk: DiskRestore, overwrite: bool) -> None:
             "target",
             f"{disk.target} has {size} bytes, and disk {disk.name} needs {disk.image.virtual_size}",
         )
-    try:
-        # The kernel refuses this while the device is mounted or part of another one.
-        os.close(os.open(disk.target, os.O_RDWR | os.O_EXCL | os.O_CLOEXEC))
-    except OSError as error:
-        use = "is in use" if error.errno == errno.EBUSY else "cannot be written to"
-        raise Refused("target", f"{disk.target} {use}: {error.strerror}") from error
+    reason = files.unusable_device(disk.target)
+    if reason:
+        raise Refused("target", f"{disk.target} {reason}")
     check_unused(disk.target)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import CommandError
+from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import CommandError, JobFailed
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu import block_jobs, target_image
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.bitmaps import bitmap_add, remove_bitmaps
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.block_jobs import (
@@ -30,6 +30,7 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.block_jobs im
     resume,
     set_speed,
     start_backups,
+    stop_jobs,
 )
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.target_image import Target
 from ansible_collections.vmfleet.backup.tests.unit.plugins.builders import MIB, job, vm
@@ -315,6 +316,8 @@ class TestCancel:
         qemu.running["b"] = 10**9
         left = asyncio.run(cancel_jobs(monitor(qemu.monitor), ["a", "b"]))
         assert [entry.id for entry in left] == ["b"]
+        with pytest.raises(JobFailed, match=r"^unix:/run/qemu/web01\.qmp: job b does not end .*: its target hangs"):
+            asyncio.run(stop_jobs(monitor(qemu.monitor), ["a", "b"]))
 
     def test_ended_jobs_are_left_alone(self) -> None:
         fake = FakeMonitor(jobs(block_job("a", status="concluded")))

@@ -97,6 +97,30 @@ def test_job_is_stuck(status: str, paused: bool, io_status: str, stuck: bool) ->
 
 
 @pytest.mark.parametrize(
+    ("status", "error", "failure", "said"),
+    [
+        ("running", "", "", ""),
+        ("aborting", "Input/output error", "", ""),
+        ("concluded", "", "", ""),
+        ("concluded", "Input/output error", "Input/output error", "Input/output error"),
+        ("concluded", "Operation canceled", "Operation canceled", "cancelled from outside"),
+        ("null", "", "its job ended as null", "its job ended as null"),
+    ],
+)
+def test_why_a_job_has_failed(status: str, error: str, failure: str, said: str) -> None:
+    found = job("j0", status, error=error)
+    assert (found.failure, found.failure_in_words) == (failure, said)
+
+
+@pytest.mark.parametrize(
+    ("values", "in_error"),
+    [({}, False), ({"error": "Input/output error"}, True), ({"io_status": "nospace"}, True)],
+)
+def test_job_in_error(values: dict[str, Any], in_error: bool) -> None:
+    assert job("j0", **values).in_error is in_error
+
+
+@pytest.mark.parametrize(
     ("values", "percent"),
     [
         ({"offset": 1, "len": 3}, 33.3),
