@@ -324,64 +324,78 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._common.argument_sp
     monitor_argument_spec,
 )
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import BackupError, Refused
-from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup.drive_backup import DriveBackup
-from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup.request import Drive, Request, check_drives
+from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup.drive_backup import back_up
+from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup.request import (
+    BitmapMode,
+    CompletionMode,
+    Drive,
+    OnTimeout,
+    Request,
+    RequestedState,
+    Sync,
+    TargetMode,
+    check_drives,
+)
+from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup.session import Session
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.run_module import run_module
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.address import parse_address
+from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.losses import EncryptedSource
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.qmp_client import require_qmp
 
 if TYPE_CHECKING:
     from typing import Any
 
 
+WORDS = {"mode": TargetMode, "sync": Sync, "bitmap_mode": BitmapMode}
+"""The options of a drive that are words of a closed list."""
+
+
 def drives(params: dict[str, Any]) -> tuple[Drive, ...]:
-    """The drives that are asked for; what one of them leaves open comes from the module's own options."""
-    names = drive_argument_spec()
-    general = {name: params[name] for name in names}
-    return tuple(
-        Drive(**{name: value for name, value in {**general, **_given(drive)}.items() if value is not None})
-        for drive in params["drives"] or [{}]
-    )
+    """Return the drives that are asked for; what one of them leaves open comes from the module's own options."""
+    general = _given({name: params[name] for name in drive_argument_spec()})
+    return tuple(Drive(**{**general, **_given(drive)}) for drive in params["drives"] or [{}])
 
 
 def _given(options: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in options.items() if value is not None}
+    given = {name: value for name, value in options.items() if value is not None}
+    return {name: WORDS[name](value) if name in WORDS else value for name, value in given.items()}
 
 
 def diff(jobs: list[dict[str, Any]], changed: bool) -> dict[str, str]:
-    """The targets before and after; nothing differs where nothing has changed."""
+    """Return the targets before and after; nothing differs where nothing has changed."""
     after = "".join("{}: {}, copy of {}\n".format(job["target"], job["state"], job["device"]) for job in jobs)
     before = "".join("{}: not this backup\n".format(job["target"]) for job in jobs)
     return {"before": before if changed else after, "after": after}
 
 
 async def main_task(module: AnsibleModule) -> dict[str, Any]:
+    """Do what the module's options ask for."""
     params = module.params
     if params["drives"] == []:
         raise Refused("drives", "the list is empty; name at least one drive")
     request = Request(
         address=parse_address(params["monitor"]),
         drives=drives(params),
-        state=params["state"],
-        completion_mode=params["completion_mode"],
+        state=RequestedState(params["state"]),
+        completion_mode=CompletionMode(params["completion_mode"]),
         overwrite=params["overwrite"],
         timeout=duration("timeout", params["timeout"]),
         stall_timeout=duration("stall_timeout", params["stall_timeout"]),
-        on_timeout=params["on_timeout"],
-        encrypted_source=params["encrypted_source"],
+        on_timeout=OnTimeout(params["on_timeout"]),
+        encrypted_source=EncryptedSource(params["encrypted_source"]),
         check_mode=module.check_mode,
     )
     check_drives(request.drives)
-    backup = DriveBackup(request)
+    session = Session(request)
     try:
-        jobs = await backup.ensure()
+        jobs = await back_up(session)
     except BackupError as error:
-        error.details = {"jobs": [], "changed": backup.changed, "qmp": backup.commands, **error.details}
+        error.details = {"jobs": [], "changed": session.changed, "qmp": session.commands, **error.details}
         raise
     finally:
-        for warning in backup.warnings:
+        for warning in session.warnings:
             module.warn(warning)
-    return {"changed": backup.changed, "jobs": jobs, "qmp": backup.commands, "diff": diff(jobs, backup.changed)}
+    return {"changed": session.changed, "jobs": jobs, "qmp": session.commands, "diff": diff(jobs, session.changed)}
 
 
 def main() -> None:

@@ -2,7 +2,7 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""What drive_backup refuses after a look at the VM and the target, before the first file or job exists."""
+"""Refuse what a look at the VM and the target shows to be wrong, before the first file or job exists."""
 
 from __future__ import annotations
 
@@ -12,19 +12,20 @@ from typing import TYPE_CHECKING
 from .._common.errors import BackupError, Refused, ToolError
 from .._host import files, preallocate
 from .._qemu import image_lock, image_size, qemu_img, target_image
-from . import receipt
 from .receipt import ReceiptPhase
-from .request import NO_KEY
+from .request import NO_KEY, Sync
 from .status import CopyState
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from .._qemu.model import Disk, Vm
     from .request import Drive
     from .status import Copy
 
 
 async def prepare_target(vm: Vm, copy: Copy, overwrite: bool) -> target_image.Target:
-    """The target to be written, after every check that needs the VM or the file."""
+    """Return the target to be written, after every check that needs the VM or the file."""
     drive, disk = copy.drive, copy.disk
     _refuse_own_image(drive, vm)
     if vm.cannot_copy(disk):
@@ -71,6 +72,26 @@ def refuse_busy(vm: Vm, starting: list[Copy]) -> None:
             )
 
 
+def refuse_strangers(vm: Vm, copies: Sequence[Copy]) -> None:
+    """Refuse to join jobs that leave out some of what is asked for."""
+    jobs = ", ".join(copy.job_id for copy in copies if copy.running)
+    rest = ", ".join(copy.who for copy in copies if copy.missing)
+    raise BackupError(
+        f"VM {vm.name} is busy with {jobs}, which leaves out {rest}; wait for it or cancel it, then ask for all"
+        " together"
+    )
+
+
+def refuse_mixed(vm: Vm, copies: Sequence[Copy]) -> None:
+    """Refuse images that are there, but do not belong to one point in time."""
+    records = ", ".join(f"{copy.record.target} ({copy.record.started})" for copy in copies if copy.record)
+    raise Refused(
+        "target",
+        f"VM {vm.name}: the targets are there, but come from different moments: {records}; use other targets, or"
+        " completion_mode individual",
+    )
+
+
 def refuse_encrypted(vm: Vm, starting: list[Copy]) -> None:
     """Refuse to copy what is encrypted at rest: its copy is not."""
     encrypted = ", ".join(copy.disk.name for copy in starting if copy.disk.encrypted)
@@ -83,7 +104,7 @@ def refuse_encrypted(vm: Vm, starting: list[Copy]) -> None:
 
 
 def refuse_lost_increment(copy: Copy, accepted: bool) -> None:
-    """QEMU clears the bitmap of an incremental copy at its end; a copy that is lost after that leaves a gap."""
+    """Refuse to go on where a copy is lost whose bitmap QEMU may have cleared at its end: that leaves a gap."""
     record = copy.record
     if copy.found != CopyState.DEAD or record is None or not record.consumes_bitmap or accepted:
         return
@@ -91,9 +112,8 @@ def refuse_lost_increment(copy: Copy, accepted: bool) -> None:
         return
     raise BackupError(
         f"bitmap: the increment of {copy.who} that was started at {record.started} is lost ({copy.reason}), and QEMU"
-        f" may have cleared bitmap {record.bitmap} by then:"
-        " further increments could miss its changes. Make a full backup and begin a new chain; overwrite: true goes on"
-        f" all the same, and removes {receipt.record_path(copy.drive.receipt_path)}"
+        f" may have cleared bitmap {record.bitmap} by then: further increments could miss its changes. Make a full"
+        f" backup and begin a new chain; overwrite: true goes on all the same, and removes {copy.record_path}"
     )
 
 
@@ -109,7 +129,7 @@ def _refuse_own_image(drive: Drive, vm: Vm) -> None:
 
 
 def _open_files(vm: Vm) -> list[str]:
-    """What QEMU has open, whatever it is called where QEMU is; nothing where that is not to be seen."""
+    """Return what QEMU has open, whatever it is called where QEMU is; nothing where that is not to be seen."""
     directory = f"/proc/{vm.process.pid}/fd" if vm.process else ""
     try:
         return [os.path.join(directory, fd) for fd in os.listdir(directory)] if directory else []
@@ -145,7 +165,7 @@ def _refuse_bitmap(drive: Drive, disk: Disk, vm: Vm) -> None:
             f"{bitmap.name} of disk {disk.name}, VM {vm.name}, {bitmap.unusable}; make a full backup",
         )
     below = [layer.node for layer in vm.chain(disk)[1:] if layer.bitmap(drive.bitmap)]
-    if below and drive.sync in ("incremental", "bitmap"):
+    if below and drive.sync in (Sync.INCREMENTAL, Sync.BITMAP):
         # libvirt puts an empty one of the same name onto the overlay of an external snapshot.
         raise Refused(
             "bitmap",
@@ -165,7 +185,7 @@ async def _check_format(image_format: str) -> None:
 
 
 async def _existing_format(drive: Drive, disk: Disk) -> str:
-    """The format of an existing target, which must be given where it is raw: anything can be taken for raw."""
+    """Return the format of an existing target. It must be given where it is raw: anything can be taken for raw."""
     try:
         info = await qemu_img.run_json(qemu_img.info_command(drive.target, drive.format))
     except ToolError as error:
@@ -207,12 +227,9 @@ async def _refuse_used(drive: Drive, image_format: str) -> None:
     if not os.path.exists(drive.target):
         return
     if files.is_block_device(drive.target):
-        try:
-            os.close(os.open(drive.target, os.O_RDWR | os.O_EXCL | os.O_CLOEXEC))
-        except OSError as error:
-            raise Refused(
-                "target", f"{drive.target} is in use (mounted, or part of a volume): {error.strerror}"
-            ) from error
+        reason = files.unusable_device(drive.target)
+        if reason:
+            raise Refused("target", f"{drive.target} {reason}")
     if image_lock.is_locked(drive.target):
         raise Refused("target", f"{drive.target} is in use by another process, a VM most often; see `fuser` of it")
     try:

@@ -2,7 +2,7 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""The memory that drive_backup keeps beside a target.
+"""Keep the memory of drive_backup beside a target: records and receipts.
 
 While an image grows, C(<receipt>.partial) is its record: who makes it, with which job, how far it has come. When the
 image is finished, the record becomes the receipt by a rename. Both are JSON with the fields of C(Record).
@@ -20,6 +20,7 @@ from .._common.errors import BackupError
 from .._common.words import Word
 from .._host.files import claim, identity, remove, step, sync_directory
 from .._qemu.origin import Origin
+from .request import BitmapMode, Sync
 
 if TYPE_CHECKING:
     from typing import Any
@@ -43,14 +44,15 @@ SIZE = 4096
 """Bytes of a record's file: one block."""
 AT_FDCWD = -100
 RENAME_EXCHANGE = 2
-OVERWRITING_BITMAP_MODES = ("on-success", "always")
+WORDS: dict[str, type[Word]] = {"phase": ReceiptPhase, "sync": Sync, "bitmap_mode": BitmapMode}
+"""The fields of a record that are words of a closed list."""
 
 
 @dataclass(frozen=True)
 class Record:
     """One backup of one disk to one target. Times are UTC (ISO 8601), sizes bytes, C(mtime) is in nanoseconds."""
 
-    phase: str
+    phase: ReceiptPhase
     attempt: str
     job: str
     vm: str
@@ -59,9 +61,9 @@ class Record:
     process: list[int]
     """pid and start time of QEMU; empty over TCP."""
     device: str
-    sync: str
+    sync: Sync
     bitmap: str
-    bitmap_mode: str
+    bitmap_mode: BitmapMode
     target: str
     format: str
     virtual_size: int
@@ -92,23 +94,25 @@ class Record:
 
     @property
     def origin(self) -> Origin:
+        """Which QEMU it was begun with."""
         return Origin(self.identity, self.monitor, tuple(self.process), self.spaces)
 
     @property
     def consumes_bitmap(self) -> bool:
         """Whether QEMU clears the bitmap when the copy ends well: nothing else knows those changes then."""
-        return bool(self.bitmap) and (self.sync == "incremental" or self.bitmap_mode in OVERWRITING_BITMAP_MODES)
+        clears = self.bitmap_mode in (BitmapMode.ON_SUCCESS, BitmapMode.ALWAYS)
+        return bool(self.bitmap) and (self.sync == Sync.INCREMENTAL or clears)
 
     def wrote(self, path: str) -> bool:
-        """Whether the file at C(path) is the one that the job was given."""
+        """Return whether the file at C(path) is the one that the job was given."""
         return not self.inode or identity(os.path.realpath(path)) == (self.inode, self.generation)
 
     def matches(self, status: os.stat_result, is_device: bool) -> bool:
-        """Whether the file that was finished is still there, and untouched. A device has no such marks."""
+        """Return whether the file that was finished is still there, and untouched. A device has no such marks."""
         return is_device or (self.inode, self.size, self.mtime) == (status.st_ino, status.st_size, status.st_mtime_ns)
 
     def copied(self, status: os.stat_result, finished: str, duration: float) -> Record:
-        """This record when its image is on stable storage."""
+        """Return this record as it is when its image is on stable storage."""
         return replace(
             self,
             phase=ReceiptPhase.COPIED,
@@ -121,12 +125,12 @@ class Record:
 
 
 def record_path(receipt: str) -> str:
-    """Where the record of a growing image lies."""
+    """Return where the record of a growing image lies."""
     return receipt + ".partial"
 
 
 def read(path: str) -> Record | None:
-    """The record or receipt at C(path); None where there is none. Raises BackupError where it is not one of ours."""
+    """Read a record or receipt; None where there is none. Raises BackupError where it is not one of ours."""
     try:
         with open(path, encoding="utf-8") as source:
             found = json.load(source)
@@ -144,7 +148,8 @@ def _parse(path: str, found: Any) -> Record:
     if found["schema"] > SCHEMA:
         raise _unreadable(path, f"its schema {found['schema']} is newer than this collection; update vmfleet.backup")
     try:
-        return Record(**{name: value for name, value in found.items() if name in names})
+        known: dict[str, Any] = {name: value for name, value in found.items() if name in names}
+        return Record(**{**known, **{name: word.read(known[name]) for name, word in WORDS.items() if name in known}})
     except TypeError as error:
         raise _unreadable(path, str(error)) from error
 
@@ -188,6 +193,12 @@ def update(path: str, record: Record) -> None:
         # Not every file system can (NFS): the spare is used up then.
         os.replace(spare, path)
     sync_directory(os.path.dirname(path))
+
+
+def set_phase(path: str, record: Record | None, phase: ReceiptPhase) -> None:
+    """Write down how far a backup has come; nothing where it is not remembered."""
+    if path and record:
+        update(path, replace(record, phase=phase))
 
 
 def sweep(path: str) -> None:

@@ -2,7 +2,7 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""What drive_backup is asked for, and what can be seen to be wrong with it without asking QEMU."""
+"""Describe what drive_backup is asked for, and refuse what can be seen to be wrong with it without asking QEMU."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from .._common.errors import Refused
+from .._common.words import Word
 from .._host.files import is_block_device
+from .._qemu.losses import EncryptedSource
 from .._repository.names import check_length
 
 if TYPE_CHECKING:
@@ -28,6 +30,57 @@ NO_KEY = (
 JOB_ID = re.compile(r"[A-Za-z][A-Za-z0-9._-]*")
 
 
+class TargetMode(Word):
+    """Whether the target's image is made. The words are those of QEMU."""
+
+    ABSOLUTE_PATHS = "absolute-paths"
+    """The image is new."""
+    EXISTING = "existing"
+
+
+class Sync(Word):
+    """What of a disk is copied. The words are those of QEMU."""
+
+    FULL = "full"
+    TOP = "top"
+    """What its top image holds."""
+    INCREMENTAL = "incremental"
+    """What its bitmap has recorded, which is cleared by that."""
+    BITMAP = "bitmap"
+
+
+class BitmapMode(Word):
+    """When the bitmap of a copy is cleared. The words are those of QEMU."""
+
+    OF_SYNC = ""
+    """There is none, or the sync has but one way."""
+    ON_SUCCESS = "on-success"
+    NEVER = "never"
+    ALWAYS = "always"
+
+
+class RequestedState(Word):
+    """How far a call brings its copies."""
+
+    COMPLETED = "completed"
+    STARTED = "started"
+    CANCELLED = "cancelled"
+
+
+class CompletionMode(Word):
+    """Whether one failed copy takes the others of its call along. The words are those of QEMU."""
+
+    GROUPED = "grouped"
+    INDIVIDUAL = "individual"
+
+
+class OnTimeout(Word):
+    """What becomes of a job for which nobody waits any longer."""
+
+    CANCEL = "cancel"
+    LEAVE = "leave"
+
+
 @dataclass(frozen=True)
 class Drive:
     """What is asked for one disk. The names are those of QEMU's drive-backup."""
@@ -35,30 +88,30 @@ class Drive:
     device: str
     target: str
     format: str = ""
-    mode: str = "absolute-paths"
+    mode: TargetMode = TargetMode.ABSOLUTE_PATHS
     speed: int = 0
     on_source_error: str = "report"
     on_target_error: str = "report"
-    sync: str = "full"
+    sync: Sync = Sync.FULL
     bitmap: str = ""
-    bitmap_mode: str = ""
+    bitmap_mode: BitmapMode = BitmapMode.OF_SYNC
     compress: bool = False
     job_id: str = ""
     receipt: str = ""
 
     @property
     def existing(self) -> bool:
-        return self.mode == "existing"
+        return self.mode == TargetMode.EXISTING
 
     @property
     def receipt_path(self) -> str:
-        """Empty where nothing can be remembered: a block device has no room beside it."""
+        """Where the copy is remembered; empty where it cannot be: a block device has no room beside it."""
         if self.receipt:
             return self.receipt
         return "" if is_block_device(self.target) else self.target + ".receipt.json"
 
     def names_beside(self, path: str) -> tuple[str, ...]:
-        """What is put after the name of the target or of the receipt to name what stands beside it for a time."""
+        """Return what is put after the name of the target or of the receipt to name what stands there for a time."""
         if path == self.receipt_path:
             return (".partial.tmp",)
         return () if self.existing else (".partial",)
@@ -69,7 +122,7 @@ class Drive:
         return self.target if self.existing else self.target + ".partial"
 
     def arguments(self) -> dict[str, Any]:
-        """QEMU's arguments, as far as they do not depend on how the target is handed over."""
+        """Return QEMU's arguments, as far as they do not depend on how the target is handed over."""
         arguments: dict[str, Any] = {
             "sync": self.sync,
             "speed": self.speed,
@@ -91,14 +144,19 @@ class Request:
 
     address: Address
     drives: tuple[Drive, ...]
-    state: str = "completed"
-    completion_mode: str = "grouped"
+    state: RequestedState = RequestedState.COMPLETED
+    completion_mode: CompletionMode = CompletionMode.GROUPED
     overwrite: bool = False
     timeout: float = 0
     stall_timeout: float = 600
-    on_timeout: str = "cancel"
-    encrypted_source: str = "warn"
+    on_timeout: OnTimeout = OnTimeout.CANCEL
+    encrypted_source: EncryptedSource = EncryptedSource.WARN
     check_mode: bool = False
+
+    @property
+    def grouped(self) -> bool:
+        """Whether its images belong together, and to one point in time."""
+        return self.completion_mode == CompletionMode.GROUPED
 
 
 def check_drives(drives: tuple[Drive, ...]) -> None:
@@ -119,7 +177,7 @@ def check_drives(drives: tuple[Drive, ...]) -> None:
 
 
 def plain_path(path: str) -> str:
-    """One spelling for each place; the last part may be a link, and is left as it is."""
+    """Return the one spelling of a place; its last part may be a link, and is left as it is."""
     return os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path))
 
 
@@ -146,20 +204,20 @@ def _check_names(drive: Drive) -> None:
 
 
 def _check_bitmap_options(drive: Drive) -> None:
-    if drive.sync in ("incremental", "bitmap") and not drive.bitmap:
+    if drive.sync in (Sync.INCREMENTAL, Sync.BITMAP) and not drive.bitmap:
         raise Refused("bitmap", f"sync {drive.sync} needs the bitmap that holds the changes")
-    if drive.sync == "bitmap" and not drive.bitmap_mode:
+    if drive.sync == Sync.BITMAP and not drive.bitmap_mode:
         raise Refused("bitmap_mode", "sync bitmap needs on-success, never or always")
-    if drive.sync == "incremental" and drive.bitmap_mode not in ("", "on-success"):
+    if drive.sync == Sync.INCREMENTAL and drive.bitmap_mode not in (BitmapMode.OF_SYNC, BitmapMode.ON_SUCCESS):
         raise Refused("bitmap_mode", "sync incremental has only on-success; use sync bitmap for the others")
     if drive.bitmap_mode and not drive.bitmap:
         raise Refused("bitmap_mode", "there is no bitmap that it could apply to")
-    if drive.bitmap and drive.sync in ("full", "top"):
+    if drive.bitmap and drive.sync in (Sync.FULL, Sync.TOP):
         if not drive.bitmap_mode:
             raise Refused(
                 "bitmap", f"sync {drive.sync} does not read it; use sync incremental or bitmap, or a bitmap_mode"
             )
-        if drive.bitmap_mode == "never":
+        if drive.bitmap_mode == BitmapMode.NEVER:
             raise Refused("bitmap_mode", f"never has no effect with sync {drive.sync}")
 
 

@@ -2,29 +2,23 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""One disk on its way to one target: what a look at its record, its receipt, its target and its job finds.
-
-Nothing here changes anything.
-"""
+"""Describe one disk on its way to one target, and say what becomes of it."""
 
 from __future__ import annotations
 
 import hashlib
-import os
-from dataclasses import dataclass, replace
-from datetime import datetime, timezone
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .._common.errors import BackupError, Refused
+from .._common.errors import JobFailed
 from .._common.formats import seconds_since
 from .._common.words import Word
-from .._host.files import is_block_device
-from .._host.machine import boot_id, machine_id
-from .._qemu.model import Disk
-from .receipt import ReceiptPhase, read, record_path
-from .request import plain_path
+from .._qemu.job_watch import is_backup_fault
+from .._qemu.model import CANCELLED, Disk
+from .receipt import record_path
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
     from typing import Any
 
     from .._qemu.model import Job, Vm
@@ -50,10 +44,20 @@ class CopyState(Word):
     """An attempt that comes to nothing has left traces."""
 
 
+class JobState(Word):
+    """What the module's return value says of a copy."""
+
+    PLANNED = "planned"
+    RUNNING = "running"
+    PAUSED = "paused"
+    COMPLETED = "completed"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+    ABSENT = "absent"
+
+
 JOB_PREFIX = "vmfleet.db."
 FDSET_PREFIX = "vmfleet:db:"
-CANCELLED = "Operation canceled"
-"""QEMU's words for a cancelled job."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,7 @@ class Copy:
     drive: Drive
     disk: Disk
     job_id: str
-    found: str
+    found: CopyState
     record: Record | None = None
     job: Job | None = None
     reason: str = ""
@@ -77,36 +81,81 @@ class Copy:
 
     @property
     def who(self) -> str:
+        """What messages call it."""
         return f"disk {self.disk.name or self.disk.node} to {self.drive.target}"
+
+    @property
+    def record_path(self) -> str:
+        """Where its record lies while its image grows; empty where it is not remembered."""
+        return record_path(self.drive.receipt_path) if self.drive.receipt_path else ""
 
     @property
     def failure(self) -> str:
         """Why an ended job is no success; empty for every other copy."""
-        if self.found != CopyState.ENDED or self.job is None:
-            return ""
-        if self.job.error:
-            return self.job.error
-        return "" if self.job.status == "concluded" else f"it ended as {self.job.status}"
+        return self.job.failure if self.job and self.found == CopyState.ENDED else ""
 
     @property
-    def state(self) -> str:
+    def state(self) -> JobState:
         """What the module's return value calls it."""
         if self.found == CopyState.RUNNING:
-            return "paused" if self.job and self.job.stuck else "running"
-        if self.found in (CopyState.ABSENT, CopyState.OCCUPIED):
-            return "absent"
+            return JobState.PAUSED if self.job and self.job.stuck else JobState.RUNNING
+        if self.missing:
+            return JobState.ABSENT
         if self.failure == CANCELLED:
-            return "cancelled"
-        return "failed" if self.failure or self.found == CopyState.DEAD else "completed"
+            return JobState.CANCELLED
+        return JobState.FAILED if self.bad else JobState.COMPLETED
+
+    @property
+    def running(self) -> bool:
+        """Whether its job runs."""
+        return self.found == CopyState.RUNNING
+
+    @property
+    def missing(self) -> bool:
+        """Whether it was never begun, or nothing is left of it."""
+        return self.found in (CopyState.ABSENT, CopyState.OCCUPIED)
+
+    @property
+    def bad(self) -> bool:
+        """Whether it has come to a bad end."""
+        return bool(self.failure) or self.found == CopyState.DEAD
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether its job has ended, and its image is not at its place yet."""
+        return self.found in (CopyState.ENDED, CopyState.COPIED)
+
+    @property
+    def irreplaceable(self) -> bool:
+        """Whether nothing else knows the changes that its image holds."""
+        return self.record is not None and self.record.consumes_bitmap
+
+    @property
+    def guest_before(self) -> str:
+        """The VM's status when it began; empty where that is not remembered."""
+        return self.record.guest if self.record else ""
+
+    @property
+    def at_fault(self) -> bool:
+        """Whether its target can be why writes of the guest fail."""
+        return is_backup_fault([self.job] if self.job else [], bool(self.record and self.record.reserved))
+
+    @property
+    def begun(self) -> bool:
+        """Whether its job runs, or has ended and its image is not at its place yet."""
+        return self.running or self.unfinished
+
+    @property
+    def needs_speed(self) -> bool:
+        """Whether its job runs at another speed than is asked for."""
+        return self.running and self.job is not None and self.drive.speed not in (0, self.job.speed)
 
     def belongs_to(self, attempt: str) -> bool:
-        """Whether its job is of this attempt. A bare block device has no record: its job must be the one we know."""
-        return self.found in (CopyState.RUNNING, CopyState.ENDED, CopyState.COPIED) and (
-            self.record is None or self.record.attempt == attempt
-        )
+        """Return whether its job is of this attempt. One without a record has the job that we know."""
+        return self.begun and (self.record is None or self.record.attempt == attempt)
 
-    def result(self, state: str = "", error: str = "") -> dict[str, Any]:
-        """This copy as an entry of the module's return value C(jobs)."""
+    def result(self, state: JobState | None = None, error: str = "") -> dict[str, Any]:
+        """Return this copy as an entry of the module's return value C(jobs)."""
         state = state or self.state
         job = self.job
         duration = 0.0
@@ -120,190 +169,77 @@ class Copy:
             "state": state,
             "offset": job.offset if job else 0,
             "len": job.len if job else 0,
-            "percent": 100.0 if state == "completed" else job.percent if job else 0.0,
+            "percent": 100.0 if state == JobState.COMPLETED else job.percent if job else 0.0,
             "speed": job.speed if job else self.drive.speed,
-            "duration": 0.0 if state == "planned" else round(duration, 3),
+            "duration": 0.0 if state == JobState.PLANNED else round(duration, 3),
             "error": error or self.failure,
         }
 
 
+def results(copies: Iterable[Copy]) -> list[dict[str, Any]]:
+    """Return what is known of each copy."""
+    return [copy.result() for copy in copies]
+
+
+def cancelled_results(copies: Iterable[Copy], done: Iterable[Copy], error: str = "") -> list[dict[str, Any]]:
+    """Return what has become of copies that were cancelled, except for those that were done after all."""
+    by_node = {copy.disk.node: copy for copy in done}
+    return [
+        by_node[copy.disk.node].result() if copy.disk.node in by_node else copy.result(JobState.CANCELLED, error)
+        for copy in copies
+    ]
+
+
 def lost_result(drive: Drive, record: Record, error: str) -> dict[str, Any]:
-    """The entry of a copy whose VM cannot be asked any more."""
+    """Return the entry of a copy whose VM cannot be asked any more."""
     disk = Disk(name=record.device, node="", driver="")
     copy = Copy(drive, disk, record.job, CopyState.DEAD, record)
     return copy.result(error=error)
 
 
-def attempt_of(copies: list[Copy]) -> str:
-    """The attempt that the running copies belong to, or the job's id where a bare block device has no record."""
-    running = [copy for copy in copies if copy.found == CopyState.RUNNING]
+def attempt_of(copies: Iterable[Copy]) -> str:
+    """Return the attempt of the running copies, or the job's id where a bare block device has no record."""
+    running = [copy for copy in copies if copy.running]
     attempts = [copy.record.attempt for copy in running if copy.record]
     return attempts[0] if attempts else running[0].job_id
 
 
-def examine(drive: Drive, vm: Vm, owners: dict[str, str]) -> Copy:
-    """Look at one drive; raises BackupError where its target is somebody else's business.
-
-    C(owners) tells whose the jobs are that have an id of the user's choice.
-    """
-    disk = vm.disk(drive.device)
-    record = read(record_path(drive.receipt_path)) if drive.receipt_path else None
-    if record is None:
-        return _examine_unrecorded(drive, vm, disk, owners)
-    _refuse_foreign(drive, vm, record, owners)
-    _refuse_ownerless(drive, vm, record, owners)
-    copy = Copy(drive, disk, record.job, CopyState.DEAD, record, _own_job(drive, vm, disk, record.job, owners))
-    if record.identity != vm.identity:
-        return replace(copy, job=None, reason=f"it was for VM {record.vm}, which has ended")
-    if record.phase == ReceiptPhase.CANCELLING:
-        return replace(copy, reason="it had been given up")
-    if record.whole:
-        return _examine_whole(copy, record)
-    if record.origin.is_other_process(vm):
-        return replace(copy, job=None, reason=f"its QEMU (process {record.process[0]}) has ended")
-    if copy.job is None:
-        return replace(copy, reason=f"QEMU does not list its job {record.job}")
-    _refuse_other_request(copy, record)
-    if not copy.job.ended:
-        return replace(copy, found=CopyState.RUNNING)
-    if not copy.job.error and not record.wrote(drive.image_path):
-        return replace(copy, reason=f"{drive.image_path} is gone, or another file stands there")
-    return replace(copy, found=CopyState.ENDED)
+def cause_of(copies: Sequence[Copy]) -> str:
+    """Return why copies have come to a bad end."""
+    bad = [copy for copy in copies if copy.bad]
+    # A failed copy takes the others of its group along; their cancellation is not the reason.
+    causes = [copy for copy in bad if copy.failure != CANCELLED] or bad
+    return "; ".join(f"{copy.who}: {_reason(copy)}" for copy in causes)
 
 
-def _examine_whole(copy: Copy, record: Record) -> Copy:
-    """A finished image lies under one of its two names, as it was when it was finished."""
-    _refuse_other_request(copy, record)
-    for path in (copy.drive.image_path, copy.drive.target):
-        if os.path.exists(path) and record.matches(os.stat(path), is_block_device(path)):
-            return replace(copy, found=CopyState.COPIED)
-    return replace(copy, reason="its finished image was removed or changed before it had its name")
+def _reason(copy: Copy) -> str:
+    return copy.job.failure_in_words if copy.job and copy.failure else copy.reason
 
 
-def _refuse_other_request(copy: Copy, record: Record) -> None:
-    """What was begun is what is asked for, or it is left to the call that has begun it."""
-    drive = copy.drive
-    asked = (plain_path(drive.target), copy.disk.name, drive.sync, drive.bitmap, drive.bitmap_mode)
-    begun = (plain_path(record.target), record.device, record.sync, record.bitmap, record.bitmap_mode)
-    if asked != begun or drive.format not in ("", record.format):
-        raise BackupError(
-            f"target: {record.target} is being made by job {record.job} from disk {record.device} (sync {record.sync},"
-            f" format {record.format}, since {record.started}), and that is not what is asked for now; repeat the call"
-            " that began it, or use another target"
-        )
-
-
-def _refuse_foreign(drive: Drive, vm: Vm, record: Record, owners: dict[str, str]) -> None:
-    if record.hypervisor != machine_id() and record.boot != boot_id():
-        raise BackupError(
-            f"target: {drive.target} is being made on another hypervisor (machine-id {record.hypervisor}, VM"
-            f" {record.vm}, since {record.started}); if that one is gone for"
-            f" good, remove {record_path(drive.receipt_path)}"
-        )
-    listed = vm.job(record.job)
-    # Its name is the same in every attempt, and so a process id tells more where it means something.
-    is_asked = listed is not None and record.identity == vm.identity and not record.origin.knows_process
-    ended = record.origin.has_ended(vm, False, is_asked)
-    # An id of the user's choice does not tell whose the job is, and what would is in the place where it was begun.
-    # Where this very QEMU is seen, with what was noted beside its lock, that does: mounts alone are other ones.
-    is_noted = record.origin.knows_process and record.job in owners
-    is_told = record.job.startswith(JOB_PREFIX) or record.origin.is_from_here or is_noted
-    unknown = listed is not None and not is_told
-    if (ended is None or unknown) and not record.whole:
-        raise BackupError(
-            f"target: {drive.target} is being made of VM {record.vm} since {record.started}, and was begun where"
-            " processes and sockets have other names than here (in a container, or outside of this one): whether job"
-            f" {record.job} still writes it cannot be told from here. Repeat the call where it was begun; if nobody"
-            f" makes it any more, remove {record_path(drive.receipt_path)}"
-        )
-    alive = bool(record.process) and not ended
-    if (alive and record.origin.is_other_process(vm)) or (record.identity != vm.identity and (alive or record.whole)):
-        raise BackupError(
-            f"target: {drive.target} is being made for another VM ({record.vm}, since {record.started}); use another"
-            " target"
-        )
-
-
-def _refuse_ownerless(drive: Drive, vm: Vm, record: Record, owners: dict[str, str]) -> None:
-    """Whose a job is that has an id of the user's choice is noted beside the lock of its QEMU, and notes can get lost.
-
-    Version 0.1.0 has them in another directory. To call such a copy dead takes the image from a job that writes it.
-    """
-    listed = vm.job(record.job)
-    noted = record.job.startswith(JOB_PREFIX) or record.job in owners
-    if listed is None or noted or record.phase != ReceiptPhase.COPYING:
-        return
-    if record.identity != vm.identity or record.origin.is_other_process(vm):
-        return
-    raise BackupError(
-        f"target: {drive.target} is being made by job {record.job} of VM {vm.name} since {record.started}, and the note"
-        " whose job that is has been lost with the directory of locks, or was made by another version of this"
-        " collection. Repeat the call with the version that has begun it; or wait for the job's end, or cancel it, and"
-        " dismiss it (block_job): the next call then makes the image anew"
+def failed(vm: Vm, copies: Iterable[Copy], reason: str) -> JobFailed:
+    """Return the error of a call whose copies have come to a bad end."""
+    return JobFailed(
+        f"VM {vm.name}: the backup failed: {reason}. What it left is removed; repeat the call when the cause is gone",
+        jobs=[copy.result(JobState.CANCELLED if copy.running else None) for copy in copies],
     )
 
 
-def _own_job(drive: Drive, vm: Vm, disk: Disk, job_id: str, owners: dict[str, str]) -> Job | None:
-    """The job of this id, if it is this copy's. An id of ours tells that itself."""
-    if job_id.startswith(JOB_PREFIX) or owners.get(job_id) == digest(drive, disk):
-        return vm.job(job_id)
-    return None
-
-
-def _examine_unrecorded(drive: Drive, vm: Vm, disk: Disk, owners: dict[str, str]) -> Copy:
-    job_id = drive.job_id or JOB_PREFIX + digest(drive, disk)
-    job = _own_job(drive, vm, disk, job_id, owners)
-    copy = Copy(drive, disk, job_id, CopyState.ABSENT, None, job)
-    if not drive.receipt_path:
-        # A block device without a receipt: the job in QEMU is all the memory there is.
-        return replace(
-            copy, found=CopyState.OCCUPIED if job is None else CopyState.ENDED if job.ended else CopyState.RUNNING
-        )
-    if job is not None and not job.ended:
-        raise BackupError(
-            f"VM {vm.name}: job {job.id} runs, but {record_path(drive.receipt_path)}, which would tell"
-            " about it, is gone; cancel the job (block_job), or wait for"
-            " its end"
-        )
-    if not drive.existing and os.path.lexists(drive.image_path):
-        raise Refused("target", f"{drive.image_path} is in the way, and no record says that it is ours; move it away")
-    receipt = read(drive.receipt_path)
-    if not os.path.lexists(drive.target):
-        return copy
-    if receipt is None:
-        return replace(copy, found=CopyState.OCCUPIED, reason="it has no receipt")
-    if not receipt.whole:
-        return replace(copy, reason="an earlier attempt left it unfinished")
-    difference = _difference(drive, vm, disk, receipt)
-    return replace(copy, found=CopyState.OCCUPIED if difference else CopyState.DONE, record=receipt, reason=difference)
-
-
-def _difference(drive: Drive, vm: Vm, disk: Disk, receipt: Record) -> str:
-    """How a finished target differs from what is asked for; empty where it does not."""
-    asked = {
-        "VM": (vm.identity, receipt.identity),
-        "disk": (disk.name, receipt.device),
-        "sync": (drive.sync, receipt.sync),
-        "bitmap": (drive.bitmap, receipt.bitmap),
-        "format": (drive.format or receipt.format, receipt.format),
-        "virtual size": (disk.virtual_size, receipt.virtual_size),
-    }
-    for name, (wanted, found) in asked.items():
-        if wanted != found:
-            return "its receipt is for another {} ({})".format(name, found or "none")
-    device = is_block_device(drive.target)
-    if device and plain_path(drive.target) != plain_path(receipt.target):
-        return f"its receipt is for another device ({receipt.target})"
-    if not receipt.matches(os.stat(drive.target), device):
-        return "it was changed or replaced after its receipt was written"
-    return ""
+def paused(vm: Vm, copies: Sequence[Copy]) -> JobFailed:
+    """Return the error of a call one of whose jobs waits for a person, and is left alone."""
+    advice = []
+    for copy in copies:
+        if copy.job and copy.job.stuck:
+            full = copy.job.io_status == "nospace"
+            remedy = "No space left on device: free some" if full else "after an I/O error: mend its cause"
+            advice.append(f"{copy.who}: job {copy.job_id} is paused, {remedy}")
+    return JobFailed(
+        f"VM {vm.name}: {'; '.join(advice)}; then let it go on (block_job with state running), and repeat this call."
+        " State cancelled gives it up",
+        jobs=results(copies),
+    )
 
 
 def digest(drive: Drive, disk: Disk) -> str:
-    """12 hex digits that tell this copy from others: the same in every call that asks for it."""
+    """Return 12 hex digits that tell this copy from others: the same in every call that asks for it."""
     text = f"{drive.target}\0{disk.node}\0{drive.sync}\0{drive.bitmap}"
     return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:12]
-
-
-def utc_now() -> str:
-    return datetime.now(timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z")

@@ -78,14 +78,14 @@ class Writeback:
     """Has the kernel write out an image that grows in the page cache: else the flush at the end has all of it to do."""
 
     def __init__(self, fd: int) -> None:
-        self._fd = fd
+        self.fd = fd
         self._thread: threading.Thread | None = None
 
     def nudge(self) -> None:
         """Begin to write out what is there, unless the last call is still at that."""
         if self._thread is None or not self._thread.is_alive():
             # It waits while the device has enough to do, and for ever for one that hangs: nobody is to wait for it.
-            self._thread = threading.Thread(target=_write_out, args=(self._fd,), daemon=True)
+            self._thread = threading.Thread(target=_write_out, args=(self.fd,), daemon=True)
             self._thread.start()
 
 

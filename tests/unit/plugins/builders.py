@@ -14,7 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup.receipt import Record
+from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup.receipt import WORDS, Record
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.machine import Hypervisor, machine_id
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.process import Process
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.model import Bitmap, Disk, Job, Vm
@@ -127,7 +127,7 @@ def record(**values: Any) -> Record:
         "reserved": False,
         **values,
     }
-    return Record(**given)
+    return Record(**{**given, **{name: word(given[name]) for name, word in WORDS.items()}})
 
 
 def parent(set_id: str = "s1", **values: Any) -> Parent:

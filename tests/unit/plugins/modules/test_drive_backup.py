@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+    from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup.session import Session
+
 ONE = {"monitor": "/run/qemu/web01.qmp", "device": "drive0", "target": "/b/x.qcow2"}
 TWO: dict[str, Any] = {
     "monitor": "/run/qemu/web01.qmp",
@@ -97,26 +99,7 @@ class TestArguments:
         assert reason in "; ".join(validate(asked).error_messages)
 
 
-class Backup:
-    """What takes the place of the work."""
-
-    commands: list[dict[str, Any]] = [{"execute": "drive-backup", "arguments": {}}]  # noqa: RUF012
-    warnings: list[str] = ["mind the gap"]  # noqa: RUF012
-    changed = True
-    failures: tuple[Exception, ...] = ()
-    outcome: Any = ()
-
-    def __init__(self, request: Request) -> None:
-        type(self).request = request
-
-    request: Request
-
-    async def ensure(self) -> Any:
-        for failure in self.failures:
-            raise failure
-        return self.outcome
-
-
+COMMANDS = [{"execute": "drive-backup", "arguments": {}}]
 JOB = {"target": "/b/x", "state": "completed", "device": "drive0"}
 
 
@@ -124,12 +107,20 @@ class TestMainTask:
     @pytest.fixture
     def run(self, validate: Callable[[dict[str, Any]], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         self.warned: list[str] = []
+        self.requests: list[Request] = []
 
         def call(outcome: Any, check_mode: bool = False, **params: Any) -> Any:
-            monkeypatch.setattr(drive_backup, "DriveBackup", Backup)
-            if isinstance(outcome, Exception):
-                monkeypatch.setattr(Backup, "failures", (outcome,))
-            monkeypatch.setattr(Backup, "outcome", outcome)
+            async def back_up(session: Session) -> Any:
+                """Take the place of the work."""
+                self.requests.append(session.request)
+                session.commands += COMMANDS
+                session.warnings.append("mind the gap")
+                session.changed = True
+                if isinstance(outcome, Exception):
+                    raise outcome
+                return outcome
+
+            monkeypatch.setattr(drive_backup, "back_up", back_up)
             asked = {**ONE, "target": str(tmp_path / "x"), **params}
             if "drives" in asked:
                 asked = {name: value for name, value in asked.items() if name not in ("device", "target")}
@@ -144,7 +135,7 @@ class TestMainTask:
         assert run([JOB]) == {
             "changed": True,
             "jobs": [JOB],
-            "qmp": Backup.commands,
+            "qmp": COMMANDS,
             "diff": {"before": "/b/x: not this backup\n", "after": "/b/x: completed, copy of drive0\n"},
         }
         assert self.warned == ["mind the gap"]
@@ -152,7 +143,7 @@ class TestMainTask:
     @pytest.mark.parametrize("check_mode", [False, True])
     def test_request(self, check_mode: bool, run: Any) -> None:
         run([], check_mode=check_mode, state="started", overwrite=True, timeout=5, on_timeout="leave")
-        request = Backup.request
+        [request] = self.requests
         assert str(request.address) == "unix:/run/qemu/web01.qmp"
         assert (request.state, request.overwrite, request.timeout, request.on_timeout, request.check_mode) == (
             "started",
@@ -168,7 +159,7 @@ class TestMainTask:
     def test_failure_tells_what_was_done(self, details: dict[str, Any], jobs: list[Any], run: Any) -> None:
         with pytest.raises(BackupError, match=r"^it broke$") as failed:
             run(BackupError("it broke", **details))
-        assert failed.value.details == {"jobs": jobs, "changed": True, "qmp": Backup.commands}
+        assert failed.value.details == {"jobs": jobs, "changed": True, "qmp": COMMANDS}
         assert self.warned == ["mind the gap"]
 
     @pytest.mark.parametrize(

@@ -1,0 +1,199 @@
+# Copyright (c) 2026, vmfleet contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Start the jobs of what is not there: records, images, reserved space, and then all jobs at one point in time."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from .._common.errors import BackupError, CommandError, MonitorGone, after, in_words
+from .._common.formats import utc_now
+from .._host import files
+from .._host.machine import boot_id, machine_id
+from .._host.namespaces import spaces
+from .._host.preallocate import Writeback
+from .._qemu import block_jobs, target_image
+from .._qemu.losses import EncryptedSource, lost_in_copy
+from .._qemu.vm_lock import host_lock_path, read_owners, write_owners
+from . import preflight, receipt
+from .cleanup import clean
+from .examine import lost
+from .finish import finish
+from .receipt import ReceiptPhase
+from .request import RequestedState, Sync
+from .status import CopyState, attempt_of, digest
+
+if TYPE_CHECKING:
+    from typing import Any
+
+    from .._qemu.model import Vm
+    from .receipt import Record
+    from .session import Locked, Session
+    from .status import Copy
+    from .steps import Situation
+
+
+async def prepare(session: Session, now: Situation) -> list[tuple[Copy, target_image.Target]]:
+    """Return what is to be started, with its targets. All that can be refused is refused here, before a file exists."""
+    vm, request = now.vm, now.request
+    starting = [copy for copy in now.copies if request.grouped or copy.missing]
+    preflight.refuse_busy(vm, starting)
+    if request.encrypted_source == EncryptedSource.REFUSE:
+        preflight.refuse_encrypted(vm, starting)
+    session.warnings += [f"VM {vm.name}: {loss}" for loss in lost_in_copy((copy.disk for copy in starting), vm.disks)]
+    for copy in starting:
+        if not copy.record_path:
+            session.warnings.append(
+                f"{copy.drive.target} is a block device without a receipt: every call writes it anew; give receipt a"
+                " path to change that"
+            )
+    return [(copy, await preflight.prepare_target(vm, copy, request.overwrite)) for copy in starting]
+
+
+async def start(locked: Locked, now: Situation) -> tuple[list[dict[str, Any]], str]:
+    """Start what is not there; returns the results, and the attempt to wait for."""
+    now = replace(now, copies=tuple(await finish(locked, now.copies)))
+    prepared = await prepare(locked.session, now)
+    locked.session.changed = True
+    begun = await _begin(locked, now.vm, prepared)
+    by_node = {copy.disk.node: copy for copy in begun}
+    jobs = [by_node.get(copy.disk.node, copy).result() for copy in now.copies]
+    return jobs, attempt_of(begun) if now.request.state == RequestedState.COMPLETED else ""
+
+
+async def _begin(locked: Locked, vm: Vm, prepared: list[tuple[Copy, target_image.Target]]) -> list[Copy]:
+    """Make images and start their jobs, all or none."""
+    attempt = secrets.token_hex(6)
+    begun: list[Copy] = []
+    try:
+        for copy, target in prepared:
+            record = _new_record(copy, vm, attempt, target)
+            _claim(copy, record)
+            begun.append(replace(copy, found=CopyState.RUNNING, job=None, record=record))
+            inode, generation = await _make(locked, copy, target)
+            record = replace(
+                record,
+                inode=inode,
+                generation=generation,
+                reserved=_reserve(locked.session, target),
+                phase=ReceiptPhase.COPYING,
+            )
+            begun[-1] = replace(begun[-1], record=record)
+        _note_owners(locked, vm, begun)
+        await _launch(locked, begun, [target for _copy, target in prepared])
+    except MonitorGone as error:
+        raise lost(locked.session.request, attempt, str(error)) from error
+    except (BackupError, OSError) as error:
+        with after(error):
+            await clean(locked, begun)
+        if isinstance(error, OSError):
+            raise BackupError(f"target: {in_words(error)}") from error
+        raise
+    return begun
+
+
+def _claim(copy: Copy, record: Record) -> None:
+    """Take the target's name before anything stands there."""
+    if copy.record_path:
+        try:
+            receipt.create(copy.record_path, record)
+        except FileExistsError:
+            raise BackupError(
+                f"target: {copy.drive.target}: another process began to make it this moment ({copy.record_path})"
+            ) from None
+
+
+async def _make(locked: Locked, copy: Copy, target: target_image.Target) -> tuple[int, int]:
+    """Create the image; returns its identity. One that exists loses its receipt, which is true no more."""
+    drive = copy.drive
+    if drive.existing:
+        if drive.receipt_path:
+            receipt.discard(drive.receipt_path)
+    else:
+        backing = (copy.disk.backing_file, copy.disk.backing_format)
+        is_overlay = drive.sync == Sync.TOP and backing[0]
+        await target_image.create(target, backing if is_overlay else None, (locked.fd,))
+    if target.block_device:
+        return 0, 0
+    # The kernel tells of a failed write-back only those who had the file open by then.
+    fd = os.open(target.path, os.O_RDWR | os.O_CLOEXEC)
+    locked.session.images[target.path] = Writeback(fd)
+    return files.identity(os.path.realpath(target.path))
+
+
+def _reserve(session: Session, target: target_image.Target) -> bool:
+    """Reserve the space of an image; returns whether its file system can do that."""
+    if target_image.reserve(target):
+        return True
+    free = files.free_bytes(target.path)
+    if free < target.expected:
+        raise BackupError(
+            f"target: {target.path}: No space left on device: the backup needs up to {target.expected} bytes there,"
+            f" and {free} are free"
+        )
+    session.warnings.append(
+        f"{target.path}: its file system cannot reserve space. If it fills up before the copy has ended, the backup is"
+        " cancelled for the guest's sake; only a call with state completed watches for that"
+    )
+    return False
+
+
+def _note_owners(locked: Locked, vm: Vm, begun: list[Copy]) -> None:
+    """Remember whose the jobs are whose ids do not tell it."""
+    chosen = {copy.drive.job_id: digest(copy.drive, copy.disk) for copy in begun if copy.drive.job_id}
+    if chosen:
+        known = read_owners(host_lock_path(vm.process, locked.session.request.address))
+        listed = {job.id for job in vm.jobs}
+        write_owners(locked.fd, {**{name: known[name] for name in known if name in listed}, **chosen})
+
+
+async def _launch(locked: Locked, begun: list[Copy], targets: list[target_image.Target]) -> None:
+    """Start the jobs of images that are ready."""
+    request = locked.session.request
+    await block_jobs.dismiss_jobs(locked.monitor, [copy.job_id for copy in begun])
+    starts = [
+        block_jobs.BackupStart(copy.job_id, copy.disk.node, target, copy.opaque, copy.drive.arguments())
+        for copy, target in zip(begun, targets)
+    ]
+    for copy in begun:
+        # Before the start: a job that nobody knows of can end, and clear its bitmap.
+        receipt.set_phase(copy.record_path, copy.record, ReceiptPhase.COPYING)
+    try:
+        await block_jobs.start_backups(locked.monitor, starts, request.completion_mode)
+    except CommandError as error:
+        disks = ", ".join(copy.who for copy in begun)
+        raise BackupError(
+            f"{request.address}: QEMU did not start the backup of {disks}: {error.description}"
+        ) from error
+
+
+def _new_record(copy: Copy, vm: Vm, attempt: str, target: target_image.Target) -> Record:
+    """Return the first record of a copy."""
+    return receipt.Record(
+        phase=ReceiptPhase.PREPARING,
+        attempt=attempt,
+        job=copy.job_id,
+        vm=vm.name,
+        identity=vm.identity,
+        hypervisor=machine_id(),
+        process=[vm.process.pid, vm.process.start] if vm.process else [],
+        device=copy.disk.name,
+        sync=copy.drive.sync,
+        bitmap=copy.drive.bitmap,
+        bitmap_mode=copy.drive.bitmap_mode,
+        target=copy.drive.target,
+        format=target.format,
+        virtual_size=copy.disk.virtual_size,
+        started=utc_now("milliseconds"),
+        guest=vm.status,
+        reserved=False,
+        replaces=list(files.identity(copy.drive.target)),
+        boot=boot_id(),
+        monitor=vm.monitor,
+        spaces=spaces(),
+    )
