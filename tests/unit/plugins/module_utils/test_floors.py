@@ -65,9 +65,10 @@ TOPS = {
 PURE = {
     "_backup": ("attempt_state", "outcome", "task"),
     "_common": ("argument_specs", "formats", "version", "words"),
+    "_drive_backup": ("status", "steps"),
     "_plan": ("decide", "disks", "levels", "model"),
     "_prune": ("retention",),
-    "_qemu": ("command_line", "losses", "secrets"),
+    "_qemu": ("command_line", "job_watch", "losses", "secrets"),
     "_report": ("html", "html_charts", "html_style", "html_text", "prometheus", "run", "status"),
     "_repository": ("chain", "documents"),
     "_verify": ("model",),
