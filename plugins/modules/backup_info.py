@@ -164,7 +164,7 @@ def chain_lengths(catalog: VmCatalog) -> dict[str, int]:
     """Return how many images a disk of each set is made of. Where its disks differ, the most."""
     longest: dict[str, int] = {}
     lengths: dict[tuple[str, str], int] = {}
-    for manifest in catalog.shelf.sets:
+    for manifest in catalog.records.sets:
         most = 0
         for disk in manifest.disks:
             below = lengths.get((disk.parent.id, disk.name), 0) if disk.parent else 0
@@ -191,9 +191,9 @@ def describe_set(catalog: VmCatalog, manifest: Manifest, chain: int, broken: str
         "parents": sorted({disk.parent.id for disk in manifest.disks if disk.parent}),
         "chain": chain,
         "broken": broken,
-        "verified": describe_verification(catalog.marks.verification(manifest)),
-        "protected": catalog.marks.protected(manifest.id),
-        "used_by": [f"{pin.path} on {pin.host}" for pin in catalog.marks.pins_of(manifest.id)],
+        "verified": describe_verification(catalog.annotations.verification(manifest)),
+        "protected": catalog.annotations.protected(manifest.id),
+        "used_by": [f"{pin.path} on {pin.host}" for pin in catalog.annotations.pins_of(manifest.id)],
     }
 
 
@@ -214,7 +214,7 @@ def describe_vm(sets: list[dict[str, Any]], catalog: VmCatalog, now: datetime) -
         "bytes": sum(one["bytes"] for one in sets),
         "newest": newest["id"],
         "created": newest["created"],
-        "age": max(0, int((now - begun(catalog.shelf.sets[-1])).total_seconds())),
+        "age": max(0, int((now - begun(catalog.records.sets[-1])).total_seconds())),
         "level": newest["level"],
         "verified": verified["depth"] if verified and verified["ok"] else "",
         "ok": not newest["broken"] and newest["id"] not in catalog.failed_sets,
@@ -242,7 +242,7 @@ async def main_task(module: AnsibleModule) -> dict[str, Any]:
         chains, broken = chain_lengths(catalog), catalog.broken_sets
         own = [
             describe_set(catalog, manifest, chains[manifest.id], broken.get(manifest.id, ""))
-            for manifest in reversed(catalog.shelf.sets)
+            for manifest in reversed(catalog.records.sets)
         ]
         sets += own
         vms += [describe_vm(own, catalog, now)] if own else []

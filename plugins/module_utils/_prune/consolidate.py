@@ -82,7 +82,7 @@ async def _make_full(repository: Repository, catalog: VmCatalog, manifest: Manif
         full = await _copy_full(path, new, image)
         async with repository.lock(catalog.name):
             now = read_catalog(repository, catalog.name)
-            there = now.shelf.published(manifest.id)
+            there = now.records.published(manifest.id)
             if there is None or there.attempt != manifest.attempt or there.disk(image.name) != image:
                 raise BackupError("somebody else has changed it meanwhile")
             reader = _reader(now, manifest.id)
@@ -102,8 +102,8 @@ async def _make_full(repository: Repository, catalog: VmCatalog, manifest: Manif
 def _reader(catalog: VmCatalog, set_id: str) -> str:
     """Return who reads a set at this moment, or one that builds on it; empty where nobody does."""
     in_use = read_constraints(catalog, allow_remove_last=False).in_use
-    for manifest in catalog.shelf.sets:
-        chains = (chain.walk(catalog.shelf.sets, manifest, image.name)[0] for image in manifest.disks)
+    for manifest in catalog.records.sets:
+        chains = (chain.walk(catalog.records.sets, manifest, image.name)[0] for image in manifest.disks)
         if manifest.id in in_use and any(below.id == set_id for images in chains for below, _image in images):
             return in_use[manifest.id]
     return ""

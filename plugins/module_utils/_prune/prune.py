@@ -130,40 +130,40 @@ async def _apply(repository: Repository, vm: str, options: PruneOptions, protect
 
 
 def _sizes(catalog: VmCatalog) -> dict[str, int]:
-    return {manifest.id: manifest.bytes for manifest in catalog.shelf.sets}
+    return {manifest.id: manifest.bytes for manifest in catalog.records.sets}
 
 
 def _decide(catalog: VmCatalog, options: PruneOptions) -> tuple[RetentionDecision, ...]:
     now = datetime.now(timezone.utc)
     constraints = read_constraints(catalog, options.allow_remove_last)
-    return decide(catalog.shelf.sets, options.rules, constraints, now, options.consolidate)
+    return decide(catalog.records.sets, options.rules, constraints, now, options.consolidate)
 
 
 def check_protection(catalog: VmCatalog, options: PruneOptions) -> bool:
     """Return whether the protection of a set would change; Refused where there is no such set."""
     for option, ids in (("protect", options.protect), ("unprotect", options.unprotect)):
         for set_id in ids:
-            if catalog.shelf.published(set_id) is None:
+            if catalog.records.published(set_id) is None:
                 raise Refused(option, f"VM {catalog.name} has no set {set_id}")
-    return any(not catalog.marks.protected(set_id) for set_id in options.protect) or any(
-        catalog.marks.protected(set_id) for set_id in options.unprotect
+    return any(not catalog.annotations.protected(set_id) for set_id in options.protect) or any(
+        catalog.annotations.protected(set_id) for set_id in options.unprotect
     )
 
 
 def _protect(repository: Repository, catalog: VmCatalog, options: PruneOptions) -> None:
     for set_id in options.protect:
-        if not catalog.marks.protected(set_id):
+        if not catalog.annotations.protected(set_id):
             write_annotation(repository, catalog.name, Protection(set_id, utc_now()))
-    gone = [protection for protection in catalog.marks.protections if protection.id in options.unprotect]
+    gone = [protection for protection in catalog.annotations.protections if protection.id in options.unprotect]
     remove_annotations(repository, catalog.name, gone)
 
 
 def _as_protected(catalog: VmCatalog, options: PruneOptions) -> VmCatalog:
     """Return the catalog as it would be with the protection that is asked for."""
     changed = (*options.unprotect, *options.protect)
-    kept = [protection for protection in catalog.marks.protections if protection.id not in changed]
+    kept = [protection for protection in catalog.annotations.protections if protection.id not in changed]
     added = [Protection(set_id, "") for set_id in options.protect]
-    return replace(catalog, marks=replace(catalog.marks, protections=(*kept, *added)))
+    return replace(catalog, annotations=replace(catalog.annotations, protections=(*kept, *added)))
 
 
 def _remove(
@@ -179,7 +179,7 @@ def _remove(
     now = _decide(catalog, replace(options, consolidate=False))
     decisions = {decision.id: decision for decision in now if decision.id in doomed}
     # Those that build on others go first.
-    for manifest in reversed(catalog.shelf.sets):
+    for manifest in reversed(catalog.records.sets):
         if manifest.id in decisions and not decisions[manifest.id].keep:
             left = remove_set(repository, vm, manifest.id)
             if left:
@@ -190,14 +190,19 @@ def _remove(
 
 
 def _remove_stale_annotations(repository: Repository, catalog: VmCatalog) -> None:
-    annotations: list[Protection | Verification] = [*catalog.marks.protections, *catalog.marks.verifications]
+    annotations: list[Protection | Verification] = [
+        *catalog.annotations.protections,
+        *catalog.annotations.verifications,
+    ]
     gone = [one for one in annotations if not may_be_there(repository.set_path(catalog.name, one.id))]
-    remove_annotations(repository, catalog.name, [*gone, *(pin for pin in catalog.marks.pins if not is_read(pin))])
+    remove_annotations(
+        repository, catalog.name, [*gone, *(pin for pin in catalog.annotations.pins if not is_read(pin))]
+    )
 
 
 def _remove_old_failures(repository: Repository, catalog: VmCatalog) -> None:
     """Remove the records of attempts that failed before the newest set was begun: their runs have long ended."""
-    newest = catalog.shelf.sets[-1].started if catalog.shelf.sets else ""
-    for failure in catalog.shelf.failures:
+    newest = catalog.records.sets[-1].started if catalog.records.sets else ""
+    for failure in catalog.records.failures:
         if failure.ended < newest:
             files.remove(repository.failure_path(catalog.name, failure.id))

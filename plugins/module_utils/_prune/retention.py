@@ -218,12 +218,12 @@ def describe(name: str, decisions: Iterable[RetentionDecision]) -> list[str]:
 
 def read_constraints(catalog: VmCatalog, allow_remove_last: bool) -> Constraints:
     """Return what counts besides the rules, as the repository tells it."""
-    guarded = {protection.id: "it is protected" for protection in catalog.marks.protections}
+    guarded = {protection.id: "it is protected" for protection in catalog.annotations.protections}
     in_use = {}
-    for pin in catalog.marks.pins:
+    for pin in catalog.annotations.pins:
         if is_read(pin):
             guarded[pin.id] = in_use[pin.id] = f"{pin.path} on {pin.host} reads it"
-    for intent in catalog.shelf.intents:
+    for intent in catalog.records.intents:
         for disk in intent.disks:
             if disk.image.parent:
                 guarded[disk.image.parent.id] = f"set {intent.id}, which is being made, builds on it"

@@ -54,11 +54,11 @@ def status_of_absent(name: str) -> dict[str, Any]:
 def status_from_repository(repository: Repository, name: str, set_id: str) -> dict[str, Any]:
     """Return what is known of a VM from its sets: C(set) is the one of this id, C(last) the newest that is good."""
     catalog = read_catalog(repository, name)
-    sets = catalog.shelf.sets
+    sets = catalog.records.sets
     damage = {**catalog.failed_sets, **catalog.broken_sets}
-    this = catalog.shelf.published(set_id)
+    this = catalog.records.published(set_id)
     last = next((one for one in reversed(sets) if one.id not in damage), None)
-    verifications = [catalog.marks.verification(one) for one in sets]
+    verifications = [catalog.annotations.verification(one) for one in sets]
     return {
         "set": _describe(catalog, this) if this else None,
         "last": _describe(catalog, last) if last else None,
@@ -75,7 +75,7 @@ def made_here(repository: Repository, name: str) -> bool:
 
 
 def _describe(catalog: VmCatalog, manifest: Manifest) -> dict[str, Any]:
-    verification = catalog.marks.verification(manifest)
+    verification = catalog.annotations.verification(manifest)
     return {
         "id": manifest.id,
         "started": manifest.started,
@@ -83,6 +83,6 @@ def _describe(catalog: VmCatalog, manifest: Manifest) -> dict[str, Any]:
         "bytes": manifest.bytes,
         "level": manifest.level,
         "consistency": manifest.consistency,
-        "chain": max(len(walk(catalog.shelf.sets, manifest, disk.name)[0]) for disk in manifest.disks),
+        "chain": max(len(walk(catalog.records.sets, manifest, disk.name)[0]) for disk in manifest.disks),
         "verified": verification.depth if verification and verification.ok else "",
     }

@@ -41,8 +41,8 @@ class VmCatalog:
     """One VM in a repository. C(broken) says, by set id and disk, why an image cannot be read whole."""
 
     name: str
-    shelf: VmRecords
-    marks: SetAnnotations
+    records: VmRecords
+    annotations: SetAnnotations
     broken: Mapping[tuple[str, str], str]
 
     @property
@@ -56,16 +56,16 @@ class VmCatalog:
     @property
     def failed_sets(self) -> dict[str, str]:
         """Return why sets are not to be relied on, by id."""
-        return failed_sets(self.shelf.sets, self.marks)
+        return failed_sets(self.records.sets, self.annotations)
 
     def find(self, set_id: str = "", before: datetime | None = None) -> Manifest:
         """Return the set with this id, or the newest one, or the newest that was begun no later than C(before)."""
         if set_id:
-            found = self.shelf.published(set_id)
+            found = self.records.published(set_id)
             if found is None:
                 raise Refused("id", f"VM {self.name} has no set {set_id}; it has: {self._ids()}")
             return found
-        fitting = [one for one in self.shelf.sets if before is None or begun(one) <= before]
+        fitting = [one for one in self.records.sets if before is None or begun(one) <= before]
         if not fitting:
             when = f" from before {before.isoformat()}" if before else ""
             raise Refused("before" if before else "vm", f"VM {self.name} has no set{when}; it has: {self._ids()}")
@@ -74,13 +74,13 @@ class VmCatalog:
     def chain(self, manifest: Manifest, disk: str) -> list[tuple[Manifest, DiskImage]]:
         """Return the images that make up a disk of a set, its own first. BackupError names the one that is missing."""
         reason = self.broken.get((manifest.id, disk), "")
-        steps, broken = walk(self.shelf.sets, manifest, disk)
+        steps, broken = walk(self.records.sets, manifest, disk)
         if broken or reason:
             raise BackupError(f"VM {self.name}, set {manifest.id}, disk {disk}: {reason or broken}")
         return steps
 
     def _ids(self) -> str:
-        return ", ".join(one.id for one in self.shelf.sets) or "none"
+        return ", ".join(one.id for one in self.records.sets) or "none"
 
 
 def failed_sets(sets: Iterable[Manifest], annotations: SetAnnotations) -> dict[str, str]:
@@ -111,8 +111,8 @@ def _outweighs(own: Verification, below: Verification) -> bool:
 
 def read_catalog(repository: Repository, vm: str) -> VmCatalog:
     """Read all that a repository holds of one VM."""
-    shelf = repository.shelf(vm)
-    return VmCatalog(vm, shelf, read_annotations(repository, vm), broken_images(shelf.sets, repository.damage))
+    records = repository.shelf(vm)
+    return VmCatalog(vm, records, read_annotations(repository, vm), broken_images(records.sets, repository.damage))
 
 
 def leftovers(repository: Repository, catalog: VmCatalog) -> list[dict[str, str]]:
@@ -121,24 +121,24 @@ def leftovers(repository: Repository, catalog: VmCatalog) -> list[dict[str, str]
     def found(path: str, what: str) -> dict[str, str]:
         return {"vm": catalog.name, "path": path, "what": what}
 
-    shelf = catalog.shelf
+    records = catalog.records
     left = [
         found(
             repository.staging_path(catalog.name, intent.id),
             f"set {intent.id} is being made by hypervisor {intent.hypervisor.name} since {intent.started}",
         )
-        for intent in shelf.intents
+        for intent in records.intents
     ]
     left += [
         found(repository.failure_path(catalog.name, failure.id), f"set {failure.id} {failure.state}: {failure.error}")
-        for failure in shelf.failures
+        for failure in records.failures
     ]
     left += [
-        found(repository.set_path(catalog.name, stray), "no set: no valid manifest") for stray in sorted(shelf.strays)
+        found(repository.set_path(catalog.name, stray), "no set: no valid manifest") for stray in sorted(records.strays)
     ]
     left += [
         found(repository.note_path(catalog.name, note.id), f"set {note.id} becomes a full one; the next prune goes on")
-        for note in shelf.notes
+        for note in records.notes
     ]
     left += [found(path, said) for path, said in _stale_annotations(repository, catalog)]
     left += [
@@ -150,16 +150,16 @@ def leftovers(repository: Repository, catalog: VmCatalog) -> list[dict[str, str]
 
 def _stale_annotations(repository: Repository, catalog: VmCatalog) -> Iterator[tuple[str, str]]:
     """Return the annotations that nobody needs any more, each with the reason."""
-    there = {manifest.id for manifest in catalog.shelf.sets} | catalog.shelf.strays
+    there = {manifest.id for manifest in catalog.records.sets} | catalog.records.strays
     annotations: list[Protection | Verification | Pin] = [
-        *catalog.marks.protections,
-        *catalog.marks.verifications,
-        *catalog.marks.pins,
+        *catalog.annotations.protections,
+        *catalog.annotations.verifications,
+        *catalog.annotations.pins,
     ]
     for annotation in annotations:
         if annotation.id not in there:
             yield annotation_path(repository, catalog.name, annotation), f"said of set {annotation.id}, which is gone"
-    for pin in catalog.marks.pins:
+    for pin in catalog.annotations.pins:
         if pin.id in there and not is_read(pin):
             yield annotation_path(repository, catalog.name, pin), f"{pin.path}, which has read set {pin.id}, is gone"
 
@@ -177,7 +177,7 @@ def growing(repository: Repository, vm: str) -> list[str]:
 
 def require_sets(repository: Repository, catalog: VmCatalog) -> None:
     """Refuse a VM that a repository has no set of, and tell of which it has some: mostly the name is misspelt."""
-    if catalog.shelf.sets:
+    if catalog.records.sets:
         return
     known = vm_names(repository)
     more = f" and {len(known) - MANY} others" if len(known) > MANY else ""

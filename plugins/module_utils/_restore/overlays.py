@@ -33,7 +33,7 @@ def find_overlays(repository: Repository, catalog: VmCatalog, directory: str) ->
     """Return the overlays of a VM that this machine has made in a directory, whether their sets exist or not."""
     found = {
         pin.path
-        for pin in catalog.marks.pins
+        for pin in catalog.annotations.pins
         if pin.machine_id == machine_id() and os.path.dirname(pin.path) == os.path.normpath(directory)
     }
     for path in glob.glob(os.path.join(glob.escape(os.path.normpath(directory)), "*" + RECEIPT)):
@@ -55,7 +55,7 @@ async def remove_overlays(
     An overlay that reads nothing from its set any more is a disk of its own: the file stays, its pin goes, and its path
     is among the second. So does a block device.
     """
-    mine = [pin for pin in catalog.marks.pins if pin.machine_id == machine_id()]
+    mine = [pin for pin in catalog.annotations.pins if pin.machine_id == machine_id()]
     gone: list[str] = []
     independent: list[str] = []
     for path in targets:

@@ -72,7 +72,7 @@ async def put_pin(repository: Repository, vm: str, disk: DiskRestore, warnings: 
 def _check_set(repository: Repository, vm: str, disk: DiskRestore) -> None:
     """Raise BackupError where the set is not the same any more, or cannot be read whole."""
     catalog = read_catalog(repository, vm)
-    there = catalog.shelf.published(disk.manifest.id)
+    there = catalog.records.published(disk.manifest.id)
     if there is None or there.attempt != disk.manifest.attempt:
         raise BackupError(f"VM {vm}: set {disk.manifest.id} was removed meanwhile, and cannot be restored any more")
     # A consolidation makes the chain shorter; the disk reads the same.

@@ -53,7 +53,7 @@ async def check_images(run: VerifyRun, check: SetCheck) -> None:
 def _expected_backing(check: SetCheck, one: SetImage) -> str | None:
     """Return the backing file name that an image has to have, None for a full one."""
     image = one[1]
-    base = check.catalog.shelf.published(image.parent.id) if image.parent else None
+    base = check.catalog.records.published(image.parent.id) if image.parent else None
     below = base.disk(image.name) if base else None
     return f"../{base.id}/{below.image}" if base and below else None
 

@@ -49,7 +49,7 @@ async def record(run: VerifyRun, check: SetCheck) -> None:
 
 def _damaged_sets(check: SetCheck) -> Iterator[tuple[Manifest, list[Finding]]]:
     """Yield the sets that damaged images belong to, and what is wrong with these."""
-    for manifest in check.catalog.shelf.sets:
+    for manifest in check.catalog.records.sets:
         keys = [(manifest.id, image.name) for image in manifest.disks]
         found = [check.damaged[key] for key in keys if key in check.damaged]
         if found:
@@ -90,12 +90,12 @@ async def annotate(
 
 def _updated(catalog: VmCatalog, one: Verification | Pin, warnings: list[str]) -> Verification | Pin | None:
     """Return an annotation with what was known before. None where its set is gone, or does not count as good yet."""
-    manifest = catalog.shelf.published(one.id)
+    manifest = catalog.records.published(one.id)
     if manifest is None or isinstance(one, Pin):
         return one if manifest else None
     if manifest.attempt != one.attempt:
         return None
-    before = catalog.marks.verification(manifest)
+    before = catalog.annotations.verification(manifest)
     if before and not before.ok and _is_deeper(before, one):
         if one.ok:
             warnings.append(

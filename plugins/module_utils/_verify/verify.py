@@ -82,16 +82,16 @@ async def _verify_vm(run: VerifyRun, name: str, set_id: str) -> list[Finding]:
     catalog = read_catalog(repository, name)
     lost = [
         lost_set(repository, name, stray)
-        for stray in lost_sets(repository, name, catalog.shelf.strays)
+        for stray in lost_sets(repository, name, catalog.records.strays)
         if set_id in ("", stray)
     ]
-    if lost and (set_id or not catalog.shelf.sets):
+    if lost and (set_id or not catalog.records.sets):
         return lost
     require_sets(repository, catalog)
     check = await _check_set(run, catalog, catalog.find(set_id))
     for _again in range(MAX_CHECKS - 1):
         catalog = read_catalog(repository, name)
-        if not check.findings or catalog.shelf.sets == check.catalog.shelf.sets:
+        if not check.findings or catalog.records.sets == check.catalog.records.sets:
             break
         # A set was consolidated or removed while it was read: what was found may be no fault.
         check = await _check_set(run, catalog, catalog.find(check.manifest.id))

@@ -30,9 +30,9 @@ def manifest(set_id: str, below: str | None = None) -> Manifest:
     return builders.manifest(set_id, image("vda", below), sequence=int(set_id[1:]))
 
 
-def catalog(*sets: Manifest, marks: SetAnnotations | None = None, **more: Any) -> VmCatalog:
+def catalog(*sets: Manifest, annotations: SetAnnotations | None = None, **more: Any) -> VmCatalog:
     return VmCatalog(
-        "web01", VmRecords(sets, more.pop("intents", ())), marks or SetAnnotations(), more.pop("broken", {})
+        "web01", VmRecords(sets, more.pop("intents", ())), annotations or SetAnnotations(), more.pop("broken", {})
     )
 
 
@@ -48,7 +48,7 @@ def test_nothing_is_said() -> None:
 
 def test_protected() -> None:
     found = read_constraints(
-        catalog(manifest("s1"), marks=SetAnnotations((Protection("s1", "now"),))), allow_remove_last=False
+        catalog(manifest("s1"), annotations=SetAnnotations((Protection("s1", "now"),))), allow_remove_last=False
     )
     assert (found.guarded, found.in_use) == ({"s1": "it is protected"}, {})
 
@@ -56,11 +56,13 @@ def test_protected() -> None:
 def test_pins_of_this_machine_and_of_another(tmp_path: Path) -> None:
     path = tmp_path / "look"
     for mark, reads in ((pin(str(path)), False), (pin(str(path), "another"), True)):
-        found = read_constraints(catalog(manifest("s1"), marks=SetAnnotations(pins=(mark,))), allow_remove_last=False)
+        found = read_constraints(
+            catalog(manifest("s1"), annotations=SetAnnotations(pins=(mark,))), allow_remove_last=False
+        )
         assert found.guarded == found.in_use == ({"s1": f"{path} on hv1 reads it"} if reads else {})
     path.touch()
     assert read_constraints(
-        catalog(manifest("s1"), marks=SetAnnotations(pins=(pin(str(path)),))), allow_remove_last=False
+        catalog(manifest("s1"), annotations=SetAnnotations(pins=(pin(str(path)),))), allow_remove_last=False
     ).in_use
 
 
@@ -78,8 +80,10 @@ def test_what_a_set_builds_on_that_is_being_made() -> None:
 
 def test_broken_by_its_files_or_by_its_verification() -> None:
     sets = [manifest("s1"), manifest("s2", "s1"), manifest("s3")]
-    marks = SetAnnotations(verifications=(Verification("s1", "attempt-s1", "image", "now", ("bad",)),))
-    found = read_constraints(catalog(*sets, marks=marks, broken={("s3", "vda"): "gone"}), allow_remove_last=False)
+    annotations = SetAnnotations(verifications=(Verification("s1", "attempt-s1", "image", "now", ("bad",)),))
+    found = read_constraints(
+        catalog(*sets, annotations=annotations, broken={("s3", "vda"): "gone"}), allow_remove_last=False
+    )
     assert found.broken == {
         "s1": "bad",
         "s2": "set s1 below it has failed its verification: bad",
