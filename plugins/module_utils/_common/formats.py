@@ -23,7 +23,7 @@ def utc_now(timespec: str = "seconds") -> str:
 
 def parse_time(text: str) -> datetime:
     """Read a time in ISO 8601, which is UTC without a zone. Raises ValueError where it is none."""
-    # Python 3.8 knows no Z.
+    # Python 3.8 does not read a Z.
     found = datetime.fromisoformat(text.replace("Z", "+00:00"))
     return found if found.tzinfo else found.replace(tzinfo=timezone.utc)
 
@@ -58,5 +58,4 @@ def amount(size: int) -> str:
 
 def seconds_since(moment: str) -> float:
     """Return the seconds since a time that was written down; 0 where the clock was set back since then."""
-    then = datetime.fromisoformat(moment.replace("Z", "+00:00"))
-    return max(0.0, (datetime.now(timezone.utc) - then).total_seconds())
+    return max(0.0, (datetime.now(timezone.utc) - parse_time(moment)).total_seconds())

@@ -92,7 +92,7 @@ def claim(source: str, name: str) -> None:
     except OSError as error:
         if error.errno not in NO_LINKS:
             raise
-        # Without hard links nothing claims a name at once.
+        # Without hard links a name cannot be looked for and taken in one step.
         if os.path.lexists(name):
             raise FileExistsError(errno.EEXIST, "something has appeared there in between", name) from None
         os.rename(source, name)
@@ -112,7 +112,7 @@ def write_text(path: str, text: str) -> None:
 
     Who reads it meanwhile sees the old one or the new one.
     """
-    # Its name ends with nothing that a collector of files looks for.
+    # Collectors look for the ends of file names, and pass over this one.
     beginning = os.path.join(os.path.dirname(path), f".{os.path.basename(path)}.")
     _remove_forgotten(f"{glob.escape(beginning)}*{UNFINISHED}")
     temporary = f"{beginning}{os.getpid()}{UNFINISHED}"
@@ -155,7 +155,7 @@ def scratch(directory: str, stem: str) -> Iterator[int]:
 
 def _remove_forgotten(pattern: str) -> None:
     for path in glob.glob(pattern):
-        # Another process may remove it at this moment, or be done with it.
+        # Another process may remove or rename it at this moment.
         with contextlib.suppress(FileNotFoundError):
             if os.lstat(path).st_mtime < time.time() - FORGOTTEN:
                 os.unlink(path)

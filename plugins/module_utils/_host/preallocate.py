@@ -84,7 +84,7 @@ class Writeback:
     def nudge(self) -> None:
         """Begin to write out what is there, unless the last call is still at that."""
         if self._thread is None or not self._thread.is_alive():
-            # It waits while the device has enough to do, and for ever for one that hangs: nobody is to wait for it.
+            # The call waits for a busy device, and for ever for one that hangs: nobody may wait for the call.
             self._thread = threading.Thread(target=_write_out, args=(self.fd,), daemon=True)
             self._thread.start()
 

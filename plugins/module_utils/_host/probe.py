@@ -60,7 +60,7 @@ class Probe:
         loop.add_reader(self._source, self._receive)
 
     def _receive(self) -> None:
-        # What is to be read there from now on is its end, again and again.
+        # From now on the pipe can be read only to its end, which would call this again and again.
         self._answer.get_loop().remove_reader(self._source)
         self._answer.set_result(os.read(self._source, 16))
 
@@ -83,7 +83,7 @@ class Probe:
         """Let go of the child, whatever it does."""
         self._answer.get_loop().remove_reader(self._source)
         os.close(self._source)
-        # One that has answered has nothing left to do but to end.
+        # A child that has answered ends at once.
         if not _ended(self._child, wait=self._answer.done()):
             _left_behind.append(self._child)
 
@@ -171,7 +171,7 @@ def _ended(child: int, wait: bool = False) -> bool:
 def _start(path: str, writing: bool) -> tuple[int, int]:
     """Start the child; return the file descriptor that its answer will come from, and its pid."""
     source, sink = os.pipe()
-    # A signal is an exception to the module, which the child is not to take home into the module's code.
+    # The module's handlers turn a signal into an exception, which would lead the child into the module's code.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     try:
         child = os.fork()
@@ -202,7 +202,7 @@ def _close_inherited(path: str, sink: int) -> None:
     """
     opened = {int(fd): "" for fd in os.listdir(PROC_FDS)}
     for fd in opened:
-        # The one that listed the others is closed already.
+        # One of them has listed the others, and is closed already.
         with contextlib.suppress(OSError):
             opened[fd] = os.readlink(f"{PROC_FDS}/{fd}")
     for fd in sorted(opened, key=lambda fd: (opened[fd].startswith(path), opened[fd].startswith("/"))):

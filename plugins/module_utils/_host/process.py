@@ -70,7 +70,7 @@ def proc_is_ours() -> bool:
             ids = next((line.split()[1:] for line in status if line.startswith("NSpid:")), [""])
     except OSError:
         return False
-    # Kernels that cannot have nested ones do not have the line.
+    # Kernels without nested name spaces do not have the line.
     return len(ids) == 1
 
 

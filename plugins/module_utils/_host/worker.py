@@ -58,7 +58,7 @@ def run_in_worker(module: AnsibleModule, main: Main, watched: str = "", writing:
         os.kill(child, signal.SIGKILL)
         module.fail_json(msg=reason)
     _repeat(said)
-    # The child has said all there is to say.
+    # The child has printed the whole result.
     raise SystemExit(_leave(child, os.read(source, 2)))
 
 

@@ -42,7 +42,7 @@ async def remove_bitmaps(monitor: Monitor, bitmaps: Iterable[tuple[str, str]]) -
         try:
             await monitor.execute("transaction", {"actions": actions})
         except CommandError:
-            # One of them is gone or in use, which says nothing against the others.
+            # One of them is gone or in use. The others can still be removed.
             pass
         else:
             return

@@ -74,7 +74,7 @@ class Way:
 
     def after(self, error: CommandError | OSError) -> Way | None:
         """Return the way to try where this one has failed; None where there is no other."""
-        # In a transaction it is the value of a field that is refused, and no class of error tells it from others.
+        # In a transaction QEMU refuses the value of a field, by an error class that it uses for other errors too.
         if isinstance(error, CommandError) and DRIVE_BACKUP in error.description and not self.by_node:
             return replace(self, by_node=True)
         # Some file systems, and some images on some devices, refuse O_DIRECT: the page cache serves as well.
@@ -128,7 +128,7 @@ async def rehearse_backups(
     Returns the way in which it takes the targets; raises CommandError with QEMU's reason where
     it would not start them. A VM that is paused is not asked.
     """
-    # There QEMU keeps the files that it was passed until the VM goes on, and with them the locks of the targets.
+    # While a VM is paused, QEMU keeps the files that it was passed open, and so the targets locked.
     if not (await monitor.execute("query-status"))["running"]:
         return None
 

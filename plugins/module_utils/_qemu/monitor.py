@@ -72,7 +72,7 @@ class Monitor:
         try:
             await asyncio.wait({greeting}, timeout=max(0.1, deadline - time.monotonic()))
             if not greeting.done():
-                # Asked while our own connection still stands in the queue: that is what tells the cases apart.
+                # Our own connection still stands in the queue, which is how the cases are told from each other.
                 raise MonitorTimeout(connection.no_greeting(self.address, self.process))
             greeting.result()
         finally:
@@ -129,7 +129,7 @@ class Monitor:
         except (qmp_client.ExecInterruptedError, qmp_client.StateError, EOFError, OSError) as error:
             raise await self._ended(client, command) from error
         except qmp_client.QMPError as error:
-            # Read, but not understood; the conversation can go on.
+            # The answer was read, but not understood: the conversation can go on.
             raise MonitorError(f"{self.address}: the answer to {command} makes no sense: {quoted(error)}") from error
 
     async def add_fdset(self, fds: Sequence[int], opaque: str) -> int:
@@ -187,7 +187,7 @@ class Monitor:
         """Return the error for what cannot be read. QEMU answers in order: it belongs to the oldest question."""
         question = next(iter(client.unanswered.values()), "")
         what = f"the answer to {question}" if question else "what QEMU sent unasked"
-        # How StreamReader.readline() tells of a line that is too long.
+        # StreamReader.readline() raises this for a line that is too long.
         if isinstance(cause.__context__, asyncio.LimitOverrunError):
             return MonitorError(
                 f"{self.address}: {what} is longer than qemu.qmp can read (10 MiB), because its disks have too many"

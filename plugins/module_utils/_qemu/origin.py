@@ -66,7 +66,7 @@ class Origin:
             return False
         if not self.spaces:
             return True
-        # Without a uuid two VMs can be called the same, in one container each.
+        # Without a uuid, VMs of two containers can have the same name.
         return self.monitor in ("", vm.monitor) and (bool(vm.uuid) or self._shares_address())
 
     def _shares_address(self) -> bool:

@@ -83,7 +83,7 @@ async def held_bytes(chain: Sequence[Disk]) -> int | None:
 
     def count() -> None:
         found = _count([(layer.filename, layer.virtual_size) for layer in chain])
-        # Nobody waits any more for a file system that has come back after so long.
+        # The file system may come back after the loop has ended.
         with contextlib.suppress(RuntimeError):
             loop.call_soon_threadsafe(lambda: None if answer.done() else answer.set_result(found))
 

@@ -169,7 +169,7 @@ async def run(
             process.kill()
         if not isinstance(error, asyncio.TimeoutError):
             raise
-        # One that hangs in the kernel cannot be waited for.
+        # A process that hangs in the kernel does not end.
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(process.wait(), 1)
         text = "{}: no end within {:g} s; does its file system hang?".format(" ".join(command), timeout)

@@ -56,7 +56,7 @@ try:
         def _cb_inbound(self, msg: Message) -> Message:
             if self.unanswered and "event" not in msg and "QMP" not in msg:
                 if "id" not in msg:
-                    # The library would drop it, and the question would wait for its answer until its time is over.
+                    # The library would drop it, and whoever has asked would wait until the time-out.
                     raise QMPError(f"it does not tell which question it answers: {json.dumps(dict(msg))}")
                 self.unanswered.pop(msg["id"], None)
             return msg

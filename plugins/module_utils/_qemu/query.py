@@ -107,7 +107,7 @@ class _Graph:
         for start in self.nodes:
             path: list[str] = []
             name = start
-            # What has been entered ends the walk also where names lead in a circle.
+            # An entry ends the walk, so that names that lead in a circle do so as well.
             while name not in found:
                 found[name] = ()
                 path.append(name)
@@ -177,7 +177,7 @@ async def _query_file_names(monitor: Monitor, devices_asked: dict[str, Any]) -> 
         known = {entry["node-name"] for entry in stats}
     graph = _Graph(devices, {node["node-name"]: node for node in nodes}, below, _backing_by_file_name(nodes, below))
     if any(len(found) != 1 for found in graph.backing.values()):
-        # This answer doubles with each filter on the way down: it is not asked for without need.
+        # This answer doubles with each filter on the way down, and so is asked for only where it is needed.
         for device in await monitor.execute("query-blockstats"):
             upper = device
             while "backing" in upper:
@@ -302,7 +302,7 @@ def _disks(graph: _Graph) -> tuple[tuple[Disk, ...], tuple[Disk, ...]]:
         if top not in graph.used and top not in taken and not ours:
             disks.setdefault(node_name, disk_of(node_name, node_name, filters=tuple(filters)))
             taken.update((*filters, node_name))
-    # A file without a name is told by the image in it. There is one for each layer.
+    # A file node without a name of its own is left out: its image stands for it, and each layer has one.
     others = (
         disk_of(name, "" if name.startswith("#") else name)
         for name, node in graph.nodes.items()
@@ -379,7 +379,7 @@ def _files(nodes: Iterable[dict[str, Any]], process: Process | None) -> tuple[st
     for node in nodes:
         path = node["file"]
         if not path.startswith("/") and node["drv"] not in FILE_DRIVERS:
-            # What stands for several files, or for one on another machine: the files have nodes of their own.
+            # The node stands for several files, which have nodes of their own, or for one on another machine.
             continue
         if not path.startswith("/") and process is not None:
             # QEMU tells a relative name as it was given; it counts from QEMU's own working directory.

@@ -76,7 +76,7 @@ def remove_set(repository: Repository, vm: str, set_id: str) -> str:
     going = os.path.join(directory, f".{set_id}{REMOVED}")
     number = 1
     while os.path.lexists(going):
-        # What could not be removed of another one.
+        # Another set of this id was removed before, and not all of it could be.
         number += 1
         going = os.path.join(directory, f".{set_id}.{number}{REMOVED}")
     os.rename(repository.set_path(vm, set_id), going)

@@ -174,7 +174,7 @@ class Repository:
             old = manifest.disk(note.image.name)
             if note.attempt != manifest.attempt or old is None:
                 continue
-            # A file that is neither the one nor the other is damaged: what the increment builds on is to stay.
+            # A file that is neither of the two is damaged: then the increment and what it builds on stay as they are.
             if self.damage(manifest, old) and not self.damage(manifest, note.image):
                 disks = tuple(note.image if disk is old else disk for disk in manifest.disks)
                 manifest = replace(manifest, disks=disks)
