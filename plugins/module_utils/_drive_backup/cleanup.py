@@ -102,7 +102,7 @@ def bad_end(now: Situation) -> str:
 
 
 def note_replaced(session: Session, now: Situation, cause: str) -> None:
-    """Have the user told that an attempt is made anew."""
+    """Warn that an attempt is made anew, and say why."""
     session.warnings.append(f"VM {now.vm.name}: an earlier attempt came to nothing and is replaced: {cause}")
 
 

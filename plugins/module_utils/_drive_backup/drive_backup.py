@@ -71,7 +71,7 @@ async def _take_step(locked: Locked, followed: str) -> tuple[list[dict[str, Any]
 
 
 async def _tidy(locked: Locked, followed: str) -> Situation:
-    """Look, without what a process has left in QEMU that died at work: open files there keep its images locked."""
+    """Close what dead processes have left open in QEMU, which keeps their images locked, and look."""
     session, monitor = locked.session, locked.monitor
     now = await observe(session, monitor, followed)
     await block_jobs.remove_fdsets(monitor, now.vm, FDSET_PREFIX)
@@ -84,7 +84,7 @@ async def _tidy(locked: Locked, followed: str) -> Situation:
 
 
 def _refuse(now: Situation, step: DriveStep) -> None:
-    """Raise the error of a step that is none but that."""
+    """Raise the error of a step that only refuses or fails."""
     if step == DriveStep.REFUSE_BUSY:
         preflight.refuse_strangers(now.vm, now.copies)
     elif step == DriveStep.REFUSE_MIXED:
@@ -95,7 +95,7 @@ def _refuse(now: Situation, step: DriveStep) -> None:
 
 
 async def _predict(session: Session, now: Situation) -> list[dict[str, Any]]:
-    """Return what a call would do, in check mode; raises what it would be refused for."""
+    """Return what a call would do, for check mode. Raises what it would be refused for."""
     step = next_step(now)
     _refuse(now, step)
     unfinished = any(copy.unfinished for copy in now.copies)

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 def examine(drive: Drive, vm: Vm, owners: dict[str, str]) -> Copy:
-    """Look at one drive: its copy, with the node of its target; raises BackupError where that is somebody else's.
+    """Look at one drive, and return its copy. Raises BackupError where the target is somebody else's business.
 
     C(owners) tells whose the jobs are that have an id of the user's choice.
     """

@@ -67,7 +67,7 @@ async def start(locked: Locked, now: Situation) -> tuple[list[dict[str, Any]], s
 
 
 async def _begin(locked: Locked, vm: Vm, prepared: list[tuple[Copy, target_image.Target]]) -> list[Copy]:
-    """Make images and start their jobs, all or none."""
+    """Make images and start their jobs: all of them, or none."""
     attempt = secrets.token_hex(6)
     begun: list[Copy] = []
     try:
