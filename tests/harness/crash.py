@@ -102,6 +102,7 @@ A function that has none here is called by its file and its name.
 """
 PASSED_THROUGH = frozenset(
     {
+        "_host/calls",
         "_host/files",
         "_host/io_thread",
         "_qemu/connection",

@@ -18,6 +18,7 @@ from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
 from .._common.errors import RepositoryHangs
+from .calls import DirectCalls
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -34,21 +35,6 @@ MOMENT = 1.0
 """Seconds that a call may take before the file system is asked whether it answers at all."""
 LONG_AT_ONCE = 6
 """How many calls that take long are made at the same time."""
-
-
-class DirectCalls:
-    """Calls that are made at once, for callers who do nothing else meanwhile."""
-
-    async def run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Call C(function), and return what it returns."""
-        return function(*args, **kwargs)
-
-    def close(self, fd: int) -> None:
-        """Close a file, which on NFS flushes it, after the calls that were made before."""
-        os.close(fd)
-
-
-AT_ONCE = DirectCalls()
 
 
 class ThreadedCalls(DirectCalls):

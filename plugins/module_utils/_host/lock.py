@@ -15,13 +15,13 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
 from .._common.errors import BackupError
+from .calls import AT_ONCE
 from .files import step
-from .io_thread import AT_ONCE
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-    from .io_thread import DirectCalls
+    from .calls import DirectCalls
 
 
 TIMEOUT = 120.0
