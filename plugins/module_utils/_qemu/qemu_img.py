@@ -33,6 +33,8 @@ MEASURE_TIMEOUT = 600.0
 """Seconds for measuring an image: for that the tables of all images of its chain are read."""
 CLUSTER = 65536
 """qcow2's default cluster size, in bytes; a table of this size tells of half a GiB."""
+ALIGNMENT = 4096
+"""Bytes of the largest blocks that storage has: O_DIRECT reads and writes whole ones."""
 LONG_TIMEOUT = 7 * 24 * 3600.0
 """Seconds for reading an image to its end: no sensible one takes as long."""
 
@@ -95,6 +97,11 @@ async def copy_bytes(path: str, image_format: str, size: int) -> int:
     data = int(measured["required"]) - tables
     needed = data + data // 1024 + (size >> 26) + 8 * CLUSTER
     return data + min(tables, needed)
+
+
+def is_aligned(image_format: str, size: int) -> bool:
+    """Return whether O_DIRECT can write an image to its end, which is that of the disk in a raw one."""
+    return image_format != "raw" or size % ALIGNMENT == 0
 
 
 def _format(option: str, image_format: str) -> list[str]:

@@ -23,9 +23,6 @@ if TYPE_CHECKING:
     from .._host.calls import DirectCalls
 
 
-DIRECT_ALIGNMENT = 4096
-
-
 @dataclass(frozen=True)
 class Target:
     """An image that a job will write. C(size) is its virtual size and C(expected) the data to come, in bytes."""
@@ -40,9 +37,8 @@ class Target:
 
     @property
     def direct(self) -> bool:
-        """Return whether O_DIRECT can work: compressed clusters are unaligned, and so can a raw image's end be."""
-        aligned = self.format != "raw" or self.size % DIRECT_ALIGNMENT == 0
-        return not self.compress and aligned
+        """Return whether O_DIRECT can work: compressed clusters are unaligned."""
+        return not self.compress and qemu_img.is_aligned(self.format, self.size)
 
     def node(self, filename: str, direct: bool) -> str:
         """Return the C(json:) file name under which QEMU opens the image."""

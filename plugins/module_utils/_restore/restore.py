@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from .._common.errors import BackupError, Refused, after, in_words
 from .._host import files, preallocate
-from .._qemu import qemu_img, target_image
+from .._qemu import qemu_img
 from .._repository.annotations import read_annotations
 from .._repository.json_file import write_document
 from .checks import (
@@ -70,7 +70,7 @@ async def restore(
 def _raise_failures(vm: str, disks: Sequence[DiskRestore], done: Sequence[BaseException | None]) -> None:
     """Raise one BackupError for all disks that failed."""
     failed = [(disk, error) for disk, error in zip(disks, done) if error]
-    for _piece, error in failed:
+    for _disk, error in failed:
         if not isinstance(error, (BackupError, OSError)):
             raise error
     if failed:
@@ -140,7 +140,7 @@ def _take_name(repository: Repository, disk: DiskRestore, replaces: tuple[int, i
 async def _copy(repository: Repository, disk: DiskRestore, path: str) -> None:
     source = await qemu_img.whole(repository.set_image_path(disk.manifest, disk.image), disk.image.format)
     command = qemu_img.convert_command(source, path, disk.format, disk.block_device)
-    if target_image.Target(path, disk.format, disk.image.virtual_size).direct and _takes_direct(path):
+    if qemu_img.is_aligned(disk.format, disk.image.virtual_size) and _takes_direct(path):
         # All of it has to reach stable storage anyway, and others need the page cache.
         command[2:2] = ["-t", "none"]
     await qemu_img.run(command, timeout=qemu_img.LONG_TIMEOUT, is_long=True)
