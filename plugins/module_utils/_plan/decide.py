@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from .._qemu.losses import EncryptedSource
 from .._repository import chain
 from .disks import READ_ONLY, choose_disks, disks_of_intent, link_disks, plan_disks
-from .model import PUBLISHED_ALREADY, Action, Choice, Decision, VmPlan
+from .model import PUBLISHED_ALREADY, UNLESS, Action, Case, Choice, Decision, VmPlan
 
 if TYPE_CHECKING:
     from .._host.machine import Hypervisor
@@ -25,23 +25,23 @@ MIGRATING = frozenset({"inmigrate", "postmigrate", "finish-migrate"})
 
 
 def decide(request: Request, facts: Observation, shelf: VmRecords, terms: RunContext) -> Decision:
-    """What to do with one VM; the first reason that applies wins."""
+    """Decide what to do with one VM; the first case that holds wins."""
     choice = choose_disks(facts.vm, request) if facts.vm else Choice()
-    intent, removal, unless = None, "", ""
+    intent, removal = None, ""
     if choice.error:
-        action, reason = Action.FAIL, choice.error
+        case, reason = Case.WRONG_DISKS, choice.error
     elif shelf.published(terms.id):
-        action, reason = _already_published(facts, shelf, terms, choice)
+        case, reason = _already_published(facts, shelf, terms, choice)
     elif _has_given_up(shelf, terms):
-        action, reason = Action.FAIL, _has_given_up(shelf, terms)
+        case, reason = Case.FAILED, _has_given_up(shelf, terms)
     elif shelf.intents:
         intent = _next_intent(shelf.intents, terms.id)
-        action, reason, removal = _being_made(intent, facts, terms)
-        unless = "takeover" if action == Action.FAIL else ""
+        case, reason, removal = _being_made(intent, facts, terms)
     elif _belongs_to_another(facts, shelf) and not terms.adopt:
-        action, reason, unless = Action.FAIL, _belongs_to_another(facts, shelf), "adopt"
+        case, reason = Case.OTHER_DIRECTORY, _belongs_to_another(facts, shelf)
     else:
-        action, reason = _not_begun(facts, shelf, terms, choice)
+        case, reason = _not_begun(facts, shelf, terms, choice)
+    action = case.action
     links = link_disks(request, facts, shelf, terms, choice) if action in (Action.START, Action.FINISH) else ()
     disks = plan_disks(choice.disks, links) if links else disks_of_intent(intent)
     plan = VmPlan(
@@ -56,17 +56,24 @@ def decide(request: Request, facts: Observation, shelf: VmRecords, terms: RunCon
         wanted=request.wanted,
         quiesce=request.quiesce,
         agent=request.agent,
-        unless=unless,
+        unless=UNLESS.get(case, ""),
         disks=disks,
         left_out=choice.left_out,
     )
-    return Decision(plan, choice, links, intent, shelf.published(terms.id), removal)
+    return Decision(case, plan, choice, links, intent, shelf.published(terms.id), removal)
 
 
-def _already_published(facts: Observation, shelf: VmRecords, terms: RunContext, choice: Choice) -> tuple[Action, str]:
+def _already_published(facts: Observation, shelf: VmRecords, terms: RunContext, choice: Choice) -> tuple[Case, str]:
     manifest = shelf.published(terms.id)
-    wrong = _mismatch(manifest, facts.vm, choice) if manifest and facts.vm else ""
-    return (Action.FAIL, wrong) if wrong else (Action.SKIP, PUBLISHED_ALREADY)
+    if manifest and facts.vm and manifest.vm.identity != facts.vm.identity:
+        return Case.OTHER_VM, (
+            f"set {manifest.id} belongs to another VM of this name ({manifest.vm.identity};"
+            f" this one is {facts.vm.identity}); rename one of them, or use another id, with adopt: true"
+        )
+    missing = _missing_disks(manifest, choice) if manifest else ""
+    if missing:
+        return Case.WITHOUT_DISK, f"set {terms.id} exists without disk {missing}; use another id"
+    return Case.PUBLISHED, PUBLISHED_ALREADY
 
 
 def _has_given_up(shelf: VmRecords, terms: RunContext) -> str:
@@ -77,46 +84,46 @@ def _has_given_up(shelf: VmRecords, terms: RunContext) -> str:
     return ""
 
 
-def _being_made(intent: Intent, facts: Observation, terms: RunContext) -> tuple[Action, str, str]:
-    """Action, reason, and why the intent is to be removed."""
+def _being_made(intent: Intent, facts: Observation, terms: RunContext) -> tuple[Case, str, str]:
+    """Return the case, the reason, and why the intent is to be removed."""
     foreign = _foreign(intent, facts, terms.hypervisor)
     if foreign and not terms.takeover:
         return (
-            Action.FAIL,
+            Case.FOREIGN,
             f"{foreign}; let it end. If nobody makes it any more, takeover: true removes what is there of it",
             "",
         )
     if foreign:
-        return Action.FINISH, f"{foreign}; it is taken over", f"taken over by hypervisor {terms.hypervisor.name}"
+        return Case.TAKEN_OVER, f"{foreign}; it is taken over", f"taken over by hypervisor {terms.hypervisor.name}"
     if intent.id != terms.id and terms.supersede:
-        return Action.FINISH, f"set {intent.id} is unfinished, and superseded", f"superseded by set {terms.id}"
+        return Case.SUPERSEDED, f"set {intent.id} is unfinished, and superseded", f"superseded by set {terms.id}"
     if intent.id != terms.id:
-        return Action.FINISH, f"set {intent.id} of this VM is unfinished, and comes first", ""
-    return Action.ATTACH, f"the set is being made since {intent.started}", ""
+        return Case.OTHER_SET, f"set {intent.id} of this VM is unfinished, and comes first", ""
+    return Case.BEING_MADE, f"the set is being made since {intent.started}", ""
 
 
-def _not_begun(facts: Observation, shelf: VmRecords, terms: RunContext, choice: Choice) -> tuple[Action, str]:
+def _not_begun(facts: Observation, shelf: VmRecords, terms: RunContext, choice: Choice) -> tuple[Case, str]:
     if terms.id in shelf.strays:
         return (
-            Action.FAIL,
+            Case.IN_THE_WAY,
             f"in the place of set {terms.id} stands something that is no set (no valid manifest); move it away",
         )
     if facts.vm is None:
-        return Action.SKIP if facts.off and terms.policy.offline == "skip" else Action.FAIL, facts.error
+        return Case.OFF if facts.off and terms.policy.offline == "skip" else Case.SILENT, facts.error
     busy = ", ".join(f"job {job.id} ({job.type}, {job.status})" for job in _foreign_jobs(facts.vm, terms.tag))
     if busy:
-        return Action.FAIL, f"busy: {busy}; wait for its end, or cancel it with block_job"
+        return Case.BUSY, f"busy: {busy}; wait for its end, or cancel it with block_job"
     if facts.vm.status in MIGRATING:
-        return Action.SKIP, f"migrating ({facts.vm.status})"
+        return Case.MIGRATING, f"migrating ({facts.vm.status})"
     if not choice.disks:
-        return Action.SKIP, _nothing_to_back_up(choice)
+        return Case.NO_DISKS, _nothing_to_back_up(choice)
     encrypted = ", ".join(disk.name for disk in choice.disks if disk.encrypted)
     if encrypted and terms.policy.encrypted_source == EncryptedSource.REFUSE:
-        return Action.FAIL, (
+        return Case.ENCRYPTED, (
             f"encrypted_source: disk {encrypted} is encrypted at rest, and its copy would not be; exclude it"
             " (exclude_disks), or let it be copied with encrypted_source: warn (vm_backup_encrypted_source)"
         )
-    return Action.START, f"there is no set {terms.id} of this VM"
+    return Case.NOT_BEGUN, f"there is no set {terms.id} of this VM"
 
 
 def _nothing_to_back_up(choice: Choice) -> str:
@@ -148,16 +155,10 @@ def _next_intent(intents: tuple[Intent, ...], set_id: str) -> Intent:
     return [*others, *intents][0]
 
 
-def _mismatch(published: Manifest, vm: Vm, choice: Choice) -> str:
-    """Why a published set is not the one that is asked for; empty where it is."""
-    if published.vm.identity != vm.identity:
-        return (
-            f"set {published.id} belongs to another VM of this name ({published.vm.identity};"
-            f" this one is {vm.identity}); rename one of them, or use another id, with adopt: true"
-        )
+def _missing_disks(published: Manifest, choice: Choice) -> str:
+    """Return the chosen disks that a published set lacks; empty where it has all."""
     held = {disk.name for disk in published.disks}
-    missing = ", ".join(disk.name for disk in choice.disks if disk.name not in held)
-    return f"set {published.id} exists without disk {missing}; use another id" if missing else ""
+    return ", ".join(disk.name for disk in choice.disks if disk.name not in held)
 
 
 def _foreign(intent: Intent, facts: Observation, hypervisor: Hypervisor) -> str:

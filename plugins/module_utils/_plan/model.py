@@ -38,6 +38,65 @@ class Action(Word):
     FAIL = "fail"
 
 
+class Case(Word):
+    """What is found of a VM's set. The first case that holds decides, in this order."""
+
+    WRONG_DISKS = "wrong disks"
+    """The lists of disks name one that the VM does not have."""
+    OTHER_VM = "other VM"
+    """The set is published, and is of another VM of this name."""
+    WITHOUT_DISK = "without disk"
+    """The set is published, and lacks a disk that is chosen now."""
+    PUBLISHED = "published"
+    FAILED = "failed"
+    """This very run has failed at it."""
+    FOREIGN = "foreign"
+    """Somebody else is making a set of this name."""
+    TAKEN_OVER = "taken over"
+    """Somebody else is making a set of this name, and that is to be removed."""
+    SUPERSEDED = "superseded"
+    """A set of another id is unfinished, and is to be removed."""
+    OTHER_SET = "other set"
+    """A set of another id is unfinished, and comes first."""
+    BEING_MADE = "being made"
+    OTHER_DIRECTORY = "other directory"
+    """The newest set in the VM's directory is of another VM."""
+    IN_THE_WAY = "in the way"
+    """Something that is no set stands in the set's place."""
+    OFF = "off"
+    """There is no QEMU, and the policy is to skip such a VM."""
+    SILENT = "silent"
+    """QEMU does not answer."""
+    BUSY = "busy"
+    """A block job of somebody else is active."""
+    MIGRATING = "migrating"
+    NO_DISKS = "no disks"
+    ENCRYPTED = "encrypted"
+    """A disk is encrypted at rest, and the policy is to refuse such a disk."""
+    NOT_BEGUN = "not begun"
+
+    @property
+    def action(self) -> Action:
+        """What is to be done about it."""
+        return ACTIONS.get(self, Action.FAIL)
+
+
+ACTIONS = {
+    Case.PUBLISHED: Action.SKIP,
+    Case.TAKEN_OVER: Action.FINISH,
+    Case.SUPERSEDED: Action.FINISH,
+    Case.OTHER_SET: Action.FINISH,
+    Case.BEING_MADE: Action.ATTACH,
+    Case.OFF: Action.SKIP,
+    Case.MIGRATING: Action.SKIP,
+    Case.NO_DISKS: Action.SKIP,
+    Case.NOT_BEGUN: Action.START,
+}
+"""What is to be done in which case. The VM fails in all others."""
+UNLESS = {Case.FOREIGN: "takeover", Case.OTHER_DIRECTORY: "adopt"}
+"""The option of backup_set with which a VM goes on that fails in this case."""
+
+
 class Quiesce(Word):
     """Whether the file systems of the guest are frozen while the jobs start."""
 
@@ -262,11 +321,13 @@ class RunContext:
 
 @dataclass(frozen=True)
 class Decision:
-    """What is to be done with a VM now. C(intent) is the one to bring to its end, C(manifest) the set that is there.
+    """What is to be done with a VM now, and in which case it is.
 
-    C(links) says how each of the chosen disks goes into the set; C(removal) why the intent is removed instead.
+    C(intent) is the one to bring to its end, C(manifest) the set that is there. C(links) says how each of the chosen
+    disks goes into the set; C(removal) why the intent is removed instead.
     """
 
+    case: Case
     plan: VmPlan
     choice: Choice = field(default_factory=Choice)
     links: tuple[ChainLink, ...] = ()
