@@ -43,10 +43,11 @@ bench: ## Measure against qemu-img and others, and what there is to do beside co
 	@tools/setup vm
 	@tools/tree sh -c 'export PYTHONPATH="$$ROOT"; s=0; for b in copy control restore info start fleet; do benchmarks/$$b $(ARGS) || s=1; done; exit $$s'
 
-format: ## Bring the Python files into shape, and mend what ruff can mend
+format: ## Bring the Python files into shape, mend what ruff can mend, and write the table of steps into its guide
 	@tools/setup
 	@.venv/bin/ruff check --fix-only .
 	@.venv/bin/ruff format .
+	@tools/tree sh -c 'PYTHONPATH=$$ROOT python -m ansible_collections.vmfleet.backup.tests.harness.step_table "$$CHECKOUT"'
 
 lock: ## Renew requirements-lock.txt from requirements-dev.txt
 	@tools/lock

@@ -291,7 +291,7 @@ from typing import TYPE_CHECKING
 from ansible.module_utils.basic import AnsibleModule
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._backup.cancel import of_names
-from ansible_collections.vmfleet.backup.plugins.module_utils._backup.engine import Engine
+from ansible_collections.vmfleet.backup.plugins.module_utils._backup.engine import reconcile
 from ansible_collections.vmfleet.backup.plugins.module_utils._backup.outcome import (
     STOPPING,
     UNFINISHED,
@@ -302,6 +302,7 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._backup.outcome imp
     results,
     summarize,
 )
+from ansible_collections.vmfleet.backup.plugins.module_utils._backup.run import BackupRun
 from ansible_collections.vmfleet.backup.plugins.module_utils._backup.task import Settings
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.argument_specs import duration
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import BackupError, Refused
@@ -379,8 +380,8 @@ async def main_task(module: AnsibleModule) -> dict[str, Any]:
     path = given.repository if given else module.params["repository"]
     async with ThreadedCalls(Watch(path, writing=not module.check_mode)) as calls:
         repository, plan, created = await places(module, given, calls)
-        engine = Engine(AsyncRepository(repository, calls), plan, settings)
-        outcomes = await engine.run()
+        run = BackupRun.of(AsyncRepository(repository, calls), plan, settings)
+        outcomes = await reconcile(run)
     for outcome in outcomes:
         for warning in outcome.warnings:
             module.warn(f"{outcome.name}: {warning}")
@@ -390,7 +391,7 @@ async def main_task(module: AnsibleModule) -> dict[str, Any]:
         "summary": summarize(outcomes),
         "headline": headline(outcomes, settings.state, module.check_mode),
         "text": describe(outcomes),
-        "qmp": engine.commands,
+        "qmp": run.commands,
         "diff": diff(outcomes),
     }
     error = failure(outcomes, plan.id, settings.state)

@@ -15,7 +15,7 @@ import typing as t
 
 import pytest
 
-from ansible_collections.vmfleet.backup.plugins.module_utils._backup import prepare
+from ansible_collections.vmfleet.backup.plugins.module_utils._backup import finish as finishing
 from ansible_collections.vmfleet.backup.plugins.module_utils._plan import decide as plan_decide
 from ansible_collections.vmfleet.backup.plugins.module_utils._plan import model
 from ansible_collections.vmfleet.backup.tests.harness.backup import release, wait_concluded
@@ -276,13 +276,13 @@ def test_qemu_ends_while_finished_images_are_brought_to_the_disk(
 ) -> None:
     vm = vms.start(name="web01")
     copies = copy_of(vm, directory)
-    finish = prepare.finish_image
+    finish = finishing.finish_image
 
     def finish_last(*args: t.Any) -> t.Any:
         os.kill(vm.pid, signal.SIGKILL)
         return finish(*args)
 
-    monkeypatch.setattr(prepare, "finish_image", finish_last)
+    monkeypatch.setattr(finishing, "finish_image", finish_last)
     assert sets.back_up(vm)["vms"][0]["state"] == "published"
     vm.kill()
     sets.assert_good("web01", copies)

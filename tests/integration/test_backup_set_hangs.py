@@ -16,9 +16,9 @@ import typing as t
 
 import pytest
 
-from ansible_collections.vmfleet.backup.plugins.module_utils._backup import engine, prepare
+from ansible_collections.vmfleet.backup.plugins.module_utils._backup import engine, finish
 from ansible_collections.vmfleet.backup.plugins.module_utils._host import io_thread, probe
-from ansible_collections.vmfleet.backup.plugins.module_utils._plan import space
+from ansible_collections.vmfleet.backup.plugins.module_utils._plan import planner
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu import block_jobs, connection, target_image
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu import monitor as qemu_monitor
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository import repository as repository_repository
@@ -210,7 +210,7 @@ STARTING = {
     "right after the start": (staging, "update", is_copying),
 }
 ENDING = {
-    "finish": (prepare, "finish_image"),
+    "finish": (finish, "finish_image"),
     "describe": (staging, "describe"),
     "publish": (staging, "publish"),
 }
@@ -296,7 +296,7 @@ def test_others_that_look_into_the_repository(
 
 @pytest.mark.parametrize(
     ("name", "place", "function"),
-    [("backup_plan", space, "space_in"), ("backup_prune", repository_repository, "_probe_lock")],
+    [("backup_plan", planner, "space_in"), ("backup_prune", repository_repository, "_probe_lock")],
 )
 def test_others_that_write_into_the_repository(
     vm: Qemu,

@@ -16,8 +16,9 @@ from collections import Counter
 
 import pytest
 
-from ansible_collections.vmfleet.backup.plugins.module_utils._backup.engine import Engine
+from ansible_collections.vmfleet.backup.plugins.module_utils._backup.engine import reconcile
 from ansible_collections.vmfleet.backup.plugins.module_utils._backup.outcome import VmState
+from ansible_collections.vmfleet.backup.plugins.module_utils._backup.run import BackupRun
 from ansible_collections.vmfleet.backup.plugins.module_utils._backup.task import Settings
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.io_thread import ThreadedCalls
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.probe import Watch
@@ -260,7 +261,8 @@ def test_a_set_that_is_copied_is_looked_at_twice(vms: Vms, directory: Path, monk
     async def finish() -> list[str]:
         async with ThreadedCalls(Watch(str(sets.path), writing=True)) as calls:
             repository = AsyncRepository(open_repository(str(sets.path)), calls)
-            return [outcome.state for outcome in await Engine(repository, parse_plan(plan), Settings()).run()]
+            run = BackupRun.of(repository, parse_plan(plan), Settings())
+            return [outcome.state for outcome in await reconcile(run)]
 
     monkeypatch.setattr(observe, "inspect_vm", counted)
     assert asyncio.run(finish()) == [VmState.PUBLISHED]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from .._common.words import Word
 from .._plan.disks import plan_disks
 from .._plan.levels import ChainLink
-from .._plan.model import Action
+from .._plan.model import Action, Quiesce
 from .._qemu.model import IO_ERROR
 from .._repository import chain
 from .._repository.chain import Level
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .._qemu.model import Job, Vm
     from .._repository.documents import Intent
     from .._repository.repository import VmRecords
+    from .session import VmSession
 
 
 class AttemptStatus(Word):
@@ -32,10 +33,14 @@ class AttemptStatus(Word):
 
     RUNNING = "running"
     COPIED = "copied"
+    """All its jobs have ended well."""
     INTERRUPTED = "interrupted"
+    """Its jobs were not started, or not as they have to be."""
     BROKEN = "broken"
     GIVEN_UP = "given up"
+    """Its failure is written down already."""
     UNREACHABLE = "unreachable"
+    """Nobody can tell, as QEMU does not answer."""
 
 
 CANCELLED = "Operation canceled"
@@ -43,7 +48,7 @@ CANCELLED = "Operation canceled"
 
 
 def keep_planned_fulls(decision: Decision, planned: VmPlan) -> Decision:
-    """The decision, with a full image wherever the plan had one: what has changed since makes a run safer only."""
+    """Return the decision with a full image wherever the plan had one: a run may only get safer."""
     if planned.action != Action.START:
         return decision
     full = {disk.name: disk.reason for disk in planned.disks if disk.level == Level.FULL}
@@ -57,7 +62,7 @@ def keep_planned_fulls(decision: Decision, planned: VmPlan) -> Decision:
 
 
 def changes(planned: VmPlan, disks: Iterable[DiskPlan]) -> tuple[str, ...]:
-    """What goes otherwise than planned."""
+    """Return what goes otherwise than planned."""
     before = {disk.name: disk for disk in planned.disks} if planned.action == Action.START else {}
     return tuple(
         f"disk {disk.name} is {disk.level} instead of {before[disk.name].level}: {disk.reason}"
@@ -70,24 +75,53 @@ def changes(planned: VmPlan, disks: Iterable[DiskPlan]) -> tuple[str, ...]:
 class AttemptState:
     """What has become of an attempt. C(error) says why it is broken, or why nobody can tell."""
 
-    state: str
+    state: AttemptStatus
     error: str = ""
 
 
-def judge(intent: Intent, facts: Observation, shelf: VmRecords, now: float) -> AttemptState:
-    """What has become of an attempt, at C(now) seconds of the hypervisor's CLOCK_BOOTTIME."""
-    failure = shelf.failure(intent.id)
+def judge_for_task(session: VmSession, intent: Intent, now: float) -> AttemptState:
+    """Judge what has become of an attempt, also by what this process knows of it."""
+    task, records = session.task, session.records
+    found = judge(intent, session.seen, records, now)
+    lost = chain.lost_parent(intent, records.sets)
+    if found.state == AttemptStatus.GIVEN_UP:
+        return found
+    if lost:
+        return AttemptState(AttemptStatus.BROKEN, lost)
+    if intent.attempt in task.flush_errors:
+        # A second fsync may succeed where the first has failed, and mean nothing.
+        return AttemptState(AttemptStatus.BROKEN, task.flush_errors[intent.attempt])
+    if intent.attempt in task.flushed:
+        # All its jobs have ended well and its images are flushed: whatever QEMU does now, the set is good.
+        return AttemptState(AttemptStatus.COPIED)
+    required = task.request.quiesce == Quiesce.REQUIRE and intent.id == session.run.plan.id
+    if required and may_lack_freeze(intent, records) and found.state in (AttemptStatus.RUNNING, AttemptStatus.COPIED):
+        return AttemptState(AttemptStatus.INTERRUPTED)
+    return found
+
+
+def may_lack_freeze(intent: Intent, records: VmRecords) -> bool:
+    """Tell whether nobody knows that the guest was frozen when the jobs of an attempt started.
+
+    The process that started them was killed at that very moment. Little is lost, as the set has hardly begun.
+    """
+    return intent.phase == Phase.PREPARING and bool(intent.agent) and intent.attempt not in records.described
+
+
+def judge(intent: Intent, seen: Observation, records: VmRecords, now: float) -> AttemptState:
+    """Judge what has become of an attempt, at C(now) seconds of the hypervisor's CLOCK_BOOTTIME."""
+    failure = records.failure(intent.id)
     if failure and failure.attempt == intent.attempt:
         return AttemptState(AttemptStatus.GIVEN_UP, failure.error)
-    if intent.attempt in shelf.described:
+    if intent.attempt in records.described:
         return AttemptState(AttemptStatus.COPIED)
-    if intent.attempt in facts.dead:
+    if intent.attempt in seen.dead:
         if intent.phase == Phase.PREPARING:
             return AttemptState(AttemptStatus.INTERRUPTED)
         return AttemptState(AttemptStatus.BROKEN, "QEMU ended, or was restarted, while the set was made")
-    if facts.vm is None:
-        return AttemptState(AttemptStatus.UNREACHABLE, facts.error)
-    return _judge_jobs(intent, facts.vm, now)
+    if seen.vm is None:
+        return AttemptState(AttemptStatus.UNREACHABLE, seen.error)
+    return _judge_jobs(intent, seen.vm, now)
 
 
 def _judge_jobs(intent: Intent, vm: Vm, now: float) -> AttemptState:
@@ -107,9 +141,10 @@ def _judge_jobs(intent: Intent, vm: Vm, now: float) -> AttemptState:
 
 
 def _judge_sizes(intent: Intent, vm: Vm) -> AttemptState:
-    """A disk that is cut short while it is copied leaves an image that lacks the end, and no error.
+    """Judge an attempt whose jobs have ended well by the sizes of the disks.
 
-    QEMU refuses that for a disk with a job, but not through a filter (such as a throttle) above its node.
+    A disk that is cut short while it is copied leaves an image that lacks the end, and no error. QEMU refuses that for
+    a disk with a job, but not through a filter (such as a throttle) above its node.
     """
     now = {disk.node: disk.virtual_size for disk in vm.disks}
     for disk in intent.disks:
@@ -119,7 +154,7 @@ def _judge_sizes(intent: Intent, vm: Vm) -> AttemptState:
 
 
 def _job_error(job: Job | None) -> str:
-    """Why a job comes to nothing; empty while it runs, and where it has ended well."""
+    """Return why a job comes to nothing; empty while it runs, and where it has ended well."""
     if job is None:
         return "its job was dismissed by somebody else: nobody knows how it ended"
     if not job.ended or (job.status == "concluded" and not job.error):
@@ -127,13 +162,13 @@ def _job_error(job: Job | None) -> str:
     return "cancelled from outside" if job.error == CANCELLED else job.error or f"its job ended as {job.status}"
 
 
-def guest_stopped_by(intent: Intent, facts: Observation) -> bool:
-    """Whether a VM stands still because of our target: only then is it ours to let it go on.
+def guest_stopped_by(intent: Intent, seen: Observation) -> bool:
+    """Tell whether a VM stands still because of our target: only then is it ours to let it go on.
 
     A target whose space is not reserved may have been full for a moment: neither it nor the job tells of that later. To
     go on does no harm to a VM that has stopped for another reason: it tries its write again, and stops again.
     """
-    if facts.vm is None or facts.vm.status != IO_ERROR or intent.guest == IO_ERROR:
+    if seen.vm is None or seen.vm.status != IO_ERROR or intent.guest == IO_ERROR:
         return False
-    in_error = any(job.id in intent.jobs and (job.error or job.io_status != "ok") for job in facts.vm.jobs)
+    in_error = any(job.id in intent.jobs and (job.error or job.io_status != "ok") for job in seen.vm.jobs)
     return in_error or not intent.reserved

@@ -2,26 +2,35 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Plan the cancelling of sets by name."""
+"""Cancel sets that are being made, and remove the bitmaps of a repository from VMs."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from .._host import machine
-from .._plan import space
+from .._plan import decide, space
 from .._plan.model import Action, Plan, Policy, VmPlan
+from .._qemu.bitmaps import remove_bitmaps
+from . import cleanup, results
+from .outcome import VmState
+from .session import hold_now, observe
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     from .._host.machine import Hypervisor
     from .._repository.documents import Intent, Manifest
     from .._repository.repository import Repository, VmRecords
+    from .outcome import Outcome
+    from .run import BackupRun
+    from .session import VmSession
+    from .task import VmTask
 
 
 def of_names(repository: Repository, names: Iterable[str] | None) -> Plan:
-    """A plan for the states cancelled and untracked: what the repository knows of the VMs with these names.
+    """Return a plan for the states cancelled and untracked: what the repository knows of the VMs with these names.
 
     Without names it is for those whose sets this hypervisor is making.
     """
@@ -33,10 +42,86 @@ def of_names(repository: Repository, names: Iterable[str] | None) -> Plan:
     return Plan(repository.path, False, "", "", policy, space.space_in(repository, policy), vms)
 
 
-def _last_seen(name: str, shelf: VmRecords, here: Hypervisor) -> VmPlan:
-    """Where the VM's newest set was taken, or is being made; no monitor where that is on another hypervisor."""
-    found: list[Manifest | Intent] = [*shelf.sets, *shelf.intents]
+def _last_seen(name: str, records: VmRecords, here: Hypervisor) -> VmPlan:
+    """Return where the VM's newest set was taken, or is being made; no monitor where that is on another hypervisor."""
+    found: list[Manifest | Intent] = [*records.sets, *records.intents]
     maker = found[-1].hypervisor if found else None
     if maker and maker.is_same(here):
         return VmPlan(name, found[-1].monitor, Action.ATTACH, "", found[-1].vm.identity)
     return VmPlan(name, "", Action.ATTACH, "")
+
+
+async def cancel(run: BackupRun, task: VmTask) -> Outcome:
+    """Stop the set that is being made, and remember that somebody wanted it so."""
+    records = await run.repository.shelf(task.name)
+    wanted = [intent for intent in records.intents if run.plan.id in ("", intent.id)]
+    if not wanted:
+        manifest = records.published(run.plan.id)
+        if manifest:
+            return results.published(run, task, manifest)
+        await _sweep(run, task.name)
+        return results.outcome(run, task, VmState.SKIPPED, reason="no set is being made")
+    foreign = [intent for intent in wanted if not run.is_ours(intent)]
+    if foreign:
+        error = f"set {foreign[0].id} is being made by hypervisor {foreign[0].hypervisor.name}; cancel it there"
+        return results.outcome(run, task, VmState.FAILED, error=error)
+    task.changed = True
+    if not run.settings.check_mode:
+        error = await _cancel_attempts(run, task, wanted)
+        if error:
+            return results.outcome(run, task, VmState.FAILED, error=error)
+    return results.outcome(run, task, VmState.CANCELLED, reason="cancelled on request")
+
+
+async def _cancel_attempts(run: BackupRun, task: VmTask, wanted: Sequence[Intent]) -> str:
+    """Put an end to the attempts at these sets that are still there; return why that cannot be done, if so."""
+    task.planned = replace(task.planned, monitor=wanted[0].monitor)
+    task.last_attempt = wanted[0]
+    async with hold_now(await observe(run, task)) as locked:
+        doubtful = [intent for intent in wanted if intent.attempt in locked.seen.doubtful]
+        if doubtful:
+            return f"{decide.in_doubt(doubtful[0])}, and cancel it there"
+        for intent in locked.records.intents:
+            if intent.id in [other.id for other in wanted]:
+                await cleanup.thaw(locked, intent)
+                await cleanup.fail_attempt(locked, intent, "cancelled on request", VmState.CANCELLED)
+    return ""
+
+
+async def _sweep(run: BackupRun, name: str) -> None:
+    """Remove what is left of a set whose intent is gone already: a process was killed while it cancelled."""
+    if await run.repository.untidy(name, run.plan.id) and not run.settings.check_mode:
+        async with run.repository.lock(name):
+            await run.repository.tidy(name, run.plan.id)
+
+
+async def untrack(run: BackupRun, task: VmTask) -> Outcome:
+    """Remove all bitmaps of this repository from a VM: its next sets are full ones."""
+    if not task.request.monitor:
+        return results.outcome(run, task, VmState.SKIPPED, reason="this hypervisor has made no set of it here")
+    session = await observe(run, task)
+    error, found = await _tracked(session)
+    if found and not error and not run.settings.check_mode:
+        async with hold_now(session) as locked:
+            error, found = await _tracked(locked)
+            if locked.monitor and not error:
+                await remove_bitmaps(locked.monitor, found)
+    if error:
+        return results.outcome(run, task, VmState.FAILED, error=error)
+    task.changed = bool(found)
+    reason = (
+        f"{len(found)} bitmaps removed; the next set is a full one" if found else "it has no bitmaps of this repository"
+    )
+    return results.outcome(run, task, VmState.UNTRACKED, reason=reason)
+
+
+async def _tracked(session: VmSession) -> tuple[str, list[tuple[str, str]]]:
+    """Return why the bitmaps of a VM cannot be removed now, and where they are, as node and name."""
+    vm, records, planned = session.seen.vm, session.records, session.task.planned
+    if records.intents:
+        return f"set {records.intents[0].id} is being made; wait for its end, or cancel it", []
+    if vm is None:
+        return session.seen.error, []
+    if planned.identity and vm.identity != planned.identity:
+        return f"another VM is behind {planned.monitor} now ({vm.identity}; it was {planned.identity})", []
+    return await cleanup.other_name(session), cleanup.own_bitmaps(session.run, vm)

@@ -2,7 +2,7 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""What the VMs of a hypervisor share: turns to copy, the bandwidth, and the time of a call. No sockets, no files."""
+"""Share out what the VMs of a hypervisor have in common: slots to copy in, the bandwidth, and the time of a call."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class VmSlots:
 
     def __init__(self, limit: int, expected: Iterable[str]) -> None:
         self._expected = set(expected)
-        # Where there is a turn for everybody, nobody has to wait to learn who comes first.
+        # Where there is a slot for everybody, nobody has to wait to learn who comes first.
         self.limit = limit if limit < len(self._expected) else 0
         self.taken: set[str] = set()
         self._waiting: dict[str, tuple[Any, asyncio.Future[None]]] = {}
@@ -39,19 +39,19 @@ class VmSlots:
         self.taken.add(name)
 
     def has(self, name: str) -> bool:
-        """Whether a VM may copy."""
+        """Tell whether a VM may copy."""
         return not self.limit or name in self.taken
 
     def arrive(self, name: str) -> None:
-        """Nobody has to wait any more to learn whether this VM comes first."""
+        """Note that nobody has to wait any more to learn whether this VM comes first."""
         self._expected.discard(name)
         if not self._expected:
             self._complete.set()
 
     async def take(self, name: str, order: Any, until: asyncio.Event | None = None) -> bool:
-        """Wait for a turn; of those that wait, the one with the least C(order) is called first.
+        """Wait for a slot; of those that wait, the one with the least C(order) is called first.
 
-        False where C(until) comes before it; without C(until), where all turns are taken.
+        False where C(until) comes before it; without C(until), where all slots are taken.
         """
         called: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting[name] = (order, called)
@@ -66,7 +66,7 @@ class VmSlots:
             self._waiting.pop(name, None)
 
     def leave(self, name: str) -> None:
-        """A VM copies no more."""
+        """Note that a VM copies no more."""
         self.taken.discard(name)
         self.arrive(name)
         self._call()
@@ -107,20 +107,20 @@ class BandwidthLimiter:
         return min(share, self.ceiling) if self.ceiling else share
 
     def count(self, name: str, jobs: int) -> int:
-        """So many jobs of a VM run now; returns what each of them is to get."""
+        """Note that so many jobs of a VM run now; return what each of them is to get."""
         if self._jobs.get(name, 0) != jobs:
             self._jobs[name] = jobs
             self._change()
         return self.share
 
     def confirm(self, name: str, share: int) -> None:
-        """Each job of a VM gets that much now."""
+        """Note that each job of a VM gets that much now."""
         if self._granted.get(name) != share:
             self._granted[name] = share
             self._change()
 
-    async def make_way(self, name: str, jobs: int) -> int:
-        """What each of the jobs gets that are about to start, once the others have come down that far."""
+    async def reserve_share(self, name: str, jobs: int) -> int:
+        """Return what each of the jobs gets that are about to start, once the others have come down that far."""
         self.confirm(name, 0)
         self.count(name, jobs)
         deadline = time.monotonic() + self.PATIENCE
@@ -157,7 +157,7 @@ class TimeSlice:
 
     @contextmanager
     def busy(self) -> Iterator[None]:
-        """Not to be interrupted."""
+        """Do something that is not to be interrupted."""
         self._busy += 1
         try:
             yield

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ PAUSE_GROWTH = 1.5
 
 @dataclass(frozen=True)
 class Settings:
-    """How a run goes. Times are seconds; 0 waits without end. The last three are those of _plan.Terms.
+    """How a run goes. Times are seconds; 0 waits without end. The last three are those of RunContext.
 
     C(bandwidth) is bytes/s for all jobs together, 0 for no limit; C(slice) is when to come back, done or not. Without
     C(begin), what is being made is gone on with, and nothing else.
@@ -43,31 +44,54 @@ class Settings:
     adopt: bool = False
 
 
+class WaitFor(Enum):
+    """What the next step of a VM waits for."""
+
+    NOTHING = "nothing"
+    SLOT = "slot"
+    """One of the others that copy has to come to its end."""
+    JOBS = "jobs"
+    MONITOR = "monitor"
+    """QEMU has to answer again."""
+
+
+@dataclass(frozen=True)
+class Pending:
+    """A VM that is not at its end yet. C(reason) is why, where people are told."""
+
+    wait_for: WaitFor
+    reason: str = ""
+
+
+AGAIN = Pending(WaitFor.NOTHING)
+"""The VM is to be observed again at once: something has changed."""
+
+
 @dataclass
 class VmTask:
     """What this process knows of one VM beyond disk and QEMU. Losing it costs time only."""
 
     planned: VmPlan
     changed: bool = False
-    safe: dict[str, tuple[DiskImage, ...]] = field(default_factory=dict)
+    flushed: dict[str, tuple[DiskImage, ...]] = field(default_factory=dict)
     """Finished images on stable storage, by attempt."""
-    spoiled: dict[str, str] = field(default_factory=dict)
+    flush_errors: dict[str, str] = field(default_factory=dict)
     """Why finished images could not be brought there, by attempt."""
     order: tuple[str, int] = ("", 0)
-    """Its place among those that wait for their turn: when its newest set was begun, and its place in the plan."""
+    """Its place among those that wait for a slot: when its newest set was begun, and its place in the plan."""
     progress: tuple[str, int, float] = ("", -1, 0.0)
     """Attempt, bytes copied, and when that was first seen."""
     moved: bool = False
     """Whether this process has seen it advance."""
-    fresh: bool = True
+    first_step: bool = True
     """Whether nothing was done for it yet, and all that is known of it is the plan."""
-    called: Process | None = None
-    """The QEMU of a VM that was told to wait for its turn to start a set."""
-    copying: tuple[Vm, Intent] | None = None
+    start_on: Process | None = None
+    """The QEMU of a VM that was told to wait for a slot to start a set."""
+    last_seen: tuple[Vm, Intent] | None = None
     """The VM as it was when its jobs were last seen to run, and whose jobs they are."""
-    followed: Intent | None = None
+    last_attempt: Intent | None = None
     """The last attempt whose jobs may run on this hypervisor."""
-    cut_off: bool = False
+    reconnected: bool = False
     """Whether the connection has broken off once while a set was started."""
     silent_since: float = 0.0
     """When its monitor was first found not to answer."""
@@ -78,8 +102,12 @@ class VmTask:
     def request(self) -> Request:
         return self.planned.request
 
+    @property
+    def name(self) -> str:
+        return self.planned.name
+
     def next_pause(self) -> float:
-        """Seconds until the next look: short at first, as most sets are small."""
+        """Return the seconds until the next look: few at first, as most sets are small."""
         pause, self.pause = self.pause, min(self.pause * PAUSE_GROWTH, LONGEST_PAUSE)
         return pause
 

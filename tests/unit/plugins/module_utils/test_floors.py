@@ -63,7 +63,7 @@ TOPS = {
 """Each module, and the package that it is made of."""
 
 PURE = {
-    "_backup": ("attempt_state", "outcome", "task"),
+    "_backup": ("attempt_state", "outcome", "results", "steps", "task"),
     "_common": ("argument_specs", "formats", "version", "words"),
     "_drive_backup": ("status", "steps"),
     "_plan": ("decide", "disks", "levels", "model"),

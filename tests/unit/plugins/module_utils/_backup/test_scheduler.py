@@ -134,7 +134,7 @@ class TestBudget:
         async def main() -> int:
             budget = BandwidthLimiter(120, 0)
             budget.confirm("a", budget.count("a", 2))
-            starting = asyncio.ensure_future(budget.make_way("b", 1))
+            starting = asyncio.ensure_future(budget.reserve_share("b", 1))
             await settle()
             assert budget.share == 40
             assert not starting.done()
@@ -146,8 +146,8 @@ class TestBudget:
     def test_one_that_starts_meanwhile_is_waited_for_until_it_has_come_down(self) -> None:
         async def main() -> list[int]:
             budget = BandwidthLimiter(120, 0)
-            first = await budget.make_way("a", 1)
-            second = asyncio.ensure_future(budget.make_way("b", 2))
+            first = await budget.reserve_share("a", 1)
+            second = asyncio.ensure_future(budget.reserve_share("b", 2))
             await settle()
             assert not second.done()
             budget.confirm("a", budget.count("a", 1))
@@ -159,7 +159,7 @@ class TestBudget:
         async def main() -> list[int]:
             budget = BandwidthLimiter(120, 0)
             budget.confirm("a", budget.count("a", 1))
-            starting = [asyncio.ensure_future(budget.make_way(name, 1)) for name in ("b", "c")]
+            starting = [asyncio.ensure_future(budget.reserve_share(name, 1)) for name in ("b", "c")]
             await settle()
             budget.confirm("a", budget.count("a", 1))
             return await asyncio.gather(*starting)
@@ -173,7 +173,7 @@ class TestBudget:
             budget = BandwidthLimiter(120, 0)
             # Found copying, and not asked yet.
             budget.count("a", 1)
-            return await budget.make_way("b", 1)
+            return await budget.reserve_share("b", 1)
 
         assert run(main()) == 60
 
@@ -182,7 +182,7 @@ class TestBudget:
             budget = BandwidthLimiter(120, 0)
             budget.confirm("a", budget.count("a", 1))
             budget.count("a", 0)
-            return await budget.make_way("b", 1)
+            return await budget.reserve_share("b", 1)
 
         assert run(main()) == 120
 

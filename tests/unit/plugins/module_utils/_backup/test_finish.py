@@ -2,7 +2,7 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""What an attempt knows without QEMU: how an image is finished."""
+"""How an image is brought to stable storage, without QEMU."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from ansible_collections.vmfleet.backup.plugins.module_utils._backup import prepare
-from ansible_collections.vmfleet.backup.plugins.module_utils._backup.prepare import finish_image
+from ansible_collections.vmfleet.backup.plugins.module_utils._backup import finish
+from ansible_collections.vmfleet.backup.plugins.module_utils._backup.finish import finish_image
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import BackupError
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.documents import StagedDisk
 from ansible_collections.vmfleet.backup.tests.unit.plugins.builders import image
@@ -50,7 +50,7 @@ def test_without_an_fd_from_before_the_job_the_image_is_read_back(
     def fail(found: str) -> str:
         raise OSError(5, "Input/output error", found)
 
-    monkeypatch.setattr(prepare, "sha256", fail)
+    monkeypatch.setattr(finish, "sha256", fail)
     with path.open("rb+") as held:
         assert finish_image(str(path), disk, False, held.fileno()).sha256 is None
     with pytest.raises(OSError, match="Input/output"):

@@ -1,0 +1,255 @@
+# Copyright (c) 2026, vmfleet contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Put an end to attempts that come to nothing, and remove what they have left in QEMU and in the repository."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from .._common.errors import AgentError, BackupError, CommandError, JobFailed, after
+from .._common.formats import utc_now
+from .._host import probe
+from .._plan.model import Case
+from .._qemu import bitmaps, block_jobs, guest_freeze
+from .._qemu.model import IO_ERROR
+from .._repository import chain
+from .._repository.chain import Level
+from .._repository.documents import Failure
+from . import results
+from .outcome import VmState
+from .session import jobs_of
+from .task import AGAIN
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from .._qemu.model import Vm
+    from .._qemu.monitor import Monitor
+    from .._repository.documents import Intent
+    from .outcome import Outcome
+    from .run import BackupRun
+    from .session import LockedVm, VmSession
+    from .task import Pending
+
+
+# Steps
+
+
+async def disown(locked: LockedVm, reason: str) -> Outcome:
+    """Remove jobs whose set is somebody else's by now: nobody but us can stop them."""
+    locked.task.changed = True
+    await remove_leftovers(locked)
+    return results.failed(locked, reason)
+
+
+async def remove(locked: LockedVm, _reason: str) -> Pending:
+    """Put an end to a set that is not to be finished: superseded by ours, or left behind by others."""
+    intent, removal = locked.intent, locked.decision.removal
+    locked.task.warn(f"the unfinished set {intent.id} was removed: {removal}")
+    if locked.decision.case == Case.SUPERSEDED:
+        # The guest of one that is taken over may be another one, or elsewhere.
+        await thaw(locked, intent)
+    state = VmState.CANCELLED if locked.run.is_ours(intent) else VmState.FAILED
+    await fail_attempt(locked, intent, removal, state)
+    return AGAIN
+
+
+async def withdraw(locked: LockedVm, _reason: str) -> Pending:
+    """Remove every trace of an attempt of which nothing is to be written down."""
+    await thaw(locked, locked.intent)
+    await _remove_attempt(locked, locked.intent)
+    return AGAIN
+
+
+async def give_up(locked: LockedVm, error: str) -> Pending:
+    """Put an end to an attempt that has come to nothing."""
+    await thaw(locked, locked.intent)
+    await fail_attempt(locked, locked.intent, error)
+    return AGAIN
+
+
+# What they are made of
+
+
+async def thaw(locked: LockedVm, intent: Intent) -> None:
+    """Undo a freeze of which nobody has seen the end, where there is one."""
+    if not intent.frozen:
+        return
+    if locked.seen.vm and intent.attempt not in locked.seen.dead:
+        try:
+            await guest_freeze.thaw(intent.agent)
+        except AgentError as error:
+            locked.task.warn(
+                f"the guest's file systems may still be frozen by this backup: {error}; thaw them in the guest"
+            )
+            return
+    try:
+        await locked.run.repository.update(replace(intent, frozen=False))
+    except OSError as full:
+        # The mark stays, and is looked at again.
+        if full.errno not in probe.NO_SPACE:
+            raise
+
+
+async def fail_attempt(locked: LockedVm, intent: Intent, error: str, state: VmState = VmState.FAILED) -> None:
+    """Write down that an attempt has come to nothing, and remove it; in this order."""
+    locked.task.changed = True
+    failure = Failure(intent.run, intent.attempt, intent.id, state, error, intent.started, utc_now())
+    with after(error):
+        await _record(locked, intent, failure)
+        await _remove_attempt(locked, intent)
+
+
+async def _record(locked: LockedVm, intent: Intent, failure: Failure) -> None:
+    run, monitor = locked.run, locked.monitor
+    try:
+        await run.repository.record_failure(intent.vm.name, failure)
+    except OSError as full:
+        if full.errno not in probe.NO_SPACE:
+            raise
+        # The images themselves are in the way. QEMU still tells how their jobs have ended.
+        if monitor:
+            await _stop(monitor, intent.jobs)
+        if monitor and locked.seen.vm:
+            await block_jobs.close_targets(monitor, locked.seen.vm, run.fdset_tag(intent.attempt))
+        await run.repository.discard_images(intent)
+        run.close_images(intent)
+        await run.repository.record_failure(intent.vm.name, failure)
+
+
+async def _remove_attempt(locked: LockedVm, intent: Intent) -> None:
+    """Remove every trace of an attempt, in QEMU first."""
+    run, seen, monitor = locked.run, locked.seen, locked.monitor
+    if monitor and seen.vm:
+        # A guest that stands still for another reason only tries its write again, and stops again.
+        is_our_fault = any(job.error or not job.ended for job in jobs_of(intent, seen.vm))
+        await _remove_jobs(run, monitor, seen.vm, intent.attempt)
+        await bitmaps.remove_bitmaps(monitor, _bitmaps_of(intent, seen.vm))
+        if is_our_fault and intent.guest != IO_ERROR:
+            await block_jobs.resume(monitor)
+    elif run.is_ours(intent) and intent.attempt not in seen.dead | seen.doubtful:
+        raise BackupError(f"{seen.error}; the set is unfinished: run the backup again to clean up")
+    # NFS renames what is unlinked while it is open, and then the directory is not empty.
+    run.close_images(intent)
+    await run.repository.discard(intent)
+
+
+async def remove_leftovers(locked: LockedVm, *ended: str) -> None:
+    """Remove what dead attempts have left in QEMU, and the bitmaps that no set will build on.
+
+    C(ended) is an attempt that has come to a good end.
+    """
+    monitor, vm = locked.monitor, locked.seen.vm
+    if not monitor or not vm:
+        return
+    for attempt in {*ended, *await leftover_attempts(locked)}:
+        await _remove_jobs(locked.run, monitor, vm, attempt)
+    try:
+        await bitmaps.remove_bitmaps(monitor, await leftover_bitmaps(locked))
+    except CommandError as error:
+        locked.task.warn(f"a bitmap that is needed no more could not be removed: {error}")
+
+
+async def clear(locked: LockedVm, monitor: Monitor, vm: Vm) -> None:
+    """Remove from a VM what is this repository's, before a start, except what the next set may build on."""
+    other = await other_name(locked)
+    if other:
+        raise BackupError(other)
+    for attempt in await leftover_attempts(locked):
+        await _remove_jobs(locked.run, monitor, vm, attempt)
+    await bitmaps.remove_bitmaps(monitor, await leftover_bitmaps(locked))
+
+
+async def _stop(monitor: Monitor, jobs: Iterable[str]) -> None:
+    not_cancelled = await block_jobs.cancel_jobs(monitor, jobs)
+    if not_cancelled:
+        names = ", ".join(job.id for job in not_cancelled)
+        raise JobFailed(
+            f"job {names} does not end after block-job-cancel: its target hangs. Bring the target back; the next"
+            " run removes what is left"
+        )
+
+
+async def _remove_jobs(run: BackupRun, monitor: Monitor, vm: Vm, attempt: str) -> None:
+    """Remove the jobs of an attempt, and the files that were handed over for it."""
+    tag = run.fdset_tag(attempt)
+    jobs = [job for job in vm.jobs if job.id.startswith(f"vmfleet.{run.repository.tag}.{attempt}.")]
+    active = [job.id for job in jobs if not job.ended]
+    if active:
+        await _stop(monitor, active)
+    await block_jobs.close_targets(monitor, vm, tag)
+    await block_jobs.dismiss_jobs(monitor, (job.id for job in jobs))
+    await block_jobs.remove_fdsets(monitor, vm, tag)
+
+
+# What is left (changes nothing)
+
+
+async def leftover_attempts(session: VmSession) -> set[str]:
+    """Return the attempts of the repository that QEMU knows and no intent does."""
+    return _unknown(session) - (await _elsewhere(session)).keys()
+
+
+async def leftover_bitmaps(session: VmSession) -> list[tuple[str, str]]:
+    """Return the repository's bitmaps on a VM that no set will build on, as node and name."""
+    vm, records = session.seen.vm, session.records
+    if vm is None or await _elsewhere(session):
+        return []
+    keep = chain.bitmaps_to_keep(records.sets, session.task.request.wanted == Level.DIFFERENTIAL)
+    keep = keep.union(*(intent.bitmaps for intent in records.intents))
+    return [(node, name) for node, name in own_bitmaps(session.run, vm) if name not in keep]
+
+
+async def other_name(session: VmSession) -> str:
+    """Return what is wrong with a VM that is being backed up under two names; empty where it has one only."""
+    for other in (await _elsewhere(session)).values():
+        return f"the same VM is being backed up under the name {other.vm.name} (set {other.id}); give it one name"
+    return ""
+
+
+def own_bitmaps(run: BackupRun, vm: Vm) -> list[tuple[str, str]]:
+    """Return all bitmaps of the repository on a VM, as node and name."""
+    return [(node, name) for node, name in _removable_bitmaps(vm) if name.startswith(run.bitmap_prefix)]
+
+
+def _bitmaps_of(intent: Intent, vm: Vm) -> list[tuple[str, str]]:
+    """Return the bitmaps of an attempt on a VM, as node and name."""
+    return [(node, name) for node, name in _removable_bitmaps(vm) if name in intent.bitmaps]
+
+
+def _unknown(session: VmSession) -> set[str]:
+    """Return the attempts of the repository that QEMU knows and no intent under this VM's name does."""
+    vm, run = session.seen.vm, session.run
+    if vm is None:
+        return set()
+    known = {job.id.split(".")[2] for job in vm.jobs if job.id.startswith(f"vmfleet.{run.repository.tag}.")}
+    for opaques in vm.fdsets.values():
+        known |= {tag.split(":")[2] for tag in opaques if tag.startswith(run.fdset_tag())}
+    nodes = block_jobs.target_nodes(run.fdset_tag())
+    known |= {name.split(".")[2] for name in vm.target_nodes if name.startswith(nodes)}
+    return known - {intent.attempt for intent in session.records.intents}
+
+
+async def _elsewhere(session: VmSession) -> dict[str, Intent]:
+    """Return the intents under other names of which QEMU knows, by attempt."""
+    unknown = _unknown(session)
+    found = await session.run.repository.intents() if unknown else ()
+    return {intent.attempt: intent for intent in found if intent.attempt in unknown}
+
+
+def _removable_bitmaps(vm: Vm) -> list[tuple[str, str]]:
+    """Return the bitmaps that QEMU would remove, as node and name.
+
+    A disk that has become another's backing file is read-only: what is stored in it is out of reach, and right again
+    if it comes back. What is in memory only can be removed there too.
+    """
+    layers = {name for disk in vm.disks for name in disk.layers}
+    return [
+        (disk.node, bitmap.name)
+        for disk in (*vm.disks, *vm.other_nodes)
+        for bitmap in disk.bitmaps
+        if (disk in vm.disks and not disk.read_only) or (disk.node in layers and not bitmap.persistent)
+    ]

@@ -1,0 +1,110 @@
+# Copyright (c) 2026, vmfleet contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Say what has become of a VM."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from .._plan.model import Action, Quiesce
+from .._qemu.losses import IN_THE_CLEAR
+from .._repository.chain import Level
+from .outcome import Outcome, VmState, of_disks
+from .prepare import NOT_ASKED
+from .session import jobs_of
+
+if TYPE_CHECKING:
+    from typing import Any
+
+    from .._repository.documents import Manifest
+    from .run import BackupRun
+    from .session import VmSession
+    from .task import VmTask
+
+
+def outcome(run: BackupRun, task: VmTask, state: VmState, **more: Any) -> Outcome:
+    return Outcome(
+        name=task.name,
+        id=run.plan.id,
+        state=state,
+        warnings=tuple(task.warnings),
+        changed=task.changed,
+        **more,
+    )
+
+
+def skipped(session: VmSession, reason: str) -> Outcome:
+    return outcome(session.run, session.task, VmState.SKIPPED, reason=reason)
+
+
+def failed(session: VmSession, error: str) -> Outcome:
+    """Say that a VM has failed, or that its set was cancelled in this run."""
+    plan = session.run.plan
+    failure = session.records.failure(plan.id)
+    cancelled = failure and failure.run == plan.run and failure.state == VmState.CANCELLED
+    return outcome(session.run, session.task, VmState.CANCELLED if cancelled else VmState.FAILED, error=error)
+
+
+def predicted(session: VmSession) -> Outcome:
+    """Say what would become of a VM with which something is to be done, for check mode."""
+    run, task, plan = session.run, session.task, session.decision.plan
+    task.changed = plan.action != Action.SKIP
+    if session.decision.manifest:
+        return published(run, task, session.decision.manifest)
+    state = VmState.PUBLISHED if run.settings.state == "completed" else VmState.RUNNING
+    return outcome(run, task, state, level=plan.level, reason=plan.reason, path=_path(run, task))
+
+
+def published(run: BackupRun, task: VmTask, manifest: Manifest) -> Outcome:
+    if manifest.consistency_reason and task.request.quiesce != Quiesce.NONE:
+        advice = "; for a set of a frozen guest use another id" if manifest.consistency_reason == NOT_ASKED else ""
+        task.warn(f"the guest's file systems were not frozen: {manifest.consistency_reason}{advice}")
+    for disk in manifest.disks:
+        if disk.source_encrypted:
+            task.warn(f"disk {disk.name} {IN_THE_CLEAR}")
+    wanted = task.request.wanted
+    if wanted in (Level.FULL, Level.DIFFERENTIAL) and manifest.level not in (Level.FULL, wanted):
+        task.warn(f"the set is {manifest.level} and stays so; for the level {wanted} use another id")
+    return outcome(
+        run,
+        task,
+        VmState.PUBLISHED,
+        level=manifest.level,
+        bytes=manifest.bytes,
+        duration=manifest.duration,
+        consistency=manifest.consistency,
+        consistency_reason=manifest.consistency_reason,
+        frozen_ms=manifest.frozen_ms,
+        path=_path(run, task),
+        disks=of_disks(manifest.disks),
+    )
+
+
+def running(run: BackupRun, task: VmTask) -> Outcome:
+    if not task.last_seen:
+        reason = "its jobs have ended, and it is about to be finished"
+        return outcome(run, task, VmState.RUNNING, reason=reason)
+    vm, intent = task.last_seen
+    jobs = jobs_of(intent, vm)
+    advance = {"offset": sum(job.offset for job in jobs), "len": sum(job.len for job in jobs)}
+    if intent.id != run.plan.id:
+        reason = f"the jobs of set {intent.id} are copying, which comes first"
+        return outcome(run, task, VmState.RUNNING, reason=reason, **advance)
+    return outcome(
+        run,
+        task,
+        VmState.RUNNING,
+        reason="its jobs are copying",
+        **advance,
+        level=intent.level,
+        consistency=intent.consistency,
+        consistency_reason=intent.consistency_reason,
+        frozen_ms=intent.frozen_ms,
+        disks=of_disks(disk.image for disk in intent.disks),
+    )
+
+
+def _path(run: BackupRun, task: VmTask) -> str:
+    return run.repository.set_path(task.name, run.plan.id)

@@ -1,0 +1,134 @@
+# Copyright (c) 2026, vmfleet contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Observe a VM, and hold its locks.
+
+What changes something takes a LockedVm, which only C(hold) makes.
+"""
+
+from __future__ import annotations
+
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from .._common.errors import BackupError, MonitorError
+from .._host.lock import locked
+from .._plan import decide
+from .._plan import observe as observing
+from .._qemu.monitor import Monitor, parse_address
+from .._qemu.vm_lock import host_lock_path
+from .task import AGAIN, Pending, WaitFor
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from .._host.process import Process
+    from .._plan.model import Decision, Observation
+    from .._qemu.model import Job, Vm
+    from .._repository.documents import Intent, Manifest
+    from .._repository.repository import VmRecords
+    from .run import BackupRun
+    from .task import VmTask
+
+
+@dataclass(frozen=True)
+class VmSession:
+    """One look at a VM: what QEMU says of it, and what the repository holds."""
+
+    run: BackupRun
+    task: VmTask
+    seen: Observation
+    records: VmRecords
+
+    @cached_property
+    def decision(self) -> Decision:
+        return decide.decide(self.task.request, self.seen, self.records, self.run.context)
+
+    @property
+    def intent(self) -> Intent:
+        """The attempt that is to be brought to its end. Only steps that are about one ask for it."""
+        if self.decision.intent is None:
+            raise LookupError("no set is being made")
+        return self.decision.intent
+
+    @property
+    def manifest(self) -> Manifest:
+        """The set that is published. Only steps that are about one ask for it."""
+        if self.decision.manifest is None:
+            raise LookupError("no set is published")
+        return self.decision.manifest
+
+
+@dataclass(frozen=True)
+class LockedVm(VmSession):
+    """A look at a VM whose locks are held. C(monitor) is None where QEMU does not answer; C(lock) is the repository's.
+
+    Nobody waits for a job with this in hand.
+    """
+
+    monitor: Monitor | None
+    lock: int
+
+
+async def observe(run: BackupRun, task: VmTask) -> VmSession:
+    """Look at a VM without its locks; while its jobs are known to run, only at what changes."""
+    seen, task.last_seen = task.last_seen, None
+    if seen is None:
+        found = await observing.observe(task.request)
+    else:
+        found = await observing.refresh(task.request, seen[0], seen[1].jobs)
+    # No new set is begun on what a refreshed look shows of a VM.
+    return VmSession(run, task, *await _with_records(run, task, found, damage=seen is None))
+
+
+@asynccontextmanager
+async def hold(
+    run: BackupRun, task: VmTask, process: Process | None, absent: Observation | None = None
+) -> AsyncIterator[LockedVm | Pending]:
+    """Take a VM's locks and look at it once more; give what there is to wait for where that cannot be done.
+
+    C(process) is the QEMU that has just answered, where it is known; where none has, C(absent) is what was found.
+    """
+    address = parse_address(task.request.monitor)
+    async with AsyncExitStack() as stack:
+        await stack.enter_async_context(locked(host_lock_path(process, address), f"VM {task.name}"))
+        lock = await stack.enter_async_context(run.repository.lock(task.name))
+        if absent:
+            yield LockedVm(run, task, *await _with_records(run, task, absent), None, lock)
+            return
+        try:
+            monitor = await stack.enter_async_context(Monitor(address, run.commands))
+        except MonitorError as error:
+            # A set whose images are flushed needs no QEMU any more: the next look goes on without one.
+            yield Pending(WaitFor.MONITOR, str(error))
+            return
+        if monitor.process != process:
+            # Another QEMU has taken the monitor's place: its lock is another one.
+            yield AGAIN
+            return
+        found = await observing.observe(task.request, monitor)
+        yield LockedVm(run, task, *await _with_records(run, task, found, damage=True), monitor, lock)
+
+
+@asynccontextmanager
+async def hold_now(session: VmSession) -> AsyncIterator[LockedVm]:
+    """Take the locks of a VM that was looked at; BackupError where that cannot be done now."""
+    seen = session.seen
+    async with hold(session.run, session.task, seen.process, None if seen.vm else seen) as held:
+        if isinstance(held, Pending):
+            raise BackupError(held.reason or "another QEMU has taken the VM's place; call again")
+        yield held
+
+
+async def _with_records(
+    run: BackupRun, task: VmTask, found: Observation, damage: bool = False
+) -> tuple[Observation, VmRecords]:
+    return await run.repository.run(observing.with_shelf, found, task.name, run.context.hypervisor, damage)
+
+
+def jobs_of(intent: Intent, vm: Vm | None) -> list[Job]:
+    """Return the jobs of an attempt that a VM still has."""
+    return [job for job in vm.jobs if job.id in intent.jobs] if vm else []

@@ -1,0 +1,226 @@
+# Copyright (c) 2026, vmfleet contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Find the next step for a VM in an ordered table of rules.
+
+A step is a function of what is seen, and of nothing else: it does not matter which process has done the last one. The
+table in the guide "How it works" is made of the same rules.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import TYPE_CHECKING
+
+from .._plan.model import Action, Case
+from .attempt_state import AttemptStatus
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+class Step(Enum):
+    """What is done next for a VM. The sentences are those of the guide."""
+
+    # Without locks.
+    DONE = "done"
+    """The set is reported. A level or consistency other than asked for is no reason to make it again."""
+    SKIP = "skip"
+    """The VM is skipped."""
+    FAIL = "fail"
+    """The VM fails. Nothing is touched."""
+    QUEUE = "queue"
+    """The VM waits for its turn."""
+    ASK_AGAIN = "ask again"
+    """QEMU is asked again for a minute. Then the VM fails, and the next run goes on."""
+    FOLLOW = "follow"
+    """The jobs are waited for, with an eye on the guest, the space and the time."""
+    COME_BACK = "come back"
+    """The next call goes on."""
+    FLUSH = "flush"
+    """The images are brought to stable storage, and read for their checksums."""
+    # With the VM's locks.
+    DISOWN = "disown"
+    """The jobs are removed, and the VM fails for a reason below."""
+    TIDY = "tidy"
+    """What is left is removed, and the set is reported."""
+    REMOVE = "remove"
+    """The unfinished set is cancelled and removed."""
+    WITHDRAW = "withdraw"
+    """All traces of the attempt are removed."""
+    GIVE_UP = "give up"
+    """The failure is written down, the other jobs are cancelled, and all traces of the attempt are removed."""
+    PUBLISH = "publish"
+    """The manifest is written, the set gets its name, and what its making has left in QEMU is removed."""
+    STOP = "stop"
+    """If it is still so, the attempt ends as if a job had failed, and the guest goes on."""
+    THAW = "thaw"
+    """The guest is thawed."""
+    START = "start"
+    """What dead attempts have left is removed, the images are made, and the jobs are started."""
+
+
+@dataclass(frozen=True)
+class VmSituation:
+    """What is seen of a VM. C(reason) says it in words."""
+
+    case: Case
+    reason: str = ""
+    remains: bool = False
+    """Whether something is left in QEMU, or beside the set, that belongs to no set that is being made."""
+    attempt: AttemptStatus | None = None
+    """What has become of the attempt that is to be brought to its end, where there is one."""
+    error: str = ""
+    """What is wrong with it."""
+    flushed: bool = False
+    """Whether its images are on stable storage."""
+    alarm: str = ""
+    """Why it must end though it runs."""
+    frozen: bool = False
+    """Whether it may have left the guest's file systems frozen."""
+    time_over: bool = False
+    """Whether this call has worked as long as it was to."""
+    planned: Action = Action.START
+    planned_reason: str = ""
+    planned_published: bool = False
+    refused: bool = False
+    """Whether the plan has refused the VM, and the call does not overrule that."""
+    may_begin: bool = True
+    slot: bool = True
+    set_id: str = ""
+    max_vms: int = 0
+
+    @property
+    def action(self) -> Action:
+        return self.case.action
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One row of the table: what C(name) says is the C(condition), C(step) is done, and C(reason) is told of it."""
+
+    name: str
+    condition: Callable[[VmSituation], bool]
+    step: Step
+    reason: str = "{reason}"
+
+
+def _is(case: Case, **also: object) -> Callable[[VmSituation], bool]:
+    return lambda seen: seen.case == case and all(getattr(seen, name) == value for name, value in also.items())
+
+
+def _attempt(state: AttemptStatus, **also: object) -> Callable[[VmSituation], bool]:
+    return lambda seen: seen.attempt == state and all(getattr(seen, name) == value for name, value in also.items())
+
+
+FIRST = "we have to finish or remove another set first"
+OURS = "we are making the set (one of another id first)"
+NONE = "there is no set"
+WAITS = "at most {max_vms} VMs copy at a time"
+
+RULES = (
+    # What others have to do with it.
+    Rule(
+        "the set that the VM's jobs make was taken over or removed by others",
+        lambda seen: seen.action == Action.FAIL and seen.remains,
+        Step.DISOWN,
+    ),
+    Rule("the lists of disks name one that is not there", _is(Case.WRONG_DISKS), Step.FAIL),
+    Rule("the set is published, of another VM of this name", _is(Case.OTHER_VM), Step.FAIL),
+    Rule("the set is published, without a disk that is chosen now", _is(Case.WITHOUT_DISK), Step.FAIL),
+    Rule("the set is published, and something is left of its making", _is(Case.PUBLISHED, remains=True), Step.TIDY),
+    Rule("the set is published", _is(Case.PUBLISHED), Step.DONE),
+    Rule("this very run has failed at it", _is(Case.FAILED), Step.FAIL),
+    Rule("another hypervisor, or another VM of this name, is making a set", _is(Case.FOREIGN), Step.FAIL),
+    # What is unfinished.
+    Rule(
+        f"{FIRST}, but the plan has refused the VM",
+        lambda seen: seen.action == Action.FINISH and seen.refused,
+        Step.FAIL,
+        "{planned_reason}",
+    ),
+    Rule(
+        f"{FIRST}, but ``max_vms`` others copy",
+        lambda seen: seen.action == Action.FINISH and not seen.slot,
+        Step.QUEUE,
+        WAITS,
+    ),
+    Rule("others are making a set, with ``takeover: true``", _is(Case.TAKEN_OVER), Step.REMOVE),
+    Rule("we are making a set of another id, with ``supersede: true``", _is(Case.SUPERSEDED), Step.REMOVE),
+    Rule(f"{OURS}: QEMU does not answer", _attempt(AttemptStatus.UNREACHABLE), Step.ASK_AGAIN, "{error}"),
+    Rule(f"{OURS}: its jobs were not started, or not as asked for", _attempt(AttemptStatus.INTERRUPTED), Step.WITHDRAW),
+    Rule(f"{OURS}: its failure is written down", _attempt(AttemptStatus.GIVEN_UP), Step.WITHDRAW),
+    Rule(
+        f"{OURS}: a job has failed, was cancelled, is gone, or is too late",
+        _attempt(AttemptStatus.BROKEN),
+        Step.GIVE_UP,
+        "{error}",
+    ),
+    Rule(
+        f"{OURS}: all jobs have ended well, and the time of this call is over",
+        _attempt(AttemptStatus.COPIED, time_over=True),
+        Step.COME_BACK,
+    ),
+    Rule(
+        f"{OURS}: all jobs have ended well, and the images are on stable storage",
+        _attempt(AttemptStatus.COPIED, flushed=True),
+        Step.PUBLISH,
+    ),
+    Rule(f"{OURS}: all jobs have ended well", _attempt(AttemptStatus.COPIED), Step.FLUSH),
+    Rule(
+        f"{OURS}: a job has stopped the guest, has too little space, or stands still",
+        lambda seen: seen.attempt == AttemptStatus.RUNNING and bool(seen.alarm),
+        Step.STOP,
+        "{alarm}",
+    ),
+    Rule(
+        f"{OURS}: a job runs, and the guest may still be frozen",
+        _attempt(AttemptStatus.RUNNING, frozen=True),
+        Step.THAW,
+    ),
+    Rule(f"{OURS}: a job runs", _attempt(AttemptStatus.RUNNING), Step.FOLLOW),
+    # What is not begun.
+    Rule("the VM's other sets are of another VM of this name, without ``adopt``", _is(Case.OTHER_DIRECTORY), Step.FAIL),
+    Rule("something that is no set stands in its place", _is(Case.IN_THE_WAY), Step.FAIL),
+    Rule(f"{NONE}, and the VM is off, with ``offline: skip``", _is(Case.OFF), Step.SKIP),
+    Rule(f"{NONE}, and QEMU does not answer", _is(Case.SILENT), Step.FAIL),
+    Rule(f"{NONE}, and the VM has another block job", _is(Case.BUSY), Step.FAIL),
+    Rule(f"{NONE}, and the VM migrates", _is(Case.MIGRATING), Step.SKIP),
+    Rule(f"{NONE}, and the VM has no disk to back up", _is(Case.NO_DISKS), Step.SKIP),
+    Rule(f"{NONE}, and a disk is encrypted, with ``encrypted_source: refuse``", _is(Case.ENCRYPTED), Step.FAIL),
+    Rule(
+        f"{NONE} any more, though there was one for the plan",
+        _is(Case.NOT_BEGUN, planned_published=True),
+        Step.FAIL,
+        "its set has been removed since the plan; plan again",
+    ),
+    Rule(
+        f"{NONE}, and the plan has skipped the VM",
+        _is(Case.NOT_BEGUN, planned=Action.SKIP),
+        Step.SKIP,
+        # What has changed since the plan makes a run safer, never bolder.
+        "the plan was to skip it: {planned_reason}",
+    ),
+    Rule(f"{NONE}, and the plan has refused the VM", _is(Case.NOT_BEGUN, refused=True), Step.FAIL, "{planned_reason}"),
+    Rule(
+        f"{NONE}, with ``begin: false``",
+        _is(Case.NOT_BEGUN, may_begin=False),
+        Step.SKIP,
+        "set {set_id} is not being made, and is not to be begun now",
+    ),
+    Rule(f"{NONE}, but ``max_vms`` others copy", _is(Case.NOT_BEGUN, slot=False), Step.QUEUE, WAITS),
+    Rule(NONE, _is(Case.NOT_BEGUN), Step.START),
+)
+
+
+def find_rule(seen: VmSituation) -> Rule:
+    """Return the first rule that applies."""
+    return next(rule for rule in RULES if rule.condition(seen))
+
+
+def next_step(seen: VmSituation) -> tuple[Step, str]:
+    """Return what is done next for a VM, and what is to be told of it."""
+    rule = find_rule(seen)
+    return rule.step, rule.reason.format(**vars(seen))
