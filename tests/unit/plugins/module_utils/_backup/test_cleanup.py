@@ -95,6 +95,13 @@ def test_a_guest_that_stood_still_before_stays_so(repository: Repository) -> Non
     assert "cont" not in fake.names()
 
 
+def test_a_guest_that_stands_still_for_another_reason_stays_so(repository: Repository) -> None:
+    fake = scripted()
+    given_up(repository, MADE, Observation(replace(COPYING, jobs=(job(JOB, "concluded"),))), fake)
+    assert "cont" not in fake.names()
+    assert "remove-fd" in fake.names()
+
+
 def test_the_failure_is_on_the_disk_before_anything_is_removed(repository: Repository) -> None:
     silent = MonitorTimeout("no answer")
     with pytest.raises(MonitorTimeout):

@@ -243,8 +243,8 @@ def is_safe(session: VmSession, step: Step) -> bool:
     all_well = bool(jobs) and all(found and found.ended and not found.error for found in jobs)
     published = session.records.published("today")
     return {
-        Step.DONE: published is not None,
-        Step.TIDY: published is not None,
+        Step.DONE: published is not None and not (at.vm and at.vm.fdsets),
+        Step.TIDY: published is not None and bool(at.vm and at.vm.fdsets),
         Step.START: at.vm is not None and not intents and not published and not at.vm.active_jobs(),
         Step.PUBLISH: first is not None and first.attempt in session.records.described,
         Step.FLUSH: all_well,
