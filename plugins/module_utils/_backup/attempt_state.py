@@ -13,7 +13,7 @@ from .._common.words import Word
 from .._plan.disks import plan_disks
 from .._plan.levels import ChainLink
 from .._plan.model import Action, Quiesce
-from .._qemu.model import IO_ERROR
+from .._qemu.job_watch import has_stopped, is_backup_fault
 from .._repository import chain
 from .._repository.chain import Level
 from .._repository.documents import Phase
@@ -41,10 +41,6 @@ class AttemptStatus(Word):
     """Its failure is written down already."""
     UNREACHABLE = "unreachable"
     """Nobody can tell, as QEMU does not answer."""
-
-
-CANCELLED = "Operation canceled"
-"""QEMU's words for a cancelled job."""
 
 
 def keep_planned_fulls(decision: Decision, planned: VmPlan) -> Decision:
@@ -155,20 +151,11 @@ def _judge_sizes(intent: Intent, vm: Vm) -> AttemptState:
 
 def _job_error(job: Job | None) -> str:
     """Return why a job comes to nothing; empty while it runs, and where it has ended well."""
-    if job is None:
-        return "its job was dismissed by somebody else: nobody knows how it ended"
-    if not job.ended or (job.status == "concluded" and not job.error):
-        return ""
-    return "cancelled from outside" if job.error == CANCELLED else job.error or f"its job ended as {job.status}"
+    return job.failure_in_words if job else "its job was dismissed by somebody else: nobody knows how it ended"
 
 
 def guest_stopped_by(intent: Intent, seen: Observation) -> bool:
-    """Tell whether a VM stands still because of our target: only then is it ours to let it go on.
-
-    A target whose space is not reserved may have been full for a moment: neither it nor the job tells of that later. To
-    go on does no harm to a VM that has stopped for another reason: it tries its write again, and stops again.
-    """
-    if seen.vm is None or seen.vm.status != IO_ERROR or intent.guest == IO_ERROR:
+    """Tell whether a VM stands still because of our target: only then is it ours to let it go on."""
+    if seen.vm is None or not has_stopped(seen.vm.status, intent.guest):
         return False
-    in_error = any(job.id in intent.jobs and (job.error or job.io_status != "ok") for job in seen.vm.jobs)
-    return in_error or not intent.reserved
+    return is_backup_fault((job for job in seen.vm.jobs if job.id in intent.jobs), intent.reserved)

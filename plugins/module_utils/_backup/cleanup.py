@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from .._common.errors import AgentError, BackupError, CommandError, JobFailed, after
+from .._common.errors import AgentError, BackupError, CommandError, after
 from .._common.formats import utc_now
 from .._host import probe
 from .._plan.model import Case
@@ -24,8 +24,6 @@ from .session import jobs_of
 from .task import AGAIN
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     from .._qemu.model import Vm
     from .._qemu.monitor import Monitor
     from .._repository.documents import Intent
@@ -112,7 +110,7 @@ async def _record(locked: LockedVm, intent: Intent, failure: Failure) -> None:
             raise
         # The images themselves are in the way. QEMU still tells how their jobs have ended.
         if monitor:
-            await _stop(monitor, intent.jobs)
+            await block_jobs.stop_jobs(monitor, intent.jobs)
         if monitor and locked.seen.vm:
             await block_jobs.close_targets(monitor, locked.seen.vm, run.fdset_tag(intent.attempt))
         await run.repository.discard_images(intent)
@@ -163,23 +161,13 @@ async def clear(locked: LockedVm, monitor: Monitor, vm: Vm) -> None:
     await bitmaps.remove_bitmaps(monitor, await leftover_bitmaps(locked))
 
 
-async def _stop(monitor: Monitor, jobs: Iterable[str]) -> None:
-    not_cancelled = await block_jobs.cancel_jobs(monitor, jobs)
-    if not_cancelled:
-        names = ", ".join(job.id for job in not_cancelled)
-        raise JobFailed(
-            f"job {names} does not end after block-job-cancel: its target hangs. Bring the target back; the next"
-            " run removes what is left"
-        )
-
-
 async def _remove_jobs(run: BackupRun, monitor: Monitor, vm: Vm, attempt: str) -> None:
     """Remove the jobs of an attempt, and the files that were handed over for it."""
     tag = run.fdset_tag(attempt)
     jobs = [job for job in vm.jobs if job.id.startswith(f"vmfleet.{run.repository.tag}.{attempt}.")]
     active = [job.id for job in jobs if not job.ended]
     if active:
-        await _stop(monitor, active)
+        await block_jobs.stop_jobs(monitor, active)
     await block_jobs.close_targets(monitor, vm, tag)
     await block_jobs.dismiss_jobs(monitor, (job.id for job in jobs))
     await block_jobs.remove_fdsets(monitor, vm, tag)

@@ -13,6 +13,7 @@ from .._common.errors import MonitorError
 from .._common.formats import boottime
 from .._plan import space
 from .._qemu import block_jobs
+from .._qemu.job_watch import StallClock
 from .._qemu.monitor import Monitor, parse_address
 from . import cleanup
 from .attempt_state import guest_stopped_by
@@ -67,13 +68,13 @@ async def find_alarm(session: VmSession) -> str:
 
 async def note_progress(run: BackupRun, task: VmTask) -> None:
     """Write down since when a set stands still: the call that goes on cannot know."""
-    attempt, copied, since = task.progress
-    if not task.last_seen or task.last_seen[1].attempt != attempt or task.moved:
+    if not task.last_seen or task.last_seen[1].attempt != task.watched or task.moved:
         return
+    stands = task.clock.copied, task.clock.since
     async with run.repository.lock(task.name):
         there = await run.repository.intent(task.name, task.last_seen[1].id)
-        if there and there.attempt == attempt and there.progress != (copied, since):
-            await run.repository.update(replace(there, progress=(copied, since)))
+        if there and there.attempt == task.watched and there.progress != stands:
+            await run.repository.update(replace(there, progress=stands))
 
 
 # With the VM's locks
@@ -118,12 +119,10 @@ def _stalled(session: VmSession) -> str:
     jobs = jobs_of(intent, session.seen.vm)
     copied = sum(job.offset for job in jobs)
     now = boottime()
-    if task.progress[:2] != (intent.attempt, copied) or any(job.paused for job in jobs):
+    if task.watched != intent.attempt or task.clock.copied != copied or any(job.paused for job in jobs):
         # Where it stood when an earlier call came back, and since when.
         seen, since = intent.progress or (-1, now)
-        task.moved = bool(task.progress[0])
-        task.progress = (intent.attempt, copied, since if seen == copied and not task.moved else now)
-    limit = session.run.settings.stall_timeout
-    if limit and now - task.progress[2] > limit:
-        return f"no progress for {limit:g} s"
-    return ""
+        task.moved = bool(task.watched)
+        task.watched = intent.attempt
+        task.clock = StallClock(since if seen == copied and not task.moved else now, copied)
+    return task.clock.stalled(session.run.settings.stall_timeout, now)

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING
 
+from .._qemu.job_watch import StallClock
+
 if TYPE_CHECKING:
     from .._host.process import Process
     from .._plan.model import Request, VmPlan
@@ -79,8 +81,10 @@ class VmTask:
     """Why finished images could not be brought there, by attempt."""
     order: tuple[str, int] = ("", 0)
     """Its place among those that wait for a slot: when its newest set was begun, and its place in the plan."""
-    progress: tuple[str, int, float] = ("", -1, 0.0)
-    """Attempt, bytes copied, and when that was first seen."""
+    watched: str = ""
+    """The attempt whose jobs are watched."""
+    clock: StallClock = field(default_factory=lambda: StallClock(0.0))
+    """How much they have copied, and since when."""
     moved: bool = False
     """Whether this process has seen it advance."""
     first_step: bool = True

@@ -25,6 +25,7 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._plan.model import 
     Space,
     VmPlan,
 )
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository import staging
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.async_repository import AsyncRepository
 from ansible_collections.vmfleet.backup.tests.unit.plugins.builders import HERE, UUID
 from ansible_collections.vmfleet.backup.tests.unit.plugins.doubles import FakeMonitor, monitor
@@ -90,7 +91,7 @@ def with_jobs(intent: Intent) -> Intent:
 def put_intent(repository: Repository, intent: Intent) -> list[str]:
     """Put an intent into a repository as it is, and its images with it, each of a few bytes; return their paths."""
     os.makedirs(repository.directory(intent.vm.name), exist_ok=True)
-    repository.begin(intent)
+    staging.begin(repository, intent)
     paths = [repository.image_path(intent, disk.image.image) for disk in intent.disks]
     for path in paths:
         Path(path).write_bytes(b"abc")

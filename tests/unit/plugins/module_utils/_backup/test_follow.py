@@ -16,6 +16,7 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._backup import foll
 from ansible_collections.vmfleet.backup.plugins.module_utils._backup.task import VmTask, WaitFor
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.formats import boottime
 from ansible_collections.vmfleet.backup.plugins.module_utils._plan.model import Observation, Policy
+from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.job_watch import StallClock
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.repository import VmRecords
 from ansible_collections.vmfleet.backup.tests.unit.plugins.builders import WEB01, job
 from ansible_collections.vmfleet.backup.tests.unit.plugins.doubles import FakeMonitor
@@ -54,9 +55,8 @@ class TestStandstill:
     def test_is_counted_from_the_last_advance(self, repository: Repository) -> None:
         task = VmTask(PLANNED)
         assert alarms(repository, intent(), at(1, 1), at(1, 2), at(1, 2), task=task, stall_timeout=100) == [""] * 3
-        attempt, copied, since = task.progress
-        assert (attempt, copied, task.moved) == ("a1", 3, True)
-        task.progress = (attempt, copied, since - 101)
+        assert (task.watched, task.clock.copied, task.moved) == ("a1", 3, True)
+        task.clock.since -= 101
         assert alarms(repository, intent(), at(1, 2), task=task, stall_timeout=100) == ["no progress for 100 s"]
         assert alarms(repository, intent(), at(1, 2), task=task, stall_timeout=0) == [""]
         assert alarms(repository, intent(), at(1, 3), task=task, stall_timeout=100) == [""]
@@ -68,13 +68,13 @@ class TestStandstill:
         assert alarms(repository, stood, at(1, 3), stall_timeout=100) == [""]
 
     def test_is_none_of_a_paused_job(self, repository: Repository) -> None:
-        task = VmTask(PLANNED, progress=("a1", 3, boottime() - 101))
+        task = VmTask(PLANNED, watched="a1", clock=StallClock(boottime() - 101, 3))
         assert alarms(repository, intent(), at(1, 2, paused=True), task=task, stall_timeout=100) == [""]
 
     @pytest.mark.parametrize("moved", [False, True])
     def test_is_written_down_for_the_next_call(self, repository: Repository, moved: bool) -> None:
         put_intent(repository, intent())
-        task = VmTask(PLANNED, progress=("a1", 3, 77.5), moved=moved, last_seen=(vm(), intent()))
+        task = VmTask(PLANNED, watched="a1", clock=StallClock(77.5, 3), moved=moved, last_seen=(vm(), intent()))
         in_run(repository, lambda run: follow.note_progress(run, task))
         assert repository.shelf("web01").intents[0].progress == (() if moved else (3, 77.5))
 
