@@ -19,7 +19,7 @@ from .scheduler import BandwidthLimiter, TimeSlice, VmSlots
 if TYPE_CHECKING:
     from typing import Any
 
-    from .._host.io_thread import DirectCalls
+    from .._host.calls import DirectCalls
     from .._plan.model import Plan
     from .._plan.space import SpaceTracker
     from .._repository.async_repository import AsyncRepository
