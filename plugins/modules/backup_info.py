@@ -146,9 +146,9 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors impo
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.probe import probe_if_there
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.worker import run_in_worker
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.catalog import (
-    begun,
     leftovers,
     read_catalog,
+    start_time,
     vm_names,
 )
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.repository import open_repository
@@ -214,7 +214,7 @@ def describe_vm(sets: list[dict[str, Any]], catalog: VmCatalog, now: datetime) -
         "bytes": sum(one["bytes"] for one in sets),
         "newest": newest["id"],
         "created": newest["created"],
-        "age": max(0, int((now - begun(catalog.records.sets[-1])).total_seconds())),
+        "age": max(0, int((now - start_time(catalog.records.sets[-1])).total_seconds())),
         "level": newest["level"],
         "verified": verified["depth"] if verified and verified["ok"] else "",
         "ok": not newest["broken"] and newest["id"] not in catalog.failed_sets,

@@ -17,7 +17,7 @@ from .._host.checksum import sha256
 from .._host.files import set_mode
 from .._qemu import qemu_img
 from .._repository import chain
-from .._repository.catalog import CONSOLIDATING_SUFFIX, growing, read_catalog
+from .._repository.catalog import CONSOLIDATING_SUFFIX, consolidating_files, read_catalog
 from .._repository.checksums import check_all
 from .._repository.consolidation import remove_note, rewrite_manifest, write_note
 from .._repository.documents import Consolidation, Level
@@ -39,7 +39,7 @@ def finish_consolidation(repository: Repository, vm: str) -> None:
     """Finish what a killed process has left, with the VM's lock held."""
     for note in repository.shelf(vm).notes:
         _finish_manifest(repository, vm, note)
-    for path in growing(repository, vm):
+    for path in consolidating_files(repository, vm):
         files.remove(path)
     tidy(repository, vm, "")
 

@@ -16,7 +16,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from .._repository.annotations import is_read
-from .._repository.catalog import begun
+from .._repository.catalog import start_time
 from .._repository.documents import Level
 
 if TYPE_CHECKING:
@@ -135,18 +135,18 @@ def _by_rules(good: Sequence[Manifest], rules: Rules, now: datetime) -> Iterator
 def _within(good: Sequence[Manifest], span: timedelta, now: datetime) -> Iterator[tuple[Manifest, str]]:
     # Whole days are told without hours.
     told = str(span).replace(", 0:00:00", "")
-    newest = next((manifest for manifest in good if begun(manifest) - now <= CLOCK_TOLERANCE), None)
+    newest = next((manifest for manifest in good if start_time(manifest) - now <= CLOCK_TOLERANCE), None)
     for manifest in good:
-        if begun(manifest) - now > CLOCK_TOLERANCE:
+        if start_time(manifest) - now > CLOCK_TOLERANCE:
             yield manifest, f"it is from the future ({manifest.started}), and so its age is not known"
-        elif newest and begun(newest) - begun(manifest) <= span:
+        elif newest and start_time(newest) - start_time(manifest) <= span:
             yield manifest, f"within {told} before set {newest.id}"
 
 
 def _newest_of_each(good: Iterable[Manifest], form: str, count: int) -> list[tuple[Manifest, str]]:
     found: list[tuple[Manifest, str]] = []
     for manifest in good:
-        when = begun(manifest).strftime(form)
+        when = start_time(manifest).strftime(form)
         if len(found) < count and when not in [before for _other, before in found]:
             found.append((manifest, when))
     return found

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 CONSOLIDATING_SUFFIX = ".consolidating"
 """What the name of a hidden file ends with in which an increment becomes a full image."""
-MANY = 30
+MAX_NAMES = 30
 """VMs that are listed where one is not found."""
 
 
@@ -65,7 +65,7 @@ class VmCatalog:
             if found is None:
                 raise Refused("id", f"VM {self.name} has no set {set_id}; it has: {self._ids()}")
             return found
-        fitting = [one for one in self.records.sets if before is None or begun(one) <= before]
+        fitting = [one for one in self.records.sets if before is None or start_time(one) <= before]
         if not fitting:
             when = f" from before {before.isoformat()}" if before else ""
             raise Refused("before" if before else "vm", f"VM {self.name} has no set{when}; it has: {self._ids()}")
@@ -143,7 +143,7 @@ def leftovers(repository: Repository, catalog: VmCatalog) -> list[dict[str, str]
     left += [found(path, said) for path, said in _stale_annotations(repository, catalog)]
     left += [
         found(path, "an increment that becomes a full image, or was to; the next prune goes on")
-        for path in growing(repository, catalog.name)
+        for path in consolidating_files(repository, catalog.name)
     ]
     return left + [found(path, "left by a process that was killed") for path in litter(repository, catalog.name)]
 
@@ -164,7 +164,7 @@ def _stale_annotations(repository: Repository, catalog: VmCatalog) -> Iterator[t
             yield annotation_path(repository, catalog.name, pin), f"{pin.path}, which has read set {pin.id}, is gone"
 
 
-def growing(repository: Repository, vm: str) -> list[str]:
+def consolidating_files(repository: Repository, vm: str) -> list[str]:
     """Return the files in which increments become full images, or were to."""
     directory = repository.directory(vm)
     entries = sorted(os.listdir(directory)) if os.path.isdir(directory) else []
@@ -180,9 +180,9 @@ def require_sets(repository: Repository, catalog: VmCatalog) -> None:
     if catalog.records.sets:
         return
     known = vm_names(repository)
-    more = f" and {len(known) - MANY} others" if len(known) > MANY else ""
+    more = f" and {len(known) - MAX_NAMES} others" if len(known) > MAX_NAMES else ""
     raise Refused(
-        "vm", f"VM {catalog.name} has no set; the repository knows of: {', '.join(known[:MANY]) or 'none'}{more}"
+        "vm", f"VM {catalog.name} has no set; the repository knows of: {', '.join(known[:MAX_NAMES]) or 'none'}{more}"
     )
 
 
@@ -218,6 +218,6 @@ def _was_used(repository: Repository, vm: str) -> bool:
     return bool(failed or litter(repository, vm))
 
 
-def begun(manifest: Manifest) -> datetime:
+def start_time(manifest: Manifest) -> datetime:
     """Return when a set was begun."""
     return parse_time(manifest.started)
