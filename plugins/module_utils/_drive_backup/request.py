@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING
 
 from .._common.errors import Refused
 from .._common.words import Word
-from .._host.files import is_block_device
+from .._host.files import check_length, is_block_device
 from .._qemu.losses import EncryptedSource
-from .._repository.names import check_length
 
 if TYPE_CHECKING:
     from typing import Any

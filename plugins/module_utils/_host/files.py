@@ -17,6 +17,7 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
+from .._common.errors import Refused
 from .warnings import warn_once
 
 if TYPE_CHECKING:
@@ -184,6 +185,19 @@ def unusable_device(path: str) -> str:
         use = "is in use (mounted, or part of a volume)" if error.errno == errno.EBUSY else "cannot be written to"
         return f"{use}: {error.strerror}"
     return ""
+
+
+def check_length(option: str, path: str, *ends: str) -> None:
+    """Refuse a file whose name would be too long with one of these ends; its directory is there."""
+    longest = max(ends, key=len, default="")
+    most = os.pathconf(os.path.dirname(path), "PC_NAME_MAX")
+    surplus = len(os.fsencode(os.path.basename(path) + longest)) - most
+    if surplus > 0:
+        beside = f" {os.path.basename(path)[:8]}...{longest} has to stand beside it, and" if longest else ""
+        raise Refused(
+            option,
+            f"{path}: the name is {surplus} bytes too long.{beside} a name may have {most} bytes there",
+        )
 
 
 def free_bytes(path: str) -> int:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import os
 import re
 from typing import TYPE_CHECKING
 
@@ -42,19 +41,6 @@ COLUMN = 32
 def column(names: Iterable[str]) -> int:
     """Return the width of the column of these names, where text is printed for people."""
     return min(max(map(len, names), default=0), COLUMN)
-
-
-def check_length(option: str, path: str, *ends: str) -> None:
-    """Refuse a file whose name would be too long with one of these ends; its directory is there."""
-    longest = max(ends, key=len, default="")
-    most = os.pathconf(os.path.dirname(path), "PC_NAME_MAX")
-    surplus = len(os.fsencode(os.path.basename(path) + longest)) - most
-    if surplus > 0:
-        beside = f" {os.path.basename(path)[:8]}...{longest} has to stand beside it, and" if longest else ""
-        raise Refused(
-            option,
-            f"{path}: the name is {surplus} bytes too long.{beside} a name may have {most} bytes there",
-        )
 
 
 @functools.lru_cache(maxsize=1024)

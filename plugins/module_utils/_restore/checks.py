@@ -20,7 +20,6 @@ from .._repository.annotations import PARTIAL
 from .._repository.checksums import check_all
 from .._repository.documents import Restoration
 from .._repository.json_file import UNFINISHED, read_document
-from .._repository.names import check_length
 from .model import RECEIPT
 
 if TYPE_CHECKING:
@@ -92,7 +91,7 @@ def check_target(disk: DiskRestore, overwrite: bool) -> None:
     if disk.block_device:
         check_device(disk, overwrite)
         return
-    check_length("target", disk.target, PARTIAL, RECEIPT + UNFINISHED)
+    files.check_length("target", disk.target, PARTIAL, RECEIPT + UNFINISHED)
     if os.path.lexists(disk.target):
         if not os.path.isfile(disk.target):
             raise Refused("target", f"{disk.target} is neither a file nor a block device")

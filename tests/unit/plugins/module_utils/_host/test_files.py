@@ -174,3 +174,20 @@ def test_files_and_what_is_missing_are_no_block_devices(tmp_path: Path) -> None:
     image.touch()
     assert not files.is_block_device(str(image))
     assert not files.is_block_device(str(image) + ".missing")
+
+
+def test_a_name_is_too_long_with_what_has_to_stand_beside_it(tmp_path: Path) -> None:
+    most = os.pathconf(tmp_path, "PC_NAME_MAX")
+    path = str(tmp_path / ("n" * (most - 4)))
+    files.check_length("target", path)
+    files.check_length("target", path, ".new", ".x")
+    with pytest.raises(errors.Refused, match=r"^target: .*: 4 bytes too long\. nnnnnnnn\.\.\.\.partial has"):
+        files.check_length("target", path, ".new", ".partial")
+    with pytest.raises(errors.Refused, match=rf"the name is 1 bytes too long\. a name may have {most} bytes there"):
+        files.check_length("target", str(tmp_path / ("n" * (most + 1))))
+
+
+def test_a_device_that_nobody_has_claimed_may_be_used() -> None:
+    # Whether one is claimed is looked at with a real device in the integration tests.
+    assert files.unusable_device("/dev/null") == ""
+    assert files.unusable_device("/dev/nowhere") == "cannot be written to: No such file or directory"
