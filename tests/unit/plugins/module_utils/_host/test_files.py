@@ -181,7 +181,7 @@ def test_a_name_is_too_long_with_what_has_to_stand_beside_it(tmp_path: Path) -> 
     path = str(tmp_path / ("n" * (most - 4)))
     files.check_length("target", path)
     files.check_length("target", path, ".new", ".x")
-    with pytest.raises(errors.Refused, match=r"^target: .*: 4 bytes too long\. nnnnnnnn\.\.\.\.partial has"):
+    with pytest.raises(errors.Refused, match=r"^target: .*name is 4 bytes too long\. nnnnnnnn\.\.\.\.partial has"):
         files.check_length("target", path, ".new", ".partial")
     with pytest.raises(errors.Refused, match=rf"the name is 1 bytes too long\. a name may have {most} bytes there"):
         files.check_length("target", str(tmp_path / ("n" * (most + 1))))
