@@ -20,30 +20,11 @@ import pytest
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import BackupError
 from ansible_collections.vmfleet.backup.plugins.module_utils._host import lock
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.lock import locked
-from ansible_collections.vmfleet.backup.plugins.module_utils._host.process import Process
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.address import Address
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.vm_lock import host_lock_path
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-
-@pytest.mark.parametrize(
-    ("process", "address", "name"),
-    [
-        (Process(4711, 99), Address(path="/run/qemu/web01.qmp"), "4711-99.lock"),
-        (None, Address(host="127.0.0.1", port=4444), "tcp:127.0.0.1:4444.lock"),
-        (None, Address(path="/run/qemu/web01.qmp"), "unix:_run_qemu_web01.qmp.lock"),
-    ],
-)
-@pytest.mark.parametrize(("user", "directory"), [(0, "/run/vmfleet-locks"), (1000, "/tmp/vmfleet-1000")])
-def test_lock_of_a_vm(
-    process: Process | None, address: Address, name: str, user: int, directory: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    own = SimpleNamespace(st_uid=user, st_mode=stat.S_IFDIR | 0o700)
-    monkeypatch.setattr(os, "geteuid", lambda: user)
-    monkeypatch.setattr(os, "lstat", lambda _path: own)
-    assert host_lock_path(process, address) == f"{directory}/{name}"
 
 
 def test_sockets_of_vms_and_locks_do_not_meet() -> None:
