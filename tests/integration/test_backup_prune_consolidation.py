@@ -103,7 +103,7 @@ class TestConsolidation:
     def test_the_copy_is_compared_as_it_lies_on_the_disk(
         self, library: Library, directory: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        manifest = open_repository(str(library.path)).shelf(NAME).published("s2")
+        manifest = open_repository(str(library.path)).records(NAME).published("s2")
         assert manifest
         new = directory / "new"
         done: list[str] = []
@@ -125,7 +125,7 @@ class TestConsolidation:
 
     def test_old_and_new_image_of_one_size_are_told_apart(self, library: Library, directory: Path) -> None:
         repository = open_repository(str(library.path))
-        manifest = repository.shelf(NAME).published("s2")
+        manifest = repository.records(NAME).published("s2")
         assert manifest
         [path, new] = [library.images(NAME, "s2")["drive0"], directory / "new"]
         size = asyncio.run(consolidate._copy_full(str(path), str(new), manifest.disks[0])).bytes

@@ -284,7 +284,7 @@ def test_others_that_look_into_the_repository(
         "backup_prune": {**repository, "keep_last": 1},
         "backup_restore": {**repository, "vm": "vm", "directory": str(directory)},
     }
-    there = Moment(monkeypatch, directory, repository_repository.Repository, "shelf")
+    there = Moment(monkeypatch, directory, repository_repository.Repository, "records")
     process = start_module(name, options.get(name, repository))
     with there.reached(DeadServer(sets.path)):
         result = process.result()
@@ -322,13 +322,13 @@ def test_others_that_write_into_the_repository(
 def test_what_takes_long_in_a_repository_that_answers_is_not_cut_off(
     vm: Qemu, sets: Sets, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shelf = repository_repository.Repository.shelf
+    records = repository_repository.Repository.records
 
-    def slow_shelf(*args: t.Any) -> t.Any:
+    def slow_records(*args: t.Any) -> t.Any:
         time.sleep(10 * io_thread.MOMENT)
-        return shelf(*args)
+        return records(*args)
 
-    monkeypatch.setattr(repository_repository.Repository, "shelf", slow_shelf)
+    monkeypatch.setattr(repository_repository.Repository, "records", slow_records)
     sets.back_up(vm)
     assert len(succeed("backup_info", {"repository": str(sets.path)})["sets"]) == 1
 

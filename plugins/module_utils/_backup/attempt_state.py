@@ -15,8 +15,7 @@ from .._plan.levels import ChainLink
 from .._plan.model import Action, Quiesce
 from .._qemu.job_watch import has_stopped, is_backup_fault
 from .._repository import chain
-from .._repository.chain import Level
-from .._repository.documents import Phase
+from .._repository.documents import Level, Phase
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

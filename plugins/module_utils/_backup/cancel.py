@@ -38,7 +38,7 @@ def of_names(repository: Repository, names: Iterable[str] | None) -> Plan:
     here = machine.this_hypervisor()
     if names is None:
         names = sorted(intent.vm.name for intent in repository.intents() if intent.hypervisor.is_same(here))
-    vms = tuple(_last_seen(name, repository.shelf(name), here) for name in names)
+    vms = tuple(_last_seen(name, repository.records(name), here) for name in names)
     return Plan(repository.path, False, "", "", policy, space.space_in(repository, policy), vms)
 
 
@@ -53,7 +53,7 @@ def _last_seen(name: str, records: VmRecords, here: Hypervisor) -> VmPlan:
 
 async def cancel(run: BackupRun, task: VmTask) -> Outcome:
     """Stop the set that is being made, and remember that somebody wanted it so."""
-    records = await run.repository.shelf(task.name)
+    records = await run.repository.records(task.name)
     wanted = [intent for intent in records.intents if run.plan.id in ("", intent.id)]
     if not wanted:
         manifest = records.published(run.plan.id)

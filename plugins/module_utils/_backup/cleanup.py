@@ -16,8 +16,7 @@ from .._plan.model import Case
 from .._qemu import bitmaps, block_jobs, guest_freeze
 from .._qemu.model import IO_ERROR
 from .._repository import chain
-from .._repository.chain import Level
-from .._repository.documents import Failure
+from .._repository.documents import Failure, Level
 from . import results
 from .outcome import VmState
 from .session import jobs_of

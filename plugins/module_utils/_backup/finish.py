@@ -110,7 +110,7 @@ async def publish(locked: LockedVm, _reason: str) -> Outcome | Pending:
     run.close_images(intent)
     task.changed = True
     # From here on the set is good; what is left in QEMU is removed now or by any later run.
-    records = await run.repository.shelf(intent.vm.name)
+    records = await run.repository.records(intent.vm.name)
     await _tidy(replace(locked, records=records), manifest)
     return results.published(run, task, manifest) if intent.id == run.plan.id else AGAIN
 

@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
     from typing import Any
 
-    from .._repository.documents import DiskImage
-
 
 class VmState(Word):
     """What has become of a VM in a run."""
@@ -92,13 +90,6 @@ class Outcome:
                 said += " (was there)"
         indent = " " * (9 + 2 + width + 2)
         return [f"{self.state:9}  {self.name:{width}}  {said}", *(f"{indent}{warning}" for warning in self.warnings)]
-
-
-def of_disks(images: Iterable[DiskImage]) -> tuple[DiskOutcome, ...]:
-    return tuple(
-        DiskOutcome(image.name, image.level, image.reason, image.parent.id if image.parent else None, image.bytes)
-        for image in images
-    )
 
 
 def results(outcomes: Iterable[Outcome]) -> list[dict[str, Any]]:

@@ -10,18 +10,27 @@ from typing import TYPE_CHECKING
 
 from .._plan.model import Action, Quiesce
 from .._qemu.losses import IN_THE_CLEAR
-from .._repository.chain import Level
-from .outcome import Outcome, VmState, of_disks
+from .._repository.documents import Level
+from .outcome import DiskOutcome, Outcome, VmState
 from .prepare import NOT_ASKED
 from .session import jobs_of
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from typing import Any
 
-    from .._repository.documents import Manifest
+    from .._repository.documents import DiskImage, Manifest
     from .run import BackupRun
     from .session import VmSession
     from .task import VmTask
+
+
+def disk_outcomes(images: Iterable[DiskImage]) -> tuple[DiskOutcome, ...]:
+    """Return what has become of each disk of a set."""
+    return tuple(
+        DiskOutcome(image.name, image.level, image.reason, image.parent.id if image.parent else None, image.bytes)
+        for image in images
+    )
 
 
 def outcome(run: BackupRun, task: VmTask, state: VmState, **more: Any) -> Outcome:
@@ -78,7 +87,7 @@ def published(run: BackupRun, task: VmTask, manifest: Manifest) -> Outcome:
         consistency_reason=manifest.consistency_reason,
         frozen_ms=manifest.frozen_ms,
         path=_path(run, task),
-        disks=of_disks(manifest.disks),
+        disks=disk_outcomes(manifest.disks),
     )
 
 
@@ -102,7 +111,7 @@ def running(run: BackupRun, task: VmTask) -> Outcome:
         consistency=intent.consistency,
         consistency_reason=intent.consistency_reason,
         frozen_ms=intent.frozen_ms,
-        disks=of_disks(disk.image for disk in intent.disks),
+        disks=disk_outcomes(disk.image for disk in intent.disks),
     )
 
 

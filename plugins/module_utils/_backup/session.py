@@ -126,7 +126,7 @@ async def hold_now(session: VmSession) -> AsyncIterator[LockedVm]:
 async def _with_records(
     run: BackupRun, task: VmTask, found: Observation, damage: bool = False
 ) -> tuple[Observation, VmRecords]:
-    return await run.repository.run(observing.with_shelf, found, task.name, run.context.hypervisor, damage)
+    return await run.repository.run(observing.with_records, found, task.name, run.context.hypervisor, damage)
 
 
 def jobs_of(intent: Intent, vm: Vm | None) -> list[Job]:

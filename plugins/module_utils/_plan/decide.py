@@ -24,25 +24,25 @@ if TYPE_CHECKING:
 MIGRATING = frozenset({"inmigrate", "postmigrate", "finish-migrate"})
 
 
-def decide(request: Request, facts: Observation, shelf: VmRecords, terms: RunContext) -> Decision:
+def decide(request: Request, facts: Observation, records: VmRecords, terms: RunContext) -> Decision:
     """Decide what to do with one VM; the first case that holds wins."""
     choice = choose_disks(facts.vm, request) if facts.vm else Choice()
     intent, removal = None, ""
     if choice.error:
         case, reason = Case.WRONG_DISKS, choice.error
-    elif shelf.published(terms.id):
-        case, reason = _already_published(facts, shelf, terms, choice)
-    elif _has_given_up(shelf, terms):
-        case, reason = Case.FAILED, _has_given_up(shelf, terms)
-    elif shelf.intents:
-        intent = _next_intent(shelf.intents, terms.id)
+    elif records.published(terms.id):
+        case, reason = _already_published(facts, records, terms, choice)
+    elif _has_given_up(records, terms):
+        case, reason = Case.FAILED, _has_given_up(records, terms)
+    elif records.intents:
+        intent = _next_intent(records.intents, terms.id)
         case, reason, removal = _being_made(intent, facts, terms)
-    elif _belongs_to_another(facts, shelf) and not terms.adopt:
-        case, reason = Case.OTHER_DIRECTORY, _belongs_to_another(facts, shelf)
+    elif _belongs_to_another(facts, records) and not terms.adopt:
+        case, reason = Case.OTHER_DIRECTORY, _belongs_to_another(facts, records)
     else:
-        case, reason = _not_begun(facts, shelf, terms, choice)
+        case, reason = _not_begun(facts, records, terms, choice)
     action = case.action
-    links = link_disks(request, facts, shelf, terms, choice) if action in (Action.START, Action.FINISH) else ()
+    links = link_disks(request, facts, records, terms, choice) if action in (Action.START, Action.FINISH) else ()
     disks = plan_disks(choice.disks, links) if links else disks_of_intent(intent)
     plan = VmPlan(
         name=request.name,
@@ -60,11 +60,11 @@ def decide(request: Request, facts: Observation, shelf: VmRecords, terms: RunCon
         disks=disks,
         left_out=choice.left_out,
     )
-    return Decision(case, plan, choice, links, intent, shelf.published(terms.id), removal)
+    return Decision(case, plan, choice, links, intent, records.published(terms.id), removal)
 
 
-def _already_published(facts: Observation, shelf: VmRecords, terms: RunContext, choice: Choice) -> tuple[Case, str]:
-    manifest = shelf.published(terms.id)
+def _already_published(facts: Observation, records: VmRecords, terms: RunContext, choice: Choice) -> tuple[Case, str]:
+    manifest = records.published(terms.id)
     if manifest and facts.vm and manifest.vm.identity != facts.vm.identity:
         return Case.OTHER_VM, (
             f"set {manifest.id} belongs to another VM of this name ({manifest.vm.identity};"
@@ -76,10 +76,10 @@ def _already_published(facts: Observation, shelf: VmRecords, terms: RunContext, 
     return Case.PUBLISHED, PUBLISHED_ALREADY
 
 
-def _has_given_up(shelf: VmRecords, terms: RunContext) -> str:
+def _has_given_up(records: VmRecords, terms: RunContext) -> str:
     """Why this run has come to its end without a set: it neither tries again nor stands in the way of others."""
-    failure = shelf.failure(terms.id)
-    if failure and failure.run == terms.run and not any(intent.run == terms.run for intent in shelf.intents):
+    failure = records.failure(terms.id)
+    if failure and failure.run == terms.run and not any(intent.run == terms.run for intent in records.intents):
         return failure.error
     return ""
 
@@ -102,8 +102,8 @@ def _being_made(intent: Intent, facts: Observation, terms: RunContext) -> tuple[
     return Case.BEING_MADE, f"the set is being made since {intent.started}", ""
 
 
-def _not_begun(facts: Observation, shelf: VmRecords, terms: RunContext, choice: Choice) -> tuple[Case, str]:
-    if terms.id in shelf.strays:
+def _not_begun(facts: Observation, records: VmRecords, terms: RunContext, choice: Choice) -> tuple[Case, str]:
+    if terms.id in records.strays:
         return (
             Case.IN_THE_WAY,
             f"in the place of set {terms.id} stands something that is no set (no valid manifest); move it away",
@@ -137,9 +137,9 @@ def _nothing_to_back_up(choice: Choice) -> str:
     )
 
 
-def _belongs_to_another(facts: Observation, shelf: VmRecords) -> str:
+def _belongs_to_another(facts: Observation, records: VmRecords) -> str:
     """What is said of a VM in whose directory another one's sets are; empty where there are none."""
-    newest = shelf.sets[-1] if shelf.sets else None
+    newest = records.sets[-1] if records.sets else None
     if newest is None or facts.vm is None or newest.vm.identity == facts.vm.identity:
         return ""
     return (

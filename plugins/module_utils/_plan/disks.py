@@ -64,7 +64,7 @@ def choose_disks(vm: Vm, request: Request) -> Choice:
 
 
 def link_disks(
-    request: Request, facts: Observation, shelf: VmRecords, terms: RunContext, choice: Choice
+    request: Request, facts: Observation, records: VmRecords, terms: RunContext, choice: Choice
 ) -> tuple[ChainLink, ...]:
     """How each chosen disk goes into the next set."""
     if facts.vm is None:
@@ -72,7 +72,7 @@ def link_disks(
     vm = facts.vm
     wish = LevelPolicy(request.wanted, terms.policy.tracking, terms.policy.max_chain)
     return tuple(
-        levels.link(disk, vm.disks, vm.identity, shelf.sets, wish, facts.damage, vm.other_nodes)
+        levels.link(disk, vm.disks, vm.identity, records.sets, wish, facts.damage, vm.other_nodes)
         for disk in choice.disks
     )
 

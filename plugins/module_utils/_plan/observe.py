@@ -83,16 +83,16 @@ async def _inspect(monitor: Monitor, name: str) -> Vm:
     return vm if vm.uuid else replace(vm, identity=f"{machine_id()}:{vm.name}")
 
 
-def with_shelf(
+def with_records(
     repository: Repository, facts: Observation, name: str, hypervisor: Hypervisor, damage: bool = True
 ) -> tuple[Observation, VmRecords]:
     """What the repository holds about a VM, and the facts with what that adds to them; C(damage) is worth a look each.
 
-    Raises BackupError as Repository.shelf() does.
+    Raises BackupError as Repository.records() does.
     """
-    shelf = repository.shelf(name)
-    facts = with_fates(facts, shelf.intents, hypervisor)
-    return with_damage(facts, repository, shelf.sets) if damage else facts, shelf
+    records = repository.records(name)
+    facts = with_fates(facts, records.intents, hypervisor)
+    return with_damage(facts, repository, records.sets) if damage else facts, records
 
 
 def with_damage(facts: Observation, repository: Repository, sets: Sequence[Manifest]) -> Observation:

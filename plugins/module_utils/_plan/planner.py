@@ -23,7 +23,7 @@ from .._qemu.monitor import parse_address
 from .._repository.names import column
 from . import decide
 from .model import Action, Plan, RunContext, VmPlan
-from .observe import observe, with_shelf
+from .observe import observe, with_records
 from .space import fit_into, measure, space_in
 
 if TYPE_CHECKING:
@@ -151,8 +151,8 @@ async def draw_up(
             named = replace(request, name=await _name(request, facts.vm, repository))
             if facts.vm and facts.vm.process:
                 processes[request.monitor] = (facts.vm.process.pid, facts.vm.process.start)
-            facts, shelf = await repository.run(with_shelf, facts, named.name, terms.hypervisor)
-            decision = decide.decide(named, facts, shelf, terms)
+            facts, records = await repository.run(with_records, facts, named.name, terms.hypervisor)
+            decision = decide.decide(named, facts, records, terms)
             if not decision.links:
                 # Nothing is to be started, or the VM is off, and only what was begun is to be brought to its end.
                 return decision.plan

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 def finish_consolidation(repository: Repository, vm: str) -> None:
     """Finish what a killed process has left, with the VM's lock held."""
-    for note in repository.shelf(vm).notes:
+    for note in repository.records(vm).notes:
         _finish_manifest(repository, vm, note)
     for path in consolidating_files(repository, vm):
         files.remove(path)
@@ -46,7 +46,7 @@ def finish_consolidation(repository: Repository, vm: str) -> None:
 
 def _finish_manifest(repository: Repository, vm: str, note: Consolidation) -> None:
     """Write into the manifest what the file is by now, and remove the note."""
-    manifest = repository.shelf(vm).published(note.id)
+    manifest = repository.records(vm).published(note.id)
     if manifest and manifest.attempt == note.attempt and manifest.disk(note.image.name) == note.image:
         level = chain.set_level(disk.level for disk in manifest.disks)
         rewrite_manifest(repository, replace(manifest, level=level))

@@ -69,7 +69,7 @@ def status_from_repository(repository: Repository, name: str, set_id: str) -> di
 
 def made_here(repository: Repository, name: str) -> bool:
     """Return whether this machine made the newest set of a VM: the VM may run on another hypervisor by now."""
-    sets = repository.shelf(name).sets
+    sets = repository.records(name).sets
     maker = sets[-1].hypervisor if sets else None
     return maker is not None and maker.machine_id == machine_id()
 

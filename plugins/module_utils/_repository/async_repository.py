@@ -55,8 +55,8 @@ class AsyncRepository:
     async def check_same(self) -> None:
         await self.calls.run(self._repository.check_same)
 
-    async def shelf(self, vm: str) -> VmRecords:
-        return await self.calls.run(self._repository.shelf, vm)
+    async def records(self, vm: str) -> VmRecords:
+        return await self.calls.run(self._repository.records, vm)
 
     async def intents(self) -> tuple[Intent, ...]:
         return await self.calls.run(self._repository.intents)

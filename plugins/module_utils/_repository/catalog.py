@@ -111,7 +111,7 @@ def _outweighs(own: Verification, below: Verification) -> bool:
 
 def read_catalog(repository: Repository, vm: str) -> VmCatalog:
     """Read all that a repository holds of one VM."""
-    records = repository.shelf(vm)
+    records = repository.records(vm)
     return VmCatalog(vm, records, read_annotations(repository, vm), broken_images(records.sets, repository.damage))
 
 

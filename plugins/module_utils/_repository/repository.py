@@ -131,7 +131,7 @@ class Repository:
                 " exchanged; bring the right one back"
             )
 
-    def shelf(self, vm: str) -> VmRecords:
+    def records(self, vm: str) -> VmRecords:
         """Read all that is there about a VM. BackupError where a later release has written what this one must know."""
         directory = self.directory(vm)
         sets: list[Manifest] = []

@@ -70,7 +70,7 @@ def write_description(repository: Repository, intent: Intent, description: dict[
 
 def describe(repository: Repository, intent: Intent, manifest: Manifest) -> None:
     """Write the manifest of a set whose images are all on stable storage; its sequence number is given here."""
-    sets = repository.shelf(intent.vm.name).sets
+    sets = repository.records(intent.vm.name).sets
     manifest = replace(manifest, sequence=sets[-1].sequence + 1 if sets else 1)
     write_document(_path(repository, intent, MANIFEST), asdict(manifest), PUBLISHED_MODE)
 

@@ -54,7 +54,7 @@ def _is_directory(entry: os.DirEntry[str]) -> bool:
 def has_sets(repository: Repository, name: str) -> bool:
     """Return whether there are sets of a VM, or what is left of some."""
     try:
-        records = repository.shelf(name)
+        records = repository.records(name)
         return bool(records.sets or lost_sets(repository, name, records.strays))
     except (BackupError, OSError):
         # The check of this VM tells what cannot be read.

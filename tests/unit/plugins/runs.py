@@ -78,7 +78,7 @@ async def locked(run: BackupRun, seen: Observation, fake: FakeMonitor | None, ta
     task = task or VmTask(run.plan.vms[0])
     # The lock is a file there.
     os.makedirs(os.path.dirname(run.repository.set_path(task.name, run.plan.id)), exist_ok=True)
-    records = await run.repository.shelf(task.name)
+    records = await run.repository.records(task.name)
     return LockedVm(run, task, seen, records, monitor(fake) if fake else None, 0)
 
 

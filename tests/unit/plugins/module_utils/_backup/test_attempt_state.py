@@ -38,8 +38,8 @@ from ansible_collections.vmfleet.backup.tests.unit.plugins.today import (
 def test_what_was_planned_as_a_full_stays_one() -> None:
     planned = decide(REQUEST, Observation(vm()), VmRecords(), TERMS).plan
     now = Observation(vm(tracked("vda", "b-vda"), tracked("vdb", "b-vdb"), tracked("new", "b")))
-    shelf = VmRecords(sets=(MONDAY,))
-    bolder = decide(REQUEST, now, shelf, TERMS)
+    records = VmRecords(sets=(MONDAY,))
+    bolder = decide(REQUEST, now, records, TERMS)
     assert [link.level for link in bolder.links] == ["incremental", "incremental", "full"]
     safe = keep_planned_fulls(bolder, planned)
     assert [(link.level, link.bitmap) for link in safe.links] == [("full", "")] * 3
@@ -130,9 +130,9 @@ VERDICTS = {
 }
 
 
-@pytest.mark.parametrize(("attempt", "facts", "shelf", "state"), VERDICTS.values(), ids=list(VERDICTS))
-def test_judge(attempt: Intent, facts: Observation, shelf: VmRecords, state: str) -> None:
-    verdict = judge(attempt, facts, shelf, now=200.0)
+@pytest.mark.parametrize(("attempt", "facts", "records", "state"), VERDICTS.values(), ids=list(VERDICTS))
+def test_judge(attempt: Intent, facts: Observation, records: VmRecords, state: str) -> None:
+    verdict = judge(attempt, facts, records, now=200.0)
     assert verdict.state == state
     assert bool(verdict.error) == (state in ("broken", "unreachable", "given up"))
 

@@ -84,7 +84,7 @@ def test_an_attempt_that_fails_is_cancelled_written_down_and_removed(repository:
     assert ("remove-fd", {"fdset-id": 3}) in fake.sent
     assert ("block-dirty-bitmap-remove", {"node": "n-vda", "name": f"vmfleet-{TAG}-new"}) in fake.sent
     assert os.listdir(repository.directory("web01")) == [".today.failed.json"]
-    [failure] = repository.shelf("web01").failures
+    [failure] = repository.records("web01").failures
     assert (failure.run, failure.attempt, failure.state, failure.error) == ("run", "a1", "failed", "it is full")
     assert task.changed
 
@@ -106,7 +106,7 @@ def test_the_failure_is_on_the_disk_before_anything_is_removed(repository: Repos
     silent = MonitorTimeout("no answer")
     with pytest.raises(MonitorTimeout):
         given_up(repository, MADE, Observation(COPYING), scripted(block_job_cancel=silent))
-    records = repository.shelf("web01")
+    records = repository.records("web01")
     assert [failure.error for failure in records.failures] == ["it is full"]
     assert [left.attempt for left in records.intents] == ["a1"]
 
@@ -114,7 +114,7 @@ def test_the_failure_is_on_the_disk_before_anything_is_removed(repository: Repos
 def test_what_goes_wrong_then_is_told_after_the_reason(repository: Repository) -> None:
     with pytest.raises(BackupError, match=r"^it is full; and then: no greeting; the set is unfinished"):
         given_up(repository, MADE, Observation(error="no greeting"), None)
-    assert repository.shelf("web01").intents
+    assert repository.records("web01").intents
 
 
 def test_what_a_dead_qemu_was_making_needs_no_monitor(repository: Repository) -> None:
@@ -147,7 +147,7 @@ class TestThaw:
 
         put_intent(repository, frozen)
         in_run(repository, end)
-        return task, repository.shelf("web01").intents[0]
+        return task, repository.records("web01").intents[0]
 
     def test_the_guest_is_thawed_and_the_mark_goes(self, repository: Repository, agent: ScriptedAgent) -> None:
         task, left = self.thaw(repository, agent.path, Observation(vm()))
@@ -180,7 +180,7 @@ class TestThaw:
         put_intent(repository, frozen)
         task = in_run(repository, end, supersede=superseded, takeover=not superseded)
         assert agent.frozen is not superseded
-        [failure] = repository.shelf("web01").failures
+        [failure] = repository.records("web01").failures
         assert failure.state == (VmState.CANCELLED if superseded else VmState.FAILED)
         assert task.warnings == [f"the unfinished set monday was removed: {failure.error}"]
 

@@ -76,7 +76,7 @@ class TestStandstill:
         put_intent(repository, intent())
         task = VmTask(PLANNED, watched="a1", clock=StallClock(77.5, 3), moved=moved, last_seen=(vm(), intent()))
         in_run(repository, lambda run: follow.note_progress(run, task))
-        assert repository.shelf("web01").intents[0].progress == (() if moved else (3, 77.5))
+        assert repository.records("web01").intents[0].progress == (() if moved else (3, 77.5))
 
 
 def test_a_guest_that_our_target_has_stopped_is_alarming(repository: Repository) -> None:
@@ -112,7 +112,7 @@ def test_what_is_no_more_alarming_under_the_locks_goes_on(repository: Repository
     put_intent(repository, intent())
     assert in_run(repository, stop) == WaitFor.JOBS
     assert task.last_seen
-    assert [left.attempt for left in repository.shelf("web01").intents] == ["a1"]
+    assert [left.attempt for left in repository.records("web01").intents] == ["a1"]
     assert ".today.failed.json" not in os.listdir(repository.directory("web01"))
 
 

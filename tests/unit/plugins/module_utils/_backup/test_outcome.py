@@ -17,11 +17,11 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._backup.outcome imp
     diff,
     failure,
     headline,
-    of_disks,
     of_result,
     results,
     summarize,
 )
+from ansible_collections.vmfleet.backup.plugins.module_utils._backup.results import disk_outcomes
 from ansible_collections.vmfleet.backup.tests.unit.plugins.builders import image
 
 OUTCOMES = [
@@ -102,11 +102,11 @@ def test_warnings_stand_below_their_vm() -> None:
 
 def test_the_disks_of_a_set() -> None:
     full, later = image("vda", reason="why", bytes=7), image("vdb", "s0", reason="changes")
-    assert of_disks([full, later]) == (
+    assert disk_outcomes([full, later]) == (
         DiskOutcome("vda", "full", "why", None, 7),
         DiskOutcome("vdb", "incremental", "changes", "s0", 0),
     )
-    assert results([Outcome("a", "b", "published", disks=of_disks([full]))])[0]["disks"][0]["reason"] == "why"
+    assert results([Outcome("a", "b", "published", disks=disk_outcomes([full]))])[0]["disks"][0]["reason"] == "why"
 
 
 def test_what_was_returned_can_be_read_back() -> None:

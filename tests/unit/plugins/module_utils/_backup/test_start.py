@@ -90,7 +90,7 @@ class TestLaunch:
         ]
         assert [opaque for opaque, _flags in fake.passed] == [f"vmfleet:{TAG}:a1:0", f"vmfleet:{TAG}:a1:1"]
         assert (done.phase, fake.fdsets) == (Phase.COPYING, set())
-        assert repository.shelf("web01").intents == (done,)
+        assert repository.records("web01").intents == (done,)
 
     def test_an_increment_gets_space_for_what_was_written_since(self, repository: Repository) -> None:
         there = replace(MADE, reserved=True, disks=tuple(replace(disk, expected=0) for disk in MADE.disks))
@@ -113,7 +113,7 @@ def test_a_guest_that_cannot_be_frozen_is_not_touched(repository: Repository) ->
         return await start.start(held, "")
 
     assert in_run(repository, begin, vms=(task.planned,)) is AGAIN
-    records = repository.shelf("web01")
+    records = repository.records("web01")
     assert records.intents == ()
     [failure] = records.failures
     assert failure.run == "run"
@@ -135,12 +135,12 @@ class TestUndo:
         fake = FakeMonitor(held_answers())
         self.end(repository, MADE, MADE, fake)
         assert os.listdir(repository.directory("web01")) == [".today.failed.json"]
-        [failure] = repository.shelf("web01").failures
+        [failure] = repository.records("web01").failures
         assert (failure.attempt, failure.error) == ("a1", "it is full")
 
     def test_touches_no_set_of_somebody_else(self, repository: Repository) -> None:
         self.end(repository, intent(attempt="theirs"), MADE, FakeMonitor(held_answers()))
-        assert [left.attempt for left in repository.shelf("web01").intents] == ["theirs"]
+        assert [left.attempt for left in repository.records("web01").intents] == ["theirs"]
 
 
 class TestBrokenConnection:

@@ -151,9 +151,9 @@ DECISIONS = {
 }
 
 
-@pytest.mark.parametrize(("facts", "shelf", "action", "reason"), DECISIONS.values(), ids=list(DECISIONS))
-def test_decide(facts: Observation, shelf: VmRecords, action: str, reason: str) -> None:
-    plan = decide(REQUEST, facts, shelf, TERMS).plan
+@pytest.mark.parametrize(("facts", "records", "action", "reason"), DECISIONS.values(), ids=list(DECISIONS))
+def test_decide(facts: Observation, records: VmRecords, action: str, reason: str) -> None:
+    plan = decide(REQUEST, facts, records, TERMS).plan
     assert plan.action == action
     assert reason in plan.reason
 
@@ -180,11 +180,11 @@ FOREIGN = {
 
 @pytest.mark.parametrize(("facts", "theirs"), FOREIGN.values(), ids=list(FOREIGN))
 def test_takeover_removes_what_others_make(facts: Observation, theirs: Intent) -> None:
-    shelf = VmRecords(intents=(theirs,))
-    refused = decide(REQUEST, facts, shelf, replace(TERMS, supersede=True, adopt=True))
+    records = VmRecords(intents=(theirs,))
+    refused = decide(REQUEST, facts, records, replace(TERMS, supersede=True, adopt=True))
     assert (refused.plan.action, refused.plan.unless, refused.removal) == ("fail", "takeover", "")
     assert "takeover: true removes what is there of it" in refused.plan.reason
-    taken = decide(REQUEST, facts, shelf, replace(TERMS, takeover=True))
+    taken = decide(REQUEST, facts, records, replace(TERMS, takeover=True))
     assert (taken.plan.action, taken.intent, taken.removal) == ("finish", theirs, "taken over by hypervisor hv1")
     assert [disk.level for disk in taken.plan.disks] == ["full", "full"]
 
@@ -198,9 +198,9 @@ def test_takeover_is_not_for_what_is_ours() -> None:
 
 def test_supersede_cancels_an_older_set() -> None:
     older = intent(id="monday", attempt="a0", run="yesterday")
-    shelf = VmRecords(intents=(older,))
-    assert decide(REQUEST, Observation(vm()), shelf, TERMS).removal == ""
-    superseded = decide(REQUEST, Observation(vm()), shelf, replace(TERMS, supersede=True))
+    records = VmRecords(intents=(older,))
+    assert decide(REQUEST, Observation(vm()), records, TERMS).removal == ""
+    superseded = decide(REQUEST, Observation(vm()), records, replace(TERMS, supersede=True))
     assert (superseded.plan.action, superseded.intent, superseded.removal) == (
         "finish",
         older,
@@ -215,14 +215,14 @@ def test_supersede_cancels_an_older_set() -> None:
 
 def test_adopt_goes_on_with_a_full() -> None:
     facts = Observation(vm(identity="uuid-2"))
-    shelf = VmRecords(sets=(manifest(id="monday"),))
-    assert decide(REQUEST, facts, shelf, TERMS).plan.unless == "adopt"
-    adopted = decide(REQUEST, facts, shelf, replace(TERMS, adopt=True)).plan
+    records = VmRecords(sets=(manifest(id="monday"),))
+    assert decide(REQUEST, facts, records, TERMS).plan.unless == "adopt"
+    adopted = decide(REQUEST, facts, records, replace(TERMS, adopt=True)).plan
     assert (adopted.action, adopted.level) == ("start", "full")
     assert {disk.reason for disk in adopted.disks} == {f"set monday is of another VM ({UUID})"}
     # What is published stays another VM's.
-    shelf = VmRecords(sets=(manifest(),))
-    assert decide(REQUEST, facts, shelf, replace(TERMS, adopt=True, takeover=True)).plan.action == "fail"
+    records = VmRecords(sets=(manifest(),))
+    assert decide(REQUEST, facts, records, replace(TERMS, adopt=True, takeover=True)).plan.action == "fail"
 
 
 def test_increments_name_parent_and_bitmap() -> None:

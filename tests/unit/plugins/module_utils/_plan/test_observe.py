@@ -69,7 +69,7 @@ class TestDamage:
         return repository
 
     def found(self, repository: Repository, *names: str) -> dict[tuple[str, str], str]:
-        return dict(with_damage(Observation(vm(*names)), repository, repository.shelf("web01").sets).damage)
+        return dict(with_damage(Observation(vm(*names)), repository, repository.records("web01").sets).damage)
 
     def remove(self, repository: Repository, set_id: str, name: str) -> str:
         path = os.path.join(repository.set_path("web01", set_id), f"{name}.qcow2")
@@ -103,7 +103,7 @@ class TestDamage:
         assert self.found(chain, "vda", "vdb") == dict.fromkeys(spoiled, said)
 
     def test_a_failed_verification_counts(self, chain: Repository) -> None:
-        attempt = chain.shelf("web01").sets[-1].attempt
+        attempt = chain.records("web01").sets[-1].attempt
         write_annotation(chain, "web01", Verification("s4", attempt, "checksum", "2026-11-22T00:00:00Z", ("flipped",)))
         said = "set s4 has failed its verification: flipped"
         assert self.found(chain, "vda", "vdb") == {("s4", "vda"): said, ("s4", "vdb"): said}

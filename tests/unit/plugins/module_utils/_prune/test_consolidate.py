@@ -60,7 +60,7 @@ def test_the_manifest_says_what_the_file_is(
     if renamed:
         become_full(repository)
     finish_consolidation(repository, VM)
-    records = repository.shelf(VM)
+    records = repository.records(VM)
     found = records.published("s2")
     assert found
     assert (found.level, found.disks) == (level, (FULL if renamed else INCREMENT,))
@@ -72,7 +72,7 @@ def test_a_note_of_another_attempt_says_nothing(repository: Repository, incremen
     write_note(repository, VM, Consolidation("s2", "another", FULL))
     become_full(repository)
     finish_consolidation(repository, VM)
-    records = repository.shelf(VM)
+    records = repository.records(VM)
     assert records.notes == ()
     assert records.published("s2") == increment
 

@@ -65,7 +65,7 @@ def test_a_set_from_its_beginning_to_its_end(repository: Repository) -> None:
             assert await there.intent("web01", "s1") == copying
             await there.describe(copying, manifest(copying))
             published = await there.publish(copying)
-            assert (await there.shelf("web01")).sets == (published,)
+            assert (await there.records("web01")).sets == (published,)
             assert await there.untidy("web01", "s1")
             await there.tidy("web01", "s1")
             assert not await there.untidy("web01", "s1")
@@ -81,7 +81,7 @@ def test_an_attempt_that_is_taken_back(repository: Repository) -> None:
         await there.discard_images(intent())
         assert os.listdir(repository.staging_path("web01", "s1")) == ["intent.json"]
         await there.discard(intent())
-        assert (await there.shelf("web01")).intents == ()
+        assert (await there.records("web01")).intents == ()
 
     work_on(repository, take_back)
     assert os.listdir(repository.directory("web01")) == [".s1.failed.json"]
@@ -136,7 +136,7 @@ def test_whoever_waits_for_one_that_hangs_is_told(repository: Repository, monkey
         there = AsyncRepository(repository, calls)
         with pytest.raises(RepositoryHangs, match="it hangs"):
             await there.run(lambda _repository: os.read(source, 1))
-        waiting: list[Any] = [there.begin(intent()), there.shelf("web01"), there.tidy("web01", "s1")]
+        waiting: list[Any] = [there.begin(intent()), there.records("web01"), there.tidy("web01", "s1")]
         for call in waiting:
             with pytest.raises(RepositoryHangs, match="it hangs"):
                 await call

@@ -47,7 +47,7 @@ def put(repository: Repository, set_id: str, parent: str | None = None, day: int
         set_id,
         image("vda", parent, bytes=3),
         vm=VmName(vm, UUID, UUID),
-        sequence=len(repository.shelf(vm).sets) + 1,
+        sequence=len(repository.records(vm).sets) + 1,
         started=f"2026-11-{day:02}T01:00:00Z",
     )
     builders.put(repository, made)

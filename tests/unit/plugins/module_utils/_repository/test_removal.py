@@ -63,8 +63,8 @@ class TestTidy:
         removal.tidy(repository, "web01", "s1")
         there = {".lock", ".snapshot", "notes.txt", "s1", ".s2.staging", ".s3.failed.json"}
         assert self.entries(repository) == there
-        assert [found.id for found in repository.shelf("web01").intents] == ["s2"]
-        assert [found.id for found in repository.shelf("web01").failures] == ["s3"]
+        assert [found.id for found in repository.records("web01").intents] == ["s2"]
+        assert [found.id for found in repository.records("web01").failures] == ["s3"]
 
     def test_ids_that_look_like_leftovers(self, repository: Repository) -> None:
         ids = ["x.new", "a.failed.json", "b.staging", "c.removed", "d.failed.json.new", "intent.json", "manifest.json"]
@@ -76,11 +76,11 @@ class TestTidy:
         for set_id in ids:
             assert not removal.untidy(repository, "web01", set_id)
             removal.tidy(repository, "web01", set_id)
-        shelf = repository.shelf("web01")
-        assert [found.id for found in shelf.sets] == ids
-        assert {found.id for found in shelf.intents} == {f"{set_id}.2" for set_id in ids}
-        assert {found.id for found in shelf.failures} == {f"{set_id}.3" for set_id in ids}
-        assert shelf.strays == set()
+        records = repository.records("web01")
+        assert [found.id for found in records.sets] == ids
+        assert {found.id for found in records.intents} == {f"{set_id}.2" for set_id in ids}
+        assert {found.id for found in records.failures} == {f"{set_id}.3" for set_id in ids}
+        assert records.strays == set()
 
 
 class TestLitterThatStays:

@@ -36,7 +36,7 @@ def test_order_is_the_sequence_and_neither_names_nor_times(repository: Repositor
     for number, set_id in enumerate(("zulu", "alpha", "s10", "s9"), 1):
         assert publish(repository, intent(id=set_id, attempt=set_id)).sequence == number
         os.utime(repository.set_path("web01", set_id), (1000 - number, 1000 - number))
-    assert [found.id for found in repository.shelf("web01").sets] == ["zulu", "alpha", "s10", "s9"]
+    assert [found.id for found in repository.records("web01").sets] == ["zulu", "alpha", "s10", "s9"]
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"schema": 1}', '{"schema": "1"}', "null"])
@@ -44,14 +44,14 @@ def test_a_directory_without_a_valid_manifest_is_no_set(repository: Repository, 
     os.mkdir(repository.set_path("web01", "s1"))
     with open(repository.set_path("web01", "s1") + "/manifest.json", "w", encoding="utf-8") as broken:
         broken.write(content)
-    shelf = repository.shelf("web01")
-    assert (shelf.sets, shelf.strays) == ((), {"s1"})
+    records = repository.records("web01")
+    assert (records.sets, records.strays) == ((), {"s1"})
 
 
 def test_a_set_under_another_name_is_no_set(repository: Repository) -> None:
     publish(repository, intent())
     os.rename(repository.set_path("web01", "s1"), repository.set_path("web01", "renamed"))
-    assert repository.shelf("web01").sets == ()
+    assert repository.records("web01").sets == ()
 
 
 def test_what_later_releases_add_is_left_alone(repository: Repository) -> None:
@@ -62,11 +62,11 @@ def test_what_later_releases_add_is_left_alone(repository: Repository) -> None:
         content = json.load(source)
     with open(path, "w", encoding="utf-8") as sink:
         json.dump({**content, "colour": "blue"}, sink)
-    assert [found.id for found in repository.shelf("web01").sets] == ["s1"]
+    assert [found.id for found in repository.records("web01").sets] == ["s1"]
     with open(path, "w", encoding="utf-8") as sink:
         json.dump({**content, "schema": 2}, sink)
     with pytest.raises(BackupError, match=r"update vmfleet\.backup"):
-        repository.shelf("web01")
+        repository.records("web01")
 
 
 class TestNotes:
@@ -86,7 +86,7 @@ class TestNotes:
             with open(image, "wb") as file:
                 file.write(content)
         consolidation.write_note(repository, "web01", Consolidation("s1", "a1", replace(IMAGE, bytes=5)))
-        [found] = repository.shelf("web01").sets
+        [found] = repository.records("web01").sets
         assert (found.disks[0].level, found.disks[0].parent is None) == (level, level == "full")
 
 
@@ -94,7 +94,7 @@ class TestDamage:
     """What an image's metadata tells without its being read."""
 
     def damage(self, repository: Repository) -> str:
-        [found] = repository.shelf("web01").sets
+        [found] = repository.records("web01").sets
         return repository.damage(found, found.disks[0])
 
     def image(self, repository: Repository) -> str:
@@ -132,13 +132,13 @@ class TestManifestsAreReadOnce:
 
     def test_an_unchanged_one_is_not_read_again(self, repository: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
         publish(repository, intent())
-        first = repository.shelf("web01")
+        first = repository.records("web01")
         monkeypatch.setattr(repository_repository, "read_document", lambda *_args: pytest.fail("read again"))
-        assert repository.shelf("web01") == first
+        assert repository.records("web01") == first
 
     def test_a_changed_one_is(self, repository: Repository) -> None:
         publish(repository, intent())
-        assert [found.consistency for found in repository.shelf("web01").sets] == ["crash"]
+        assert [found.consistency for found in repository.records("web01").sets] == ["crash"]
         path = repository.set_path("web01", "s1") + "/manifest.json"
         with open(path, encoding="utf-8") as source:
             content = source.read()
@@ -148,19 +148,19 @@ class TestManifestsAreReadOnce:
             # Of the same length, and made to look as old.
             sink.write(content.replace('"crash"', '"clash"'))
         os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
-        assert [found.consistency for found in repository.shelf("web01").sets] == ["clash"]
+        assert [found.consistency for found in repository.records("web01").sets] == ["clash"]
         os.truncate(path, 10)
-        assert repository.shelf("web01").strays == {"s1"}
+        assert repository.records("web01").strays == {"s1"}
         os.unlink(path)
-        assert repository.shelf("web01").sets == ()
+        assert repository.records("web01").sets == ()
 
     def test_one_that_takes_the_place_of_a_removed_one(self, repository: Repository) -> None:
         publish(repository, intent())
-        repository.shelf("web01")
+        repository.records("web01")
         removal.remove_set(repository, "web01", "s1")
-        assert repository.shelf("web01").sets == ()
+        assert repository.records("web01").sets == ()
         publish(repository, intent(attempt="a2"))
-        assert [found.attempt for found in repository.shelf("web01").sets] == ["a2"]
+        assert [found.attempt for found in repository.records("web01").sets] == ["a2"]
 
 
 class TestLock:

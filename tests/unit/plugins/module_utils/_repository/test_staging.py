@@ -29,12 +29,12 @@ if TYPE_CHECKING:
 
 def test_documents_come_back_as_they_were_written(repository: Repository) -> None:
     begin(repository, intent())
-    assert repository.shelf("web01").intents == (intent(),)
+    assert repository.records("web01").intents == (intent(),)
     staging.record_failure(repository, "web01", FAILURE)
-    assert repository.shelf("web01").failures == (FAILURE,)
+    assert repository.records("web01").failures == (FAILURE,)
     staging.describe(repository, intent(), manifest(intent()))
     staging.publish(repository, intent())
-    assert repository.shelf("web01").sets == (replace(manifest(intent()), sequence=1),)
+    assert repository.records("web01").sets == (replace(manifest(intent()), sequence=1),)
 
 
 class TestCrash:
@@ -42,30 +42,30 @@ class TestCrash:
 
     def test_before_the_intent(self, repository: Repository) -> None:
         os.mkdir(repository.staging_path("web01", "s1"))
-        assert repository.shelf("web01") == repository_repository.VmRecords()
+        assert repository.records("web01") == repository_repository.VmRecords()
         staging.begin(repository, intent())
-        assert repository.shelf("web01").intents == (intent(),)
+        assert repository.records("web01").intents == (intent(),)
 
     def test_in_the_middle_of_writing_the_intent(self, repository: Repository) -> None:
         os.mkdir(repository.staging_path("web01", "s1"))
         with open(repository.staging_path("web01", "s1") + "/intent.json.new", "w", encoding="utf-8") as half:
             half.write('{"schema": 1, "run"')
         staging.begin(repository, intent())
-        assert repository.shelf("web01").intents == (intent(),)
+        assert repository.records("web01").intents == (intent(),)
         assert os.listdir(repository.staging_path("web01", "s1")) == ["intent.json"]
 
     def test_while_the_images_grow(self, repository: Repository) -> None:
         begin(repository, intent())
-        shelf = repository.shelf("web01")
-        assert (shelf.sets, shelf.described) == ((), frozenset())
+        records = repository.records("web01")
+        assert (records.sets, records.described) == ((), frozenset())
         with pytest.raises(FileExistsError):
             staging.begin(repository, intent(attempt="a2"))
 
     def test_between_manifest_and_rename(self, repository: Repository) -> None:
         begin(repository, intent())
         staging.describe(repository, intent(), manifest(intent()))
-        shelf = repository.shelf("web01")
-        assert (shelf.sets, shelf.intents, shelf.described) == ((), (intent(),), frozenset({"a1"}))
+        records = repository.records("web01")
+        assert (records.sets, records.intents, records.described) == ((), (intent(),), frozenset({"a1"}))
         assert staging.publish(repository, intent()).sequence == 1
 
     def test_between_rename_and_tidying_up(self, repository: Repository) -> None:
@@ -73,8 +73,8 @@ class TestCrash:
         begin(repository, intent())
         staging.describe(repository, intent(), manifest(intent()))
         staging.publish(repository, intent())
-        assert [found.id for found in repository.shelf("web01").sets] == ["s1"]
-        assert repository.shelf("web01").intents == ()
+        assert [found.id for found in repository.records("web01").sets] == ["s1"]
+        assert repository.records("web01").intents == ()
         for path in ("s1/intent.json.new", ".s1.failed.json.new"):
             with open(os.path.join(repository.directory("web01"), path), "w", encoding="utf-8"):
                 pass
@@ -99,7 +99,7 @@ class TestCrash:
         with pytest.raises(KeyboardInterrupt):
             staging.discard(repository, intent())
         # The intent goes last: what is left is known to be ours.
-        assert repository.shelf("web01").intents == (intent(),)
+        assert repository.records("web01").intents == (intent(),)
         monkeypatch.undo()
         staging.discard(repository, intent())
         assert os.listdir(repository.directory("web01")) == []
@@ -108,7 +108,7 @@ class TestCrash:
 def test_another_attempts_staging_is_not_discarded(repository: Repository) -> None:
     begin(repository, intent())
     staging.discard(repository, intent(attempt="a2"))
-    assert repository.shelf("web01").intents == (intent(),)
+    assert repository.records("web01").intents == (intent(),)
 
 
 def test_publishing_never_replaces_anything(repository: Repository) -> None:
