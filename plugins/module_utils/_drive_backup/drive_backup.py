@@ -18,7 +18,7 @@ from .._qemu import block_jobs
 from . import preflight, receipt
 from .cleanup import bad_end, cancel, clean_up, given_up, note_replaced
 from .examine import lost
-from .finish import publish
+from .finish import complete
 from .request import RequestedState
 from .session import find_process, lock, observe
 from .start import prepare, start
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from .steps import Situation
 
 
-ACTIONS = {DriveStep.CANCEL: cancel, DriveStep.JOIN: join, DriveStep.START: start, DriveStep.FINISH: publish}
+ACTIONS = {DriveStep.CANCEL: cancel, DriveStep.JOIN: join, DriveStep.START: start, DriveStep.FINISH: complete}
 """What is done with the lock held; each returns the results, and the attempt to wait for or nothing."""
 
 

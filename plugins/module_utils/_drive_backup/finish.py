@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from .steps import Situation
 
 
-async def publish(locked: Locked, now: Situation) -> tuple[list[dict[str, Any]], str]:
+async def complete(locked: Locked, now: Situation) -> tuple[list[dict[str, Any]], str]:
     """Finish the copies that have ended well; returns the results of all, and no attempt to wait for."""
     return results(await finish(locked, now.copies)), ""
 
