@@ -10,7 +10,12 @@ import dataclasses
 from typing import Any
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.argument_specs import drive_argument_spec
-from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup.request import Drive
+from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup.request import (
+    BitmapMode,
+    Drive,
+    Sync,
+    TargetMode,
+)
 
 
 def without(spec: dict[str, Any], *names: str) -> dict[str, Any]:
@@ -34,3 +39,10 @@ def test_options_are_the_fields_of_a_drive() -> None:
     for name, option in spec.items():
         if "default" in option:
             assert str(option["default"]) == str(fields[name])
+
+
+def test_choices_are_the_words_of_their_lists() -> None:
+    spec = drive_argument_spec()
+    for name, words in {"mode": TargetMode, "sync": Sync}.items():
+        assert spec[name]["choices"] == list(words)
+    assert spec["bitmap_mode"]["choices"] == [word for word in BitmapMode if word]

@@ -2,27 +2,37 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""The wait of drive_backup: what it does for an image while it grows."""
+"""The wait of drive_backup: what is taken up, what is done for an image while it grows, and how a wait ends."""
 
 from __future__ import annotations
 
 import asyncio
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import JobFailed
 from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup import start, wait
-from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup.request import Drive, Request
+from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup.request import (
+    Drive,
+    OnTimeout,
+    Request,
+    RequestedState,
+)
 from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup.session import Locked, Session
 from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup.status import Copy, CopyState
+from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup.steps import Situation
 from ansible_collections.vmfleet.backup.plugins.module_utils._host import preallocate
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.address import Address
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.target_image import Target
-from ansible_collections.vmfleet.backup.tests.unit.plugins.builders import MIB, disk, job
+from ansible_collections.vmfleet.backup.tests.unit.plugins.builders import MIB, disk, job, record, vm
+from ansible_collections.vmfleet.backup.tests.unit.plugins.doubles import FakeMonitor, monitor
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+ADDRESS = Address(path="/run/web01.qmp")
 
 
 @pytest.mark.parametrize("looks", [0, 1, 3])
@@ -42,7 +52,7 @@ def test_growing_image_is_written_out_at_every_look(
     monkeypatch.setattr(wait, "SHORTEST_POLL", 0)
     monkeypatch.setattr(wait, "look", look)
     monkeypatch.setattr(preallocate.Writeback, "nudge", nudge)
-    session = Session(Request(address=Address(path="/run/web01.qmp"), drives=(drive,)))
+    session = Session(Request(ADDRESS, (drive,)))
 
     async def begin_and_wait() -> None:
         absent = Copy(drive, disk(), "j0", CopyState.ABSENT)
@@ -56,3 +66,32 @@ def test_growing_image_is_written_out_at_every_look(
         assert os.path.samestat(os.fstat(writeback.fd), os.stat(drive.image_path))
     for writeback in session.images.values():
         os.close(writeback.fd)
+
+
+@pytest.mark.parametrize(
+    ("state", "speed", "attempt", "changed"),
+    [
+        (RequestedState.COMPLETED, 0, "a1", True),
+        (RequestedState.STARTED, 0, "", False),
+        (RequestedState.STARTED, 5, "", False),
+        (RequestedState.STARTED, 7, "", True),
+    ],
+)
+def test_running_job_is_taken_up(state: RequestedState, speed: int, attempt: str, changed: bool) -> None:
+    drive = Drive("drive0", "/b/x.qcow2", speed=speed)
+    copy = Copy(drive, disk(), "j0", CopyState.RUNNING, record(attempt="a1"), job(speed=5))
+    request = Request(ADDRESS, (drive,), state=state)
+    fake = FakeMonitor({"block-job-set-speed": {}})
+    locked = Locked(Session(request), monitor(fake), 0)
+    [result], followed = asyncio.run(wait.join(locked, Situation(request, vm(), (copy,))))
+    assert (result["state"], followed, locked.session.changed) == ("running", attempt, changed)
+    assert [command["arguments"]["speed"] for command in fake.commands] == ([7] if speed == 7 else [])
+
+
+def test_job_is_left_running_where_that_is_asked_for() -> None:
+    known: list[dict[str, Any]] = [{"state": "running"}]
+    session = Session(Request(ADDRESS, (), on_timeout=OnTimeout.LEAVE))
+    with pytest.raises(JobFailed, match=r"^timeout: not done; the job is left running, as on_timeout says$") as failure:
+        asyncio.run(wait._time_out(session, "a1", known, "timeout: not done"))
+    assert failure.value.details == {"jobs": known}
+    assert not session.commands
