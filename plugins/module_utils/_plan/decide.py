@@ -2,7 +2,7 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""What is to be done with each VM, and why: pure functions of what was asked, what QEMU says and what there is."""
+"""Decide what is to be done with each VM, and why."""
 
 from __future__ import annotations
 
@@ -24,32 +24,32 @@ if TYPE_CHECKING:
 MIGRATING = frozenset({"inmigrate", "postmigrate", "finish-migrate"})
 
 
-def decide(request: Request, facts: Observation, records: VmRecords, terms: RunContext) -> Decision:
+def decide(request: Request, seen: Observation, records: VmRecords, context: RunContext) -> Decision:
     """Decide what to do with one VM; the first case that holds wins."""
-    choice = choose_disks(facts.vm, request) if facts.vm else Choice()
+    choice = choose_disks(seen.vm, request) if seen.vm else Choice()
     intent, removal = None, ""
     if choice.error:
         case, reason = Case.WRONG_DISKS, choice.error
-    elif records.published(terms.id):
-        case, reason = _already_published(facts, records, terms, choice)
-    elif _has_given_up(records, terms):
-        case, reason = Case.FAILED, _has_given_up(records, terms)
+    elif records.published(context.id):
+        case, reason = _already_published(seen, records, context, choice)
+    elif _has_given_up(records, context):
+        case, reason = Case.FAILED, _has_given_up(records, context)
     elif records.intents:
-        intent = _next_intent(records.intents, terms.id)
-        case, reason, removal = _being_made(intent, facts, terms)
-    elif _belongs_to_another(facts, records) and not terms.adopt:
-        case, reason = Case.OTHER_DIRECTORY, _belongs_to_another(facts, records)
+        intent = _next_intent(records.intents, context.id)
+        case, reason, removal = _being_made(intent, seen, context)
+    elif _belongs_to_another(seen, records) and not context.adopt:
+        case, reason = Case.OTHER_DIRECTORY, _belongs_to_another(seen, records)
     else:
-        case, reason = _not_begun(facts, records, terms, choice)
+        case, reason = _not_begun(seen, records, context, choice)
     action = case.action
-    links = link_disks(request, facts, records, terms, choice) if action in (Action.START, Action.FINISH) else ()
+    links = link_disks(request, seen, records, context, choice) if action in (Action.START, Action.FINISH) else ()
     disks = plan_disks(choice.disks, links) if links else disks_of_intent(intent)
     plan = VmPlan(
         name=request.name,
         monitor=request.monitor,
         action=action,
         reason=reason,
-        identity=facts.vm.identity if facts.vm else "",
+        identity=seen.vm.identity if seen.vm else "",
         level=chain.set_level(disk.level for disk in disks),
         include_disks=request.include_disks,
         exclude_disks=request.exclude_disks,
@@ -60,70 +60,70 @@ def decide(request: Request, facts: Observation, records: VmRecords, terms: RunC
         disks=disks,
         left_out=choice.left_out,
     )
-    return Decision(case, plan, choice, links, intent, records.published(terms.id), removal)
+    return Decision(case, plan, choice, links, intent, records.published(context.id), removal)
 
 
-def _already_published(facts: Observation, records: VmRecords, terms: RunContext, choice: Choice) -> tuple[Case, str]:
-    manifest = records.published(terms.id)
-    if manifest and facts.vm and manifest.vm.identity != facts.vm.identity:
+def _already_published(seen: Observation, records: VmRecords, context: RunContext, choice: Choice) -> tuple[Case, str]:
+    manifest = records.published(context.id)
+    if manifest and seen.vm and manifest.vm.identity != seen.vm.identity:
         return Case.OTHER_VM, (
             f"set {manifest.id} belongs to another VM of this name ({manifest.vm.identity};"
-            f" this one is {facts.vm.identity}); rename one of them, or use another id, with adopt: true"
+            f" this one is {seen.vm.identity}); rename one of them, or use another id, with adopt: true"
         )
     missing = _missing_disks(manifest, choice) if manifest else ""
     if missing:
-        return Case.WITHOUT_DISK, f"set {terms.id} exists without disk {missing}; use another id"
+        return Case.WITHOUT_DISK, f"set {context.id} exists without disk {missing}; use another id"
     return Case.PUBLISHED, PUBLISHED_ALREADY
 
 
-def _has_given_up(records: VmRecords, terms: RunContext) -> str:
-    """Why this run has come to its end without a set: it neither tries again nor stands in the way of others."""
-    failure = records.failure(terms.id)
-    if failure and failure.run == terms.run and not any(intent.run == terms.run for intent in records.intents):
+def _has_given_up(records: VmRecords, context: RunContext) -> str:
+    """Return why this run has come to its end without a set: it neither tries again nor stands in the way of others."""
+    failure = records.failure(context.id)
+    if failure and failure.run == context.run and not any(intent.run == context.run for intent in records.intents):
         return failure.error
     return ""
 
 
-def _being_made(intent: Intent, facts: Observation, terms: RunContext) -> tuple[Case, str, str]:
+def _being_made(intent: Intent, seen: Observation, context: RunContext) -> tuple[Case, str, str]:
     """Return the case, the reason, and why the intent is to be removed."""
-    foreign = _foreign(intent, facts, terms.hypervisor)
-    if foreign and not terms.takeover:
+    foreign = _foreign(intent, seen, context.hypervisor)
+    if foreign and not context.takeover:
         return (
             Case.FOREIGN,
             f"{foreign}; let it end. If nobody makes it any more, takeover: true removes what is there of it",
             "",
         )
     if foreign:
-        return Case.TAKEN_OVER, f"{foreign}; it is taken over", f"taken over by hypervisor {terms.hypervisor.name}"
-    if intent.id != terms.id and terms.supersede:
-        return Case.SUPERSEDED, f"set {intent.id} is unfinished, and superseded", f"superseded by set {terms.id}"
-    if intent.id != terms.id:
+        return Case.TAKEN_OVER, f"{foreign}; it is taken over", f"taken over by hypervisor {context.hypervisor.name}"
+    if intent.id != context.id and context.supersede:
+        return Case.SUPERSEDED, f"set {intent.id} is unfinished, and superseded", f"superseded by set {context.id}"
+    if intent.id != context.id:
         return Case.OTHER_SET, f"set {intent.id} of this VM is unfinished, and comes first", ""
     return Case.BEING_MADE, f"the set is being made since {intent.started}", ""
 
 
-def _not_begun(facts: Observation, records: VmRecords, terms: RunContext, choice: Choice) -> tuple[Case, str]:
-    if terms.id in records.strays:
+def _not_begun(seen: Observation, records: VmRecords, context: RunContext, choice: Choice) -> tuple[Case, str]:
+    if context.id in records.strays:
         return (
             Case.IN_THE_WAY,
-            f"in the place of set {terms.id} stands something that is no set (no valid manifest); move it away",
+            f"in the place of set {context.id} stands something that is no set (no valid manifest); move it away",
         )
-    if facts.vm is None:
-        return Case.OFF if facts.off and terms.policy.offline == "skip" else Case.SILENT, facts.error
-    busy = ", ".join(f"job {job.id} ({job.type}, {job.status})" for job in _foreign_jobs(facts.vm, terms.tag))
+    if seen.vm is None:
+        return Case.OFF if seen.off and context.policy.offline == "skip" else Case.SILENT, seen.error
+    busy = ", ".join(f"job {job.id} ({job.type}, {job.status})" for job in _foreign_jobs(seen.vm, context.tag))
     if busy:
         return Case.BUSY, f"busy: {busy}; wait for its end, or cancel it with block_job"
-    if facts.vm.status in MIGRATING:
-        return Case.MIGRATING, f"migrating ({facts.vm.status})"
+    if seen.vm.status in MIGRATING:
+        return Case.MIGRATING, f"migrating ({seen.vm.status})"
     if not choice.disks:
         return Case.NO_DISKS, _nothing_to_back_up(choice)
     encrypted = ", ".join(disk.name for disk in choice.disks if disk.encrypted)
-    if encrypted and terms.policy.encrypted_source == EncryptedSource.REFUSE:
+    if encrypted and context.policy.encrypted_source == EncryptedSource.REFUSE:
         return Case.ENCRYPTED, (
             f"encrypted_source: disk {encrypted} is encrypted at rest, and its copy would not be; exclude it"
             " (exclude_disks), or let it be copied with encrypted_source: warn (vm_backup_encrypted_source)"
         )
-    return Case.NOT_BEGUN, f"there is no set {terms.id} of this VM"
+    return Case.NOT_BEGUN, f"there is no set {context.id} of this VM"
 
 
 def _nothing_to_back_up(choice: Choice) -> str:
@@ -137,20 +137,20 @@ def _nothing_to_back_up(choice: Choice) -> str:
     )
 
 
-def _belongs_to_another(facts: Observation, records: VmRecords) -> str:
-    """What is said of a VM in whose directory another one's sets are; empty where there are none."""
+def _belongs_to_another(seen: Observation, records: VmRecords) -> str:
+    """Return what is said of a VM in whose directory another one's sets are; empty where there are none."""
     newest = records.sets[-1] if records.sets else None
-    if newest is None or facts.vm is None or newest.vm.identity == facts.vm.identity:
+    if newest is None or seen.vm is None or newest.vm.identity == seen.vm.identity:
         return ""
     return (
         f"the directory belongs to another VM of this name ({newest.vm.identity}, set {newest.id}; this one is"
-        f" {facts.vm.identity}). Give one of them another name; if this VM has taken the other's place, adopt: true"
+        f" {seen.vm.identity}). Give one of them another name; if this VM has taken the other's place, adopt: true"
         " goes on there, with a full set"
     )
 
 
 def _next_intent(intents: tuple[Intent, ...], set_id: str) -> Intent:
-    """An unfinished older set comes to its end before a new one begins."""
+    """Return the set that comes to its end first: an unfinished one of another id, before the new one begins."""
     others = [intent for intent in intents if intent.id != set_id]
     return [*others, *intents][0]
 
@@ -161,30 +161,30 @@ def _missing_disks(published: Manifest, choice: Choice) -> str:
     return ", ".join(disk.name for disk in choice.disks if disk.name not in held)
 
 
-def _foreign(intent: Intent, facts: Observation, hypervisor: Hypervisor) -> str:
-    """Why an intent is somebody else's; empty where it is ours."""
+def _foreign(intent: Intent, seen: Observation, hypervisor: Hypervisor) -> str:
+    """Return why an intent is somebody else's; empty where it is ours."""
     maker = intent.hypervisor
     if not maker.is_same(hypervisor):
         return (
             f"set {intent.id} is being made by hypervisor {maker.name} (machine-id {maker.machine_id}) since"
             f" {intent.started}"
         )
-    if intent.attempt in facts.doubtful:
+    if intent.attempt in seen.doubtful:
         return in_doubt(intent)
-    vm = facts.vm
+    vm = seen.vm
     # The name of a job is that of one attempt only: the VM that has it is the right one, whatever it is called here.
-    if vm is None or intent.attempt in facts.dead or facts.shows(intent):
+    if vm is None or intent.attempt in seen.dead or seen.shows(intent):
         return ""
     if vm.identity != intent.vm.identity:
         return f"set {intent.id} is being made of another VM of this name ({intent.vm.identity}) since {intent.started}"
-    if intent.attempt in facts.elsewhere:
+    if intent.attempt in seen.elsewhere:
         other = f"pid {intent.process[0]}, {intent.monitor}"
         return f"set {intent.id} is being made of another VM of this name ({other}) since {intent.started}"
     return ""
 
 
 def in_doubt(intent: Intent) -> str:
-    """What is said of an attempt whose QEMU can neither be asked nor be seen to have ended."""
+    """Return what is said of an attempt whose QEMU can neither be asked nor be seen to have ended."""
     return (
         f"set {intent.id} is being made since {intent.started}, and was begun where processes and sockets have other"
         " names than here (in a container, or outside of this one): whether its QEMU still copies cannot be told from"
@@ -193,5 +193,5 @@ def in_doubt(intent: Intent) -> str:
 
 
 def _foreign_jobs(vm: Vm, tag: str) -> tuple[Job, ...]:
-    """The jobs of a VM that are none of this repository's."""
+    """Return the jobs of a VM that are none of this repository's."""
     return tuple(job for job in vm.active_jobs() if not job.id.startswith(f"vmfleet.{tag}."))

@@ -29,7 +29,7 @@ READ_ONLY = "is read-only"
 
 
 def choose_disks(vm: Vm, request: Request) -> Choice:
-    """All disks that can be written to, or those that are named; a name that no disk has is an error, never a shrug."""
+    """Choose all disks that can be written to, or those that are named; a name that no disk has is an error."""
     try:
         included = [vm.disk(name, "include_disks") for name in request.include_disks if name not in vm.empty]
         excluded = [vm.disk(name, "exclude_disks") for name in request.exclude_disks if name not in vm.empty]
@@ -64,21 +64,21 @@ def choose_disks(vm: Vm, request: Request) -> Choice:
 
 
 def link_disks(
-    request: Request, facts: Observation, records: VmRecords, terms: RunContext, choice: Choice
+    request: Request, seen: Observation, records: VmRecords, context: RunContext, choice: Choice
 ) -> tuple[ChainLink, ...]:
-    """How each chosen disk goes into the next set."""
-    if facts.vm is None:
+    """Decide how each chosen disk goes into the next set."""
+    if seen.vm is None:
         return ()
-    vm = facts.vm
-    wish = LevelPolicy(request.wanted, terms.policy.tracking, terms.policy.max_chain)
+    vm = seen.vm
+    wish = LevelPolicy(request.wanted, context.policy.tracking, context.policy.max_chain)
     return tuple(
-        levels.link(disk, vm.disks, vm.identity, records.sets, wish, facts.damage, vm.other_nodes)
+        levels.link(disk, vm.disks, vm.identity, records.sets, wish, seen.damage, vm.other_nodes)
         for disk in choice.disks
     )
 
 
 def plan_disks(disks: Iterable[Disk], links: Iterable[ChainLink]) -> tuple[DiskPlan, ...]:
-    """What is said of the disks of a set."""
+    """Return what is said of the disks of a set."""
     chosen = tuple(disks)
     images = image_files((disk.name for disk in chosen), IMAGE_SUFFIX)
     return tuple(

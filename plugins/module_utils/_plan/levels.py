@@ -65,7 +65,7 @@ def link(
     damage: Mapping[tuple[str, str], str],
     layers: Iterable[Disk] = (),
 ) -> ChainLink:
-    """How C(disk), one of a VM's C(disks), goes into the set that follows C(sets).
+    """Decide how C(disk), one of a VM's C(disks), goes into the set that follows C(sets).
 
     C(layers) are the nodes that the disks are made of. C(damage) says, by set id and disk, what is wrong with the files
     of an image or of those that it builds on.
@@ -116,7 +116,7 @@ def _other_disk(base: Manifest, below: DiskImage, disk: Disk, identity: str) -> 
 
 
 def written_elsewhere(disk: Disk, disks: Iterable[Disk]) -> str:
-    """Why no bitmap of C(disk) holds all writes to its file; empty where one does."""
+    """Return why no bitmap of C(disk) holds all writes to its file; empty where one does."""
     twin = next((other for other in disks if other.shares_file(disk) and not other.read_only), None)
     return f"disk {twin.name} is on the same file, and what is written through that one is not recorded" if twin else ""
 
@@ -129,7 +129,10 @@ def _lost_record(
     layers: Iterable[Disk],
     newest: Manifest,
 ) -> str:
-    """Why the record of the changes since an image cannot be trusted; empty where it can. C(chain) is the disk's."""
+    """Return why the record of the changes since an image cannot be trusted; empty where it can.
+
+    C(chain) is the disk's.
+    """
     disk = chain[0]
     if not below.bitmap:
         return f"set {base.id} was made without a record of the changes after it"

@@ -162,7 +162,7 @@ class Observation:
         return self.vm.process if self.vm else None
 
     def shows(self, intent: Intent) -> bool:
-        """Whether the QEMU that has answered has a job of this attempt, and so is the one that makes its set."""
+        """Tell whether the QEMU that has answered has a job of this attempt, and so is the one that makes its set."""
         return self.vm is not None and any(self.vm.job(job) for job in intent.jobs)
 
 
@@ -258,7 +258,7 @@ class Plan:
 
 
 def parse_plan(found: Mapping[str, Any]) -> Plan:
-    """The plan that backup_plan has returned; Refused where it is something else."""
+    """Return the plan that backup_plan has returned; Refused where it is something else."""
     try:
         plan = Plan(
             repository=str(found["repository"]),

@@ -2,7 +2,7 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""A look round: the hypervisor, its VMs, the room in the repository; and the plan drawn up from it. Changes nothing."""
+"""Observe VMs: what QEMU says, and what the repository adds to that. Changes nothing."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 async def find_process(request: Request) -> Process | None:
-    """Which QEMU is behind a monitor; None where none answers, or where that cannot be told."""
+    """Find which QEMU is behind a monitor; None where none answers, or where that cannot be told."""
     try:
         async with Monitor(parse_address(request.monitor)) as monitor:
             return monitor.process
@@ -46,19 +46,19 @@ async def observe(request: Request, monitor: Monitor | None = None) -> Observati
     return await _ask(request, lambda asked: _inspect(asked, request.name), monitor)
 
 
-async def refresh(request: Request, seen: Vm, wanted: Collection[str]) -> Observation:
-    """Ask one VM for what changes while the jobs C(wanted) run; C(seen) is what a look has shown.
+async def refresh(request: Request, last: Vm, wanted: Collection[str]) -> Observation:
+    """Ask one VM for what changes while the jobs C(wanted) run; C(last) is what a look has shown.
 
     When they have ended it is for everything: what they have come to is not told by what was seen before.
     """
 
     async def question(monitor: Monitor) -> Vm:
-        if monitor.process != seen.process:
+        if monitor.process != last.process:
             return await _inspect(monitor, request.name)
         status, jobs = await asyncio.gather(monitor.execute("query-status"), query_jobs(monitor))
         if all(job.ended for job in jobs if job.id in wanted):
             return await _inspect(monitor, request.name)
-        return replace(seen, status=status["status"], jobs=jobs)
+        return replace(last, status=status["status"], jobs=jobs)
 
     return await _ask(request, question)
 
@@ -84,28 +84,30 @@ async def _inspect(monitor: Monitor, name: str) -> Vm:
 
 
 def with_records(
-    repository: Repository, facts: Observation, name: str, hypervisor: Hypervisor, damage: bool = True
+    repository: Repository, seen: Observation, name: str, hypervisor: Hypervisor, damage: bool = True
 ) -> tuple[Observation, VmRecords]:
-    """What the repository holds about a VM, and the facts with what that adds to them; C(damage) is worth a look each.
+    """Add what the repository holds about the VM to an observation; return that, too.
 
-    Raises BackupError as Repository.records() does.
+    C(damage) says that the files of images are looked at.
+
+    Raises BackupError as Repository.shelf() does.
     """
     records = repository.records(name)
-    facts = with_fates(facts, records.intents, hypervisor)
-    return with_damage(facts, repository, records.sets) if damage else facts, records
+    seen = with_ends(seen, records.intents, hypervisor)
+    return with_damage(seen, repository, records.sets) if damage else seen, records
 
 
-def with_damage(facts: Observation, repository: Repository, sets: Sequence[Manifest]) -> Observation:
-    """The facts with what is wrong with the images that this VM's next ones may build on."""
-    if facts.vm is None or not sets:
-        return facts
+def with_damage(seen: Observation, repository: Repository, sets: Sequence[Manifest]) -> Observation:
+    """Add what is wrong with the images that this VM's next ones may build on."""
+    if seen.vm is None or not sets:
+        return seen
     found = {}
     marks = read_annotations(repository, sets[-1].vm.name)
     # That a guest did not start says nothing of what its disks' images hold.
     looks = tuple(mark for mark in marks.verifications if mark.ok or mark.depth != Depth.BOOT)
     failed = failed_sets(sets, replace(marks, verifications=looks))
     fulls = {disk.name: manifest for manifest in sets for disk in manifest.disks if disk.level == Level.FULL}
-    for disk in facts.vm.disks:
+    for disk in seen.vm.disks:
         # Manifests are not hashable as a whole; the two are often one.
         for base in {one.id: one for one in (sets[-1], fulls.get(disk.name, sets[-1]))}.values():
             steps, _broken = walk(sets, base, disk.name)
@@ -114,29 +116,29 @@ def with_damage(facts: Observation, repository: Repository, sets: Sequence[Manif
                 wrong = f"set {base.id} has failed its verification: {failed[base.id]}"
             if wrong:
                 found[(base.id, disk.name)] = wrong
-    return replace(facts, damage=found)
+    return replace(seen, damage=found)
 
 
-def with_fates(facts: Observation, intents: Iterable[Intent], hypervisor: Hypervisor) -> Observation:
-    """The facts with what can be told from here of each attempt's QEMU."""
+def with_ends(seen: Observation, intents: Iterable[Intent], hypervisor: Hypervisor) -> Observation:
+    """Add what can be told from here of the end of each attempt's QEMU."""
     found = list(intents)
-    ended = {intent.attempt: _has_ended(intent, facts, hypervisor) for intent in found}
+    ended = {intent.attempt: _has_ended(intent, seen, hypervisor) for intent in found}
     return replace(
-        facts,
+        seen,
         dead=frozenset(attempt for attempt, fate in ended.items() if fate),
         doubtful=frozenset(attempt for attempt, fate in ended.items() if fate is None),
         elsewhere=frozenset(
-            intent.attempt for intent in found if facts.vm and _origin(intent).is_other_process(facts.vm)
+            intent.attempt for intent in found if seen.vm and _origin(intent).is_other_process(seen.vm)
         ),
     )
 
 
-def _has_ended(intent: Intent, facts: Observation, hypervisor: Hypervisor) -> bool | None:
+def _has_ended(intent: Intent, seen: Observation, hypervisor: Hypervisor) -> bool | None:
     if not intent.hypervisor.is_same(hypervisor):
         return False
     if intent.hypervisor.boot_id != hypervisor.boot_id:
         return True
-    return _origin(intent).has_ended(facts.vm, facts.off, facts.shows(intent))
+    return _origin(intent).has_ended(seen.vm, seen.off, seen.shows(intent))
 
 
 def _origin(intent: Intent) -> Origin:

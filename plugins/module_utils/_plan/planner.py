@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 
 def refuse_duplicates(plans: Iterable[VmPlan], processes: Mapping[str, tuple[int, ...]]) -> tuple[VmPlan, ...]:
-    """VMs of one name, or monitors of one QEMU: which of them is meant cannot be known, so none is touched.
+    """Refuse VMs of one name, and monitors of one QEMU: nobody knows which of them is meant.
 
     C(processes) are the QEMUs behind the monitors, as far as they are known.
     """
@@ -64,7 +64,7 @@ def refuse_duplicates(plans: Iterable[VmPlan], processes: Mapping[str, tuple[int
 
 
 def describe(plan: Plan) -> list[str]:
-    """The plan for people to read."""
+    """Return the plan for people to read."""
     space = plan.space
     created = " (to be created)" if plan.create_repository else ""
     amounts = {
@@ -97,7 +97,7 @@ AT_ONCE = 32
 
 
 def discover(listed: Iterable[Request], patterns: Iterable[str], general: Request) -> tuple[list[Request], list[str]]:
-    """The VMs that are listed, and one like C(general) for each further socket of the patterns; with warnings."""
+    """Return the VMs that are listed, and one like C(general) for each further socket of the patterns; and warnings."""
     requests = [replace(request, monitor=str(parse_address(request.monitor, "vms"))) for request in listed]
     known = {request.monitor for request in requests}
     warnings = []
@@ -134,11 +134,11 @@ async def draw_up(
     warnings: Iterable[str] = (),
     orders: Mapping[str, bool] | None = None,
 ) -> Plan:
-    """The plan for these VMs: every one of them is in it, whatever its state.
+    """Draw up the plan for these VMs: every one of them is in it, whatever its state.
 
-    C(orders) are takeover, supersede and adopt, as _plan.Terms has them.
+    C(orders) are takeover, supersede and adopt, as RunContext has them.
     """
-    terms = RunContext(set_id, secrets.token_hex(8), repository.tag, this_hypervisor(), policy, **(orders or {}))
+    context = RunContext(set_id, secrets.token_hex(8), repository.tag, this_hypervisor(), policy, **(orders or {}))
     turns = asyncio.Semaphore(AT_ONCE)
     processes: dict[str, tuple[int, ...]] = {}
     losses: dict[str, tuple[str, ...]] = {}
@@ -147,19 +147,19 @@ async def draw_up(
     async def plan_vm(request: Request) -> VmPlan:
         named = replace(request, name=request.name or _stem(request))
         try:
-            facts = await observe(request)
-            named = replace(request, name=await _name(request, facts.vm, repository))
-            if facts.vm and facts.vm.process:
-                processes[request.monitor] = (facts.vm.process.pid, facts.vm.process.start)
-            facts, records = await repository.run(with_records, facts, named.name, terms.hypervisor)
-            decision = decide.decide(named, facts, records, terms)
+            seen = await observe(request)
+            named = replace(request, name=await _name(request, seen.vm, repository))
+            if seen.vm and seen.vm.process:
+                processes[request.monitor] = (seen.vm.process.pid, seen.vm.process.start)
+            seen, records = await repository.run(with_records, seen, named.name, context.hypervisor)
+            decision = decide.decide(named, seen, records, context)
             if not decision.links:
                 # Nothing is to be started, or the VM is off, and only what was begun is to be brought to its end.
                 return decision.plan
-            expected = await measure(decision.choice.disks, decision.links, vm=facts.vm)
+            expected = await measure(decision.choice.disks, decision.links, vm=seen.vm)
             disks = tuple(replace(disk, bytes=expected[disk.name]) for disk in decision.plan.disks)
-            if facts.vm:
-                losses[request.monitor] = lost_in_copy(decision.choice.disks, facts.vm.disks)
+            if seen.vm:
+                losses[request.monitor] = lost_in_copy(decision.choice.disks, seen.vm.disks)
             return replace(decision.plan, disks=disks)
         except RepositoryHangs:
             raise
@@ -182,7 +182,7 @@ async def draw_up(
     return Plan(
         repository=repository.path,
         create_repository=not repository.uuid,
-        run=terms.run,
+        run=context.run,
         id=set_id,
         policy=policy,
         space=space,
@@ -192,7 +192,7 @@ async def draw_up(
 
 
 async def _name(request: Request, vm: Vm | None, repository: AsyncRepository) -> str:
-    """What a VM is called; one that is off can only be known by a set that it was making, or by its monitor."""
+    """Return what a VM is called; one that is off can only be known by a set that it was making, or by its monitor."""
     if request.name or vm is not None:
         return request.name or (vm.name if vm else "")
     making = [intent.vm.name for intent in await repository.intents() if intent.monitor == request.monitor]

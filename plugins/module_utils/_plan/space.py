@@ -50,7 +50,7 @@ def fit_into(space: Space, plans: Iterable[VmPlan]) -> tuple[Space, tuple[VmPlan
 
 
 def reserve_bytes(reserve: str, total: int) -> int:
-    """C(5%) of a file system of C(total) bytes, or an amount such as C(20G)."""
+    """Return C(5%) of a file system of C(total) bytes, or an amount such as C(20G)."""
     try:
         if reserve.endswith("%"):
             percent = float(reserve[:-1])
@@ -65,7 +65,7 @@ def reserve_bytes(reserve: str, total: int) -> int:
 
 
 def no_room(needed: int, space: Space, left: int) -> str:
-    """What is said of a set for which only C(left) bytes are there."""
+    """Return what is said of a set for which only C(left) bytes are there."""
     reserve = human(space.reserve)
     if not space.reservable:
         reserve += " (counted twice, because this file system cannot reserve space for a copy)"
@@ -83,7 +83,7 @@ LEAST_FREE = 1 << 20
 async def measure(
     disks: Sequence[Disk], links: Sequence[ChainLink], planned: Iterable[DiskPlan] = (), vm: Vm | None = None
 ) -> dict[str, int]:
-    """The most that each disk's image is expected to take, in bytes.
+    """Return the most that each disk's image is expected to take, in bytes.
 
     A full image that was C(planned) takes what was measured then, or what the disk has come to hold since. C(vm) is
     where the disks' layers are told.
@@ -121,7 +121,7 @@ class SpaceTracker:
         self._seen = -self.RESCAN
 
     def space(self, besides: str = "") -> Space:
-        """The space for the set of the VM C(besides)."""
+        """Return the space for the set of the VM C(besides)."""
         status = os.statvfs(self._path)
         return Space(
             free=status.f_bavail * status.f_frsize,
@@ -131,7 +131,7 @@ class SpaceTracker:
         )
 
     def note(self, intent: Intent) -> None:
-        """A set that has begun to grow since."""
+        """Count a set that has begun to grow since."""
         self._growing[intent.attempt] = intent
 
     def _promised(self, besides: str) -> int:
@@ -143,12 +143,12 @@ class SpaceTracker:
 
 
 def space_in(repository: Repository, policy: Policy) -> Space:
-    """The space for new sets, of whatever VM."""
+    """Return the space for new sets, of whatever VM."""
     return SpaceTracker(repository, policy).space()
 
 
 def short_of_space(repository: Repository, policy: Policy) -> str:
-    """What is wrong with the free space for copies whose space could not be reserved; empty where nothing is."""
+    """Return what is wrong with the free space for copies whose space could not be reserved; empty where nothing is."""
     status = os.statvfs(repository.path)
     free = status.f_bavail * status.f_frsize
     reserve = max(LEAST_FREE, reserve_bytes(policy.reserve, status.f_blocks * status.f_frsize))
@@ -158,7 +158,7 @@ def short_of_space(repository: Repository, policy: Policy) -> str:
 
 
 def _reservable(directory: str) -> bool:
-    """Whether space can be reserved here, tried on a file of which nothing is left, whatever happens."""
+    """Tell whether space can be reserved here, tried on a file of which nothing is left, whatever happens."""
     try:
         with scratch(directory, f".{REPOSITORY_FILE}.") as probe:
             return preallocate.allocate(probe, qemu_img.CLUSTER)

@@ -16,7 +16,7 @@ import pytest
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.process import Process
 from ansible_collections.vmfleet.backup.plugins.module_utils._plan.model import Observation, Request
-from ansible_collections.vmfleet.backup.plugins.module_utils._plan.observe import observe, with_damage, with_fates
+from ansible_collections.vmfleet.backup.plugins.module_utils._plan.observe import observe, with_damage, with_ends
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository import staging
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.annotations import write_annotation
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.documents import DiskImage, Verification
@@ -156,7 +156,7 @@ class TestDead:
     )
     def test_dead(self, attempt: dict[str, Any], facts: Observation, dead: bool) -> None:
         made = intent(**attempt)
-        assert with_fates(facts, [made], HERE).dead == (frozenset({made.attempt}) if dead else frozenset())
+        assert with_ends(facts, [made], HERE).dead == (frozenset({made.attempt}) if dead else frozenset())
 
 
 def test_a_vm_that_is_off_is_told_from_one_that_is_silent(tmp_path: Path) -> None:
