@@ -290,7 +290,7 @@ from typing import TYPE_CHECKING
 
 from ansible.module_utils.basic import AnsibleModule
 
-from ansible_collections.vmfleet.backup.plugins.module_utils._backup.cancel import of_names
+from ansible_collections.vmfleet.backup.plugins.module_utils._backup.cancel import plan_of_names
 from ansible_collections.vmfleet.backup.plugins.module_utils._backup.engine import reconcile
 from ansible_collections.vmfleet.backup.plugins.module_utils._backup.outcome import (
     STOPPING,
@@ -333,7 +333,7 @@ async def places(module: AnsibleModule, plan: Plan | None, calls: ThreadedCalls)
     await probe_if_there(path, writing=True)
     if plan is None:
         repository = await calls.run(open_repository, path)
-        return repository, await calls.run(of_names, repository, module.params["names"]), False
+        return repository, await calls.run(plan_of_names, repository, module.params["names"]), False
     repository = await calls.run(find_repository, path, plan.create_repository)
     if module.params["state"] in STOPPING:
         return repository, plan, False

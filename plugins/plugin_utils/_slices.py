@@ -16,7 +16,6 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._backup.outcome imp
     diff,
     failure,
     headline,
-    of_result,
     results,
     summarize,
 )
@@ -74,7 +73,7 @@ class Slices:
         """Take in what such a call has returned."""
         self._calls.append(result)
         for place, found in zip(self._next, result["vms"]):
-            outcome, before = of_result(found), self._outcomes.get(place)
+            outcome, before = Outcome.from_result(found), self._outcomes.get(place)
             if before:
                 # A call knows of itself only.
                 warnings = tuple(dict.fromkeys((*before.warnings, *outcome.warnings)))

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from .task import VmTask
 
 
-def of_names(repository: Repository, names: Iterable[str] | None) -> Plan:
+def plan_of_names(repository: Repository, names: Iterable[str] | None) -> Plan:
     """Return a plan for the states cancelled and untracked: what the repository knows of the VMs with these names.
 
     Without names it is for those whose sets this hypervisor is making.

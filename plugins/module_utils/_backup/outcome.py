@@ -2,7 +2,7 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""What has become of the VMs of a run: as return values, as a summary, and for people to read."""
+"""Tell what has become of the VMs of a run: as return values, as a summary, and for people to read."""
 
 from __future__ import annotations
 
@@ -80,7 +80,14 @@ class Outcome:
     offset: int = 0
     len: int = 0
 
+    @classmethod
+    def from_result(cls, found: Mapping[str, Any]) -> Outcome:
+        """Return the outcome that C(results) has written."""
+        disks = tuple(DiskOutcome(**disk) for disk in found["disks"])
+        return cls(**{**found, "warnings": tuple(found["warnings"]), "disks": disks})
+
     def describe(self, width: int) -> list[str]:
+        """Return it for people to read, with as much room for names as the longest one takes."""
         said = self.error or self.reason
         if self.state == VmState.PUBLISHED:
             frozen = f" (frozen for {self.frozen_ms} ms)" if self.frozen_ms else ""
@@ -93,17 +100,12 @@ class Outcome:
 
 
 def results(outcomes: Iterable[Outcome]) -> list[dict[str, Any]]:
+    """Return outcomes as return values."""
     return [asdict(outcome) for outcome in outcomes]
 
 
-def of_result(found: Mapping[str, Any]) -> Outcome:
-    """The outcome that C(results) has written."""
-    disks = tuple(DiskOutcome(**disk) for disk in found["disks"])
-    return Outcome(**{**found, "warnings": tuple(found["warnings"]), "disks": disks})
-
-
 def summarize(outcomes: Sequence[Outcome]) -> dict[str, Any]:
-    """How many VMs are in which state, and what was written."""
+    """Count how many VMs are in which state, and what was written."""
     counts: dict[str, Any] = {state: sum(outcome.state == state for outcome in outcomes) for state in STATES}
     counts["changed"] = sum(outcome.changed for outcome in outcomes)
     counts["bytes"] = sum(outcome.bytes for outcome in outcomes if outcome.changed)
@@ -137,14 +139,14 @@ def _kinds(outcomes: Iterable[Outcome]) -> str:
 
 
 def describe(outcomes: Sequence[Outcome]) -> list[str]:
-    """The results for people to read, what went wrong last."""
+    """Return the results for people to read, what went wrong last."""
     width = column(outcome.name for outcome in outcomes)
     ordered = sorted(outcomes, key=lambda one: one.state in (VmState.FAILED, VmState.CANCELLED))
     return [line for outcome in ordered for line in outcome.describe(width)]
 
 
 def diff(outcomes: Iterable[Outcome]) -> dict[str, str]:
-    """The sets before and after; nothing differs where nothing has changed."""
+    """Return the sets before and after; nothing differs where nothing has changed."""
     before, after = "", ""
     for outcome in outcomes:
         was = "not published" if outcome.changed else outcome.state
@@ -154,7 +156,7 @@ def diff(outcomes: Iterable[Outcome]) -> dict[str, str]:
 
 
 def failure(outcomes: Sequence[Outcome], set_id: str, wanted: str) -> str:
-    """What the module says when not every VM is where it should be; empty where all are."""
+    """Return what the module says when not every VM is where it should be; empty where all are."""
     bad_states = (VmState.FAILED,) if wanted in STOPPING else (VmState.FAILED, VmState.CANCELLED)
     bad = [outcome for outcome in outcomes if outcome.state in bad_states]
     if not bad:

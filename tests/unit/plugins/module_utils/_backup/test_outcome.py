@@ -17,7 +17,6 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._backup.outcome imp
     diff,
     failure,
     headline,
-    of_result,
     results,
     summarize,
 )
@@ -112,7 +111,7 @@ def test_the_disks_of_a_set() -> None:
 def test_what_was_returned_can_be_read_back() -> None:
     disks = (DiskOutcome("vda", "full", "why", None, 7),)
     outcomes = [*OUTCOMES, Outcome("db02", "s1", "running", warnings=("careful",), disks=disks, offset=1, len=2)]
-    assert [of_result(json.loads(json.dumps(found))) for found in results(outcomes)] == outcomes
+    assert [Outcome.from_result(json.loads(json.dumps(found))) for found in results(outcomes)] == outcomes
 
 
 def test_failures_are_told_with_their_reasons_and_what_to_do() -> None:
