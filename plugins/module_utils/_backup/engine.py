@@ -166,14 +166,13 @@ async def _take_step(run: BackupRun, task: VmTask) -> Outcome | Pending:
     if process:
         return await _change(run, task, process)
     session = await observe(run, task)
+    _note_attempt(session)
     while True:
         step, reason = next_step(await _situation(session))
         if run.settings.check_mode and step not in REPORTS:
             return results.predicted(session)
         if step in CHANGES:
             return await _change(run, task, session.seen.process, None if session.seen.vm else session.seen)
-        if step != Step.QUEUE:
-            _note_attempt(session)
         found = await LOOKS[step](session, reason)
         if found is not None:
             return found
@@ -207,10 +206,14 @@ async def _change(
 
 
 def _note_attempt(session: VmSession) -> None:
-    """Remember whose jobs may have to be cancelled where the repository cannot be used any more."""
-    decision = session.decision
-    if decision.intent and decision.case.action != Action.FAIL and session.run.is_ours(decision.intent):
-        session.task.last_attempt = decision.intent
+    """Remember whose jobs are to be cancelled where the repository cannot be used any more."""
+    run, task, decision = session.run, session.task, session.decision
+    action = decision.case.action
+    if run.settings.check_mode or action == Action.FAIL:
+        return
+    waits = action == Action.FINISH and not run.slots.has(task.name)
+    if decision.intent and run.is_ours(decision.intent) and not waits:
+        task.last_attempt = decision.intent
 
 
 async def _situation(session: VmSession) -> VmSituation:

@@ -90,7 +90,7 @@ def with_records(
 
     C(damage) says that the files of images are looked at.
 
-    Raises BackupError as Repository.shelf() does.
+    Raises BackupError as Repository.records() does.
     """
     records = repository.records(name)
     seen = with_ends(seen, records.intents, hypervisor)
