@@ -117,7 +117,9 @@ async def hold(
 async def hold_now(session: VmSession) -> AsyncIterator[LockedVm]:
     """Take the locks of a VM that was looked at; BackupError where that cannot be done now."""
     seen = session.seen
-    async with hold(session.run, session.task, seen.process, None if seen.vm else seen) as held:
+    async with AsyncExitStack() as stack:
+        found = hold(session.run, session.task, seen.process, None if seen.vm else seen)
+        held = await stack.enter_async_context(found)
         if isinstance(held, Pending):
             raise BackupError(held.reason or "another QEMU has taken the VM's place; call again")
         yield held
