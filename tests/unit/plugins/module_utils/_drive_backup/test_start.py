@@ -70,7 +70,7 @@ def test_what_is_started_is_written_down(state: RequestedState, directory: Path)
     assert (result["id"], result["state"]) == ("vmfleet.db.0", "running")
     assert attempt == (left.attempt if state == RequestedState.COMPLETED else "")
     assert hands.session.changed
-    [image] = hands.session.images.values()
+    image = hands.session.images[copy.drive.image_path]
     assert os.path.samestat(os.fstat(image.fd), os.stat(copy.drive.image_path))
     os.close(image.fd)
 
