@@ -106,7 +106,8 @@ def results(outcomes: Iterable[Outcome]) -> list[dict[str, Any]]:
 
 def summarize(outcomes: Sequence[Outcome]) -> dict[str, Any]:
     """Count how many VMs are in which state, and what was written."""
-    counts: dict[str, Any] = {state: sum(outcome.state == state for outcome in outcomes) for state in STATES}
+    # The action plugin returns this too, and Ansible warns of variables that are not of its own types.
+    counts: dict[str, Any] = {str(state): sum(outcome.state == state for outcome in outcomes) for state in STATES}
     counts["changed"] = sum(outcome.changed for outcome in outcomes)
     counts["bytes"] = sum(outcome.bytes for outcome in outcomes if outcome.changed)
     return counts
