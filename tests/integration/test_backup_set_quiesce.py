@@ -276,23 +276,24 @@ def test_case_30_a_freeze_without_an_answer(
     assert_filesystem(sets, sets.back_up(**options(vm, agent, "require"), id="s2"), set_id="s2")
 
 
-@pytest.mark.parametrize("quiesce", ["try", "require"])
-def test_an_agent_that_is_silent_once_it_has_frozen(
-    vm: Qemu, agent: ScriptedAgent, sets: Sets, monkeypatch: pytest.MonkeyPatch, quiesce: str
-) -> None:
-    for module, name in (
-        (guest_agent, "FREEZE_TIMEOUT"),
-        (guest_agent, "ANSWER_TIMEOUT"),
-        (guest_agent, "THAW_TIMEOUT"),
-    ):
-        monkeypatch.setattr(module, name, 1.0)
+def freeze_and_fall_silent(agent: ScriptedAgent) -> dict[str, int]:
+    """Freeze, and answer nothing from then on."""
+    agent.script = dict.fromkeys(("guest-sync", STATUS, THAW), [silence] * 1000)
+    return {"return": agent.freeze()}
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Modules do not wait long for an agent that is silent."""
+    for name in ("FREEZE_TIMEOUT", "ANSWER_TIMEOUT", "THAW_TIMEOUT"):
+        monkeypatch.setattr(guest_agent, name, 1.0)
     monkeypatch.setattr(guest_freeze, "THAW_TIMEOUT", 1.0)
     monkeypatch.setattr(guest_freeze, "THAW_LIMIT", PATIENCE)
 
-    def freeze_and_fall_silent(agent: ScriptedAgent) -> dict[str, int]:
-        agent.script = dict.fromkeys(("guest-sync", STATUS, THAW), [silence] * 1000)
-        return {"return": agent.freeze()}
 
+@pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize("quiesce", ["try", "require"])
+def test_an_agent_that_is_silent_once_it_has_frozen(vm: Qemu, agent: ScriptedAgent, sets: Sets, quiesce: str) -> None:
     agent.script = {FREEZE: [freeze_and_fall_silent]}
     if quiesce == "try":
         result = sets.back_up(**options(vm, agent, quiesce))
@@ -303,6 +304,19 @@ def test_an_agent_that_is_silent_once_it_has_frozen(
         assert_undone(vm, sets)
     assert any("may still be frozen" in warning for warning in result["warnings"])
     assert agent.frozen
+    agent.script = {}
+    wait_until(lambda: not agent.frozen, "the thaw by the guard")
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_copy_whose_guest_cannot_be_thawed_keeps_to_the_bandwidth(vm: Qemu, agent: ScriptedAgent, sets: Sets) -> None:
+    agent.script = {FREEZE: [freeze_and_fall_silent]}
+    plan = sets.plan(**options(vm, agent, "try"), speed=SLOW)["plan"]
+    succeed("backup_set", {"plan": plan, "state": "started"})
+    result = succeed("backup_set", {"plan": plan, "slice": 0.1, "bandwidth": "512K"})
+    assert any("may still be frozen" in warning for warning in result["warnings"])
+    assert vm.job["speed"] == 512 << 10
+    succeed("backup_set", {"plan": plan, "state": "cancelled"})
     agent.script = {}
     wait_until(lambda: not agent.frozen, "the thaw by the guard")
 

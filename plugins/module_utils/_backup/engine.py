@@ -99,6 +99,8 @@ CHANGES: dict[Step, Change] = {
     Step.START: start.start,
 }
 """What is done with the VM's locks."""
+SHARING = frozenset({Step.FOLLOW, Step.FLUSH, Step.THAW})
+"""Before these, a VM's jobs get their share of the bandwidth: without locks, as that is a conversation of its own."""
 
 
 # All VMs
@@ -171,6 +173,8 @@ async def _take_step(run: BackupRun, task: VmTask) -> Outcome | Pending:
         step, reason = next_step(await _situation(session))
         if run.settings.check_mode and step not in REPORTS:
             return results.predicted(session)
+        if step in SHARING:
+            await follow.share_bandwidth(session)
         if step in CHANGES:
             return await _change(run, task, session.seen.process, None if session.seen.vm else session.seen)
         found = await LOOKS[step](session, reason)

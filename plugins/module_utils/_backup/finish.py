@@ -18,7 +18,7 @@ from .._host.checksum import sha256
 from .._qemu import block_jobs
 from .._qemu.monitor import Monitor, parse_address
 from .._repository.documents import Manifest
-from . import cleanup, follow, results
+from . import cleanup, results
 from .attempt_state import guest_stopped_by
 from .task import AGAIN, Pending, WaitFor
 
@@ -38,7 +38,6 @@ async def flush(session: VmSession, _reason: str) -> Pending | None:
     None says that the next step is known without another look.
     """
     run, task, intent = session.run, session.task, session.intent
-    await follow.share_bandwidth(session)
     try:
         await _close_targets(session)
     except MonitorError as error:

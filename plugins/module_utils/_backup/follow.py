@@ -31,8 +31,7 @@ if TYPE_CHECKING:
 
 
 async def follow(session: VmSession, _reason: str) -> Pending:
-    """Share out the bandwidth, have the images written out, and wait for the jobs."""
-    await share_bandwidth(session)
+    """Have the images written out, and wait for the jobs."""
     return _wait_for_jobs(session)
 
 
