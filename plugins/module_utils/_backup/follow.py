@@ -13,8 +13,9 @@ from .._common.errors import MonitorError
 from .._common.formats import boottime
 from .._plan import space
 from .._qemu import block_jobs
+from .._qemu.address import parse_address
 from .._qemu.job_watch import StallClock
-from .._qemu.monitor import Monitor, parse_address
+from .._qemu.monitor import Monitor
 from . import cleanup
 from .attempt_state import guest_stopped_by
 from .session import jobs_of

@@ -29,7 +29,7 @@ LONGEST_NAME = 3000
 class LevelPolicy:
     """What sort of images is asked for. C(max_chain) is the most images that a chain may have."""
 
-    level: str = Level.AUTO
+    level: Level = Level.AUTO
     tracking: bool = True
     max_chain: int = 30
 
@@ -42,7 +42,7 @@ class ChainLink:
     external snapshots lie between. C(records) are all these bitmaps as they were seen, the disk's own first.
     """
 
-    level: str
+    level: Level
     reason: str
     parent: Parent | None = None
     image: str = ""

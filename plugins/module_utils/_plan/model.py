@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING
 
 from .._common.errors import Refused
-from .._common.words import Word
+from .._common.words import Word, read_words
 from .._qemu.losses import EncryptedSource
 from .._repository.documents import Level
 from .._repository.names import check_set_id
@@ -134,7 +134,7 @@ class Request:
     monitor: str
     include_disks: tuple[str, ...] = ()
     exclude_disks: tuple[str, ...] = ()
-    wanted: str = Level.AUTO
+    wanted: Level = Level.AUTO
     quiesce: str = Quiesce.NONE
     agent: str = ""
 
@@ -180,7 +180,7 @@ class DiskPlan:
 
     name: str
     node: str
-    level: str
+    level: Level
     reason: str
     parent: str | None
     target: str
@@ -199,10 +199,10 @@ class VmPlan:
     action: str
     reason: str
     identity: str = ""
-    level: str = Level.FULL
+    level: Level = Level.FULL
     include_disks: tuple[str, ...] = ()
     exclude_disks: tuple[str, ...] = ()
-    wanted: str = Level.AUTO
+    wanted: Level = Level.AUTO
     quiesce: str = Quiesce.NONE
     agent: str = ""
     unless: str = ""
@@ -280,10 +280,18 @@ def _parse_vm(found: Mapping[str, Any]) -> VmPlan:
         **found,
         "include_disks": tuple(found["include_disks"]),
         "exclude_disks": tuple(found["exclude_disks"]),
-        "disks": tuple(_build(DiskPlan, disk) for disk in found["disks"]),
+        "disks": tuple(_parse_disk(disk) for disk in found["disks"]),
         "left_out": tuple(_build(LeftOut, disk) for disk in found["left_out"]),
     }
+    read_words(parsed, level=Level, wanted=Level)
     plan: VmPlan = _build(VmPlan, parsed)
+    return plan
+
+
+def _parse_disk(found: Mapping[str, Any]) -> DiskPlan:
+    parsed = dict(found)
+    read_words(parsed, level=Level)
+    plan: DiskPlan = _build(DiskPlan, parsed)
     return plan
 
 

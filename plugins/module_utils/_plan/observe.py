@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 
 from .._common.errors import BackupError, MonitorGone
 from .._host.machine import machine_id
-from .._qemu.monitor import Monitor, parse_address
+from .._qemu.address import parse_address
+from .._qemu.monitor import Monitor
 from .._qemu.origin import Origin
 from .._qemu.query import inspect_vm, query_jobs
 from .._repository.annotations import read_annotations
@@ -102,10 +103,10 @@ def with_damage(seen: Observation, repository: Repository, sets: Sequence[Manife
     if seen.vm is None or not sets:
         return seen
     found = {}
-    marks = read_annotations(repository, sets[-1].vm.name)
+    annotations = read_annotations(repository, sets[-1].vm.name)
     # That a guest did not start says nothing of what its disks' images hold.
-    looks = tuple(mark for mark in marks.verifications if mark.ok or mark.depth != Depth.BOOT)
-    failed = failed_sets(sets, replace(marks, verifications=looks))
+    looks = tuple(look for look in annotations.verifications if look.ok or look.depth != Depth.BOOT)
+    failed = failed_sets(sets, replace(annotations, verifications=looks))
     fulls = {disk.name: manifest for manifest in sets for disk in manifest.disks if disk.level == Level.FULL}
     for disk in seen.vm.disks:
         # Manifests are not hashable as a whole; the two are often one.

@@ -16,9 +16,7 @@ from typing import TYPE_CHECKING
 
 from .._common.errors import CommandError, MonitorError, MonitorGone, MonitorTimeout
 from . import connection, qmp_client
-from .address import parse_address as parse_address  # noqa: PLC0414
 from .qmp_client import quoted
-from .qmp_client import require_qmp as require_qmp  # noqa: PLC0414
 
 if TYPE_CHECKING:
     import socket

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING
 
 from .._common.version import COLLECTION_VERSION, SCHEMA
-from .._common.words import Word
+from .._common.words import Word, read_words
 from .._host.machine import Hypervisor
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ class DiskImage:
     source: str
     source_format: str
     virtual_size: int
-    level: str
+    level: Level
     reason: str
     parent: Parent | None
     image: str
@@ -116,7 +116,7 @@ class DiskImage:
         parent = found.get("parent")
         layers = tuple(found.get("layers", ()))
         parsed = {**found, "layers": layers, "parent": _build(Parent, parent) if parent else None}
-        _read_words(parsed, level=Level)
+        read_words(parsed, level=Level)
         return _build(cls, parsed)
 
 
@@ -137,7 +137,7 @@ class Manifest:
     vm: VmName
     id: str
     sequence: int
-    level: str
+    level: Level
     run: str
     attempt: str
     started: str
@@ -171,7 +171,7 @@ class Manifest:
                 "disks": tuple(DiskImage.parse(disk) for disk in found["disks"]),
                 "hypervisor": _build(Hypervisor, maker) if maker else None,
             }
-            _read_words(parsed, level=Level)
+            read_words(parsed, level=Level)
             return _build(cls, parsed)
         except (KeyError, TypeError, AttributeError) as error:
             raise DocumentError(f"it is no manifest: {error!r}") from error
@@ -205,7 +205,7 @@ class Intent:
     hypervisor: Hypervisor
     monitor: str
     process: tuple[int, ...]
-    level: str
+    level: Level
     consistency: str
     qemu: str
     guest: str
@@ -249,7 +249,7 @@ class Intent:
                 "progress": tuple(found.get("progress", ())),
                 "disks": disks,
             }
-            _read_words(parsed, level=Level, phase=Phase)
+            read_words(parsed, level=Level, phase=Phase)
             return _build(cls, parsed)
         except (KeyError, TypeError, AttributeError) as error:
             raise DocumentError(f"it is no intent: {error!r}") from error
@@ -309,7 +309,7 @@ class Verification:
 
     id: str
     attempt: str
-    depth: str
+    depth: Depth
     when: str
     errors: tuple[str, ...] = ()
     schema: int = SCHEMA
@@ -322,7 +322,7 @@ class Verification:
     def parse(cls, found: Any) -> Verification:
         _check_schema(found)
         parsed = {**found, "errors": tuple(found.get("errors", ()))}
-        _read_words(parsed, depth=Depth)
+        read_words(parsed, depth=Depth)
         return _parse(cls, parsed, "verification")
 
 
@@ -385,13 +385,6 @@ def _check_schema(found: Any) -> None:
         raise DocumentError("it has no schema number")
     if found["schema"] > SCHEMA:
         raise NewerSchema("its schema {} is newer than this collection; update vmfleet.backup".format(found["schema"]))
-
-
-def _read_words(found: dict[str, Any], **words: type[Word]) -> None:
-    """Replace the words of closed lists in a document's fields by their members."""
-    for name, kind in words.items():
-        if name in found:
-            found[name] = kind.read(found[name])
 
 
 def _build(cls: type[T], found: dict[str, Any]) -> T:

@@ -48,10 +48,10 @@ def test_marks_come_back_as_they_were_written_and_go(repository: Repository) -> 
     assert read_annotations(repository, "nosuch") == read_annotations(repository, "web01") == SetAnnotations()
     for mark in (PROTECTION, PIN, VERIFICATION):
         write_annotation(repository, "web01", mark)
-    marks = read_annotations(repository, "web01")
-    assert marks == SetAnnotations((PROTECTION,), (PIN,), (VERIFICATION,))
-    assert (marks.protected("s1"), marks.protected("s2")) == (True, False)
-    assert (marks.pins_of("s1"), marks.pins_of("s2")) == ((PIN,), ())
+    annotations = read_annotations(repository, "web01")
+    assert annotations == SetAnnotations((PROTECTION,), (PIN,), (VERIFICATION,))
+    assert (annotations.protected("s1"), annotations.protected("s2")) == (True, False)
+    assert (annotations.pins_of("s1"), annotations.pins_of("s2")) == ((PIN,), ())
     remove_annotations(repository, "web01", [PROTECTION, PIN, VERIFICATION, PROTECTION])
     assert os.listdir(repository.directory("web01")) == []
 
@@ -74,9 +74,9 @@ def test_a_verification_replaces_the_one_before_and_an_overlay_has_one_pin(repos
         write_annotation(repository, "web01", verification)
     for pin in (PIN, replace(PIN, since="later"), *others):
         write_annotation(repository, "web01", pin)
-    marks = read_annotations(repository, "web01")
-    assert [mark.ok for mark in marks.verifications] == [True]
-    assert {*marks.pins} == {replace(PIN, since="later"), *others}
+    annotations = read_annotations(repository, "web01")
+    assert [mark.ok for mark in annotations.verifications] == [True]
+    assert {*annotations.pins} == {replace(PIN, since="later"), *others}
 
 
 def test_ids_that_look_like_marks_are_none(repository: Repository) -> None:
@@ -84,9 +84,14 @@ def test_ids_that_look_like_marks_are_none(repository: Repository) -> None:
         failure = Failure("run", "a1", set_id, "failed", "x", "then", "now")
         write_document(repository.failure_path("web01", set_id), asdict(failure))
         write_annotation(repository, "web01", replace(PROTECTION, id=set_id))
-    marks = read_annotations(repository, "web01")
-    assert sorted(mark.id for mark in marks.protections) == ["a.pin-00000000", "a.pin-b", "a.protected", "a.verified"]
-    assert (marks.pins, marks.verifications) == ((), ())
+    annotations = read_annotations(repository, "web01")
+    assert sorted(mark.id for mark in annotations.protections) == [
+        "a.pin-00000000",
+        "a.pin-b",
+        "a.protected",
+        "a.verified",
+    ]
+    assert (annotations.pins, annotations.verifications) == ((), ())
 
 
 def test_half_written_marks_are_none_and_newer_ones_are_not_skipped(repository: Repository) -> None:

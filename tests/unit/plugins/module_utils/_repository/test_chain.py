@@ -11,13 +11,12 @@ from dataclasses import replace
 import pytest
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.chain import (
-    Level,
     bitmaps_to_keep,
     lost_parent,
     set_level,
     walk,
 )
-from ansible_collections.vmfleet.backup.plugins.module_utils._repository.documents import Manifest, Parent
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository.documents import Level, Manifest, Parent
 from ansible_collections.vmfleet.backup.tests.unit.plugins.builders import intent
 from ansible_collections.vmfleet.backup.tests.unit.plugins.chains import S1, S2, S3, image, manifest, parent
 
