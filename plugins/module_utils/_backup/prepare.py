@@ -22,7 +22,7 @@ from .._plan.levels import written_elsewhere
 from .._plan.model import Quiesce
 from .._plan.space import SpaceTracker, measure, no_room
 from .._qemu import guest_freeze, target_image
-from .._qemu.guest_agent import find_agent
+from .._qemu.agent_channel import find_agent
 from .._qemu.vm_config import describe_vm
 from .._repository.documents import DiskImage, Intent, StagedDisk, VmName
 

@@ -2,7 +2,7 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""The guest agent's channel, and what is said there. What freezing makes of it is tested in test_guest_freeze.py."""
+"""What is said on the guest agent's channel. What freezing makes of it is tested in test_guest_freeze.py."""
 
 from __future__ import annotations
 
@@ -19,78 +19,15 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._qemu import guest_
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.guest_agent import (
     Agent,
     AgentRefusal,
-    find_agent,
     wait_alone,
     wait_in_loop,
 )
 from ansible_collections.vmfleet.backup.tests.harness.qemu import wait_until
-from ansible_collections.vmfleet.backup.tests.unit.plugins.doubles import FakeMonitor, monitor, refusal
 from ansible_collections.vmfleet.backup.tests.unit.plugins.guest_agent import ScriptedAgent, says
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
-
-CHARDEVS = [
-    {"frontend-open": False, "filename": "disconnected:unix:/run/web01.qga,server=on", "label": "qga0"},
-    {"frontend-open": True, "filename": "unix:/run/db01.qga,server=on", "label": "qga1"},
-    {"frontend-open": True, "filename": "pty:/dev/pts/3", "label": "pty0"},
-]
-
-
-def port(name: str, chardev: str) -> dict[str, str]:
-    return {"name": name, "chardev": chardev}
-
-
-def look(peripheral: Any, anonymous: Any, chardevs: Any = None) -> dict[str, Any] | None:
-    """Find the agent of a VM with these ports; one without properties is another device, None no container."""
-    containers = {"/machine/peripheral": peripheral, "/machine/peripheral-anon": anonymous}
-    found = {f"{path}/{name}": port for path, ports in containers.items() for name, port in (ports or {}).items()}
-
-    def entries(arguments: dict[str, Any]) -> list[dict[str, str]]:
-        ports = containers[arguments["path"]]
-        if ports is None:
-            raise refusal("Path not found", "qom-list")
-        kinds = {name: "virtserialport" if port else "virtio-serial-pci" for name, port in ports.items()}
-        return [{"name": "type", "type": "string"}] + [
-            {"name": name, "type": f"child<{kind}>"} for name, kind in kinds.items()
-        ]
-
-    fake = FakeMonitor(
-        {
-            "qom-list": entries,
-            "qom-get": lambda arguments: found[arguments["path"]][arguments["property"]],
-            "query-chardev": CHARDEVS if chardevs is None else chardevs,
-        }
-    )
-    return asyncio.run(find_agent(monitor(fake)))
-
-
-AGENT = "org.qemu.guest_agent.0"
-SPICE = {"spice": port("com.redhat.spice.0", "pty0"), "serial": {}}
-
-
-@pytest.mark.parametrize(
-    ("peripheral", "anonymous", "expected"),
-    [
-        ({"ga": port(AGENT, "qga0")}, {}, ("/run/web01.qga", False)),
-        ({"ga": port(AGENT, "qga1")}, {}, ("/run/db01.qga", True)),
-        (SPICE, {"device[1]": port(AGENT, "qga1")}, ("/run/db01.qga", True)),
-        (None, {"device[1]": port(AGENT, "qga1")}, ("/run/db01.qga", True)),
-        ({"ga": port(AGENT, "pty0")}, {}, ("", True)),
-        ({"ga": port(AGENT, "gone")}, {}, ("", False)),
-    ],
-    ids=["not connected", "connected", "port without id", "no ports with ids", "no socket", "no such chardev"],
-)
-def test_channel_is_found(peripheral: Any, anonymous: Any, expected: tuple[str, bool]) -> None:
-    assert look(peripheral, anonymous) == dict(zip(("socket", "connected"), expected, strict=True))
-
-
-@pytest.mark.parametrize(
-    ("peripheral", "anonymous"), [(SPICE, {}), (None, None)], ids=["other ports", "no devices at all"]
-)
-def test_vm_without_channel(peripheral: Any, anonymous: Any) -> None:
-    assert look(peripheral, anonymous, AssertionError("nobody needs to know")) is None
 
 
 @pytest.fixture
