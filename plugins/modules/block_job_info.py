@@ -96,7 +96,7 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._host.run_module im
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.address import parse_address
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.monitor import Monitor
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.qmp_client import require_qmp
-from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.query import query_jobs
+from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.query_jobs import query_jobs
 
 if TYPE_CHECKING:
     from typing import Any

@@ -14,7 +14,7 @@ from .._qemu import block_jobs
 from .._qemu.address import parse_address
 from .._qemu.model import IO_ERROR
 from .._qemu.monitor import Monitor
-from .._qemu.query import query_jobs
+from .._qemu.query_jobs import query_jobs
 from . import results
 from .outcome import VmState
 

@@ -15,7 +15,8 @@ from .._host.machine import machine_id
 from .._qemu.address import parse_address
 from .._qemu.monitor import Monitor
 from .._qemu.origin import Origin
-from .._qemu.query import inspect_vm, query_jobs
+from .._qemu.query import inspect_vm
+from .._qemu.query_jobs import query_jobs
 from .._repository.annotations import read_annotations
 from .._repository.catalog import failed_sets
 from .._repository.chain import walk

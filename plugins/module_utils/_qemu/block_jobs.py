@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from .._common.errors import CommandError, JobFailed
 from .._host.calls import AT_ONCE
 from .model import IO_ERROR, TARGET_NODES
-from .query import query_jobs
+from .query_jobs import query_jobs
 from .target_image import open_pair
 
 if TYPE_CHECKING:

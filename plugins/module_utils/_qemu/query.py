@@ -4,7 +4,7 @@
 
 """Ask QEMU about a VM, and read its answers into the model.
 
-Reference: QEMU QMP Reference Manual 7.2, chapters "Block devices", "Background jobs" and "VM run state".
+Reference: QEMU QMP Reference Manual 7.2, chapters "Block devices" and "VM run state".
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from .._host.machine import machine_id
-from .model import NO_UUID, TARGET_NODE, Bitmap, Disk, Job, Vm, qdev_id
+from .model import NO_UUID, TARGET_NODE, Bitmap, Disk, Vm, qdev_id
+from .query_jobs import merge_jobs
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -226,35 +227,6 @@ def _backing_by_file_name(nodes: list[dict[str, Any]], below: dict[str, str]) ->
             inner = {node["node-name"], *(below.get(opener) for opener in found)}
             backing[node["node-name"]] = [opener for opener in found if opener not in inner]
     return backing
-
-
-async def query_jobs(monitor: Monitor) -> tuple[Job, ...]:
-    """Ask a VM for its block jobs."""
-    block_jobs, jobs = await asyncio.gather(monitor.execute("query-block-jobs"), monitor.execute("query-jobs"))
-    return merge_jobs(block_jobs, jobs)
-
-
-def merge_jobs(block_jobs: list[dict[str, Any]], jobs: list[dict[str, Any]]) -> tuple[Job, ...]:
-    """Return the jobs of query-block-jobs, with what query-jobs adds. A job that ends in between is in one only."""
-    general = {job["id"]: job for job in jobs}
-    merged = []
-    for entry in block_jobs:
-        other = general.get(entry["device"], {})
-        merged.append(
-            Job(
-                id=entry["device"],
-                type=entry["type"],
-                status=other.get("status", entry["status"]),
-                offset=entry["offset"],
-                len=entry["len"],
-                speed=entry["speed"],
-                paused=entry["paused"],
-                busy=entry["busy"],
-                io_status=entry["io-status"],
-                error=other.get("error", entry.get("error", "")),
-            )
-        )
-    return tuple(merged)
 
 
 def _disks(graph: _Graph) -> tuple[tuple[Disk, ...], tuple[Disk, ...]]:
