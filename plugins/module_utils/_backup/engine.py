@@ -235,7 +235,7 @@ async def _situation(session: VmSession) -> VmSituation:
         alarm=alarm,
         frozen=intent is not None and intent.frozen,
         time_over=run.slice.over.is_set(),
-        planned=Action(planned.action),
+        planned=Action.read(planned.action),
         planned_reason=planned.reason,
         planned_published=planned.action == Action.SKIP and planned.reason == PUBLISHED_ALREADY,
         refused=_is_refused(run, planned),
