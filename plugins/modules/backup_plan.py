@@ -309,8 +309,8 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._plan.model import 
 from ansible_collections.vmfleet.backup.plugins.module_utils._plan.planner import describe, discover, draw_up
 from ansible_collections.vmfleet.backup.plugins.module_utils._plan.space import reserve_bytes
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.losses import EncryptedSource
+from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.monitor import require_qmp
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.qemu_img import require_qemu_img
-from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.qmp_client import require_qmp
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.async_repository import AsyncRepository
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.create import find_repository
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.documents import Level

@@ -310,8 +310,8 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._host.io_thread imp
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.probe import Watch, probe_if_there
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.worker import run_in_worker
 from ansible_collections.vmfleet.backup.plugins.module_utils._plan.model import parse_plan
+from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.monitor import require_qmp
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.qemu_img import require_qemu_img
-from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.qmp_client import require_qmp
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.async_repository import AsyncRepository
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.create import (
     create_repository,

@@ -338,9 +338,9 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup.reque
 )
 from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup.session import Session
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.run_module import run_module
-from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.address import parse_address
+from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.connection import parse_address
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.losses import EncryptedSource
-from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.qmp_client import require_qmp
+from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.monitor import require_qmp
 
 if TYPE_CHECKING:
     from typing import Any

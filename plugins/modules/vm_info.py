@@ -201,16 +201,15 @@ from ansible.module_utils.basic import AnsibleModule
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import BackupError, internal
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.run_module import run_module
-from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.address import parse_address
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.agent_channel import find_agent
-from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.monitor import Monitor
-from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.qmp_client import require_qmp
+from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.connection import parse_address
+from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.monitor import Monitor, require_qmp
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.query import inspect_vm
 
 if TYPE_CHECKING:
     from typing import Any
 
-    from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.address import Address
+    from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.connection import Address
 
 AT_ONCE = 32
 """How many VMs are asked at the same time."""

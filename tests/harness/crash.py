@@ -107,7 +107,6 @@ PASSED_THROUGH = frozenset(
         "_host/io_thread",
         "_qemu/connection",
         "_qemu/monitor",
-        "_qemu/qmp_client",
         "_repository/json_file",
         "_repository/removal",
     }

@@ -25,8 +25,8 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._host.probe import 
 from ansible_collections.vmfleet.backup.plugins.module_utils._plan import observe
 from ansible_collections.vmfleet.backup.plugins.module_utils._plan.model import parse_plan
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu import query
-from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.address import parse_address
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.agent_channel import find_agent
+from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.connection import parse_address
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.monitor import Monitor
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.query import inspect_vm
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.async_repository import AsyncRepository

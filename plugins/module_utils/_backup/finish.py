@@ -16,7 +16,7 @@ from .._common.formats import boottime, utc_now
 from .._host import preallocate
 from .._host.checksum import sha256
 from .._qemu import block_jobs
-from .._qemu.address import parse_address
+from .._qemu.connection import parse_address
 from .._qemu.monitor import Monitor
 from .._repository.documents import Manifest
 from . import cleanup, results

@@ -13,7 +13,7 @@ from .._common.errors import MonitorError
 from .._common.formats import boottime
 from .._plan import space
 from .._qemu import block_jobs
-from .._qemu.address import parse_address
+from .._qemu.connection import parse_address
 from .._qemu.job_watch import StallClock
 from .._qemu.monitor import Monitor
 from . import cleanup

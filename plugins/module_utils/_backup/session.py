@@ -18,7 +18,7 @@ from .._common.errors import BackupError, MonitorError
 from .._host.lock import locked
 from .._plan import decide
 from .._plan import observe as observing
-from .._qemu.address import parse_address
+from .._qemu.connection import parse_address
 from .._qemu.monitor import Monitor
 from .._qemu.vm_lock import host_lock_path
 from .task import AGAIN, Pending, WaitFor

@@ -19,7 +19,7 @@ from .._qemu.losses import EncryptedSource
 if TYPE_CHECKING:
     from typing import Any
 
-    from .._qemu.address import Address
+    from .._qemu.connection import Address
 
 
 NO_KEY = (

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from .._common.errors import BackupError, MonitorGone
 from .._host.machine import machine_id
-from .._qemu.address import parse_address
+from .._qemu.connection import parse_address
 from .._qemu.monitor import Monitor
 from .._qemu.origin import Origin
 from .._qemu.query import inspect_vm

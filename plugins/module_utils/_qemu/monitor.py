@@ -4,19 +4,24 @@
 
 """Hold a conversation with one QEMU through its monitor: commands, and files that are handed over.
 
+It uses the library qemu.qmp, which no other file imports.
 Reference: QEMU Machine Protocol specification, docs/interop/qmp-spec.rst of QEMU 7.2.
 """
 
 from __future__ import annotations
 
 import asyncio
+import json
+import logging
 import time
+import traceback
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from ansible.module_utils.basic import missing_required_lib
+
 from .._common.errors import CommandError, MonitorError, MonitorGone, MonitorTimeout
-from . import connection, qmp_client
-from .qmp_client import quoted
+from . import connection
 
 if TYPE_CHECKING:
     import socket
@@ -24,15 +29,89 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Any
 
-    from .._host.process import Process
-    from .address import Address
-    from .qmp_client import Client
+    from ansible.module_utils.basic import AnsibleModule
+    from qemu.qmp import Message
 
+    from .._host.process import Process
+    from .connection import Address
+
+
+QMP_IMPORT_ERROR: str | None = None
+try:
+    from qemu.qmp import (
+        ConnectError,
+        ExecInterruptedError,
+        ExecuteError,
+        QMPClient,
+        QMPError,
+        Runstate,
+        StateError,
+    )
+
+    class Client(QMPClient):
+        """A client that knows which of its questions are open. C(unanswered) are their commands by id, oldest first.
+
+        It leaves out the library's debug log: to format each message for it takes as long as all else.
+        """
+
+        def __init__(self) -> None:
+            super().__init__("vmfleet")
+            self.unanswered: dict[object, str] = {}
+
+        async def _do_recv(self) -> Message:
+            """Receive the next message. Until the conversation has begun, the library is ready for no event.
+
+            QEMU sends them then: before the greeting, while it still counts the client before, and before the answer
+            to qmp_capabilities. A client that comes while QEMU starts can be greeted twice.
+            """
+            while True:
+                message = await super()._do_recv()
+                is_early = "event" in message or ("QMP" in message and self.greeting is not None)
+                if not is_early or self.runstate == Runstate.RUNNING:
+                    return message
+
+        def _cb_outbound(self, msg: Message) -> Message:
+            # Only what opens the conversation goes without an id.
+            if "id" in msg:
+                self.unanswered[msg["id"]] = str(msg["execute"])
+            return msg
+
+        def _cb_inbound(self, msg: Message) -> Message:
+            if self.unanswered and "event" not in msg and "QMP" not in msg:
+                if "id" not in msg:
+                    # The library would drop it, and whoever has asked would wait until the time-out.
+                    raise QMPError(f"it does not tell which question it answers: {json.dumps(dict(msg))}")
+                self.unanswered.pop(msg["id"], None)
+            return msg
+
+except ImportError:
+    QMP_IMPORT_ERROR = traceback.format_exc()
 
 COMMAND_TIMEOUT = 30.0
 """Seconds for one command. Only a blocked main loop (a hung disk or target) comes near it."""
 _HUNG_UP = (EOFError, OSError, asyncio.TimeoutError)
 """What a conversation ends with when the other side goes."""
+QUOTE_LIMIT = 200
+"""Characters of what cannot be read that a message quotes."""
+# qemu.qmp logs each failure that it also raises; the exception is enough.
+logging.getLogger("qemu.qmp").addHandler(logging.NullHandler())
+logging.getLogger("qemu.qmp").propagate = False
+
+
+def require_qmp(module: AnsibleModule) -> None:
+    """Fail with Ansible's own words for a missing library unless qemu.qmp can be imported."""
+    if QMP_IMPORT_ERROR is not None:
+        module.fail_json(
+            msg=missing_required_lib("qemu.qmp", url="https://gitlab.com/qemu-project/python-qemu-qmp"),
+            exception=QMP_IMPORT_ERROR,
+        )
+
+
+def quoted(what: object) -> str:
+    """Return what was said, in one line of a length that can be printed: it may be anything, and megabytes of it."""
+    kind = f"{type(what).__name__}: " if isinstance(what, Exception) and not isinstance(what, QMPError) else ""
+    text = kind + " ".join(str(what).split())
+    return text if len(text) <= QUOTE_LIMIT else text[:QUOTE_LIMIT] + "..."
 
 
 @dataclass
@@ -60,12 +139,12 @@ class Monitor:
         except MonitorError:
             raise
         except Exception as error:
-            raise self._bad_greeting(error.exc if isinstance(error, qmp_client.ConnectError) else error) from error
+            raise self._bad_greeting(error.exc if isinstance(error, ConnectError) else error) from error
         return self
 
     async def _greet(self, opened: socket.socket, deadline: float) -> Client:
         """Begin the conversation, or close the connection: left open, it would take the place of the next client."""
-        client = qmp_client.Client()
+        client = Client()
         greeting = asyncio.ensure_future(client.connect(opened))
         try:
             await asyncio.wait({greeting}, timeout=max(0.1, deadline - time.monotonic()))
@@ -103,7 +182,7 @@ class Monitor:
             numbers: Any = greeting.QMP.version["qemu"]
             return "{:d}.{:d}.{:d}".format(numbers["major"], numbers["minor"], numbers["micro"])
         except (LookupError, TypeError, ValueError) as error:
-            raise self._bad_greeting(qmp_client.QMPError("its greeting tells no version of QEMU")) from error
+            raise self._bad_greeting(QMPError("its greeting tells no version of QEMU")) from error
 
     @property
     def passes_fds(self) -> bool:
@@ -122,11 +201,11 @@ class Monitor:
                 f"{self.address}: no answer to {command} within {COMMAND_TIMEOUT:g} s: QEMU's main loop is blocked,"
                 " by a hung disk or backup target most often"
             ) from None
-        except qmp_client.ExecuteError as error:
+        except ExecuteError as error:
             raise CommandError(str(self.address), command, error.error_class, str(error)) from error
-        except (qmp_client.ExecInterruptedError, qmp_client.StateError, EOFError, OSError) as error:
+        except (ExecInterruptedError, StateError, EOFError, OSError) as error:
             raise await self._ended(client, command) from error
-        except qmp_client.QMPError as error:
+        except QMPError as error:
             # The answer was read, but not understood: the conversation can go on.
             raise MonitorError(f"{self.address}: the answer to {command} makes no sense: {quoted(error)}") from error
 
@@ -137,7 +216,7 @@ class Monitor:
             client = self._require_client()
             try:
                 client.send_fd_scm(fd)
-            except (qmp_client.StateError, ConnectionError) as error:
+            except (StateError, ConnectionError) as error:
                 raise await self._ended(client, "add-fd") from error
             except OSError as error:
                 raise MonitorError(f"{self.address}: cannot hand an open file to QEMU: {error.strerror}") from error

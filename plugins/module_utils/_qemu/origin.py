@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from .._host.namespaces import PATHS, PORTS, PROCESSES, shared
 from .._host.process import Process
-from .address import parse_address
+from .connection import parse_address
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -15,7 +15,7 @@ from .._host.lock import lock_directory
 
 if TYPE_CHECKING:
     from .._host.process import Process
-    from .address import Address
+    from .connection import Address
 
 
 def host_lock_path(process: Process | None, address: Address) -> str:

@@ -19,7 +19,7 @@ from ansible_collections.vmfleet.backup.tests.unit.plugins.doubles import FakeMo
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.address import Address
+    from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.connection import Address
 
 
 @pytest.fixture

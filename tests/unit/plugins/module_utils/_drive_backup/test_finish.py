@@ -20,7 +20,7 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup.recei
 from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup.request import Drive, Request
 from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup.session import Locked, Session
 from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup.status import Copy, CopyState
-from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.address import Address
+from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.connection import Address
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.model import IO_ERROR
 from ansible_collections.vmfleet.backup.tests.unit.plugins.builders import disk, job, record
 from ansible_collections.vmfleet.backup.tests.unit.plugins.doubles import FakeMonitor, block_job, jobs, monitor

@@ -30,7 +30,7 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors impo
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.process import Process
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu import connection
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu import monitor as qemu_monitor
-from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.address import Address, parse_address
+from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.connection import Address, parse_address
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.monitor import Monitor
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import pytest
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import Refused
-from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.address import Address, parse_address
+from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.connection import Address, parse_address
 
 
 @pytest.mark.parametrize(
