@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from .._host import machine
+from .._host.process import this_hypervisor
 from .._plan import decide, space
 from .._plan.model import Action, Plan, Policy, VmPlan
 from .._qemu.bitmaps import remove_bitmaps
@@ -20,7 +20,7 @@ from .session import hold_now, observe
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from .._host.machine import Hypervisor
+    from .._host.process import Hypervisor
     from .._repository.documents import Intent, Manifest
     from .._repository.repository import Repository, VmRecords
     from .outcome import Outcome
@@ -35,7 +35,7 @@ def plan_of_names(repository: Repository, names: Iterable[str] | None) -> Plan:
     Without names it is for those whose sets this hypervisor is making.
     """
     policy = Policy()
-    here = machine.this_hypervisor()
+    here = this_hypervisor()
     if names is None:
         names = sorted(intent.vm.name for intent in repository.intents() if intent.hypervisor.is_same(here))
     vms = tuple(_last_seen(name, repository.records(name), here) for name in names)

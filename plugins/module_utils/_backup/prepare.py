@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from .._common.errors import AgentError, BackupError
 from .._common.formats import boottime, utc_now
 from .._common.words import Word
-from .._host.namespaces import spaces
+from .._host.process import spaces
 from .._plan.levels import written_elsewhere
 from .._plan.model import Quiesce
 from .._plan.space import SpaceTracker, measure, no_room

@@ -11,7 +11,8 @@ import os
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from .._host import machine, preallocate
+from .._host import preallocate
+from .._host.process import this_hypervisor
 from .._plan.model import RunContext
 from .._qemu import block_jobs
 from .scheduler import BandwidthLimiter, TimeSlice, VmSlots
@@ -91,7 +92,7 @@ class BackupRun:
             plan.id,
             plan.run,
             repository.tag,
-            machine.this_hypervisor(),
+            this_hypervisor(),
             plan.policy,
             takeover=settings.takeover,
             supersede=settings.supersede,

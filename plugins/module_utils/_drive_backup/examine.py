@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from .._common.errors import BackupError, JobFailed, Refused
 from .._host.files import is_block_device
-from .._host.machine import boot_id, machine_id
+from .._host.process import boot_id, machine_id
 from .._qemu.block_jobs import target_nodes
 from .receipt import ReceiptPhase, read, record_path
 from .request import plain_path

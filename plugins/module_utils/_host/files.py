@@ -18,7 +18,7 @@ import time
 from typing import TYPE_CHECKING
 
 from .._common.errors import Refused
-from .warnings import warn_once
+from .run_module import warn_once
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -2,7 +2,11 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Tell processes from each other, and start programs that die with this one, however it ends."""
+"""Tell processes, name spaces and machines from each other, and start programs that die with this process.
+
+A container has process ids, paths and ports of its own. What was begun in one of them and is gone on with in another
+can be alive, and its process id, its socket or its port mean something else here, or nothing.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +14,17 @@ import os
 import shutil
 import sys
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
 
+PROCESSES = "processes"
+PATHS = "paths"
+PORTS = "ports"
+"""What is known by names that mean something else in another name space."""
 # Only the process itself can ask to be killed with its parent (PR_SET_PDEATHSIG), which may have ended by then.
 LAUNCHER = """
 import ctypes, os, signal, sys
@@ -81,3 +90,78 @@ def _process_stat(pid: int) -> list[str]:
             return stat.read().rpartition(")")[2].split()
     except OSError:
         return []
+
+
+@lru_cache(maxsize=None)
+def spaces() -> dict[str, str]:
+    """Return the name spaces in which this process knows ids, paths and ports; empty where that cannot be told."""
+    root = os.stat("/")
+    mounts = _space("mnt")
+    return {
+        # In a /proc of another name space, a process id from the kernel would be that of another process.
+        PROCESSES: _space("pid") if proc_is_ours() else "",
+        PATHS: f"{mounts}:{root.st_dev}:{root.st_ino}" if mounts else "",
+        PORTS: _space("net"),
+    }
+
+
+def _space(kind: str) -> str:
+    """Return the id of a name space of this process; empty where it cannot be told."""
+    try:
+        return str(os.stat(f"/proc/self/ns/{kind}").st_ino)
+    except OSError:
+        return ""
+
+
+def shared(kind: str, recorded: Mapping[str, str]) -> bool:
+    """Return whether a name of this kind means here what it meant in the name spaces that were C(recorded).
+
+    Version 0.1.0 recorded none, and is taken to have stood where this process stands.
+    """
+    here = spaces()[kind]
+    return bool(here) and recorded.get(kind, here) == here
+
+
+def machine_id() -> str:
+    """Return the identity of this hypervisor (machine-id(5))."""
+    for path in ("/etc/machine-id", "/var/lib/dbus/machine-id"):
+        try:
+            with open(path, encoding="ascii") as source:
+                found = source.read().strip()
+        except FileNotFoundError:
+            continue
+        # It is empty in images that are to be cloned, until their first boot.
+        if found:
+            return found
+    return os.uname().nodename
+
+
+@dataclass(frozen=True)
+class Hypervisor:
+    """The machine that makes a set, and its boot: no QEMU outlives that."""
+
+    name: str
+    machine_id: str
+    boot_id: str
+
+    def is_same(self, other: Hypervisor) -> bool:
+        """Return whether both are one machine, maybe booted again.
+
+        Containers on a machine may have a machine-id of their own, but have its boot. Images of machines and of
+        containers are cloned with their machine-id, which therefore has to come with the same name.
+        """
+        if self.boot_id == other.boot_id:
+            return True
+        return (self.machine_id, self.name) == (other.machine_id, other.name)
+
+
+@lru_cache(maxsize=None)
+def boot_id() -> str:
+    """Return the boot of the kernel that runs this process, which is one for all containers of a machine."""
+    with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as source:
+        return source.read().strip()
+
+
+def this_hypervisor() -> Hypervisor:
+    """Return the machine that this process runs on."""
+    return Hypervisor(os.uname().nodename, machine_id(), boot_id())

@@ -2,7 +2,7 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Run a module to its end, and turn an error into its failure."""
+"""Run a module to its end: show its warnings, and turn an error into its failure."""
 
 from __future__ import annotations
 
@@ -10,13 +10,25 @@ import asyncio
 from typing import TYPE_CHECKING
 
 from .._common.errors import BackupError
-from .warnings import kept_warnings
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
     from typing import Any
 
     from ansible.module_utils.basic import AnsibleModule
+
+
+_warnings: dict[str, str] = {}
+
+
+def warn_once(subject: str, text: str) -> None:
+    """Keep a warning for the result of the module, one for each subject."""
+    _warnings.setdefault(subject, text)
+
+
+def kept_warnings() -> list[str]:
+    """Return the warnings so far."""
+    return list(_warnings.values())
 
 
 def run_module(module: AnsibleModule, main: Callable[[AnsibleModule], Coroutine[Any, Any, dict[str, Any]]]) -> None:

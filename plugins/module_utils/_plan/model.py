@@ -19,8 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from typing import Any
 
-    from .._host.machine import Hypervisor
-    from .._host.process import Process
+    from .._host.process import Hypervisor, Process
     from .._qemu.model import Disk, Vm
     from .._repository.documents import Intent, Manifest
     from .levels import ChainLink

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from .._common.errors import BackupError, MonitorGone
-from .._host.machine import machine_id
+from .._host.process import machine_id
 from .._qemu.connection import parse_address
 from .._qemu.monitor import Monitor
 from .._qemu.origin import Origin
@@ -26,8 +26,7 @@ from .model import Observation
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 
-    from .._host.machine import Hypervisor
-    from .._host.process import Process
+    from .._host.process import Hypervisor, Process
     from .._qemu.model import Vm
     from .._repository.documents import Intent, Manifest
     from .._repository.repository import Repository, VmRecords

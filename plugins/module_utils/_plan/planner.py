@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from .._common.errors import BackupError, Refused, RepositoryHangs, in_words, internal
 from .._common.formats import human
-from .._host.machine import this_hypervisor
+from .._host.process import this_hypervisor
 from .._qemu.connection import parse_address
 from .._qemu.losses import lost_in_copy
 from .._repository.names import column

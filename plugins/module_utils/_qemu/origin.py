@@ -9,8 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from .._host.namespaces import PATHS, PORTS, PROCESSES, shared
-from .._host.process import Process
+from .._host.process import PATHS, PORTS, PROCESSES, Process, shared
 from .connection import parse_address
 
 if TYPE_CHECKING:

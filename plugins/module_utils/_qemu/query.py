@@ -15,7 +15,7 @@ import os
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from .._host.machine import machine_id
+from .._host.process import machine_id
 from .model import NO_UUID, TARGET_NODE, Bitmap, Disk, Vm, qdev_id
 from .query_jobs import merge_jobs
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from .._backup.outcome import STATES
 from .._common.errors import Refused
-from .._host.machine import machine_id
+from .._host.process import machine_id
 from .._repository.catalog import read_catalog
 from .._repository.chain import walk
 

@@ -17,7 +17,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from .._host.files import remove, sync_directory
-from .._host.machine import machine_id
+from .._host.process import machine_id
 from .documents import Pin, Protection, Verification
 from .json_file import read_document, write_document
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from .._common.version import COLLECTION_VERSION, SCHEMA
 from .._common.words import Word, read_words
-from .._host.machine import Hypervisor
+from .._host.process import Hypervisor
 
 if TYPE_CHECKING:
     from typing import Any, TypeVar

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from .._common.errors import Refused
 from .._host import files
-from .._host.machine import machine_id
+from .._host.process import machine_id
 from .._qemu import qemu_img
 from .._repository.annotations import PARTIAL
 from .._repository.documents import Restoration

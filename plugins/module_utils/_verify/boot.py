@@ -26,8 +26,7 @@ from typing import TYPE_CHECKING
 from .._common.errors import AgentError, Refused
 from .._common.formats import human
 from .._host.files import free_bytes
-from .._host.namespaces import PROCESSES, spaces
-from .._host.process import Process, die_with_parent
+from .._host.process import PROCESSES, Process, die_with_parent, spaces
 from .._qemu.guest_agent import Agent
 from .boot_options import Host, flash_chips
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from .._common.errors import BackupError, in_words
 from .._common.formats import utc_now
-from .._host.machine import machine_id
+from .._host.process import machine_id
 from .._qemu import qemu_img
 from .._repository.documents import Depth, Pin
 from .._repository.repository import DESCRIPTION

@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup.receipt import WORDS, Record
-from ansible_collections.vmfleet.backup.plugins.module_utils._host.machine import Hypervisor, machine_id
-from ansible_collections.vmfleet.backup.plugins.module_utils._host.process import Process
+from ansible_collections.vmfleet.backup.plugins.module_utils._host.process import Hypervisor, Process, machine_id
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.model import Bitmap, Disk, Job, Vm
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository import staging
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.chain import set_level

@@ -14,7 +14,7 @@ import pytest
 from ansible.module_utils import basic
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import BackupError
-from ansible_collections.vmfleet.backup.plugins.module_utils._host import warnings
+from ansible_collections.vmfleet.backup.plugins.module_utils._host import run_module as host_run_module
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.run_module import run_module
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.documents import Level
 
@@ -76,9 +76,9 @@ def test_warnings_are_told_however_it_ends(
     said: list[str] = []
     # Ansible keeps its warnings until the process ends.
     monkeypatch.setattr(module, "warn", said.append)
-    monkeypatch.setattr(warnings, "_warnings", {})
+    monkeypatch.setattr(host_run_module, "_warnings", {})
     for _again in range(2):
-        warnings.warn_once("/b", "/b: its file system does not keep permissions")
+        host_run_module.warn_once("/b", "/b: its file system does not keep permissions")
     for number, end in enumerate(({}, BackupError("no"), OSError("no")), 1):
         run(module, capsys, end)
         assert len(said) == number

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ansible_collections.vmfleet.backup.plugins.module_utils._host.machine import machine_id
+from ansible_collections.vmfleet.backup.plugins.module_utils._host.process import machine_id
 from ansible_collections.vmfleet.backup.plugins.module_utils._prune.retention import read_constraints
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.annotations import SetAnnotations
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.catalog import VmCatalog

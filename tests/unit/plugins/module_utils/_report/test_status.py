@@ -12,7 +12,7 @@ import pytest
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._backup.outcome import Outcome, VmState, results
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import Refused
-from ansible_collections.vmfleet.backup.plugins.module_utils._host.machine import this_hypervisor
+from ansible_collections.vmfleet.backup.plugins.module_utils._host.process import this_hypervisor
 from ansible_collections.vmfleet.backup.plugins.module_utils._report.status import (
     ABSENT,
     made_here,

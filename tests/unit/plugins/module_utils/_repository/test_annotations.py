@@ -15,7 +15,7 @@ import pytest
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import BackupError
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.version import SCHEMA
-from ansible_collections.vmfleet.backup.plugins.module_utils._host.machine import machine_id
+from ansible_collections.vmfleet.backup.plugins.module_utils._host.process import machine_id
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.annotations import (
     PARTIAL,
     SetAnnotations,

@@ -15,8 +15,7 @@ from pathlib import Path
 import pytest
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import Refused
-from ansible_collections.vmfleet.backup.plugins.module_utils._host.namespaces import PROCESSES, spaces
-from ansible_collections.vmfleet.backup.plugins.module_utils._host.process import Process
+from ansible_collections.vmfleet.backup.plugins.module_utils._host.process import PROCESSES, Process, spaces
 from ansible_collections.vmfleet.backup.plugins.module_utils._verify import boot
 from ansible_collections.vmfleet.backup.plugins.module_utils._verify.boot_options import BootDisk, BootOptions
 

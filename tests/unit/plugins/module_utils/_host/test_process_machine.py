@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from ansible_collections.vmfleet.backup.plugins.module_utils._host import machine
+from ansible_collections.vmfleet.backup.plugins.module_utils._host import process
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -27,8 +27,8 @@ def test_machine_id(missing: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
         (tmp_path / places[path]).write_text(places[path] + "\n")
         return open(tmp_path / places[path], **options)
 
-    monkeypatch.setattr(machine, "open", open_instead, raising=False)
-    assert machine.machine_id() == ["one", "two", os.uname().nodename][missing]
+    monkeypatch.setattr(process, "open", open_instead, raising=False)
+    assert process.machine_id() == ["one", "two", os.uname().nodename][missing]
 
 
 def test_a_machine_id_that_is_still_to_be_made_is_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -37,5 +37,5 @@ def test_a_machine_id_that_is_still_to_be_made_is_none(monkeypatch: pytest.Monke
     def open_empty(_path: str, **options: Any) -> Any:
         return open(tmp_path / "empty", **options)
 
-    monkeypatch.setattr(machine, "open", open_empty, raising=False)
-    assert machine.machine_id() == os.uname().nodename
+    monkeypatch.setattr(process, "open", open_empty, raising=False)
+    assert process.machine_id() == os.uname().nodename

@@ -14,20 +14,20 @@ import sys
 
 import pytest
 
-from ansible_collections.vmfleet.backup.plugins.module_utils._host import namespaces
-from ansible_collections.vmfleet.backup.plugins.module_utils._host.machine import boot_id
-from ansible_collections.vmfleet.backup.plugins.module_utils._host.namespaces import (
+from ansible_collections.vmfleet.backup.plugins.module_utils._host import process
+from ansible_collections.vmfleet.backup.plugins.module_utils._host.process import (
     PATHS,
     PORTS,
     PROCESSES,
+    boot_id,
     shared,
     spaces,
 )
 
 ASK = """
 import json
-from ansible_collections.vmfleet.backup.plugins.module_utils._host.machine import boot_id
-from ansible_collections.vmfleet.backup.plugins.module_utils._host.namespaces import spaces
+from ansible_collections.vmfleet.backup.plugins.module_utils._host.process import boot_id
+from ansible_collections.vmfleet.backup.plugins.module_utils._host.process import spaces
 print(json.dumps([boot_id(), spaces()]))
 """
 
@@ -64,6 +64,6 @@ def test_what_was_recorded_by_the_first_release_means_the_same() -> None:
 
 
 def test_nothing_is_shared_with_one_who_does_not_know_where_it_stands(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(namespaces, "spaces", lambda: {PROCESSES: ""})
+    monkeypatch.setattr(process, "spaces", lambda: {PROCESSES: ""})
     assert not shared(PROCESSES, {PROCESSES: ""})
     assert not shared(PROCESSES, {})
