@@ -254,6 +254,22 @@ def test_the_repository_hangs_from_a_moment_on(
         sets.assert_good(name, frozen_copies)
 
 
+def test_the_repository_does_not_answer_any_more_when_a_copy_that_is_too_late_is_given_up(
+    vm: Qemu, directory: Path, sets: Sets, start_module: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = sets.plan(vm, speed="2M")["plan"]
+    succeed("backup_set", {"plan": plan, "state": "started", "timeout": "0.1s"})
+    # It is given up in the first step of this call, and for that the locks are needed.
+    there = Moment(monkeypatch, directory, *STARTING["lock"])
+    process = start_module("backup_set", {"plan": plan})
+    with there.reached(DeadServer(sets.path)):
+        assert "its jobs were cancelled" in process.result()["msg"]
+        wait_until(lambda: vm.job["status"] == "concluded", "the end of the job")
+    monkeypatch.undo()
+    sets.back_up(vm)
+    sets.assert_tidy("vm")
+
+
 def test_the_repository_does_not_answer_any_more_while_jobs_copy(
     vm: Qemu, directory: Path, sets: Sets, start_module: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
