@@ -306,9 +306,8 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._backup.run import 
 from ansible_collections.vmfleet.backup.plugins.module_utils._backup.task import Settings
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.argument_specs import duration
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import BackupError, Refused
-from ansible_collections.vmfleet.backup.plugins.module_utils._host.io_thread import ThreadedCalls
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.probe import Watch, probe_if_there
-from ansible_collections.vmfleet.backup.plugins.module_utils._host.worker import run_in_worker
+from ansible_collections.vmfleet.backup.plugins.module_utils._host.worker import ThreadedCalls, run_in_worker
 from ansible_collections.vmfleet.backup.plugins.module_utils._plan.model import parse_plan
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.monitor import require_qmp
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.qemu_img import require_qemu_img

@@ -102,9 +102,8 @@ A function that has none here is called by its file and its name.
 """
 PASSED_THROUGH = frozenset(
     {
-        "_host/calls",
         "_host/files",
-        "_host/io_thread",
+        "_host/worker",
         "_qemu/connection",
         "_qemu/monitor",
         "_repository/json_file",
@@ -325,7 +324,7 @@ def _rooms() -> tuple[list[tuple[str, str]], str]:
     engine = ""
     while frame:
         room, function = _room(frame.f_code)
-        if room == "_host/worker":
+        if (room, function) == ("_host/worker", "run_in_worker"):
             # The process that waits for the one that works does nothing of its own.
             return [], ""
         if room in STEPS and (function in STEPS[room] or room not in PASSED_THROUGH):

@@ -17,7 +17,7 @@ import typing as t
 import pytest
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._backup import engine, finish
-from ansible_collections.vmfleet.backup.plugins.module_utils._host import io_thread, probe
+from ansible_collections.vmfleet.backup.plugins.module_utils._host import probe, worker
 from ansible_collections.vmfleet.backup.plugins.module_utils._plan import planner
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu import block_jobs, connection, target_image
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu import monitor as qemu_monitor
@@ -54,7 +54,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Modules are forks of this process: they do not wait long for what never comes."""
     monkeypatch.setattr(probe, "TIMEOUT", 5.0)
     monkeypatch.setattr(probe, "INTERVAL", 0.2)
-    monkeypatch.setattr(io_thread, "MOMENT", 0.2)
+    monkeypatch.setattr(worker, "MOMENT", 0.2)
     monkeypatch.setattr(connection, "CONNECT_TIMEOUT", 3.0)
     monkeypatch.setattr(block_jobs, "SETTLE_TIMEOUT", 2.0)
     monkeypatch.setattr(engine, "UNREACHABLE_PATIENCE", 1.0)
@@ -341,7 +341,7 @@ def test_what_takes_long_in_a_repository_that_answers_is_not_cut_off(
     records = repository_repository.Repository.records
 
     def slow_records(*args: t.Any) -> t.Any:
-        time.sleep(10 * io_thread.MOMENT)
+        time.sleep(10 * worker.MOMENT)
         return records(*args)
 
     monkeypatch.setattr(repository_repository.Repository, "records", slow_records)

@@ -20,8 +20,8 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._backup.engine impo
 from ansible_collections.vmfleet.backup.plugins.module_utils._backup.outcome import VmState
 from ansible_collections.vmfleet.backup.plugins.module_utils._backup.run import BackupRun
 from ansible_collections.vmfleet.backup.plugins.module_utils._backup.task import Settings
-from ansible_collections.vmfleet.backup.plugins.module_utils._host.io_thread import ThreadedCalls
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.probe import Watch
+from ansible_collections.vmfleet.backup.plugins.module_utils._host.worker import ThreadedCalls
 from ansible_collections.vmfleet.backup.plugins.module_utils._plan import observe
 from ansible_collections.vmfleet.backup.plugins.module_utils._plan.model import parse_plan
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu import query

@@ -20,7 +20,7 @@ from .scheduler import BandwidthLimiter, TimeSlice, VmSlots
 if TYPE_CHECKING:
     from typing import Any
 
-    from .._host.calls import DirectCalls
+    from .._host.files import DirectCalls
     from .._plan.model import Plan
     from .._plan.space import SpaceTracker
     from .._repository.async_repository import AsyncRepository

@@ -21,7 +21,11 @@ from .._common.errors import Refused
 from .run_module import warn_once
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
+    from typing import ParamSpec, TypeVar
+
+    P = ParamSpec("P")
+    T = TypeVar("T")
 
 
 STEP = "step"
@@ -265,3 +269,18 @@ def remove(path: str) -> bool:
     except FileNotFoundError:
         return False
     return True
+
+
+class DirectCalls:
+    """Calls that are made at once, for callers who do nothing else meanwhile. C(worker) has some for what may hang."""
+
+    async def run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Call C(function), and return what it returns."""
+        return function(*args, **kwargs)
+
+    def close(self, fd: int) -> None:
+        """Close a file, which on NFS flushes it, after the calls that were made before."""
+        os.close(fd)
+
+
+AT_ONCE = DirectCalls()

@@ -15,13 +15,12 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
 from .._common.errors import BackupError
-from .calls import AT_ONCE
-from .files import step
+from .files import AT_ONCE, step
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-    from .calls import DirectCalls
+    from .files import DirectCalls
 
 
 TIMEOUT = 120.0

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from .._common.errors import CommandError, JobFailed
-from .._host.calls import AT_ONCE
+from .._host.files import AT_ONCE
 from .model import IO_ERROR, TARGET_NODES
 from .query_jobs import query_jobs
 from .target_image import open_pair
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractAsyncContextManager
     from typing import Any
 
-    from .._host.calls import DirectCalls
+    from .._host.files import DirectCalls
     from .model import Job, Vm
     from .monitor import Monitor
     from .target_image import Target

@@ -11,8 +11,7 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .._host.calls import AT_ONCE
-from .._host.files import step
+from .._host.files import AT_ONCE, step
 from .._host.preallocate import top_up
 from . import qemu_img
 from .image_size import PAGE
@@ -20,7 +19,7 @@ from .image_size import PAGE
 if TYPE_CHECKING:
     from typing import IO, Any
 
-    from .._host.calls import DirectCalls
+    from .._host.files import DirectCalls
 
 
 @dataclass(frozen=True)

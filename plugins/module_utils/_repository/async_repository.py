@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
     from typing import Any, Concatenate, ParamSpec, TypeVar
 
-    from .._host.io_thread import ThreadedCalls
+    from .._host.worker import ThreadedCalls
     from .documents import Failure, Intent, Manifest
     from .repository import Repository, VmRecords
 

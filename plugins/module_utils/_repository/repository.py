@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 
 from .._common.errors import BackupError
 from .._common.version import SCHEMA
-from .._host.calls import AT_ONCE
+from .._host.files import AT_ONCE
 from .._host.lock import locked
 from .documents import Consolidation, Failure, Intent, Manifest
 from .json_file import read_document
@@ -34,7 +34,7 @@ from .names import REPOSITORY_FILE, vm_directory
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterable
 
-    from .._host.calls import DirectCalls
+    from .._host.files import DirectCalls
     from .documents import DiskImage
 
 

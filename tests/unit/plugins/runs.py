@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 from ansible_collections.vmfleet.backup.plugins.module_utils._backup.run import BackupRun
 from ansible_collections.vmfleet.backup.plugins.module_utils._backup.session import LockedVm, VmSession
 from ansible_collections.vmfleet.backup.plugins.module_utils._backup.task import Settings, VmTask
-from ansible_collections.vmfleet.backup.plugins.module_utils._host.io_thread import ThreadedCalls
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.probe import Watch
+from ansible_collections.vmfleet.backup.plugins.module_utils._host.worker import ThreadedCalls
 from ansible_collections.vmfleet.backup.plugins.module_utils._plan.model import (
     Observation,
     Plan,

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import RepositoryHangs, ToolError
-from ansible_collections.vmfleet.backup.plugins.module_utils._host.io_thread import ThreadedCalls
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.probe import Watch
+from ansible_collections.vmfleet.backup.plugins.module_utils._host.worker import ThreadedCalls
 from ansible_collections.vmfleet.backup.plugins.module_utils._plan import planner
 from ansible_collections.vmfleet.backup.plugins.module_utils._plan.decide import decide
 from ansible_collections.vmfleet.backup.plugins.module_utils._plan.model import (

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import BackupError, RepositoryHangs
-from ansible_collections.vmfleet.backup.plugins.module_utils._host import io_thread
-from ansible_collections.vmfleet.backup.plugins.module_utils._host.io_thread import ThreadedCalls
+from ansible_collections.vmfleet.backup.plugins.module_utils._host import worker
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.probe import Watch
+from ansible_collections.vmfleet.backup.plugins.module_utils._host.worker import ThreadedCalls
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.async_repository import AsyncRepository
 from ansible_collections.vmfleet.backup.tests.unit.plugins.module_utils._repository.attempts import (
     FAILURE,
@@ -128,7 +128,7 @@ class HangingWatch(Watch):
 
 
 def test_whoever_waits_for_one_that_hangs_is_told(repository: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(io_thread, "MOMENT", 0.01)
+    monkeypatch.setattr(worker, "MOMENT", 0.01)
     source, sink = os.pipe()
 
     async def hang() -> None:

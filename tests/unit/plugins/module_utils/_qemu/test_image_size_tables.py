@@ -15,9 +15,9 @@ import typing as t
 
 import pytest
 
-from ansible_collections.vmfleet.backup.plugins.module_utils._qemu import qcow2_tables
+from ansible_collections.vmfleet.backup.plugins.module_utils._qemu import image_size
+from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.image_size import held_bytes
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.model import Disk
-from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.qcow2_tables import held_bytes
 from ansible_collections.vmfleet.backup.tests.harness.images import MIB, create, info, patterned, qemu_img, write
 
 if t.TYPE_CHECKING:
@@ -73,13 +73,13 @@ def second_table(image: Path) -> int:
     """Return where the first of the second tables is."""
     content = image.read_bytes()
     first = int.from_bytes(content[40:48], "big")
-    return int.from_bytes(content[first : first + 8], "big") & qcow2_tables.OFFSET
+    return int.from_bytes(content[first : first + 8], "big") & image_size.OFFSET
 
 
 @pytest.fixture(autouse=True)
 def in_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let no test see that the count of another one has not ended."""
-    monkeypatch.setattr(qcow2_tables, "_hangs", threading.Event())
+    monkeypatch.setattr(image_size, "_hangs", threading.Event())
 
 
 @pytest.fixture
@@ -221,7 +221,7 @@ class TestIsNotTold:
             assert await held_bytes(layers) is None
             return time.monotonic() - begun
 
-        monkeypatch.setattr(qcow2_tables, "TIMEOUT", 0.5)
+        monkeypatch.setattr(image_size, "TIMEOUT", 0.5)
         # As if the count of another disk never ended.
-        with qcow2_tables._one_at_a_time:
+        with image_size._one_at_a_time:
             assert asyncio.run(ask_twice()) < 0.25

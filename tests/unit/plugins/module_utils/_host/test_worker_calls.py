@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import RepositoryHangs
-from ansible_collections.vmfleet.backup.plugins.module_utils._host import io_thread
-from ansible_collections.vmfleet.backup.plugins.module_utils._host.io_thread import ThreadedCalls
+from ansible_collections.vmfleet.backup.plugins.module_utils._host import worker
+from ansible_collections.vmfleet.backup.plugins.module_utils._host.worker import ThreadedCalls
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -36,7 +36,7 @@ class ScriptedWatch:
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(io_thread, "MOMENT", 0.01)
+    monkeypatch.setattr(worker, "MOMENT", 0.01)
 
 
 @pytest.fixture
