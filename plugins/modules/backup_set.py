@@ -304,8 +304,8 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._backup.outcome imp
 )
 from ansible_collections.vmfleet.backup.plugins.module_utils._backup.run import BackupRun
 from ansible_collections.vmfleet.backup.plugins.module_utils._backup.task import Settings
-from ansible_collections.vmfleet.backup.plugins.module_utils._common.argument_specs import duration
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import BackupError, Refused
+from ansible_collections.vmfleet.backup.plugins.module_utils._common.formats import duration
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.probe import Watch, probe_if_there
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.worker import ThreadedCalls, run_in_worker
 from ansible_collections.vmfleet.backup.plugins.module_utils._plan.model import parse_plan

@@ -320,10 +320,10 @@ from ansible.module_utils.basic import AnsibleModule
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.argument_specs import (
     drive_argument_spec,
-    duration,
     monitor_argument_spec,
 )
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import BackupError, Refused
+from ansible_collections.vmfleet.backup.plugins.module_utils._common.formats import duration
 from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup.drive_backup import back_up
 from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup.request import (
     BitmapMode,

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from .._common.words import Word
+from .._common.formats import Word
 from .._plan.disks import plan_disks
 from .._plan.levels import ChainLink
 from .._plan.model import Action, Quiesce

@@ -9,8 +9,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
-from .._common.formats import human
-from .._common.words import Word
+from .._common.formats import Word, human
 from .._repository.names import column
 
 if TYPE_CHECKING:

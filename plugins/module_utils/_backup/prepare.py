@@ -15,8 +15,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from .._common.errors import AgentError, BackupError
-from .._common.formats import boottime, utc_now
-from .._common.words import Word
+from .._common.formats import Word, boottime, utc_now
 from .._host.process import spaces
 from .._plan.levels import written_elsewhere
 from .._plan.model import Quiesce

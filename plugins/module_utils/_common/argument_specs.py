@@ -2,25 +2,14 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Give options to several modules: argument specs, each with a documentation fragment of its name, and times."""
+"""Give options to several modules: argument specs, each with a documentation fragment of its name."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .errors import Refused
-from .formats import seconds
-
 if TYPE_CHECKING:
     from typing import Any
-
-
-def duration(option: str, text: str) -> float:
-    """Return the seconds of an option that is a time, such as C(90), C(10m) or C(1.5h). Refused where it is none."""
-    try:
-        return seconds(text)
-    except ValueError as error:
-        raise Refused(option, f"{error}; 0 waits without limit") from None
 
 
 def monitor_argument_spec() -> dict[str, Any]:

@@ -2,13 +2,25 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Take, write and read times and sizes."""
+"""Take, write and read times, sizes, and the words of closed lists; name the version of what is written."""
 
 from __future__ import annotations
 
 import re
 import time
 from datetime import datetime, timezone
+from enum import Enum
+from typing import TYPE_CHECKING
+
+from .errors import Refused
+
+if TYPE_CHECKING:
+    from typing import Any
+
+
+SCHEMA = 1
+COLLECTION_VERSION = "0.1.0"
+"""The version in galaxy.yml, which does not travel to the hypervisors."""
 
 
 def boottime() -> float:
@@ -39,6 +51,14 @@ def seconds(text: str) -> float:
     return float(match.group(1)) * SECONDS[match.group(2)]
 
 
+def duration(option: str, text: str) -> float:
+    """Return the seconds of an option that is a time, such as C(90), C(10m) or C(1.5h). Refused where it is none."""
+    try:
+        return seconds(text)
+    except ValueError as error:
+        raise Refused(option, f"{error}; 0 waits without limit") from None
+
+
 def human(size: int) -> str:
     """Return a size for people, such as C(33.6 MiB)."""
     if size < 1024:
@@ -59,3 +79,28 @@ def amount(size: int) -> str:
 def seconds_since(moment: str) -> float:
     """Return the seconds since a time that was written down; 0 where the clock was set back since then."""
     return max(0.0, (datetime.now(timezone.utc) - parse_time(moment)).total_seconds())
+
+
+class Word(str, Enum):
+    """A word of a closed list. It stands in documents, results and messages as its value."""
+
+    @classmethod
+    def read(cls, text: Any) -> Any:
+        """Return the word that a document says; what is none, as from a later release, is returned as it is."""
+        try:
+            return cls(text)
+        except ValueError:
+            return text
+
+    def __str__(self) -> str:
+        return str(self.value)
+
+    def __repr__(self) -> str:
+        return repr(self.value)
+
+
+def read_words(found: dict[str, Any], **words: type[Word]) -> None:
+    """Replace the words of closed lists in what was read by their members."""
+    for name, kind in words.items():
+        if name in found:
+            found[name] = kind.read(found[name])

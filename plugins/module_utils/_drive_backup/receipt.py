@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import TYPE_CHECKING
 
 from .._common.errors import BackupError
-from .._common.words import Word
+from .._common.formats import Word
 from .._host.files import claim, identity, remove, step, sync_directory
 from .._qemu.origin import Origin
 from .request import BitmapMode, Sync

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from .._common.errors import Refused
-from .._common.words import Word
+from .._common.formats import Word
 from .._host.files import check_length, is_block_device
 from .._qemu.losses import EncryptedSource
 

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from .._common.errors import JobFailed
-from .._common.formats import seconds_since
-from .._common.words import Word
+from .._common.formats import Word, seconds_since
 from .._qemu.job_watch import is_backup_fault
 from .._qemu.model import CANCELLED, Disk
 from .receipt import record_path

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .._common.words import Word
+from .._common.formats import Word
 from .request import RequestedState
 
 if TYPE_CHECKING:

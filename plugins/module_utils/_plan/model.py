@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING
 
 from .._common.errors import Refused
-from .._common.words import Word, read_words
+from .._common.formats import Word, read_words
 from .._qemu.losses import EncryptedSource
 from .._repository.documents import Level
 from .._repository.names import check_set_id

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .._common.words import Word
+from .._common.formats import Word
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

@@ -17,8 +17,7 @@ import re
 from typing import TYPE_CHECKING
 
 from .._common.errors import CommandError
-from .._common.formats import utc_now
-from .._common.version import COLLECTION_VERSION, SCHEMA
+from .._common.formats import COLLECTION_VERSION, SCHEMA, utc_now
 from .command_line import FLASH
 from .secrets import Redaction, redact
 

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from .._backup.outcome import VmState
-from .._common.formats import parse_time
-from .._common.words import Word
+from .._common.formats import Word, parse_time
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping

@@ -11,7 +11,7 @@ import os
 import uuid as uuids
 
 from .._common.errors import BackupError
-from .._common.version import SCHEMA
+from .._common.formats import SCHEMA
 from .._host.files import claim, remove, sync_directory
 from .json_file import write_document
 from .names import REPOSITORY_FILE

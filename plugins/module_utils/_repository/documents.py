@@ -12,8 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING
 
-from .._common.version import COLLECTION_VERSION, SCHEMA
-from .._common.words import Word, read_words
+from .._common.formats import COLLECTION_VERSION, SCHEMA, Word, read_words
 from .._host.process import Hypervisor
 
 if TYPE_CHECKING:

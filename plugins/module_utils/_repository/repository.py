@@ -24,7 +24,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from .._common.errors import BackupError
-from .._common.version import SCHEMA
+from .._common.formats import SCHEMA
 from .._host.files import AT_ONCE
 from .._host.lock import locked
 from .documents import Consolidation, Failure, Intent, Manifest

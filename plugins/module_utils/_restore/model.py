@@ -11,8 +11,7 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .._common.formats import human
-from .._common.words import Word
+from .._common.formats import Word, human
 from .._host import files
 from .._repository.annotations import PARTIAL
 

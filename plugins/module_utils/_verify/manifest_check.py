@@ -11,7 +11,7 @@ import os
 from typing import TYPE_CHECKING
 
 from .._common.errors import BackupError
-from .._common.version import SCHEMA
+from .._common.formats import SCHEMA
 from .._repository.documents import Depth
 from .._repository.json_file import UNFINISHED
 from .._repository.repository import DESCRIPTION, INTENT, MANIFEST

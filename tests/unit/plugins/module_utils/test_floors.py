@@ -64,7 +64,7 @@ TOPS = {
 
 PURE = {
     "_backup": ("attempt_state", "outcome", "results", "steps", "task"),
-    "_common": ("argument_specs", "formats", "version", "words"),
+    "_common": ("argument_specs", "formats"),
     "_drive_backup": ("status", "steps"),
     "_plan": ("decide", "disks", "levels", "model"),
     "_prune": ("retention",),

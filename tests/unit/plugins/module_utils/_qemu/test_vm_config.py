@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import MonitorGone
-from ansible_collections.vmfleet.backup.plugins.module_utils._common.version import COLLECTION_VERSION
+from ansible_collections.vmfleet.backup.plugins.module_utils._common.formats import COLLECTION_VERSION
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.process import Process
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.secrets import REMOVED
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.vm_config import describe_vm

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import BackupError
-from ansible_collections.vmfleet.backup.plugins.module_utils._common.version import SCHEMA
+from ansible_collections.vmfleet.backup.plugins.module_utils._common.formats import SCHEMA
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.process import machine_id
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.annotations import (
     PARTIAL,

@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import BackupError, Refused
-from ansible_collections.vmfleet.backup.plugins.module_utils._common.formats import parse_time
-from ansible_collections.vmfleet.backup.plugins.module_utils._common.version import SCHEMA
+from ansible_collections.vmfleet.backup.plugins.module_utils._common.formats import SCHEMA, parse_time
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.process import machine_id
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository import staging
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.annotations import write_annotation

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from ansible_collections.vmfleet.backup.plugins.module_utils._common.version import COLLECTION_VERSION
+from ansible_collections.vmfleet.backup.plugins.module_utils._common.formats import COLLECTION_VERSION
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.documents import (
     Depth,
     DocumentError,

@@ -12,7 +12,7 @@ import pickle
 
 import pytest
 
-from ansible_collections.vmfleet.backup.plugins.module_utils._common.words import Word, read_words
+from ansible_collections.vmfleet.backup.plugins.module_utils._common.formats import Word, read_words
 
 
 class Colour(Word):
