@@ -80,8 +80,8 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._common.argument_sp
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import BackupError, CommandError
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.run_module import run_module
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.connection import parse_address
+from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.jobs import query_jobs
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.monitor import Monitor, require_qmp
-from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.query_jobs import query_jobs
 
 if TYPE_CHECKING:
     from typing import Any

@@ -14,8 +14,7 @@ import typing as t
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.connection import parse_address
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.monitor import Monitor
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.query import inspect_vm
-from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.secrets import REMOVED
-from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.vm_config import describe_vm
+from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.vm_config import REMOVED, describe_vm
 from ansible_collections.vmfleet.backup.tests.harness.images import MIB, create
 from ansible_collections.vmfleet.backup.tests.harness.qemu import Disk
 

@@ -13,7 +13,7 @@ from .._common.formats import Word
 from .._plan.disks import plan_disks
 from .._plan.levels import ChainLink
 from .._plan.model import Action, Quiesce
-from .._qemu.job_watch import has_stopped, is_backup_fault
+from .._qemu.jobs import has_stopped, is_backup_fault
 from .._repository import chain
 from .._repository.documents import Level, Phase
 

@@ -14,7 +14,7 @@ from .._common.formats import boottime
 from .._plan import space
 from .._qemu import block_jobs
 from .._qemu.connection import parse_address
-from .._qemu.job_watch import StallClock
+from .._qemu.jobs import StallClock
 from .._qemu.monitor import Monitor
 from . import cleanup
 from .attempt_state import guest_stopped_by

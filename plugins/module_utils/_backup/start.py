@@ -16,7 +16,7 @@ from .._plan.model import Quiesce
 from .._plan.observe import observe
 from .._qemu import block_jobs, guest_freeze
 from .._qemu.bitmaps import bitmap_add, bitmap_merge
-from .._qemu.query_jobs import query_jobs
+from .._qemu.jobs import query_jobs
 from .._repository.documents import Failure, Phase
 from . import cleanup
 from .attempt_state import changes, keep_planned_fulls

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING
 
-from .._qemu.job_watch import StallClock
+from .._qemu.jobs import StallClock
 
 if TYPE_CHECKING:
     from .._host.process import Process

@@ -12,9 +12,9 @@ from .._common.errors import BackupError
 from .._host import probe
 from .._qemu import block_jobs
 from .._qemu.connection import parse_address
+from .._qemu.jobs import query_jobs
 from .._qemu.model import IO_ERROR
 from .._qemu.monitor import Monitor
-from .._qemu.query_jobs import query_jobs
 from . import results
 from .outcome import VmState
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from .._host import files, preallocate
 from .._qemu import block_jobs
-from .._qemu.query_jobs import query_jobs
+from .._qemu.jobs import query_jobs
 from . import preflight, receipt
 from .finish import finish, resume_guest
 from .receipt import ReceiptPhase

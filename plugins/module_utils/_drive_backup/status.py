@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from .._common.errors import JobFailed
 from .._common.formats import Word, seconds_since
-from .._qemu.job_watch import is_backup_fault
+from .._qemu.jobs import is_backup_fault
 from .._qemu.model import CANCELLED, Disk
 from .receipt import record_path
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from .._common.errors import JobFailed, MonitorError, MonitorGone
 from .._qemu import block_jobs
-from .._qemu.job_watch import StallClock, has_stopped
+from .._qemu.jobs import StallClock, has_stopped
 from .cleanup import cancel_attempt
 from .examine import lost
 from .request import OnTimeout, RequestedState

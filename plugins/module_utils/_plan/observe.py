@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 from .._common.errors import BackupError, MonitorGone
 from .._host.process import machine_id
 from .._qemu.connection import parse_address
+from .._qemu.jobs import query_jobs
 from .._qemu.monitor import Monitor
 from .._qemu.origin import Origin
 from .._qemu.query import inspect_vm
-from .._qemu.query_jobs import query_jobs
 from .._repository.annotations import read_annotations
 from .._repository.catalog import failed_sets
 from .._repository.chain import walk

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING
 
 from .._common.errors import CommandError, JobFailed
 from .._host.files import AT_ONCE
+from .jobs import query_jobs
 from .model import IO_ERROR, TARGET_NODES
-from .query_jobs import query_jobs
 from .target_image import open_pair
 
 if TYPE_CHECKING:

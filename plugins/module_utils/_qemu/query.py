@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from .._host.process import machine_id
+from .jobs import merge_jobs
 from .model import NO_UUID, TARGET_NODE, Bitmap, Disk, Vm, qdev_id
-from .query_jobs import merge_jobs
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

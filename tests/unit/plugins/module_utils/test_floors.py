@@ -68,7 +68,7 @@ PURE = {
     "_drive_backup": ("status", "steps"),
     "_plan": ("decide", "disks", "levels", "model"),
     "_prune": ("retention",),
-    "_qemu": ("command_line", "job_watch", "losses", "secrets"),
+    "_qemu": ("command_line", "losses"),
     "_report": ("html", "html_charts", "html_style", "html_text", "prometheus", "run", "status"),
     "_repository": ("chain", "documents"),
     "_verify": ("model",),

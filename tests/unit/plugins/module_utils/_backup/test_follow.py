@@ -16,7 +16,7 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._backup import foll
 from ansible_collections.vmfleet.backup.plugins.module_utils._backup.task import VmTask, WaitFor
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.formats import boottime
 from ansible_collections.vmfleet.backup.plugins.module_utils._plan.model import Observation, Policy
-from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.job_watch import StallClock
+from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.jobs import StallClock
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.repository import VmRecords
 from ansible_collections.vmfleet.backup.tests.unit.plugins.builders import WEB01, job
 from ansible_collections.vmfleet.backup.tests.unit.plugins.doubles import FakeMonitor

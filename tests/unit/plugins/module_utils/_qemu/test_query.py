@@ -13,9 +13,9 @@ import pytest
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.process import Process
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu import model, query
+from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.jobs import merge_jobs, query_jobs
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.model import NO_UUID
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.query import inspect_vm
-from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.query_jobs import merge_jobs, query_jobs
 from ansible_collections.vmfleet.backup.tests.unit.plugins.builders import MIB, SIZE, UUID, bitmap, disk, job
 from ansible_collections.vmfleet.backup.tests.unit.plugins.doubles import (
     FakeMonitor,

@@ -10,7 +10,7 @@ import json
 
 import pytest
 
-from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.secrets import REMOVED, redact
+from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.vm_config import REMOVED, redact
 
 R = REMOVED
 

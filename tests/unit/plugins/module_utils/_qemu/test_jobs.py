@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.query_jobs import merge_jobs, query_jobs
+from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.jobs import merge_jobs, query_jobs
 from ansible_collections.vmfleet.backup.tests.unit.plugins.builders import MIB, SIZE, job
 from ansible_collections.vmfleet.backup.tests.unit.plugins.doubles import FakeMonitor, block_job, general_job, monitor
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.job_watch import (
+from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.jobs import (
     StallClock,
     has_stopped,
     is_backup_fault,
