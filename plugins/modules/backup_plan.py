@@ -310,8 +310,7 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._plan.space import 
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.losses import EncryptedSource
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.monitor import require_qmp
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.qemu_img import require_qemu_img
-from ansible_collections.vmfleet.backup.plugins.module_utils._repository.async_repository import AsyncRepository
-from ansible_collections.vmfleet.backup.plugins.module_utils._repository.create import find_repository
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository.access import AsyncRepository, find_repository
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.documents import Level
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.names import check_set_id
 

@@ -166,8 +166,8 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._host.worker import
 from ansible_collections.vmfleet.backup.plugins.module_utils._prune.prune import PruneOptions, headline, prune
 from ansible_collections.vmfleet.backup.plugins.module_utils._prune.retention import PERIODS, Rules, describe
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.qemu_img import require_qemu_img
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository.access import check_writable
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.catalog import vm_names
-from ansible_collections.vmfleet.backup.plugins.module_utils._repository.create import check_writable
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.repository import open_repository
 
 if TYPE_CHECKING:

@@ -311,8 +311,8 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._host.worker import
 from ansible_collections.vmfleet.backup.plugins.module_utils._plan.model import parse_plan
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.monitor import require_qmp
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.qemu_img import require_qemu_img
-from ansible_collections.vmfleet.backup.plugins.module_utils._repository.async_repository import AsyncRepository
-from ansible_collections.vmfleet.backup.plugins.module_utils._repository.create import (
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository.access import (
+    AsyncRepository,
     create_repository,
     find_repository,
     remove_half_made,

@@ -62,14 +62,13 @@ STEPS = {
     "_qemu/qemu_img": {"run": "run"},
     "_qemu/target_image": {"_make_file": "make file", "create": "make image", "reserve": "reserve"},
     "_qemu/vm_lock": {"write_owners": "write owners"},
-    "_repository/annotations": {"remove_annotations": "remove annotations", "write_annotation": "write annotation"},
+    "_repository/access": {"create_repository": "create repository"},
+    "_repository/catalog": {"remove_annotations": "remove annotations", "write_annotation": "write annotation"},
     "_repository/consolidation": {
         "remove_note": "remove note",
         "rewrite_manifest": "rewrite manifest",
         "write_note": "write note",
     },
-    "_repository/create": {"create_repository": "create repository"},
-    "_repository/removal": {"remove_set": "remove set", "tidy": "tidy"},
     "_repository/staging": {
         "begin": "begin",
         "describe": "write manifest",
@@ -77,6 +76,8 @@ STEPS = {
         "discard_images": "discard images",
         "publish": "publish",
         "record_failure": "record failure",
+        "remove_set": "remove set",
+        "tidy": "tidy",
         "update": "update intent",
         "write_description": "write description",
     },
@@ -107,7 +108,6 @@ PASSED_THROUGH = frozenset(
         "_qemu/connection",
         "_qemu/monitor",
         "_repository/json_file",
-        "_repository/removal",
     }
 )
 """What takes no step of its own, but where a name above says so."""

@@ -29,7 +29,7 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.agent_channel
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.connection import parse_address
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.monitor import Monitor
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.query import inspect_vm
-from ansible_collections.vmfleet.backup.plugins.module_utils._repository.async_repository import AsyncRepository
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository.access import AsyncRepository
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.repository import open_repository
 from ansible_collections.vmfleet.backup.tests.harness.backup import wait_concluded
 from ansible_collections.vmfleet.backup.tests.harness.images import MIB, create, layered, patterned, qemu_img, write

@@ -17,7 +17,7 @@ import pytest
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.process import Hypervisor
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.vm_config import describe_vm
-from ansible_collections.vmfleet.backup.plugins.module_utils._repository.create import create_repository
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository.access import create_repository
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.documents import (
     Consolidation,
     DiskImage,

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 PREFIX = ".vmfleet.json."
 """What the name of a file begins with that is made to see whether files can be made.
 
-A repository that is being made begins like this too (C(_repository/create.py)), and passes over both.
+A repository that is being made begins like this too (C(_repository/access.py)), and passes over both.
 """
 TIMEOUT = 30.0
 """Seconds until a file system counts as hanging: a busy one may need a while to flush."""

@@ -17,8 +17,7 @@ from .._qemu.jobs import query_jobs
 from .._qemu.monitor import Monitor
 from .._qemu.origin import Origin
 from .._qemu.query import inspect_vm
-from .._repository.annotations import read_annotations
-from .._repository.catalog import failed_sets
+from .._repository.catalog import failed_sets, read_annotations
 from .._repository.chain import walk
 from .._repository.documents import Depth, Level
 from .model import Observation

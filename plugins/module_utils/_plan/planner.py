@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
     from .._qemu.model import Vm
-    from .._repository.async_repository import AsyncRepository
+    from .._repository.access import AsyncRepository
     from .model import Policy, Request
 
 

@@ -21,9 +21,8 @@ from .._repository.catalog import CONSOLIDATING_SUFFIX, consolidating_files, rea
 from .._repository.checksums import check_all
 from .._repository.consolidation import remove_note, rewrite_manifest, write_note
 from .._repository.documents import Consolidation, Level
-from .._repository.removal import tidy
 from .._repository.repository import PUBLISHED_MODE
-from .._repository.staging import outstanding
+from .._repository.staging import outstanding, tidy
 from .retention import read_constraints
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from ansible_collections.vmfleet.backup.plugins.module_utils._repository.create import create_repository
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository.access import create_repository
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -26,7 +26,7 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._plan.model import 
     VmPlan,
 )
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository import staging
-from ansible_collections.vmfleet.backup.plugins.module_utils._repository.async_repository import AsyncRepository
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository.access import AsyncRepository
 from ansible_collections.vmfleet.backup.tests.unit.plugins.builders import HERE, UUID
 from ansible_collections.vmfleet.backup.tests.unit.plugins.doubles import FakeMonitor, monitor
 

@@ -18,7 +18,7 @@ import pytest
 from ansible_collections.vmfleet.backup.plugins.module_utils._common import errors
 from ansible_collections.vmfleet.backup.plugins.module_utils._host import checksum, files, preallocate, run_module
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu import target_image, vm_lock
-from ansible_collections.vmfleet.backup.plugins.module_utils._repository import create, json_file
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository import access, json_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -128,9 +128,9 @@ def test_names_without_hard_links(code: int, tmp_path: Path, monkeypatch: pytest
     with pytest.raises(FileExistsError):
         files.claim(str(source), str(name))
     assert name.read_text() == "new"
-    repository = create.create_repository(str(tmp_path / "repository"))
+    repository = access.create_repository(str(tmp_path / "repository"))
     assert os.listdir(tmp_path / "repository") == ["vmfleet.json"]
-    assert create.create_repository(repository.path) == repository
+    assert access.create_repository(repository.path) == repository
 
 
 def test_a_text_that_a_killed_process_was_writing_goes_with_a_later_one(tmp_path: Path) -> None:

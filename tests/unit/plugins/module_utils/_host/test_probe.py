@@ -22,7 +22,7 @@ import pytest
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import BackupError
 from ansible_collections.vmfleet.backup.plugins.module_utils._host import probe as host_probe
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.probe import Probe, Watch, probe, probe_if_there
-from ansible_collections.vmfleet.backup.plugins.module_utils._repository.create import check_creatable
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository.access import check_creatable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -25,7 +25,7 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._plan.model import 
     Space,
 )
 from ansible_collections.vmfleet.backup.plugins.module_utils._plan.planner import draw_up, refuse_duplicates
-from ansible_collections.vmfleet.backup.plugins.module_utils._repository.async_repository import AsyncRepository
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository.access import AsyncRepository
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.repository import Repository, VmRecords
 from ansible_collections.vmfleet.backup.tests.unit.plugins.builders import UUID
 from ansible_collections.vmfleet.backup.tests.unit.plugins.today import GOLDEN, OFF, REQUEST, TERMS, VDA, start, vm

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ansible_collections.vmfleet.backup.plugins.module_utils._repository import removal, staging
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository import staging
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.documents import Failure, Intent, Manifest
 from ansible_collections.vmfleet.backup.tests.unit.plugins import builders
 
@@ -42,5 +42,5 @@ def publish(repository: Repository, of: Intent) -> Manifest:
     begin(repository, of)
     staging.describe(repository, of, manifest(of))
     published = staging.publish(repository, of)
-    removal.tidy(repository, of.vm.name, of.id)
+    staging.tidy(repository, of.vm.name, of.id)
     return published

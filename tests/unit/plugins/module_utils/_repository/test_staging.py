@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import BackupError
-from ansible_collections.vmfleet.backup.plugins.module_utils._repository import removal, staging
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository import repository as repository_repository
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository import staging
 from ansible_collections.vmfleet.backup.tests.unit.plugins.module_utils._repository.attempts import (
     FAILURE,
     begin,
@@ -78,9 +78,9 @@ class TestCrash:
         for path in ("s1/intent.json.new", ".s1.failed.json.new"):
             with open(os.path.join(repository.directory("web01"), path), "w", encoding="utf-8"):
                 pass
-        assert removal.untidy(repository, "web01", "s1")
-        removal.tidy(repository, "web01", "s1")
-        assert not removal.untidy(repository, "web01", "s1")
+        assert staging.untidy(repository, "web01", "s1")
+        staging.tidy(repository, "web01", "s1")
+        assert not staging.untidy(repository, "web01", "s1")
         assert sorted(os.listdir(repository.directory("web01"))) == ["s1"]
         assert sorted(os.listdir(repository.set_path("web01", "s1"))) == ["manifest.json", "vda.qcow2"]
 

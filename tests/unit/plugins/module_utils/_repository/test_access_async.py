@@ -17,7 +17,7 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors impo
 from ansible_collections.vmfleet.backup.plugins.module_utils._host import worker
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.probe import Watch
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.worker import ThreadedCalls
-from ansible_collections.vmfleet.backup.plugins.module_utils._repository.async_repository import AsyncRepository
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository.access import AsyncRepository
 from ansible_collections.vmfleet.backup.tests.unit.plugins.module_utils._repository.attempts import (
     FAILURE,
     begin,

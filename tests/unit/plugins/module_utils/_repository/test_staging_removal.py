@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import BackupError
-from ansible_collections.vmfleet.backup.plugins.module_utils._repository import removal, staging
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository import staging
 from ansible_collections.vmfleet.backup.tests.unit.plugins.module_utils._repository.attempts import (
     FAILURE,
     begin,
@@ -40,18 +40,18 @@ class TestTidy:
         return set(os.listdir(repository.directory("web01")))
 
     def test_nothing_to_do(self, repository: Repository) -> None:
-        assert not removal.untidy(repository, "nobody", "s1")
-        removal.tidy(repository, "nobody", "s1")
+        assert not staging.untidy(repository, "nobody", "s1")
+        staging.tidy(repository, "nobody", "s1")
         publish(repository, intent())
-        assert not removal.untidy(repository, "web01", "s1")
+        assert not staging.untidy(repository, "web01", "s1")
 
     def test_leftovers_of_whatever_set(self, repository: Repository) -> None:
         publish(repository, intent())
         left = (".s0.staging/vda.qcow2", ".s9.staging/intent.json.new", ".s5.failed.json.new", ".s4.removed/vda.qcow2")
         self.touch(repository, *left)
-        assert removal.untidy(repository, "web01", "s1")
-        removal.tidy(repository, "web01", "s1")
-        assert not removal.untidy(repository, "web01", "s1")
+        assert staging.untidy(repository, "web01", "s1")
+        staging.tidy(repository, "web01", "s1")
+        assert not staging.untidy(repository, "web01", "s1")
         assert self.entries(repository) == {"s1"}
 
     def test_what_others_are_at_stays(self, repository: Repository) -> None:
@@ -59,8 +59,8 @@ class TestTidy:
         begin(repository, intent(id="s2", attempt="a2"))
         staging.record_failure(repository, "web01", replace(FAILURE, id="s3"))
         self.touch(repository, ".lock", ".snapshot/hourly", "notes.txt")
-        assert not removal.untidy(repository, "web01", "s1")
-        removal.tidy(repository, "web01", "s1")
+        assert not staging.untidy(repository, "web01", "s1")
+        staging.tidy(repository, "web01", "s1")
         there = {".lock", ".snapshot", "notes.txt", "s1", ".s2.staging", ".s3.failed.json"}
         assert self.entries(repository) == there
         assert [found.id for found in repository.records("web01").intents] == ["s2"]
@@ -74,8 +74,8 @@ class TestTidy:
             begin(repository, intent(id=f"{set_id}.2", attempt=f"b{number}"))
             staging.record_failure(repository, "web01", replace(FAILURE, id=f"{set_id}.3"))
         for set_id in ids:
-            assert not removal.untidy(repository, "web01", set_id)
-            removal.tidy(repository, "web01", set_id)
+            assert not staging.untidy(repository, "web01", set_id)
+            staging.tidy(repository, "web01", set_id)
         records = repository.records("web01")
         assert [found.id for found in records.sets] == ids
         assert {found.id for found in records.intents} == {f"{set_id}.2" for set_id in ids}
@@ -101,13 +101,13 @@ class TestLitterThatStays:
         monkeypatch.setattr(os, "unlink", busy)
         left = os.path.join(repository.directory("web01"), ".s1.removed")
         assert (
-            removal.remove_set(repository, "web01", "s1") == f"{left}/.nfs0001 cannot be removed ({os.strerror(code)})"
+            staging.remove_set(repository, "web01", "s1") == f"{left}/.nfs0001 cannot be removed ({os.strerror(code)})"
         )
         assert os.listdir(left) == [".nfs0001"]
-        removal.tidy(repository, "web01", "s2")
-        assert removal.litter(repository, "web01") == [left]
+        staging.tidy(repository, "web01", "s2")
+        assert staging.litter(repository, "web01") == [left]
         monkeypatch.undo()
-        removal.tidy(repository, "web01", "s2")
+        staging.tidy(repository, "web01", "s2")
         assert os.listdir(repository.directory("web01")) == []
 
     def test_of_an_attempt(self, repository: Repository) -> None:
@@ -115,7 +115,7 @@ class TestLitterThatStays:
         stray = os.path.join(repository.staging_path("web01", "s1"), "mine")
         os.mkdir(stray)
         staging.discard(repository, intent())
-        assert removal.litter(repository, "web01") == [repository.staging_path("web01", "s1")]
+        assert staging.litter(repository, "web01") == [repository.staging_path("web01", "s1")]
         with pytest.raises(BackupError, match=rf"^VM web01: {stray} cannot be removed \(Is a directory\); remove it"):
             staging.begin(repository, intent())
         os.rmdir(stray)
@@ -131,4 +131,4 @@ class TestLitterThatStays:
 
         monkeypatch.setattr(os, "unlink", broken)
         with pytest.raises(OSError, match="Input/output error"):
-            removal.remove_set(repository, "web01", "s1")
+            staging.remove_set(repository, "web01", "s1")

@@ -13,7 +13,7 @@ import pytest
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import BackupError
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.probe import PREFIX
-from ansible_collections.vmfleet.backup.plugins.module_utils._repository.create import (
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository.access import (
     check_creatable,
     check_writable,
     create_repository,
