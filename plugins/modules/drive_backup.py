@@ -329,8 +329,8 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup.reque
     BitmapMode,
     CompletionMode,
     Drive,
+    DriveBackupRequest,
     OnTimeout,
-    Request,
     RequestedState,
     Sync,
     TargetMode,
@@ -373,7 +373,7 @@ async def main_task(module: AnsibleModule) -> dict[str, Any]:
     params = module.params
     if params["drives"] == []:
         raise Refused("drives", "the list is empty; name at least one drive")
-    request = Request(
+    request = DriveBackupRequest(
         address=parse_address(params["monitor"]),
         drives=drives(params),
         state=RequestedState(params["state"]),

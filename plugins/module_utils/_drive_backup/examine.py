@@ -24,7 +24,7 @@ from .status import JOB_PREFIX, Copy, CopyState, digest, lost_result
 if TYPE_CHECKING:
     from .._qemu.model import Disk, Job, Vm
     from .receipt import Record
-    from .request import Drive, Request
+    from .request import Drive, DriveBackupRequest
 
 
 def examine(drive: Drive, vm: Vm, owners: dict[str, str]) -> Copy:
@@ -192,7 +192,7 @@ def _difference(drive: Drive, vm: Vm, disk: Disk, receipt: Record) -> str:
     return ""
 
 
-def lost(request: Request, attempt: str, reason: str) -> JobFailed:
+def lost(request: DriveBackupRequest, attempt: str, reason: str) -> JobFailed:
     """Return the error of a call whose QEMU has ended: its jobs are gone, and what they left is no backup."""
     jobs = []
     for drive in request.drives:

@@ -138,7 +138,7 @@ class Drive:
 
 
 @dataclass(frozen=True)
-class Request:
+class DriveBackupRequest:
     """What is asked of one VM. Times are seconds; 0 waits without end."""
 
     address: Address

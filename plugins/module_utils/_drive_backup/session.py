@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from .._host.preallocate import Writeback
     from .._host.process import Process
-    from .request import Request
+    from .request import DriveBackupRequest
 
 
 @dataclass
@@ -34,7 +34,7 @@ class Session:
     C(images) are the images that this process has made, by path. They stay open until it ends.
     """
 
-    request: Request
+    request: DriveBackupRequest
     commands: list[dict[str, Any]] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     changed: bool = False

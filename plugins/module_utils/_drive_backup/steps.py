@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from .._qemu.model import Vm
-    from .request import Request
+    from .request import DriveBackupRequest
     from .status import Copy
 
 
@@ -48,7 +48,7 @@ class Situation:
     The end of that attempt, good or bad, is the end of the call.
     """
 
-    request: Request
+    request: DriveBackupRequest
     vm: Vm
     copies: tuple[Copy, ...]
     followed: str = ""

@@ -15,7 +15,7 @@ from ansible.module_utils.common.arg_spec import ModuleArgumentSpecValidator
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import BackupError, Refused
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.formats import duration
-from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup.request import Drive, Request
+from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup.request import Drive, DriveBackupRequest
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.connection import Address
 from ansible_collections.vmfleet.backup.plugins.modules import drive_backup
 
@@ -57,7 +57,7 @@ class TestArguments:
         assert not result.error_messages
         assert drive_backup.drives(result.validated_parameters) == (Drive("drive0", "/b/x.qcow2"),)
         given = result.validated_parameters
-        request = Request(address=Address(path="/s"), drives=())
+        request = DriveBackupRequest(address=Address(path="/s"), drives=())
         for name in ("state", "completion_mode", "overwrite", "on_timeout"):
             assert given[name] == getattr(request, name)
         for name in ("timeout", "stall_timeout"):
@@ -107,7 +107,7 @@ class TestMainTask:
     @pytest.fixture
     def run(self, validate: Callable[[dict[str, Any]], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         self.warned: list[str] = []
-        self.requests: list[Request] = []
+        self.requests: list[DriveBackupRequest] = []
 
         def call(outcome: Any, check_mode: bool = False, **params: Any) -> Any:
             async def back_up(session: Session) -> Any:

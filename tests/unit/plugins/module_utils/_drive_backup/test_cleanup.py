@@ -20,7 +20,7 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup.recei
 from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup.request import (
     CompletionMode,
     Drive,
-    Request,
+    DriveBackupRequest,
     RequestedState,
     TargetMode,
 )
@@ -42,7 +42,7 @@ def qemu(*job_ids: str, error: str = "") -> FakeMonitor:
 
 
 def locked(fake: FakeMonitor) -> Locked:
-    return Locked(Session(Request(ADDRESS, ())), monitor(fake), 0)
+    return Locked(Session(DriveBackupRequest(ADDRESS, ())), monitor(fake), 0)
 
 
 def growing(target: Path, found: CopyState = CopyState.RUNNING, mode: str = "", **values: Any) -> Copy:
@@ -94,7 +94,7 @@ class TestCleanUp:
         good = growing(tmp_path / "x.qcow2", CopyState.ENDED, **values)
         dead = growing(tmp_path / "y.qcow2", CopyState.DEAD)
         dead = replace(dead, disk=disk("drive1", "n1"), job_id="j1", job=None, reason="its QEMU has ended")
-        return Situation(Request(ADDRESS, (), completion_mode=mode), vm(), (good, dead), followed)
+        return Situation(DriveBackupRequest(ADDRESS, (), completion_mode=mode), vm(), (good, dead), followed)
 
     @pytest.mark.parametrize(
         ("mode", "values", "left"),
@@ -124,7 +124,7 @@ class TestCleanUp:
     def test_first_to_learn_of_a_failure_fails_if_it_wants_the_end(self, state: RequestedState, tmp_path: Path) -> None:
         copy = growing(tmp_path / "x.qcow2", CopyState.ENDED)
         broken = replace(copy, job=job("j0", "concluded", error="Operation canceled"))
-        now = Situation(Request(ADDRESS, (), state=state), vm(), (broken,))
+        now = Situation(DriveBackupRequest(ADDRESS, (), state=state), vm(), (broken,))
         hands = locked(qemu("j0", error="Operation canceled"))
         if state == RequestedState.COMPLETED:
             with pytest.raises(JobFailed, match="cancelled from outside"):
@@ -139,6 +139,6 @@ class TestCleanUp:
         dead = growing(tmp_path / "x.qcow2", CopyState.DEAD, **INCREMENT)
         before = os.listdir(tmp_path)
         with pytest.raises(BackupError, match=r"^bitmap: the increment of .* is lost"):
-            asyncio.run(cleanup.clean_up(locked(fake), Situation(Request(ADDRESS, ()), vm(), (dead,))))
+            asyncio.run(cleanup.clean_up(locked(fake), Situation(DriveBackupRequest(ADDRESS, ()), vm(), (dead,))))
         assert os.listdir(tmp_path) == before
         assert not fake.sent

@@ -16,7 +16,7 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors impo
 from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup.drive_backup import _predict
 from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup.request import (
     Drive,
-    Request,
+    DriveBackupRequest,
     RequestedState,
 )
 from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup.session import Session
@@ -50,7 +50,7 @@ def copies(directory: Path, *found: CopyState, attempts: str = "aa", speed: int 
 
 def predict(seen: tuple[Copy, ...], **asked: Any) -> tuple[list[str], Session]:
     """Return the states that are told, and the session."""
-    session = Session(Request(Address(path="/run/web01.qmp"), tuple(copy.drive for copy in seen), **asked))
+    session = Session(DriveBackupRequest(Address(path="/run/web01.qmp"), tuple(copy.drive for copy in seen), **asked))
     found = vm(*(copy.disk for copy in seen), jobs=tuple(copy.job for copy in seen if copy.job))
     told = asyncio.run(_predict(session, Situation(session.request, found, seen)))
     return [result["state"] for result in told], session

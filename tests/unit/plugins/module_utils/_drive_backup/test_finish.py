@@ -17,7 +17,7 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors impo
 from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup import receipt
 from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup.finish import finish, resume_guest
 from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup.receipt import ReceiptPhase
-from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup.request import Drive, Request
+from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup.request import Drive, DriveBackupRequest
 from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup.session import Locked, Session
 from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup.status import Copy, CopyState
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.connection import Address
@@ -30,7 +30,7 @@ STOPPED = {"query-status": {"status": IO_ERROR}, "cont": {}}
 
 
 def locked(fake: FakeMonitor) -> Locked:
-    return Locked(Session(Request(Address(path="/run/web01.qmp"), ())), monitor(fake), 0)
+    return Locked(Session(DriveBackupRequest(Address(path="/run/web01.qmp"), ())), monitor(fake), 0)
 
 
 @pytest.fixture

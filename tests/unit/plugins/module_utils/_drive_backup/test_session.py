@@ -15,7 +15,7 @@ import pytest
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import MonitorGone, Refused
 from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup import session as drive_backup_session
-from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup.request import Drive, Request
+from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup.request import Drive, DriveBackupRequest
 from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup.session import Session, lock, observe
 from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup.status import CopyState
 from ansible_collections.vmfleet.backup.plugins.module_utils._host import lock as host_lock
@@ -47,11 +47,11 @@ def _locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_disk_that_is_asked_for_by_two_names(tmp_path: Path) -> None:
     drives = tuple(Drive(name, str(tmp_path / name)) for name in ("drive0", "n0"))
     with pytest.raises(Refused, match=r"^device: drive0 is asked for more than once on VM web01"):
-        asyncio.run(observe(Session(Request(ADDRESS, drives)), monitor(FakeMonitor(QEMU))))
+        asyncio.run(observe(Session(DriveBackupRequest(ADDRESS, drives)), monitor(FakeMonitor(QEMU))))
 
 
 def test_look_tells_what_was_waited_for(tmp_path: Path) -> None:
-    session = Session(Request(ADDRESS, (Drive("drive0", str(tmp_path / "x")),)))
+    session = Session(DriveBackupRequest(ADDRESS, (Drive("drive0", str(tmp_path / "x")),)))
     now = asyncio.run(observe(session, monitor(FakeMonitor(QEMU)), "a1"))
     assert (now.followed, [copy.found for copy in now.copies]) == ("a1", [CopyState.ABSENT])
 
@@ -60,7 +60,7 @@ def test_look_tells_what_was_waited_for(tmp_path: Path) -> None:
 def test_lock_is_that_of_the_qemu_that_answers(found: Process | None, monkeypatch: pytest.MonkeyPatch) -> None:
     fake = FakeMonitor(process=found)
     monkeypatch.setattr(drive_backup_session, "Monitor", lambda *_args: fake)
-    session = Session(Request(ADDRESS, ()))
+    session = Session(DriveBackupRequest(ADDRESS, ()))
 
     async def hold() -> bool:
         async with lock(session, own_process()) as locked:

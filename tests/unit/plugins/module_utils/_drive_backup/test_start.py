@@ -18,7 +18,7 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup impor
 from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup.receipt import ReceiptPhase
 from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup.request import (
     Drive,
-    Request,
+    DriveBackupRequest,
     RequestedState,
 )
 from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup.session import Locked, Session
@@ -47,14 +47,14 @@ def directory(tmp_path: Path) -> Path:
 
 
 def locked(fake: FakeMonitor, fd: int = 0) -> Locked:
-    return Locked(Session(Request(ADDRESS, ())), monitor(fake), fd)
+    return Locked(Session(DriveBackupRequest(ADDRESS, ())), monitor(fake), fd)
 
 
 def situation(directory: Path, **values: Any) -> Situation:
     """Return one drive of which nothing is there yet."""
     drive = Drive("drive0", str(directory / "x.raw"), format="raw")
     copy = Copy(drive, disk(), "vmfleet.db.0", CopyState.ABSENT)
-    return Situation(Request(ADDRESS, (drive,), **values), vm(), (copy,))
+    return Situation(DriveBackupRequest(ADDRESS, (drive,), **values), vm(), (copy,))
 
 
 @pytest.mark.parametrize("state", [RequestedState.STARTED, RequestedState.COMPLETED])

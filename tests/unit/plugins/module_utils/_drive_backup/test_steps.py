@@ -14,7 +14,7 @@ import pytest
 from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup.request import (
     CompletionMode,
     Drive,
-    Request,
+    DriveBackupRequest,
     RequestedState,
 )
 from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup.status import Copy, CopyState
@@ -47,7 +47,7 @@ def copy(found: str, attempt: str = "a") -> Copy:
 
 
 def situation(*copies: Copy, followed: str = "", **values: Any) -> Situation:
-    return Situation(Request(ADDRESS, (), **values), vm(), copies, followed)
+    return Situation(DriveBackupRequest(ADDRESS, (), **values), vm(), copies, followed)
 
 
 INDIVIDUAL = {"completion_mode": CompletionMode.INDIVIDUAL}

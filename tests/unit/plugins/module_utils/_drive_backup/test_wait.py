@@ -16,8 +16,8 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors impo
 from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup import start, wait
 from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup.request import (
     Drive,
+    DriveBackupRequest,
     OnTimeout,
-    Request,
     RequestedState,
 )
 from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup.session import Locked, Session
@@ -52,7 +52,7 @@ def test_growing_image_is_written_out_at_every_look(
     monkeypatch.setattr(wait, "SHORTEST_POLL", 0)
     monkeypatch.setattr(wait, "look", look)
     monkeypatch.setattr(preallocate.Writeback, "nudge", nudge)
-    session = Session(Request(ADDRESS, (drive,)))
+    session = Session(DriveBackupRequest(ADDRESS, (drive,)))
 
     async def begin_and_wait() -> None:
         absent = Copy(drive, disk(), "j0", CopyState.ABSENT)
@@ -80,7 +80,7 @@ def test_growing_image_is_written_out_at_every_look(
 def test_running_job_is_taken_up(state: RequestedState, speed: int, attempt: str, changed: bool) -> None:
     drive = Drive("drive0", "/b/x.qcow2", speed=speed)
     copy = Copy(drive, disk(), "j0", CopyState.RUNNING, record(attempt="a1"), job(speed=5))
-    request = Request(ADDRESS, (drive,), state=state)
+    request = DriveBackupRequest(ADDRESS, (drive,), state=state)
     fake = FakeMonitor({"block-job-set-speed": {}})
     locked = Locked(Session(request), monitor(fake), 0)
     [result], followed = asyncio.run(wait.join(locked, Situation(request, vm(), (copy,))))
@@ -90,7 +90,7 @@ def test_running_job_is_taken_up(state: RequestedState, speed: int, attempt: str
 
 def test_job_is_left_running_where_that_is_asked_for() -> None:
     known: list[dict[str, Any]] = [{"state": "running"}]
-    session = Session(Request(ADDRESS, (), on_timeout=OnTimeout.LEAVE))
+    session = Session(DriveBackupRequest(ADDRESS, (), on_timeout=OnTimeout.LEAVE))
     with pytest.raises(JobFailed, match=r"^timeout: not done; the job is left running, as on_timeout says$") as failure:
         asyncio.run(wait._time_out(session, "a1", known, "timeout: not done"))
     assert failure.value.details == {"jobs": known}
