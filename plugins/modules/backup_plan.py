@@ -298,7 +298,7 @@ from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import Refused
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.probe import Watch, probe_if_there
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.worker import ThreadedCalls, run_in_worker
-from ansible_collections.vmfleet.backup.plugins.module_utils._plan.levels import LEVELS
+from ansible_collections.vmfleet.backup.plugins.module_utils._plan.disks import LEVELS
 from ansible_collections.vmfleet.backup.plugins.module_utils._plan.model import (
     QUIESCE,
     Policy,

@@ -12,7 +12,7 @@ import typing as t
 
 import pytest
 
-from ansible_collections.vmfleet.backup.plugins.module_utils._plan.levels import LONGEST_NAME
+from ansible_collections.vmfleet.backup.plugins.module_utils._plan.disks import LONGEST_NAME
 from ansible_collections.vmfleet.backup.tests.harness.backup import release, sent, snapshot
 from ansible_collections.vmfleet.backup.tests.harness.history import SIZE, History
 from ansible_collections.vmfleet.backup.tests.harness.images import MIB, create, identical, qemu_img

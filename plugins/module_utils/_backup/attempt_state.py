@@ -10,8 +10,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from .._common.formats import Word
-from .._plan.disks import plan_disks
-from .._plan.levels import ChainLink
+from .._plan.disks import ChainLink, plan_disks
 from .._plan.model import Action, Quiesce
 from .._qemu.jobs import has_stopped, is_backup_fault
 from .._repository import chain

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from .._common.errors import AgentError, BackupError
 from .._common.formats import Word, boottime, utc_now
 from .._host.process import spaces
-from .._plan.levels import written_elsewhere
+from .._plan.disks import written_elsewhere
 from .._plan.model import Quiesce
 from .._plan.space import SpaceTracker, measure, no_room
 from .._qemu import guest_freeze, target_image
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import Any
 
-    from .._plan.levels import ChainLink
+    from .._plan.disks import ChainLink
     from .._plan.model import Decision, DiskPlan, Request
     from .._qemu.model import Disk, Vm
     from .._qemu.monitor import Monitor

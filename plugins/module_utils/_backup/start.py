@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import Any
 
-    from .._plan.levels import ChainLink
+    from .._plan.disks import ChainLink
     from .._plan.model import Policy
     from .._qemu.model import Disk
     from .._qemu.monitor import Monitor

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from .._host.process import Hypervisor, Process
     from .._qemu.model import Disk, Vm
     from .._repository.documents import Intent, Manifest
-    from .levels import ChainLink
+    from .disks import ChainLink
 
 
 class Action(Word):

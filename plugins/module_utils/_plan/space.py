@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from .._qemu.model import Disk, Vm
     from .._repository.documents import Intent
     from .._repository.repository import Repository
-    from .levels import ChainLink
+    from .disks import ChainLink
     from .model import DiskPlan, Policy, VmPlan
 
 

@@ -68,7 +68,7 @@ PURE = {
     "_backup": ("attempt_state", "outcome", "results", "steps", "task"),
     "_common": ("argument_specs", "formats"),
     "_drive_backup": ("status", "steps"),
-    "_plan": ("decide", "disks", "levels", "model"),
+    "_plan": ("decide", "disks", "model"),
     "_prune": ("retention",),
     "_qemu": ("command_line", "losses"),
     "_report": ("html", "html_charts", "html_style", "html_text", "prometheus", "run", "status"),

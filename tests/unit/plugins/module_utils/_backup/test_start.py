@@ -16,7 +16,7 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._backup import star
 from ansible_collections.vmfleet.backup.plugins.module_utils._backup.prepare import AttemptDraft
 from ansible_collections.vmfleet.backup.plugins.module_utils._backup.task import AGAIN, VmTask, WaitFor
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import MonitorGone
-from ansible_collections.vmfleet.backup.plugins.module_utils._plan.levels import ChainLink
+from ansible_collections.vmfleet.backup.plugins.module_utils._plan.disks import ChainLink
 from ansible_collections.vmfleet.backup.plugins.module_utils._plan.model import Observation, Policy
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.documents import Phase
 from ansible_collections.vmfleet.backup.tests.unit.plugins import builders

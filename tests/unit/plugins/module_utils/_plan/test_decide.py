@@ -12,7 +12,7 @@ import pytest
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.process import Process
 from ansible_collections.vmfleet.backup.plugins.module_utils._plan.decide import decide
-from ansible_collections.vmfleet.backup.plugins.module_utils._plan.levels import ChainLink
+from ansible_collections.vmfleet.backup.plugins.module_utils._plan.disks import ChainLink
 from ansible_collections.vmfleet.backup.plugins.module_utils._plan.model import Observation, Policy
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.model import Job
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.documents import (

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import Refused
-from ansible_collections.vmfleet.backup.plugins.module_utils._plan.levels import ChainLink
+from ansible_collections.vmfleet.backup.plugins.module_utils._plan.disks import ChainLink
 from ansible_collections.vmfleet.backup.plugins.module_utils._plan.model import Policy, Space
 from ansible_collections.vmfleet.backup.plugins.module_utils._plan.space import (
     SpaceTracker,

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from ansible_collections.vmfleet.backup.plugins.module_utils._plan import levels as plan_levels
-from ansible_collections.vmfleet.backup.plugins.module_utils._plan.levels import ChainLink, LevelPolicy, link
+from ansible_collections.vmfleet.backup.plugins.module_utils._plan import disks as plan_levels
+from ansible_collections.vmfleet.backup.plugins.module_utils._plan.disks import ChainLink, LevelPolicy, link
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.documents import Level
 from ansible_collections.vmfleet.backup.tests.unit.plugins.builders import SIZE, UUID, bitmap
 from ansible_collections.vmfleet.backup.tests.unit.plugins.chains import S1, S2, S3, disk, image, manifest, parent

@@ -12,8 +12,8 @@ from dataclasses import replace
 
 import pytest
 
-from ansible_collections.vmfleet.backup.plugins.module_utils._plan import levels
-from ansible_collections.vmfleet.backup.plugins.module_utils._plan.levels import ChainLink, LevelPolicy
+from ansible_collections.vmfleet.backup.plugins.module_utils._plan import disks
+from ansible_collections.vmfleet.backup.plugins.module_utils._plan.disks import ChainLink, LevelPolicy
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.documents import Level
 from ansible_collections.vmfleet.backup.tests.unit.plugins.builders import SIZE, UUID, bitmap
 from ansible_collections.vmfleet.backup.tests.unit.plugins.chains import S1, disk, image, manifest
@@ -34,7 +34,7 @@ def decide(top: Disk, *layers: Disk, source: str = "") -> ChainLink:
     """How the disk `top` on these layers goes into the set after s1, which was made of the file `source`."""
     base = manifest("s1", 1, image("s1", source=source)) if source else S1
     found = replace(top, layers=tuple(node.node for node in layers))
-    return levels.link(found, (found,), UUID, [base], LevelPolicy(), {}, layers)
+    return disks.link(found, (found,), UUID, [base], LevelPolicy(), {}, layers)
 
 
 def test_one_layer_is_as_ever() -> None:
@@ -109,7 +109,7 @@ def test_a_bitmap_that_was_removed_from_the_disk_of_the_set_is_a_gap() -> None:
 def test_the_layers_that_the_set_was_made_of_tell_what_is_missing(top: Disk, below: list[Disk], level: str) -> None:
     base = manifest("s1", 1, image("s1", source="/1", layers=("/2",)))
     found = replace(top, name="vda", read_only=False, layers=tuple(node.node for node in below))
-    assert levels.link(found, (found,), UUID, [base], LevelPolicy(), {}, below).level == level
+    assert disks.link(found, (found,), UUID, [base], LevelPolicy(), {}, below).level == level
 
 
 def test_a_layer_of_another_size_is_no_part_of_the_record() -> None:
@@ -131,7 +131,7 @@ def test_a_read_only_disk_is_not_merged() -> None:
 def test_a_layer_of_another_disk_is_none_of_this_one() -> None:
     top = layer(0, NAME)
     other = layer(7, bitmap(NAME, inconsistent=True))
-    found = levels.link(top, (top,), UUID, [S1], LevelPolicy(), {}, (other,))
+    found = disks.link(top, (top,), UUID, [S1], LevelPolicy(), {}, (other,))
     assert (found.level, found.below) == (Level.INCREMENTAL, ())
 
 
