@@ -302,8 +302,7 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._backup.outcome imp
     results,
     summarize,
 )
-from ansible_collections.vmfleet.backup.plugins.module_utils._backup.run import BackupRun
-from ansible_collections.vmfleet.backup.plugins.module_utils._backup.task import Settings
+from ansible_collections.vmfleet.backup.plugins.module_utils._backup.run import BackupRun, Settings
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import BackupError, Refused
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.formats import duration
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.probe import Watch, probe_if_there

@@ -18,8 +18,7 @@ import pytest
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._backup.engine import reconcile
 from ansible_collections.vmfleet.backup.plugins.module_utils._backup.outcome import VmState
-from ansible_collections.vmfleet.backup.plugins.module_utils._backup.run import BackupRun
-from ansible_collections.vmfleet.backup.plugins.module_utils._backup.task import Settings
+from ansible_collections.vmfleet.backup.plugins.module_utils._backup.run import BackupRun, Settings
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.probe import Watch
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.worker import ThreadedCalls
 from ansible_collections.vmfleet.backup.plugins.module_utils._plan import observe

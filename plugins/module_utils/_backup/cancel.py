@@ -25,8 +25,7 @@ if TYPE_CHECKING:
     from .._repository.repository import Repository, VmRecords
     from .outcome import Outcome
     from .run import BackupRun
-    from .session import VmSession
-    from .task import VmTask
+    from .session import VmSession, VmTask
 
 
 def plan_of_names(repository: Repository, names: Iterable[str] | None) -> Plan:

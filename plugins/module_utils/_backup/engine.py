@@ -20,12 +20,10 @@ from .._common.errors import BackupError, RepositoryHangs, in_words, internal
 from .._common.formats import boottime
 from .._plan.model import PUBLISHED_ALREADY, Action, Case
 from .._plan.observe import find_process
-from . import cancel, cleanup, finish, follow, results, start, unresponsive
-from .attempt_state import AttemptStatus, judge_for_task
+from . import cancel, cleanup, finish, results, start
 from .outcome import Outcome, VmState
-from .session import LockedVm, VmSession, hold, observe
-from .steps import Step, VmSituation, next_step
-from .task import AGAIN, Pending, VmTask, WaitFor
+from .session import AGAIN, LockedVm, Pending, VmSession, VmTask, WaitFor, hold, observe
+from .steps import AttemptStatus, Step, VmSituation, judge_for_task, next_step
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -82,7 +80,7 @@ LOOKS: dict[Step, Look] = {
     **REPORTS,
     Step.QUEUE: _queue,
     Step.ASK_AGAIN: _ask_again,
-    Step.FOLLOW: follow.follow,
+    Step.FOLLOW: finish.follow,
     Step.COME_BACK: _come_back,
     Step.FLUSH: finish.flush,
 }
@@ -94,8 +92,8 @@ CHANGES: dict[Step, Change] = {
     Step.WITHDRAW: cleanup.withdraw,
     Step.GIVE_UP: cleanup.give_up,
     Step.PUBLISH: finish.publish,
-    Step.STOP: follow.stop,
-    Step.THAW: follow.thaw,
+    Step.STOP: finish.stop,
+    Step.THAW: finish.thaw,
     Step.START: start.start,
 }
 """What is done with the VM's locks."""
@@ -126,13 +124,13 @@ async def _reconcile_vm(run: BackupRun, task: VmTask) -> Outcome:
     try:
         outcome = await _bring_to_state(run, task)
     except RepositoryHangs as error:
-        outcome = await unresponsive.abandon(run, task, str(error))
+        outcome = await cleanup.abandon(run, task, str(error))
     except (BackupError, OSError) as error:
-        outcome = await unresponsive.fail(run, task, in_words(error))
+        outcome = await cleanup.fail_vm(run, task, in_words(error))
     except Exception as error:  # noqa: BLE001
         # A defect of ours that shows with one VM is not to take the others along.
         task.warn(traceback.format_exc())
-        outcome = await unresponsive.fail(run, task, internal(error))
+        outcome = await cleanup.fail_vm(run, task, internal(error))
     if outcome.state != VmState.RUNNING:
         run.slots.leave(task.name)
         run.bandwidth.count(task.name, 0)
@@ -152,7 +150,7 @@ async def _bring_to_state(run: BackupRun, task: VmTask) -> Outcome:
     while True:
         with run.slice.busy():
             hanging = await watch.ask() if watch else ""
-            found = await (unresponsive.abandon(run, task, hanging) if hanging else _take_step(run, task))
+            found = await (cleanup.abandon(run, task, hanging) if hanging else _take_step(run, task))
         run.slots.arrive(task.name)
         outcome = found if isinstance(found, Outcome) else await _wait(run, task, found)
         if outcome:
@@ -174,7 +172,7 @@ async def _take_step(run: BackupRun, task: VmTask) -> Outcome | Pending:
         if run.settings.check_mode and step not in REPORTS:
             return results.predicted(session)
         if step in SHARING:
-            await follow.share_bandwidth(session)
+            await finish.share_bandwidth(session)
         if step in CHANGES:
             return await _change(run, task, session.seen.process, None if session.seen.vm else session.seen)
         found = await LOOKS[step](session, reason)
@@ -252,7 +250,7 @@ async def _state_of_attempt(session: VmSession) -> tuple[AttemptStatus | None, s
         return None, "", ""
     found = judge_for_task(session, session.intent, boottime())
     watched = found.state == AttemptStatus.RUNNING and not session.run.settings.check_mode
-    return found.state, found.error, await follow.find_alarm(session) if watched else ""
+    return found.state, found.error, await finish.find_alarm(session) if watched else ""
 
 
 async def _has_remains(session: VmSession) -> bool:
@@ -287,7 +285,7 @@ async def _wait(run: BackupRun, task: VmTask, pending: Pending) -> Outcome | Non
             return results.outcome(run, task, VmState.QUEUED, reason=pending.reason)
     elif pending.wait_for == WaitFor.JOBS:
         if run.slice.over.is_set():
-            await follow.note_progress(run, task)
+            await finish.note_progress(run, task)
         if starting or run.slice.over.is_set():
             return results.running(run, task)
         await run.bandwidth.pause(task.next_pause())

@@ -21,8 +21,7 @@ if TYPE_CHECKING:
 
     from .._repository.documents import DiskImage, Manifest
     from .run import BackupRun
-    from .session import VmSession
-    from .task import VmTask
+    from .session import VmSession, VmTask
 
 
 def disk_outcomes(images: Iterable[DiskImage]) -> tuple[DiskOutcome, ...]:

@@ -2,12 +2,14 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Hold what the VMs of a run share."""
+"""Hold what the VMs of a run share: slots to copy in, the bandwidth, the time of a call, the images that grow."""
 
 from __future__ import annotations
 
 import asyncio
 import os
+import time
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -15,9 +17,9 @@ from .._host import preallocate
 from .._host.process import this_hypervisor
 from .._plan.model import RunContext
 from .._qemu import block_jobs
-from .scheduler import BandwidthLimiter, TimeSlice, VmSlots
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
     from typing import Any
 
     from .._host.files import DirectCalls
@@ -25,7 +27,193 @@ if TYPE_CHECKING:
     from .._plan.space import SpaceTracker
     from .._repository.access import AsyncRepository
     from .._repository.documents import Intent
-    from .task import Settings
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a run goes. Times are seconds; 0 waits without end. The last three are those of RunContext.
+
+    C(bandwidth) is bytes/s for all jobs together, 0 for no limit; C(slice) is when to come back, done or not. Without
+    C(begin), what is being made is gone on with, and nothing else.
+    """
+
+    state: str = "completed"
+    max_vms: int = 4
+    bandwidth: int = 0
+    slice: float = 0
+    timeout: float = 0
+    stall_timeout: float = 600
+    unattended: bool = False
+    begin: bool = True
+    check_mode: bool = False
+    takeover: bool = False
+    supersede: bool = False
+    adopt: bool = False
+
+
+class VmSlots:
+    """At most C(limit) VMs copy at a time, 0 for any number. One that is found copying counts, however many there are.
+
+    Nobody is called before every one of C(expected) has arrived: only then is it known who comes first. One that does
+    not answer holds the others up for GRACE seconds.
+    """
+
+    GRACE = 5.0
+
+    def __init__(self, limit: int, expected: Iterable[str]) -> None:
+        self._expected = set(expected)
+        # Where there is a slot for everybody, nobody has to wait to learn who comes first.
+        self.limit = limit if limit < len(self._expected) else 0
+        self.taken: set[str] = set()
+        self._waiting: dict[str, tuple[Any, asyncio.Future[None]]] = {}
+        self._complete = asyncio.Event()
+        self._begin = time.monotonic() + self.GRACE
+
+    def join(self, name: str) -> None:
+        """Count a VM that copies already."""
+        self.taken.add(name)
+
+    def has(self, name: str) -> bool:
+        """Tell whether a VM may copy."""
+        return not self.limit or name in self.taken
+
+    def arrive(self, name: str) -> None:
+        """Note that nobody has to wait any more to learn whether this VM comes first."""
+        self._expected.discard(name)
+        if not self._expected:
+            self._complete.set()
+
+    async def take(self, name: str, order: Any, until: asyncio.Event | None = None) -> bool:
+        """Wait for a slot; of those that wait, the one with the least C(order) is called first.
+
+        False where C(until) comes before it; without C(until), where all slots are taken.
+        """
+        called: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting[name] = (order, called)
+        self.arrive(name)
+        try:
+            await first_of(self._complete, timeout=max(0.0, self._begin - time.monotonic()))
+            self._call()
+            if until:
+                await first_of(until, called)
+            return called.done()
+        finally:
+            self._waiting.pop(name, None)
+
+    def leave(self, name: str) -> None:
+        """Note that a VM copies no more."""
+        self.taken.discard(name)
+        self.arrive(name)
+        self._call()
+
+    def _call(self) -> None:
+        if not self._complete.is_set() and time.monotonic() < self._begin:
+            return
+        for name, (_order, called) in sorted(self._waiting.items(), key=lambda entry: entry[1][0]):
+            if len(self.taken) >= self.limit:
+                return
+            self.taken.add(name)
+            del self._waiting[name]
+            called.set_result(None)
+
+
+class BandwidthLimiter:
+    """Shares out C(total) bytes/s among all running jobs, none of which gets more than C(ceiling); 0 for no limit.
+
+    Shares get smaller before another job starts: whoever wants to start one waits until the others have come down, but
+    not longer than PATIENCE seconds for one that does not answer.
+    """
+
+    PATIENCE = 5.0
+
+    def __init__(self, total: int, ceiling: int) -> None:
+        self.total = total
+        self.ceiling = ceiling
+        self._jobs: dict[str, int] = {}
+        self._granted: dict[str, int] = {}
+        self._changed = asyncio.Event()
+
+    @property
+    def share(self) -> int:
+        """Bytes/s for each job."""
+        if not self.total:
+            return self.ceiling
+        share = max(1, self.total // max(1, sum(self._jobs.values())))
+        return min(share, self.ceiling) if self.ceiling else share
+
+    def count(self, name: str, jobs: int) -> int:
+        """Note that so many jobs of a VM run now; return what each of them is to get."""
+        if self._jobs.get(name, 0) != jobs:
+            self._jobs[name] = jobs
+            self._change()
+        return self.share
+
+    def confirm(self, name: str, share: int) -> None:
+        """Note that each job of a VM gets that much now."""
+        if self._granted.get(name) != share:
+            self._granted[name] = share
+            self._change()
+
+    async def reserve_share(self, name: str, jobs: int) -> int:
+        """Return what each of the jobs gets that are about to start, once the others have come down that far."""
+        self.confirm(name, 0)
+        self.count(name, jobs)
+        deadline = time.monotonic() + self.PATIENCE
+        while self.total and time.monotonic() < deadline and self._too_fast():
+            await self.pause(deadline - time.monotonic())
+        self.confirm(name, self.share)
+        return self.share
+
+    def _too_fast(self) -> bool:
+        # Of one that was never asked nobody knows how fast it is.
+        return any(self._granted.get(name, self.share + 1) > self.share for name, jobs in self._jobs.items() if jobs)
+
+    async def pause(self, seconds: float) -> None:
+        """Wait, but only until a share may be another one."""
+        await first_of(self._changed, timeout=seconds)
+
+    def _change(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+
+class TimeSlice:
+    """The time after which a call comes back, though not everything is done; 0 for no end.
+
+    It is over when the time has passed and nobody is in the middle of something. Once over, it stays so.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self.over = asyncio.Event()
+        self._end = time.monotonic() + seconds if seconds else None
+        self._busy = 0
+        if seconds:
+            asyncio.get_running_loop().call_later(seconds, self._look)
+
+    @contextmanager
+    def busy(self) -> Iterator[None]:
+        """Do something that is not to be interrupted."""
+        self._busy += 1
+        try:
+            yield
+        finally:
+            self._busy -= 1
+            # Whoever goes on with the next thing at once is still in the middle of something.
+            asyncio.get_running_loop().call_soon(self._look)
+
+    def _look(self) -> None:
+        if self._end is not None and not self._busy and time.monotonic() >= self._end:
+            self.over.set()
+
+
+async def first_of(*ends: asyncio.Event | asyncio.Future[None], timeout: float | None = None) -> None:
+    """Wait for one of these, or until the time is over."""
+    waits = {asyncio.ensure_future(end.wait() if isinstance(end, asyncio.Event) else end) for end in ends}
+    try:
+        await asyncio.wait(waits, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for end in waits.difference(ends):
+            end.cancel()
 
 
 class OpenImages:

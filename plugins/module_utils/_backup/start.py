@@ -19,10 +19,10 @@ from .._qemu.bitmaps import bitmap_add, bitmap_merge
 from .._qemu.jobs import query_jobs
 from .._repository.documents import Failure, Phase
 from . import cleanup
-from .attempt_state import changes, keep_planned_fulls
 from .outcome import VmState
 from .prepare import Consistency, draft_attempt, prepare_attempt, target_of
-from .task import AGAIN, Pending, WaitFor
+from .session import AGAIN, Pending, WaitFor
+from .steps import changes, keep_planned_fulls
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

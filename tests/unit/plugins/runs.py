@@ -13,9 +13,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ansible_collections.vmfleet.backup.plugins.module_utils._backup.run import BackupRun
-from ansible_collections.vmfleet.backup.plugins.module_utils._backup.session import LockedVm, VmSession
-from ansible_collections.vmfleet.backup.plugins.module_utils._backup.task import Settings, VmTask
+from ansible_collections.vmfleet.backup.plugins.module_utils._backup.run import BackupRun, Settings
+from ansible_collections.vmfleet.backup.plugins.module_utils._backup.session import (
+    LockedVm,
+    VmSession,
+    VmTask,
+)
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.probe import Watch
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.worker import ThreadedCalls
 from ansible_collections.vmfleet.backup.plugins.module_utils._plan.model import (

@@ -65,7 +65,7 @@ TOPS = {
 """Each module, and the package that it is made of."""
 
 PURE = {
-    "_backup": ("attempt_state", "outcome", "results", "steps", "task"),
+    "_backup": ("outcome", "results", "steps"),
     "_common": ("argument_specs", "formats"),
     "_drive_backup": ("status", "steps"),
     "_plan": ("decide", "disks", "model"),

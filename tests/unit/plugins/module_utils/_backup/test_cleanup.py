@@ -14,7 +14,7 @@ import pytest
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._backup import cleanup
 from ansible_collections.vmfleet.backup.plugins.module_utils._backup.outcome import VmState
-from ansible_collections.vmfleet.backup.plugins.module_utils._backup.task import AGAIN, VmTask
+from ansible_collections.vmfleet.backup.plugins.module_utils._backup.session import AGAIN, VmTask
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import BackupError, MonitorTimeout
 from ansible_collections.vmfleet.backup.plugins.module_utils._plan.model import Observation
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.documents import Phase

@@ -14,7 +14,7 @@ import pytest
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._backup import start
 from ansible_collections.vmfleet.backup.plugins.module_utils._backup.prepare import AttemptDraft
-from ansible_collections.vmfleet.backup.plugins.module_utils._backup.task import AGAIN, VmTask, WaitFor
+from ansible_collections.vmfleet.backup.plugins.module_utils._backup.session import AGAIN, VmTask, WaitFor
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import MonitorGone
 from ansible_collections.vmfleet.backup.plugins.module_utils._plan.disks import ChainLink
 from ansible_collections.vmfleet.backup.plugins.module_utils._plan.model import Observation, Policy

@@ -15,19 +15,19 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._backup import engine
-from ansible_collections.vmfleet.backup.plugins.module_utils._backup.attempt_state import AttemptStatus
+from ansible_collections.vmfleet.backup.plugins.module_utils._backup.session import VmTask
 from ansible_collections.vmfleet.backup.plugins.module_utils._backup.steps import (
     FIRST,
     NONE,
     OURS,
     RULES,
+    AttemptStatus,
     Rule,
     Step,
     VmSituation,
     find_rule,
     next_step,
 )
-from ansible_collections.vmfleet.backup.plugins.module_utils._backup.task import VmTask
 from ansible_collections.vmfleet.backup.plugins.module_utils._plan.model import (
     PUBLISHED_ALREADY,
     Action,

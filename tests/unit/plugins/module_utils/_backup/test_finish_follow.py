@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from ansible_collections.vmfleet.backup.plugins.module_utils._backup import follow
-from ansible_collections.vmfleet.backup.plugins.module_utils._backup.task import VmTask, WaitFor
+from ansible_collections.vmfleet.backup.plugins.module_utils._backup import finish
+from ansible_collections.vmfleet.backup.plugins.module_utils._backup.session import VmTask, WaitFor
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.formats import boottime
 from ansible_collections.vmfleet.backup.plugins.module_utils._plan.model import Observation, Policy
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.jobs import StallClock
@@ -46,7 +46,7 @@ def alarms(
 
     async def look(run: BackupRun) -> list[str]:
         records = VmRecords(intents=(there,))
-        return [await follow.find_alarm(looked_at(run, Observation(vm(jobs=found)), records, task)) for found in looks]
+        return [await finish.find_alarm(looked_at(run, Observation(vm(jobs=found)), records, task)) for found in looks]
 
     return in_run(repository, look, **options)
 
@@ -75,14 +75,14 @@ class TestStandstill:
     def test_is_written_down_for_the_next_call(self, repository: Repository, moved: bool) -> None:
         put_intent(repository, intent())
         task = VmTask(PLANNED, watched="a1", clock=StallClock(77.5, 3), moved=moved, last_seen=(vm(), intent()))
-        in_run(repository, lambda run: follow.note_progress(run, task))
+        in_run(repository, lambda run: finish.note_progress(run, task))
         assert repository.records("web01").intents[0].progress == (() if moved else (3, 77.5))
 
 
 def test_a_guest_that_our_target_has_stopped_is_alarming(repository: Repository) -> None:
     seen = Observation(vm(status="io-error", jobs=at(1, 1, error="EIO")))
     records = VmRecords(intents=(intent(),))
-    [alarm] = [in_run(repository, lambda run: follow.find_alarm(looked_at(run, seen, records)))]
+    [alarm] = [in_run(repository, lambda run: finish.find_alarm(looked_at(run, seen, records)))]
     assert alarm.startswith("the guest was stopped by an I/O error")
 
 
@@ -107,7 +107,7 @@ def test_what_is_no_more_alarming_under_the_locks_goes_on(repository: Repository
 
     async def stop(run: BackupRun) -> WaitFor:
         held = await locked(run, Observation(vm(jobs=at(1, 1))), FakeMonitor(), task)
-        return (await follow.stop(held, "the guest was stopped")).wait_for
+        return (await finish.stop(held, "the guest was stopped")).wait_for
 
     put_intent(repository, intent())
     assert in_run(repository, stop) == WaitFor.JOBS
@@ -120,13 +120,13 @@ def test_the_bandwidth_is_shared_among_the_jobs_that_copy(
     repository: Repository, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fake = FakeMonitor({"block-job-set-speed": {}})
-    monkeypatch.setattr(follow, "Monitor", lambda _address, _commands: fake)
+    monkeypatch.setattr(finish, "Monitor", lambda _address, _commands: fake)
     records = VmRecords(intents=(intent(),))
 
     async def share(run: BackupRun) -> None:
         run.bandwidth.count("db01", 2)
         for jobs in (at(1, 1, speed=0), (job("job0", speed=250), job("job1", speed=100)), (job("job0", "concluded"),)):
-            await follow.share_bandwidth(looked_at(run, Observation(vm(jobs=jobs)), records))
+            await finish.share_bandwidth(looked_at(run, Observation(vm(jobs=jobs)), records))
         assert run.bandwidth.share == 500
 
     in_run(repository, share, bandwidth=1000)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from ansible_collections.vmfleet.backup.plugins.module_utils._backup.scheduler import (
+from ansible_collections.vmfleet.backup.plugins.module_utils._backup.run import (
     BandwidthLimiter,
     TimeSlice,
     VmSlots,

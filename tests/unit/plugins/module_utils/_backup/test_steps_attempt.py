@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import pytest
 
-from ansible_collections.vmfleet.backup.plugins.module_utils._backup.attempt_state import (
+from ansible_collections.vmfleet.backup.plugins.module_utils._backup.steps import (
     changes,
     guest_stopped_by,
     judge,
