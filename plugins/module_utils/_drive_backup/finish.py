@@ -2,10 +2,7 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Finish copies whose jobs have ended well: stable storage, the image's name, the receipt.
-
-After a crash between any two steps the next call goes on from there.
-"""
+"""Finish copies that have ended well, and remove those that come to nothing: in QEMU first, then images and records."""
 
 from __future__ import annotations
 
@@ -18,18 +15,20 @@ from .._common.errors import JobFailed, in_words
 from .._common.formats import seconds_since, utc_now
 from .._host import files, preallocate
 from .._qemu import block_jobs
+from .._qemu.jobs import query_jobs
 from .._qemu.model import IO_ERROR
-from . import receipt
+from . import preflight, receipt
 from .receipt import ReceiptPhase
-from .status import CopyState, JobState, results
+from .request import RequestedState
+from .session import find_process, lock, observe
+from .steps import CopyState, JobState, cancelled_results, cause_of, failed, results
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import Any
 
     from .session import Locked, Session
-    from .status import Copy
-    from .steps import Situation
+    from .steps import Copy, Situation
 
 
 async def complete(locked: Locked, now: Situation) -> tuple[list[dict[str, Any]], str]:
@@ -97,3 +96,103 @@ def _take_name(copy: Copy) -> Copy:
         files.take_name(drive.image_path, drive.target, (record.replaces[0], record.replaces[1]))
     receipt.finish(copy.record_path, drive.receipt_path)
     return replace(copy, found=CopyState.DONE)
+
+
+async def clean(locked: Locked, copies: Sequence[Copy]) -> list[Copy]:
+    """Remove every trace of these copies: job, image, record, in this order. The guest comes before all files.
+
+    Returns those that were finished instead: they ended well just now, and cleared their bitmaps.
+    """
+    if not copies:
+        return []
+    monitor = locked.monitor
+    locked.session.changed = True
+    job_ids = [copy.job_id for copy in copies if copy.job or copy.running]
+    await block_jobs.stop_jobs(monitor, job_ids)
+    await resume_guest(locked, copies)
+    await block_jobs.remove_nodes(monitor, (copy.open_node for copy in copies if copy.open_node))
+    jobs = {job.id: job for job in await query_jobs(monitor)}
+    ended = [
+        replace(copy, found=CopyState.ENDED, job=jobs[copy.job_id], open_node="")
+        for copy in copies
+        if copy.running and copy.job_id in jobs
+    ]
+    kept = [copy for copy in ended if not copy.failure and copy.irreplaceable]
+    lost = [copy for copy in copies if copy.job_id not in {one.job_id for one in kept}]
+    for copy in lost:
+        # The mark only tells the next call what to think of a cancelled job: without it that one says a word more.
+        with contextlib.suppress(OSError):
+            receipt.set_phase(copy.record_path, copy.record, ReceiptPhase.CANCELLING)
+    await block_jobs.dismiss_jobs(monitor, [copy.job_id for copy in lost if copy.job_id in job_ids])
+    for copy in lost:
+        _remove_files(copy)
+    return await finish(locked, kept)
+
+
+async def clean_up(locked: Locked, now: Situation) -> None:
+    """Clean up after a bad end. Raises JobFailed where this call has waited for it, or is the first to learn of it."""
+    cause = bad_end(now)
+    completed = [copy for copy in now.copies if copy.state == JobState.COMPLETED]
+    whole = [copy for copy in completed if copy.irreplaceable or not now.request.grouped]
+    await finish(locked, whole)
+    rest = (copy for copy in now.copies if copy not in whole)
+    await clean(locked, [copy for copy in rest if copy.begun or copy.found == CopyState.DEAD])
+    first_to_know = now.request.state == RequestedState.COMPLETED and any(copy.failure for copy in now.copies)
+    if now.followed or first_to_know:
+        raise failed(now.vm, now.copies, cause)
+    note_replaced(locked.session, now, cause)
+
+
+async def cancel(locked: Locked, now: Situation) -> tuple[list[dict[str, Any]], str]:
+    """Stop running copies. One that has ended well is whole, and is finished instead."""
+    going = given_up(now)
+    done = await finish(locked, [copy for copy in now.copies if copy not in going])
+    done += await clean(locked, going)
+    return cancelled_results(now.copies, done), ""
+
+
+async def cancel_attempt(session: Session, attempt: str, reason: str) -> list[dict[str, Any]]:
+    """Cancel and clean what belongs to an attempt; returns what has become of it."""
+    async with lock(session, await find_process(session)) as locked:
+        now = await observe(session, locked.monitor)
+        # What has ended well of another attempt waits for a call as well, and this is one.
+        whole = [copy for copy in now.copies if copy.state == JobState.COMPLETED]
+        ours = [copy for copy in now.copies if copy in whole or copy.belongs_to(attempt)]
+        done = await finish(locked, whole)
+        done += await clean(locked, [copy for copy in ours if copy not in whole])
+    return cancelled_results(ours, done, reason)
+
+
+def bad_end(now: Situation) -> str:
+    """Return why an attempt came to a bad end; raises BackupError where its changes are lost with it."""
+    for copy in now.copies:
+        preflight.refuse_lost_increment(copy, now.request.overwrite)
+    return cause_of(now.copies)
+
+
+def note_replaced(session: Session, now: Situation, cause: str) -> None:
+    """Warn that an attempt is made anew, and say why."""
+    session.warnings.append(f"VM {now.vm.name}: an earlier attempt came to nothing and is replaced: {cause}")
+
+
+def given_up(now: Situation) -> list[Copy]:
+    """Return what is to be cancelled; raises BackupError where its changes are lost with it."""
+    going = [copy for copy in now.copies if copy.running or copy.bad]
+    for copy in going:
+        preflight.refuse_lost_increment(copy, now.request.overwrite)
+    return going
+
+
+def _remove_files(copy: Copy) -> None:
+    """Remove a growing image and its record."""
+    drive, record = copy.drive, copy.record
+    if not drive.existing:
+        files.remove(drive.image_path)
+    if not copy.record_path or record is None:
+        return
+    if drive.existing and record.phase != ReceiptPhase.PREPARING:
+        # The image was there before and stays. That it is not whole must be known: by this the next call may write it.
+        preallocate.flush(drive.target)
+        receipt.finish(copy.record_path, drive.receipt_path)
+    else:
+        receipt.discard(copy.record_path)

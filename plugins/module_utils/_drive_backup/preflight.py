@@ -14,14 +14,14 @@ from .._host import files, preallocate
 from .._qemu import image_lock, image_size, qemu_img, target_image
 from .receipt import ReceiptPhase
 from .request import NO_KEY, Sync
-from .status import CopyState
+from .steps import CopyState
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from .._qemu.model import Disk, Vm
     from .request import Drive
-    from .status import Copy
+    from .steps import Copy
 
 
 async def prepare_target(vm: Vm, copy: Copy, overwrite: bool) -> target_image.Target:

@@ -20,12 +20,11 @@ from .._qemu import block_jobs, target_image
 from .._qemu.losses import EncryptedSource, lost_in_copy
 from .._qemu.vm_lock import host_lock_path, read_owners, write_owners
 from . import preflight, receipt
-from .cleanup import clean
-from .examine import lost
-from .finish import finish
+from .finish import clean, finish
 from .receipt import ReceiptPhase
 from .request import RequestedState, Sync
-from .status import CopyState, attempt_of, digest
+from .session import lost
+from .steps import CopyState, attempt_of, digest
 
 if TYPE_CHECKING:
     from typing import Any
@@ -33,8 +32,7 @@ if TYPE_CHECKING:
     from .._qemu.model import Vm
     from .receipt import Record
     from .session import Locked, Session
-    from .status import Copy
-    from .steps import Situation
+    from .steps import Copy, Situation
 
 
 async def prepare(session: Session, now: Situation) -> list[tuple[Copy, target_image.Target]]:

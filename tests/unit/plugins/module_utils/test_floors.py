@@ -67,7 +67,7 @@ TOPS = {
 PURE = {
     "_backup": ("outcome", "results", "steps"),
     "_common": ("argument_specs", "formats"),
-    "_drive_backup": ("status", "steps"),
+    "_drive_backup": ("steps",),
     "_plan": ("decide", "disks", "model"),
     "_prune": ("retention",),
     "_qemu": ("command_line", "losses"),

@@ -20,8 +20,7 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup.reque
     RequestedState,
 )
 from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup.session import Session
-from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup.status import Copy, CopyState
-from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup.steps import Situation
+from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup.steps import Copy, CopyState, Situation
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.connection import Address
 from ansible_collections.vmfleet.backup.tests.unit.plugins.builders import disk, job, record, vm
 

@@ -19,7 +19,7 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup.finis
 from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup.receipt import ReceiptPhase
 from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup.request import Drive, DriveBackupRequest
 from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup.session import Locked, Session
-from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup.status import Copy, CopyState
+from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup.steps import Copy, CopyState
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.connection import Address
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.model import IO_ERROR
 from ansible_collections.vmfleet.backup.tests.unit.plugins.builders import disk, job, record

@@ -15,7 +15,7 @@ import pytest
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import BackupError, Refused, ToolError
 from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup import preflight
 from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup.request import Drive
-from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup.status import Copy, CopyState
+from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup.steps import Copy, CopyState
 from ansible_collections.vmfleet.backup.plugins.module_utils._host import files
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu import qemu_img, target_image
 from ansible_collections.vmfleet.backup.tests.unit.plugins.builders import SIZE, bitmap, disk, job, record, vm

@@ -17,7 +17,7 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors impo
 from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup import session as drive_backup_session
 from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup.request import Drive, DriveBackupRequest
 from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup.session import Session, lock, observe
-from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup.status import CopyState
+from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup.steps import CopyState
 from ansible_collections.vmfleet.backup.plugins.module_utils._host import lock as host_lock
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.connection import Address
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.vm_lock import host_lock_path

@@ -22,8 +22,12 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup.reque
     RequestedState,
 )
 from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup.session import Locked, Session
-from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup.status import Copy, CopyState, digest
-from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup.steps import Situation
+from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup.steps import (
+    Copy,
+    CopyState,
+    Situation,
+    digest,
+)
 from ansible_collections.vmfleet.backup.plugins.module_utils._host import lock as host_lock
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.connection import Address
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.vm_lock import host_lock_path, read_owners

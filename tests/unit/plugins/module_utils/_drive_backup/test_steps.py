@@ -17,9 +17,10 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup.reque
     DriveBackupRequest,
     RequestedState,
 )
-from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup.status import Copy, CopyState
 from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup.steps import (
     RULES,
+    Copy,
+    CopyState,
     DriveStep,
     Situation,
     next_step,

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.formats import seconds_since
-from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup import status as drive_backup_status
+from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup import steps as drive_backup_status
 from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup.request import Drive
-from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup.status import Copy, CopyState
+from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup.steps import Copy, CopyState
 from ansible_collections.vmfleet.backup.tests.unit.plugins.builders import disk, job, record
 
 JOB = "vmfleet.db.0123456789ab"

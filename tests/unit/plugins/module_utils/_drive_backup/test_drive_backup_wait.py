@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import JobFailed
-from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup import start, wait
+from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup import drive_backup, start
 from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup.request import (
     Drive,
     DriveBackupRequest,
@@ -21,8 +21,7 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup.reque
     RequestedState,
 )
 from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup.session import Locked, Session
-from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup.status import Copy, CopyState
-from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup.steps import Situation
+from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup.steps import Copy, CopyState, Situation
 from ansible_collections.vmfleet.backup.plugins.module_utils._host import preallocate
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.connection import Address
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.target_image import Target
@@ -49,8 +48,8 @@ def test_growing_image_is_written_out_at_every_look(
     async def look(*_args: object) -> tuple[list[Copy], str]:
         return [Copy(drive, disk(), "j0", next(found), job=job())], ""
 
-    monkeypatch.setattr(wait, "SHORTEST_POLL", 0)
-    monkeypatch.setattr(wait, "look", look)
+    monkeypatch.setattr(drive_backup, "SHORTEST_POLL", 0)
+    monkeypatch.setattr(drive_backup, "look", look)
     monkeypatch.setattr(preallocate.Writeback, "nudge", nudge)
     session = Session(DriveBackupRequest(ADDRESS, (drive,)))
 
@@ -58,7 +57,7 @@ def test_growing_image_is_written_out_at_every_look(
         absent = Copy(drive, disk(), "j0", CopyState.ABSENT)
         locked = Locked(session, session.monitor(), 0)
         await start._make(locked, absent, Target(drive.image_path, "raw", MIB))
-        await wait.wait(session, None, 0, "0123456789ab", [])
+        await drive_backup.wait(session, None, 0, "0123456789ab", [])
 
     asyncio.run(begin_and_wait())
     assert len(nudged) == looks
@@ -83,7 +82,7 @@ def test_running_job_is_taken_up(state: RequestedState, speed: int, attempt: str
     request = DriveBackupRequest(ADDRESS, (drive,), state=state)
     fake = FakeMonitor({"block-job-set-speed": {}})
     locked = Locked(Session(request), monitor(fake), 0)
-    [result], followed = asyncio.run(wait.join(locked, Situation(request, vm(), (copy,))))
+    [result], followed = asyncio.run(drive_backup.join(locked, Situation(request, vm(), (copy,))))
     assert (result["state"], followed, locked.session.changed) == ("running", attempt, changed)
     assert [command["arguments"]["speed"] for command in fake.commands] == ([7] if speed == 7 else [])
 
@@ -92,6 +91,6 @@ def test_job_is_left_running_where_that_is_asked_for() -> None:
     known: list[dict[str, Any]] = [{"state": "running"}]
     session = Session(DriveBackupRequest(ADDRESS, (), on_timeout=OnTimeout.LEAVE))
     with pytest.raises(JobFailed, match=r"^timeout: not done; the job is left running, as on_timeout says$") as failure:
-        asyncio.run(wait._time_out(session, "a1", known, "timeout: not done"))
+        asyncio.run(drive_backup._time_out(session, "a1", known, "timeout: not done"))
     assert failure.value.details == {"jobs": known}
     assert not session.commands

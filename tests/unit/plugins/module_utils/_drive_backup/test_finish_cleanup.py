@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import BackupError, JobFailed
-from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup import cleanup, receipt
+from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup import finish, receipt
 from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup.receipt import ReceiptPhase
 from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup.request import (
     CompletionMode,
@@ -25,8 +25,7 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup.reque
     TargetMode,
 )
 from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup.session import Locked, Session
-from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup.status import Copy, CopyState
-from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup.steps import Situation
+from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup.steps import Copy, CopyState, Situation
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.connection import Address
 from ansible_collections.vmfleet.backup.tests.unit.plugins.builders import disk, job, record, vm
 from ansible_collections.vmfleet.backup.tests.unit.plugins.doubles import FakeMonitor, block_job, jobs, monitor
@@ -59,24 +58,24 @@ class TestClean:
     def test_job_image_and_record_go(self, tmp_path: Path) -> None:
         fake = qemu("j0")
         hands = locked(fake)
-        assert asyncio.run(cleanup.clean(hands, [growing(tmp_path / "x.qcow2")])) == []
+        assert asyncio.run(finish.clean(hands, [growing(tmp_path / "x.qcow2")])) == []
         assert not os.listdir(tmp_path)
         assert fake.commands == [{"execute": "job-dismiss", "arguments": {"id": "j0"}}]
         assert hands.session.changed
 
     def test_increment_that_ended_well_at_the_last_moment_is_kept(self, tmp_path: Path) -> None:
-        [done] = asyncio.run(cleanup.clean(locked(qemu("j0")), [growing(tmp_path / "x.qcow2", **INCREMENT)]))
+        [done] = asyncio.run(finish.clean(locked(qemu("j0")), [growing(tmp_path / "x.qcow2", **INCREMENT)]))
         assert done.found == CopyState.DONE
         assert sorted(os.listdir(tmp_path)) == ["x.qcow2", "x.qcow2.receipt.json"]
 
     def test_increment_that_was_cancelled_goes(self, tmp_path: Path) -> None:
         fake = qemu("j0", error="Operation canceled")
-        assert asyncio.run(cleanup.clean(locked(fake), [growing(tmp_path / "x.qcow2", **INCREMENT)])) == []
+        assert asyncio.run(finish.clean(locked(fake), [growing(tmp_path / "x.qcow2", **INCREMENT)])) == []
         assert not os.listdir(tmp_path)
 
     def test_image_that_was_there_before_stays_and_is_known_not_to_be_whole(self, tmp_path: Path) -> None:
         target = tmp_path / "x.qcow2"
-        asyncio.run(cleanup.clean(locked(qemu("j0")), [growing(target, mode="existing")]))
+        asyncio.run(finish.clean(locked(qemu("j0")), [growing(target, mode="existing")]))
         assert sorted(os.listdir(tmp_path)) == ["x.qcow2", "x.qcow2.receipt.json"]
         left = receipt.read(f"{target}.receipt.json")
         assert left is not None
@@ -84,7 +83,7 @@ class TestClean:
 
     def test_nothing_to_do(self) -> None:
         hands = locked(FakeMonitor())
-        assert asyncio.run(cleanup.clean(hands, [])) == []
+        assert asyncio.run(finish.clean(hands, [])) == []
         assert not hands.session.changed
 
 
@@ -107,7 +106,7 @@ class TestCleanUp:
     )
     def test_what_stays(self, mode: CompletionMode, values: dict[str, Any], left: list[str], tmp_path: Path) -> None:
         hands = locked(qemu("j0"))
-        asyncio.run(cleanup.clean_up(hands, self.pair(tmp_path, mode, **values)))
+        asyncio.run(finish.clean_up(hands, self.pair(tmp_path, mode, **values)))
         assert sorted(os.listdir(tmp_path)) == left
         [warning] = hands.session.warnings
         assert warning.endswith(f"is replaced: disk drive1 to {tmp_path}/y.qcow2: its QEMU has ended")
@@ -115,7 +114,7 @@ class TestCleanUp:
     def test_call_that_has_waited_fails(self, tmp_path: Path) -> None:
         hands = locked(qemu("j0"))
         with pytest.raises(JobFailed, match=r"the backup failed: disk drive1 to .*: its QEMU has ended") as failure:
-            asyncio.run(cleanup.clean_up(hands, self.pair(tmp_path, CompletionMode.GROUPED, followed="a")))
+            asyncio.run(finish.clean_up(hands, self.pair(tmp_path, CompletionMode.GROUPED, followed="a")))
         assert [result["state"] for result in failure.value.details["jobs"]] == ["completed", "failed"]
         assert not os.listdir(tmp_path)
         assert not hands.session.warnings
@@ -128,9 +127,9 @@ class TestCleanUp:
         hands = locked(qemu("j0", error="Operation canceled"))
         if state == RequestedState.COMPLETED:
             with pytest.raises(JobFailed, match="cancelled from outside"):
-                asyncio.run(cleanup.clean_up(hands, now))
+                asyncio.run(finish.clean_up(hands, now))
         else:
-            asyncio.run(cleanup.clean_up(hands, now))
+            asyncio.run(finish.clean_up(hands, now))
             assert "cancelled from outside" in hands.session.warnings[0]
         assert not os.listdir(tmp_path)
 
@@ -139,6 +138,6 @@ class TestCleanUp:
         dead = growing(tmp_path / "x.qcow2", CopyState.DEAD, **INCREMENT)
         before = os.listdir(tmp_path)
         with pytest.raises(BackupError, match=r"^bitmap: the increment of .* is lost"):
-            asyncio.run(cleanup.clean_up(locked(fake), Situation(DriveBackupRequest(ADDRESS, ()), vm(), (dead,))))
+            asyncio.run(finish.clean_up(locked(fake), Situation(DriveBackupRequest(ADDRESS, ()), vm(), (dead,))))
         assert os.listdir(tmp_path) == before
         assert not fake.sent

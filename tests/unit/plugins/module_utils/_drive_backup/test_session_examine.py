@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import BackupError, Refused
-from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup import examine as drive_backup_examine
 from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup import receipt as drive_backup_receipt
 from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup import request
+from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup import session as drive_backup_examine
 from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup.receipt import ReceiptPhase
 from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup.request import Drive
-from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup.status import (
+from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup.steps import (
     FDSET_PREFIX,
     Copy,
     CopyState,
