@@ -99,9 +99,9 @@ from typing import TYPE_CHECKING
 
 from ansible.module_utils.basic import AnsibleModule
 
+from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import run_module
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.formats import utc_now
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.files import read_text, step, write_text
-from ansible_collections.vmfleet.backup.plugins.module_utils._host.run_module import run_module
 from ansible_collections.vmfleet.backup.plugins.module_utils._report.html import page
 from ansible_collections.vmfleet.backup.plugins.module_utils._report.html_charts import BARS
 from ansible_collections.vmfleet.backup.plugins.module_utils._report.run import Run, collect

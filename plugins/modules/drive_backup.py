@@ -322,7 +322,7 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._common.argument_sp
     drive_argument_spec,
     monitor_argument_spec,
 )
-from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import BackupError, Refused
+from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import BackupError, Refused, run_module
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.formats import duration
 from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup.drive_backup import back_up
 from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup.request import (
@@ -337,7 +337,6 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup.reque
     check_drives,
 )
 from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup.session import Session
-from ansible_collections.vmfleet.backup.plugins.module_utils._host.run_module import run_module
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.connection import parse_address
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.losses import EncryptedSource
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.monitor import require_qmp

@@ -199,8 +199,7 @@ from typing import TYPE_CHECKING
 
 from ansible.module_utils.basic import AnsibleModule
 
-from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import BackupError, internal
-from ansible_collections.vmfleet.backup.plugins.module_utils._host.run_module import run_module
+from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import BackupError, internal, run_module
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.agent_channel import find_agent
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.connection import parse_address
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.monitor import Monitor, require_qmp

@@ -2,17 +2,23 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Name what can go wrong, and put errors into words."""
+"""Name what can go wrong, put errors into words, and run a module to its end, which makes an error its failure."""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Coroutine, Iterator
     from typing import Any
+
+    from ansible.module_utils.basic import AnsibleModule
+
+
+_warnings: dict[str, str] = {}
 
 
 class BackupError(Exception):
@@ -94,3 +100,35 @@ def in_words(error: BaseException) -> str:
     if not isinstance(error, OSError) or not error.strerror:
         return str(error)
     return f"{os.fsdecode(error.filename)}: {error.strerror}" if error.filename else error.strerror
+
+
+def warn_once(subject: str, text: str) -> None:
+    """Keep a warning for the result of the module, one for each subject."""
+    _warnings.setdefault(subject, text)
+
+
+def kept_warnings() -> list[str]:
+    """Return the warnings so far."""
+    return list(_warnings.values())
+
+
+def run_module(module: AnsibleModule, main: Callable[[AnsibleModule], Coroutine[Any, Any, dict[str, Any]]]) -> None:
+    """Run the coroutine C(main) and end the module with its result, or with what its BackupError says."""
+    try:
+        result = asyncio.run(main(module))
+    except BackupError as error:
+        _warn(module)
+        module.fail_json(msg=str(error), **error.details)
+    except OSError as error:
+        _warn(module)
+        module.fail_json(
+            msg="{}: the operating system refused: {}".format(error.filename or "I/O", error.strerror or error)
+        )
+    _warn(module)
+    module.exit_json(**result)
+
+
+def _warn(module: AnsibleModule) -> None:
+    # Ansible shows a warning once, however many modules of a run have the same.
+    for warning in kept_warnings():
+        module.warn(warning)

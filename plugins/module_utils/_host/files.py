@@ -17,8 +17,7 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
-from .._common.errors import Refused
-from .run_module import warn_once
+from .._common.errors import Refused, warn_once
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -25,10 +25,9 @@ import traceback
 from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
-from .._common.errors import RepositoryHangs
+from .._common.errors import RepositoryHangs, run_module
 from .files import DirectCalls
 from .probe import Watch
-from .run_module import run_module
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine

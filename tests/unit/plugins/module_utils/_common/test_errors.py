@@ -20,8 +20,8 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors impo
     Refused,
     RepositoryHangs,
     after,
+    run_module,
 )
-from ansible_collections.vmfleet.backup.plugins.module_utils._host.run_module import run_module
 
 
 class Ended(Exception):

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._common import errors
-from ansible_collections.vmfleet.backup.plugins.module_utils._host import checksum, files, preallocate, run_module
+from ansible_collections.vmfleet.backup.plugins.module_utils._host import checksum, files, preallocate
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu import target_image, vm_lock
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository import access, json_file
 
@@ -81,14 +81,14 @@ def test_the_kind_of_an_error_stays_and_the_innermost_step_is_told() -> None:
 class TestPermissions:
     @pytest.fixture(autouse=True)
     def forget(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(run_module, "_warnings", {})
+        monkeypatch.setattr(errors, "_warnings", {})
 
     def test_set(self, tmp_path: Path) -> None:
         path = tmp_path / "file"
         path.touch()
         files.set_mode(str(path), 0o440)
         assert path.stat().st_mode & 0o777 == 0o440
-        assert run_module.kept_warnings() == []
+        assert errors.kept_warnings() == []
 
     @pytest.mark.parametrize("code", [errno.EPERM, errno.EACCES, errno.EOPNOTSUPP, errno.ENOSYS])
     def test_refused(self, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,7 +99,7 @@ class TestPermissions:
         for name in ("one", "other"):
             (tmp_path / name).touch()
             files.set_mode(str(tmp_path / name), 0o440)
-        [warning] = run_module.kept_warnings()
+        [warning] = errors.kept_warnings()
         assert "does not keep permissions" in warning
         assert warning.startswith(files._mount_point(str(tmp_path)) + ": ")
 
@@ -107,7 +107,7 @@ class TestPermissions:
         monkeypatch.setattr(os, "chmod", lambda *_arguments: None)
         (tmp_path / "file").touch(0o644)
         files.set_mode(str(tmp_path / "file"), 0o600)
-        assert "they stay as they are" in run_module.kept_warnings()[0]
+        assert "they stay as they are" in errors.kept_warnings()[0]
 
     def test_other_errors_are_errors(self, tmp_path: Path) -> None:
         with pytest.raises(FileNotFoundError, match="its permissions were set"):
