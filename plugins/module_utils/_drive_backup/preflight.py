@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from .._common.errors import BackupError, Refused, ToolError
 from .._host import files, preallocate
-from .._qemu import image_lock, image_size, qemu_img, target_image
+from .._qemu import estimate, image_lock, qemu_img, target_image
 from .receipt import ReceiptPhase
 from .request import NO_KEY, Sync
 from .steps import CopyState
@@ -47,7 +47,7 @@ async def prepare_target(vm: Vm, copy: Copy, overwrite: bool) -> target_image.Ta
         path=drive.image_path,
         format=image_format,
         size=disk.virtual_size,
-        expected=await image_size.expected_bytes(disk, image_format, drive.sync, drive.bitmap),
+        expected=await estimate.expected_bytes(disk, image_format, drive.sync, drive.bitmap),
         compress=drive.compress,
         block_device=files.is_block_device(drive.target),
     )

@@ -17,7 +17,7 @@ from .._host import files
 from .._host.preallocate import Writeback
 from .._host.process import boot_id, machine_id, spaces
 from .._qemu import block_jobs, target_image
-from .._qemu.losses import EncryptedSource, lost_in_copy
+from .._qemu.estimate import EncryptedSource, lost_in_copy
 from .._qemu.vm_lock import host_lock_path, read_owners, write_owners
 from . import preflight, receipt
 from .finish import clean, finish

@@ -19,7 +19,7 @@ from .._common.errors import BackupError, Refused, RepositoryHangs, in_words, in
 from .._common.formats import human
 from .._host.process import this_hypervisor
 from .._qemu.connection import parse_address
-from .._qemu.losses import lost_in_copy
+from .._qemu.estimate import lost_in_copy
 from .._repository.names import column
 from . import decide
 from .model import Action, Plan, RunContext, VmPlan

@@ -18,7 +18,7 @@ from .._common.errors import Refused
 from .._common.formats import human
 from .._host import preallocate
 from .._host.files import scratch
-from .._qemu import image_size, qemu_img
+from .._qemu import estimate, qemu_img
 from .._repository.documents import Level
 from .._repository.names import REPOSITORY_FILE
 from .._repository.staging import outstanding
@@ -92,11 +92,11 @@ async def measure(
 
     async def expected(disk: Disk, link: ChainLink) -> int:
         if link.bitmap:
-            return image_size.increment_bytes(disk, link.records)
+            return estimate.increment_bytes(disk, link.records)
         chain = vm.chain(disk) if vm and disk.layers else ()
         # What a layer of which QEMU tells nothing may hold, the others do not tell.
         known = chain if len(chain) == 1 + len(disk.layers) else ()
-        return await image_size.expected_bytes(disk, "qcow2", before=before.get(disk.name, 0), chain=known)
+        return await estimate.expected_bytes(disk, "qcow2", before=before.get(disk.name, 0), chain=known)
 
     sizes = await asyncio.gather(*(expected(disk, link) for disk, link in zip(disks, links)))
     return {disk.name: size for disk, size in zip(disks, sizes)}

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from .._host.files import AT_ONCE, step
 from .._host.preallocate import top_up
 from . import qemu_img
-from .image_size import PAGE
+from .estimate import PAGE
 
 if TYPE_CHECKING:
     from typing import IO, Any

@@ -70,7 +70,7 @@ PURE = {
     "_drive_backup": ("steps",),
     "_plan": ("decide", "disks", "model"),
     "_prune": ("retention",),
-    "_qemu": ("command_line", "losses"),
+    "_qemu": ("command_line",),
     "_report": ("html", "html_charts", "html_style", "html_text", "prometheus", "run", "status"),
     "_repository": ("chain", "documents"),
     "_verify": ("model",),

@@ -13,7 +13,7 @@ import typing as t
 import pytest
 from ansible.module_utils import basic
 
-from ansible_collections.vmfleet.backup.plugins.module_utils._common import errors as host_run_module
+from ansible_collections.vmfleet.backup.plugins.module_utils._common import errors
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import BackupError, run_module
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.documents import Level
 
@@ -75,9 +75,9 @@ def test_warnings_are_told_however_it_ends(
     said: list[str] = []
     # Ansible keeps its warnings until the process ends.
     monkeypatch.setattr(module, "warn", said.append)
-    monkeypatch.setattr(host_run_module, "_warnings", {})
+    monkeypatch.setattr(errors, "_warnings", {})
     for _again in range(2):
-        host_run_module.warn_once("/b", "/b: its file system does not keep permissions")
+        errors.warn_once("/b", "/b: its file system does not keep permissions")
     for number, end in enumerate(({}, BackupError("no"), OSError("no")), 1):
         run(module, capsys, end)
         assert len(said) == number

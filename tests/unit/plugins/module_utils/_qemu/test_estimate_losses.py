@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pytest
 
-from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.losses import IN_THE_CLEAR, lost_in_copy
+from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.estimate import IN_THE_CLEAR, lost_in_copy
 from ansible_collections.vmfleet.backup.tests.unit.plugins.builders import disk
 
 NOT_COPIED = "not copied: its copy is the disk as it is now"

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import ToolError
-from ansible_collections.vmfleet.backup.plugins.module_utils._qemu import image_size, qemu_img
+from ansible_collections.vmfleet.backup.plugins.module_utils._qemu import estimate, qemu_img
 from ansible_collections.vmfleet.backup.tests.unit.plugins.builders import MIB, SIZE, bitmap, disk
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ class TestExpectedBytes:
     def test_full(self, required: int | None, held: int | None, expected: int, measure: dict[str, int]) -> None:
         if required is not None:
             measure.update({"required": required, "fully-allocated": 17 * MIB})
-        assert asyncio.run(image_size.expected_bytes(disk(actual_size=held), "qcow2")) == expected
+        assert asyncio.run(estimate.expected_bytes(disk(actual_size=held), "qcow2")) == expected
 
     @pytest.mark.parametrize(
         ("layer", "expected"), [(MIB, MIB + MIB // 100 + METADATA), (40 * MIB, FULLY), (None, FULLY)]
@@ -65,7 +65,7 @@ class TestExpectedBytes:
     def test_top(self, layer: int | None, expected: int, measure: dict[str, int]) -> None:
         measure.update({"required": 9 * MIB, "fully-allocated": 17 * MIB})
         of_two = disk(layer_size=layer, actual_size=9 * MIB)
-        assert asyncio.run(image_size.expected_bytes(of_two, "qcow2", "top")) == expected
+        assert asyncio.run(estimate.expected_bytes(of_two, "qcow2", "top")) == expected
 
     @pytest.mark.parametrize("sync", ["incremental", "bitmap"])
     @pytest.mark.parametrize(
@@ -79,11 +79,11 @@ class TestExpectedBytes:
     )
     def test_increment(self, sync: str, count: int, expected: int) -> None:
         tracked = disk(actual_size=9 * MIB, bitmaps=(bitmap("b0", count=count),))
-        assert asyncio.run(image_size.expected_bytes(tracked, "qcow2", sync, "b0")) == expected
+        assert asyncio.run(estimate.expected_bytes(tracked, "qcow2", sync, "b0")) == expected
 
     def test_increment_of_a_large_thin_disk_has_few_tables(self) -> None:
         large = replace(disk(bitmaps=(bitmap("b0", count=3 * 65536),)), virtual_size=64 << 40)
-        expected = asyncio.run(image_size.expected_bytes(large, "qcow2", "bitmap", "b0"))
+        expected = asyncio.run(estimate.expected_bytes(large, "qcow2", "bitmap", "b0"))
         # The first table alone has a MiB.
         assert MIB < expected < 5 * MIB
 
@@ -91,7 +91,7 @@ class TestExpectedBytes:
         # As qemu-img measures a disk of 1 TiB with 64 MiB of data; QEMU's image of it takes 201,588,736 bytes.
         measure.update({"required": 237_240_320, "fully-allocated": 1_099_679_662_080})
         large = replace(disk(actual_size=64 * MIB), virtual_size=1 << 40)
-        assert 201_588_736 < asyncio.run(image_size.expected_bytes(large, "qcow2")) < 250_000_000
+        assert 201_588_736 < asyncio.run(estimate.expected_bytes(large, "qcow2")) < 250_000_000
 
     @pytest.mark.parametrize(
         ("counted", "held", "expected"),
@@ -119,13 +119,13 @@ class TestExpectedBytes:
             assert chain == layers
             return counted
 
-        monkeypatch.setattr(image_size, "held_bytes", held_bytes)
+        monkeypatch.setattr(estimate, "held_bytes", held_bytes)
         measure.update({"required": 9 * MIB, "fully-allocated": 17 * MIB})
-        assert asyncio.run(image_size.expected_bytes(layers[0], "qcow2", chain=layers)) == expected
+        assert asyncio.run(estimate.expected_bytes(layers[0], "qcow2", chain=layers)) == expected
 
     def test_full_that_clears_a_bitmap_is_a_full(self) -> None:
         tracked = disk(actual_size=9 * MIB, bitmaps=(bitmap("b0", count=0),))
-        assert asyncio.run(image_size.expected_bytes(tracked, "qcow2", "full", "b0")) > 9 * MIB
+        assert asyncio.run(estimate.expected_bytes(tracked, "qcow2", "full", "b0")) > 9 * MIB
 
     def test_raw_is_written_whole(self) -> None:
-        assert asyncio.run(image_size.expected_bytes(disk(actual_size=MIB), "raw")) == SIZE
+        assert asyncio.run(estimate.expected_bytes(disk(actual_size=MIB), "raw")) == SIZE

@@ -2,9 +2,9 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Estimate how many bytes an image will take: by what qemu-img measures, and by what the tables of its layers say.
+"""Estimate how many bytes the image of a disk will take, and tell what it will lack.
 
-C(qemu-img measure) tells more, and opens each layer for that with all that QEMU has for an image: for a disk with many
+Its bytes are in the tables of the layers. C(qemu-img measure) tells more, and opens each layer for that with all that QEMU has for an image: for a disk with many
 snapshots that takes longer than all else that is done to plan its backup. What is counted here is never less: clusters
 below others that are zero are counted, and those that are holes in the image's file. Neither sees what QEMU has not
 flushed: whoever asks compares with the size of the files, which grow before.
@@ -25,11 +25,12 @@ from operator import or_
 from typing import TYPE_CHECKING
 
 from .._common.errors import ToolError
+from .._common.formats import Word
 from . import qemu_img
 from .qemu_img import CLUSTER, TIMEOUT
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
     from typing import Any
 
     from .model import Bitmap, Disk
@@ -55,6 +56,38 @@ _one_at_a_time = threading.Lock()
 """Each count has all layers of a disk open, of which there may be hundreds."""
 _hangs = threading.Event()
 """Set once a count has not ended in time. The others would wait as long behind it, one after the other."""
+
+
+class EncryptedSource(Word):
+    """What to do about a disk that is encrypted at rest, and whose copy will not be."""
+
+    WARN = "warn"
+    REFUSE = "refuse"
+
+
+IN_THE_CLEAR = "is encrypted at rest, and its copy is not: whoever can read the copy can read the disk"
+
+
+def lost_in_copy(disks: Iterable[Disk], among: Iterable[Disk]) -> tuple[str, ...]:
+    """Return what the copies of C(disks) will lack, one sentence for each fact; C(among) are all disks of their VM."""
+    every = tuple(among)
+    return tuple(loss for disk in disks for loss in _losses(disk, every))
+
+
+def _losses(disk: Disk, among: tuple[Disk, ...]) -> Iterator[str]:
+    if disk.encrypted:
+        yield f"disk {disk.name} {IN_THE_CLEAR}"
+    if disk.data_file:
+        yield f"disk {disk.name} has its data in another file ({disk.data_file}); its copy is one image"
+    if disk.snapshots:
+        noun = "snapshot, which is" if disk.snapshots == 1 else "snapshots, which are"
+        yield f"disk {disk.name} has {disk.snapshots} internal {noun} not copied: its copy is the disk as it is now"
+    for other in among[among.index(disk) + 1 :]:
+        if disk.shares_file(other) and not (disk.read_only and other.read_only):
+            yield (
+                f"disks {disk.name} and {other.name} are on one file ({disk.file}): what is written through one of them"
+                " gets into the copy of the other at any moment"
+            )
 
 
 async def expected_bytes(
