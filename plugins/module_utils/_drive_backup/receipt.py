@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from .._common.errors import BackupError
 from .._common.formats import Word
 from .._host.files import claim, identity, remove, step, sync_directory
-from .._qemu.origin import Origin
+from .._qemu.connection import Origin
 from .request import BitmapMode, Sync
 
 if TYPE_CHECKING:

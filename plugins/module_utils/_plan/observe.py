@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING
 
 from .._common.errors import BackupError, MonitorGone
 from .._host.process import machine_id
-from .._qemu.connection import parse_address
+from .._qemu.connection import Origin, parse_address
 from .._qemu.jobs import query_jobs
 from .._qemu.monitor import Monitor
-from .._qemu.origin import Origin
 from .._qemu.query import inspect_vm
 from .._repository.catalog import failed_sets, read_annotations
 from .._repository.chain import walk

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.process import PATHS, PORTS, PROCESSES, spaces
-from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.origin import Origin
+from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.connection import Origin
 from ansible_collections.vmfleet.backup.tests.unit.plugins import builders
 from ansible_collections.vmfleet.backup.tests.unit.plugins.builders import UUID
 
