@@ -4,7 +4,7 @@
 
 """Estimate how many bytes the image of a disk will take, and tell what it will lack.
 
-The tables of its layers tell what they hold. C(qemu-img measure) tells more, and opens each layer for that with all that
+The tables of its layers tell what they hold. C(qemu-img measure) tells more, and opens each layer with all that
 QEMU has for an image: for a disk with many snapshots that takes longer than all else that is done to plan its backup.
 What is counted here is never less: clusters below others that are zero are counted, and those that are holes in the
 image's file. Neither sees what QEMU has not flushed: whoever asks compares with the size of the files, which grow
