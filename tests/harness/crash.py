@@ -107,7 +107,7 @@ PASSED_THROUGH = frozenset(
         "_host/worker",
         "_qemu/connection",
         "_qemu/monitor",
-        "_repository/json_file",
+        "_repository/repository",
     }
 )
 """What takes no step of its own, but where a name above says so."""

@@ -19,9 +19,8 @@ from .._common.errors import BackupError
 from .._common.formats import SCHEMA
 from .._host.files import claim, remove, sync_directory
 from . import staging
-from .json_file import write_document
 from .names import REPOSITORY_FILE
-from .repository import HARMLESS, Repository, open_repository
+from .repository import HARMLESS, Repository, open_repository, write_document
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable

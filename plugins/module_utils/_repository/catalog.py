@@ -24,9 +24,8 @@ from .._host.files import remove, sync_directory
 from .._host.process import machine_id
 from .chain import broken_images, walk
 from .documents import DEPTHS, Depth, Intent, Pin, Protection, Verification
-from .json_file import read_document, write_document
 from .names import vm_directory
-from .repository import FAILED, HARMLESS, INTENT, STAGING
+from .repository import FAILED, HARMLESS, INTENT, STAGING, read_document, write_document
 from .staging import litter
 
 if TYPE_CHECKING:

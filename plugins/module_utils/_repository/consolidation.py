@@ -14,8 +14,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from .._host.files import remove, sync_directory
-from .json_file import write_document
-from .repository import MANIFEST, PUBLISHED_MODE
+from .repository import MANIFEST, PUBLISHED_MODE, write_document
 
 if TYPE_CHECKING:
     from .documents import Consolidation, Manifest

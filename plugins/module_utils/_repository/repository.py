@@ -2,7 +2,7 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""A repository: where its files are, what is read from them, and the locks of its VMs.
+"""A repository: where its files are, how its documents are read and written, and the locks of its VMs.
 
 C(REPOSITORY/<vm>/<set id>/) is a set if it holds a valid manifest. C(.<set id>.staging/) beside it is where a set
 grows, described by its intent; C(.<set id>.failed.json) remembers an attempt that did not end well;
@@ -25,19 +25,23 @@ from typing import TYPE_CHECKING
 
 from .._common.errors import BackupError
 from .._common.formats import SCHEMA
-from .._host.files import AT_ONCE
+from .._host.files import AT_ONCE, remove, set_mode, step, sync_directory
 from .._host.lock import locked
-from .documents import Consolidation, Failure, Intent, Manifest
-from .json_file import read_document
+from .documents import Consolidation, Failure, Intent, Manifest, NewerSchema
 from .names import REPOSITORY_FILE, vm_directory
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterable
+    from typing import Any
 
     from .._host.files import DirectCalls
     from .documents import DiskImage
 
 
+UNFINISHED = ".new"
+"""What a file's name ends with while it is written."""
+CHUNK = 1 << 16
+"""Bytes that are read at once, more than most documents have."""
 MANIFEST = "manifest.json"
 INTENT = "intent.json"
 DESCRIPTION = "vm.json"
@@ -47,6 +51,48 @@ CONSOLIDATION_SUFFIX = ".consolidation.json"
 PUBLISHED_MODE = 0o440
 HARMLESS = frozenset({"lost+found", ".snapshot"})
 """What a directory may hold and still count as empty."""
+
+
+def read_document(path: str, kind: Any) -> Any:
+    """Read a document; None where there is none, or one that is not whole. BackupError where its schema is newer."""
+    try:
+        return kind.parse(json.loads(_content(path)))
+    except NewerSchema as error:
+        raise BackupError(f"{path}: {error}") from error
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return None
+    except OSError as error:
+        raise BackupError(f"repository: {path} cannot be read: {error.strerror}") from error
+
+
+def _content(path: str) -> bytes:
+    """Read a small file. Thousands are read at a time, and to make a file object takes longer than to read it."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        parts: list[bytes] = []
+        while True:
+            part = os.read(fd, CHUNK)
+            if not part:
+                return b"".join(parts)
+            parts.append(part)
+    finally:
+        os.close(fd)
+
+
+def write_document(path: str, content: dict[str, Any], mode: int = 0o600) -> None:
+    """Write a document onto stable storage, whole or not at all."""
+    temporary = path + UNFINISHED
+    remove(temporary)
+    with step(path, "it was written"):
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        with os.fdopen(fd, "w", encoding="utf-8") as sink:
+            json.dump(content, sink, indent=1)
+            sink.write("\n")
+            sink.flush()
+            set_mode(temporary, mode, sink.fileno())
+            os.fsync(sink.fileno())
+        os.replace(temporary, path)
+    sync_directory(os.path.dirname(path))
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,16 @@ from typing import TYPE_CHECKING
 from .._common.errors import BackupError
 from .._host.files import remove, set_mode, sync_directory
 from .documents import Manifest
-from .json_file import UNFINISHED, read_document, write_document
-from .repository import DESCRIPTION, INTENT, MANIFEST, PUBLISHED_MODE, STAGING
+from .repository import (
+    DESCRIPTION,
+    INTENT,
+    MANIFEST,
+    PUBLISHED_MODE,
+    STAGING,
+    UNFINISHED,
+    read_document,
+    write_document,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable

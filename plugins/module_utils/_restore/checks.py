@@ -19,7 +19,7 @@ from .._qemu import image_lock, qemu_img
 from .._repository.catalog import PARTIAL
 from .._repository.checksums import check_all
 from .._repository.documents import Restoration
-from .._repository.json_file import UNFINISHED, read_document
+from .._repository.repository import UNFINISHED, read_document
 from .model import RECEIPT
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from .._host.process import machine_id
 from .._qemu import qemu_img
 from .._repository.catalog import PARTIAL
 from .._repository.documents import Restoration
-from .._repository.json_file import UNFINISHED, read_document
+from .._repository.repository import UNFINISHED, read_document
 from .checks import check_unused, lock_target
 from .model import RECEIPT, RestoreMethod
 from .pins import remove_pins

@@ -20,7 +20,7 @@ from .._common.errors import BackupError, Refused, after, in_words
 from .._host import files, preallocate
 from .._qemu import qemu_img
 from .._repository.catalog import read_annotations
-from .._repository.json_file import write_document
+from .._repository.repository import write_document
 from .checks import (
     check_checksums,
     check_device,

@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING
 from .._common.errors import BackupError
 from .._common.formats import SCHEMA
 from .._repository.documents import Depth
-from .._repository.json_file import UNFINISHED
-from .._repository.repository import DESCRIPTION, INTENT, MANIFEST
+from .._repository.repository import DESCRIPTION, INTENT, MANIFEST, UNFINISHED
 from .model import REMEDY, Finding
 
 if TYPE_CHECKING:

@@ -27,8 +27,11 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._repository.documen
     StagedDisk,
     VmName,
 )
-from ansible_collections.vmfleet.backup.plugins.module_utils._repository.json_file import write_document
-from ansible_collections.vmfleet.backup.plugins.module_utils._repository.repository import MANIFEST, Repository
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository.repository import (
+    MANIFEST,
+    Repository,
+    write_document,
+)
 
 MIB = 1024 * 1024
 SIZE = 16 * MIB

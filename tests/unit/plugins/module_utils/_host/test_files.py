@@ -18,7 +18,7 @@ import pytest
 from ansible_collections.vmfleet.backup.plugins.module_utils._common import errors
 from ansible_collections.vmfleet.backup.plugins.module_utils._host import checksum, files, preallocate
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu import target_image, vm_lock
-from ansible_collections.vmfleet.backup.plugins.module_utils._repository import access, json_file
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository import access, repository
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -48,7 +48,7 @@ def owners(path: str) -> None:
     ("work", "step"),
     [
         (lambda path: files.write_text(path, "a" * 8192), "it was written"),
-        (lambda path: json_file.write_document(path, {"a": "b" * 8192}), "it was written"),
+        (lambda path: repository.write_document(path, {"a": "b" * 8192}), "it was written"),
         (owners, "the owners of jobs were written"),
         (lambda path: target_image._make_file(path, target_image.Blank(8192, ((0, b"a" * 8192),))), "it was made"),
         (checksum.sha256, "its checksum was taken"),

@@ -32,7 +32,7 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._repository.documen
     Verification,
     VmName,
 )
-from ansible_collections.vmfleet.backup.plugins.module_utils._repository.json_file import write_document
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository.repository import write_document
 from ansible_collections.vmfleet.backup.tests.unit.plugins import builders
 from ansible_collections.vmfleet.backup.tests.unit.plugins.builders import UUID, image, intent, manifest
 

@@ -31,7 +31,7 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._repository.documen
     Protection,
     Verification,
 )
-from ansible_collections.vmfleet.backup.plugins.module_utils._repository.json_file import write_document
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository.repository import write_document
 from ansible_collections.vmfleet.backup.tests.unit.plugins.builders import manifest
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ import pytest
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import Refused
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu import image_lock
-from ansible_collections.vmfleet.backup.plugins.module_utils._repository.json_file import write_document
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository.repository import write_document
 from ansible_collections.vmfleet.backup.plugins.module_utils._restore.checks import (
     check_unused,
     is_restored,

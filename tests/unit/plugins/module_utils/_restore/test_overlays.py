@@ -19,7 +19,7 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._repository.catalog
     read_catalog,
     write_annotation,
 )
-from ansible_collections.vmfleet.backup.plugins.module_utils._repository.json_file import write_document
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository.repository import write_document
 from ansible_collections.vmfleet.backup.plugins.module_utils._restore.checks import make_receipt
 from ansible_collections.vmfleet.backup.plugins.module_utils._restore.model import RestoreMethod
 from ansible_collections.vmfleet.backup.plugins.module_utils._restore.overlays import find_overlays, remove_overlays

@@ -16,7 +16,7 @@ import pytest
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import BackupError
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.documents import Protection
-from ansible_collections.vmfleet.backup.plugins.module_utils._repository.json_file import (
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository.repository import (
     CHUNK,
     read_document,
     write_document,
