@@ -95,7 +95,7 @@ STEPS = {
     "_restore/restore": {"_restore_disk": "restore disk", "_finish": "finish restore"},
     "_verify/boot": {"work_dir": "work directory", "clear_work_dirs": "clear work directories", "watch": "start VM"},
     "_verify/record": {"annotate": "pin", "record": "record", "remove_pins": "unpin"},
-    "_plan/space": {"SpaceTracker": "track space", "space_in": "measure space"},
+    "_plan/observe": {"SpaceTracker": "track space", "space_in": "measure space"},
 }
 """The names of the steps, by the file and the function that take them. They stay when an engine is built anew.
 

@@ -10,8 +10,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from .._host.process import this_hypervisor
-from .._plan import decide, space
+from .._plan import decide
 from .._plan.model import Action, Plan, Policy, VmPlan
+from .._plan.observe import space_in
 from .._qemu.bitmaps import remove_bitmaps
 from . import cleanup, results
 from .outcome import VmState
@@ -38,7 +39,7 @@ def plan_of_names(repository: Repository, names: Iterable[str] | None) -> Plan:
     if names is None:
         names = sorted(intent.vm.name for intent in repository.intents() if intent.hypervisor.is_same(here))
     vms = tuple(_last_seen(name, repository.records(name), here) for name in names)
-    return Plan(repository.path, False, "", "", policy, space.space_in(repository, policy), vms)
+    return Plan(repository.path, False, "", "", policy, space_in(repository, policy), vms)
 
 
 def _last_seen(name: str, records: VmRecords, here: Hypervisor) -> VmPlan:

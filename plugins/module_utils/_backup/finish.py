@@ -15,7 +15,7 @@ from .._common.errors import BackupError, MonitorError, RepositoryHangs, in_word
 from .._common.formats import boottime, utc_now
 from .._host import preallocate
 from .._host.checksum import sha256
-from .._plan import space
+from .._plan.observe import short_of_space
 from .._qemu import block_jobs
 from .._qemu.connection import parse_address
 from .._qemu.jobs import StallClock
@@ -62,7 +62,7 @@ async def share_bandwidth(session: VmSession) -> None:
 async def find_alarm(session: VmSession) -> str:
     """Return why a running attempt must end, for the guest's sake or for standing still; empty where it need not."""
     run, intent = session.run, session.intent
-    short = "" if intent.reserved else await run.repository.run(space.short_of_space, run.plan.policy)
+    short = "" if intent.reserved else await run.repository.run(short_of_space, run.plan.policy)
     if guest_stopped_by(intent, session.seen):
         return "the guest was stopped by an I/O error because the backup's target is, or was, full or failing"
     if short and await _is_youngest(run, intent):

@@ -19,7 +19,7 @@ from .._common.formats import Word, boottime, utc_now
 from .._host.process import spaces
 from .._plan.disks import written_elsewhere
 from .._plan.model import Quiesce
-from .._plan.space import SpaceTracker, measure, no_room
+from .._plan.observe import SpaceTracker, measure, no_room
 from .._qemu import guest_freeze, target_image
 from .._qemu.agent_channel import find_agent
 from .._qemu.vm_config import describe_vm

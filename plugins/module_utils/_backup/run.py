@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from .._host.files import DirectCalls
     from .._plan.model import Plan
-    from .._plan.space import SpaceTracker
+    from .._plan.observe import SpaceTracker
     from .._repository.access import AsyncRepository
     from .._repository.documents import Intent
 

@@ -23,15 +23,14 @@ from .._qemu.estimate import lost_in_copy
 from .._repository.names import column
 from . import decide
 from .model import Action, Plan, RunContext, VmPlan
-from .observe import observe, with_records
-from .space import fit_into, measure, space_in
+from .observe import measure, no_room, observe, space_in, with_records
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
     from .._qemu.model import Vm
     from .._repository.access import AsyncRepository
-    from .model import Policy, Request
+    from .model import Policy, Request, Space
 
 
 # The whole run
@@ -61,6 +60,21 @@ def refuse_duplicates(plans: Iterable[VmPlan], processes: Mapping[str, tuple[int
         # Without an identity: nobody is to look whether it goes on after all.
         result.append(replace(plan, action=Action.FAIL, reason=reason, unless="", identity="", disks=()))
     return tuple(result)
+
+
+def fit_into(space: Space, plans: Iterable[VmPlan]) -> tuple[Space, tuple[VmPlan, ...]]:
+    """Let each VM in turn take its part of the space; one for which there is not enough fails, and the others go on."""
+    left = space.usable
+    needed = 0
+    result = []
+    for plan in plans:
+        if plan.bytes > max(left, 0):
+            result.append(replace(plan, action=Action.FAIL, reason=no_room(plan.bytes, space, left)))
+            continue
+        left -= plan.bytes
+        needed += plan.bytes
+        result.append(plan)
+    return replace(space, needed=needed), tuple(result)
 
 
 def describe(plan: Plan) -> list[str]:

@@ -17,12 +17,8 @@ import pytest
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import Refused
 from ansible_collections.vmfleet.backup.plugins.module_utils._plan.disks import ChainLink
 from ansible_collections.vmfleet.backup.plugins.module_utils._plan.model import Policy, Space
-from ansible_collections.vmfleet.backup.plugins.module_utils._plan.space import (
-    SpaceTracker,
-    fit_into,
-    measure,
-    reserve_bytes,
-)
+from ansible_collections.vmfleet.backup.plugins.module_utils._plan.observe import SpaceTracker, measure, reserve_bytes
+from ansible_collections.vmfleet.backup.plugins.module_utils._plan.planner import fit_into
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.model import Disk
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository import staging
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.documents import Intent, Level, VmName
