@@ -63,7 +63,7 @@ STEPS = {
     "_qemu/target_image": {"_make_file": "make file", "create": "make image", "reserve": "reserve"},
     "_qemu/vm_lock": {"write_owners": "write owners"},
     "_repository/access": {"create_repository": "create repository"},
-    "_repository/catalog": {"remove_annotations": "remove annotations", "write_annotation": "write annotation"},
+    "_repository/annotations": {"remove_annotations": "remove annotations", "write_annotation": "write annotation"},
     "_repository/consolidation": {
         "remove_note": "remove note",
         "rewrite_manifest": "rewrite manifest",

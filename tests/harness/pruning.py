@@ -10,7 +10,7 @@ import contextlib
 import hashlib
 import typing as t
 
-from ansible_collections.vmfleet.backup.plugins.module_utils._repository.catalog import write_annotation
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository.annotations import write_annotation
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.documents import Verification
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.repository import open_repository
 from ansible_collections.vmfleet.backup.tests.harness.images import identical, info, sound

@@ -24,7 +24,7 @@ from .._qemu.connection import Origin, parse_address
 from .._qemu.jobs import query_jobs
 from .._qemu.monitor import Monitor
 from .._qemu.query import inspect_vm
-from .._repository.catalog import failed_sets, read_annotations
+from .._repository.annotations import failed_sets, read_annotations
 from .._repository.chain import walk
 from .._repository.documents import Depth, Level
 from .._repository.names import REPOSITORY_FILE

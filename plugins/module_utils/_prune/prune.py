@@ -20,7 +20,8 @@ from .._common.errors import BackupError, Refused
 from .._common.formats import amount, utc_now
 from .._host import files
 from .._host.lock import LockHeld, locked
-from .._repository.catalog import is_read, may_be_there, read_catalog, remove_annotations, write_annotation
+from .._repository.annotations import is_read, may_be_there, remove_annotations, write_annotation
+from .._repository.catalog import read_catalog
 from .._repository.documents import Protection
 from .._repository.staging import remove_set
 from .consolidate import consolidate, finish_consolidation

@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
-from .._repository.catalog import is_read, start_time
+from .._repository.annotations import is_read
+from .._repository.catalog import start_time
 from .._repository.documents import Level
 
 if TYPE_CHECKING:

@@ -2,139 +2,37 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Read all that a repository holds of a VM, for restore, verify, prune and reports, and annotate its sets.
-
-To read needs no QEMU and no locks. Published sets stay as they are: C(.<set id>.protected.json),
-C(.<set id>.pin-<8 hex>.json) and C(.<set id>.verified.json) in the VM's directory say that a set is protected, in use
-by an overlay, verified. They are changed with the VM's lock held.
-"""
+"""Read all that a repository holds of a VM, for restore, verify, prune and reports. Needs no QEMU and no locks."""
 
 from __future__ import annotations
 
 import glob
-import hashlib
 import os
-from dataclasses import asdict, dataclass
-from functools import cached_property
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from .._common.errors import BackupError, Refused
 from .._common.formats import parse_time
-from .._host.files import remove, sync_directory
-from .._host.process import machine_id
+from .annotations import annotation_path, failed_sets, is_read, read_annotations
 from .chain import broken_images, walk
-from .documents import DEPTHS, Depth, Intent, Pin, Protection, Verification
+from .documents import Intent, Pin, Protection, Verification
 from .names import vm_directory
-from .repository import FAILED, HARMLESS, INTENT, STAGING, read_document, write_document
+from .repository import FAILED, HARMLESS, INTENT, STAGING, read_document
 from .staging import litter
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Iterator, Mapping
     from datetime import datetime
-    from typing import Any
 
+    from .annotations import SetAnnotations
     from .documents import DiskImage, Manifest
     from .repository import Repository, VmRecords
 
 
-SUFFIX = ".json"
-PROTECTED = ".protected"
-VERIFIED = ".verified"
-PIN = ".pin-"
-PARTIAL = ".partial"
-"""What the name of a restored disk ends with until it is complete."""
 CONSOLIDATING_SUFFIX = ".consolidating"
 """What the name of a hidden file ends with in which an increment becomes a full image."""
 MAX_NAMES = 30
 """VMs that are listed where one is not found."""
-
-
-@dataclass(frozen=True)
-class SetAnnotations:
-    """All that is said of the sets of one VM."""
-
-    protections: tuple[Protection, ...] = ()
-    pins: tuple[Pin, ...] = ()
-    verifications: tuple[Verification, ...] = ()
-
-    def protected(self, set_id: str) -> bool:
-        """Return whether a set is protected."""
-        return any(annotation.id == set_id for annotation in self.protections)
-
-    def pins_of(self, set_id: str) -> tuple[Pin, ...]:
-        """Return the pins on the images of a set."""
-        return tuple(annotation for annotation in self.pins if annotation.id == set_id)
-
-    def verification(self, manifest: Manifest) -> Verification | None:
-        """Return how the last verification of a set ended; None for one that was never verified."""
-        return self._verified.get(manifest.attempt)
-
-    @cached_property
-    def _verified(self) -> dict[str, Verification]:
-        return {annotation.attempt: annotation for annotation in self.verifications}
-
-
-def read_annotations(repository: Repository, vm: str) -> SetAnnotations:
-    """Read what is said of the sets of one VM, whether they are still there or not."""
-    directory = repository.directory(vm)
-    try:
-        entries = sorted(entry for entry in os.listdir(directory) if entry.startswith(".") and entry.endswith(SUFFIX))
-    except FileNotFoundError:
-        return SetAnnotations()
-    kinds: dict[Any, list[Any]] = {Protection: [], Pin: [], Verification: []}
-    for entry in entries:
-        kind = _kind(entry[1 : -len(SUFFIX)])
-        annotation = read_document(os.path.join(directory, entry), kind) if kind else None
-        if annotation:
-            kinds[kind].append(annotation)
-    return SetAnnotations(*(tuple(found) for found in kinds.values()))
-
-
-def _kind(stem: str) -> Any:
-    if stem.endswith(PROTECTED):
-        return Protection
-    if stem.endswith(VERIFIED):
-        return Verification
-    return Pin if PIN in stem else None
-
-
-def is_read(pin: Pin) -> bool:
-    """Return whether what a pin stands for is still there. Only the machine that it is on can say that it is gone."""
-    return pin.machine_id != machine_id() or any(may_be_there(pin.path + end) for end in ("", PARTIAL))
-
-
-def may_be_there(path: str) -> bool:
-    """Return False only where there is certainly nothing. A path that this user may not look up may be there."""
-    try:
-        os.lstat(path)
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-    except OSError:
-        return True
-    return True
-
-
-def write_annotation(repository: Repository, vm: str, annotation: Protection | Pin | Verification) -> None:
-    """Write an annotation, in place of the one of its kind."""
-    write_document(annotation_path(repository, vm, annotation), asdict(annotation))
-
-
-def remove_annotations(repository: Repository, vm: str, annotations: Iterable[Protection | Pin | Verification]) -> None:
-    """Remove annotations."""
-    for annotation in annotations:
-        remove(annotation_path(repository, vm, annotation))
-    sync_directory(repository.directory(vm))
-
-
-def annotation_path(repository: Repository, vm: str, annotation: Protection | Pin | Verification) -> str:
-    """Return where an annotation stands."""
-    if isinstance(annotation, Pin):
-        # One overlay has one pin, however often it is made.
-        place = f"{annotation.machine_id}:{annotation.path}".encode("utf-8", "surrogateescape")
-        suffix = PIN + hashlib.sha256(place).hexdigest()[:8]
-    else:
-        suffix = PROTECTED if isinstance(annotation, Protection) else VERIFIED
-    return os.path.join(repository.directory(vm), f".{annotation.id}{suffix}{SUFFIX}")
 
 
 @dataclass(frozen=True)
@@ -182,32 +80,6 @@ class VmCatalog:
 
     def _ids(self) -> str:
         return ", ".join(one.id for one in self.records.sets) or "none"
-
-
-def failed_sets(sets: Iterable[Manifest], annotations: SetAnnotations) -> dict[str, str]:
-    """Return why sets are not to be relied on, by id: their verification has failed, or that of a set below them.
-
-    A later and as deep verification of a set itself outweighs that of a set below it.
-    """
-    reasons: dict[str, str] = {}
-    suspects: dict[str, Verification] = {}
-    for manifest in sets:
-        own = annotations.verification(manifest)
-        below = (suspects.get(disk.parent.id) for disk in manifest.disks if disk.parent)
-        suspect = next((found for found in below if found and not (own and _outweighs(own, found))), None)
-        if suspect:
-            reasons[manifest.id] = f"set {suspect.id} below it has failed its verification: {suspect.errors[0]}"
-        if own and not own.ok:
-            reasons[manifest.id] = own.errors[0]
-            suspect = suspect if own.depth == Depth.BOOT else own
-        if suspect:
-            suspects[manifest.id] = suspect
-    return reasons
-
-
-def _outweighs(own: Verification, below: Verification) -> bool:
-    as_deep = own.depth in DEPTHS and below.depth in DEPTHS and DEPTHS.index(own.depth) >= DEPTHS.index(below.depth)
-    return own.ok and as_deep and own.when >= below.when
 
 
 def read_catalog(repository: Repository, vm: str) -> VmCatalog:

@@ -7,7 +7,7 @@
 C(REPOSITORY/<vm>/<set id>/) is a set if it holds a valid manifest. C(.<set id>.staging/) beside it is where a set
 grows, described by its intent; C(.<set id>.failed.json) remembers an attempt that did not end well;
 C(.<set id>.removed/) is a set that goes; C(.<set id>.consolidation.json) tells of an increment that becomes a full
-image; C(.lock) is never unlinked. What else is said of a set is in C(catalog.py).
+image; C(.lock) is never unlinked. What else is said of a set is in C(annotations.py).
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from .._common.formats import human, utc_now
 from .._host import files
 from .._host.lock import lock_directory, locked
 from .._qemu import image_lock, qemu_img
-from .._repository.catalog import PARTIAL
+from .._repository.annotations import PARTIAL
 from .._repository.checksums import check_all
 from .._repository.documents import Restoration
 from .._repository.repository import UNFINISHED, read_document

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from .._common.formats import Word, human
 from .._host import files
-from .._repository.catalog import PARTIAL
+from .._repository.annotations import PARTIAL
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence

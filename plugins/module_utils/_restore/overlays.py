@@ -14,7 +14,7 @@ from .._common.errors import Refused
 from .._host import files
 from .._host.process import machine_id
 from .._qemu import qemu_img
-from .._repository.catalog import PARTIAL
+from .._repository.annotations import PARTIAL
 from .._repository.documents import Restoration
 from .._repository.repository import UNFINISHED, read_document
 from .checks import check_unused, lock_target

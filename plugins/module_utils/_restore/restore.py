@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from .._common.errors import BackupError, Refused, after, in_words
 from .._host import files, preallocate
 from .._qemu import qemu_img
-from .._repository.catalog import read_annotations
+from .._repository.annotations import read_annotations
 from .._repository.repository import write_document
 from .checks import (
     check_checksums,

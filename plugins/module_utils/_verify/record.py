@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 
 from .._common.errors import BackupError, in_words
 from .._common.formats import utc_now
-from .._repository.catalog import read_catalog, remove_annotations, write_annotation
+from .._repository.annotations import remove_annotations, write_annotation
+from .._repository.catalog import read_catalog
 from .._repository.documents import DEPTHS, Depth, Pin, Verification
 
 if TYPE_CHECKING:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.process import machine_id
 from ansible_collections.vmfleet.backup.plugins.module_utils._prune.retention import read_constraints
-from ansible_collections.vmfleet.backup.plugins.module_utils._repository.catalog import SetAnnotations, VmCatalog
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository.annotations import SetAnnotations
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository.catalog import VmCatalog
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.documents import (
     Manifest,
     Pin,

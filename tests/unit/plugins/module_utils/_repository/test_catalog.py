@@ -17,12 +17,12 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors impo
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.formats import SCHEMA, parse_time
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.process import machine_id
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository import staging
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository.annotations import write_annotation
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.catalog import (
     CONSOLIDATING_SUFFIX,
     leftovers,
     read_catalog,
     vm_names,
-    write_annotation,
 )
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.documents import (
     Failure,

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING
 import pytest
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import Refused
-from ansible_collections.vmfleet.backup.plugins.module_utils._repository.catalog import (
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository.annotations import (
     read_annotations,
-    read_catalog,
     write_annotation,
 )
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository.catalog import read_catalog
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.repository import write_document
 from ansible_collections.vmfleet.backup.plugins.module_utils._restore.checks import make_receipt
 from ansible_collections.vmfleet.backup.plugins.module_utils._restore.model import RestoreMethod

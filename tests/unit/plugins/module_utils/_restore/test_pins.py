@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import BackupError
-from ansible_collections.vmfleet.backup.plugins.module_utils._repository.catalog import (
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository.annotations import (
     read_annotations,
     write_annotation,
 )

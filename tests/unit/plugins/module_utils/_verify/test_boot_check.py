@@ -11,7 +11,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ansible_collections.vmfleet.backup.plugins.module_utils._repository.catalog import read_annotations, read_catalog
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository.annotations import read_annotations
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository.catalog import read_catalog
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.documents import Depth
 from ansible_collections.vmfleet.backup.plugins.module_utils._verify.boot_check import start
 from ansible_collections.vmfleet.backup.plugins.module_utils._verify.boot_options import BootOptions

@@ -16,7 +16,7 @@ import pytest
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import BackupError
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.formats import SCHEMA
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.process import machine_id
-from ansible_collections.vmfleet.backup.plugins.module_utils._repository.catalog import (
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository.annotations import (
     PARTIAL,
     SetAnnotations,
     annotation_path,
