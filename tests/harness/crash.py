@@ -41,7 +41,7 @@ AFTER = "after"
 
 STEPS = {
     "_host/files": {"remove": "remove", "sync_directory": "sync directory", "take_name": "take name"},
-    "_host/lock": {"locked": "lock", "_open": "open lock"},
+    "_host/lock": {"locked": "lock", "_open": "open lock", "write_owners": "write owners"},
     "_host/preallocate": {"allocate": "allocate", "flush": "flush", "top_up": "allocate"},
     "_host/probe": {"probe_if_there": "look", "probe": "probe", "ask": "watch"},
     "_qemu/bitmaps": {"remove_bitmaps": "remove bitmaps"},
@@ -61,7 +61,6 @@ STEPS = {
     "_qemu/guest_freeze": {"Freezer": "hold guest", "thaw": "thaw guest"},
     "_qemu/qemu_img": {"run": "run"},
     "_qemu/target_image": {"_make_file": "make file", "create": "make image", "reserve": "reserve"},
-    "_qemu/vm_lock": {"write_owners": "write owners"},
     "_repository/access": {"create_repository": "create repository"},
     "_repository/annotations": {"remove_annotations": "remove annotations", "write_annotation": "write annotation"},
     "_repository/consolidation": {

@@ -16,13 +16,12 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from .._common.errors import BackupError, MonitorError
-from .._host.lock import locked
+from .._host.lock import host_lock_path, locked
 from .._plan import decide
 from .._plan import observe as observing
 from .._qemu.connection import parse_address
 from .._qemu.jobs import StallClock
 from .._qemu.monitor import Monitor
-from .._qemu.vm_lock import host_lock_path
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator

@@ -13,12 +13,11 @@ from typing import TYPE_CHECKING
 
 from .._common.errors import BackupError, JobFailed, MonitorGone, Refused
 from .._host.files import is_block_device
-from .._host.lock import locked
+from .._host.lock import host_lock_path, locked, read_owners
 from .._host.process import boot_id, machine_id
 from .._qemu.block_jobs import target_nodes
 from .._qemu.monitor import Monitor
 from .._qemu.query import inspect_vm
-from .._qemu.vm_lock import host_lock_path, read_owners
 from .receipt import ReceiptPhase, read, record_path
 from .request import plain_path
 from .steps import JOB_PREFIX, Copy, CopyState, Situation, digest, lost_result

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING
 from .._common.errors import BackupError, CommandError, MonitorGone, after, in_words
 from .._common.formats import utc_now
 from .._host import files
+from .._host.lock import host_lock_path, read_owners, write_owners
 from .._host.preallocate import Writeback
 from .._host.process import boot_id, machine_id, spaces
 from .._qemu import block_jobs, target_image
 from .._qemu.estimate import EncryptedSource, lost_in_copy
-from .._qemu.vm_lock import host_lock_path, read_owners, write_owners
 from . import preflight, receipt
 from .finish import clean, finish
 from .receipt import ReceiptPhase

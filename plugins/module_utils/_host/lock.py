@@ -2,12 +2,13 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Hold locks against other module processes: flock(2) on files that are never unlinked."""
+"""Hold locks against other module processes: flock(2) on files that are never unlinked, and that tell who owns jobs."""
 
 from __future__ import annotations
 
 import asyncio
 import fcntl
+import json
 import os
 import stat
 import time
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
     from .files import DirectCalls
+    from .process import Process
 
 
 TIMEOUT = 120.0
@@ -94,3 +96,28 @@ def _take(fd: int) -> bool:
     except BlockingIOError:
         return False
     return True
+
+
+def host_lock_path(process: Process | None, address: object) -> str:
+    """Return the path of the lock of one QEMU. Over TCP its process is unknown, and its address stands for it."""
+    directory = lock_directory()
+    if process is not None:
+        return os.path.join(directory, f"{process.pid}-{process.start}.lock")
+    return os.path.join(directory, str(address).replace("/", "_") + ".lock")
+
+
+def read_owners(path: str) -> dict[str, str]:
+    """Return who owns the jobs with ids of the user's choice. QEMU does not tell, so that its lock's file does."""
+    try:
+        with step(path, "it was read"), open(path, encoding="utf-8") as source:
+            return dict(json.loads(source.read() or "{}"))
+    except FileNotFoundError:
+        return {}
+
+
+def write_owners(lock: int, owners: dict[str, str]) -> None:
+    """Replace what read_owners will tell; C(lock) is the lock's file descriptor."""
+    content = json.dumps(owners).encode()
+    with step(os.readlink(f"/proc/self/fd/{lock}"), "the owners of jobs were written"):
+        os.pwrite(lock, content, 0)
+        os.ftruncate(lock, len(content))

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._common import errors
-from ansible_collections.vmfleet.backup.plugins.module_utils._host import checksum, files, preallocate
-from ansible_collections.vmfleet.backup.plugins.module_utils._qemu import target_image, vm_lock
+from ansible_collections.vmfleet.backup.plugins.module_utils._host import checksum, files, lock, preallocate
+from ansible_collections.vmfleet.backup.plugins.module_utils._qemu import target_image
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository import access, repository
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def no_room() -> Iterator[None]:
 def owners(path: str) -> None:
     fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
     try:
-        vm_lock.write_owners(fd, {"job": "a" * 8192})
+        lock.write_owners(fd, {"job": "a" * 8192})
     finally:
         os.close(fd)
 

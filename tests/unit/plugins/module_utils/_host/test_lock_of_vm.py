@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from ansible_collections.vmfleet.backup.plugins.module_utils._host.process import Process
-from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.connection import Address
-from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.vm_lock import (
+from ansible_collections.vmfleet.backup.plugins.module_utils._host.lock import (
     host_lock_path,
     read_owners,
     write_owners,
 )
+from ansible_collections.vmfleet.backup.plugins.module_utils._host.process import Process
+from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.connection import Address
 
 if TYPE_CHECKING:
     from pathlib import Path
