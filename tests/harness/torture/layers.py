@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import typing as t
 
 from ansible_collections.vmfleet.backup.tests.harness import snapshots
@@ -52,10 +53,17 @@ class Layers:
             return
         like_libvirt = self.machine.chance.random() < 0.7
         print(f"    {disk.name}: {nodes[top]} into {nodes[base]}{' with bitmaps' if like_libvirt else ''}")
+        before = self.machine.size(disk)
         snapshots.commit(self.vm, nodes[0], nodes[top], nodes[base], nodes[top + 1 : base], like_libvirt)
         if top == 0:
-            self.machine.replace(disk, path=below[-base].path, format=below[-base].format, node=nodes[base])
+            disk = dataclasses.replace(disk, path=below[-base].path, format=below[-base].format, node=nodes[base])
+            self.machine.replace(disk, path=disk.path, format=disk.format, node=disk.node)
             del below[-base:]
+            if self.machine.size(disk) != before:
+                # The layer had been shrunk. What it is committed into keeps its length, and with it an older end: where
+                # the disk has the size of its last set again, nothing tells of that.
+                self.vm.qmp.execute("block_resize", node_name=disk.node, size=self.machine.new_size())
+                self.machine.truth.stale(disk.name)
         else:
             # The layers above `top` stay, and stand on the base.
             del below[len(below) - base + 1 : len(below) - top + 1]
