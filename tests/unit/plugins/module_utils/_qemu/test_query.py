@@ -12,11 +12,10 @@ from typing import Any
 import pytest
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.process import Process
-from ansible_collections.vmfleet.backup.plugins.module_utils._qemu import model, query
-from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.jobs import merge_jobs, query_jobs
+from ansible_collections.vmfleet.backup.plugins.module_utils._qemu import query
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.model import NO_UUID
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.query import inspect_vm
-from ansible_collections.vmfleet.backup.tests.unit.plugins.builders import MIB, SIZE, UUID, bitmap, disk, job
+from ansible_collections.vmfleet.backup.tests.unit.plugins.builders import MIB, SIZE, UUID, bitmap, disk
 from ansible_collections.vmfleet.backup.tests.unit.plugins.doubles import (
     FakeMonitor,
     Node,
@@ -24,7 +23,6 @@ from ansible_collections.vmfleet.backup.tests.unit.plugins.doubles import (
     bitmap_entry,
     block_job,
     device,
-    general_job,
     inspect,
     jobs,
     monitor,
@@ -265,44 +263,6 @@ def test_bitmap_that_no_increment_can_rest_on(values: dict[str, bool], reason: s
     assert found
     assert found.unusable.startswith(reason)
     assert bool(found.unusable) == bool(reason)
-
-
-@pytest.mark.parametrize(
-    ("block_jobs", "general", "expected"),
-    [
-        pytest.param(
-            [block_job(speed=5, paused=True, **{"io-status": "nospace"})],
-            [general_job(status="paused")],
-            [job("j0", "paused", offset=MIB, len=SIZE, speed=5, paused=True, io_status="nospace")],
-            id="both",
-        ),
-        pytest.param(
-            [block_job()],
-            [general_job(status="concluded", error="Input/output error")],
-            [job("j0", "concluded", offset=MIB, len=SIZE, error="Input/output error")],
-            id="ended between the two",
-        ),
-        pytest.param(
-            [block_job(status="concluded", error="Operation canceled")],
-            [],
-            [job("j0", "concluded", offset=MIB, len=SIZE, error="Operation canceled")],
-            id="dismissed between the two",
-        ),
-        pytest.param([], [general_job("create0", type="create")], [], id="not a block job"),
-        pytest.param(
-            [block_job("j1"), block_job("j0", status="standby")],
-            [general_job("j0", status="standby"), general_job("j1")],
-            [job("j1", offset=MIB, len=SIZE), job("j0", "standby", offset=MIB, len=SIZE)],
-            id="each with its own",
-        ),
-    ],
-)
-def test_jobs_of_both_lists_are_merged(
-    block_jobs: list[dict[str, Any]], general: list[dict[str, Any]], expected: list[model.Job]
-) -> None:
-    assert merge_jobs(block_jobs, general) == tuple(expected)
-    fake = FakeMonitor({"query-block-jobs": block_jobs, "query-jobs": general})
-    assert asyncio.run(query_jobs(monitor(fake))) == tuple(expected)
 
 
 @pytest.mark.parametrize(
