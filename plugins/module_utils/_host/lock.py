@@ -1,5 +1,4 @@
 # Copyright (c) 2026, vmfleet contributors
-# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
 """Hold locks against other module processes: flock(2) on files that are never unlinked, and that tell who owns jobs."""

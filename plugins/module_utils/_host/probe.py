@@ -1,5 +1,4 @@
 # Copyright (c) 2026, vmfleet contributors
-# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
 """Ask a file system whether it answers at all: calls on a dead NFS server never return, and nothing interrupts them.

@@ -1,5 +1,4 @@
 # Copyright (c) 2026, vmfleet contributors
-# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
 """Annotate published sets, which stay as they are: protected, in use by an overlay, verified.
