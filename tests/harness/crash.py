@@ -40,6 +40,7 @@ AFTER = "after"
 """Right after is another moment than right before the next step where others act by themselves from then on."""
 
 STEPS = {
+    "_host/directory": {"remove": "remove", "sync": "sync directory"},
     "_host/files": {"remove": "remove", "sync_directory": "sync directory", "take_name": "take name"},
     "_host/lock": {"locked": "lock", "_open": "open lock", "write_owners": "write owners"},
     "_host/preallocate": {"allocate": "allocate", "flush": "flush", "top_up": "allocate"},
@@ -102,6 +103,7 @@ A function that has none here is called by its file and its name.
 """
 PASSED_THROUGH = frozenset(
     {
+        "_host/directory",
         "_host/files",
         "_host/worker",
         "_qemu/connection",
