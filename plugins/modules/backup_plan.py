@@ -307,7 +307,7 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._plan.model import 
 )
 from ansible_collections.vmfleet.backup.plugins.module_utils._plan.observe import reserve_bytes
 from ansible_collections.vmfleet.backup.plugins.module_utils._plan.planner import describe, discover, draw_up
-from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.estimate import EncryptedSource
+from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.model import EncryptedSource
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.monitor import require_qmp
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.qemu_img import require_qemu_img
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.access import AsyncRepository, find_repository

@@ -338,7 +338,7 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup.reque
 )
 from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup.session import Session
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.connection import parse_address
-from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.estimate import EncryptedSource
+from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.model import EncryptedSource
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.monitor import require_qmp
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from .._plan.model import Action, Quiesce
-from .._qemu.estimate import IN_THE_CLEAR
+from .._qemu.model import IN_THE_CLEAR
 from .._repository.documents import Level
 from .outcome import DiskOutcome, Outcome, VmState
 from .prepare import NOT_ASKED

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from .._common.errors import Refused
 from .._common.formats import Word
 from .._host.files import check_length, is_block_device
-from .._qemu.estimate import EncryptedSource
+from .._qemu.model import EncryptedSource
 
 if TYPE_CHECKING:
     from typing import Any

@@ -17,7 +17,8 @@ from .._host.lock import host_lock_path, read_owners, write_owners
 from .._host.preallocate import Writeback
 from .._host.process import boot_id, machine_id, spaces
 from .._qemu import block_jobs, target_image
-from .._qemu.estimate import EncryptedSource, lost_in_copy
+from .._qemu.losses import lost_in_copy
+from .._qemu.model import EncryptedSource
 from . import preflight, receipt
 from .finish import clean, finish
 from .receipt import ReceiptPhase

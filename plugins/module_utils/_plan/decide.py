@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .._qemu.estimate import EncryptedSource
+from .._qemu.model import EncryptedSource
 from .._repository import chain
 from .disks import READ_ONLY, choose_disks, disks_of_intent, link_disks, plan_disks
 from .model import PUBLISHED_ALREADY, UNLESS, Action, Case, Choice, Decision, VmPlan

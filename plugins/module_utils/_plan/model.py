@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from .._common.errors import Refused
 from .._common.formats import Word, read_words
-from .._qemu.estimate import EncryptedSource
+from .._qemu.model import EncryptedSource
 from .._repository.documents import Level
 from .._repository.names import check_set_id
 

@@ -31,7 +31,7 @@ from .._repository.staging import outstanding
 from .model import Observation, Space
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
+    from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 
     from .._host.process import Hypervisor, Process
     from .._qemu.model import Disk, Vm
@@ -186,22 +186,23 @@ def no_room(needed: int, space: Space, left: int) -> str:
 
 
 async def measure(
-    disks: Sequence[Disk], links: Sequence[ChainLink], planned: Iterable[DiskPlan] = (), vm: Vm | None = None
+    disks: Sequence[Disk],
+    links: Sequence[ChainLink],
+    planned: Iterable[DiskPlan] = (),
+    counted: Mapping[str, int | None] | None = None,
 ) -> dict[str, int]:
     """Return the most that each disk's image is expected to take, in bytes.
 
-    A full image that was C(planned) takes what was measured then, or what the disk has come to hold since. C(vm) is
-    where the disks' layers are told.
+    A full image that was C(planned) takes what was measured then, or what the disk has come to hold since. C(counted)
+    are the bytes that the layers of a disk are known to hold.
     """
     before = {disk.name: disk.bytes for disk in planned if disk.level == Level.FULL}
 
     async def expected(disk: Disk, link: ChainLink) -> int:
         if link.bitmap:
             return estimate.increment_bytes(disk, link.records)
-        chain = vm.chain(disk) if vm and disk.layers else ()
-        # What a layer of which QEMU tells nothing may hold, the others do not tell.
-        known = chain if len(chain) == 1 + len(disk.layers) else ()
-        return await estimate.expected_bytes(disk, "qcow2", before=before.get(disk.name, 0), chain=known)
+        held = counted.get(disk.name) if counted else None
+        return await estimate.expected_bytes(disk, "qcow2", before=before.get(disk.name, 0), counted=held)
 
     sizes = await asyncio.gather(*(expected(disk, link) for disk, link in zip(disks, links)))
     return {disk.name: size for disk, size in zip(disks, sizes)}

@@ -18,7 +18,8 @@ from .._common.errors import BackupError, Refused, RepositoryHangs, in_words, in
 from .._common.formats import human
 from .._host.process import this_hypervisor
 from .._qemu.connection import parse_address
-from .._qemu.estimate import lost_in_copy
+from .._qemu.layer_tables import held_bytes
+from .._qemu.losses import lost_in_copy
 from .._repository.names import column
 from . import decide
 from .model import Action, Plan, RunContext, VmPlan
@@ -27,8 +28,9 @@ from .observe import measure, no_room, observe, space_in, with_records
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from .._qemu.model import Vm
+    from .._qemu.model import Disk, Vm
     from .._repository.access import AsyncRepository
+    from .disks import ChainLink
     from .model import Policy, Request, Space
 
 
@@ -169,10 +171,11 @@ async def draw_up(
             if not decision.links:
                 # Nothing is to be started, or the VM is off, and only what was begun is to be brought to its end.
                 return decision.plan
-            expected = await measure(decision.choice.disks, decision.links, vm=seen.vm)
+            copied, links = decision.choice.disks, decision.links
+            expected = await measure(copied, links, counted=await count_layers(seen.vm, copied, links))
             disks = tuple(replace(disk, bytes=expected[disk.name]) for disk in decision.plan.disks)
             if seen.vm:
-                losses[request.monitor] = lost_in_copy(decision.choice.disks, seen.vm.disks)
+                losses[request.monitor] = lost_in_copy(copied, seen.vm.disks)
             return replace(decision.plan, disks=disks)
         except RepositoryHangs:
             raise
@@ -202,6 +205,17 @@ async def draw_up(
         vms=plans,
         warnings=(*warnings, *said, *defects),
     )
+
+
+async def count_layers(vm: Vm | None, disks: Iterable[Disk], links: Iterable[ChainLink]) -> dict[str, int | None]:
+    """Return the bytes that the layers of each disk hold that is copied in full, where their tables tell it."""
+    counted = {}
+    for disk, link in zip(disks, links):
+        chain = vm.chain(disk) if vm and disk.layers and not link.bitmap else ()
+        # What a layer of which QEMU tells nothing may hold, the others do not tell.
+        if len(chain) == 1 + len(disk.layers):
+            counted[disk.name] = await held_bytes(chain)
+    return counted
 
 
 async def _name(request: Request, vm: Vm | None, repository: AsyncRepository) -> str:

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
 
 from .._common.errors import Refused
+from .._common.formats import Word
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -34,6 +35,14 @@ TARGET_NODE = re.compile(re.escape(TARGET_NODES) + r"(db|[0-9a-f]{8})\.[0-9a-f]{
 PERIPHERAL = "/machine/peripheral/"
 TEMPORARY = re.compile(r"/vl\.[A-Za-z0-9]{6}(?:\"|$)")
 """The file that QEMU makes for a temporary disk, in /var/tmp or in TMPDIR (block.c, create_tmp_file)."""
+IN_THE_CLEAR = "is encrypted at rest, and its copy is not: whoever can read the copy can read the disk"
+
+
+class EncryptedSource(Word):
+    """What to do about a disk that is encrypted at rest, and whose copy will not be."""
+
+    WARN = "warn"
+    REFUSE = "refuse"
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING
 from .._host.files import AT_ONCE, step
 from .._host.preallocate import top_up
 from . import qemu_img
-from .estimate import PAGE
 
 if TYPE_CHECKING:
     from typing import IO, Any
 
     from .._host.files import DirectCalls
+
+
+PAGE = 4096
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors impo
 from ansible_collections.vmfleet.backup.plugins.module_utils._plan.disks import ChainLink
 from ansible_collections.vmfleet.backup.plugins.module_utils._plan.model import Policy, Space
 from ansible_collections.vmfleet.backup.plugins.module_utils._plan.observe import SpaceTracker, measure, reserve_bytes
-from ansible_collections.vmfleet.backup.plugins.module_utils._plan.planner import fit_into
+from ansible_collections.vmfleet.backup.plugins.module_utils._plan.planner import count_layers, fit_into
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.model import Disk
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository import staging
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.documents import Intent, Level, VmName
@@ -142,7 +142,10 @@ def test_a_full_is_measured_whichever_of_its_layers_are_told(tmp_path: Path, tol
         "vda", "n", "qcow2", layers=("middle", "base"), filename=str(top), virtual_size=64 * MIB, actual_size=33 * MIB
     )
     seen = builders.vm(upper, other_nodes=nodes)
-    sizes = asyncio.run(measure([upper], [ChainLink(Level.FULL, "")], vm=seen))
+    links = [ChainLink(Level.FULL, "")]
+    counted = asyncio.run(count_layers(seen, [upper], links))
+    assert ("vda" in counted) == (len(told) == 2)
+    sizes = asyncio.run(measure([upper], links, counted=counted))
     # Eight pieces of 4 MiB are in the base, one more is in the middle.
     assert 36 * MIB < sizes["vda"] < 38 * MIB
-    assert asyncio.run(measure([upper], [ChainLink(Level.FULL, "")])) == sizes
+    assert asyncio.run(measure([upper], links)) == sizes

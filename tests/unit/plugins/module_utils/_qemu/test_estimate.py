@@ -8,16 +8,12 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import pytest
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import ToolError
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu import estimate, qemu_img
 from ansible_collections.vmfleet.backup.tests.unit.plugins.builders import MIB, SIZE, bitmap, disk
-
-if TYPE_CHECKING:
-    from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.model import Disk
 
 METADATA = 16 * 65536 + SIZE // 65536 * 8
 FULLY = SIZE + METADATA + SIZE // 65536 * 16
@@ -111,17 +107,9 @@ class TestExpectedBytes:
         held: int | None,
         expected: int,
         measure: dict[str, int],
-        monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        layers = [disk(actual_size=held), disk("below")]
-
-        async def held_bytes(chain: list[Disk]) -> int | None:
-            assert chain == layers
-            return counted
-
-        monkeypatch.setattr(estimate, "held_bytes", held_bytes)
         measure.update({"required": 9 * MIB, "fully-allocated": 17 * MIB})
-        assert asyncio.run(estimate.expected_bytes(layers[0], "qcow2", chain=layers)) == expected
+        assert asyncio.run(estimate.expected_bytes(disk(actual_size=held), "qcow2", counted=counted)) == expected
 
     def test_full_that_clears_a_bitmap_is_a_full(self) -> None:
         tracked = disk(actual_size=9 * MIB, bitmaps=(bitmap("b0", count=0),))

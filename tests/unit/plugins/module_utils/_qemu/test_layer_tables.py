@@ -15,8 +15,8 @@ import typing as t
 
 import pytest
 
-from ansible_collections.vmfleet.backup.plugins.module_utils._qemu import estimate
-from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.estimate import held_bytes
+from ansible_collections.vmfleet.backup.plugins.module_utils._qemu import layer_tables
+from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.layer_tables import held_bytes
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.model import Disk
 from ansible_collections.vmfleet.backup.tests.harness.images import MIB, create, info, patterned, qemu_img, write
 
@@ -73,13 +73,13 @@ def second_table(image: Path) -> int:
     """Return where the first of the second tables is."""
     content = image.read_bytes()
     first = int.from_bytes(content[40:48], "big")
-    return int.from_bytes(content[first : first + 8], "big") & estimate.OFFSET
+    return int.from_bytes(content[first : first + 8], "big") & layer_tables.OFFSET
 
 
 @pytest.fixture(autouse=True)
 def in_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let no test see that the count of another one has not ended."""
-    monkeypatch.setattr(estimate, "_hangs", threading.Event())
+    monkeypatch.setattr(layer_tables, "_hangs", threading.Event())
 
 
 @pytest.fixture
@@ -221,7 +221,7 @@ class TestIsNotTold:
             assert await held_bytes(layers) is None
             return time.monotonic() - begun
 
-        monkeypatch.setattr(estimate, "TIMEOUT", 0.5)
+        monkeypatch.setattr(layer_tables, "TIMEOUT", 0.5)
         # As if the count of another disk never ended.
-        with estimate._one_at_a_time:
+        with layer_tables._one_at_a_time:
             assert asyncio.run(ask_twice()) < 0.25

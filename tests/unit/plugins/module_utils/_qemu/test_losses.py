@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import pytest
 
-from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.estimate import IN_THE_CLEAR, lost_in_copy
+from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.losses import lost_in_copy
+from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.model import IN_THE_CLEAR
 from ansible_collections.vmfleet.backup.tests.unit.plugins.builders import disk
 
 NOT_COPIED = "not copied: its copy is the disk as it is now"
