@@ -156,8 +156,9 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._repository.reposit
 if TYPE_CHECKING:
     from typing import Any
 
+    from ansible_collections.vmfleet.backup.plugins.module_utils._repository.annotation_documents import Verification
     from ansible_collections.vmfleet.backup.plugins.module_utils._repository.catalog import VmCatalog
-    from ansible_collections.vmfleet.backup.plugins.module_utils._repository.documents import Manifest, Verification
+    from ansible_collections.vmfleet.backup.plugins.module_utils._repository.documents import Manifest
 
 
 def chain_lengths(catalog: VmCatalog) -> dict[str, int]:

@@ -15,30 +15,49 @@ from typing import TYPE_CHECKING, Any
 import jsonschema
 import pytest
 
+from ansible_collections.vmfleet.backup.plugins.module_utils._common.fields import (
+    RULE,
+    FieldRule,
+    Flag,
+    Maybe,
+    Names,
+    Newer,
+    Number,
+    OneOf,
+    Part,
+    Several,
+    Text,
+    Time,
+    Whole,
+)
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.process import Hypervisor
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.vm_config import describe_vm
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.access import create_repository
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository.annotation_documents import (
+    Pin,
+    Protection,
+    Verification,
+)
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.documents import (
     Consolidation,
     DiskImage,
     Failure,
     Intent,
+    Level,
     Manifest,
+    Marker,
     Parent,
     Phase,
-    Pin,
-    Protection,
-    Restoration,
     StagedDisk,
-    Verification,
     VmName,
 )
+from ansible_collections.vmfleet.backup.plugins.module_utils._restore.receipt import Restoration
 from ansible_collections.vmfleet.backup.tests.harness.reports import a_vm, failed, report, told
 from ansible_collections.vmfleet.backup.tests.unit.plugins.builders import UUID, disk, vm
 from ansible_collections.vmfleet.backup.tests.unit.plugins.doubles import FakeMonitor, monitor, refusal
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 SCHEMAS = Path(__file__).parents[2] / "docs" / "schema"
 NAMES = sorted(path.name.partition(".")[0] for path in SCHEMAS.glob("*.schema.json"))
@@ -82,7 +101,7 @@ MANIFEST = Manifest(
     duration=0.471,
     consistency="filesystem",
     qemu="7.2.22",
-    disks=(INCREMENT, FULL),
+    disks=(INCREMENT, replace(FULL, name="vdb", image="vdb.qcow2")),
     hypervisor=HYPERVISOR,
     monitor="unix:/run/qemu/web01.qmp",
     frozen_ms=98,
@@ -144,11 +163,12 @@ CLASSES = {
     ("consolidation", ""): Consolidation,
     ("consolidation", "disk"): DiskImage,
     ("consolidation", "parent"): Parent,
+    ("repository", ""): Marker,
     ("restoration", ""): Restoration,
 }
 
 # Those of other origin: they have their own tests.
-OTHERS = ("repository", "vm", "report")
+OTHERS = ("vm", "report")
 
 
 def load(name: str) -> dict[str, Any]:
@@ -214,6 +234,62 @@ def test_fields_are_those_of_the_class(name: str, part: str) -> None:
     optional = {field.name for field in known if (field.default, field.default_factory) != (MISSING, MISSING)}
     needed = {field.name for field in known if field.name not in optional or field.name == "schema"}
     assert set(described["required"]) == needed
+
+
+def maybe(rule: Maybe) -> dict[str, Any]:
+    found = described(rule.rule)
+    return {**found, "type": [found["type"], "null"]} if "type" in found else {"anyOf": [found, {"type": "null"}]}
+
+
+def several(rule: Several) -> dict[str, Any]:
+    least = {"minItems": rule.least} if rule.least else {}
+    return {"type": "array", "items": described(rule.rule), **least, "maxItems": rule.most}
+
+
+def one_of(rule: OneOf) -> dict[str, Any]:
+    words = list(rule.words)
+    return {"type": "string", "enum": words} if len(words) > 1 else {"const": words[0]}
+
+
+def text(rule: Text) -> dict[str, Any]:
+    if rule.pattern:
+        return {"type": "string", "pattern": f"^{rule.pattern}$"}
+    return {"type": "string", **({"minLength": rule.least} if rule.least else {}), "maxLength": rule.most}
+
+
+def a_part(rule: Part) -> dict[str, Any]:
+    return {"$ref": f"#/$defs/{next(part for (_name, part), kind in CLASSES.items() if kind is rule.cls)}"}
+
+
+DESCRIBED: dict[type[FieldRule], Callable[[Any], dict[str, Any]]] = {
+    Flag: lambda _rule: {"type": "boolean"},
+    Maybe: maybe,
+    Names: lambda _rule: {"type": "object", "additionalProperties": {"type": "string"}},
+    # A reader takes other words, too, which are those of a later release.
+    Newer: lambda rule: {"type": "string", "enum": [str(word) for word in rule.kind if word != Level.AUTO]},
+    Number: lambda _rule: {"type": "number", "minimum": 0},
+    OneOf: one_of,
+    Part: a_part,
+    Several: several,
+    Text: text,
+    Time: lambda rule: {"type": "string", "format": "date-time", "pattern": f"^{rule.pattern}$"},
+    Whole: lambda rule: {"type": "integer", "minimum": rule.least},
+}
+
+
+def described(rule: FieldRule) -> dict[str, Any]:
+    """Return what a schema says of a field with this rule, besides its description."""
+    return DESCRIBED[type(rule)](rule)
+
+
+@pytest.mark.parametrize(("name", "part"), CLASSES, ids=lambda name: name or "document")
+def test_fields_are_described_as_they_are_checked(name: str, part: str) -> None:
+    schema = load(name)
+    properties = (schema["$defs"][part] if part else schema)["properties"]
+    for field in fields(CLASSES[name, part]):
+        found = {word: value for word, value in properties[field.name].items() if word != "description"}
+        expected = {"const": 1} if field.name == "schema" else described(field.metadata[RULE])
+        assert found == expected, field.name
 
 
 def test_every_definition_has_its_class() -> None:

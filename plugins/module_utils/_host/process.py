@@ -12,9 +12,11 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING
+
+from .._common.fields import TEXT
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -139,9 +141,9 @@ def machine_id() -> str:
 class Hypervisor:
     """The machine that makes a set, and its boot: no QEMU outlives that."""
 
-    name: str
-    machine_id: str
-    boot_id: str
+    name: str = field(metadata=TEXT)
+    machine_id: str = field(metadata=TEXT)
+    boot_id: str = field(metadata=TEXT)
 
     def is_same(self, other: Hypervisor) -> bool:
         """Return whether both are one machine, maybe booted again.

@@ -23,9 +23,10 @@ from .._qemu.connection import Origin, parse_address
 from .._qemu.jobs import query_jobs
 from .._qemu.monitor import Monitor
 from .._qemu.query import inspect_vm
+from .._repository.annotation_documents import Depth
 from .._repository.annotations import failed_sets, read_annotations
 from .._repository.chain import walk
-from .._repository.documents import Depth, Level
+from .._repository.documents import Level
 from .._repository.names import REPOSITORY_FILE
 from .._repository.staging import outstanding
 from .model import Observation, Space

@@ -19,9 +19,9 @@ from .._common.errors import BackupError, Refused
 from .._common.formats import amount, utc_now
 from .._host import files
 from .._host.lock import LockHeld, locked
+from .._repository.annotation_documents import Protection
 from .._repository.annotations import is_read, may_be_there, remove_annotations, write_annotation
 from .._repository.catalog import read_catalog
-from .._repository.documents import Protection
 from .._repository.staging import remove_set
 from .consolidate import consolidate, finish_consolidation
 from .retention import decide, read_constraints
@@ -29,8 +29,8 @@ from .retention import decide, read_constraints
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from .._repository.annotation_documents import Verification
     from .._repository.catalog import VmCatalog
-    from .._repository.documents import Verification
     from .._repository.repository import Repository
     from .retention import RetentionDecision, Rules
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from .._host.files import remove, sync_directory
 from .._host.process import machine_id
-from .documents import DEPTHS, Depth, Pin, Protection, Verification
+from .annotation_documents import DEPTHS, Depth, Pin, Protection, Verification
 from .repository import read_document, write_document
 
 if TYPE_CHECKING:

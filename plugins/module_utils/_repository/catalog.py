@@ -14,7 +14,7 @@ from .._common.errors import BackupError, Refused
 from .._common.formats import parse_time
 from .annotations import annotation_path, failed_sets, is_read, read_annotations
 from .chain import broken_images, walk
-from .documents import Intent, Pin, Protection, Verification
+from .documents import Intent
 from .names import vm_directory
 from .repository import FAILED, HARMLESS, INTENT, STAGING, read_document
 from .staging import litter
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from datetime import datetime
 
+    from .annotation_documents import Pin, Protection, Verification
     from .annotations import SetAnnotations
     from .documents import DiskImage, Manifest
     from .repository import Repository, VmRecords

@@ -1,23 +1,44 @@
 # Copyright (c) 2026, vmfleet contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Name the fields of a repository's JSON files: manifests, intents, failures, annotations.
+"""Name the fields of a repository's JSON files: manifests, intents, failures, notes; annotations have their own file.
 
-The files have the fields of these classes. Times are UTC (ISO 8601), sizes bytes.
+The files have the fields of these classes, and every field has a rule. Times are UTC (ISO 8601), sizes bytes.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar
 
-from .._common.formats import COLLECTION_VERSION, SCHEMA, Word, read_words
+from .._common.fields import (
+    FLAG,
+    INODE,
+    NAME,
+    NUMBER_OF_SCHEMA,
+    SECONDS,
+    SIZE,
+    TEXT,
+    TIME,
+    TOKEN,
+    Document,
+    Flag,
+    Maybe,
+    Names,
+    Newer,
+    Number,
+    OneOf,
+    Several,
+    Text,
+    Whole,
+    holds,
+    part,
+)
+from .._common.formats import COLLECTION_VERSION, SCHEMA, Word
 from .._host.process import Hypervisor
 
 if TYPE_CHECKING:
-    from typing import Any, TypeVar
-
-    T = TypeVar("T")
+    from collections.abc import Sequence
 
 
 class Level(Word):
@@ -40,28 +61,31 @@ class Phase(Word):
     """QEMU has started the jobs."""
 
 
-class Depth(Word):
-    """How deep a verification looks. Each depth includes those before it."""
+LARGE = 1 << 22
+"""Bytes of the largest document that speaks of disks: of sixty with a hundred layers each."""
+SET_ID = holds(Text("an id of a set", pattern=r"(?!.*\.\.)[A-Za-z0-9][A-Za-z0-9._-]{0,63}"))
+ATTEMPT = holds(Text("the name of an attempt", pattern=TOKEN))
+ATTEMPT_OR_NONE = holds(Text("the name of an attempt", pattern=f"({TOKEN})?"))
+UUID = holds(Text("a uuid", pattern="[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}"))
+SHA256 = holds(Maybe(Text("a checksum", pattern="[0-9a-f]{64}")))
+IMAGE = holds(Text("the name of an image file", pattern=r"[A-Za-z0-9][A-Za-z0-9_-]{0,127}\.qcow2"))
+BITMAP = holds(Maybe(Text("the name of a bitmap of ours", pattern="vmfleet-[0-9a-f]{8}-[0-9a-z]{1,32}")))
+JOB = holds(Text("the id of a job of ours", pattern=rf"vmfleet\.[0-9a-f]{{8}}\.{TOKEN}\.[0-9]{{1,4}}"))
+COMPRESSION = holds(Text("a type of compression", pattern="[a-z0-9]{1,16}"))
+CONSISTENCY = holds(OneOf("crash", "filesystem"))
+LEVEL = holds(Newer(Level))
 
-    MANIFEST = "manifest"
-    CHECKSUM = "checksum"
-    IMAGE = "image"
-    BOOT = "boot"
-    """That a guest does not start says nothing of the sets that build on its own."""
+
+@dataclass(frozen=True)
+class Marker(Document):
+    """What makes a directory a repository."""
+
+    uuid: str = field(metadata=UUID)
+    schema: int = field(default=SCHEMA, metadata=NUMBER_OF_SCHEMA)
 
 
-DEPTHS = tuple(Depth)
-"""From the least deep to the deepest."""
 MERGED = ".merged"
 """What is added to the name of an image's bitmap for the one that its increment is made from, across layers."""
-
-
-class DocumentError(ValueError):
-    """A file does not say what a file of its kind says."""
-
-
-class NewerSchema(DocumentError):
-    """A later release of the collection wrote the file."""
 
 
 @dataclass(frozen=True)
@@ -71,9 +95,9 @@ class Parent:
     C(attempt) tells that set from another one of the same id; C(sha256) is None where no checksum was asked for.
     """
 
-    id: str
-    sha256: str | None
-    attempt: str = ""
+    id: str = field(metadata=SET_ID)
+    sha256: str | None = field(metadata=SHA256)
+    attempt: str = field(default="", metadata=ATTEMPT_OR_NONE)
 
 
 @dataclass(frozen=True)
@@ -86,70 +110,67 @@ class DiskImage:
     release that did not look.
     """
 
-    name: str
-    node: str
-    qdev: str
-    source: str
-    source_format: str
-    virtual_size: int
-    level: Level
-    reason: str
-    parent: Parent | None
-    image: str
-    format: str
-    compression: str
-    bytes: int = 0
-    sha256: str | None = None
-    bitmap: str | None = None
-    layers: tuple[str, ...] = ()
-    source_encrypted: bool | None = None
+    name: str = field(metadata=NAME)
+    node: str = field(metadata=TEXT)
+    qdev: str = field(metadata=TEXT)
+    source: str = field(metadata=TEXT)
+    source_format: str = field(metadata=TEXT)
+    virtual_size: int = field(metadata=SIZE)
+    level: Level = field(metadata=LEVEL)
+    reason: str = field(metadata=TEXT)
+    parent: Parent | None = field(metadata=holds(Maybe(part(Parent))))
+    image: str = field(metadata=IMAGE)
+    format: str = field(metadata=holds(OneOf("qcow2")))
+    compression: str = field(metadata=COMPRESSION)
+    bytes: int = field(default=0, metadata=SIZE)
+    sha256: str | None = field(default=None, metadata=SHA256)
+    bitmap: str | None = field(default=None, metadata=BITMAP)
+    layers: tuple[str, ...] = field(default=(), metadata=holds(Several(Text())))
+    source_encrypted: bool | None = field(default=None, metadata=holds(Maybe(Flag())))
 
     @property
     def merged(self) -> str:
         """Return the bitmap from which an increment is copied whose changes several layers have recorded."""
         return f"{self.bitmap}{MERGED}" if self.bitmap else ""
 
-    @classmethod
-    def parse(cls, found: Any) -> DiskImage:
-        parent = found.get("parent")
-        layers = tuple(found.get("layers", ()))
-        parsed = {**found, "layers": layers, "parent": _build(Parent, parent) if parent else None}
-        read_words(parsed, level=Level)
-        return _build(cls, parsed)
-
 
 @dataclass(frozen=True)
 class VmName:
     """Which VM a set is of. C(identity) is its uuid, or machine-id:name where it has none."""
 
-    name: str
-    identity: str
-    uuid: str
+    name: str = field(metadata=NAME)
+    identity: str = field(metadata=NAME)
+    uuid: str = field(metadata=TEXT)
+
+
+VM = holds(part(VmName))
 
 
 @dataclass(frozen=True)
-class Manifest:
+class Manifest(Document):
     """A finished set. C(frozen_ms) is how long the guest's file systems were frozen for it."""
 
-    repository: str
-    vm: VmName
-    id: str
-    sequence: int
-    level: Level
-    run: str
-    attempt: str
-    started: str
-    finished: str
-    duration: float
-    consistency: str
-    qemu: str
-    disks: tuple[DiskImage, ...]
-    hypervisor: Hypervisor | None = None
-    monitor: str = ""
-    consistency_reason: str = ""
-    frozen_ms: int = 0
-    collection: str = COLLECTION_VERSION
-    schema: int = SCHEMA
+    MOST: ClassVar[int] = LARGE
+
+    repository: str = field(metadata=UUID)
+    vm: VmName = field(metadata=VM)
+    id: str = field(metadata=SET_ID)
+    sequence: int = field(metadata=holds(Whole(1)))
+    level: Level = field(metadata=LEVEL)
+    run: str = field(metadata=TEXT)
+    attempt: str = field(metadata=ATTEMPT)
+    started: str = field(metadata=TIME)
+    finished: str = field(metadata=TIME)
+    duration: float = field(metadata=SECONDS)
+    consistency: str = field(metadata=CONSISTENCY)
+    qemu: str = field(metadata=TEXT)
+    disks: tuple[DiskImage, ...] = field(metadata=holds(Several(part(DiskImage), 1)))
+    hypervisor: Hypervisor | None = field(default=None, metadata=holds(Maybe(part(Hypervisor))))
+    monitor: str = field(default="", metadata=TEXT)
+    consistency_reason: str = field(default="", metadata=TEXT)
+    frozen_ms: int = field(default=0, metadata=SIZE)
+    collection: str = field(default=COLLECTION_VERSION, metadata=TEXT)
+    schema: int = field(default=SCHEMA, metadata=NUMBER_OF_SCHEMA)
 
     @property
     def bytes(self) -> int:
@@ -158,35 +179,23 @@ class Manifest:
     def disk(self, name: str) -> DiskImage | None:
         return next((disk for disk in self.disks if disk.name == name), None)
 
-    @classmethod
-    def parse(cls, found: Any) -> Manifest:
-        _check_schema(found)
-        try:
-            maker = found.get("hypervisor")
-            parsed = {
-                **found,
-                "vm": _build(VmName, found["vm"]),
-                "disks": tuple(DiskImage.parse(disk) for disk in found["disks"]),
-                "hypervisor": _build(Hypervisor, maker) if maker else None,
-            }
-            read_words(parsed, level=Level)
-            return _build(cls, parsed)
-        except (KeyError, TypeError, AttributeError) as error:
-            raise DocumentError(f"it is no manifest: {error!r}") from error
+    def fault(self) -> str:
+        """Return what does not go together."""
+        return _twice(self.disks)
 
 
 @dataclass(frozen=True)
 class StagedDisk:
     """One disk of a set that grows: what the manifest will say of it, its job, and the bytes that the job may write."""
 
-    image: DiskImage
-    job: str
-    expected: int
-    inode: int = 0
+    image: DiskImage = field(metadata=holds(part(DiskImage)))
+    job: str = field(metadata=JOB)
+    expected: int = field(metadata=SIZE)
+    inode: int = field(default=0, metadata=INODE)
 
 
 @dataclass(frozen=True)
-class Intent:
+class Intent(Document):
     """Who is making a set, from when on and how. It is the lock on the set's id between two looks at the jobs.
 
     C(begun) and C(deadline) are seconds of the hypervisor's CLOCK_BOOTTIME: nobody sets that clock.
@@ -196,31 +205,33 @@ class Intent:
     the name spaces in which C(process) and C(monitor) mean what they say; documents of before do not have them.
     """
 
-    run: str
-    attempt: str
-    id: str
-    vm: VmName
-    hypervisor: Hypervisor
-    monitor: str
-    process: tuple[int, ...]
-    level: Level
-    consistency: str
-    qemu: str
-    guest: str
-    started: str
-    begun: float
-    deadline: float | None
-    checksum: bool
-    disks: tuple[StagedDisk, ...]
-    phase: Phase = Phase.PREPARING
-    reserved: bool = False
-    agent: str = ""
-    frozen: bool = False
-    frozen_ms: int = 0
-    consistency_reason: str = ""
-    progress: tuple[int, float] | tuple[()] = ()
-    spaces: dict[str, str] = field(default_factory=dict)
-    schema: int = SCHEMA
+    MOST: ClassVar[int] = LARGE
+
+    run: str = field(metadata=TEXT)
+    attempt: str = field(metadata=ATTEMPT)
+    id: str = field(metadata=SET_ID)
+    vm: VmName = field(metadata=VM)
+    hypervisor: Hypervisor = field(metadata=holds(part(Hypervisor)))
+    monitor: str = field(metadata=TEXT)
+    process: tuple[int, ...] = field(metadata=holds(Several(Whole(), most=2)))
+    level: Level = field(metadata=LEVEL)
+    consistency: str = field(metadata=CONSISTENCY)
+    qemu: str = field(metadata=TEXT)
+    guest: str = field(metadata=TEXT)
+    started: str = field(metadata=TIME)
+    begun: float = field(metadata=SECONDS)
+    deadline: float | None = field(metadata=holds(Maybe(Number())))
+    checksum: bool = field(metadata=FLAG)
+    disks: tuple[StagedDisk, ...] = field(metadata=holds(Several(part(StagedDisk), 1)))
+    phase: Phase = field(default=Phase.PREPARING, metadata=holds(OneOf(*Phase)))
+    reserved: bool = field(default=False, metadata=FLAG)
+    agent: str = field(default="", metadata=TEXT)
+    frozen: bool = field(default=False, metadata=FLAG)
+    frozen_ms: int = field(default=0, metadata=SIZE)
+    consistency_reason: str = field(default="", metadata=TEXT)
+    progress: tuple[int, float] | tuple[()] = field(default=(), metadata=holds(Several(Number(), most=2)))
+    spaces: dict[str, str] = field(default_factory=dict, metadata=holds(Names()))
+    schema: int = field(default=SCHEMA, metadata=NUMBER_OF_SCHEMA)
 
     @property
     def jobs(self) -> tuple[str, ...]:
@@ -232,163 +243,52 @@ class Intent:
         names = (name for disk in self.disks for name in (disk.image.bitmap, disk.image.merged))
         return frozenset(name for name in names if name)
 
-    @classmethod
-    def parse(cls, found: Any) -> Intent:
-        _check_schema(found)
-        try:
-            disks = tuple(
-                _build(StagedDisk, {**disk, "image": DiskImage.parse(disk["image"])}) for disk in found["disks"]
-            )
-            parsed = {
-                **found,
-                "vm": _build(VmName, found["vm"]),
-                "hypervisor": _build(Hypervisor, found["hypervisor"]),
-                "process": tuple(found["process"]),
-                "progress": tuple(found.get("progress", ())),
-                "disks": disks,
-            }
-            read_words(parsed, level=Level, phase=Phase)
-            return _build(cls, parsed)
-        except (KeyError, TypeError, AttributeError) as error:
-            raise DocumentError(f"it is no intent: {error!r}") from error
+    def fault(self) -> str:
+        """Return what does not go together."""
+        if 1 in (len(self.process), len(self.progress)):
+            return "process, progress: half of it is missing"
+        if not all(f".{self.attempt}." in disk.job for disk in self.disks):
+            return "disks: a job is not of this attempt"
+        return _twice([disk.image for disk in self.disks])
 
 
 @dataclass(frozen=True)
-class Failure:
+class Failure(Document):
     """How the last attempt at a set ended that did not end well. C(state) is failed or cancelled."""
 
-    run: str
-    attempt: str
-    id: str
-    state: str
-    error: str
-    started: str
-    ended: str
-    schema: int = field(default=SCHEMA)
+    MOST: ClassVar[int] = LARGE
 
-    @classmethod
-    def parse(cls, found: Any) -> Failure:
-        return _parse(cls, found, "record of a failure")
+    run: str = field(metadata=TEXT)
+    attempt: str = field(metadata=ATTEMPT_OR_NONE)
+    id: str = field(metadata=SET_ID)
+    state: str = field(metadata=holds(OneOf("failed", "cancelled")))
+    error: str = field(metadata=TEXT)
+    started: str = field(metadata=TIME)
+    ended: str = field(metadata=TIME)
+    schema: int = field(default=SCHEMA, metadata=NUMBER_OF_SCHEMA)
 
 
 @dataclass(frozen=True)
-class Protection:
-    """A set that is not to be removed, whatever the rules say."""
-
-    id: str
-    since: str
-    schema: int = SCHEMA
-
-    @classmethod
-    def parse(cls, found: Any) -> Protection:
-        return _parse(cls, found, "mark of protection")
-
-
-@dataclass(frozen=True)
-class Pin:
-    """Somebody's overlay on an image of a set: C(path) on the machine C(host), made by which that image is read."""
-
-    id: str
-    disk: str
-    path: str
-    host: str
-    machine_id: str
-    since: str
-    schema: int = SCHEMA
-
-    @classmethod
-    def parse(cls, found: Any) -> Pin:
-        return _parse(cls, found, "pin")
-
-
-@dataclass(frozen=True)
-class Verification:
-    """How the last look at a set of this C(attempt) ended. C(errors) are empty where all was well."""
-
-    id: str
-    attempt: str
-    depth: Depth
-    when: str
-    errors: tuple[str, ...] = ()
-    schema: int = SCHEMA
-
-    @property
-    def ok(self) -> bool:
-        return not self.errors
-
-    @classmethod
-    def parse(cls, found: Any) -> Verification:
-        _check_schema(found)
-        parsed = {**found, "errors": tuple(found.get("errors", ()))}
-        read_words(parsed, depth=Depth)
-        return _parse(cls, parsed, "verification")
-
-
-@dataclass(frozen=True)
-class Consolidation:
+class Consolidation(Document):
     """An increment of the set C(id) becomes a full image: C(image) is what the manifest is going to say of it.
 
     While this stands, the file may be the one or the other, and their sizes tell which.
     """
 
-    id: str
-    attempt: str
-    image: DiskImage
-    schema: int = SCHEMA
+    MOST: ClassVar[int] = LARGE
 
-    @classmethod
-    def parse(cls, found: Any) -> Consolidation:
-        _check_schema(found)
-        try:
-            return _build(cls, {**found, "image": DiskImage.parse(found["image"])})
-        except (KeyError, TypeError, AttributeError) as error:
-            raise DocumentError(f"it is no note of a consolidation: {error!r}") from error
+    id: str = field(metadata=SET_ID)
+    attempt: str = field(metadata=ATTEMPT)
+    image: DiskImage = field(metadata=holds(part(DiskImage)))
+    schema: int = field(default=SCHEMA, metadata=NUMBER_OF_SCHEMA)
+
+    def fault(self) -> str:
+        """Return what does not go together."""
+        return "image: it is not full" if self.image.level != Level.FULL or self.image.parent else ""
 
 
-@dataclass(frozen=True)
-class Restoration:
-    """What stands beside a restored disk: where it came from, and what its file is known by.
-
-    C(mtime) is in nanoseconds.
-    """
-
-    repository: str
-    vm: str
-    id: str
-    attempt: str
-    disk: str
-    method: str
-    format: str
-    inode: int
-    size: int
-    mtime: int
-    when: str
-    schema: int = SCHEMA
-
-    @classmethod
-    def parse(cls, found: Any) -> Restoration:
-        return _parse(cls, found, "receipt of a restore")
-
-
-def _parse(cls: type[T], found: Any, what: str) -> T:
-    _check_schema(found)
-    try:
-        return _build(cls, found)
-    except TypeError as error:
-        raise DocumentError(f"it is no {what}: {error!r}") from error
-
-
-def _check_schema(found: Any) -> None:
-    if not isinstance(found, dict) or not isinstance(found.get("schema"), int):
-        raise DocumentError("it has no schema number")
-    if found["schema"] > SCHEMA:
-        raise NewerSchema("its schema {} is newer than this collection; update vmfleet.backup".format(found["schema"]))
-
-
-def _build(cls: type[T], found: dict[str, Any]) -> T:
-    """Build an object of C(cls), without fields that a later release has added to the same schema."""
-    try:
-        return cls(**found)
-    except TypeError:
-        names = {entry.name for entry in fields(cls)}  # type: ignore[arg-type]
-        return cls(**{name: value for name, value in found.items() if name in names})
+def _twice(disks: Sequence[DiskImage]) -> str:
+    """Return what is wrong with disks of one name, or of one file; empty where there are none."""
+    if len(disks) == len({disk.name for disk in disks}) == len({disk.image for disk in disks}):
+        return ""
+    return "disks: two of them have one name or one file"

@@ -17,16 +17,15 @@ import glob
 import json
 import os
 import stat
-import uuid as uuids
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from .._common.errors import BackupError
-from .._common.formats import SCHEMA
+from .._common.fields import DocumentError, NewerSchema, load
 from .._host.files import AT_ONCE, remove, set_mode, step, sync_directory
 from .._host.lock import locked
-from .documents import Consolidation, Failure, Intent, Manifest, NewerSchema
+from .documents import Consolidation, Failure, Intent, Manifest, Marker
 from .names import REPOSITORY_FILE, vm_directory
 
 if TYPE_CHECKING:
@@ -55,7 +54,7 @@ HARMLESS = frozenset({"lost+found", ".snapshot"})
 def read_document(path: str, kind: Any) -> Any:
     """Read a document; None where there is none, or one that is not whole. BackupError where its schema is newer."""
     try:
-        return kind.parse(json.loads(_content(path)))
+        return kind.parse(load(_content(path)))
     except NewerSchema as error:
         raise BackupError(f"{path}: {error}") from error
     except (FileNotFoundError, NotADirectoryError, ValueError):
@@ -272,21 +271,13 @@ def open_repository(path: str) -> Repository:
     """Open the repository at C(path); BackupError where there is none."""
     marker = os.path.join(path, REPOSITORY_FILE)
     try:
-        with open(marker, encoding="utf-8") as source:
-            found = json.load(source)
-        if found["schema"] > SCHEMA:
-            raise BackupError(
-                "repository: {} has format version {}, newer than this collection; update vmfleet.backup".format(
-                    path, found["schema"]
-                )
-            )
-        return Repository(path, str(uuids.UUID(found["uuid"])))
+        return Repository(path, Marker.parse(load(_content(marker))).uuid)
     except FileNotFoundError:
         raise BackupError(
             f"repository: {path} is not a repository: there is no {REPOSITORY_FILE} in it. Is its file system mounted?"
             " A new repository is made with create_repository: true"
         ) from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, DocumentError) as error:
         raise BackupError(f"repository: {marker} cannot be read: {error}") from error
 
 

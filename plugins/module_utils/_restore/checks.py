@@ -17,9 +17,9 @@ from .._host.lock import lock_directory, locked
 from .._qemu import image_lock, qemu_img
 from .._repository.annotations import PARTIAL
 from .._repository.checksums import check_all
-from .._repository.documents import Restoration
 from .._repository.repository import UNFINISHED, read_document
 from .model import RECEIPT
+from .receipt import Restoration
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -14,17 +14,17 @@ from .._host import files
 from .._host.process import machine_id
 from .._qemu import qemu_img
 from .._repository.annotations import PARTIAL
-from .._repository.documents import Restoration
 from .._repository.repository import UNFINISHED, read_document
 from .checks import check_unused, lock_target
 from .model import RECEIPT, RestoreMethod
 from .pins import remove_pins
+from .receipt import Restoration
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
+    from .._repository.annotation_documents import Pin
     from .._repository.catalog import VmCatalog
-    from .._repository.documents import Pin
     from .._repository.repository import Repository
 
 

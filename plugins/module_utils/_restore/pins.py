@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 from .._common.errors import BackupError, in_words
 from .._common.formats import utc_now
 from .._host.process import machine_id
+from .._repository.annotation_documents import Pin
 from .._repository.annotations import read_annotations, remove_annotations, write_annotation
 from .._repository.catalog import read_catalog
-from .._repository.documents import Pin
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterable, Sequence

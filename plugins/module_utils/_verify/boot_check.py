@@ -12,7 +12,7 @@ from .._common.errors import BackupError, in_words
 from .._common.formats import utc_now
 from .._host.process import machine_id
 from .._qemu import qemu_img
-from .._repository.documents import Depth, Pin
+from .._repository.annotation_documents import Depth, Pin
 from .._repository.repository import DESCRIPTION
 from . import boot
 from .boot_options import BootDisk, qemu_options

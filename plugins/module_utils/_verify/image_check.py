@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 from .._common.errors import ToolError
 from .._qemu import qemu_img
+from .._repository.annotation_documents import Depth
 from .._repository.checksums import check_all
-from .._repository.documents import Depth
 from .model import REMEDY
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from .._common.errors import BackupError
 from .._common.formats import SCHEMA
-from .._repository.documents import Depth
+from .._repository.annotation_documents import Depth
 from .._repository.repository import DESCRIPTION, INTENT, MANIFEST, UNFINISHED
 from .model import REMEDY, Finding
 
@@ -45,20 +45,16 @@ def _unexpected(repository: Repository, catalog: VmCatalog, manifest: Manifest) 
     if repository.set_path(manifest.vm.name, manifest.id) != path:
         return [f"{path} is a set of VM {manifest.vm.name}; move it to where it belongs"]
     images = {image.image for image in manifest.disks}
-    found = [] if manifest.disks else [f"{path} has no disk"]
-    if len(images) < len(manifest.disks) or any(os.path.basename(image) != image for image in images):
-        found.append(f"{os.path.join(path, MANIFEST)} does not name one file of the set for each disk; {REMEDY}")
     expected = {MANIFEST, DESCRIPTION, *images}
     # A killed process leaves these behind.
     expected |= {INTENT, *(name + UNFINISHED for name in (MANIFEST, DESCRIPTION, INTENT))}
     # NFS keeps a removed file under such a name while somebody reads it.
     entries = sorted(entry for entry in os.listdir(path) if not entry.startswith(".nfs"))
-    found += [
+    return [
         f"{os.path.join(path, entry)} does not belong to the set; move it away"
         for entry in entries
         if entry not in expected
     ]
-    return found
 
 
 def _bad_description(repository: Repository, manifest: Manifest) -> list[str]:

@@ -10,8 +10,8 @@ import os
 from typing import TYPE_CHECKING
 
 from .._common.errors import BackupError, in_words
+from .._repository.annotation_documents import Depth
 from .._repository.catalog import read_catalog, require_sets, vm_names
-from .._repository.documents import Depth
 from .._repository.repository import HARMLESS
 from .boot_check import check_boot
 from .image_check import check_checksums, check_images

@@ -40,6 +40,7 @@ WEB01 = VmName("web01", UUID, UUID)
 HERE = Hypervisor("hv1", "machine", "boot")
 ELSEWHERE = Hypervisor("hv2", "other", "another boot")
 TIME = "2026-11-22T01:00:00Z"
+REPOSITORY = "0f0e0d0c-0b0a-4908-8706-050403020100"
 
 
 def disk(name: str = "drive0", node: str = "n0", **values: Any) -> Disk:
@@ -160,7 +161,7 @@ def manifest(set_id: str = "s1", *images: DiskImage, **values: Any) -> Manifest:
     """Return the manifest of a set of web01 with these images, or with one."""
     disks = images or (image(),)
     given: dict[str, Any] = {
-        "repository": "r",
+        "repository": REPOSITORY,
         "vm": WEB01,
         "sequence": 1,
         "level": set_level(disk.level for disk in disks),
@@ -177,8 +178,18 @@ def manifest(set_id: str = "s1", *images: DiskImage, **values: Any) -> Manifest:
     return Manifest(**{"id": set_id, **given})
 
 
+def job_id(attempt: str = "attempt-s1", number: int = 0) -> str:
+    """Return the id of a job of an attempt."""
+    return f"vmfleet.{REPOSITORY[:8]}.{attempt}.{number}"
+
+
+def staged(attempt: str, *disks: DiskImage) -> tuple[StagedDisk, ...]:
+    """Return the disks of an intent."""
+    return tuple(StagedDisk(disk, job_id(attempt, number), MIB) for number, disk in enumerate(disks))
+
+
 def intent(set_id: str = "s1", *images: DiskImage, **values: Any) -> Intent:
-    """Return the intent of a set of web01 with these images, or with one; their jobs are job0, job1 and so on."""
+    """Return the intent of a set of web01 with these images, or with one; their jobs are those of job_id()."""
     disks = images or (image(),)
     given: dict[str, Any] = {
         "run": "run",
@@ -191,11 +202,11 @@ def intent(set_id: str = "s1", *images: DiskImage, **values: Any) -> Intent:
         "consistency": "crash",
         "qemu": "7.2.22",
         "guest": "running",
-        "started": "then",
+        "started": TIME,
         "begun": 100.0,
         "deadline": None,
         "checksum": True,
-        "disks": tuple(StagedDisk(disk, f"job{number}", MIB) for number, disk in enumerate(disks)),
+        "disks": staged(values.get("attempt", f"attempt-{set_id}"), *disks),
         **values,
     }
     return Intent(**{"id": set_id, **given})

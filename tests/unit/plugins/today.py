@@ -50,7 +50,8 @@ def manifest(**more: Any) -> Manifest:
     return builders.manifest("today", image("vda"), image("vdb"), **more)
 
 
-FAILED = Failure("run", "a1", "today", "failed", "target full", "then", "now")
+JOB0, JOB1 = (builders.job_id("a1", number) for number in (0, 1))
+FAILED = Failure("run", "a1", "today", "failed", "target full", builders.TIME, builders.TIME)
 OFF = Observation(error="there is no such socket", off=True)
 
 

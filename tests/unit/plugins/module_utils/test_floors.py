@@ -66,13 +66,13 @@ TOPS = {
 
 PURE = {
     "_backup": ("outcome", "results", "steps"),
-    "_common": ("argument_specs", "formats"),
+    "_common": ("argument_specs", "fields", "formats"),
     "_drive_backup": ("steps",),
     "_plan": ("decide", "disks", "model"),
     "_prune": ("retention",),
     "_qemu": ("command_line",),
     "_report": ("html", "html_charts", "html_style", "html_text", "prometheus", "run", "status"),
-    "_repository": ("chain", "documents"),
+    "_repository": ("annotation_documents", "chain", "documents"),
     "_verify": ("model",),
 }
 """Files that compute and do nothing else, so that their tests need neither files nor processes."""

@@ -21,7 +21,7 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._repository.reposit
 from ansible_collections.vmfleet.backup.tests.unit.plugins.builders import WEB01, job
 from ansible_collections.vmfleet.backup.tests.unit.plugins.doubles import FakeMonitor
 from ansible_collections.vmfleet.backup.tests.unit.plugins.runs import PLANNED, in_run, locked, looked_at, put_intent
-from ansible_collections.vmfleet.backup.tests.unit.plugins.today import intent, vm
+from ansible_collections.vmfleet.backup.tests.unit.plugins.today import JOB0, JOB1, intent, vm
 
 if TYPE_CHECKING:
     from ansible_collections.vmfleet.backup.plugins.module_utils._backup.run import BackupRun
@@ -35,7 +35,7 @@ FULL = Policy(reserve="99.9%")
 
 def at(*offsets: int, **values: Any) -> tuple[Job, ...]:
     """Return the jobs of intent(), which have copied so much."""
-    return tuple(job(f"job{number}", offset=offset, **values) for number, offset in enumerate(offsets))
+    return tuple(job(name, offset=offset, **values) for name, offset in zip((JOB0, JOB1), offsets, strict=True))
 
 
 def alarms(
@@ -125,13 +125,13 @@ def test_the_bandwidth_is_shared_among_the_jobs_that_copy(
 
     async def share(run: BackupRun) -> None:
         run.bandwidth.count("db01", 2)
-        for jobs in (at(1, 1, speed=0), (job("job0", speed=250), job("job1", speed=100)), (job("job0", "concluded"),)):
+        for jobs in (at(1, 1, speed=0), (job(JOB0, speed=250), job(JOB1, speed=100)), (job(JOB0, "concluded"),)):
             await finish.share_bandwidth(looked_at(run, Observation(vm(jobs=jobs)), records))
         assert run.bandwidth.share == 500
 
     in_run(repository, share, bandwidth=1000)
     assert fake.sent == [
-        ("block-job-set-speed", {"device": "job0", "speed": 250}),
-        ("block-job-set-speed", {"device": "job1", "speed": 250}),
-        ("block-job-set-speed", {"device": "job1", "speed": 250}),
+        ("block-job-set-speed", {"device": JOB0, "speed": 250}),
+        ("block-job-set-speed", {"device": JOB1, "speed": 250}),
+        ("block-job-set-speed", {"device": JOB1, "speed": 250}),
     ]

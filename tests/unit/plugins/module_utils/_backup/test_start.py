@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from ansible_collections.vmfleet.backup.plugins.module_utils._repository.repository import Repository
 
 VDA, VDB = disk("vda", "n-vda"), disk("vdb", "n-vdb", keeps_bitmaps=False)
-IMAGES = (image("vda", "monday", bitmap="new-a"), image("vdb", bitmap="new-b"))
+IMAGES = (image("vda", "monday", bitmap="vmfleet-12345678-a"), image("vdb", bitmap="vmfleet-12345678-b"))
 MADE = with_jobs(builders.intent("today", *IMAGES, attempt="a1", phase=Phase.PREPARING))
 LINKS = (
     ChainLink("incremental", "", None, "", "old-a", records=(bitmap("old-a", count=65536),)),
@@ -72,8 +72,8 @@ class TestLaunch:
         assert arguments["properties"] == {"completion-mode": "individual"}
         actions = [(action["type"], action["data"]) for action in arguments["actions"]]
         assert actions[:2] == [
-            ("block-dirty-bitmap-add", {"node": "n-vda", "name": "new-a", "persistent": True}),
-            ("block-dirty-bitmap-add", {"node": "n-vdb", "name": "new-b", "persistent": False}),
+            ("block-dirty-bitmap-add", {"node": "n-vda", "name": "vmfleet-12345678-a", "persistent": True}),
+            ("block-dirty-bitmap-add", {"node": "n-vdb", "name": "vmfleet-12345678-b", "persistent": False}),
         ]
         copies = [{name: value for name, value in data.items() if name != "target"} for _type, data in actions[2:]]
         common = {"auto-dismiss": False, "mode": "existing", "format": "qcow2", "speed": 1000, "compress": True}

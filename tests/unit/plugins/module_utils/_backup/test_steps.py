@@ -44,6 +44,8 @@ from ansible_collections.vmfleet.backup.tests.unit.plugins.runs import PLANNED, 
 from ansible_collections.vmfleet.backup.tests.unit.plugins.today import (
     FAILED,
     GOLDEN,
+    JOB0,
+    JOB1,
     MONDAY,
     OFF,
     VDA,
@@ -155,8 +157,8 @@ def test_the_guide_has_the_table() -> None:
     assert guide == step_table.renewed(guide), "make format writes the table"
 
 
-RUNNING = (job("job0"), job("job1"))
-ENDED = (job("job0", "concluded"), job("job1", "concluded"))
+RUNNING = (job(JOB0), job(JOB1))
+ENDED = (job(JOB0, "concluded"), job(JOB1, "concluded"))
 DEAD = frozenset({"a1"})
 QEMU = {
     "off": OFF,
@@ -170,11 +172,11 @@ QEMU = {
     "another QEMU": Observation(vm(), elsewhere=DEAD),
     "jobs run": Observation(vm(jobs=RUNNING)),
     "jobs run, and the guest has stopped": Observation(
-        vm(status="io-error", jobs=(job("job0", error="EIO"), RUNNING[1]))
+        vm(status="io-error", jobs=(job(JOB0, error="EIO"), RUNNING[1]))
     ),
     "one has ended": Observation(vm(jobs=(ENDED[0], RUNNING[1]))),
     "all have ended": Observation(vm(jobs=ENDED)),
-    "one has failed": Observation(vm(jobs=(job("job0", "concluded", error="full"), RUNNING[1]))),
+    "one has failed": Observation(vm(jobs=(job(JOB0, "concluded", error="full"), RUNNING[1]))),
     "one is gone": Observation(vm(jobs=RUNNING[:1])),
     "a disk is shorter": Observation(vm(VDA, replace(VDB, virtual_size=0), jobs=ENDED)),
     "another's job": Observation(vm(jobs=(job("job7"),))),

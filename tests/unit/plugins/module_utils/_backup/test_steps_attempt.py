@@ -23,6 +23,8 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._repository.reposit
 from ansible_collections.vmfleet.backup.tests.unit.plugins.builders import SIZE, job
 from ansible_collections.vmfleet.backup.tests.unit.plugins.today import (
     FAILED,
+    JOB0,
+    JOB1,
     MONDAY,
     OFF,
     REQUEST,
@@ -63,14 +65,14 @@ def test_what_goes_otherwise_than_planned_is_said() -> None:
     assert said.startswith("disk vdb is full instead of incremental: the record of the changes since set monday")
 
 
-BOTH_DONE = (job("job0", "concluded"), job("job1", "concluded"))
+BOTH_DONE = (job(JOB0, "concluded"), job(JOB1, "concluded"))
 VERDICTS = {
-    "copying": (intent(), Observation(vm(jobs=(job("job0"), job("job1")))), VmRecords(), "running"),
-    "one is done": (intent(), Observation(vm(jobs=(job("job0", "concluded"), job("job1")))), VmRecords(), "running"),
+    "copying": (intent(), Observation(vm(jobs=(job(JOB0), job(JOB1)))), VmRecords(), "running"),
+    "one is done": (intent(), Observation(vm(jobs=(job(JOB0, "concluded"), job(JOB1)))), VmRecords(), "running"),
     "copied": (intent(), Observation(vm(jobs=BOTH_DONE)), VmRecords(), "copied"),
     "started, not yet written down": (
         intent(phase=Phase.PREPARING),
-        Observation(vm(jobs=(job("job0"), job("job1")))),
+        Observation(vm(jobs=(job(JOB0), job(JOB1)))),
         VmRecords(),
         "running",
     ),
@@ -83,13 +85,13 @@ VERDICTS = {
     ),
     "one failed": (
         intent(),
-        Observation(vm(jobs=(job("job0", "concluded", error="No space left on device"), job("job1")))),
+        Observation(vm(jobs=(job(JOB0, "concluded", error="No space left on device"), job(JOB1)))),
         VmRecords(),
         "broken",
     ),
     "not listed is no success": (intent(), Observation(vm()), VmRecords(), "broken"),
-    "one dismissed": (intent(), Observation(vm(jobs=(job("job0", "concluded"),))), VmRecords(), "broken"),
-    "aborting": (intent(), Observation(vm(jobs=(job("job0", "null"), job("job1")))), VmRecords(), "broken"),
+    "one dismissed": (intent(), Observation(vm(jobs=(job(JOB0, "concluded"),))), VmRecords(), "broken"),
+    "aborting": (intent(), Observation(vm(jobs=(job(JOB0, "null"), job(JOB1)))), VmRecords(), "broken"),
     "QEMU gone": (intent(), replace(OFF, dead=frozenset({"a1"})), VmRecords(), "broken"),
     "silent": (intent(), Observation(error="no greeting"), VmRecords(), "unreachable"),
     "described, then QEMU gone": (
@@ -124,8 +126,8 @@ VERDICTS = {
         VmRecords(described=frozenset({"a1"})),
         "copied",
     ),
-    "too late": (intent(deadline=150.0), Observation(vm(jobs=(job("job0"), job("job1")))), VmRecords(), "broken"),
-    "in time": (intent(deadline=250.0), Observation(vm(jobs=(job("job0"), job("job1")))), VmRecords(), "running"),
+    "too late": (intent(deadline=150.0), Observation(vm(jobs=(job(JOB0), job(JOB1)))), VmRecords(), "broken"),
+    "in time": (intent(deadline=250.0), Observation(vm(jobs=(job(JOB0), job(JOB1)))), VmRecords(), "running"),
     "late but done": (intent(deadline=150.0), Observation(vm(jobs=BOTH_DONE)), VmRecords(), "copied"),
 }
 
@@ -140,11 +142,11 @@ def test_judge(attempt: Intent, facts: Observation, records: VmRecords, state: s
 @pytest.mark.parametrize(
     ("attempt", "facts", "ours"),
     [
-        (intent(reserved=False), Observation(vm(status="io-error", jobs=(job("job0"), job("job1")))), True),
-        (intent(reserved=True), Observation(vm(status="io-error", jobs=(job("job0"), job("job1")))), False),
-        (intent(), Observation(vm(status="io-error", jobs=(job("job0", "concluded", error="EIO"),))), True),
-        (intent(guest="io-error"), Observation(vm(status="io-error", jobs=(job("job0", error="EIO"),))), False),
-        (intent(reserved=False), Observation(vm(status="paused", jobs=(job("job0"), job("job1")))), False),
+        (intent(reserved=False), Observation(vm(status="io-error", jobs=(job(JOB0), job(JOB1)))), True),
+        (intent(reserved=True), Observation(vm(status="io-error", jobs=(job(JOB0), job(JOB1)))), False),
+        (intent(), Observation(vm(status="io-error", jobs=(job(JOB0, "concluded", error="EIO"),))), True),
+        (intent(guest="io-error"), Observation(vm(status="io-error", jobs=(job(JOB0, error="EIO"),))), False),
+        (intent(reserved=False), Observation(vm(status="paused", jobs=(job(JOB0), job(JOB1)))), False),
         (intent(reserved=False), OFF, False),
     ],
 )

@@ -53,8 +53,8 @@ DECISIONS = {
         "skip",
         "published",
     ),
-    "being made": (Observation(vm()), VmRecords(intents=(intent(),)), "attach", "since then"),
-    "being made, off now": (OFF, VmRecords(intents=(intent(),)), "attach", "since then"),
+    "being made": (Observation(vm()), VmRecords(intents=(intent(),)), "attach", "since 2026-11-22T01:00:00Z"),
+    "being made, off now": (OFF, VmRecords(intents=(intent(),)), "attach", "since 2026-11-22T01:00:00Z"),
     "being made elsewhere": (
         Observation(vm()),
         VmRecords(intents=(intent(hypervisor=ELSEWHERE),)),

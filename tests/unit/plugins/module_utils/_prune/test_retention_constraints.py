@@ -10,20 +10,21 @@ from typing import TYPE_CHECKING, Any
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.process import machine_id
 from ansible_collections.vmfleet.backup.plugins.module_utils._prune.retention import read_constraints
-from ansible_collections.vmfleet.backup.plugins.module_utils._repository.annotations import SetAnnotations
-from ansible_collections.vmfleet.backup.plugins.module_utils._repository.catalog import VmCatalog
-from ansible_collections.vmfleet.backup.plugins.module_utils._repository.documents import (
-    Manifest,
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository.annotation_documents import (
     Pin,
     Protection,
     Verification,
 )
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository.annotations import SetAnnotations
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository.catalog import VmCatalog
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.repository import VmRecords
 from ansible_collections.vmfleet.backup.tests.unit.plugins import builders
 from ansible_collections.vmfleet.backup.tests.unit.plugins.builders import image, intent
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from ansible_collections.vmfleet.backup.plugins.module_utils._repository.documents import Manifest
 
 
 def manifest(set_id: str, below: str | None = None) -> Manifest:

@@ -20,8 +20,8 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._report.status impo
     status_from_result,
     status_of_absent,
 )
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository.annotation_documents import Depth, Verification
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.annotations import write_annotation
-from ansible_collections.vmfleet.backup.plugins.module_utils._repository.documents import Depth, Verification
 from ansible_collections.vmfleet.backup.tests.unit.plugins.builders import ELSEWHERE, image, manifest, put
 
 if TYPE_CHECKING:

@@ -15,8 +15,8 @@ from ansible_collections.vmfleet.backup.tests.unit.plugins import builders
 if TYPE_CHECKING:
     from ansible_collections.vmfleet.backup.plugins.module_utils._repository.repository import Repository
 
-FAILURE = Failure("run", "a1", "s1", "failed", "target full", "then", "now")
-IMAGE = builders.image(bytes=3, sha256="abc")
+FAILURE = Failure("run", "a1", "s1", "failed", "target full", builders.TIME, builders.TIME)
+IMAGE = builders.image(bytes=3, sha256="ab" * 32)
 
 
 def intent(**more: Any) -> Intent:
@@ -26,7 +26,7 @@ def intent(**more: Any) -> Intent:
 
 def manifest(of: Intent) -> Manifest:
     """Return what becomes of an intent."""
-    return builders.manifest(of.id, IMAGE, attempt=of.attempt, sequence=0)
+    return builders.manifest(of.id, IMAGE, attempt=of.attempt, sequence=1)
 
 
 def begin(repository: Repository, of: Intent) -> None:

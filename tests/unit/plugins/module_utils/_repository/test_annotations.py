@@ -16,6 +16,11 @@ import pytest
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import BackupError
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.formats import SCHEMA
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.process import machine_id
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository.annotation_documents import (
+    Pin,
+    Protection,
+    Verification,
+)
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.annotations import (
     PARTIAL,
     SetAnnotations,
@@ -25,14 +30,9 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._repository.annotat
     remove_annotations,
     write_annotation,
 )
-from ansible_collections.vmfleet.backup.plugins.module_utils._repository.documents import (
-    Failure,
-    Pin,
-    Protection,
-    Verification,
-)
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository.documents import Failure
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.repository import write_document
-from ansible_collections.vmfleet.backup.tests.unit.plugins.builders import manifest
+from ansible_collections.vmfleet.backup.tests.unit.plugins.builders import TIME, manifest
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -72,16 +72,16 @@ def test_a_verification_replaces_the_one_before_and_an_overlay_has_one_pin(repos
     ]
     for verification in (VERIFICATION, replace(VERIFICATION, errors=())):
         write_annotation(repository, "web01", verification)
-    for pin in (PIN, replace(PIN, since="later"), *others):
+    for pin in (PIN, replace(PIN, since="2027-01-01T00:00:00Z"), *others):
         write_annotation(repository, "web01", pin)
     annotations = read_annotations(repository, "web01")
     assert [mark.ok for mark in annotations.verifications] == [True]
-    assert {*annotations.pins} == {replace(PIN, since="later"), *others}
+    assert {*annotations.pins} == {replace(PIN, since="2027-01-01T00:00:00Z"), *others}
 
 
 def test_ids_that_look_like_marks_are_none(repository: Repository) -> None:
     for set_id in ("a.protected", "a.verified", "a.pin-00000000", "a.pin-b"):
-        failure = Failure("run", "a1", set_id, "failed", "x", "then", "now")
+        failure = Failure("run", "a1", set_id, "failed", "x", TIME, TIME)
         write_document(repository.failure_path("web01", set_id), asdict(failure))
         write_annotation(repository, "web01", replace(PROTECTION, id=set_id))
     annotations = read_annotations(repository, "web01")

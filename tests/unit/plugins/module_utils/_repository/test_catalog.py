@@ -17,6 +17,11 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors impo
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.formats import SCHEMA, parse_time
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.process import machine_id
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository import staging
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository.annotation_documents import (
+    Pin,
+    Protection,
+    Verification,
+)
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.annotations import write_annotation
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.catalog import (
     CONSOLIDATING_SUFFIX,
@@ -24,17 +29,10 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._repository.catalog
     read_catalog,
     vm_names,
 )
-from ansible_collections.vmfleet.backup.plugins.module_utils._repository.documents import (
-    Failure,
-    Manifest,
-    Pin,
-    Protection,
-    Verification,
-    VmName,
-)
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository.documents import Failure, Manifest, VmName
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.repository import write_document
 from ansible_collections.vmfleet.backup.tests.unit.plugins import builders
-from ansible_collections.vmfleet.backup.tests.unit.plugins.builders import UUID, image, intent, manifest
+from ansible_collections.vmfleet.backup.tests.unit.plugins.builders import TIME, UUID, image, intent, manifest
 
 if TYPE_CHECKING:
     from ansible_collections.vmfleet.backup.plugins.module_utils._repository.repository import Repository
@@ -161,7 +159,7 @@ class TestLeftovers:
             with open(os.path.join(directory, lock), "w", encoding="ascii"):
                 pass
         write_annotation(repository, "web01", Protection("s1", "now"))
-        write_annotation(repository, "web01", Pin("s1", "vda", "/gone", "hv2", "another", "now"))
+        write_annotation(repository, "web01", Pin("s1", "vda", "/gone", "hv2", "another", TIME))
         assert self.told(repository) == {}
 
     def test_what_killed_processes_leave(self, repository: Repository) -> None:
@@ -176,7 +174,7 @@ class TestLeftovers:
         ):
             os.mkdir(os.path.join(directory, entry))
         write_document(
-            repository.failure_path("web01", "s3"), asdict(Failure("r", "a", "s3", "failed", "full", "then", "now"))
+            repository.failure_path("web01", "s3"), asdict(Failure("r", "a", "s3", "failed", "full", TIME, TIME))
         )
         assert self.told(repository) == {
             ".s0.removed": "left by a process that was killed",
@@ -189,8 +187,8 @@ class TestLeftovers:
 
     def test_what_is_said_of_nothing(self, repository: Repository) -> None:
         put(repository, "s1")
-        write_annotation(repository, "web01", Protection("s0", "now"))
-        write_annotation(repository, "web01", Pin("s1", "vda", "/gone/vda.qcow2", "hv1", machine_id(), "now"))
+        write_annotation(repository, "web01", Protection("s0", TIME))
+        write_annotation(repository, "web01", Pin("s1", "vda", "/gone/vda.qcow2", "hv1", machine_id(), TIME))
         assert sorted(self.told(repository).values()) == [
             "/gone/vda.qcow2, which has read set s1, is gone",
             "said of set s0, which is gone",
@@ -208,7 +206,7 @@ class TestNames:
     def test_a_vm_of_which_no_set_has_come_to_be(self, repository: Repository) -> None:
         os.mkdir(repository.directory("web03"))
         assert vm_names(repository) == []
-        failure = Failure("r", "a", "s3", "failed", "full", "then", "now")
+        failure = Failure("r", "a", "s3", "failed", "full", TIME, TIME)
         write_document(repository.failure_path("web03", "s3"), asdict(failure))
         assert vm_names(repository) == ["web03"]
 

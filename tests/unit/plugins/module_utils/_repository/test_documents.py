@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,17 +14,10 @@ from typing import Any
 import pytest
 import yaml
 
+from ansible_collections.vmfleet.backup.plugins.module_utils._common.fields import DocumentError, NewerSchema
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.formats import COLLECTION_VERSION
-from ansible_collections.vmfleet.backup.plugins.module_utils._repository.documents import (
-    Depth,
-    DocumentError,
-    Intent,
-    Level,
-    Manifest,
-    NewerSchema,
-    Phase,
-    Verification,
-)
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository.annotation_documents import Depth, Verification
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository.documents import Intent, Level, Manifest, Phase
 from ansible_collections.vmfleet.backup.tests.unit.plugins import builders
 
 DISK = {
@@ -45,15 +39,15 @@ DISK = {
 }
 # What the first release has written.
 MANIFEST: dict[str, Any] = {
-    "repository": "r",
+    "repository": builders.UUID,
     "vm": {"name": "web01", "identity": "u", "uuid": "u"},
     "id": "s1",
     "sequence": 1,
     "level": "full",
     "run": "run",
     "attempt": "a",
-    "started": "",
-    "finished": "",
+    "started": builders.TIME,
+    "finished": builders.TIME,
     "duration": 1.0,
     "consistency": "crash",
     "qemu": "7.2.0",
@@ -79,7 +73,7 @@ def test_a_manifest_is_read_as_it_was_written() -> None:
     maker = {"name": "hv1", "machine_id": "m", "boot_id": "b"}
     parent = {"id": "s0", "sha256": "0" * 64, "attempt": "a0"}
     manifest = Manifest.parse({**MANIFEST, "hypervisor": maker, "disks": [{**DISK, "parent": parent}]})
-    assert Manifest.parse(asdict(manifest)) == manifest
+    assert Manifest.parse(json.loads(json.dumps(asdict(manifest)))) == manifest
     assert manifest.hypervisor
     assert manifest.hypervisor.name == "hv1"
     assert manifest.disks[0].parent
@@ -94,13 +88,12 @@ def test_words_are_read_as_such_and_unknown_ones_stay() -> None:
     manifest = Manifest.parse(MANIFEST)
     assert manifest.level is manifest.disks[0].level is Level.FULL
     intent = builders.intent(phase="copying", level="differential")
-    read = Intent.parse(asdict(intent))
+    read = Intent.parse(json.loads(json.dumps(asdict(intent))))
     assert read == intent
     assert (read.phase, read.level) == (Phase.COPYING, Level.DIFFERENTIAL)
     assert read.phase is Phase.COPYING
-    assert (
-        Verification.parse({"id": "s1", "attempt": "a", "depth": "boot", "when": "", "schema": 1}).depth is Depth.BOOT
-    )
+    look = {"id": "s1", "attempt": "a", "depth": "boot", "when": builders.TIME, "schema": 1}
+    assert Verification.parse(look).depth is Depth.BOOT
     # What a later release may say.
     later = Manifest.parse({**MANIFEST, "level": "synthetic", "disks": [{**DISK, "level": "mirror"}]})
     assert (later.level, later.disks[0].level) == ("synthetic", "mirror")

@@ -138,7 +138,7 @@ class TestManifestsAreReadOnce:
 
     def test_a_changed_one_is(self, repository: Repository) -> None:
         publish(repository, intent())
-        assert [found.consistency for found in repository.records("web01").sets] == ["crash"]
+        assert [found.qemu for found in repository.records("web01").sets] == ["7.2.22"]
         path = repository.set_path("web01", "s1") + "/manifest.json"
         with open(path, encoding="utf-8") as source:
             content = source.read()
@@ -146,9 +146,9 @@ class TestManifestsAreReadOnce:
         os.unlink(path)
         with open(path, "w", encoding="utf-8") as sink:
             # Of the same length, and made to look as old.
-            sink.write(content.replace('"crash"', '"clash"'))
+            sink.write(content.replace("7.2.22", "7.2.23"))
         os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
-        assert [found.consistency for found in repository.records("web01").sets] == ["clash"]
+        assert [found.qemu for found in repository.records("web01").sets] == ["7.2.23"]
         os.truncate(path, 10)
         assert repository.records("web01").strays == {"s1"}
         os.unlink(path)

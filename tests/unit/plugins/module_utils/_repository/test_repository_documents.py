@@ -15,17 +15,22 @@ from typing import TYPE_CHECKING
 import pytest
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import BackupError
-from ansible_collections.vmfleet.backup.plugins.module_utils._repository.documents import Protection
+from ansible_collections.vmfleet.backup.plugins.module_utils._common.fields import LONG
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository.annotation_documents import (
+    Depth,
+    Protection,
+    Verification,
+)
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.repository import (
-    CHUNK,
     read_document,
     write_document,
 )
+from ansible_collections.vmfleet.backup.tests.unit.plugins.builders import TIME
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-PROTECTION = Protection("s1", "then")
+PROTECTION = Protection("s1", TIME)
 
 
 def test_it_is_read_as_it_was_written(tmp_path: Path) -> None:
@@ -34,15 +39,15 @@ def test_it_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert read_document(str(path), Protection) == PROTECTION
     assert os.listdir(tmp_path) == ["document"]
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
-    write_document(str(path), asdict(Protection("s2", "now")), 0o440)
-    assert read_document(str(path), Protection) == Protection("s2", "now")
+    write_document(str(path), asdict(Protection("s2", TIME)), 0o440)
+    assert read_document(str(path), Protection) == Protection("s2", TIME)
     assert stat.S_IMODE(path.stat().st_mode) == 0o440
 
 
 def test_one_of_many_bytes(tmp_path: Path) -> None:
-    large = Protection("s1", "ä" * CHUNK)
+    large = Verification("s1", "a1", Depth.IMAGE, TIME, ("ä" * LONG,) * 3)
     write_document(str(tmp_path / "document"), asdict(large))
-    assert read_document(str(tmp_path / "document"), Protection) == large
+    assert read_document(str(tmp_path / "document"), Verification) == large
 
 
 def test_a_half_written_one_of_a_killed_process_goes(tmp_path: Path) -> None:
@@ -59,7 +64,7 @@ def test_the_old_one_stays_where_the_new_one_cannot_be_written(tmp_path: Path) -
     assert read_document(str(path), Protection) == PROTECTION
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "null", '{"schema": 1}', '{"id": "s1", "since": "then"}', "\udcff"])
+@pytest.mark.parametrize("content", ["", "{", "[]", "null", '{"schema": 1}', '{"id": "s1"}', "\udcff"])
 def test_one_that_is_not_whole_is_none(tmp_path: Path, content: str) -> None:
     (tmp_path / "document").write_bytes(content.encode("utf-8", "surrogateescape"))
     assert read_document(str(tmp_path / "document"), Protection) is None

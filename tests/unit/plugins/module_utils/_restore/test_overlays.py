@@ -24,6 +24,7 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._restore.checks imp
 from ansible_collections.vmfleet.backup.plugins.module_utils._restore.model import RestoreMethod
 from ansible_collections.vmfleet.backup.plugins.module_utils._restore.overlays import find_overlays, remove_overlays
 from ansible_collections.vmfleet.backup.plugins.module_utils._restore.pins import make_pin
+from ansible_collections.vmfleet.backup.tests.unit.plugins.builders import UUID
 from ansible_collections.vmfleet.backup.tests.unit.plugins.restoring import disk_restore
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ def test_overlays_in_a_directory(repository: Repository, images: Path) -> None:
     write_receipt(repository, images / "made")
     write_receipt(repository, images / "copy", method=RestoreMethod.COPY)
     write_receipt(repository, images / "another", vm="db01")
-    write_receipt(replace(repository, uuid="another"), images / "elsewhere")
+    write_receipt(replace(repository, uuid=UUID), images / "elsewhere")
     for path in (images / "pinned", images / "unfinished.partial", images / "below" / "disk"):
         write_annotation(repository, VM, make_pin(disk_restore(path, RestoreMethod.OVERLAY)))
     remote = replace(make_pin(disk_restore(images / "remote", RestoreMethod.OVERLAY)), machine_id="another")
@@ -66,7 +67,7 @@ def test_overlays_in_a_directory(repository: Repository, images: Path) -> None:
     [
         (VM, RestoreMethod.COPY, "", "is no overlay that was made by a restore"),
         ("db01", RestoreMethod.OVERLAY, "", "is disk vda of VM db01, and not of VM web01"),
-        (VM, RestoreMethod.OVERLAY, "another", "is disk vda of VM web01 from another repository"),
+        (VM, RestoreMethod.OVERLAY, UUID, "is disk vda of VM web01 from another repository"),
     ],
 )
 def test_what_is_no_overlay_of_this_vm_stays(

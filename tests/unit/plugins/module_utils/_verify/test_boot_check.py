@@ -11,26 +11,28 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ansible_collections.vmfleet.backup.plugins.module_utils._repository.annotations import read_annotations
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository.annotation_documents import Depth
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.catalog import read_catalog
-from ansible_collections.vmfleet.backup.plugins.module_utils._repository.documents import Depth
-from ansible_collections.vmfleet.backup.plugins.module_utils._verify.boot_check import start
+from ansible_collections.vmfleet.backup.plugins.module_utils._verify.boot_check import check_boot, start
 from ansible_collections.vmfleet.backup.plugins.module_utils._verify.boot_options import BootOptions
+from ansible_collections.vmfleet.backup.plugins.module_utils._verify.manifest_check import check_manifest
 from ansible_collections.vmfleet.backup.plugins.module_utils._verify.model import SetCheck, VerifyOptions
 from ansible_collections.vmfleet.backup.plugins.module_utils._verify.run import VerifyRun
-from ansible_collections.vmfleet.backup.tests.unit.plugins.verifying import VM, publish, start_from
+from ansible_collections.vmfleet.backup.tests.unit.plugins.verifying import VM, image, publish
 
 if TYPE_CHECKING:
     from ansible_collections.vmfleet.backup.plugins.module_utils._repository.repository import Repository
 
 
 def test_a_set_with_faults_of_its_own_is_not_started(repository: Repository, tmp_path: Path) -> None:
-    publish(repository, 1)
-    [found] = start_from(repository, tmp_path)
-    assert found.depth == Depth.MANIFEST
-    assert found.error.endswith("has no disk; not started, since the set is not good")
-    [mark] = read_annotations(repository, VM).verifications
-    assert (mark.depth, mark.errors) == (Depth.MANIFEST, (found.error,))
+    made = publish(repository, 1, image("a"))
+    options = BootOptions("/bin/false", str(tmp_path), 1, "x", agent=False)
+    check = SetCheck(read_catalog(repository, VM), made)
+    check_manifest(repository, check)
+    check.fail("", Depth.MANIFEST, "there are notes")
+    asyncio.run(check_boot(VerifyRun(repository, VerifyOptions(Depth.BOOT, options)), check, options))
+    found = check.findings[""]
+    assert (found.depth, found.error) == (Depth.MANIFEST, "there are notes; not started, since the set is not good")
 
 
 def test_a_description_that_makes_no_sense(repository: Repository, tmp_path: Path) -> None:

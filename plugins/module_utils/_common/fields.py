@@ -1,0 +1,344 @@
+# Copyright (c) 2026, vmfleet contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Say what the fields of a document hold, and read it by that: what is odd is refused while it is read.
+
+The fields of a dataclass have their rules as metadata. Others may have written the file: nothing in it is believed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import sys
+from datetime import datetime
+from functools import lru_cache
+from typing import TYPE_CHECKING, ClassVar, TypeVar
+
+from .formats import SCHEMA, Word
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+    from typing import Any
+
+T = TypeVar("T")
+
+BELOW = 1 << 63
+"""Numbers are smaller than this: the kernel has no larger sizes."""
+LONG = 1 << 16
+"""Characters of the longest text."""
+MANY = 4096
+"""Entries of the longest list."""
+DIGITS = 20
+"""More than a number has."""
+RULE = "rule"
+"""The key of a rule in the metadata of a field."""
+SHOWN = 60
+"""Characters that are told of a value that is refused."""
+
+
+class DocumentError(ValueError):
+    """A file does not say what a file of its kind says."""
+
+
+class NewerSchema(DocumentError):
+    """A later release of the collection wrote the file."""
+
+
+class FieldRule:
+    """What a field holds. C(read) returns its value as the program has it; DocumentError where it is none."""
+
+    what = ""
+
+    def read(self, value: Any) -> Any:
+        raise NotImplementedError
+
+    def refuse(self, value: Any) -> DocumentError:
+        """Return the error for a value that is none."""
+        if isinstance(value, (dict, list)):
+            return DocumentError(f"a {'list' if isinstance(value, list) else 'mapping'} is not {self.what}")
+        told = repr(value)
+        return DocumentError(f"{told[:SHOWN]}{'...' * (len(told) > SHOWN)} is not {self.what}")
+
+
+class Text(FieldRule):
+    """A text of C(least) to C(most) characters; of one line of a C(pattern), where that is given."""
+
+    def __init__(self, what: str = "a text", least: int = 0, most: int = LONG, pattern: str = "") -> None:
+        self.what, self.least, self.most, self.pattern = what, least, most, pattern
+        self._fits = re.compile(pattern).fullmatch if pattern else None
+
+    def read(self, value: Any) -> str:
+        if type(value) is str and self.least <= len(value) <= self.most and (not self._fits or self._fits(value)):
+            return value
+        raise self.refuse(value)
+
+
+class Time(FieldRule):
+    """A time in UTC (ISO 8601), as utc_now() writes it."""
+
+    what = "a time, such as 2026-11-22T01:30:00Z"
+    pattern = r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}(\.[0-9]{3})?Z"
+    _fits = re.compile(pattern).fullmatch
+
+    def read(self, value: Any) -> str:
+        try:
+            if type(value) is str and self._fits(value):
+                datetime.fromisoformat(value[:-1])
+                return value
+        except ValueError:
+            pass
+        raise self.refuse(value)
+
+
+class Whole(FieldRule):
+    """A whole number from C(least) on."""
+
+    def __init__(self, least: int = 0, below: int = BELOW) -> None:
+        self.least, self.below = least, below
+        self.what = f"a whole number from {least} on"
+
+    def read(self, value: Any) -> int:
+        # True is an int, too.
+        if type(value) is not int or not self.least <= value < self.below:
+            raise self.refuse(value)
+        return value
+
+
+class Number(FieldRule):
+    """A number that is not negative."""
+
+    what = "a number from 0 on"
+
+    def read(self, value: Any) -> float:
+        if type(value) not in (float, int) or not 0 <= value < BELOW:
+            raise self.refuse(value)
+        return value  # type: ignore[no-any-return]
+
+
+class Flag(FieldRule):
+    """True or false."""
+
+    what = "true or false"
+
+    def read(self, value: Any) -> bool:
+        if type(value) is not bool:
+            raise self.refuse(value)
+        return value
+
+
+class OneOf(FieldRule):
+    """One of some words, which may be members of an enumeration."""
+
+    def __init__(self, *words: str) -> None:
+        self.words = {str(word): word for word in words}
+        self.what = "one of: {}".format(", ".join(self.words))
+
+    def read(self, value: Any) -> str:
+        if type(value) is not str or value not in self.words:
+            raise self.refuse(value)
+        return self.words[value]
+
+
+class Newer(FieldRule):
+    """A word of an enumeration, or one that a later release may have added to it."""
+
+    what = "a word"
+    pattern = "[a-z][a-z0-9_-]{0,31}"
+    _fits = re.compile(pattern).fullmatch
+
+    def __init__(self, kind: type[Word]) -> None:
+        self.kind = kind
+
+    def read(self, value: Any) -> Any:
+        if type(value) is not str or not self._fits(value):
+            raise self.refuse(value)
+        return self.kind.read(value)
+
+
+class Maybe(FieldRule):
+    """What another rule says, or null."""
+
+    def __init__(self, rule: FieldRule) -> None:
+        self.rule = rule
+        self._read = rule.read
+
+    def read(self, value: Any) -> Any:
+        return None if value is None else self._read(value)
+
+
+class Several(FieldRule):
+    """A list of C(least) to C(most) entries of another rule, as a tuple."""
+
+    def __init__(self, rule: FieldRule, least: int = 0, most: int = MANY) -> None:
+        self.rule, self.least, self.most = rule, least, most
+        self.what = f"a list of {least} to {most}"
+
+    def read(self, value: Any) -> Any:
+        if type(value) is not list or not self.least <= len(value) <= self.most:
+            raise self.refuse(value)
+        read = self.rule.read
+        return tuple([read(one) for one in value])
+
+
+class Names(FieldRule):
+    """A few texts by their names."""
+
+    what = "a few texts by their names"
+
+    def read(self, value: Any) -> dict[str, str]:
+        if type(value) is not dict or len(value) > MANY or not all(type(one) is str for one in value.values()):
+            raise self.refuse(value)
+        return value
+
+
+class Fields(FieldRule):
+    """A mapping of which some fields are known, each with its rule. It is read as a dict of those that are there."""
+
+    what = "a mapping"
+
+    def __init__(self, needed: Iterable[str] = (), **rules: FieldRule) -> None:
+        self.needed, self.rules = frozenset(needed), rules
+
+    def read(self, value: Any) -> dict[str, Any]:
+        if type(value) is not dict:
+            raise self.refuse(value)
+        name, values = "", {}
+        try:
+            for name, rule in self.rules.items():
+                if name in value:
+                    values[name] = rule.read(value[name])
+                elif name in self.needed:
+                    raise DocumentError("it is missing")
+        except DocumentError as error:
+            raise DocumentError(f"{name}: {error}") from None
+        return values
+
+
+class Part(FieldRule):
+    """An object with the fields of a dataclass, which may have C(fault()) to say what does not go together."""
+
+    what = "a mapping"
+
+    def __init__(self, cls: type[Any]) -> None:
+        self.cls = cls
+        entries = [(entry.name, entry.metadata[RULE].read, _default(entry)) for entry in dataclasses.fields(cls)]
+        self._needed = [(name, read) for name, read, default in entries if default is dataclasses.MISSING]
+        self._others = [entry for entry in entries if entry[2] is not dataclasses.MISSING]
+        self._fault = getattr(cls, "fault", None)
+
+    def read(self, value: Any) -> Any:
+        if type(value) is not dict:
+            raise self.refuse(value)
+        name, values = "", {}
+        try:
+            for name, read in self._needed:
+                values[name] = read(value[name])
+            for name, read, default in self._others:
+                values[name] = read(value[name]) if name in value else default
+        except KeyError:
+            raise DocumentError(f"{name}: it is missing") from None
+        except DocumentError as error:
+            raise DocumentError(f"{name}: {error}") from None
+        # Thousands are read at a time, and a frozen dataclass sets its fields slowly.
+        made = object.__new__(self.cls)
+        made.__dict__.update(values)
+        fault = self._fault(made) if self._fault else ""
+        if fault:
+            raise DocumentError(fault)
+        return made
+
+
+def _default(entry: dataclasses.Field[Any]) -> Any:
+    made = entry.default_factory
+    return entry.default if made is dataclasses.MISSING else made()
+
+
+def holds(rule: FieldRule) -> Mapping[str, Any]:
+    """Return the metadata of a field of this rule."""
+    return {RULE: rule}
+
+
+@lru_cache(maxsize=None)
+def part(cls: type[Any]) -> Part:
+    """Return the rule for an object of a dataclass."""
+    return Part(cls)
+
+
+NOTHING_OR = "({})?"
+TOKEN = "[A-Za-z0-9][A-Za-z0-9-]{0,63}"
+"""What is drawn by lot, such as an attempt: it becomes a part of names."""
+TEXT = holds(Text())
+NAME = holds(Text("a name", least=1))
+TIME = holds(Time())
+SIZE = holds(Whole())
+INODE = holds(Whole(below=2 * BELOW))
+SECONDS = holds(Number())
+FLAG = holds(Flag())
+NUMBER_OF_SCHEMA = holds(Whole(1))
+
+
+class Document:
+    """A dataclass that stands in a file of its own, of C(MOST) bytes at most. It has a field C(schema)."""
+
+    MOST: ClassVar[int] = 1 << 16
+
+    @classmethod
+    def parse(cls: type[T], found: Any) -> T:
+        """Return the document that this is, without what a later release has added to the same schema."""
+        check_schema(found)
+        return part(cls).read(found)  # type: ignore[arg-type, no-any-return]
+
+
+def check_schema(found: Any) -> None:
+    """Raise DocumentError for what has no schema number, and NewerSchema for one that is not known yet."""
+    number = found.get("schema") if type(found) is dict else None
+    if type(number) is not int or number < 1:
+        raise DocumentError("it has no schema number")
+    if number > SCHEMA:
+        raise NewerSchema(f"its schema {number} is newer than this collection; update vmfleet.backup")
+
+
+def load(raw: bytes) -> Any:
+    """Return what a JSON file says: of two fields of one name the last, as all programs do. Raises DocumentError."""
+    try:
+        text = raw.decode("utf-8")
+        found = JSON.decode(text)
+        if "\\u" in text:
+            _check_texts(found)
+    except RecursionError:
+        raise DocumentError("it is nested too deep") from None
+    except ValueError as error:
+        raise error if isinstance(error, DocumentError) else DocumentError(f"it is not JSON: {error}") from None
+    return found
+
+
+def _check_texts(found: Any) -> None:
+    """Raise DocumentError for a text that no file name can be: with a zero, or with half a character."""
+    rest = [found]
+    while rest:
+        one = rest.pop()
+        if type(one) is dict:
+            rest += [*one, *one.values()]
+        elif type(one) is list:
+            rest += one
+        elif type(one) is str and "\0" in one:
+            raise DocumentError("it has a text with a zero byte")
+        elif type(one) is str:
+            one.encode("utf-8", "surrogateescape")
+
+
+def _whole(digits: str) -> int:
+    if len(digits) > DIGITS:
+        raise DocumentError("it has a number that is too large")
+    return int(digits)
+
+
+def _refuse_constant(text: str) -> None:
+    raise DocumentError(f"it has a number {text}")
+
+
+# Other releases of Python refuse a number of thousands of digits, which takes them long, by themselves.
+LIMITED = hasattr(sys, "set_int_max_str_digits")
+JSON = json.JSONDecoder(parse_int=None if LIMITED else _whole, parse_constant=_refuse_constant)
