@@ -107,8 +107,8 @@ from ansible.module_utils.basic import AnsibleModule
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import BackupError, Refused, in_words
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.formats import parse_time, utc_now
-from ansible_collections.vmfleet.backup.plugins.module_utils._host.files import read_text, write_text
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.probe import probe_if_there
+from ansible_collections.vmfleet.backup.plugins.module_utils._host.texts import read_text, write_text
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.worker import run_in_worker
 from ansible_collections.vmfleet.backup.plugins.module_utils._report.prometheus import file_name, metrics, vms_in
 from ansible_collections.vmfleet.backup.plugins.module_utils._report.status import (

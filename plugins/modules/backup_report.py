@@ -101,7 +101,8 @@ from ansible.module_utils.basic import AnsibleModule
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import run_module
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.formats import utc_now
-from ansible_collections.vmfleet.backup.plugins.module_utils._host.files import read_text, step, write_text
+from ansible_collections.vmfleet.backup.plugins.module_utils._host.files import step
+from ansible_collections.vmfleet.backup.plugins.module_utils._host.texts import read_text, write_text
 from ansible_collections.vmfleet.backup.plugins.module_utils._report.html import page
 from ansible_collections.vmfleet.backup.plugins.module_utils._report.html_charts import BARS
 from ansible_collections.vmfleet.backup.plugins.module_utils._report.run import Run, collect

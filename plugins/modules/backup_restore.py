@@ -209,8 +209,8 @@ from ansible.module_utils.basic import AnsibleModule
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import Refused
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.formats import parse_time
-from ansible_collections.vmfleet.backup.plugins.module_utils._host.files import is_block_device
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.probe import probe_if_there
+from ansible_collections.vmfleet.backup.plugins.module_utils._host.target_files import is_block_device
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.worker import run_in_worker
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.qemu_img import require_qemu_img
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.catalog import read_catalog, require_sets

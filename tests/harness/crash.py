@@ -41,10 +41,11 @@ AFTER = "after"
 
 STEPS = {
     "_host/directory": {"remove": "remove", "sync": "sync directory"},
-    "_host/files": {"remove": "remove", "sync_directory": "sync directory", "take_name": "take name"},
+    "_host/files": {"remove": "remove", "sync_directory": "sync directory"},
     "_host/lock": {"locked": "lock", "_open": "open lock", "write_owners": "write owners"},
     "_host/preallocate": {"allocate": "allocate", "flush": "flush", "top_up": "allocate"},
     "_host/probe": {"probe_if_there": "look", "probe": "probe", "ask": "watch"},
+    "_host/target_files": {"take_name": "take name"},
     "_qemu/bitmaps": {"remove_bitmaps": "remove bitmaps"},
     "_qemu/block_jobs": {
         "cancel_jobs": "cancel jobs",
@@ -105,6 +106,8 @@ PASSED_THROUGH = frozenset(
     {
         "_host/directory",
         "_host/files",
+        "_host/target_files",
+        "_host/texts",
         "_host/worker",
         "_qemu/connection",
         "_qemu/monitor",

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from .._common.errors import JobFailed, in_words
 from .._common.formats import seconds_since, utc_now
-from .._host import files, preallocate
+from .._host import files, preallocate, target_files
 from .._qemu import block_jobs
 from .._qemu.jobs import query_jobs
 from .._qemu.model import IO_ERROR
@@ -89,10 +89,10 @@ def _take_name(copy: Copy) -> Copy:
         return copy
     growing = not drive.existing and os.path.lexists(drive.image_path)
     path = drive.image_path if growing else drive.target
-    if not record.matches(os.stat(path), files.is_block_device(path)):
+    if not record.matches(os.stat(path), target_files.is_block_device(path)):
         raise OSError(f"{path} is not the image that was finished: somebody moved or changed it")
     if growing:
-        files.take_name(drive.image_path, drive.target, (record.replaces[0], record.replaces[1]))
+        target_files.take_name(drive.image_path, drive.target, (record.replaces[0], record.replaces[1]))
     receipt.finish(copy.record_path, drive.receipt_path)
     return replace(copy, found=CopyState.DONE)
 

@@ -9,7 +9,7 @@ import os
 from typing import TYPE_CHECKING
 
 from .._common.errors import BackupError, Refused, ToolError
-from .._host import files, preallocate
+from .._host import preallocate, target_files
 from .._qemu import estimate, image_lock, qemu_img, target_image
 from .receipt import ReceiptPhase
 from .request import NO_KEY, Sync
@@ -48,7 +48,7 @@ async def prepare_target(vm: Vm, copy: Copy, overwrite: bool) -> target_image.Ta
         size=disk.virtual_size,
         expected=await estimate.expected_bytes(disk, image_format, drive.sync, drive.bitmap),
         compress=drive.compress,
-        block_device=files.is_block_device(drive.target),
+        block_device=target_files.is_block_device(drive.target),
     )
 
 
@@ -141,7 +141,7 @@ def _refuse_hidden(copy: Copy, vm: Vm) -> None:
     told not to lock them.
     """
     target = copy.drive.target
-    is_ours = copy.record is not None and copy.record.matches(os.stat(target), files.is_block_device(target))
+    is_ours = copy.record is not None and copy.record.matches(os.stat(target), target_files.is_block_device(target))
     if vm.hidden_files and not is_ours:
         raise Refused(
             "target",
@@ -211,7 +211,7 @@ async def _existing_format(drive: Drive, disk: Disk) -> str:
 async def _refuse_overwriting(copy: Copy, image_format: str) -> None:
     drive = copy.drive
     if drive.existing and copy.record is None:
-        if files.is_block_device(drive.target):
+        if target_files.is_block_device(drive.target):
             return
         # Nothing is lost in an image that holds nothing, such as one just made with qemu-img create.
         extents = await qemu_img.run_json(qemu_img.map_command(drive.target, image_format))
@@ -225,8 +225,8 @@ async def _refuse_used(drive: Drive, image_format: str) -> None:
     """Refuse a target that another process has open as an image, or that is mounted."""
     if not os.path.exists(drive.target):
         return
-    if files.is_block_device(drive.target):
-        reason = files.unusable_device(drive.target)
+    if target_files.is_block_device(drive.target):
+        reason = target_files.unusable_device(drive.target)
         if reason:
             raise Refused("target", f"{drive.target} {reason}")
     if image_lock.is_locked(drive.target):

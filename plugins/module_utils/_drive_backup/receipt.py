@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING
 
 from .._common.errors import BackupError
 from .._common.formats import Word
-from .._host.files import claim, identity, remove, step, sync_directory
+from .._host.files import claim, remove, step, sync_directory
+from .._host.target_files import identity
 from .._qemu.connection import Origin
 from .request import BitmapMode, Sync
 

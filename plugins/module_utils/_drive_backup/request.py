@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from .._common.errors import Refused
 from .._common.formats import Word
-from .._host.files import check_length, is_block_device
+from .._host.target_files import check_length, is_block_device
 from .._qemu.model import EncryptedSource
 
 if TYPE_CHECKING:

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from .._common.errors import BackupError, JobFailed, MonitorGone, Refused
-from .._host.files import is_block_device
 from .._host.lock import host_lock_path, locked, read_owners
 from .._host.process import boot_id, machine_id
+from .._host.target_files import is_block_device
 from .._qemu.block_jobs import target_nodes
 from .._qemu.monitor import Monitor
 from .._qemu.query import inspect_vm

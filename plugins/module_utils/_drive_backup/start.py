@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from .._common.errors import BackupError, CommandError, MonitorGone, after, in_words
 from .._common.formats import utc_now
-from .._host import files
+from .._host import target_files
 from .._host.lock import host_lock_path, read_owners, write_owners
 from .._host.preallocate import Writeback
 from .._host.process import boot_id, machine_id, spaces
@@ -120,14 +120,14 @@ async def _make(locked: Locked, copy: Copy, target: target_image.Target) -> tupl
     # The kernel tells of a failed write-back only those who had the file open by then.
     fd = os.open(target.path, os.O_RDWR | os.O_CLOEXEC)
     locked.session.images[target.path] = Writeback(fd)
-    return files.identity(os.path.realpath(target.path))
+    return target_files.identity(os.path.realpath(target.path))
 
 
 def _reserve(session: Session, target: target_image.Target) -> bool:
     """Reserve the space of an image; returns whether its file system can do that."""
     if target_image.reserve(target):
         return True
-    free = files.free_bytes(target.path)
+    free = target_files.free_bytes(target.path)
     if free < target.expected:
         raise BackupError(
             f"target: {target.path}: No space left on device: the backup needs up to {target.expected} bytes there,"
@@ -189,7 +189,7 @@ def _new_record(copy: Copy, vm: Vm, attempt: str, target: target_image.Target) -
         started=utc_now("milliseconds"),
         guest=vm.status,
         reserved=False,
-        replaces=list(files.identity(copy.drive.target)),
+        replaces=list(target_files.identity(copy.drive.target)),
         boot=boot_id(),
         monitor=vm.monitor,
         spaces=spaces(),

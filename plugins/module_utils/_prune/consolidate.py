@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from .._common.errors import BackupError, ToolError, after, in_words
 from .._common.formats import human
-from .._host import files, preallocate
+from .._host import files, preallocate, target_files
 from .._host.checksum import sha256
 from .._host.files import set_mode
 from .._qemu import qemu_img
@@ -122,7 +122,7 @@ async def _most_bytes(path: str, images: Sequence[tuple[Manifest, DiskImage]]) -
 def _check_free(repository: Repository, needed: int) -> None:
     """Refuse to take the space that running backups will need: their guests would feel it."""
     promised = sum(outstanding(repository, intent) for intent in repository.intents())
-    free = files.free_bytes(repository.path)
+    free = target_files.free_bytes(repository.path)
     if needed + promised > free:
         raise BackupError(
             f"{repository.path} has {human(free)} free, of which sets that are being made take {human(promised)}, and"

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from .._common.errors import BackupError, Refused, ToolError
 from .._common.formats import human, utc_now
-from .._host import files
+from .._host import target_files
 from .._host.lock import lock_directory, locked
 from .._qemu import image_lock, qemu_img
 from .._repository.annotations import PARTIAL
@@ -90,7 +90,7 @@ def check_target(disk: DiskRestore, overwrite: bool) -> None:
     if disk.block_device:
         check_device(disk, overwrite)
         return
-    files.check_length("target", disk.target, PARTIAL, RECEIPT + UNFINISHED)
+    target_files.check_length("target", disk.target, PARTIAL, RECEIPT + UNFINISHED)
     if os.path.lexists(disk.target):
         if not os.path.isfile(disk.target):
             raise Refused("target", f"{disk.target} is neither a file nor a block device")
@@ -117,7 +117,7 @@ def check_device(disk: DiskRestore, overwrite: bool) -> None:
             "target",
             f"{disk.target} has {size} bytes, and disk {disk.name} needs {disk.image.virtual_size}",
         )
-    reason = files.unusable_device(disk.target)
+    reason = target_files.unusable_device(disk.target)
     if reason:
         raise Refused("target", f"{disk.target} {reason}")
     check_unused(disk.target)
@@ -136,7 +136,7 @@ async def check_space(repository: Repository, disks: Sequence[DiskRestore]) -> N
         directory = os.path.dirname(disk.target)
         device = os.stat(directory).st_dev
         needed[device] = needed.get(device, 0) + await _copy_bytes(repository, disk)
-        free = files.free_bytes(directory)
+        free = target_files.free_bytes(directory)
         if needed[device] > free:
             raise Refused(
                 "target",

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from .._common.formats import Word, human
-from .._host import files
+from .._host import target_files
 from .._repository.annotations import PARTIAL
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class DiskRestore:
 
     @property
     def block_device(self) -> bool:
-        return files.is_block_device(self.target)
+        return target_files.is_block_device(self.target)
 
     @property
     def overlay(self) -> bool:

@@ -10,7 +10,7 @@ import os
 from typing import TYPE_CHECKING
 
 from .._common.errors import Refused
-from .._host import files
+from .._host import files, target_files
 from .._host.process import machine_id
 from .._qemu import qemu_img
 from .._repository.annotations import PARTIAL
@@ -59,7 +59,7 @@ async def remove_overlays(
     independent: list[str] = []
     for path in targets:
         names = {path, path + PARTIAL}
-        if files.is_block_device(path):
+        if target_files.is_block_device(path):
             # A killed restore leaves a pin; what is on the device stays.
             independent += [path] if any(pin.path == path for pin in mine) else []
             continue

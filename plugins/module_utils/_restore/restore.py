@@ -16,7 +16,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from .._common.errors import BackupError, Refused, after, in_words
-from .._host import files, preallocate
+from .._host import files, preallocate, target_files
 from .._qemu import qemu_img
 from .._repository.annotations import read_annotations
 from .._repository.repository import write_document
@@ -97,23 +97,23 @@ async def _write_file(
     repository: Repository, vm: str, disk: DiskRestore, options: RestoreOptions, warnings: list[str]
 ) -> None:
     """Write the file under another name, and rename it when it is complete."""
-    replaces = files.identity(disk.target) if options.overwrite else (0, 0)
+    replaces = target_files.identity(disk.target) if options.overwrite else (0, 0)
     # A killed process may have left one.
     _remove_partial(disk.partial)
     os.close(os.open(disk.partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
-    made = files.identity(disk.partial)
+    made = target_files.identity(disk.partial)
     try:
         async with pinned(repository, vm, disk, warnings):
             await (_create_overlay if disk.overlay else _copy)(repository, disk, disk.partial)
             preallocate.flush(disk.partial)
             if replaces[0]:
                 check_unused(disk.target)
-            if files.identity(disk.partial) != made:
+            if target_files.identity(disk.partial) != made:
                 raise BackupError(f"{disk.partial} is another file by now: somebody else restores to the same place")
             _take_name(repository, disk, replaces)
     except BaseException as error:
         with after(error):
-            if files.identity(disk.partial) == made:
+            if target_files.identity(disk.partial) == made:
                 files.remove(disk.partial)
         raise
 
@@ -129,7 +129,7 @@ def _take_name(repository: Repository, disk: DiskRestore, replaces: tuple[int, i
     """Write the receipt, and then give a complete file its name: whatever comes in between, the two belong together."""
     write_document(disk.receipt, asdict(make_receipt(repository, disk, os.stat(disk.partial))))
     try:
-        files.take_name(disk.partial, disk.target, replaces)
+        target_files.take_name(disk.partial, disk.target, replaces)
     except OSError as error:
         with after(error):
             files.remove(disk.receipt)

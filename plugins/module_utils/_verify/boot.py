@@ -24,8 +24,8 @@ from typing import TYPE_CHECKING
 
 from .._common.errors import AgentError, Refused
 from .._common.formats import human
-from .._host.files import free_bytes
 from .._host.process import PROCESSES, Process, die_with_parent, spaces
+from .._host.target_files import free_bytes
 from .._qemu.guest_agent import Agent
 from .boot_options import Host, flash_chips
 

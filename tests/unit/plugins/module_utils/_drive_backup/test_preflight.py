@@ -16,7 +16,7 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors impo
 from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup import preflight
 from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup.request import Drive
 from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup.steps import Copy, CopyState
-from ansible_collections.vmfleet.backup.plugins.module_utils._host import files
+from ansible_collections.vmfleet.backup.plugins.module_utils._host import target_files
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu import qemu_img, target_image
 from ansible_collections.vmfleet.backup.tests.unit.plugins.builders import SIZE, bitmap, disk, job, record, vm
 
@@ -223,7 +223,7 @@ class TestPrepareTarget:
     def test_device_in_use(self, target: Path, tool: Tool, monkeypatch: pytest.MonkeyPatch) -> None:
         target.touch()
         tool.answers["info"] = {"format": "raw", "virtual-size": SIZE}
-        monkeypatch.setattr(files, "is_block_device", lambda _path: True)
+        monkeypatch.setattr(target_files, "is_block_device", lambda _path: True)
 
         def busy(_path: str, flags: int) -> int:
             assert flags & os.O_EXCL

@@ -10,13 +10,12 @@ import contextlib
 import errno
 import os
 import resource
-import time
 from typing import TYPE_CHECKING
 
 import pytest
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._common import errors
-from ansible_collections.vmfleet.backup.plugins.module_utils._host import checksum, files, lock, preallocate
+from ansible_collections.vmfleet.backup.plugins.module_utils._host import checksum, files, lock, preallocate, texts
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu import target_image
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository import access, repository
 
@@ -47,7 +46,7 @@ def owners(path: str) -> None:
 @pytest.mark.parametrize(
     ("work", "step"),
     [
-        (lambda path: files.write_text(path, "a" * 8192), "it was written"),
+        (lambda path: texts.write_text(path, "a" * 8192), "it was written"),
         (lambda path: repository.write_document(path, {"a": "b" * 8192}), "it was written"),
         (owners, "the owners of jobs were written"),
         (lambda path: target_image._make_file(path, target_image.Blank(8192, ((0, b"a" * 8192),))), "it was made"),
@@ -133,17 +132,6 @@ def test_names_without_hard_links(code: int, tmp_path: Path, monkeypatch: pytest
     assert access.create_repository(repository.path) == repository
 
 
-def test_a_text_that_a_killed_process_was_writing_goes_with_a_later_one(tmp_path: Path) -> None:
-    path = tmp_path / "a.prom"
-    old, fresh, other = (tmp_path / name for name in (".a.prom.17.new", ".a.prom.18.new", ".b.prom.17.new"))
-    for file in (old, fresh, other):
-        file.touch()
-    os.utime(old, (time.time() - 7200,) * 2)
-    os.utime(other, (time.time() - 7200,) * 2)
-    files.write_text(str(path), "text")
-    assert sorted(os.listdir(tmp_path)) == [".a.prom.18.new", ".b.prom.17.new", "a.prom"]
-
-
 @pytest.mark.parametrize("nameless", [True, False])
 def test_scratch(nameless: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = os.open
@@ -167,27 +155,3 @@ def test_remove(tmp_path: Path) -> None:
     assert files.remove(str(image))
     assert not image.exists()
     assert not files.remove(str(image))
-
-
-def test_files_and_what_is_missing_are_no_block_devices(tmp_path: Path) -> None:
-    image = tmp_path / "x"
-    image.touch()
-    assert not files.is_block_device(str(image))
-    assert not files.is_block_device(str(image) + ".missing")
-
-
-def test_a_name_is_too_long_with_what_has_to_stand_beside_it(tmp_path: Path) -> None:
-    most = os.pathconf(tmp_path, "PC_NAME_MAX")
-    path = str(tmp_path / ("n" * (most - 4)))
-    files.check_length("target", path)
-    files.check_length("target", path, ".new", ".x")
-    with pytest.raises(errors.Refused, match=r"^target: .*name is 4 bytes too long\. nnnnnnnn\.\.\.\.partial has"):
-        files.check_length("target", path, ".new", ".partial")
-    with pytest.raises(errors.Refused, match=rf"the name is 1 bytes too long\. a name may have {most} bytes there"):
-        files.check_length("target", str(tmp_path / ("n" * (most + 1))))
-
-
-def test_a_device_that_nobody_has_claimed_may_be_used() -> None:
-    # Whether one is claimed is looked at with a real device in the integration tests.
-    assert files.unusable_device("/dev/null") == ""
-    assert files.unusable_device("/dev/nowhere") == "cannot be written to: No such file or directory"

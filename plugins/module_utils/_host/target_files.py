@@ -1,0 +1,102 @@
+# Copyright (c) 2026, vmfleet contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Look at files and devices that users have named as targets, and give a finished image its name."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import os
+import stat
+import sys
+
+from .._common.errors import Refused
+from .files import claim, remove, sync_directory
+
+FS_IOC_GETVERSION = 0x80087601
+FUSE = 0x65735546
+"""FUSE_SUPER_MAGIC of statfs(2)."""
+STATFS_SIZE = 256
+"""More bytes than struct statfs has anywhere; it begins with the type of the file system."""
+
+
+def is_block_device(path: str) -> bool:
+    """Return whether there is a block device at C(path)."""
+    try:
+        return stat.S_ISBLK(os.stat(path).st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+
+
+def unusable_device(path: str) -> str:
+    """Return why a block device must not be written to; empty where it may. The kernel knows who has claimed it."""
+    try:
+        os.close(os.open(path, os.O_RDWR | os.O_EXCL | os.O_CLOEXEC))
+    except OSError as error:
+        use = "is in use (mounted, or part of a volume)" if error.errno == errno.EBUSY else "cannot be written to"
+        return f"{use}: {error.strerror}"
+    return ""
+
+
+def check_length(option: str, path: str, *ends: str) -> None:
+    """Refuse a file whose name would be too long with one of these ends; its directory is there."""
+    longest = max(ends, key=len, default="")
+    most = os.pathconf(os.path.dirname(path), "PC_NAME_MAX")
+    surplus = len(os.fsencode(os.path.basename(path) + longest)) - most
+    if surplus > 0:
+        beside = f" {os.path.basename(path)[:8]}...{longest} has to stand beside it, and" if longest else ""
+        raise Refused(
+            option,
+            f"{path}: the name is {surplus} bytes too long.{beside} a name may have {most} bytes there",
+        )
+
+
+def free_bytes(path: str) -> int:
+    """Return the bytes that are free on the file system of C(path)."""
+    free = os.statvfs(path)
+    return free.f_bavail * free.f_frsize
+
+
+def identity(path: str) -> tuple[int, int]:
+    """Return the inode and the generation of what stands at C(path), zeros for nothing.
+
+    A new file often gets the inode that was freed last, but another generation (FS_IOC_GETVERSION); that is 0 where the
+    file system has none, as on tmpfs, and on FUSE, whose servers answer with what their memory happens to hold.
+    """
+    try:
+        found = os.lstat(path)
+    except FileNotFoundError:
+        return 0, 0
+    generation = bytearray(8)
+    if stat.S_ISREG(found.st_mode):
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        try:
+            if not _is_fuse(fd):
+                with contextlib.suppress(OSError):
+                    fcntl.ioctl(fd, FS_IOC_GETVERSION, generation)
+        finally:
+            os.close(fd)
+    return found.st_ino, int.from_bytes(generation, sys.byteorder)
+
+
+def _is_fuse(fd: int) -> bool:
+    status = ctypes.create_string_buffer(STATFS_SIZE)
+    told = ctypes.CDLL(None).fstatfs(ctypes.c_int(fd), status) == 0
+    return told and ctypes.c_long.from_buffer(status).value == FUSE
+
+
+def take_name(image: str, path: str, replaces: tuple[int, int]) -> None:
+    """Give an image its final name. Only the file with the identity C(replaces) may be in its way: it goes."""
+    if replaces[0] and identity(path) == replaces:
+        os.replace(image, path)
+    else:
+        try:
+            claim(image, path)
+        except FileExistsError:
+            if identity(path) != identity(image):
+                raise FileExistsError(errno.EEXIST, "something has appeared there in between", path) from None
+        remove(image)
+    sync_directory(os.path.dirname(path))

@@ -1,0 +1,55 @@
+# Copyright (c) 2026, vmfleet contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Write texts for everybody to read, and read them."""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import os
+import time
+
+from .files import UNFINISHED, set_mode, step
+
+FORGOTTEN = 3600.0
+"""Seconds after which nobody is writing a text any more: its process was killed."""
+
+
+def read_text(path: str) -> str:
+    """Return the content of a text file; empty where there is none."""
+    try:
+        with step(path, "it was read"), open(path, encoding="utf-8", errors="replace") as source:
+            return source.read()
+    except FileNotFoundError:
+        return ""
+
+
+def write_text(path: str, text: str) -> None:
+    """Write a file for everybody to read, onto stable storage, whole or not at all.
+
+    Who reads it meanwhile sees the old one or the new one.
+    """
+    # Collectors look for the ends of file names, and pass over this one.
+    beginning = os.path.join(os.path.dirname(path), f".{os.path.basename(path)}.")
+    _remove_forgotten(f"{glob.escape(beginning)}*{UNFINISHED}")
+    temporary = f"{beginning}{os.getpid()}{UNFINISHED}"
+    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        with step(path, "it was written"), os.fdopen(fd, "w", encoding="utf-8", errors="replace", newline="\n") as sink:
+            sink.write(text)
+            sink.flush()
+            set_mode(temporary, 0o644, sink.fileno())
+            os.fsync(sink.fileno())
+        os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+
+
+def _remove_forgotten(pattern: str) -> None:
+    for path in glob.glob(pattern):
+        # Another process may remove or rename it at this moment.
+        with contextlib.suppress(FileNotFoundError):
+            if os.lstat(path).st_mtime < time.time() - FORGOTTEN:
+                os.unlink(path)
