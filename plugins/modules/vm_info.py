@@ -221,13 +221,13 @@ async def describe(address: Address, places: asyncio.Semaphore, warnings: list[s
             async with Monitor(address) as monitor:
                 vm = await inspect_vm(monitor)
                 agent = await find_agent(monitor)
+            return {"monitor": str(address), "error": "", **vm.as_dict(), "agent": agent}
         except BackupError as error:
             return {"monitor": str(address), "error": str(error)}
         except Exception as error:  # noqa: BLE001
             # A defect of ours that shows with one VM is not to hide the others.
             warnings.append(f"{address}: {traceback.format_exc()}")
             return {"monitor": str(address), "error": f"{address}: {internal(error)}"}
-    return {"monitor": str(address), "error": "", **vm.as_dict(), "agent": agent}
 
 
 async def main_task(module: AnsibleModule) -> dict[str, Any]:

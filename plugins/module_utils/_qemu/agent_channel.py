@@ -25,6 +25,10 @@ PORT_TYPE = "child<virtserialport>"
 
 async def find_agent(monitor: Monitor) -> dict[str, Any] | None:
     """Return the agent channel's C(socket) path, and whether an agent has it open; None where there is no channel."""
+    return await monitor.within(_find_agent(monitor))
+
+
+async def _find_agent(monitor: Monitor) -> dict[str, Any] | None:
     for path in await _ports(monitor):
         name, chardev = await asyncio.gather(
             monitor.execute("qom-get", {"path": path, "property": "name"}),

@@ -21,18 +21,21 @@ from ansible.module_utils.basic import missing_required_lib
 
 from .._common.errors import CommandError, MonitorError, MonitorGone, MonitorTimeout
 from . import connection
+from .answers import VERSION, Odd, check_answer
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Sequence
+    from collections.abc import Awaitable, Sequence
     from types import TracebackType
-    from typing import Any
+    from typing import Any, TypeVar
 
     from ansible.module_utils.basic import AnsibleModule
     from qemu.qmp import Message
 
     from .._host.process import Process
     from .connection import Address
+
+    T = TypeVar("T")
 
 
 QMP_IMPORT_ERROR: str | None = None
@@ -55,6 +58,8 @@ try:
 
         def __init__(self) -> None:
             super().__init__("vmfleet")
+            # Nobody asks for events, and the library would keep all of them.
+            self.events.event_filter = lambda _event: False
             self.unanswered: dict[object, str] = {}
 
         async def _do_recv(self) -> Message:
@@ -80,7 +85,8 @@ try:
                 if "id" not in msg:
                     # The library would drop it, and whoever has asked would wait until the time-out.
                     raise QMPError(f"it does not tell which question it answers: {json.dumps(dict(msg))}")
-                self.unanswered.pop(msg["id"], None)
+                if self.unanswered.pop(str(msg["id"]), None) is None:
+                    raise QMPError(f"it answers a question that nobody has asked: {json.dumps(dict(msg))}")
             return msg
 
 except ImportError:
@@ -88,6 +94,8 @@ except ImportError:
 
 COMMAND_TIMEOUT = 30.0
 """Seconds for one command. Only a blocked main loop (a hung disk or target) comes near it."""
+LOOK_TIMEOUT = 90.0
+"""Seconds for all questions of one look at a VM."""
 _HUNG_UP = (EOFError, OSError, asyncio.TimeoutError)
 """What a conversation ends with when the other side goes."""
 QUOTE_LIMIT = 200
@@ -178,9 +186,10 @@ class Monitor:
         if greeting is None:
             raise MonitorError(f"{self.address}: the monitor sent no greeting")
         try:
-            numbers: Any = greeting.QMP.version["qemu"]
-            return "{:d}.{:d}.{:d}".format(numbers["major"], numbers["minor"], numbers["micro"])
-        except (LookupError, TypeError, ValueError) as error:
+            numbers: Any = greeting.QMP.version.get("qemu")
+            VERSION(numbers)
+            return "{major}.{minor}.{micro}".format(**numbers)
+        except ValueError as error:
             raise self._bad_greeting(QMPError("its greeting tells no version of QEMU")) from error
 
     @property
@@ -194,7 +203,10 @@ class Monitor:
         if not command.startswith(("query-", "qom-")):
             self.commands.append({"execute": command, "arguments": arguments or {}})
         try:
-            return await asyncio.wait_for(client.execute(command, arguments), COMMAND_TIMEOUT)
+            answer = await asyncio.wait_for(client.execute(command, arguments), COMMAND_TIMEOUT)
+            check_answer(command, answer)
+        except Odd as odd:
+            raise self.senseless(command, str(odd)) from None
         except asyncio.TimeoutError:
             raise MonitorTimeout(
                 f"{self.address}: no answer to {command} within {COMMAND_TIMEOUT:g} s: QEMU's main loop is blocked,"
@@ -205,8 +217,21 @@ class Monitor:
         except (ExecInterruptedError, StateError, EOFError, OSError) as error:
             raise await self._ended(client, command) from error
         except QMPError as error:
-            # The answer was read, but not understood: the conversation can go on.
-            raise MonitorError(f"{self.address}: the answer to {command} makes no sense: {quoted(error)}") from error
+            raise self.senseless(command, error) from error
+        return answer
+
+    def senseless(self, command: str, why: object) -> MonitorError:
+        """Return the error for an answer that was read, but tells nothing. The conversation can go on."""
+        return MonitorError(f"{self.address}: the answer to {command} makes no sense: {quoted(why)}")
+
+    async def within(self, looking: Awaitable[T]) -> T:
+        """Look at a VM by many questions, in a time that has an end, however slowly each is answered."""
+        try:
+            return await asyncio.wait_for(looking, LOOK_TIMEOUT)
+        except asyncio.TimeoutError:
+            raise MonitorTimeout(
+                f"{self.address}: QEMU has not told all that was asked within {LOOK_TIMEOUT:g} s: it answers too slowly"
+            ) from None
 
     async def add_fdset(self, fds: Sequence[int], opaque: str) -> int:
         """Hand open files to QEMU as one fdset; returns its id. QEMU needs one fd per access mode that it will use."""
@@ -222,11 +247,7 @@ class Monitor:
             arguments: dict[str, Any] = {"opaque": opaque}
             if fdset is not None:
                 arguments["fdset-id"] = fdset
-            answer = await self.execute("add-fd", arguments)
-            try:
-                fdset = int(answer["fdset-id"])
-            except (LookupError, TypeError, ValueError) as error:
-                raise MonitorError(f"{self.address}: the answer to add-fd names no fdset: {quoted(answer)}") from error
+            fdset = (await self.execute("add-fd", arguments))["fdset-id"]
         if fdset is None:
             raise ValueError("an fdset needs at least one file descriptor")
         return fdset

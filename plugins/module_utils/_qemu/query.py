@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from .._host.process import machine_id
+from .answers import STATISTICS, Odd
 from .jobs import merge_jobs
 from .model import NO_UUID, TARGET_NODE, Bitmap, Disk, Vm, qdev_id
 
@@ -33,12 +34,24 @@ CHILDREN = (10, 1)
 FLAT_DEVICES = (11, 0)
 """The first version whose query-block can leave out the backing files."""
 FILE_DRIVERS = frozenset({"file", "host_device", "host_cdrom"})
+MOST_DISKS = 1000
+DEEPEST = 64
+"""How many nodes there may be between an image and its file: one or two are the rule."""
+MOST_LAYERS = 1 << 20
+"""How many layers all nodes may have together: those of 1,400 layers of one disk. QEMU opens some hundreds."""
 GRAPH_ATTEMPTS = 20
 """How often the block graph is asked for until its parts fit together: once and again is the rule."""
 
 
 async def inspect_vm(monitor: Monitor, name: str = "") -> Vm:
     """Ask a VM for everything that a backup needs to know. C(name) overrules the VM's own name."""
+    try:
+        return await monitor.within(_inspect_vm(monitor, name))
+    except Odd as odd:
+        raise monitor.senseless("query-named-block-nodes", str(odd)) from None
+
+
+async def _inspect_vm(monitor: Monitor, name: str) -> Vm:
     # One after the other would cost a round trip each; QEMU answers them in order.
     named, uuid, status, graph, block_jobs, jobs, fdsets = await asyncio.gather(
         monitor.execute("query-name"),
@@ -90,20 +103,28 @@ class _Graph:
         """Return the filters on top of a node, and the first node below them."""
         path = [node_name]
         while self.nodes[path[-1]]["drv"] in FILTERS and self.below.get(path[-1]) in self.nodes:
-            path.append(self.below[path[-1]])
+            self._descend(path)
         return path
 
     def file_of(self, node_name: str) -> str:
         """Return the file of an image; empty for one that is only a part of a file."""
-        name = node_name
-        while self.below.get(name) in self.nodes and not _is_window(self.nodes[name]):
-            name = self.below[name]
-        return "" if _is_window(self.nodes[name]) else str(self.nodes[name]["file"])
+        path = [node_name]
+        while self.below.get(path[-1]) in self.nodes and not _is_window(self.nodes[path[-1]]):
+            self._descend(path)
+        file = self.nodes[path[-1]]
+        return "" if _is_window(file) else str(file["file"])
+
+    def _descend(self, path: list[str]) -> None:
+        """Add the node below the last one."""
+        path.append(self.below[path[-1]])
+        if len(path) > DEEPEST:
+            raise Odd(f"leads on from node {path[0]} without an end")
 
     def layers(self) -> dict[str, tuple[str, ...]]:
         """Return the layers below each node, top first."""
         direct = {upper: self._layer(lower) for upper, lower in self.backing.items()}
         found: dict[str, tuple[str, ...]] = {}
+        room = MOST_LAYERS
         for start in self.nodes:
             path: list[str] = []
             name = start
@@ -117,6 +138,9 @@ class _Graph:
                     lower = dict.fromkeys((*direct[upper], *found[direct[upper][0]]))
                     lower.pop(upper, None)
                     found[upper] = tuple(lower)
+                    room -= len(lower)
+                    if room < 0:
+                        raise Odd(f"tells of more layers than QEMU can open: {len(lower)} below {upper}")
         return found
 
     def _layer(self, backing: Iterable[str]) -> list[str]:
@@ -150,6 +174,8 @@ async def _query_children(monitor: Monitor, devices_asked: dict[str, Any]) -> tu
     )
     graph = _Graph(devices, {node["node-name"]: node for node in nodes})
     for name, node in graph.nodes.items():
+        if "children" not in node:
+            raise Odd(f"tells no children of {name}")
         for child in node["children"]:
             graph.used.add(child["node-name"])
             if child["child"] == "file":
@@ -173,8 +199,9 @@ async def _query_file_names(monitor: Monitor, devices_asked: dict[str, Any]) -> 
     known = {node["node-name"] for node in nodes}
     if below is None:
         stats = await monitor.execute("query-blockstats", {"query-nodes": True})
-        below = {entry["node-name"]: entry["parent"]["node-name"] for entry in stats if "parent" in entry}
-        known = {entry["node-name"] for entry in stats}
+        named = {entry.get("node-name", ""): entry.get("parent", {}).get("node-name", "") for entry in stats}
+        below = {name: lower for name, lower in named.items() if lower}
+        known = set(named)
     graph = _Graph(devices, {node["node-name"]: node for node in nodes}, below, _backing_by_file_name(nodes, below))
     if any(len(found) != 1 for found in graph.backing.values()):
         # This answer doubles with each filter on the way down, and so is asked for only where it is needed.
@@ -182,7 +209,8 @@ async def _query_file_names(monitor: Monitor, devices_asked: dict[str, Any]) -> 
             upper = device
             while "backing" in upper:
                 lower = upper["backing"]
-                if upper["node-name"] in graph.backing:
+                STATISTICS(lower)
+                if upper.get("node-name") in graph.backing and "node-name" in lower:
                     graph.backing[upper["node-name"]] = [lower["node-name"]]
                 upper = lower
     graph.used.update(below.values(), *graph.backing.values())
@@ -218,10 +246,14 @@ def _backing_by_file_name(nodes: list[dict[str, Any]], below: dict[str, str]) ->
     for node in nodes:
         openers.setdefault(node["image"]["filename"], []).append(node["node-name"])
     backing = {}
+    room = MOST_LAYERS
     for node in nodes:
         # A filter shows what it filters as its backing file.
         if "backing_file" in node and node["drv"] not in FILTERS:
             found = openers.get(node["backing_file"], [])
+            room -= len(found)
+            if room < 0:
+                raise Odd(f"tells of {len(found)} nodes that have {node['backing_file']} open")
             # A format, the filter on top of it and the protocol below it have one file name.
             inner = {node["node-name"], *(below.get(opener) for opener in found)}
             backing[node["node-name"]] = [opener for opener in found if opener not in inner]
@@ -273,6 +305,8 @@ def _disks(graph: _Graph) -> tuple[tuple[Disk, ...], tuple[Disk, ...]]:
         if top not in graph.used and top not in taken and not ours:
             disks.setdefault(node_name, disk_of(node_name, node_name, filters=tuple(filters)))
             taken.update((*filters, node_name))
+    if len(disks) > MOST_DISKS:
+        raise Odd(f"tells of {len(disks)} disks")
     # A file node without a name of its own is left out: its image stands for it, and each layer has one.
     others = (
         disk_of(name, "" if name.startswith("#") else name)

@@ -72,15 +72,17 @@ async def describe_vm(monitor: Monitor, vm: Vm) -> dict[str, Any]:
     C(removed) lists what has been taken out, and so has to be set again by whoever builds the VM again.
     C(command_line) is what QEMU was started with, C(devices) what there is now; null where the process is unknown.
     """
-    machine, bios, kvm, memory, cpus, named, unnamed, chardevs = await asyncio.gather(
-        _ask(monitor, "qom-get", path="/machine", property="type"),
-        _ask(monitor, "qom-get", path="/machine", property="firmware"),
-        _ask(monitor, "query-kvm"),
-        _ask(monitor, "query-memory-size-summary"),
-        _cpus(monitor),
-        _devices(monitor, "/machine/peripheral"),
-        _devices(monitor, "/machine/peripheral-anon"),
-        _ask(monitor, "query-chardev"),
+    machine, bios, kvm, memory, cpus, named, unnamed, chardevs = await monitor.within(
+        asyncio.gather(
+            _ask(monitor, "qom-get", path="/machine", property="type"),
+            _ask(monitor, "qom-get", path="/machine", property="firmware"),
+            _ask(monitor, "query-kvm"),
+            _ask(monitor, "query-memory-size-summary"),
+            _cpus(monitor),
+            _devices(monitor, "/machine/peripheral"),
+            _devices(monitor, "/machine/peripheral-anon"),
+            _ask(monitor, "query-chardev"),
+        )
     )
     arguments = _command_line(vm.process)
     command_line, removed = redact(arguments or [])

@@ -9,11 +9,11 @@ from __future__ import annotations
 import asyncio
 import fcntl
 import os
-from collections.abc import Iterator
+from collections.abc import Awaitable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import CommandError
+from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import CommandError, MonitorError
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.connection import Address
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.query import inspect_vm
 from ansible_collections.vmfleet.backup.tests.unit.plugins.builders import MIB, SIZE, UUID
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from ansible_collections.vmfleet.backup.plugins.module_utils._host.process import Process
     from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.model import Vm
     from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.monitor import Monitor
+
+T = TypeVar("T")
 
 
 class FakeMonitor:
@@ -72,6 +74,12 @@ class FakeMonitor:
         if isinstance(answer, Exception):
             raise answer
         return answer(arguments) if callable(answer) else answer
+
+    async def within(self, looking: Awaitable[T]) -> T:
+        return await looking
+
+    def senseless(self, command: str, why: object) -> MonitorError:
+        return MonitorError(f"{self.address}: the answer to {command} makes no sense: {why}")
 
     async def add_fdset(self, fds: tuple[int, ...], opaque: str) -> int:
         self.passed.append((opaque, [fcntl.fcntl(fd, fcntl.F_GETFL) for fd in fds]))

@@ -298,7 +298,7 @@ class TestConnect:
 
     def test_unix(self, path: str, serve: Callable[..., Server]) -> None:
         serve(lambda _command, _arguments: {"return": {"status": "running"}})
-        monitor, (status,) = converse(f"unix:{path}", "query-status")
+        monitor, (status,) = converse(f"unix:{path}", "query-target")
         assert status == {"status": "running"}
         assert monitor.process == Process.of(os.getpid())
         assert monitor.passes_fds
@@ -307,7 +307,7 @@ class TestConnect:
         listener = resources.enter_context(socket.create_server(("127.0.0.1", 0)))
         server = Server(listener, lambda _command, _arguments: {"return": []}, json.dumps(GREETING).encode() + b"\n")
         resources.callback(server.close)
-        monitor, (jobs,) = converse(f"tcp:127.0.0.1:{listener.getsockname()[1]}", "query-jobs")
+        monitor, (jobs,) = converse(f"tcp:127.0.0.1:{listener.getsockname()[1]}", "query-iothreads")
         assert jobs == []
         assert monitor.process is None
         assert not monitor.passes_fds
@@ -315,7 +315,7 @@ class TestConnect:
     def test_monitor_is_free_for_the_next_one(self, path: str, serve: Callable[..., Server]) -> None:
         serve(lambda _command, _arguments: {"return": 1})
         for _dummy in range(2):
-            assert converse(path, "query-status")[1] == [1]
+            assert converse(path, "query-target")[1] == [1]
 
     def test_full_backlog_is_waited_for(self, path: str, serve: Callable[..., Server], resources: ExitStack) -> None:
         with ExitStack() as others:
@@ -327,12 +327,12 @@ class TestConnect:
             leave = threading.Timer(0.2, others.pop_all().close)
         leave.start()
         resources.callback(leave.join)
-        assert converse(path, "query-status")[1] == [1]
+        assert converse(path, "query-target")[1] == [1]
 
     def test_nothing_is_executed_without_connection(self) -> None:
         monitor = Monitor(Address(path="/run/web01.qmp"))
         with pytest.raises(MonitorError, match=r"^unix:/run/web01\.qmp: not connected$"):
-            asyncio.run(monitor.execute("query-status"))
+            asyncio.run(monitor.execute("query-target"))
 
 
 class TestExecute:
@@ -347,7 +347,7 @@ class TestExecute:
 
     def test_changes_are_recorded_and_queries_are_not(self, path: str, serve: Callable[..., Server]) -> None:
         serve(lambda _command, _arguments: {"return": {}})
-        monitor, _answers = converse(path, "query-status", "qom-list", "stop", "cont")
+        monitor, _answers = converse(path, "query-target", "qom-list-types", "stop", "cont")
         assert monitor.commands == [{"execute": "stop", "arguments": {}}, {"execute": "cont", "arguments": {}}]
 
     def test_refusal(self, path: str, serve: Callable[..., Server]) -> None:
@@ -369,8 +369,8 @@ class TestExecute:
 
         serve(hang)
         try:
-            with pytest.raises(MonitorTimeout, match=r"no answer to query-block within 0\.2 s"):
-                converse(path, "query-block")
+            with pytest.raises(MonitorTimeout, match=r"no answer to query-mice within 0\.2 s"):
+                converse(path, "query-mice")
         finally:
             go_on.set()
 
@@ -439,7 +439,7 @@ class TestExecute:
 
         serve(lambda _command, _arguments: {"return": 1})
         monkeypatch.setattr(Message, "__str__", refuse)
-        assert converse(path, "query-status")[1] == [1]
+        assert converse(path, "query-target")[1] == [1]
 
     def test_set_without_files_is_a_mistake(self) -> None:
         with pytest.raises(ValueError, match="at least one"):
