@@ -100,11 +100,13 @@ from typing import TYPE_CHECKING
 from ansible.module_utils.basic import AnsibleModule
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import run_module
+from ansible_collections.vmfleet.backup.plugins.module_utils._common.fields import DocumentError, load
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.formats import utc_now
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.files import step
-from ansible_collections.vmfleet.backup.plugins.module_utils._host.texts import read_text, write_text
+from ansible_collections.vmfleet.backup.plugins.module_utils._host.texts import write_text
 from ansible_collections.vmfleet.backup.plugins.module_utils._report.html import page
 from ansible_collections.vmfleet.backup.plugins.module_utils._report.html_charts import BARS
+from ansible_collections.vmfleet.backup.plugins.module_utils._report.record import LARGEST_REPORT, parse_report
 from ansible_collections.vmfleet.backup.plugins.module_utils._report.run import Run, collect
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.names import check_set_id
 
@@ -132,10 +134,11 @@ def locked(directory: str, check_mode: bool) -> Iterator[None]:
 def read_report(module: AnsibleModule, path: str) -> dict[str, Any] | None:
     """Return a report that is there; None, with a warning, for what is none."""
     try:
-        found: dict[str, Any] = json.loads(read_text(path))
-        if os.path.basename(path) != Run.from_report(found).id + ".json":
-            raise ValueError("the name of the file is another id")
-    except ValueError as error:
+        with step(path, "it was read"), open(path, "rb") as source:
+            found = dict(parse_report(load(source.read(LARGEST_REPORT + 1))))
+        if os.path.basename(path) != found["id"] + ".json":
+            raise DocumentError("the name of the file is another id")
+    except DocumentError as error:
         module.warn(f"{path} is left out: it is no report of this release: {error}")
         return None
     return found
@@ -164,8 +167,8 @@ async def main_task(module: AnsibleModule) -> dict[str, Any]:
             history = [runs[path] for path in ordered]
             write_text(stem + ".json", json.dumps(report, indent=1) + "\n")
             write_text(stem + ".html", page(report, history))
-            newest = json.loads(read_text(ordered[-1]))
-            write_text(os.path.join(directory, "index.html"), page(newest, history))
+            newest = report if ordered[-1] == stem + ".json" else read_report(module, ordered[-1])
+            write_text(os.path.join(directory, "index.html"), page(newest or report, history))
     # A diff of the hypervisors could have thousands of lines.
     diff = {"before": earlier["summary"] if earlier else {}, "after": report["summary"]}
     return {

@@ -131,7 +131,7 @@ def test_leftovers_of_every_kind(vms: Vms, directory: Path) -> None:
     # A VM whose backups have always failed.
     (library.path / "web02").mkdir()
     failed = library.path / "web02" / ".s3.failed.json"
-    times = {"started": "then", "ended": "now"}
+    times = {"started": "2026-11-22T01:00:00Z", "ended": "2026-11-22T01:00:00Z"}
     failure = {"run": "r", "attempt": "a", "id": "s3", "state": "failed", "error": "no room", "schema": 1, **times}
     failed.write_text(json.dumps(failure))
     found = library.info()

@@ -121,9 +121,9 @@ class TestRemoval:
 
     def test_failures_from_before_the_newest_set_are_forgotten(self, library: Library) -> None:
         newest = library.manifest(NAME, "s5")["started"]
-        failure = {"schema": 1, "run": "r", "attempt": "a", "state": "failed", "error": "full", "started": "2020-01-01"}
+        failure = {"schema": 1, "run": "r", "attempt": "a", "state": "failed", "error": "full"}
         for set_id, ended in (("old", "2020-01-02T00:00:00Z"), ("new", newest)):
-            content = json.dumps({**failure, "id": set_id, "ended": ended})
+            content = json.dumps({**failure, "id": set_id, "started": ended, "ended": ended})
             (library.path / NAME / f".{set_id}.failed.json").write_text(content)
         library.prune(keep_last=9)
         assert [path.name for path in (library.path / NAME).glob(".*.failed.json")] == [".new.failed.json"]

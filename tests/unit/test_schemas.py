@@ -52,6 +52,7 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._repository.documen
     VmName,
 )
 from ansible_collections.vmfleet.backup.plugins.module_utils._restore.receipt import Restoration
+from ansible_collections.vmfleet.backup.plugins.module_utils._verify.description import parse_description
 from ansible_collections.vmfleet.backup.tests.harness.reports import a_vm, failed, report, told
 from ansible_collections.vmfleet.backup.tests.unit.plugins.builders import UUID, disk, vm
 from ansible_collections.vmfleet.backup.tests.unit.plugins.doubles import FakeMonitor, monitor, refusal
@@ -339,24 +340,23 @@ def test_repository(tmp_path: Path) -> None:
 
 
 def test_vm_of_which_qemu_tells_all() -> None:
-    strict(load("vm")).validate(
-        describe(
-            **{
-                "query-kvm": {"enabled": True, "present": True},
-                "query-memory-size-summary": {"base-memory": 1 << 30},
-                "query-cpus-fast": [{"qom-path": "/machine/unattached/device[0]"}],
-                "query-chardev": [
-                    {"label": "agent", "filename": "unix:/run/web01.qga,server=on", "frontend-open": True}
-                ],
-                "qom-get": "pc-q35-7.2-machine",
-                "qom-list": [{"name": "vd0", "type": "child<virtio-blk-pci>"}],
-            }
-        )
+    told = describe(
+        **{
+            "query-kvm": {"enabled": True, "present": True},
+            "query-memory-size-summary": {"base-memory": 1 << 30},
+            "query-cpus-fast": [{"qom-path": "/machine/unattached/device[0]"}],
+            "query-chardev": [{"label": "agent", "filename": "unix:/run/web01.qga,server=on", "frontend-open": True}],
+            "qom-get": "pc-q35-7.2-machine",
+            "qom-list": [{"name": "vd0", "type": "child<virtio-blk-pci>"}],
+        }
     )
+    strict(load("vm")).validate(told)
+    assert parse_description(json.dumps(told).encode()) == told
 
 
 def test_vm_of_which_qemu_tells_nothing() -> None:
     strict(load("vm")).validate(describe())
+    assert parse_description(json.dumps(describe()).encode()) == describe()
 
 
 def test_report() -> None:

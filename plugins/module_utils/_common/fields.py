@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, ClassVar, TypeVar
 from .formats import SCHEMA, Word
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Mapping
     from typing import Any
 
 T = TypeVar("T")
@@ -70,21 +70,29 @@ class Text(FieldRule):
         self._fits = re.compile(pattern).fullmatch if pattern else None
 
     def read(self, value: Any) -> str:
-        if type(value) is str and self.least <= len(value) <= self.most and (not self._fits or self._fits(value)):
+        if isinstance(value, str) and self.least <= len(value) <= self.most and (not self._fits or self._fits(value)):
             return value
         raise self.refuse(value)
 
 
+TIME_PATTERN = r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}(\.[0-9]{3})?Z"
+TIME_FORM = re.compile(TIME_PATTERN)
+
+
 class Time(FieldRule):
-    """A time in UTC (ISO 8601), as utc_now() writes it."""
+    """A time in UTC (ISO 8601), as utc_now() writes it; or nothing, where it may be C(empty)."""
 
     what = "a time, such as 2026-11-22T01:30:00Z"
-    pattern = r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}(\.[0-9]{3})?Z"
-    _fits = re.compile(pattern).fullmatch
+
+    def __init__(self, empty: bool = False) -> None:
+        self.empty = empty
+        self.pattern = f"({TIME_PATTERN})?" if empty else TIME_PATTERN
 
     def read(self, value: Any) -> str:
+        if self.empty and value == "":
+            return ""
         try:
-            if type(value) is str and self._fits(value):
+            if isinstance(value, str) and TIME_FORM.fullmatch(value):
                 datetime.fromisoformat(value[:-1])
                 return value
         except ValueError:
@@ -101,7 +109,7 @@ class Whole(FieldRule):
 
     def read(self, value: Any) -> int:
         # True is an int, too.
-        if type(value) is not int or not self.least <= value < self.below:
+        if not isinstance(value, int) or isinstance(value, bool) or not self.least <= value < self.below:
             raise self.refuse(value)
         return value
 
@@ -112,9 +120,9 @@ class Number(FieldRule):
     what = "a number from 0 on"
 
     def read(self, value: Any) -> float:
-        if type(value) not in (float, int) or not 0 <= value < BELOW:
+        if not isinstance(value, (float, int)) or isinstance(value, bool) or not 0 <= value < BELOW:
             raise self.refuse(value)
-        return value  # type: ignore[no-any-return]
+        return value
 
 
 class Flag(FieldRule):
@@ -123,7 +131,7 @@ class Flag(FieldRule):
     what = "true or false"
 
     def read(self, value: Any) -> bool:
-        if type(value) is not bool:
+        if not isinstance(value, bool):
             raise self.refuse(value)
         return value
 
@@ -136,7 +144,7 @@ class OneOf(FieldRule):
         self.what = "one of: {}".format(", ".join(self.words))
 
     def read(self, value: Any) -> str:
-        if type(value) is not str or value not in self.words:
+        if not isinstance(value, str) or value not in self.words:
             raise self.refuse(value)
         return self.words[value]
 
@@ -152,7 +160,7 @@ class Newer(FieldRule):
         self.kind = kind
 
     def read(self, value: Any) -> Any:
-        if type(value) is not str or not self._fits(value):
+        if not isinstance(value, str) or not self._fits(value):
             raise self.refuse(value)
         return self.kind.read(value)
 
@@ -169,17 +177,18 @@ class Maybe(FieldRule):
 
 
 class Several(FieldRule):
-    """A list of C(least) to C(most) entries of another rule, as a tuple."""
+    """A list of C(least) to C(most) entries of another rule, as a tuple, or as it stands in JSON."""
 
-    def __init__(self, rule: FieldRule, least: int = 0, most: int = MANY) -> None:
-        self.rule, self.least, self.most = rule, least, most
+    def __init__(self, rule: FieldRule, least: int = 0, most: int = MANY, plain: bool = False) -> None:
+        self.rule, self.least, self.most, self.plain = rule, least, most, plain
         self.what = f"a list of {least} to {most}"
 
     def read(self, value: Any) -> Any:
-        if type(value) is not list or not self.least <= len(value) <= self.most:
+        if not isinstance(value, list) or not self.least <= len(value) <= self.most:
             raise self.refuse(value)
         read = self.rule.read
-        return tuple([read(one) for one in value])
+        found = [read(one) for one in value]
+        return found if self.plain else tuple(found)
 
 
 class Names(FieldRule):
@@ -188,28 +197,31 @@ class Names(FieldRule):
     what = "a few texts by their names"
 
     def read(self, value: Any) -> dict[str, str]:
-        if type(value) is not dict or len(value) > MANY or not all(type(one) is str for one in value.values()):
+        if not isinstance(value, dict) or len(value) > MANY or not all(isinstance(one, str) for one in value.values()):
             raise self.refuse(value)
         return value
 
 
 class Fields(FieldRule):
-    """A mapping of which some fields are known, each with its rule. It is read as a dict of those that are there."""
+    """A mapping, each of whose fields has a rule. It is read as a dict without others.
+
+    All are C(needed), or else what is missing is left out.
+    """
 
     what = "a mapping"
 
-    def __init__(self, needed: Iterable[str] = (), **rules: FieldRule) -> None:
-        self.needed, self.rules = frozenset(needed), rules
+    def __init__(self, needed: bool = True, **rules: FieldRule) -> None:
+        self.needed, self.rules = needed, rules
 
     def read(self, value: Any) -> dict[str, Any]:
-        if type(value) is not dict:
+        if not isinstance(value, dict):
             raise self.refuse(value)
         name, values = "", {}
         try:
             for name, rule in self.rules.items():
                 if name in value:
                     values[name] = rule.read(value[name])
-                elif name in self.needed:
+                elif self.needed:
                     raise DocumentError("it is missing")
         except DocumentError as error:
             raise DocumentError(f"{name}: {error}") from None
@@ -229,7 +241,7 @@ class Part(FieldRule):
         self._fault = getattr(cls, "fault", None)
 
     def read(self, value: Any) -> Any:
-        if type(value) is not dict:
+        if not isinstance(value, dict):
             raise self.refuse(value)
         name, values = "", {}
         try:
@@ -266,7 +278,6 @@ def part(cls: type[Any]) -> Part:
     return Part(cls)
 
 
-NOTHING_OR = "({})?"
 TOKEN = "[A-Za-z0-9][A-Za-z0-9-]{0,63}"
 """What is drawn by lot, such as an attempt: it becomes a part of names."""
 TEXT = holds(Text())

@@ -12,18 +12,35 @@ from __future__ import annotations
 import ctypes
 import json
 import os
-from dataclasses import asdict, dataclass, field, fields, replace
-from typing import TYPE_CHECKING
+from dataclasses import asdict, dataclass, field, replace
 
 from .._common.errors import BackupError
-from .._common.formats import Word
+from .._common.fields import (
+    BELOW,
+    FLAG,
+    INODE,
+    NAME,
+    NUMBER_OF_SCHEMA,
+    SECONDS,
+    SIZE,
+    TEXT,
+    TIME,
+    TOKEN,
+    Document,
+    Names,
+    OneOf,
+    Several,
+    Text,
+    Time,
+    Whole,
+    holds,
+    load,
+)
+from .._common.formats import SCHEMA, Word
 from .._host.files import claim, remove, step, sync_directory
 from .._host.target_files import identity
 from .._qemu.connection import Origin
-from .request import BitmapMode, Sync
-
-if TYPE_CHECKING:
-    from typing import Any
+from .request import JOB_ID, BitmapMode, Sync
 
 
 class ReceiptPhase(Word):
@@ -39,53 +56,54 @@ class ReceiptPhase(Word):
     """This attempt is given up: its job and its image are to go."""
 
 
-SCHEMA = 1
-SIZE = 4096
-"""Bytes of a record's file: one block."""
+BLOCK = 4096
+"""Bytes of a record's file."""
 AT_FDCWD = -100
 RENAME_EXCHANGE = 2
-WORDS: dict[str, type[Word]] = {"phase": ReceiptPhase, "sync": Sync, "bitmap_mode": BitmapMode}
-"""The fields of a record that are words of a closed list."""
 
 
 @dataclass(frozen=True)
-class Record:
+class Record(Document):
     """One backup of one disk to one target. Times are UTC (ISO 8601), sizes bytes, C(mtime) is in nanoseconds."""
 
-    phase: ReceiptPhase
-    attempt: str
-    job: str
-    vm: str
-    identity: str
-    hypervisor: str
-    process: list[int]
+    phase: ReceiptPhase = field(metadata=holds(OneOf(*ReceiptPhase)))
+    attempt: str = field(metadata=holds(Text("the name of an attempt", pattern=TOKEN)))
+    job: str = field(metadata=holds(Text("the id of a job", pattern=JOB_ID.pattern)))
+    vm: str = field(metadata=TEXT)
+    identity: str = field(metadata=TEXT)
+    hypervisor: str = field(metadata=TEXT)
+    process: tuple[int, ...] = field(metadata=holds(Several(Whole(), most=2)))
     """pid and start time of QEMU; empty over TCP."""
-    device: str
-    sync: Sync
-    bitmap: str
-    bitmap_mode: BitmapMode
-    target: str
-    format: str
-    virtual_size: int
-    started: str
-    guest: str
+    device: str = field(metadata=TEXT)
+    sync: Sync = field(metadata=holds(OneOf(*Sync)))
+    bitmap: str = field(metadata=TEXT)
+    bitmap_mode: BitmapMode = field(metadata=holds(OneOf(*BitmapMode)))
+    target: str = field(metadata=NAME)
+    format: str = field(metadata=TEXT)
+    virtual_size: int = field(metadata=SIZE)
+    started: str = field(metadata=TIME)
+    guest: str = field(metadata=TEXT)
     """The VM's status at the start."""
-    reserved: bool
-    replaces: list[int] = field(default_factory=lambda: [0, 0])
+    reserved: bool = field(metadata=FLAG)
+    replaces: tuple[int, ...] = field(default=(0, 0), metadata=holds(Several(Whole(below=2 * BELOW), 2, 2)))
     """Identity (inode and generation) of the file that stood at the target when this began."""
-    finished: str = ""
-    inode: int = 0
+    finished: str = field(default="", metadata=holds(Time(empty=True)))
+    inode: int = field(default=0, metadata=INODE)
     """The image's, from its creation on; 0 for a block device."""
-    generation: int = 0
-    size: int = 0
-    mtime: int = 0
-    duration: float = 0.0
-    boot: str = ""
+    generation: int = field(default=0, metadata=INODE)
+    size: int = field(default=0, metadata=SIZE)
+    mtime: int = field(default=0, metadata=SIZE)
+    duration: float = field(default=0.0, metadata=SECONDS)
+    boot: str = field(default="", metadata=TEXT)
     """The boot of the machine; this and the next two are missing in what version 0.1.0 wrote."""
-    monitor: str = ""
-    spaces: dict[str, str] = field(default_factory=dict)
+    monitor: str = field(default="", metadata=TEXT)
+    spaces: dict[str, str] = field(default_factory=dict, metadata=holds(Names()))
     """The name spaces in which C(process) and C(monitor) mean what they say."""
-    schema: int = field(default=SCHEMA)
+    schema: int = field(default=SCHEMA, metadata=NUMBER_OF_SCHEMA)
+
+    def fault(self) -> str:
+        """Return what does not go together."""
+        return "process: half of it is missing" if len(self.process) == 1 else ""
 
     @property
     def whole(self) -> bool:
@@ -95,7 +113,7 @@ class Record:
     @property
     def origin(self) -> Origin:
         """Which QEMU it was begun with."""
-        return Origin(self.identity, self.monitor, tuple(self.process), self.spaces)
+        return Origin(self.identity, self.monitor, self.process, self.spaces)
 
     @property
     def consumes_bitmap(self) -> bool:
@@ -132,25 +150,11 @@ def record_path(receipt: str) -> str:
 def read(path: str) -> Record | None:
     """Read a record or receipt; None where there is none. Raises BackupError where it is not one of ours."""
     try:
-        with open(path, encoding="utf-8") as source:
-            found = json.load(source)
+        with open(path, "rb") as source:
+            return Record.parse(load(source.read(Record.MOST + 1)))
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        raise _unreadable(path, str(error)) from error
-    return _parse(path, found)
-
-
-def _parse(path: str, found: Any) -> Record:
-    names = {entry.name for entry in fields(Record)}
-    if not isinstance(found, dict) or not isinstance(found.get("schema"), int):
-        raise _unreadable(path, "it has no schema number")
-    if found["schema"] > SCHEMA:
-        raise _unreadable(path, f"its schema {found['schema']} is newer than this collection; update vmfleet.backup")
-    try:
-        known: dict[str, Any] = {name: value for name, value in found.items() if name in names}
-        return Record(**{**known, **{name: word.read(known[name]) for name, word in WORDS.items() if name in known}})
-    except TypeError as error:
         raise _unreadable(path, str(error)) from error
 
 
@@ -227,7 +231,7 @@ def _write(spare: str, record: Record) -> int:
     fd = os.open(spare, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
         # Always of one size, so that the next one fits into the same blocks.
-        content = text.encode("utf-8", "surrogateescape").ljust(SIZE - 1) + b"\n"
+        content = text.encode("utf-8", "surrogateescape").ljust(BLOCK - 1) + b"\n"
         with step(spare, "the record of the backup was written"):
             os.pwrite(fd, content, 0)
             os.ftruncate(fd, len(content))

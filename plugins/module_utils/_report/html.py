@@ -16,7 +16,7 @@ from .._common.formats import human
 from .html_charts import charts
 from .html_style import STYLE
 from .html_text import counted, label, moment, rate, span, text
-from .run import HypervisorState
+from .record import HypervisorState
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence

@@ -9,24 +9,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from .._backup.outcome import VmState
-from .._common.formats import Word, parse_time
+from .._common.fields import DocumentError
+from .._common.formats import SCHEMA, parse_time
+from .record import RECORD, HypervisorState
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping
     from typing import Any
 
 
-class HypervisorState(Word):
-    """What is known of a hypervisor in a run."""
-
-    REPORTED = "reported"
-    UNREACHED = "failed"
-    """It has reported nothing, and will not."""
-    WAITING = "waiting"
-    """It may still report."""
-
-
-SCHEMA = 1
 NO_REASON = "it has told nothing: it could not be reached, or has failed before its VMs; the output of the run says why"
 BLANK: dict[str, Any] = {"repository": "", "id": "", "written": "", "error": "", "vms": []}
 """Stands for the record of a hypervisor that has reported nothing."""
@@ -45,23 +36,16 @@ class Run:
 
     @classmethod
     def from_report(cls, report: Mapping[str, Any]) -> Run:
-        """Return the run of a report. ValueError where it is no report of a run."""
-        try:
-            found = report["summary"]
-            run = cls(
-                report["id"],
-                found["began"] or report["written"],
-                found["vms"],
-                found["failed"] + found["cancelled"] + found["hypervisors_failed"],
-                found["bytes"],
-                float(found["seconds"]),
-            )
-            parse_time(run.began)
-            if report["schema"] != SCHEMA or min(run.vms, run.bad, run.bytes, run.seconds) < 0:
-                raise ValueError(f"schema {report['schema']}")
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{error!r}") from error
-        return run
+        """Return the run of a report, as parse_report() returns it."""
+        found = report["summary"]
+        return cls(
+            report["id"],
+            found["began"] or report["written"],
+            found["vms"],
+            found["failed"] + found["cancelled"] + found["hypervisors_failed"],
+            found["bytes"],
+            float(found["seconds"]),
+        )
 
 
 def collect(
@@ -81,7 +65,7 @@ def collect(
     for name, record in records.items():
         blank = {"name": name, "state": HypervisorState.WAITING, **BLANK}
         if record:
-            found.append({**blank, **{field: record[field] for field in BLANK}, "state": HypervisorState.REPORTED})
+            found.append({**blank, **_checked(record)})
         elif name in pending and not errors.get(name):
             found.append(earlier.get(name, blank))
         else:
@@ -90,6 +74,14 @@ def collect(
             )
     found += [one for name, one in earlier.items() if name not in records]
     return {"schema": SCHEMA, "id": set_id, "written": now, "summary": summarize(found), "hypervisors": found}
+
+
+def _checked(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a hypervisor has told, or that it makes no sense: the others' reports do not depend on it."""
+    try:
+        return {**RECORD.read(record), "state": HypervisorState.REPORTED}
+    except DocumentError as error:
+        return {"state": HypervisorState.UNREACHED, "error": f"what it has told cannot be used: {error}"}
 
 
 def summarize(hypervisors: Iterable[Mapping[str, Any]]) -> dict[str, Any]:

@@ -63,7 +63,8 @@ class Phase(Word):
 
 LARGE = 1 << 22
 """Bytes of the largest document that speaks of disks: of sixty with a hundred layers each."""
-SET_ID = holds(Text("an id of a set", pattern=r"(?!.*\.\.)[A-Za-z0-9][A-Za-z0-9._-]{0,63}"))
+ID_PATTERN = r"(?!.*\.\.)[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
+SET_ID = holds(Text("an id of a set", pattern=ID_PATTERN))
 ATTEMPT = holds(Text("the name of an attempt", pattern=TOKEN))
 ATTEMPT_OR_NONE = holds(Text("the name of an attempt", pattern=f"({TOKEN})?"))
 UUID = holds(Text("a uuid", pattern="[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}"))

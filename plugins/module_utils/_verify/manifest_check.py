@@ -5,14 +5,14 @@
 
 from __future__ import annotations
 
-import json
 import os
 from typing import TYPE_CHECKING
 
 from .._common.errors import BackupError
-from .._common.formats import SCHEMA
 from .._repository.annotation_documents import Depth
+from .._repository.documents import LARGE
 from .._repository.repository import DESCRIPTION, INTENT, MANIFEST, UNFINISHED
+from .description import parse_description
 from .model import REMEDY, Finding
 
 if TYPE_CHECKING:
@@ -70,13 +70,8 @@ def _bad_description(repository: Repository, manifest: Manifest) -> list[str]:
 
 def read_description(repository: Repository, manifest: Manifest) -> dict[str, Any]:
     """Return what C(vm.json) of a set says. OSError or ValueError where it cannot be read."""
-    with open(_description_path(repository, manifest), encoding="utf-8") as source:
-        found = json.load(source)
-    if not isinstance(found, dict) or not isinstance(found.get("schema"), int):
-        raise ValueError("it has no schema number")
-    if found["schema"] > SCHEMA:
-        raise ValueError("its schema {} is newer than this collection".format(found["schema"]))
-    return found
+    with open(_description_path(repository, manifest), "rb") as source:
+        return parse_description(source.read(LARGE + 1))
 
 
 def _description_path(repository: Repository, manifest: Manifest) -> str:

@@ -14,7 +14,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup.receipt import WORDS, Record
+from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup.receipt import ReceiptPhase, Record
+from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup.request import BitmapMode, Sync
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.process import Hypervisor, Process, machine_id
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.model import Bitmap, Disk, Job, Vm
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository import staging
@@ -117,7 +118,7 @@ def record(**values: Any) -> Record:
         "vm": "web01",
         "identity": UUID,
         "hypervisor": machine_id(),
-        "process": [],
+        "process": (),
         "device": "drive0",
         "sync": "full",
         "bitmap": "",
@@ -130,7 +131,8 @@ def record(**values: Any) -> Record:
         "reserved": False,
         **values,
     }
-    return Record(**{**given, **{name: word(given[name]) for name, word in WORDS.items()}})
+    words = {"phase": ReceiptPhase, "sync": Sync, "bitmap_mode": BitmapMode}
+    return Record(**{**given, **{name: word(given[name]) for name, word in words.items()}})
 
 
 def parent(set_id: str = "s1", **values: Any) -> Parent:

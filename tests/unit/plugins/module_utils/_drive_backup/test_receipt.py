@@ -38,7 +38,7 @@ def with_spare(path: str) -> set[str]:
 
 class TestCreate:
     def test_what_is_written_is_read(self, path: str) -> None:
-        written = record(reserved=True, process=[4711, 99], phase=ReceiptPhase.PREPARING)
+        written = record(reserved=True, process=(4711, 99), phase=ReceiptPhase.PREPARING)
         drive_backup_receipt.create(path, written)
         assert drive_backup_receipt.read(path) == written
         assert names(path) == with_spare(path)
@@ -173,7 +173,9 @@ def test_image_is_whole_when_it_is_copied(phase: str) -> None:
         ({"schema": 2}, "its schema 2 is newer than this collection; update vmfleet.backup"),
         ({"schema": "1"}, "it has no schema number"),
         ({"schema": None}, "it has no schema number"),
-        ({"phase": None}, "missing 1 required positional argument"),
+        ({"phase": None}, "phase: it is missing"),
+        ({"phase": "done"}, "phase: 'done' is not one of: preparing, "),
+        ({"process": [4711]}, "process: half of it is missing"),
     ],
 )
 def test_record_of_another_kind_is_refused(change: dict[str, Any], reason: str, path: str) -> None:

@@ -46,8 +46,8 @@ def examine(drive: Drive, found: Vm, owners: dict[str, str] | None = None) -> Co
     return drive_backup_examine.examine(drive, found, owners or {})
 
 
-def marks(process: Process) -> list[int]:
-    return [process.pid, process.start]
+def marks(process: Process) -> tuple[int, int]:
+    return process.pid, process.start
 
 
 @pytest.fixture
@@ -85,7 +85,7 @@ class TestRecorded:
             pytest.param(
                 {"phase": "preparing"}, {"jobs": (job(JOB),)}, CopyState.RUNNING, "", id="killed right after the start"
             ),
-            pytest.param({"process": []}, {"jobs": (job(JOB),)}, CopyState.RUNNING, "", id="over TCP"),
+            pytest.param({"process": ()}, {"jobs": (job(JOB),)}, CopyState.RUNNING, "", id="over TCP"),
             pytest.param(
                 {}, {"jobs": (job(JOB),), "process": None}, CopyState.RUNNING, "", id="now over TCP, then not"
             ),

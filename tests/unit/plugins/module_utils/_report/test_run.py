@@ -6,8 +6,12 @@
 
 from __future__ import annotations
 
+import json
+from typing import Any
+
 import pytest
 
+from ansible_collections.vmfleet.backup.plugins.module_utils._report.record import parse_report
 from ansible_collections.vmfleet.backup.plugins.module_utils._report.run import NO_REASON, Run, collect, covered
 from ansible_collections.vmfleet.backup.tests.harness.reports import (
     ID,
@@ -92,6 +96,24 @@ def test_what_is_known_of_others_stays_when_a_run_is_repeated() -> None:
     assert found["summary"]["published"] == 3
 
 
+@pytest.mark.parametrize(
+    ("vm", "reason"),
+    [
+        ({**a_vm(), "name": 7}, "vms: name: 7 is not a name"),
+        (a_vm(set=a_set(bytes=float("nan"))), "vms: set: bytes: nan is not a whole number from 0 on"),
+        (a_vm(set=a_set(started="2026-02-30T01:30:00Z")), "vms: set: started: '2026-02-30T01:30:00Z' is not a time"),
+        (a_vm(set={}), "vms: set: id: it is missing"),
+        ({**a_vm(), "state": "<b>"}, "vms: state: '<b>' is not one of: published,"),
+    ],
+)
+def test_an_odd_record_costs_that_hypervisor_only(vm: dict[str, Any], reason: str) -> None:
+    found = report(hv1=told(a_vm()), hv2=told(vm))
+    assert (found["summary"]["published"], found["summary"]["hypervisors_failed"]) == (1, 1)
+    odd = found["hypervisors"][1]
+    assert odd["error"].startswith(f"what it has told cannot be used: {reason}")
+    assert parse_report(json.loads(json.dumps(found))) == found
+
+
 def test_one_that_is_to_come_takes_nothing_away() -> None:
     before = report(hv1=told(a_vm("a")))
     assert collect(ID, NOW, {"hv1": {}}, {}, ["hv1"], before)["hypervisors"] == before["hypervisors"]
@@ -104,6 +126,7 @@ def test_one_that_is_to_come_takes_nothing_away() -> None:
         [],
         {"id": ID},
         {**of_a_fleet(1, 1), "schema": 2},
+        {**of_a_fleet(1, 1), "hypervisors": [{}]},
         {**of_a_fleet(1, 1), "summary": {}},
         {**of_a_fleet(1, 1), "summary": {**of_a_fleet(1, 1)["summary"], "began": "yesterday"}},
         {**of_a_fleet(1, 1), "summary": {**of_a_fleet(1, 1)["summary"], "bytes": -1}},
@@ -112,4 +135,4 @@ def test_one_that_is_to_come_takes_nothing_away() -> None:
 )
 def test_what_is_no_report_is_none(found: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=r"\S"):
-        Run.from_report(found)
+        parse_report(found)

@@ -51,7 +51,7 @@ def test_files_that_do_not_belong_to_a_set(repository: Repository) -> None:
     [
         ("[]", "it has no schema number"),
         ('{"schema": 99}', "its schema 99 is newer than this collection"),
-        ("{", "Expecting property name"),
+        ("{", "it is not JSON: Expecting property name"),
         (None, "No such file or directory"),
     ],
 )

@@ -1,0 +1,58 @@
+# Copyright (c) 2026, vmfleet contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Say what C(vm.json) of a set holds, and read it: it tells how the VM was built."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from .._common.fields import Fields, Flag, Maybe, OneOf, Several, Text, Time, Whole, check_schema, load
+
+if TYPE_CHECKING:
+    from typing import Any
+
+
+LONG_ARGUMENT = 1 << 18
+"""Characters: the kernel takes arguments of 128 KiB (execve(2)), and secrets leave something longer behind."""
+ARGUMENTS = 1 << 16
+DISK = Fields(
+    needed=False,
+    name=Text(),
+    node=Text(),
+    qdev=Text(),
+    device=Text(),
+    driver=Text(),
+    file=Text(),
+    backing_file=Text(),
+    virtual_size=Whole(),
+    read_only=Flag(),
+    removable=Flag(),
+)
+VM = Fields(
+    # What is missing is unknown: one who builds a VM again may leave out what does not matter.
+    needed=False,
+    collection=Text(),
+    taken=Time(),
+    name=Text(),
+    uuid=Text(),
+    qemu=Text(),
+    machine=Maybe(Text()),
+    accelerator=Maybe(OneOf("kvm")),
+    memory=Maybe(Whole()),
+    cpus=Fields(needed=False, count=Whole(), type=Maybe(Text())),
+    firmware=Fields(needed=False, bios=Maybe(Text()), flash=Several(Text(), plain=True)),
+    command_line=Maybe(Several(Text(most=LONG_ARGUMENT), most=ARGUMENTS, plain=True)),
+    disks=Several(DISK, plain=True),
+    devices=Several(Fields(needed=False, id=Text(), type=Text()), plain=True),
+    chardevs=Several(Fields(needed=False, label=Text(), filename=Text()), plain=True),
+    removed=Several(Text(), plain=True),
+    schema=Whole(1),
+)
+
+
+def parse_description(content: bytes) -> dict[str, Any]:
+    """Return what C(vm.json) says, without what a later release has added. DocumentError where it is none."""
+    found = load(content)
+    check_schema(found)
+    return VM.read(found)
