@@ -19,6 +19,9 @@ import pytest
 from ansible_collections.vmfleet.backup.plugins.module_utils._host import lock as host_lock
 from ansible_collections.vmfleet.backup.plugins.module_utils._prune import consolidate, prune
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu import qemu_img
+from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.image_chain import open_chain
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository.catalog import read_catalog
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository.chain import layers
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.repository import open_repository
 from ansible_collections.vmfleet.backup.tests.harness.images import MIB, identical, info, sound
 from ansible_collections.vmfleet.backup.tests.harness.library import NAME, Chain, Library, gate
@@ -28,6 +31,7 @@ from ansible_collections.vmfleet.backup.tests.harness.qemu import wait_until
 if t.TYPE_CHECKING:
     from pathlib import Path
 
+    from ansible_collections.vmfleet.backup.plugins.module_utils._repository.documents import DiskImage
     from ansible_collections.vmfleet.backup.tests.harness.fixtures import Storage, Vms
     from ansible_collections.vmfleet.backup.tests.harness.modules import ModuleProcess
 
@@ -120,17 +124,24 @@ class TestConsolidation:
 
         monkeypatch.setattr(qemu_img, "run", told_run)
         monkeypatch.setattr(os, "posix_fadvise", told_advise)
-        asyncio.run(consolidate._copy_full(str(library.images(NAME, "s2")["drive0"]), str(new), manifest.disks[0]))
-        assert [one for one in done if one != "info"][:3] == ["convert", "forget", "compare"]
+        self.make_full(library, new, manifest.disks[0])
+        assert done[:3] == ["convert", "forget", "compare"]
+
+    def make_full(self, library: Library, new: Path, image: DiskImage) -> DiskImage:
+        """Make a full image of a disk of set s2."""
+        repository = open_repository(str(library.path))
+        catalog = read_catalog(repository, NAME)
+        with open_chain(layers(repository, catalog.chain(catalog.find("s2"), image.name))) as chain:
+            return asyncio.run(consolidate._copy_full(chain, str(new), image))
 
     def test_old_and_new_image_of_one_size_are_told_apart(self, library: Library, directory: Path) -> None:
         repository = open_repository(str(library.path))
         manifest = repository.records(NAME).published("s2")
         assert manifest
         [path, new] = [library.images(NAME, "s2")["drive0"], directory / "new"]
-        size = asyncio.run(consolidate._copy_full(str(path), str(new), manifest.disks[0])).bytes
+        size = self.make_full(library, new, manifest.disks[0]).bytes
         new.unlink()
-        full = asyncio.run(consolidate._copy_full(str(path), str(new), replace(manifest.disks[0], bytes=size)))
+        full = self.make_full(library, new, replace(manifest.disks[0], bytes=size))
         assert full.bytes == new.stat().st_size == size + 65536
         assert full.sha256 == hashlib.sha256(new.read_bytes()).hexdigest()
         assert sound(new)

@@ -15,6 +15,7 @@ from .._host import files, preallocate, target_files
 from .._host.checksum import sha256
 from .._host.files import set_mode
 from .._qemu import qemu_img
+from .._qemu.image_chain import FORMAT, open_chain
 from .._repository import chain
 from .._repository.catalog import CONSOLIDATING_SUFFIX, consolidating_files, read_catalog
 from .._repository.checksums import check_all
@@ -27,6 +28,7 @@ from .retention import read_constraints
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
+    from .._qemu.image_chain import Chain
     from .._repository.catalog import VmCatalog
     from .._repository.documents import DiskImage, Manifest
     from .._repository.repository import Repository
@@ -74,10 +76,12 @@ async def _make_full(repository: Repository, catalog: VmCatalog, manifest: Manif
         # Otherwise a damaged image would get a new checksum that fits.
         raise BackupError("; ".join(errors.values()))
     path = repository.set_image_path(manifest, image)
-    _check_free(repository, await _most_bytes(path, images))
+    with open_chain(chain.layers(repository, images)) as source:
+        _check_free(repository, await _most_bytes(source, images))
     new = os.path.join(repository.directory(catalog.name), f".{manifest.id}.{image.image}{CONSOLIDATING_SUFFIX}")
     try:
-        full = await _copy_full(path, new, image)
+        with open_chain(chain.layers(repository, images)) as source:
+            full = await _copy_full(source, new, image)
         async with repository.lock(catalog.name):
             now = read_catalog(repository, catalog.name)
             there = now.records.published(manifest.id)
@@ -107,14 +111,14 @@ def _reader(catalog: VmCatalog, set_id: str) -> str:
     return ""
 
 
-async def _most_bytes(path: str, images: Sequence[tuple[Manifest, DiskImage]]) -> int:
+async def _most_bytes(source: Chain, images: Sequence[tuple[Manifest, DiskImage]]) -> int:
     """Return the most bytes that a full image of a chain can take."""
     image = images[0][1]
     if all(below.compression == image.compression for _manifest, below in images):
         return sum(below.bytes for _manifest, below in images)
     # With another compression the same content may take more.
     try:
-        return await qemu_img.copy_bytes(path, image.format, image.virtual_size)
+        return await source.copy_bytes(image.virtual_size)
     except ToolError:
         return image.virtual_size
 
@@ -140,15 +144,15 @@ def _flush_and_drop(path: str) -> None:
         os.close(fd)
 
 
-async def _copy_full(path: str, new: str, image: DiskImage) -> DiskImage:
+async def _copy_full(source: Chain, new: str, image: DiskImage) -> DiskImage:
     """Write a full image of the same content to stable storage; return what the manifest is to say of it."""
     os.close(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
-    source = await qemu_img.whole(path, "qcow2")
-    command = qemu_img.convert_command(source, new, "qcow2", compression=image.compression)
-    await qemu_img.run(command, timeout=qemu_img.LONG_TIMEOUT, is_long=True)
+    command = qemu_img.convert_command(source.name, new, FORMAT, compression=image.compression)
+    await qemu_img.run(command, qemu_img.LONG_TIMEOUT, source.fds, is_long=True)
     _flush_and_drop(new)
-    command = qemu_img.compare_command(source, await qemu_img.whole(new, "qcow2"))
-    await qemu_img.run(command, timeout=qemu_img.LONG_TIMEOUT, is_long=True)
+    with open_chain([(os.path.split(new), image.virtual_size, None)]) as copy:
+        command = qemu_img.compare_command(source.name, copy.name)
+        await qemu_img.run(command, qemu_img.LONG_TIMEOUT, source.fds + copy.fds, is_long=True)
     if os.stat(new).st_size == image.bytes:
         # Their sizes must differ: they tell the two apart after a crash. QEMU ignores what follows the last cluster.
         os.truncate(new, image.bytes + qemu_img.CLUSTER)

@@ -23,6 +23,7 @@ from functools import reduce
 from operator import or_
 from typing import TYPE_CHECKING
 
+from .qcow2 import HARMLESS, read_header
 from .qemu_img import CLUSTER, TIMEOUT
 
 if TYPE_CHECKING:
@@ -31,13 +32,7 @@ if TYPE_CHECKING:
     from .model import Disk
 
 
-HEADER = struct.Struct(">4sIQIIQIIQ24xQ")
-"""Magic, version, where the backing file's name is, its length, cluster bits, size, encryption, length of the first
-table, where it is; and, of version 3, what a program has to know to read the image."""
-MAGIC = b"QFI\xfb"
 CLUSTER_BITS = 16
-HARMLESS = 0b1001
-"""Not closed properly (its own counters may be wrong), and another compression than zlib: the tables are as ever."""
 OFFSET = 0x00FF_FFFF_FFFF_FE00
 """The bits of an entry of the first table that tell where the second table is."""
 ENTRIES = CLUSTER // 8
@@ -113,11 +108,10 @@ def _open(stack: contextlib.ExitStack, path: str, size: int) -> _Layer:
     # The path may lead to something else here than where QEMU runs: nothing waits for the other end of a pipe.
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     stack.callback(os.close, fd)
-    magic, version, _at, _length, bits, own_size, encryption, count, start, features = HEADER.unpack(
-        os.pread(fd, HEADER.size, 0)
-    )
-    strange = features & ~HARMLESS if version == 3 else version != 2
-    if magic != MAGIC or strange or bits != CLUSTER_BITS or encryption or own_size != size or count > MOST_TABLES:
+    header = read_header(fd)
+    count, start = header.table
+    strange = header.features & ~HARMLESS or header.encrypted or header.cluster_bits != CLUSTER_BITS
+    if strange or header.size != size or count > MOST_TABLES:
         raise ValueError(path)
     entries = struct.unpack(f">{count}Q", os.pread(fd, 8 * count, start))
     return _Layer(fd, {number: entry & OFFSET for number, entry in enumerate(entries) if entry & OFFSET})

@@ -28,8 +28,6 @@ class NotInstalled(ToolError):
 
 TIMEOUT = 60.0
 """Seconds for one qemu-img command that looks at metadata only; a hung file system is what comes near it."""
-MEASURE_TIMEOUT = 600.0
-"""Seconds for measuring an image: for that the tables of all images of its chain are read."""
 CLUSTER = 65536
 """qcow2's default cluster size, in bytes; a table of this size tells of half a GiB."""
 ALIGNMENT = 4096
@@ -69,35 +67,6 @@ def measure_command(path: str, image_format: str, target_format: str) -> list[st
     return ["qemu-img", "measure", "-U", "--output=json", *_format("-f", image_format), "-O", target_format, "--", path]
 
 
-async def whole(path: str, image_format: str) -> str:
-    """Return the C(json:) name of an image by which a command opens it to read all of it.
-
-    The tables of all its layers are read a cluster at a time, and not the 4 KiB at a time that are good for a guest:
-    QEMU gives a backup of a large disk all of its tables, however little is on the disk.
-    """
-    layers = await run_json([*info_command(path, image_format, shared=True)[:-2], "--backing-chain", "--", path])
-    options: dict[str, Any] = {}
-    for layer in reversed(layers):
-        tables = min(layer.get("cluster-size", 0), CLUSTER) if layer["format"] == "qcow2" else 0
-        below = {"backing": options} if options else {}
-        options = {"l2-cache-entry-size": tables, **below} if tables else below
-    return "json:" + json.dumps({**options, "driver": image_format, "file": {"driver": "file", "filename": path}})
-
-
-async def copy_bytes(path: str, image_format: str, size: int) -> int:
-    """Return the most that a qcow2 copy of an image takes, with all that it builds on; C(size) is the disk's, in bytes.
-
-    C(qemu-img measure) counts the tables of a disk that is full, 10 GiB for one of 64 TiB: a copy has those only that
-    tell of data, in the worst case one for each cluster.
-    """
-    command = measure_command(await whole(path, image_format), "", "qcow2")
-    measured = await run_json(command, MEASURE_TIMEOUT)
-    tables = int(measured["fully-allocated"]) - -(-size // CLUSTER) * CLUSTER
-    data = int(measured["required"]) - tables
-    needed = data + data // 1024 + (size >> 26) + 8 * CLUSTER
-    return data + min(tables, needed)
-
-
 def is_aligned(image_format: str, size: int) -> bool:
     """Return whether O_DIRECT can write an image to its end, which is that of the disk in a raw one."""
     return image_format != "raw" or size % ALIGNMENT == 0
@@ -119,7 +88,7 @@ def read_command(source: str, size: int) -> list[str]:
 def convert_command(
     source: str, target: str, target_format: str, onto_device: bool = False, compression: str = "none"
 ) -> list[str]:
-    """Return C(qemu-img convert) of an image, by its whole() name. A device is not made anew, but written onto.
+    """Return C(qemu-img convert) of a chain, by its name. A device is not made anew, but written onto.
 
     Nobody writes to the source, but a QEMU whose VM is paused may still have it open, and locked.
     """
@@ -132,7 +101,7 @@ def convert_command(
 
 
 def compare_command(one: str, other: str) -> list[str]:
-    """Return C(qemu-img compare) of two images, by their whole() names. It fails where a guest sees a difference."""
+    """Return C(qemu-img compare) of two chains, by their names. It fails where a guest sees a difference."""
     return ["qemu-img", "compare", "-U", "--", one, other]
 
 
@@ -151,8 +120,8 @@ async def run(
 ) -> str:
     """Run a command and return what it printed; raises ToolError with the command's own words.
 
-    C(pass_fds) are inherited: a lock given to a command that writes lasts until that command has ended,
-    even where its parent is killed before. A command that C(is_long) ends with its parent instead: nobody needs what it
+    C(pass_fds) are inherited: the images of a chain, or a lock, which lasts until a command that writes has ended, even
+    where its parent is killed before. A command that C(is_long) ends with its parent instead: nobody needs what it
     would go on to write.
     """
     try:
@@ -179,19 +148,27 @@ async def run(
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(process.wait(), 1)
         text = "{}: no end within {:g} s; does its file system hang?".format(" ".join(command), timeout)
-        raise ToolError(_readable(command, text)) from None
+        raise ToolError(_readable(command, text, pass_fds)) from None
     if process.returncode != 0:
         raise ToolError(
-            _readable(command, "{}: {}".format(" ".join(command), errors.decode("utf-8", "replace").strip()))
+            _readable(command, "{}: {}".format(" ".join(command), errors.decode("utf-8", "replace").strip()), pass_fds)
         )
     return output.decode("utf-8", "replace")
 
 
-def _readable(command: list[str], text: str) -> str:
-    """Return a text with paths in place of the C(json:) names that a command was given."""
+def by_descriptor(fd: int) -> str:
+    """Return the name by which a command opens the file of a descriptor that it inherits."""
+    return f"/proc/self/fd/{fd}"
+
+
+def _readable(command: list[str], text: str, fds: tuple[int, ...]) -> str:
+    """Return a text with paths in place of the C(json:) names and descriptors that a command was given."""
     for word in command:
         if word.startswith("json:"):
             text = text.replace(word, _path(word))
+    # The name of the first descriptor may be the beginning of another's.
+    for fd in sorted(fds, reverse=True):
+        text = text.replace(by_descriptor(fd), os.readlink(by_descriptor(fd)))
     return text
 
 
@@ -203,9 +180,9 @@ def _path(name: str) -> str:
         return name
 
 
-async def run_json(command: list[str], timeout: float = TIMEOUT) -> Any:
+async def run_json(command: list[str], timeout: float = TIMEOUT, pass_fds: tuple[int, ...] = ()) -> Any:
     """Run a command that prints JSON."""
-    return json.loads(await run(command, timeout))
+    return json.loads(await run(command, timeout, pass_fds))
 
 
 def require_qemu_img() -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -14,17 +15,22 @@ from .._common.errors import BackupError, Refused, ToolError
 from .._common.formats import human, utc_now
 from .._host import target_files
 from .._host.lock import lock_directory, locked
-from .._qemu import image_lock, qemu_img
+from .._qemu import image_lock
+from .._qemu.image_chain import ImageRefused, open_chain
 from .._repository.annotations import PARTIAL
+from .._repository.catalog import read_catalog
+from .._repository.chain import layers
 from .._repository.checksums import check_all
 from .._repository.repository import UNFINISHED, read_document
 from .model import RECEIPT
 from .receipt import Restoration
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
     from contextlib import AbstractAsyncContextManager
 
+    from .._qemu.image_chain import Chain
+    from .._repository.documents import DiskImage, Manifest
     from .._repository.repository import Repository
     from .model import DiskRestore
 
@@ -146,12 +152,50 @@ async def check_space(repository: Repository, disks: Sequence[DiskRestore]) -> N
 
 async def _copy_bytes(repository: Repository, disk: DiskRestore) -> int:
     """Return the bytes that a copy takes, as a qcow2 image: for raw, qemu-img would count the holes."""
-    path = repository.set_image_path(disk.manifest, disk.image)
     try:
-        return await qemu_img.copy_bytes(path, disk.image.format, disk.image.virtual_size)
+        with open_images(repository, disk) as chain:
+            return await chain.copy_bytes(disk.image.virtual_size)
     except ToolError:
         # A set that cannot be measured is still restored.
         return min(disk.image.virtual_size, sum(image.bytes for _manifest, image in disk.chain))
+
+
+def images(repository: Repository, disk: DiskRestore) -> list[tuple[Manifest, DiskImage]]:
+    """Return the images of a disk as they are now; BackupError where the set is another one, or not whole any more."""
+    vm = disk.manifest.vm.name
+    catalog = read_catalog(repository, vm)
+    there = catalog.records.published(disk.manifest.id)
+    if there is None or there.attempt != disk.manifest.attempt:
+        raise BackupError(f"VM {vm}: set {disk.manifest.id} was removed meanwhile, and cannot be restored any more")
+    # A consolidation makes the chain shorter; the disk reads the same.
+    return catalog.chain(there, disk.name)
+
+
+@contextmanager
+def open_images(repository: Repository, disk: DiskRestore) -> Iterator[Chain]:
+    """Open the images of a disk; ImageRefused where one says that it is something else than its manifest says."""
+    with ExitStack() as stack:
+        while True:
+            found = images(repository, disk)
+            try:
+                chain = stack.enter_context(open_chain(layers(repository, found)))
+                break
+            except (ImageRefused, OSError):
+                # It may have become a full image at this moment, and what it has built on may have gone.
+                if images(repository, disk) == found:
+                    raise
+        yield chain
+
+
+def check_headers(repository: Repository, disks: Sequence[DiskRestore]) -> None:
+    """Raise BackupError where an image of these disks says that it is something else than its manifest says."""
+    for disk in disks:
+        try:
+            with open_images(repository, disk):
+                pass
+        except ImageRefused as error:
+            where = f"VM {disk.manifest.vm.name}, set {disk.manifest.id}, disk {disk.name}"
+            raise BackupError(f"{where}: {error}. Nothing was restored") from error
 
 
 async def check_checksums(repository: Repository, vm: str, disks: Sequence[DiskRestore]) -> None:

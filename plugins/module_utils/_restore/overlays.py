@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from .._common.errors import Refused
 from .._host import files, target_files
 from .._host.process import machine_id
-from .._qemu import qemu_img
+from .._qemu.qcow2 import read_header
 from .._repository.annotations import PARTIAL
 from .._repository.repository import UNFINISHED, read_document
 from .checks import check_unused, lock_target
@@ -63,7 +63,7 @@ async def remove_overlays(
             # A killed restore leaves a pin; what is on the device stays.
             independent += [path] if any(pin.path == path for pin in mine) else []
             continue
-        if _overlay_exists(repository, catalog.name, path) and await _is_independent(path):
+        if _overlay_exists(repository, catalog.name, path) and _is_independent(path):
             independent.append(path)
             continue
         for name in names:
@@ -92,10 +92,15 @@ def _overlay_exists(repository: Repository, vm: str, path: str) -> bool:
     return there
 
 
-async def _is_independent(path: str) -> bool:
+def _is_independent(path: str) -> bool:
     """Return whether an overlay was rebased or streamed, so that all of its content is its own."""
-    found = await qemu_img.run_json(qemu_img.info_command(path, "qcow2", shared=True))
-    return "backing-filename" not in found
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        return read_header(fd).backing is None
+    except ValueError as error:
+        raise Refused("target", f"{path} is no overlay any more: {error}; remove it by hand") from error
+    finally:
+        os.close(fd)
 
 
 async def _remove(repository: Repository, vm: str, path: str, pins: Sequence[Pin], suffixes: Iterable[str]) -> None:

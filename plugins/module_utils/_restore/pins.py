@@ -15,7 +15,7 @@ from .._common.formats import utc_now
 from .._host.process import machine_id
 from .._repository.annotation_documents import Pin
 from .._repository.annotations import read_annotations, remove_annotations, write_annotation
-from .._repository.catalog import read_catalog
+from .checks import images
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterable, Sequence
@@ -53,29 +53,19 @@ async def put_pin(repository: Repository, vm: str, disk: DiskRestore, warnings: 
     pin = make_pin(disk)
     try:
         async with repository.lock(vm):
-            _check_set(repository, vm, disk)
+            images(repository, disk)
             if is_known(pin, read_annotations(repository, vm).pins):
                 return False
             write_annotation(repository, vm, pin)
     except (BackupError, OSError) as error:
         # The set has to be there, with the lock or without.
-        _check_set(repository, vm, disk)
+        images(repository, disk)
         warnings.append(
             f"{repository.path} cannot be written to ({in_words(error)}), and so nobody is told that set {pin.id} is in"
             f" use: do not prune it while {pin.path} is there"
         )
         return False
     return True
-
-
-def _check_set(repository: Repository, vm: str, disk: DiskRestore) -> None:
-    """Raise BackupError where the set is not the same any more, or cannot be read whole."""
-    catalog = read_catalog(repository, vm)
-    there = catalog.records.published(disk.manifest.id)
-    if there is None or there.attempt != disk.manifest.attempt:
-        raise BackupError(f"VM {vm}: set {disk.manifest.id} was removed meanwhile, and cannot be restored any more")
-    # A consolidation makes the chain shorter; the disk reads the same.
-    catalog.chain(there, disk.name)
 
 
 def is_known(pin: Pin, pins: Iterable[Pin]) -> bool:

@@ -23,12 +23,14 @@ from .._repository.repository import write_document
 from .checks import (
     check_checksums,
     check_device,
+    check_headers,
     check_space,
     check_target,
     check_unused,
     is_restored,
     lock_target,
     make_receipt,
+    open_images,
     refuse_collisions,
 )
 from .pins import is_known, make_pin, pinned, put_pin, remove_other_pins
@@ -50,6 +52,7 @@ async def restore(
     waiting = [disk for disk in disks if not is_restored(repository, disk)]
     for disk in waiting:
         check_target(disk, options.overwrite)
+    check_headers(repository, waiting)
     await check_space(repository, [disk for disk in waiting if not (disk.overlay or disk.block_device)])
     if options.checksum and waiting:
         await check_checksums(repository, catalog.name, waiting)
@@ -137,12 +140,12 @@ def _take_name(repository: Repository, disk: DiskRestore, replaces: tuple[int, i
 
 
 async def _copy(repository: Repository, disk: DiskRestore, path: str) -> None:
-    source = await qemu_img.whole(repository.set_image_path(disk.manifest, disk.image), disk.image.format)
-    command = qemu_img.convert_command(source, path, disk.format, disk.block_device)
-    if qemu_img.is_aligned(disk.format, disk.image.virtual_size) and _takes_direct(path):
-        # All of it has to reach stable storage anyway, and others need the page cache.
-        command[2:2] = ["-t", "none"]
-    await qemu_img.run(command, timeout=qemu_img.LONG_TIMEOUT, is_long=True)
+    with open_images(repository, disk) as chain:
+        command = qemu_img.convert_command(chain.name, path, disk.format, disk.block_device)
+        if qemu_img.is_aligned(disk.format, disk.image.virtual_size) and _takes_direct(path):
+            # All of it has to reach stable storage anyway, and others need the page cache.
+            command[2:2] = ["-t", "none"]
+        await qemu_img.run(command, qemu_img.LONG_TIMEOUT, chain.fds, is_long=True)
 
 
 def _takes_direct(path: str) -> bool:
@@ -154,6 +157,9 @@ def _takes_direct(path: str) -> bool:
 
 
 async def _create_overlay(repository: Repository, disk: DiskRestore, path: str) -> None:
+    # Whoever starts a VM on it has QEMU follow the names in the images.
+    with open_images(repository, disk):
+        pass
     backing = (repository.set_image_path(disk.manifest, disk.image), disk.image.format)
     await qemu_img.run(qemu_img.create_command(path, "qcow2", disk.image.virtual_size, backing=backing))
 

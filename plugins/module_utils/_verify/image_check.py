@@ -6,17 +6,20 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from typing import TYPE_CHECKING
 
-from .._common.errors import ToolError
+from .._common.errors import BackupError, ToolError, in_words
 from .._qemu import qemu_img
+from .._qemu.image_chain import Layer, open_chain
 from .._repository.annotation_documents import Depth
+from .._repository.chain import layers
 from .._repository.checksums import check_all
 from .model import REMEDY
 
 if TYPE_CHECKING:
-    from .model import SetCheck, SetImage
+    from collections.abc import Sequence
+
+    from .model import ImageKey, SetCheck, SetImage
     from .run import VerifyRun
 
 
@@ -25,10 +28,22 @@ MAX_COMPLAINTS = 3
 
 
 async def check_checksums(run: VerifyRun, check: SetCheck) -> None:
-    """Compare the images with the checksums in the manifests."""
+    """Compare the images with the checksums in the manifests, and what they say of themselves with the manifests."""
     images = check.images()
     errors = await asyncio.gather(*(_check_checksum(run, one) for one in images.values()))
     check.fail_images(Depth.CHECKSUM, {key: error for key, error in zip(images, errors) if error})
+    layers = _layers(run, check)
+    strange = {key: _check_header(layer) for key, layer in layers.items()}
+    check.fail_images(Depth.CHECKSUM, {key: error for key, error in strange.items() if error})
+
+
+def _layers(run: VerifyRun, check: SetCheck) -> dict[ImageKey, Layer]:
+    """Return what the images of all good chains have to say of themselves, each once."""
+    return {
+        (manifest.id, image.name): Layer(*layer)
+        for steps in check.chains.values()
+        for (manifest, image), layer in zip(steps, layers(run.repository, steps))
+    }
 
 
 async def _check_checksum(run: VerifyRun, one: SetImage) -> str:
@@ -37,67 +52,55 @@ async def _check_checksum(run: VerifyRun, one: SetImage) -> str:
     return "".join(f"{error}; {REMEDY}" for error in errors.values())
 
 
+def _check_header(layer: Layer) -> str:
+    """Return what is wrong with the header of an image; empty where nothing is."""
+    try:
+        with open_chain([layer]):
+            return ""
+    except (BackupError, OSError) as error:
+        return f"{in_words(error)}; {REMEDY}"
+
+
 async def check_images(run: VerifyRun, check: SetCheck) -> None:
     """Check each image alone, and then read each disk whole."""
-    images = check.images()
-    errors = await asyncio.gather(*(_check_image(run, one, _expected_backing(check, one)) for one in images.values()))
-    check.fail_images(Depth.IMAGE, {key: error for key, error in zip(images, errors) if error})
+    found = _layers(run, check)
+    errors = await asyncio.gather(*(_check_image(run, layer) for layer in found.values()))
+    check.fail_images(Depth.IMAGE, {key: error for key, error in zip(found, errors) if error})
     disks = list(check.chains)
-    unreadable = await asyncio.gather(*(_read_disk(run, check.chains[disk][0]) for disk in disks))
+    unreadable = await asyncio.gather(*(_read_disk(run, check.chains[disk]) for disk in disks))
     for disk, error in zip(disks, unreadable):
         if error:
             check.fail(disk, Depth.IMAGE, error)
 
 
-def _expected_backing(check: SetCheck, one: SetImage) -> str | None:
-    """Return the backing file name that an image has to have, None for a full one."""
-    image = one[1]
-    base = check.catalog.records.published(image.parent.id) if image.parent else None
-    below = base.disk(image.name) if base else None
-    return f"../{base.id}/{below.image}" if base and below else None
-
-
-async def _check_image(run: VerifyRun, one: SetImage, backing: str | None) -> str:
+async def _check_image(run: VerifyRun, layer: Layer) -> str:
     """Return what is wrong with one image, the others left aside."""
-    path, image = run.repository.set_image_path(*one), one[1]
     try:
         async with run.processors:
-            # The QEMU that has made a published image may still have it open: all commands ignore locks (-U).
-            told = await qemu_img.run_json(qemu_img.info_command(path, image.format, shared=True))
-            await qemu_img.run(check_command(path, image.format), timeout=qemu_img.LONG_TIMEOUT)
+            with open_chain([layer]) as image:
+                # The QEMU that has made a published image may still have it open: all commands ignore locks (-U).
+                command = ["qemu-img", "check", "-q", "-U", "--", image.name]
+                await qemu_img.run(command, qemu_img.LONG_TIMEOUT, image.fds)
     except ToolError as error:
-        return f"image {path} is damaged: {shorten(str(error))}; {REMEDY}"
-    if told.get("virtual-size") != image.virtual_size:
-        return (
-            f"image {path} is that of another disk: it has {told.get('virtual-size')} bytes, and the disk had"
-            f" {image.virtual_size}; {REMEDY}"
-        )
-    if told.get("backing-filename") != backing:
-        found = told.get("backing-filename") or "nothing"
-        return (
-            f"image {path} is that of another disk or set: it builds on {found}, and should on"
-            f" {backing or 'nothing'}; {REMEDY}"
-        )
+        return f"image {layer.path} is damaged: {shorten(str(error))}; {REMEDY}"
+    except (BackupError, OSError) as error:
+        return f"{in_words(error)}; {REMEDY}"
     return ""
 
 
-async def _read_disk(run: VerifyRun, one: SetImage) -> str:
+async def _read_disk(run: VerifyRun, steps: Sequence[SetImage]) -> str:
     """Read a disk with all images that it is made of, as a restore does."""
-    path, image = run.repository.set_image_path(*one), one[1]
     try:
         async with run.processors:
-            source = await qemu_img.whole(path, image.format)
-            command = qemu_img.read_command(source, image.virtual_size)
-            await qemu_img.run(command, timeout=qemu_img.LONG_TIMEOUT)
+            with open_chain(layers(run.repository, steps)) as chain:
+                command = qemu_img.read_command(chain.name, steps[0][1].virtual_size)
+                await qemu_img.run(command, qemu_img.LONG_TIMEOUT, chain.fds)
     except ToolError as error:
+        path = run.repository.set_image_path(*steps[0])
         return f"image {path} cannot be read whole: {shorten(str(error))}; {REMEDY}"
+    except (BackupError, OSError) as error:
+        return f"{in_words(error)}; {REMEDY}"
     return ""
-
-
-def check_command(path: str, image_format: str) -> list[str]:
-    """Return C(qemu-img check) of one image. What it builds on is not opened: that is checked by itself."""
-    image = {"driver": image_format, "backing": None, "file": {"driver": "file", "filename": path}}
-    return ["qemu-img", "check", "-q", "-U", "--", "json:" + json.dumps(image)]
 
 
 def shorten(text: str) -> str:

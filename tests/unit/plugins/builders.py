@@ -10,6 +10,7 @@ Each takes what matters to the test, and fills in the rest.
 from __future__ import annotations
 
 import os
+import struct
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,8 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._repository.reposit
 
 MIB = 1024 * 1024
 SIZE = 16 * MIB
+IMAGE_BYTES = 1024
+"""The size of an image that qcow2() makes."""
 UUID = "4b1e3cde-4a29-4f1c-9a55-6b6f1b7c2d10"
 WEB01 = VmName("web01", UUID, UUID)
 HERE = Hypervisor("hv1", "machine", "boot")
@@ -214,12 +217,41 @@ def intent(set_id: str = "s1", *images: DiskImage, **values: Any) -> Intent:
     return Intent(**{"id": set_id, **given})
 
 
-def put(repository: Repository, made: Manifest, content: bytes = b"abc") -> Path:
-    """Put a set into a repository as it is, each image with this content; returns its directory."""
+def qcow2(backing: str = "", size: int = SIZE) -> bytes:
+    """Return the header of a qcow2 image, as QEMU 7.2 writes it, and nothing else of one."""
+    fixed = (
+        b"QFI\xfb",
+        3,
+        512 if backing else 0,
+        len(backing),
+        16,
+        size,
+        0,
+        1,
+        196608,
+        65536,
+        1,
+        0,
+        0,
+        0,
+        0,
+        0,
+        4,
+        112,
+    )
+    head = struct.pack(">4sIQIIQIIQQIIQQQQII", *fixed) + bytes(8)
+    if backing:
+        head += struct.pack(">II5s3x", 0xE2792ACA, 5, b"qcow2")
+    return (head.ljust(512, b"\0") + backing.encode()).ljust(IMAGE_BYTES, b"\0")
+
+
+def put(repository: Repository, made: Manifest, content: bytes | None = b"abc") -> Path:
+    """Put a set into a repository as it is, each image with this content or, for none, its header; return its place."""
     directory = Path(repository.set_path(made.vm.name, made.id))
     directory.mkdir(parents=True)
     for disk in made.disks:
-        (directory / disk.image).write_bytes(content)
+        below = f"../{disk.parent.id}/{disk.image}" if disk.parent else ""
+        (directory / disk.image).write_bytes(qcow2(below, disk.virtual_size) if content is None else content)
     write_document(str(directory / MANIFEST), asdict(made))
     return directory
 

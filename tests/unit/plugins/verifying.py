@@ -31,13 +31,13 @@ THEN = "2026-11-23T00:00:00Z"
 
 def image(name: str, below: str | None = None, **more: Any) -> DiskImage:
     """Return a disk's image in a set, as publish() writes it."""
-    return builders.image(name, below, **{"bytes": 7, **more})
+    return builders.image(name, below, **{"bytes": builders.IMAGE_BYTES, **more})
 
 
 def publish(repository: Repository, number: int, *images: DiskImage) -> Manifest:
-    """Put a set into a repository; its images are seven bytes of anything."""
+    """Put a set into a repository; its images are headers."""
     made = manifest(f"s{number}", disks=images, sequence=number, started=THEN, finished=THEN)
-    directory = put(repository, made, b"content")
+    directory = put(repository, made, None)
     (directory / "vm.json").write_text(json.dumps({"schema": 1}))
     return made
 

@@ -19,23 +19,30 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._prune.retention im
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.catalog import read_catalog
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.consolidation import write_note
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.documents import Consolidation, Level
-from ansible_collections.vmfleet.backup.tests.unit.plugins.builders import begin, image, intent, manifest, put
+from ansible_collections.vmfleet.backup.tests.unit.plugins.builders import (
+    IMAGE_BYTES,
+    begin,
+    image,
+    intent,
+    manifest,
+    put,
+)
 
 if TYPE_CHECKING:
     from ansible_collections.vmfleet.backup.plugins.module_utils._repository.documents import Manifest
     from ansible_collections.vmfleet.backup.plugins.module_utils._repository.repository import Repository
 
 VM = "web01"
-INCREMENT = image("vda", "s1", bytes=3)
+INCREMENT = image("vda", "s1", bytes=IMAGE_BYTES)
 FULL = replace(INCREMENT, level=Level.FULL, parent=None, bytes=5)
 
 
 @pytest.fixture
 def increment(repository: Repository) -> Manifest:
     """The second set of a chain."""
-    put(repository, manifest("s1", image(bytes=3)))
+    put(repository, manifest("s1", image(bytes=IMAGE_BYTES)), None)
     made = manifest("s2", INCREMENT, sequence=2)
-    put(repository, made)
+    put(repository, made, None)
     return made
 
 
@@ -79,7 +86,7 @@ def test_a_note_of_another_attempt_says_nothing(repository: Repository, incremen
 
 @pytest.mark.usefixtures("increment")
 def test_no_full_image_is_made_of_a_damaged_one(repository: Repository) -> None:
-    put(repository, manifest("s3", replace(INCREMENT, sha256="0" * 64), sequence=3))
+    put(repository, manifest("s3", replace(INCREMENT, sha256="0" * 64), sequence=3), None)
     decision = RetentionDecision("s3", keep=True, reason="last", consolidate=True)
     errors = asyncio.run(consolidate(repository, read_catalog(repository, VM), [decision]))
     assert list(errors) == ["s3"]

@@ -51,31 +51,6 @@ def test_argument_lists(command: list[str], expected: str) -> None:
     assert command == expected.split()
 
 
-@pytest.mark.parametrize(
-    ("layers", "expected"),
-    [
-        ([("raw", None)], {}),
-        ([("qcow2", 65536)], {"l2-cache-entry-size": 65536}),
-        (
-            [("qcow2", 4096), ("qcow2", 2 << 20), ("raw", None)],
-            {"l2-cache-entry-size": 4096, "backing": {"l2-cache-entry-size": 65536}},
-        ),
-    ],
-)
-def test_tables_of_all_layers_are_read_whole(
-    layers: list[tuple[str, int | None]], expected: dict[str, object], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    async def told(command: list[str]) -> list[dict[str, object]]:
-        assert " ".join(command) == f"qemu-img info --output=json -U -f {layers[0][0]} --backing-chain -- /b/x"
-        return [{"format": fmt, **({"cluster-size": size} if size else {})} for fmt, size in layers]
-
-    monkeypatch.setattr(qemu_img, "run_json", told)
-    kind, name = asyncio.run(qemu_img.whole("/b/x", layers[0][0])).split(":", 1)
-    assert kind == "json"
-    file = {"driver": "file", "filename": "/b/x"}
-    assert json.loads(name) == {**expected, "driver": layers[0][0], "file": file}
-
-
 def shell(script: str) -> list[str]:
     return ["sh", "-c", script]
 
@@ -115,6 +90,16 @@ class TestRun:
         with pytest.raises(ToolError) as failed:
             asyncio.run(qemu_img.run(command))
         assert str(failed.value).endswith(" sh /b/x: qemu-img: Could not open '/b/x'")
+
+    def test_failure_has_paths_and_no_descriptors(self, tmp_path: Path) -> None:
+        files = [(tmp_path / str(number)).open("wb") for number in range(12)]
+        fds = tuple(file.fileno() for file in files)
+        words = " ".join(f"/proc/self/fd/{fd}" for fd in fds)
+        with pytest.raises(ToolError) as failed:
+            asyncio.run(qemu_img.run(shell(f"echo 'Could not open {words}' >&2; exit 1"), pass_fds=fds))
+        assert str(failed.value).endswith("Could not open " + " ".join(file.name for file in files))
+        for file in files:
+            file.close()
 
     @pytest.mark.parametrize(
         "name",
