@@ -88,6 +88,7 @@ options:
     description:
       - Take the SHA-256 of all images of the chains before anything is written, and compare it with the manifests.
       - An overlay is there in an instant without.
+      - What the headers of the images say is compared with the manifests in any case.
     type: bool
     default: true
   state:

@@ -58,9 +58,9 @@ options:
       - V(manifest) reads the manifest and the description of the VM. All images have to be there with the sizes that
         the manifests say, and nothing else.
       - V(checksum) takes the SHA-256 of all images. An image that was made without a checksum is named in
-        RV(results[].note).
-      - V(image) runs C(qemu-img check) on all images, compares the size of the disk and the name of the backing file
-        with the manifest, and reads each disk to its end.
+        RV(results[].note). What the header of an image says has to fit to the manifest, too. That is its format, the
+        size of the disk, and the backing file. It may name no other file, and not be encrypted.
+      - V(image) runs C(qemu-img check) on all images, and reads each disk to its end.
       - V(boot) starts a throwaway VM from the set and waits for a sign of life. It has no network. It writes to
         temporary overlays only, which are removed with it. While it runs, the set is pinned, and
         M(vmfleet.backup.backup_prune) keeps it.

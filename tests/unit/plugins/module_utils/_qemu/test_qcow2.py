@@ -107,22 +107,24 @@ def test_names_that_are_no_text(tmp_path: Path) -> None:
     assert header(image).backing == "\udcff\x1b\ns1/vda.qcow2"
 
 
-def test_whatever_a_header_holds(tmp_path: Path) -> None:
+def test_whatever_a_header_holds() -> None:
     """It is a header, or an error that tells so; nothing else ever comes out of it."""
-    image = tmp_path / "image"
     chance = random.Random(1)
-    ends = Counter()
+    ends: Counter[str] = Counter()
+    fd = os.memfd_create("image")
     for _again in range(2000):
         content = bytearray(qcow2("../s1/vda.qcow2"))
         for _change in range(chance.randint(1, 4)):
             at = chance.choice((chance.randrange(len(content)), chance.choice(range(4, 128, 4))))
             what = chance.choice((chance.randbytes(4), struct.pack(">I", chance.randrange(1 << 16)), b"\xff\xff"))
             content[at : at + len(what)] = what
-        image.write_bytes(content[: chance.choice((len(content), chance.randrange(len(content))))])
+        length = chance.choice((len(content), chance.randrange(len(content))))
+        os.truncate(fd, os.pwrite(fd, content[:length], 0))
         try:
-            header(image)
+            read_header(fd)
             ends["header"] += 1
         except ValueError as error:
             ends[str(error)] += 1
+    os.close(fd)
     assert len(ends) == 3
     assert min(ends.values()) > 100
