@@ -6,7 +6,7 @@
 # ARGS goes to the program behind a target, as in: make unit ARGS="-k plan"
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format sanity unit integration molecule system torture crashes package versions matrix docs bench lock clean
+.PHONY: help demo test lint format sanity unit fuzz integration molecule system torture crashes package versions matrix docs bench lock clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -22,8 +22,9 @@ test: ## Run all the checks below and show a summary
 lint: ## Check style, types, documentation and changelog
 sanity: ## Run ansible-test sanity
 unit: ## Run the tests that need no QEMU
+fuzz: ## Read thousands of odd documents and answers that nobody has thought of, others each time
 docs: ## Build the reference documentation into build/docs
-lint sanity unit docs:
+lint sanity unit fuzz docs:
 	@tools/setup
 	@.venv/bin/python tools/check $@ --arguments="$(ARGS)"
 
