@@ -16,21 +16,11 @@ from collections import Counter
 
 import pytest
 
-from ansible_collections.vmfleet.backup.plugins.module_utils._backup.engine import reconcile
-from ansible_collections.vmfleet.backup.plugins.module_utils._backup.outcome import VmState
-from ansible_collections.vmfleet.backup.plugins.module_utils._backup.run import BackupRun, Settings
-from ansible_collections.vmfleet.backup.plugins.module_utils._host.probe import Watch
-from ansible_collections.vmfleet.backup.plugins.module_utils._host.worker import ThreadedCalls
-from ansible_collections.vmfleet.backup.plugins.module_utils._plan import observe
-from ansible_collections.vmfleet.backup.plugins.module_utils._plan.model import parse_plan
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu import query
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.agent_channel import find_agent
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.connection import parse_address
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.monitor import Monitor
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.query import inspect_vm
-from ansible_collections.vmfleet.backup.plugins.module_utils._repository.access import AsyncRepository
-from ansible_collections.vmfleet.backup.plugins.module_utils._repository.repository import open_repository
-from ansible_collections.vmfleet.backup.tests.harness.backup import wait_concluded
 from ansible_collections.vmfleet.backup.tests.harness.images import MIB, create, layered, patterned, qemu_img, write
 from ansible_collections.vmfleet.backup.tests.harness.modules import fail, succeed
 from ansible_collections.vmfleet.backup.tests.harness.qemu import Disk, Qemu
@@ -242,27 +232,3 @@ def test_the_layers_are_what_qemu_img_makes(directory: Path) -> None:
     images = layered(directory, "a", 5, SIZE)
     told = json.loads(qemu_img("info", "--backing-chain", "--output=json", images[-1]))
     assert [image["filename"] for image in told] == [str(image) for image in reversed(images)]
-
-
-def test_a_set_that_is_copied_is_looked_at_twice(vms: Vms, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Once without the locks, before its images are flushed, and once with them, before it is published."""
-    vm = vms.start(*disks_of(layered(directory, "a", 3, SIZE)[-1]), name="web01")
-    sets = Sets(directory / "repository")
-    plan = sets.plan(vm)["plan"]
-    succeed("backup_set", {"plan": plan, "state": "started"})
-    wait_concluded(vm)
-    looks: list[str] = []
-
-    async def counted(monitor: Monitor, name: str = "") -> Vm:
-        looks.append(name)
-        return await inspect_vm(monitor, name)
-
-    async def finish() -> list[str]:
-        async with ThreadedCalls(Watch(str(sets.path), writing=True)) as calls:
-            repository = AsyncRepository(open_repository(str(sets.path)), calls)
-            run = BackupRun.of(repository, parse_plan(plan), Settings())
-            return [outcome.state for outcome in await reconcile(run)]
-
-    monkeypatch.setattr(observe, "inspect_vm", counted)
-    assert asyncio.run(finish()) == [VmState.PUBLISHED]
-    assert looks == ["web01"] * 2

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
     from .._host.process import Process
     from .._plan.model import Observation, VmPlan
+    from .._qemu.model import Vm
+    from .._repository.documents import Intent
     from .run import BackupRun
 
     Look = Callable[[VmSession, str], Awaitable[Outcome | Pending | None]]
@@ -173,7 +175,9 @@ async def _take_step(run: BackupRun, task: VmTask) -> Outcome | Pending:
         if step in SHARING:
             await finish.share_bandwidth(session)
         if step in CHANGES:
-            return await _change(run, task, session.seen.process, None if session.seen.vm else session.seen)
+            absent = None if session.seen.vm else session.seen
+            flushed = _flushed(session) if step == Step.PUBLISH else None
+            return await _change(run, task, session.seen.process, absent, flushed)
         found = await LOOKS[step](session, reason)
         if found is not None:
             return found
@@ -194,16 +198,31 @@ async def _process_to_start_on(run: BackupRun, task: VmTask) -> Process | None:
 
 
 async def _change(
-    run: BackupRun, task: VmTask, process: Process | None, absent: Observation | None = None
+    run: BackupRun,
+    task: VmTask,
+    process: Process | None,
+    absent: Observation | None = None,
+    flushed: tuple[Vm, Intent] | None = None,
 ) -> Outcome | Pending:
-    """Take the locks, look once more, and do the one thing that is to be done."""
-    async with hold(run, task, process, absent) as held:
+    """Take the locks, look once more, and do the one thing that is to be done.
+
+    For a set that is C(flushed), that is to publish it. Whatever else is found then is looked at once more, in full.
+    """
+    async with hold(run, task, process, absent, flushed) as held:
         if isinstance(held, Pending):
             return held
         _note_attempt(held)
         step, reason = next_step(await _situation(held))
         # What needs no locks is done without them, after another look.
-        return await CHANGES[step](held, reason) if step in CHANGES else AGAIN
+        is_sure = step == Step.PUBLISH if flushed else step in CHANGES
+        return await CHANGES[step](held, reason) if is_sure else AGAIN
+
+
+def _flushed(session: VmSession) -> tuple[Vm, Intent] | None:
+    """Return what is known of a VM whose set is to be published; None where it is to be looked at in full."""
+    vm = session.seen.vm
+    # Targets that are nodes have been closed since.
+    return (vm, session.intent) if vm and not vm.target_nodes else None
 
 
 def _note_attempt(session: VmSession) -> None:

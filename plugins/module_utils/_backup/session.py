@@ -164,11 +164,17 @@ async def observe(run: BackupRun, task: VmTask) -> VmSession:
 
 @asynccontextmanager
 async def hold(
-    run: BackupRun, task: VmTask, process: Process | None, absent: Observation | None = None
+    run: BackupRun,
+    task: VmTask,
+    process: Process | None,
+    absent: Observation | None = None,
+    flushed: tuple[Vm, Intent] | None = None,
 ) -> AsyncIterator[LockedVm | Pending]:
     """Take a VM's locks and look at it once more; give what there is to wait for where that cannot be done.
 
     C(process) is the QEMU that has just answered, where it is known; where none has, C(absent) is what was found.
+    C(flushed) is the VM as it was when the jobs of an attempt were judged whose images are flushed since: as nothing
+    that QEMU shows by now can make that set a bad one, only its jobs are looked at.
     """
     address = parse_address(task.request.monitor)
     async with AsyncExitStack() as stack:
@@ -187,8 +193,12 @@ async def hold(
             # Another QEMU has taken the monitor's place: its lock is another one.
             yield AGAIN
             return
-        found = await observing.observe(task.request, monitor)
-        yield LockedVm(run, task, *await _with_records(run, task, found, damage=True), monitor, lock)
+        if flushed:
+            vm, intent = flushed
+            found = await observing.refresh(task.request, vm, intent.jobs, monitor, judged=True)
+        else:
+            found = await observing.observe(task.request, monitor)
+        yield LockedVm(run, task, *await _with_records(run, task, found, damage=not flushed), monitor, lock)
 
 
 @asynccontextmanager

@@ -60,21 +60,25 @@ async def observe(request: Request, monitor: Monitor | None = None) -> Observati
     return await _ask(request, lambda asked: _inspect(asked, request.name), monitor)
 
 
-async def refresh(request: Request, last: Vm, wanted: Collection[str]) -> Observation:
+async def refresh(
+    request: Request, last: Vm, wanted: Collection[str], monitor: Monitor | None = None, judged: bool = False
+) -> Observation:
     """Ask one VM for what changes while the jobs C(wanted) run; C(last) is what a look has shown.
 
-    When they have ended it is for everything: what they have come to is not told by what was seen before.
+    When they have ended it is for everything: what they have come to is not told by what was seen before, unless that
+    look has C(judged) it. When they are gone it is for everything, too: another VM may have answered.
     """
 
     async def question(monitor: Monitor) -> Vm:
         if monitor.process != last.process:
             return await _inspect(monitor, request.name)
         status, jobs = await asyncio.gather(monitor.execute("query-status"), query_jobs(monitor))
-        if all(job.ended for job in jobs if job.id in wanted):
+        there = [job for job in jobs if job.id in wanted]
+        if not there or (not judged and all(job.ended for job in there)):
             return await _inspect(monitor, request.name)
         return replace(last, status=status["status"], jobs=jobs)
 
-    return await _ask(request, question)
+    return await _ask(request, question, monitor)
 
 
 async def _ask(
