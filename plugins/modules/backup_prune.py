@@ -153,7 +153,6 @@ text:
   elements: str
 """
 
-import os
 import re
 import sys
 from typing import TYPE_CHECKING
@@ -161,6 +160,7 @@ from typing import TYPE_CHECKING
 from ansible.module_utils.basic import AnsibleModule
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import BackupError, Refused, in_words
+from ansible_collections.vmfleet.backup.plugins.module_utils._host.directory import Directory
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.probe import probe_if_there
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.worker import run_in_worker
 from ansible_collections.vmfleet.backup.plugins.module_utils._prune.prune import PruneOptions, headline, prune
@@ -168,6 +168,7 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._prune.retention im
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.qemu_img import require_qemu_img
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.access import check_writable
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.catalog import vm_names
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository.names import vm_directory
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.repository import open_repository
 
 if TYPE_CHECKING:
@@ -221,7 +222,8 @@ def chosen_vms(repository: Repository, params: dict[str, Any]) -> list[str]:
                 ", ".join(unknown), repository.path, ", ".join(known) or "none"
             ),
         )
-    return [name for name in names if os.path.isdir(repository.directory(name))]
+    with Directory.at(repository.path) as root:
+        return [name for name in names if root.status(vm_directory(name))]
 
 
 async def prune_all(

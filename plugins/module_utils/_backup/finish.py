@@ -14,6 +14,7 @@ from .._common.errors import BackupError, MonitorError, RepositoryHangs, in_word
 from .._common.formats import boottime, utc_now
 from .._host import preallocate
 from .._host.checksum import sha256
+from .._host.directory import Directory
 from .._plan.observe import short_of_space
 from .._qemu import block_jobs
 from .._qemu.connection import parse_address
@@ -190,11 +191,16 @@ async def _finish_images(run: BackupRun, intent: Intent) -> tuple[DiskImage, ...
 
 def finish_image(path: str, disk: StagedDisk, checksum: bool, held: int | None = None) -> DiskImage:
     """Bring one image onto stable storage. C(held) is an fd of it from before its job, where there is one."""
-    if os.stat(path).st_ino != disk.inode:
-        raise BackupError(f"disk {disk.image.name}: {path} is not the file that the backup was started with")
-    status = preallocate.flush(path, held)
-    # Without such an fd, only the disk itself can tell that everything has arrived.
-    digest = sha256(path) if checksum or held is None else None
+    with Directory.at(*os.path.split(os.path.dirname(path))) as staging:
+        fd = staging.open(os.path.basename(path), os.O_RDWR)
+    try:
+        if os.fstat(fd).st_ino != disk.inode:
+            raise BackupError(f"disk {disk.image.name}: {path} is not the file that the backup was started with")
+        status = preallocate.flush_open(path, fd, held)
+        # Without such an fd, only the disk itself can tell that everything has arrived.
+        digest = sha256(path, fd) if checksum or held is None else None
+    finally:
+        os.close(fd)
     return replace(disk.image, bytes=status.st_size, sha256=digest if checksum else None)
 
 

@@ -224,7 +224,7 @@ class OpenImages:
 
     def open(self, path: str, direct: bool) -> int:
         """Open an image, and return its inode. C(direct) says that it does not grow in the page cache."""
-        self._fds[path] = fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        self._fds[path] = fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
         if not direct:
             self._writebacks[path] = preallocate.Writeback(fd)
         return os.fstat(fd).st_ino

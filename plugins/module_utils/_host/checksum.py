@@ -13,18 +13,20 @@ from .files import step
 READ_SIZE = 1 << 20
 
 
-def sha256(path: str) -> str:
-    """Return the checksum of what is on the disk. The page cache is neither asked nor filled.
+def sha256(path: str, fd: int) -> str:
+    """Return the checksum of what is on the disk, of the file at C(path) that C(fd) stands for, from its beginning.
 
-    What a hypervisor has in its memory is worth more than a backup that nobody reads again today.
+    The page cache is neither asked nor filled: what a hypervisor has in its memory is worth more than a backup that
+    nobody reads again today.
     """
     digest = hashlib.sha256()
     piece = memoryview(bytearray(READ_SIZE))
-    with step(path, "its checksum was taken"), open(path, "rb", buffering=0) as image:
-        os.posix_fadvise(image.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    with step(path, "its checksum was taken"), open(fd, "rb", buffering=0, closefd=False) as image:
+        image.seek(0)
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
         while True:
             count = image.readinto(piece)
             if not count:
                 return digest.hexdigest()
             digest.update(piece[:count])
-            os.posix_fadvise(image.fileno(), 0, image.tell(), os.POSIX_FADV_DONTNEED)
+            os.posix_fadvise(fd, 0, image.tell(), os.POSIX_FADV_DONTNEED)

@@ -40,6 +40,10 @@ class WrongEntry(BackupError):
     """Something else stands at a place than what belongs there, or more than can belong there."""
 
 
+class LinkedEntry(WrongEntry):
+    """A symbolic link stands there: what belongs there may be elsewhere."""
+
+
 class Directory:
     """An open directory. A name is that of an entry in it; errors tell the whole path. A context, which closes it."""
 
@@ -110,15 +114,15 @@ class Directory:
     def wrong(self, name: str, wanted: str) -> WrongEntry:
         """Return the error of an entry that is not C(wanted), with what it is."""
         found = self.status(name)
-        path = self.join(name)
         kind = KINDS.get(stat.S_IFMT(found.st_mode), "something unknown") if found else "gone by now"
         if found and stat.S_ISLNK(found.st_mode):
             # Nobody reads it but people.
-            kind += f" to {os.readlink(name, dir_fd=self.fd)}"
-            remedy = "links are not followed here: move what it stands for back to this place, or mount it here"
-        else:
-            remedy = "it does not belong there: move it away"
-        return WrongEntry(f"{path} is {kind}, and not {wanted}; {remedy}")
+            there = os.readlink(name, dir_fd=self.fd)
+            return LinkedEntry(
+                f"{self.join(name)} is {kind} to {there}, and not {wanted}; links are not followed here: move what it"
+                " stands for back to this place, or mount it here"
+            )
+        return WrongEntry(f"{self.join(name)} is {kind}, and not {wanted}; it does not belong there: move it away")
 
     # To read
 
@@ -172,6 +176,9 @@ class Directory:
     def write(self, name: str, content: bytes, mode: int = 0o600) -> None:
         """Write a file onto stable storage, whole or not at all, in place of the one that is there, or of a link."""
         temporary = _checked(self, name) + UNFINISHED
+        for each in (temporary, name):
+            if self.is_directory(each):
+                raise self.wrong(each, "a file")
         self.remove(temporary)
         with step(self.join(name), "it was written"), self._telling(name):
             fd = _open(self, temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL)

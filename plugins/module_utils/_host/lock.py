@@ -6,15 +6,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import fcntl
 import json
 import os
 import stat
 import time
-from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
 from .._common.errors import BackupError
+from .directory import Directory
 from .files import AT_ONCE, step
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ def lock_directory() -> str:
     )
 
 
-@asynccontextmanager
+@contextlib.asynccontextmanager
 async def locked(
     path: str, holder_of: str, timeout: float = TIMEOUT, calls: DirectCalls = AT_ONCE
 ) -> AsyncIterator[int]:
@@ -78,9 +79,14 @@ async def locked(
 
 
 def _open(path: str) -> tuple[int, bool]:
-    """Open the file of a lock, and try to take it at once."""
-    os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    """Open the file of a lock, and try to take it at once. Its directory is made where it is missing."""
+    parent, name = os.path.split(path)
+    above, own = os.path.split(parent)
+    with Directory.at(above) as place:
+        with contextlib.suppress(FileExistsError):
+            place.make(own)
+        with place.directory(own) as directory:
+            fd = directory.open(name, os.O_RDWR | os.O_CREAT)
     try:
         with step(path, "its lock was taken"):
             return fd, _take(fd)

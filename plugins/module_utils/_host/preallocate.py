@@ -60,17 +60,23 @@ def flush(path: str, held: int | None = None) -> os.stat_result:
     a file descriptor of the image from before the job, where this process has one.
     """
     with step(path, "it was brought to stable storage"):
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        return flush_open(path, fd, held)
+    finally:
+        os.close(fd)
+
+
+def flush_open(path: str, fd: int, held: int | None = None) -> os.stat_result:
+    """Do as flush() does, with an image that is open for writing."""
+    with step(path, "it was brought to stable storage"):
         if held is not None:
             os.fsync(held)
-        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-        try:
-            status = os.fstat(fd)
-            if stat.S_ISREG(status.st_mode):
-                os.ftruncate(fd, status.st_size)
-            os.fsync(fd)
-            return os.fstat(fd)
-        finally:
-            os.close(fd)
+        status = os.fstat(fd)
+        if stat.S_ISREG(status.st_mode):
+            os.ftruncate(fd, status.st_size)
+        os.fsync(fd)
+        return os.fstat(fd)
 
 
 class Writeback:

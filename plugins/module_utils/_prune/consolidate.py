@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from .._common.errors import BackupError, ToolError, after, in_words
 from .._common.formats import human
-from .._host import files, preallocate, target_files
+from .._host import preallocate, target_files
 from .._host.checksum import sha256
 from .._host.files import set_mode
 from .._qemu import qemu_img
@@ -22,12 +22,13 @@ from .._repository.checksums import check_all
 from .._repository.consolidation import remove_note, rewrite_manifest, write_note
 from .._repository.documents import Consolidation, Level
 from .._repository.repository import PUBLISHED_MODE
-from .._repository.staging import outstanding, tidy
+from .._repository.staging import outstanding, remove_file, tidy
 from .retention import read_constraints
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
+    from .._host.directory import Directory
     from .._qemu.image_chain import Chain
     from .._repository.catalog import VmCatalog
     from .._repository.documents import DiskImage, Manifest
@@ -39,9 +40,10 @@ def finish_consolidation(repository: Repository, vm: str) -> None:
     """Finish what a killed process has left, with the VM's lock held."""
     for note in repository.records(vm).notes:
         _finish_manifest(repository, vm, note)
-    for path in consolidating_files(repository, vm):
-        files.remove(path)
-    tidy(repository, vm, "")
+    with repository.opened(vm) as directory:
+        for name in consolidating_files(directory):
+            remove_file(directory, name)
+    tidy(repository, vm)
 
 
 def _finish_manifest(repository: Repository, vm: str, note: Consolidation) -> None:
@@ -78,27 +80,28 @@ async def _make_full(repository: Repository, catalog: VmCatalog, manifest: Manif
     path = repository.set_image_path(manifest, image)
     with open_chain(chain.layers(repository, images)) as source:
         _check_free(repository, await _most_bytes(source, images))
-    new = os.path.join(repository.directory(catalog.name), f".{manifest.id}.{image.image}{CONSOLIDATING_SUFFIX}")
-    try:
-        with open_chain(chain.layers(repository, images)) as source:
-            full = await _copy_full(source, new, image)
-        async with repository.lock(catalog.name):
-            now = read_catalog(repository, catalog.name)
-            there = now.records.published(manifest.id)
-            if there is None or there.attempt != manifest.attempt or there.disk(image.name) != image:
-                raise BackupError("somebody else has changed it meanwhile")
-            reader = _reader(now, manifest.id)
-            if reader:
-                raise BackupError(reader)
-            note = Consolidation(manifest.id, manifest.attempt, full)
-            write_note(repository, catalog.name, note)
-            os.replace(new, path)
-            files.sync_directory(os.path.dirname(path))
-            _finish_manifest(repository, catalog.name, note)
-    except BaseException as error:
-        with after(error):
-            files.remove(new)
-        raise
+    new = f".{manifest.id}.{image.image}{CONSOLIDATING_SUFFIX}"
+    with repository.opened(catalog.name) as directory, directory.directory(manifest.id) as place:
+        try:
+            with open_chain(chain.layers(repository, images)) as source:
+                full = await _copy_full(source, directory, new, image)
+            async with repository.lock(catalog.name):
+                now = read_catalog(repository, catalog.name)
+                there = now.records.published(manifest.id)
+                if there is None or there.attempt != manifest.attempt or there.disk(image.name) != image:
+                    raise BackupError("somebody else has changed it meanwhile")
+                reader = _reader(now, manifest.id)
+                if reader:
+                    raise BackupError(reader)
+                note = Consolidation(manifest.id, manifest.attempt, full)
+                write_note(repository, catalog.name, note)
+                directory.rename(new, image.image, place)
+                place.sync()
+                _finish_manifest(repository, catalog.name, note)
+        except BaseException as error:
+            with after(error):
+                directory.remove(new)
+            raise
 
 
 def _reader(catalog: VmCatalog, set_id: str) -> str:
@@ -134,31 +137,27 @@ def _check_free(repository: Repository, needed: int) -> None:
         )
 
 
-def _flush_and_drop(path: str) -> None:
-    """Flush a file, and drop it from the page cache, so that it is read back from stable storage."""
-    preallocate.flush(path)
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+async def _copy_full(source: Chain, directory: Directory, name: str, image: DiskImage) -> DiskImage:
+    """Write a full image of the same content to stable storage; return what the manifest is to say of it."""
+    new = directory.join(name)
+    fd = directory.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL)
     try:
+        command = qemu_img.convert_command(source.name, new, FORMAT, compression=image.compression)
+        await qemu_img.run(command, qemu_img.LONG_TIMEOUT, source.fds, is_long=True)
+        preallocate.flush_open(new, fd)
+        # It is to be read back from stable storage.
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        with open_chain([(os.path.split(new), image.virtual_size, None)]) as copy:
+            command = qemu_img.compare_command(source.name, copy.name)
+            await qemu_img.run(command, qemu_img.LONG_TIMEOUT, source.fds + copy.fds, is_long=True)
+        if os.fstat(fd).st_size == image.bytes:
+            # Their sizes must differ: they tell the two apart after a crash. QEMU ignores what follows its clusters.
+            os.ftruncate(fd, image.bytes + qemu_img.CLUSTER)
+        status = preallocate.flush_open(new, fd)
+        set_mode(new, PUBLISHED_MODE, fd)
+        digest = sha256(new, fd) if image.sha256 else None
     finally:
         os.close(fd)
-
-
-async def _copy_full(source: Chain, new: str, image: DiskImage) -> DiskImage:
-    """Write a full image of the same content to stable storage; return what the manifest is to say of it."""
-    os.close(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
-    command = qemu_img.convert_command(source.name, new, FORMAT, compression=image.compression)
-    await qemu_img.run(command, qemu_img.LONG_TIMEOUT, source.fds, is_long=True)
-    _flush_and_drop(new)
-    with open_chain([(os.path.split(new), image.virtual_size, None)]) as copy:
-        command = qemu_img.compare_command(source.name, copy.name)
-        await qemu_img.run(command, qemu_img.LONG_TIMEOUT, source.fds + copy.fds, is_long=True)
-    if os.stat(new).st_size == image.bytes:
-        # Their sizes must differ: they tell the two apart after a crash. QEMU ignores what follows the last cluster.
-        os.truncate(new, image.bytes + qemu_img.CLUSTER)
-    status = preallocate.flush(new)
-    set_mode(new, PUBLISHED_MODE)
-    digest = sha256(new) if image.sha256 else None
     return replace(
         image, level=Level.FULL, parent=None, reason="it was consolidated", bytes=status.st_size, sha256=digest
     )

@@ -17,12 +17,11 @@ from typing import TYPE_CHECKING
 
 from .._common.errors import BackupError, Refused
 from .._common.formats import amount, utc_now
-from .._host import files
 from .._host.lock import LockHeld, locked
 from .._repository.annotation_documents import Protection
-from .._repository.annotations import is_read, may_be_there, remove_annotations, write_annotation
+from .._repository.annotations import is_read, remove_annotations, write_annotation
 from .._repository.catalog import read_catalog
-from .._repository.staging import remove_set
+from .._repository.staging import remove_failure, remove_set
 from .consolidate import consolidate, finish_consolidation
 from .retention import decide, read_constraints
 
@@ -193,7 +192,8 @@ def _remove_stale_annotations(repository: Repository, catalog: VmCatalog) -> Non
         *catalog.annotations.protections,
         *catalog.annotations.verifications,
     ]
-    gone = [one for one in annotations if not may_be_there(repository.set_path(catalog.name, one.id))]
+    with repository.opened(catalog.name) as directory:
+        gone = [one for one in annotations if directory.status(one.id) is None]
     remove_annotations(
         repository, catalog.name, [*gone, *(pin for pin in catalog.annotations.pins if not is_read(pin))]
     )
@@ -204,4 +204,4 @@ def _remove_old_failures(repository: Repository, catalog: VmCatalog) -> None:
     newest = catalog.records.sets[-1].started if catalog.records.sets else ""
     for failure in catalog.records.failures:
         if failure.ended < newest:
-            files.remove(repository.failure_path(catalog.name, failure.id))
+            remove_failure(repository, catalog.name, failure)

@@ -14,9 +14,11 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
+from .._common.errors import BackupError
 from .._repository.annotations import is_read
 from .._repository.catalog import start_time
 from .._repository.documents import Level
+from .._repository.repository import FAILED, REMOVED
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -216,7 +218,10 @@ def describe(name: str, decisions: Iterable[RetentionDecision]) -> list[str]:
 
 
 def read_constraints(catalog: VmCatalog, allow_remove_last: bool) -> Constraints:
-    """Return what counts besides the rules, as the repository tells it."""
+    """Return what counts besides the rules, as the repository tells it. BackupError where it cannot tell all."""
+    silent = [reason for name, reason in catalog.odd.items() if name[0] == "." and not name.endswith((FAILED, REMOVED))]
+    if silent:
+        raise BackupError("what keeps its sets cannot be read, and so none is removed: " + "; ".join(silent))
     guarded = {protection.id: "it is protected" for protection in catalog.annotations.protections}
     in_use = {}
     for pin in catalog.annotations.pins:

@@ -8,15 +8,15 @@ Each such call is awaited, and may raise RepositoryHangs.
 
 from __future__ import annotations
 
-import glob
+import contextlib
 import os
 import uuid as uuids
-from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
 from .._common.errors import BackupError
 from .._common.formats import SCHEMA
-from .._host.files import claim, remove, sync_directory
+from .._host.directory import Directory
+from .._host.files import claim
 from . import staging
 from .names import REPOSITORY_FILE
 from .repository import HARMLESS, Repository, open_repository, write_document
@@ -67,23 +67,23 @@ def create_repository(path: str) -> Repository:
     """Make a repository where there is none yet; the one that is there where somebody was first."""
     check_creatable(path)
     os.makedirs(path, mode=0o700, exist_ok=True)
-    marker = os.path.join(path, REPOSITORY_FILE)
-    temporary = os.path.join(path, TEMPORARY + uuids.uuid4().hex)
-    try:
-        write_document(temporary, {"schema": SCHEMA, "uuid": str(uuids.uuid4())})
-        claim(temporary, marker)
-    except (FileExistsError, FileNotFoundError):
-        # Another process was faster, and has removed ours as below.
-        pass
-    remove_half_made(path)
-    sync_directory(path)
+    with Directory.at(path) as root:
+        temporary = TEMPORARY + uuids.uuid4().hex
+        # Another process may be faster, and remove ours as below.
+        with contextlib.suppress(FileExistsError, FileNotFoundError):
+            write_document(root, temporary, {"schema": SCHEMA, "uuid": str(uuids.uuid4())})
+            claim(root.join(temporary), root.join(REPOSITORY_FILE))
+        remove_half_made(path)
+        root.sync()
     return open_repository(path)
 
 
 def remove_half_made(path: str) -> None:
     """Remove what processes have left that died while they made the repository, which is there now."""
-    for leftover in glob.glob(os.path.join(glob.escape(path), TEMPORARY + "*")):
-        remove(leftover)
+    with Directory.at(path) as root:
+        for name in root.names():
+            if name.startswith(TEMPORARY):
+                root.remove(name)
 
 
 def check_writable(path: str) -> None:
@@ -113,7 +113,7 @@ class AsyncRepository:
         """Call a function of the repository, which is its first argument, and return what that returns."""
         return await self.calls.run(function, self._repository, *args, **kwargs)
 
-    @asynccontextmanager
+    @contextlib.asynccontextmanager
     async def lock(self, vm: str) -> AsyncIterator[int]:
         async with self._repository.lock(vm, self.calls) as fd:
             yield fd

@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import hashlib
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from .._host.files import remove, sync_directory
+from .._host.directory import WrongEntry
 from .._host.process import machine_id
 from .annotation_documents import DEPTHS, Depth, Pin, Protection, Verification
 from .repository import read_document, write_document
@@ -38,11 +38,12 @@ PARTIAL = ".partial"
 
 @dataclass(frozen=True)
 class SetAnnotations:
-    """All that is said of the sets of one VM."""
+    """All that is said of the sets of one VM. C(odd) is that of VmRecords, of the annotations."""
 
     protections: tuple[Protection, ...] = ()
     pins: tuple[Pin, ...] = ()
     verifications: tuple[Verification, ...] = ()
+    odd: dict[str, str] = field(default_factory=dict)
 
     def protected(self, set_id: str) -> bool:
         """Return whether a set is protected."""
@@ -63,18 +64,22 @@ class SetAnnotations:
 
 def read_annotations(repository: Repository, vm: str) -> SetAnnotations:
     """Read what is said of the sets of one VM, whether they are still there or not."""
-    directory = repository.directory(vm)
+    kinds: dict[Any, list[Any]] = {Protection: [], Pin: [], Verification: []}
+    odd: dict[str, str] = {}
     try:
-        entries = sorted(entry for entry in os.listdir(directory) if entry.startswith(".") and entry.endswith(SUFFIX))
+        directory = repository.opened(vm)
     except FileNotFoundError:
         return SetAnnotations()
-    kinds: dict[Any, list[Any]] = {Protection: [], Pin: [], Verification: []}
-    for entry in entries:
-        kind = _kind(entry[1 : -len(SUFFIX)])
-        annotation = read_document(os.path.join(directory, entry), kind) if kind else None
-        if annotation:
-            kinds[kind].append(annotation)
-    return SetAnnotations(*(tuple(found) for found in kinds.values()))
+    with directory:
+        for name in directory.names():
+            kind = _kind(name[1 : -len(SUFFIX)]) if name.startswith(".") and name.endswith(SUFFIX) else None
+            if kind:
+                try:
+                    kinds[kind].append(read_document(directory, name, kind))
+                except WrongEntry as error:
+                    odd[name] = str(error)
+    protections, pins, verifications = (tuple(filter(None, found)) for found in kinds.values())
+    return SetAnnotations(protections, pins, verifications, odd)
 
 
 def _kind(stem: str) -> Any:
@@ -103,25 +108,27 @@ def may_be_there(path: str) -> bool:
 
 def write_annotation(repository: Repository, vm: str, annotation: Protection | Pin | Verification) -> None:
     """Write an annotation, in place of the one of its kind."""
-    write_document(annotation_path(repository, vm, annotation), asdict(annotation))
+    with repository.opened(vm) as directory:
+        write_document(directory, annotation_name(annotation), asdict(annotation))
 
 
 def remove_annotations(repository: Repository, vm: str, annotations: Iterable[Protection | Pin | Verification]) -> None:
     """Remove annotations."""
-    for annotation in annotations:
-        remove(annotation_path(repository, vm, annotation))
-    sync_directory(repository.directory(vm))
+    with repository.opened(vm) as directory:
+        for annotation in annotations:
+            directory.remove(annotation_name(annotation))
+        directory.sync()
 
 
-def annotation_path(repository: Repository, vm: str, annotation: Protection | Pin | Verification) -> str:
-    """Return where an annotation stands."""
+def annotation_name(annotation: Protection | Pin | Verification) -> str:
+    """Return the name of an annotation in its VM's directory."""
     if isinstance(annotation, Pin):
         # One overlay has one pin, however often it is made.
         place = f"{annotation.machine_id}:{annotation.path}".encode("utf-8", "surrogateescape")
         suffix = PIN + hashlib.sha256(place).hexdigest()[:8]
     else:
         suffix = PROTECTED if isinstance(annotation, Protection) else VERIFIED
-    return os.path.join(repository.directory(vm), f".{annotation.id}{suffix}{SUFFIX}")
+    return f".{annotation.id}{suffix}{SUFFIX}"
 
 
 def failed_sets(sets: Iterable[Manifest], annotations: SetAnnotations) -> dict[str, str]:

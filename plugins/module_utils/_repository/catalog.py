@@ -5,18 +5,17 @@
 
 from __future__ import annotations
 
-import glob
-import os
+import contextlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from .._common.errors import BackupError, Refused
 from .._common.formats import parse_time
-from .annotations import annotation_path, failed_sets, is_read, read_annotations
+from .._host.directory import Directory
+from .annotations import annotation_name, failed_sets, is_read, read_annotations
 from .chain import broken_images, walk
-from .documents import Intent
 from .names import vm_directory
-from .repository import FAILED, HARMLESS, INTENT, STAGING, read_document
+from .repository import FAILED, HARMLESS, LOCK, STAGING, failure_name, note_name, read_intents, staging_name
 from .staging import litter
 
 if TYPE_CHECKING:
@@ -45,6 +44,11 @@ class VmCatalog:
     broken: Mapping[tuple[str, str], str]
 
     @property
+    def odd(self) -> dict[str, str]:
+        """Return, by name, which entries are something else than their names say, and what to do."""
+        return {**self.records.odd, **self.annotations.odd}
+
+    @property
     def broken_sets(self) -> dict[str, str]:
         """Return why sets cannot be restored whole, by id."""
         found: dict[str, str] = {}
@@ -62,7 +66,8 @@ class VmCatalog:
         if set_id:
             found = self.records.published(set_id)
             if found is None:
-                raise Refused("id", f"VM {self.name} has no set {set_id}; it has: {self._ids()}")
+                reason = self.records.odd.get(set_id, f"VM {self.name} has no set {set_id}; it has: {self._ids()}")
+                raise Refused("id", reason)
             return found
         fitting = [one for one in self.records.sets if before is None or start_time(one) <= before]
         if not fitting:
@@ -85,43 +90,40 @@ class VmCatalog:
 def read_catalog(repository: Repository, vm: str) -> VmCatalog:
     """Read all that a repository holds of one VM."""
     records = repository.records(vm)
-    return VmCatalog(vm, records, read_annotations(repository, vm), broken_images(records.sets, repository.damage))
+    broken = broken_images(records.sets, repository.damage, records.odd)
+    return VmCatalog(vm, records, read_annotations(repository, vm), broken)
 
 
 def leftovers(repository: Repository, catalog: VmCatalog) -> list[dict[str, str]]:
     """Return what stands in a VM's directory besides sets, and what it is."""
-
-    def found(path: str, what: str) -> dict[str, str]:
-        return {"vm": catalog.name, "path": path, "what": what}
-
     records = catalog.records
     left = [
-        found(
-            repository.staging_path(catalog.name, intent.id),
+        (
+            staging_name(intent.id),
             f"set {intent.id} is being made by hypervisor {intent.hypervisor.name} since {intent.started}",
         )
         for intent in records.intents
     ]
     left += [
-        found(repository.failure_path(catalog.name, failure.id), f"set {failure.id} {failure.state}: {failure.error}")
-        for failure in records.failures
+        (failure_name(failure.id), f"set {failure.id} {failure.state}: {failure.error}") for failure in records.failures
     ]
+    left += [(stray, "no set: no valid manifest") for stray in sorted(records.strays - catalog.odd.keys())]
+    left += catalog.odd.items()
     left += [
-        found(repository.set_path(catalog.name, stray), "no set: no valid manifest") for stray in sorted(records.strays)
+        (note_name(note.id), f"set {note.id} becomes a full one; the next prune goes on") for note in records.notes
     ]
-    left += [
-        found(repository.note_path(catalog.name, note.id), f"set {note.id} becomes a full one; the next prune goes on")
-        for note in records.notes
-    ]
-    left += [found(path, said) for path, said in _stale_annotations(repository, catalog)]
-    left += [
-        found(path, "an increment that becomes a full image, or was to; the next prune goes on")
-        for path in consolidating_files(repository, catalog.name)
-    ]
-    return left + [found(path, "left by a process that was killed") for path in litter(repository, catalog.name)]
+    left += _stale_annotations(catalog)
+    with contextlib.suppress(FileNotFoundError), repository.opened(catalog.name) as directory:
+        left += [
+            (name, "an increment that becomes a full image, or was to; the next prune goes on")
+            for name in consolidating_files(directory)
+        ]
+        left += [(name, "left by a process that was killed") for name in litter(directory)]
+    place = repository.directory(catalog.name)
+    return [{"vm": catalog.name, "path": f"{place}/{name}", "what": what} for name, what in left]
 
 
-def _stale_annotations(repository: Repository, catalog: VmCatalog) -> Iterator[tuple[str, str]]:
+def _stale_annotations(catalog: VmCatalog) -> Iterator[tuple[str, str]]:
     """Return the annotations that nobody needs any more, each with the reason."""
     there = {manifest.id for manifest in catalog.records.sets} | catalog.records.strays
     annotations: list[Protection | Verification | Pin] = [
@@ -131,21 +133,15 @@ def _stale_annotations(repository: Repository, catalog: VmCatalog) -> Iterator[t
     ]
     for annotation in annotations:
         if annotation.id not in there:
-            yield annotation_path(repository, catalog.name, annotation), f"said of set {annotation.id}, which is gone"
+            yield annotation_name(annotation), f"said of set {annotation.id}, which is gone"
     for pin in catalog.annotations.pins:
         if pin.id in there and not is_read(pin):
-            yield annotation_path(repository, catalog.name, pin), f"{pin.path}, which has read set {pin.id}, is gone"
+            yield annotation_name(pin), f"{pin.path}, which has read set {pin.id}, is gone"
 
 
-def consolidating_files(repository: Repository, vm: str) -> list[str]:
-    """Return the files in which increments become full images, or were to."""
-    directory = repository.directory(vm)
-    entries = sorted(os.listdir(directory)) if os.path.isdir(directory) else []
-    return [
-        os.path.join(directory, entry)
-        for entry in entries
-        if entry.startswith(".") and entry.endswith(CONSOLIDATING_SUFFIX)
-    ]
+def consolidating_files(directory: Directory) -> list[str]:
+    """Return the files of a VM in which increments become full images, or were to."""
+    return [name for name in directory.names() if name.startswith(".") and name.endswith(CONSOLIDATING_SUFFIX)]
 
 
 def require_sets(repository: Repository, catalog: VmCatalog) -> None:
@@ -162,33 +158,37 @@ def require_sets(repository: Repository, catalog: VmCatalog) -> None:
 def vm_names(repository: Repository) -> list[str]:
     """Return the VMs that a repository has sets of, is getting some, or was to, by the names in their documents."""
     names = set()
-    for directory in glob.glob(os.path.join(glob.escape(repository.path), "*", "")):
-        entry = os.path.basename(os.path.dirname(directory))
-        if entry in HARMLESS:
-            continue
-        try:
-            found = repository.any_manifest(directory) or _any_intent(directory)
-            used = not found and _was_used(repository, entry)
-        except (BackupError, OSError):
-            # Whoever reads this VM tells why it cannot be read.
-            found, used = None, True
-        if found:
-            names.add(found.vm.name)
-        elif used and vm_directory(entry) == entry:
-            names.add(entry)
+    with Directory.at(repository.path) as root:
+        for entry in root.entries():
+            name = entry.name
+            if name.startswith(".") or name in HARMLESS or not (entry.is_symlink() or entry.is_dir()):
+                continue
+            try:
+                with root.directory(name) as directory:
+                    found = _any_name(repository, directory)
+                    used = not found and _was_used(directory)
+            except (BackupError, OSError):
+                # Whoever reads this VM tells why it cannot be read.
+                found, used = None, True
+            if found:
+                names.add(found)
+            elif used and vm_directory(name) == name:
+                names.add(name)
     return sorted(names)
 
 
-def _any_intent(directory: str) -> Intent | None:
-    """Return some intent in a VM's directory."""
-    paths = glob.glob(os.path.join(glob.escape(directory), f".*{STAGING}", INTENT))
-    return next((intent for intent in (read_document(path, Intent) for path in paths) if intent), None)
+def _any_name(repository: Repository, directory: Directory) -> str | None:
+    """Return the name of the VM whose directory this is; None where no document of it tells."""
+    found = repository.any_manifest(directory) or next(iter(read_intents(directory)), None)
+    return found.vm.name if found else None
 
 
-def _was_used(repository: Repository, vm: str) -> bool:
+def _was_used(directory: Directory) -> bool:
     """Return whether there are traces of sets of a VM that has none."""
-    failed = glob.glob(os.path.join(glob.escape(repository.directory(vm)), f".*{FAILED}"))
-    return bool(failed or litter(repository, vm))
+    hidden = [name for name in directory.names() if name.startswith(".")]
+    # Sets may have been moved away, with links in their places. Whatever else is a link, is no set where no lock is.
+    moved = LOCK in hidden and any(entry.is_symlink() for entry in directory.entries())
+    return moved or any(name.endswith((FAILED, STAGING)) for name in hidden) or bool(litter(directory))
 
 
 def start_time(manifest: Manifest) -> datetime:

@@ -57,16 +57,21 @@ def layers(
     ]
 
 
-def broken_images(sets: Sequence[Manifest], damage: Callable[[Manifest, DiskImage], str]) -> dict[tuple[str, str], str]:
+def broken_images(
+    sets: Sequence[Manifest], damage: Callable[[Manifest, DiskImage], str], absent: Mapping[str, str] | None = None
+) -> dict[tuple[str, str], str]:
     """Return which images of all sets cannot be read whole, by set id and disk, and why.
 
-    C(damage) tells what is wrong with an image's own file. It is called once for each.
+    C(damage) tells what is wrong with an image's own file. It is called once for each. C(absent) says, by id, why
+    something that may be a set cannot be read.
     """
     by_id = {manifest.id: manifest for manifest in sets}
     broken: dict[tuple[str, str], str] = {}
     for manifest in sets:
         for image in manifest.disks:
             reason = damage(manifest, image) or _broken_below(by_id, manifest, image)
+            if image.parent and image.parent.id not in by_id:
+                reason = (absent or {}).get(image.parent.id, reason)
             if not reason and image.parent:
                 reason = broken.get((image.parent.id, image.name), "")
             if reason:

@@ -11,6 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from .._host.checksum import sha256
+from .._host.directory import WrongEntry
+from .._host.files import step
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -35,7 +37,14 @@ def _check(repository: Repository, manifest: Manifest, image: DiskImage) -> str:
     """Return what is wrong with one image; empty where nothing is."""
     path = repository.set_image_path(manifest, image)
     try:
-        found = sha256(path)
+        with step(path, "its checksum was taken"), repository.opened(manifest.vm.name, manifest.id) as place:
+            fd = place.open(image.image)
+        try:
+            found = sha256(path, fd)
+        finally:
+            os.close(fd)
+    except WrongEntry as error:
+        return str(error)
     except OSError as error:
         return f"image {path} cannot be read: {error.strerror}"
     if found != image.sha256:

@@ -8,12 +8,10 @@ Called with the VM's lock held.
 
 from __future__ import annotations
 
-import os
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from .._host.files import remove, sync_directory
-from .repository import MANIFEST, PUBLISHED_MODE, write_document
+from .repository import MANIFEST, PUBLISHED_MODE, note_name, write_document
 
 if TYPE_CHECKING:
     from .documents import Consolidation, Manifest
@@ -22,16 +20,18 @@ if TYPE_CHECKING:
 
 def write_note(repository: Repository, vm: str, note: Consolidation) -> None:
     """Write down which image a file is about to become."""
-    write_document(repository.note_path(vm, note.id), asdict(note))
+    with repository.opened(vm) as directory:
+        write_document(directory, note_name(note.id), asdict(note))
 
 
 def remove_note(repository: Repository, vm: str, set_id: str) -> None:
     """Remove the note of a file that is again what its manifest says."""
-    remove(repository.note_path(vm, set_id))
-    sync_directory(repository.directory(vm))
+    with repository.opened(vm) as directory:
+        directory.remove(note_name(set_id))
+        directory.sync()
 
 
 def rewrite_manifest(repository: Repository, manifest: Manifest) -> None:
     """Replace the manifest of a published set."""
-    path = os.path.join(repository.set_path(manifest.vm.name, manifest.id), MANIFEST)
-    write_document(path, asdict(manifest), PUBLISHED_MODE)
+    with repository.opened(manifest.vm.name, manifest.id) as place:
+        write_document(place, MANIFEST, asdict(manifest), PUBLISHED_MODE)

@@ -11,19 +11,19 @@ image; C(.lock) is never unlinked. What else is said of a set is in C(annotation
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
-import glob
 import json
 import os
 import stat
-from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from .._common.errors import BackupError
 from .._common.fields import DocumentError, NewerSchema, load
-from .._host.files import AT_ONCE, remove, set_mode, step, sync_directory
+from .._host.directory import Directory, WrongEntry
+from .._host.files import AT_ONCE
 from .._host.lock import locked
 from .documents import Consolidation, Failure, Intent, Manifest, Marker
 from .names import REPOSITORY_FILE, vm_directory
@@ -36,14 +36,12 @@ if TYPE_CHECKING:
     from .documents import DiskImage
 
 
-UNFINISHED = ".new"
-"""What a file's name ends with while it is written."""
-CHUNK = 1 << 16
-"""Bytes that are read at once, more than most documents have."""
 MANIFEST = "manifest.json"
 INTENT = "intent.json"
 DESCRIPTION = "vm.json"
+LOCK = ".lock"
 STAGING = ".staging"
+REMOVED = ".removed"
 FAILED = ".failed.json"
 CONSOLIDATION_SUFFIX = ".consolidation.json"
 PUBLISHED_MODE = 0o440
@@ -51,46 +49,24 @@ HARMLESS = frozenset({"lost+found", ".snapshot"})
 """What a directory may hold and still count as empty."""
 
 
-def read_document(path: str, kind: Any) -> Any:
-    """Read a document; None where there is none, or one that is not whole. BackupError where its schema is newer."""
+def read_document(directory: Directory, name: str, kind: Any, status: os.stat_result | None = None) -> Any:
+    """Read a document; None where there is none, or one that is not whole. BackupError where its schema is newer.
+
+    WrongEntry, which is one as well, where something else stands in its place. C(status) is its own, where known.
+    """
     try:
-        return kind.parse(load(_content(path)))
+        return kind.parse(load(directory.read(name, kind.MOST, status)))
     except NewerSchema as error:
-        raise BackupError(f"{path}: {error}") from error
-    except (FileNotFoundError, NotADirectoryError, ValueError):
+        raise BackupError(f"{directory.join(name)}: {error}") from error
+    except (FileNotFoundError, ValueError):
         return None
     except OSError as error:
-        raise BackupError(f"repository: {path} cannot be read: {error.strerror}") from error
+        raise BackupError(f"repository: {directory.join(name)} cannot be read: {error.strerror}") from error
 
 
-def _content(path: str) -> bytes:
-    """Read a small file. Thousands are read at a time, and to make a file object takes longer than to read it."""
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        parts: list[bytes] = []
-        while True:
-            part = os.read(fd, CHUNK)
-            if not part:
-                return b"".join(parts)
-            parts.append(part)
-    finally:
-        os.close(fd)
-
-
-def write_document(path: str, content: dict[str, Any], mode: int = 0o600) -> None:
+def write_document(directory: Directory, name: str, content: dict[str, Any], mode: int = 0o600) -> None:
     """Write a document onto stable storage, whole or not at all."""
-    temporary = path + UNFINISHED
-    remove(temporary)
-    with step(path, "it was written"):
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        with os.fdopen(fd, "w", encoding="utf-8") as sink:
-            json.dump(content, sink, indent=1)
-            sink.write("\n")
-            sink.flush()
-            set_mode(temporary, mode, sink.fileno())
-            os.fsync(sink.fileno())
-        os.replace(temporary, path)
-    sync_directory(os.path.dirname(path))
+    directory.write(name, (json.dumps(content, indent=1) + "\n").encode(), mode)
 
 
 @dataclass(frozen=True)
@@ -98,7 +74,8 @@ class VmRecords:
     """All that a repository holds about one VM. C(sets) are in the order of their making.
 
     C(described) are the attempts whose manifest is written, so that only the rename is missing; C(strays) the ids whose
-    place is taken by something that is no set.
+    place is taken by something that is no set. C(odd) says, by name, which entries are something else than their names
+    say, and what to do; they are left alone.
     """
 
     sets: tuple[Manifest, ...] = ()
@@ -107,6 +84,7 @@ class VmRecords:
     notes: tuple[Consolidation, ...] = ()
     described: frozenset[str] = frozenset()
     strays: frozenset[str] = frozenset()
+    odd: dict[str, str] = field(default_factory=dict)
 
     def published(self, set_id: str) -> Manifest | None:
         return next((found for found in self.sets if found.id == set_id), None)
@@ -121,7 +99,9 @@ class Repository:
 
     path: str
     uuid: str
-    _manifests: dict[str, tuple[tuple[int, ...], Manifest]] = field(default_factory=dict, compare=False, repr=False)
+    _manifests: dict[tuple[str, str], tuple[tuple[int, ...], Manifest]] = field(
+        default_factory=dict, compare=False, repr=False
+    )
     """Those that were read before, with the state of their files: a VM of many sets is looked at often."""
 
     @property
@@ -133,6 +113,10 @@ class Repository:
         """Return the path of a VM's directory."""
         return os.path.join(self.path, vm_directory(vm))
 
+    def opened(self, vm: str, *below: str) -> Directory:
+        """Open a VM's directory, or one below. FileNotFoundError where there is none, WrongEntry for another thing."""
+        return Directory.at(self.path, vm_directory(vm), *below)
+
     def set_path(self, vm: str, set_id: str) -> str:
         """Return the path of a published set."""
         return os.path.join(self.directory(vm), set_id)
@@ -143,7 +127,7 @@ class Repository:
 
     def staging_path(self, vm: str, set_id: str) -> str:
         """Return where a set grows: as deep as the set itself, so that relative backing files hold before and after."""
-        return os.path.join(self.directory(vm), f".{set_id}{STAGING}")
+        return os.path.join(self.directory(vm), staging_name(set_id))
 
     def image_path(self, intent: Intent, image: str) -> str:
         """Return the path of an image that grows."""
@@ -151,20 +135,20 @@ class Repository:
 
     def failure_path(self, vm: str, set_id: str) -> str:
         """Return the path of the record of a failure."""
-        return os.path.join(self.directory(vm), f".{set_id}{FAILED}")
+        return os.path.join(self.directory(vm), failure_name(set_id))
 
     def note_path(self, vm: str, set_id: str) -> str:
         """Return the path of the note that an increment of a set becomes a full image."""
-        return os.path.join(self.directory(vm), f".{set_id}{CONSOLIDATION_SUFFIX}")
+        return os.path.join(self.directory(vm), note_name(set_id))
 
-    @asynccontextmanager
+    @contextlib.asynccontextmanager
     async def lock(self, vm: str, calls: DirectCalls = AT_ONCE) -> AsyncIterator[int]:
         """Hold the lock of one VM in this repository, for a moment."""
         # A file system that was unmounted meanwhile would otherwise get directories under its mount point.
         await calls.run(self.check_same)
-        path = os.path.join(self.directory(vm), ".lock")
+        path = os.path.join(self.directory(vm), LOCK)
         async with locked(path, f"VM {vm}", calls=calls) as fd:
-            await calls.run(_probe_lock, path)
+            await calls.run(_probe_lock, self, vm)
             yield fd
 
     def check_same(self) -> None:
@@ -177,40 +161,47 @@ class Repository:
 
     def records(self, vm: str) -> VmRecords:
         """Read all that is there about a VM. BackupError where a later release has written what this one must know."""
-        directory = self.directory(vm)
-        sets: list[Manifest] = []
-        intents: list[Intent] = []
-        failures: list[Failure] = []
-        notes: list[Consolidation] = []
-        described: set[str] = set()
-        strays: set[str] = set()
         try:
-            entries = sorted(os.listdir(directory))
+            directory = self.opened(vm)
         except FileNotFoundError:
             return VmRecords()
-        for entry in entries:
-            path = os.path.join(directory, entry)
-            if not entry.startswith("."):
-                found = self._manifest(os.path.join(path, MANIFEST))
-                if found and found.id == entry:
-                    sets.append(found)
-                else:
-                    strays.add(entry)
-            elif entry.endswith(FAILED):
-                failure = read_document(path, Failure)
-                failures += [failure] if failure else []
-            elif entry.endswith(CONSOLIDATION_SUFFIX):
-                note = read_document(path, Consolidation)
-                notes += [note] if note else []
-            elif entry.endswith(STAGING):
-                intent = read_document(os.path.join(path, INTENT), Intent)
-                intents += [intent] if intent else []
-                manifest = read_document(os.path.join(path, MANIFEST), Manifest)
-                described |= {manifest.attempt} if manifest else set()
+        with directory:
+            return self._records(directory)
+
+    def _records(self, directory: Directory) -> VmRecords:
+        sets: list[Manifest] = []
+        kinds: dict[Any, list[Any]] = {Intent: [], Failure: [], Consolidation: []}
+        described: set[str] = set()
+        strays: set[str] = set()
+        odd: dict[str, str] = {}
+        for entry in directory.entries():
+            name = entry.name
+            try:
+                if not name.startswith("."):
+                    strays.add(name)
+                    manifest = self._manifest(directory, entry)
+                    if manifest and manifest.id == name:
+                        strays.remove(name)
+                        sets.append(manifest)
+                elif name.endswith(FAILED):
+                    kinds[Failure].append(read_document(directory, name, Failure))
+                elif name.endswith(CONSOLIDATION_SUFFIX):
+                    kinds[Consolidation].append(read_document(directory, name, Consolidation))
+                elif name.endswith(STAGING):
+                    with directory.directory(name) as staging:
+                        kinds[Intent].append(read_document(staging, INTENT, Intent))
+                        manifest = read_document(staging, MANIFEST, Manifest)
+                        described |= {manifest.attempt} if manifest else set()
+                elif name.endswith(REMOVED) and not entry.is_dir(follow_symlinks=False):
+                    raise directory.wrong(name, "a directory")
+            except FileNotFoundError:
+                # Another process has removed it meanwhile.
+                continue
+            except WrongEntry as error:
+                odd[name] = str(error)
+        intents, failures, notes = (tuple(filter(None, found)) for found in kinds.values())
         sets = [self._as_noted(found, notes) for found in sorted(sets, key=lambda found: found.sequence)]
-        return VmRecords(
-            tuple(sets), tuple(intents), tuple(failures), tuple(notes), frozenset(described), frozenset(strays)
-        )
+        return VmRecords(tuple(sets), intents, failures, notes, frozenset(described), frozenset(strays), odd)
 
     def _as_noted(self, manifest: Manifest, notes: Iterable[Consolidation]) -> Manifest:
         """Return the manifest as it will be, where the file of an image is the new one already."""
@@ -224,32 +215,54 @@ class Repository:
                 manifest = replace(manifest, disks=disks)
         return manifest
 
-    def _manifest(self, path: str) -> Manifest | None:
-        """Read a manifest, or return the one that was read before where its file is the same."""
-        try:
-            status = os.stat(path)
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        state = (status.st_ino, status.st_mtime_ns, status.st_ctime_ns, status.st_size)
-        if self._manifests.get(path, ((),))[0] != state:
-            found: Manifest | None = read_document(path, Manifest)
-            if found is None:
-                return None
-            self._manifests[path] = (state, found)
-        return self._manifests[path][1]
+    def _manifest(self, directory: Directory, entry: os.DirEntry[str]) -> Manifest | None:
+        """Read the manifest of a set, or return the one that was read before where its file is the same.
 
-    def any_manifest(self, directory: str) -> Manifest | None:
-        """Return some manifest in a VM's directory, whose name does not always tell the VM's."""
-        entries = sorted(os.listdir(directory), reverse=True)
-        found = (self._manifest(os.path.join(directory, entry, MANIFEST)) for entry in entries if entry[0] != ".")
-        return next((manifest for manifest in found if manifest), None)
+        None where there is none. WrongEntry where it is something else, or the set is a link.
+        """
+        name = entry.name
+        if not entry.is_dir(follow_symlinks=False):
+            if entry.is_symlink():
+                raise directory.wrong(name, "a directory")
+            return None
+        key = directory.path, name
+        known = self._manifests.get(key)
+        if known and known[0] == _state(os.stat(f"{name}/{MANIFEST}", dir_fd=directory.fd, follow_symlinks=False)):
+            return known[1]
+        with directory.directory(name) as place:
+            status = place.regular(MANIFEST)
+            found: Manifest | None = read_document(place, MANIFEST, Manifest, status)
+        if found:
+            self._manifests[key] = _state(status), found
+        return found
+
+    def any_manifest(self, directory: Directory) -> Manifest | None:
+        """Return some manifest in a VM's directory, whose name does not always tell the VM's.
+
+        WrongEntry where there is none, but something else in the place of one.
+        """
+        odd: WrongEntry | None = None
+        for entry in reversed(directory.entries()):
+            if not entry.name.startswith(".") and entry.is_dir(follow_symlinks=False):
+                try:
+                    found = self._manifest(directory, entry)
+                except FileNotFoundError:
+                    continue
+                except WrongEntry as error:
+                    odd = error
+                else:
+                    if found:
+                        return found
+        if odd:
+            raise odd
+        return None
 
     def damage(self, manifest: Manifest, image: DiskImage) -> str:
         """Return what is wrong with an image's file, as far as its metadata tells; empty where nothing is."""
         path = self.set_image_path(manifest, image)
         try:
             status = os.stat(path, follow_symlinks=False)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return f"image {path} is missing"
         if not stat.S_ISREG(status.st_mode) or status.st_size != image.bytes:
             return f"image {path} is not the file that its manifest describes ({image.bytes} bytes)"
@@ -257,21 +270,60 @@ class Repository:
 
     def intents(self) -> tuple[Intent, ...]:
         """Read all intents of the repository, whoever works on them."""
-        pattern = os.path.join(glob.escape(self.path), "*", ".*" + STAGING, INTENT)
-        found = (read_document(path, Intent) for path in glob.glob(pattern))
-        return tuple(intent for intent in found if intent)
+        found: list[Intent] = []
+        with contextlib.suppress(FileNotFoundError), Directory.at(self.path) as root:
+            for entry in root.entries():
+                if not entry.name.startswith(".") and entry.is_dir(follow_symlinks=False):
+                    # Whoever reads this VM tells why it cannot be read.
+                    with contextlib.suppress(OSError), root.directory(entry.name) as directory:
+                        found += read_intents(directory)
+        return tuple(found)
 
     def intent(self, vm: str, set_id: str) -> Intent | None:
         """Read the intent of a set that grows; None where there is none."""
-        found: Intent | None = read_document(os.path.join(self.staging_path(vm, set_id), INTENT), Intent)
+        try:
+            with self.opened(vm, staging_name(set_id)) as staging:
+                found: Intent | None = read_document(staging, INTENT, Intent)
+        except FileNotFoundError:
+            return None
         return found
+
+
+def staging_name(set_id: str) -> str:
+    """Return the name of the directory in which a set grows."""
+    return f".{set_id}{STAGING}"
+
+
+def failure_name(set_id: str) -> str:
+    """Return the name of the record of a failure."""
+    return f".{set_id}{FAILED}"
+
+
+def note_name(set_id: str) -> str:
+    """Return the name of the note that an increment of a set becomes a full image."""
+    return f".{set_id}{CONSOLIDATION_SUFFIX}"
+
+
+def read_intents(directory: Directory) -> list[Intent]:
+    """Read the intents in a VM's directory."""
+    found = []
+    for name in directory.names():
+        if name.startswith(".") and name.endswith(STAGING):
+            with contextlib.suppress(WrongEntry, FileNotFoundError), directory.directory(name) as staging:
+                found.append(read_document(staging, INTENT, Intent))
+    return [intent for intent in found if intent]
+
+
+def _state(status: os.stat_result) -> tuple[int, ...]:
+    return status.st_ino, status.st_mtime_ns, status.st_ctime_ns, status.st_size
 
 
 def open_repository(path: str) -> Repository:
     """Open the repository at C(path); BackupError where there is none."""
     marker = os.path.join(path, REPOSITORY_FILE)
     try:
-        return Repository(path, Marker.parse(load(_content(marker))).uuid)
+        with Directory.at(path) as root:
+            return Repository(path, Marker.parse(load(root.read(REPOSITORY_FILE, Marker.MOST))).uuid)
     except FileNotFoundError:
         raise BackupError(
             f"repository: {path} is not a repository: there is no {REPOSITORY_FILE} in it. Is its file system mounted?"
@@ -281,9 +333,10 @@ def open_repository(path: str) -> Repository:
         raise BackupError(f"repository: {marker} cannot be read: {error}") from error
 
 
-def _probe_lock(path: str) -> None:
+def _probe_lock(repository: Repository, vm: str) -> None:
     """Raise BackupError where flock does not keep a second holder out: nothing would keep two backups apart."""
-    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    with repository.opened(vm) as directory:
+        path, fd = directory.join(LOCK), directory.open(LOCK, os.O_RDWR)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

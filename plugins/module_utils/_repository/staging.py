@@ -14,16 +14,19 @@ from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
 from .._common.errors import BackupError
-from .._host.files import remove, set_mode, sync_directory
+from .._host.directory import WrongEntry
+from .._host.files import UNFINISHED, set_mode
 from .documents import Manifest
 from .repository import (
     DESCRIPTION,
     INTENT,
     MANIFEST,
     PUBLISHED_MODE,
+    REMOVED,
     STAGING,
-    UNFINISHED,
+    failure_name,
     read_document,
+    staging_name,
     write_document,
 )
 
@@ -31,139 +34,191 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
+    from .._host.directory import Directory
     from .documents import Failure, Intent
     from .repository import Repository
 
 
 BLOCK = 512
 """The unit of st_blocks, in bytes."""
-REMOVED = ".removed"
 IN_THE_WAY = frozenset({errno.EISDIR, errno.EPERM, errno.EBUSY, errno.ENOTEMPTY, errno.EEXIST})
 """Why what is left of a set may stay. Any other error says that the repository cannot be worked on."""
 
 
 def outstanding(repository: Repository, intent: Intent) -> int:
     """Return the bytes that a set that grows here will still take; 0 where it has come to its end."""
-    if not os.path.isdir(_path(repository, intent)):
-        return 0
     total = 0
-    for disk in intent.disks:
-        try:
-            # Reserved bytes count as allocated: free space is already less by them.
-            allocated = os.stat(repository.image_path(intent, disk.image.image)).st_blocks * BLOCK
-        except OSError:
-            allocated = 0
-        total += max(0, disk.expected - allocated)
+    try:
+        with _opened(repository, intent) as staging:
+            for disk in intent.disks:
+                status = staging.status(disk.image.image)
+                # Reserved bytes count as allocated: free space is already less by them.
+                total += max(0, disk.expected - (status.st_blocks * BLOCK if status else 0))
+    except (FileNotFoundError, WrongEntry):
+        return 0
     return total
 
 
 def begin(repository: Repository, intent: Intent) -> None:
     """Claim a set's id. FileExistsError where somebody has; what they left without an intent goes first."""
-    path = _path(repository, intent)
-    if os.path.isdir(path) and repository.intent(intent.vm.name, intent.id) is None:
-        left = remove_directory(path)
-        if left:
-            raise BackupError(f"VM {intent.vm.name}: {left}; remove it by hand, or give the set another id")
-    os.mkdir(path, 0o700)
-    update(repository, intent)
-    sync_directory(repository.directory(intent.vm.name))
+    name = staging_name(intent.id)
+    with repository.opened(intent.vm.name) as directory:
+        if directory.status(name) and repository.intent(intent.vm.name, intent.id) is None:
+            left = remove_directory(directory, name)
+            if left:
+                raise BackupError(f"VM {intent.vm.name}: {left}; remove it by hand, or give the set another id")
+        directory.make(name)
+        update(repository, intent)
+        directory.sync()
 
 
 def update(repository: Repository, intent: Intent) -> None:
     """Write an intent, in place of what was intended before."""
-    write_document(_path(repository, intent, INTENT), asdict(intent))
+    with _opened(repository, intent) as staging:
+        write_document(staging, INTENT, asdict(intent))
 
 
 def write_description(repository: Repository, intent: Intent, description: dict[str, Any]) -> None:
     """Write down how the VM was built."""
-    write_document(_path(repository, intent, DESCRIPTION), description, PUBLISHED_MODE)
+    with _opened(repository, intent) as staging:
+        write_document(staging, DESCRIPTION, description, PUBLISHED_MODE)
 
 
 def describe(repository: Repository, intent: Intent, manifest: Manifest) -> None:
     """Write the manifest of a set whose images are all on stable storage; its sequence number is given here."""
     sets = repository.records(intent.vm.name).sets
     manifest = replace(manifest, sequence=sets[-1].sequence + 1 if sets else 1)
-    write_document(_path(repository, intent, MANIFEST), asdict(manifest), PUBLISHED_MODE)
+    with _opened(repository, intent) as staging:
+        write_document(staging, MANIFEST, asdict(manifest), PUBLISHED_MODE)
 
 
 def publish(repository: Repository, intent: Intent) -> Manifest:
     """Make a described set seen, by one rename."""
     name = intent.vm.name
-    final = repository.set_path(name, intent.id)
-    if os.path.lexists(final):
-        # rename(2) would replace an empty directory without a word.
-        raise BackupError(f"VM {name}: {final} has appeared while the set was made, and is no set; move it away")
-    for disk in intent.disks:
-        set_mode(repository.image_path(intent, disk.image.image), PUBLISHED_MODE)
-    os.rename(_path(repository, intent), final)
-    sync_directory(repository.directory(name))
-    manifest: Manifest | None = read_document(os.path.join(final, MANIFEST), Manifest)
+    with repository.opened(name) as directory:
+        if directory.status(intent.id):
+            # rename(2) would replace an empty directory without a word.
+            final = directory.join(intent.id)
+            raise BackupError(f"VM {name}: {final} has appeared while the set was made, and is no set; move it away")
+        with directory.directory(staging_name(intent.id)) as staging:
+            for disk in intent.disks:
+                _set_mode(staging, disk.image.image)
+        directory.rename(staging_name(intent.id), intent.id)
+        directory.sync()
+        with directory.directory(intent.id) as published:
+            manifest: Manifest | None = read_document(published, MANIFEST, Manifest)
     if manifest is None:
-        raise BackupError(f"VM {name}: the manifest of {final} vanished while the set was published")
+        raise BackupError(f"VM {name}: the manifest of {published.path} vanished while the set was published")
     return manifest
+
+
+def _set_mode(directory: Directory, image: str) -> None:
+    fd = directory.open(image)
+    try:
+        set_mode(directory.join(image), PUBLISHED_MODE, fd)
+    finally:
+        os.close(fd)
 
 
 def record_failure(repository: Repository, vm: str, failure: Failure) -> None:
     """Write down how an attempt has ended."""
-    write_document(repository.failure_path(vm, failure.id), asdict(failure))
+    with repository.opened(vm) as directory:
+        write_document(directory, failure_name(failure.id), asdict(failure))
+
+
+def remove_failure(repository: Repository, vm: str, failure: Failure) -> None:
+    """Forget how an attempt has ended."""
+    with repository.opened(vm) as directory:
+        directory.remove(failure_name(failure.id))
 
 
 def discard_images(repository: Repository, intent: Intent) -> None:
     """Give back the space that an attempt has taken; its intent stays."""
-    for disk in intent.disks:
-        remove(repository.image_path(intent, disk.image.image))
+    with _opened(repository, intent) as staging:
+        for disk in intent.disks:
+            staging.remove(disk.image.image)
 
 
 def discard(repository: Repository, intent: Intent) -> None:
     """Remove what an attempt has left, its intent last: what a crash leaves of it is still known to be ours."""
     there = repository.intent(intent.vm.name, intent.id)
     if there and there.attempt == intent.attempt:
-        remove_directory(_path(repository, intent))
-        sync_directory(repository.directory(intent.vm.name))
+        with repository.opened(intent.vm.name) as directory:
+            remove_directory(directory, staging_name(intent.id))
+            directory.sync()
 
 
-def _path(repository: Repository, intent: Intent, *file: str) -> str:
-    """Return the path of the directory in which a set grows, or of a file there."""
-    return os.path.join(repository.staging_path(intent.vm.name, intent.id), *file)
+def _opened(repository: Repository, intent: Intent) -> Directory:
+    """Open the directory in which a set grows."""
+    return repository.opened(intent.vm.name, staging_name(intent.id))
 
 
 def untidy(repository: Repository, vm: str, set_id: str) -> bool:
     """Return whether tidy() has something to remove."""
-    return bool(_traces(repository, vm, set_id))
+    try:
+        with repository.opened(vm) as directory:
+            return bool(_traces(directory, set_id) or litter(directory))
+    except FileNotFoundError:
+        return False
 
 
-def tidy(repository: Repository, vm: str, set_id: str) -> None:
+def tidy(repository: Repository, vm: str, set_id: str = "") -> None:
     """Remove the traces of the making of a published set, and all litter of its VM.
 
     What cannot be removed does no harm, and litter() goes on to tell it.
     """
-    for path in _traces(repository, vm, set_id):
-        if os.path.isdir(path):
-            remove_directory(path)
-        else:
-            remove(path)
+    try:
+        directory = repository.opened(vm)
+    except FileNotFoundError:
+        return
+    with directory:
+        for trace in _traces(directory, set_id):
+            if trace == failure_name(set_id):
+                directory.remove(trace)
+            else:
+                with directory.directory(set_id) as place:
+                    place.remove(trace)
+        for name in litter(directory):
+            if name.endswith(UNFINISHED):
+                remove_file(directory, name)
+            else:
+                remove_directory(directory, name)
 
 
-def _traces(repository: Repository, vm: str, set_id: str) -> list[str]:
-    intent = os.path.join(repository.set_path(vm, set_id), INTENT)
-    making = (intent + UNFINISHED, intent, repository.failure_path(vm, set_id))
-    return [*(path for path in making if os.path.lexists(path)), *litter(repository, vm)]
-
-
-def litter(repository: Repository, vm: str) -> list[str]:
-    """Return what killed processes have left of a VM. All of it is hidden, as a set's id may look like its names."""
-    directory = repository.directory(vm)
+def _traces(directory: Directory, set_id: str) -> list[str]:
+    """Return what is left of the making of a published set: names in its directory, and one beside that."""
     found = []
-    for entry in sorted(os.listdir(directory)) if os.path.isdir(directory) else ():
-        if not entry.startswith("."):
-            continue
-        path = os.path.join(directory, entry)
-        half_written = entry.endswith(UNFINISHED)
-        half_removed = entry.endswith(REMOVED)
-        unclaimed = entry.endswith(STAGING) and not os.path.lexists(os.path.join(path, INTENT))
-        if half_written or half_removed or unclaimed:
-            found.append(path)
+    if set_id and directory.is_directory(set_id):
+        with directory.directory(set_id) as place:
+            found += [name for name in (INTENT + UNFINISHED, INTENT) if place.status(name)]
+    if set_id and directory.status(failure_name(set_id)):
+        found.append(failure_name(set_id))
     return found
+
+
+def litter(directory: Directory) -> list[str]:
+    """Return what killed processes have left of a VM. All of it is hidden, as a set's id may look like its names."""
+    found = []
+    for entry in directory.entries():
+        name = entry.name
+        if not name.startswith("."):
+            continue
+        ours = name.endswith((REMOVED, STAGING)) and entry.is_dir(follow_symlinks=False)
+        if name.endswith(UNFINISHED) or (ours and not _is_claimed(directory, name)):
+            found.append(name)
+    return found
+
+
+def _is_claimed(directory: Directory, name: str) -> bool:
+    """Return whether a set may grow in a directory."""
+    if name.endswith(REMOVED):
+        return False
+    try:
+        with directory.directory(name) as staging:
+            return staging.status(INTENT) is not None
+    except FileNotFoundError:
+        # Another process has removed it meanwhile.
+        return True
 
 
 def remove_set(repository: Repository, vm: str, set_id: str) -> str:
@@ -171,38 +226,49 @@ def remove_set(repository: Repository, vm: str, set_id: str) -> str:
 
     It is not listed any more from the first moment on. tidy() removes later what a crash, or an error, leaves of it.
     """
-    directory = repository.directory(vm)
-    going = os.path.join(directory, f".{set_id}{REMOVED}")
-    number = 1
-    while os.path.lexists(going):
-        # Another set of this id was removed before, and not all of it could be.
-        number += 1
-        going = os.path.join(directory, f".{set_id}.{number}{REMOVED}")
-    os.rename(repository.set_path(vm, set_id), going)
-    sync_directory(directory)
-    left = remove_directory(going)
-    sync_directory(directory)
+    with repository.opened(vm) as directory:
+        going = f".{set_id}{REMOVED}"
+        number = 1
+        while directory.status(going):
+            # Another set of this id was removed before, and not all of it could be.
+            number += 1
+            going = f".{set_id}.{number}{REMOVED}"
+        directory.rename(set_id, going)
+        directory.sync()
+        left = remove_directory(directory, going)
+        directory.sync()
     return left
 
 
-def remove_directory(path: str) -> str:
+def remove_directory(directory: Directory, name: str) -> str:
     """Remove a directory with its files, an intent last; return what has to stay, with the reasons.
 
-    That is a directory, which somebody has put there, an immutable file, or on NFS one that somebody has open.
+    That is a directory, which somebody has put there, an immutable file, or on NFS one that somebody has open; and all
+    of it where it is no directory, but a link to one.
     """
-    entries = sorted(os.listdir(path), key=lambda entry: entry == INTENT)
-    left = [_remove_if_possible(remove, os.path.join(path, entry)) for entry in entries]
+    try:
+        place = directory.directory(name)
+    except WrongEntry as error:
+        return str(error)
+    with place:
+        entries = sorted(place.names(), key=lambda entry: entry == INTENT)
+        left = [remove_file(place, entry) for entry in entries]
     if not any(left):
-        left.append(_remove_if_possible(os.rmdir, path))
+        left.append(_remove_if_possible(directory.remove_directory, name))
     return "; ".join(filter(None, left))
 
 
-def _remove_if_possible(call: Callable[[str], object], path: str) -> str:
+def remove_file(directory: Directory, name: str) -> str:
+    """Remove a file; return why it has to stay."""
+    return _remove_if_possible(directory.remove, name)
+
+
+def _remove_if_possible(call: Callable[[str], object], name: str) -> str:
     """Remove something with this call; return why it has to stay."""
     try:
-        call(path)
+        call(name)
     except OSError as error:
         if error.errno not in IN_THE_WAY:
             raise
-        return f"{path} cannot be removed ({error.strerror})"
+        return f"{error.filename} cannot be removed ({error.strerror})"
     return ""

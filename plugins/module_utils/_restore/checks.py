@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 from .._common.errors import BackupError, Refused, ToolError
 from .._common.formats import human, utc_now
 from .._host import target_files
+from .._host.directory import Directory
+from .._host.files import UNFINISHED
 from .._host.lock import lock_directory, locked
 from .._qemu import image_lock
 from .._qemu.image_chain import ImageRefused, open_chain
@@ -21,7 +23,7 @@ from .._repository.annotations import PARTIAL
 from .._repository.catalog import read_catalog
 from .._repository.chain import layers
 from .._repository.checksums import check_all
-from .._repository.repository import UNFINISHED, read_document
+from .._repository.repository import read_document
 from .model import RECEIPT
 from .receipt import Restoration
 
@@ -57,7 +59,7 @@ def is_restored(repository: Repository, disk: DiskRestore) -> bool:
 
     A block device has no time of its last change.
     """
-    receipt: Restoration | None = read_document(disk.receipt, Restoration)
+    receipt = read_receipt(disk.receipt)
     if receipt is None or disk.block_device:
         return False
     try:
@@ -69,6 +71,16 @@ def is_restored(repository: Repository, disk: DiskRestore) -> bool:
         # An overlay is there to be written to.
         expected = replace(expected, size=receipt.size, mtime=receipt.mtime)
     return replace(receipt, when="") == replace(expected, when="")
+
+
+def read_receipt(path: str) -> Restoration | None:
+    """Return what stands beside a restored disk; None where there is nothing."""
+    try:
+        with Directory.at(os.path.dirname(path)) as directory:
+            found: Restoration | None = read_document(directory, os.path.basename(path), Restoration)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return found
 
 
 def make_receipt(repository: Repository, disk: DiskRestore, status: os.stat_result) -> Restoration:

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING
 
 from .._common.errors import Refused
 from .._host import files, target_files
+from .._host.directory import WrongEntry
+from .._host.files import UNFINISHED
 from .._host.process import machine_id
 from .._qemu.qcow2 import read_header
 from .._repository.annotations import PARTIAL
-from .._repository.repository import UNFINISHED, read_document
-from .checks import check_unused, lock_target
+from .checks import check_unused, lock_target, read_receipt
 from .model import RECEIPT, RestoreMethod
 from .pins import remove_pins
-from .receipt import Restoration
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -36,7 +36,11 @@ def find_overlays(repository: Repository, catalog: VmCatalog, directory: str) ->
         if pin.machine_id == machine_id() and os.path.dirname(pin.path) == os.path.normpath(directory)
     }
     for path in glob.glob(os.path.join(glob.escape(os.path.normpath(directory)), "*" + RECEIPT)):
-        receipt: Restoration | None = read_document(path, Restoration)
+        try:
+            receipt = read_receipt(path)
+        except WrongEntry:
+            # It is none of ours.
+            continue
         if receipt and (receipt.repository, receipt.vm, receipt.method) == (
             repository.uuid,
             catalog.name,
@@ -81,7 +85,7 @@ async def remove_overlays(
 
 def _overlay_exists(repository: Repository, vm: str, path: str) -> bool:
     """Return whether there is an overlay of a VM; Refused where something else is there, such as that of another VM."""
-    receipt: Restoration | None = read_document(path + RECEIPT, Restoration)
+    receipt = read_receipt(path + RECEIPT)
     there = os.path.lexists(path)
     if there and (receipt is None or receipt.method != RestoreMethod.OVERLAY):
         raise Refused("target", f"{path} is no overlay that was made by a restore; remove it by hand")

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from .._common.errors import BackupError, Refused, after, in_words
 from .._host import files, preallocate, target_files
+from .._host.directory import Directory
 from .._qemu import qemu_img
 from .._repository.annotations import read_annotations
 from .._repository.repository import write_document
@@ -130,7 +131,9 @@ def _remove_partial(path: str) -> None:
 
 def _take_name(repository: Repository, disk: DiskRestore, replaces: tuple[int, int]) -> None:
     """Write the receipt, and then give a complete file its name: whatever comes in between, the two belong together."""
-    write_document(disk.receipt, asdict(make_receipt(repository, disk, os.stat(disk.partial))))
+    receipt = make_receipt(repository, disk, os.stat(disk.partial))
+    with Directory.at(os.path.dirname(disk.receipt)) as directory:
+        write_document(directory, os.path.basename(disk.receipt), asdict(receipt))
     try:
         target_files.take_name(disk.partial, disk.target, replaces)
     except OSError as error:

@@ -9,19 +9,20 @@ import os
 from typing import TYPE_CHECKING
 
 from .._common.errors import BackupError
+from .._host.directory import LinkedEntry, WrongEntry
+from .._host.files import UNFINISHED
 from .._repository.annotation_documents import Depth
 from .._repository.documents import LARGE
-from .._repository.repository import DESCRIPTION, INTENT, MANIFEST, UNFINISHED
+from .._repository.repository import DESCRIPTION, INTENT, MANIFEST
 from .description import parse_description
 from .model import REMEDY, Finding
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
     from typing import Any
 
     from .._repository.catalog import VmCatalog
     from .._repository.documents import Manifest
-    from .._repository.repository import Repository
+    from .._repository.repository import Repository, VmRecords
     from .model import SetCheck
 
 
@@ -49,7 +50,8 @@ def _unexpected(repository: Repository, catalog: VmCatalog, manifest: Manifest) 
     # A killed process leaves these behind.
     expected |= {INTENT, *(name + UNFINISHED for name in (MANIFEST, DESCRIPTION, INTENT))}
     # NFS keeps a removed file under such a name while somebody reads it.
-    entries = sorted(entry for entry in os.listdir(path) if not entry.startswith(".nfs"))
+    with repository.opened(catalog.name, manifest.id) as place:
+        entries = [entry for entry in place.names() if not entry.startswith(".nfs")]
     return [
         f"{os.path.join(path, entry)} does not belong to the set; move it away"
         for entry in entries
@@ -61,35 +63,39 @@ def _bad_description(repository: Repository, manifest: Manifest) -> list[str]:
     """Return what is wrong with the description of the VM."""
     try:
         read_description(repository, manifest)
+    except WrongEntry as error:
+        return [str(error)]
     except (OSError, ValueError) as error:
-        path = _description_path(repository, manifest)
+        path = os.path.join(repository.set_path(manifest.vm.name, manifest.id), DESCRIPTION)
         why = error.strerror if isinstance(error, OSError) else error
         return [f"{path} cannot be read ({why}), and nothing else tells how the VM was built; {REMEDY}"]
     return []
 
 
 def read_description(repository: Repository, manifest: Manifest) -> dict[str, Any]:
-    """Return what C(vm.json) of a set says. OSError or ValueError where it cannot be read."""
-    with open(_description_path(repository, manifest), "rb") as source:
-        return parse_description(source.read(LARGE + 1))
+    """Return what C(vm.json) of a set says. OSError, ValueError or WrongEntry where it cannot be read."""
+    with repository.opened(manifest.vm.name, manifest.id) as place:
+        return parse_description(place.read(DESCRIPTION, LARGE))
 
 
-def _description_path(repository: Repository, manifest: Manifest) -> str:
-    return os.path.join(repository.set_path(manifest.vm.name, manifest.id), DESCRIPTION)
+def lost_sets(repository: Repository, vm: str, records: VmRecords) -> list[str]:
+    """Return those of a VM's strays that have been sets, or may be; others may keep what they like there."""
+
+    def was_set(stray: str) -> bool:
+        try:
+            with repository.opened(vm, stray) as place:
+                names = place.names()
+        except FileNotFoundError:
+            return False
+        except WrongEntry as error:
+            return isinstance(error, LinkedEntry)
+        return any(name in (MANIFEST, DESCRIPTION) or name.endswith(".qcow2") for name in names)
+
+    return [stray for stray in sorted(records.strays) if was_set(stray)]
 
 
-def lost_sets(repository: Repository, vm: str, strays: Iterable[str]) -> list[str]:
-    """Return those of a VM's strays that have been sets; others may keep what they like there."""
-
-    def was_set(path: str) -> bool:
-        entries = os.listdir(path) if os.path.isdir(path) else []
-        return any(entry in (MANIFEST, DESCRIPTION) or entry.endswith(".qcow2") for entry in entries)
-
-    return [stray for stray in sorted(strays) if was_set(repository.set_path(vm, stray))]
-
-
-def lost_set(repository: Repository, vm: str, set_id: str) -> Finding:
-    """Return what is said of a set that has lost its manifest."""
+def lost_set(repository: Repository, vm: str, set_id: str, records: VmRecords) -> Finding:
+    """Return what is said of a set that has lost its manifest, or stands elsewhere."""
     path = os.path.join(repository.set_path(vm, set_id), MANIFEST)
     error = f"{path} is missing or damaged, so that this is no set any more; {REMEDY} and move the directory away"
-    return Finding(vm, set_id, "", Depth.MANIFEST, error)
+    return Finding(vm, set_id, "", Depth.MANIFEST, records.odd.get(set_id, error))

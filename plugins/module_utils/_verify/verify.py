@@ -6,12 +6,13 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from typing import TYPE_CHECKING
 
 from .._common.errors import BackupError, in_words
+from .._host.directory import Directory
 from .._repository.annotation_documents import Depth
 from .._repository.catalog import read_catalog, require_sets, vm_names
+from .._repository.names import vm_directory
 from .._repository.repository import HARMLESS
 from .boot_check import check_boot
 from .image_check import check_checksums, check_images
@@ -21,6 +22,7 @@ from .record import record
 from .run import VerifyRun
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import Sequence
 
     from .._repository.catalog import VmCatalog
@@ -36,16 +38,16 @@ MAX_CHECKS = 3
 def known_vms(repository: Repository) -> list[str]:
     """Return all VMs with sets. One without any manifest that can be read goes by the name of its directory."""
     names = vm_names(repository)
-    known = {os.path.basename(repository.directory(name)) for name in names}
-    with os.scandir(repository.path) as entries:
-        others = [entry.name for entry in entries if _is_directory(entry) and entry.name not in known | HARMLESS]
+    known = {vm_directory(name) for name in names}
+    with Directory.at(repository.path) as root:
+        others = [entry.name for entry in root.entries() if _is_directory(entry) and entry.name not in known | HARMLESS]
     return sorted(name for name in (*names, *others) if has_sets(repository, name))
 
 
 def _is_directory(entry: os.DirEntry[str]) -> bool:
     """Return whether it may be a directory: what cannot be looked up is not passed over."""
     try:
-        return entry.is_dir()
+        return entry.is_dir(follow_symlinks=False)
     except OSError:
         return True
 
@@ -54,7 +56,7 @@ def has_sets(repository: Repository, name: str) -> bool:
     """Return whether there are sets of a VM, or what is left of some."""
     try:
         records = repository.records(name)
-        return bool(records.sets or lost_sets(repository, name, records.strays))
+        return bool(records.sets or records.odd or lost_sets(repository, name, records))
     except (BackupError, OSError):
         # The check of this VM tells what cannot be read.
         return True
@@ -80,10 +82,13 @@ async def _verify_vm(run: VerifyRun, name: str, set_id: str) -> list[Finding]:
     repository = run.repository
     catalog = read_catalog(repository, name)
     lost = [
-        lost_set(repository, name, stray)
-        for stray in lost_sets(repository, name, catalog.records.strays)
+        lost_set(repository, name, stray, catalog.records)
+        for stray in lost_sets(repository, name, catalog.records)
         if set_id in ("", stray)
     ]
+    if not set_id:
+        hidden = catalog.odd.keys() - catalog.records.strays
+        lost += [Finding(name, "", "", Depth.MANIFEST, catalog.odd[entry]) for entry in sorted(hidden)]
     if lost and (set_id or not catalog.records.sets):
         return lost
     require_sets(repository, catalog)

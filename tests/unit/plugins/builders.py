@@ -17,6 +17,7 @@ from typing import Any
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup.receipt import ReceiptPhase, Record
 from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup.request import BitmapMode, Sync
+from ansible_collections.vmfleet.backup.plugins.module_utils._host.directory import Directory
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.process import Hypervisor, Process, machine_id
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.model import Bitmap, Disk, Job, Vm
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository import staging
@@ -32,6 +33,7 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._repository.documen
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.repository import (
     MANIFEST,
     Repository,
+    read_document,
     write_document,
 )
 
@@ -252,8 +254,20 @@ def put(repository: Repository, made: Manifest, content: bytes | None = b"abc") 
     for disk in made.disks:
         below = f"../{disk.parent.id}/{disk.image}" if disk.parent else ""
         (directory / disk.image).write_bytes(qcow2(below, disk.virtual_size) if content is None else content)
-    write_document(str(directory / MANIFEST), asdict(made))
+    write(directory / MANIFEST, asdict(made))
     return directory
+
+
+def write(path: str | Path, content: dict[str, Any], mode: int = 0o600) -> None:
+    """Write a document."""
+    with Directory.at(os.path.dirname(path)) as directory:
+        write_document(directory, os.path.basename(path), content, mode)
+
+
+def read(path: str | Path, kind: Any) -> Any:
+    """Read a document."""
+    with Directory.at(os.path.dirname(path)) as directory:
+        return read_document(directory, os.path.basename(path), kind)
 
 
 def begin(repository: Repository, of: Intent) -> None:

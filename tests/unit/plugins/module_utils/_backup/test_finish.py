@@ -47,7 +47,7 @@ def test_without_an_fd_from_before_the_job_the_image_is_read_back(
     path.write_bytes(b"abc")
     disk = StagedDisk(IMAGE, "job0", 1, os.stat(path).st_ino)
 
-    def fail(found: str) -> str:
+    def fail(found: str, _fd: int) -> str:
         raise OSError(5, "Input/output error", found)
 
     monkeypatch.setattr(finish, "sha256", fail)

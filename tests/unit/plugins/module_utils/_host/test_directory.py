@@ -9,7 +9,6 @@ import fcntl
 import os
 import socket
 import stat
-import threading
 import typing as t
 
 import pytest
@@ -226,6 +225,14 @@ def test_what_stands_in_the_place_of_a_file_is_replaced_and_not_followed(
     assert (outside / "file").read_text() == "canary"
 
 
+@pytest.mark.parametrize("name", ["x", "x.new"])
+def test_a_directory_is_not_replaced(place: Path, opened: Directory, name: str) -> None:
+    opened.make(name)
+    with pytest.raises(WrongEntry, match=f"{place}/{name} is a directory, and not a file"):
+        opened.write("x", b"new")
+    assert opened.names() == [name]
+
+
 def test_a_file_that_cannot_be_written_stays_as_it_is(
     place: Path, opened: Directory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -269,7 +276,6 @@ def test_errors_tell_the_whole_path(place: Path, opened: Directory) -> None:
         lambda: opened.make("x"),
         lambda: opened.remove("x"),
         lambda: opened.remove_directory("x"),
-        lambda: opened.write("x", b""),
         lambda: opened.rename("x", "x" * 300),
     ]
     for call in calls:
@@ -308,21 +314,3 @@ def test_a_directory_stays_what_was_opened(place: Path, outside: Path, opened: D
         inner.write("file", b"new")
         assert inner.remove("file")
     assert (outside / "file").read_text() == "canary"
-
-
-def test_threads_share_a_directory(opened: Directory) -> None:
-    opened.write("x", b"x" * 1000)
-    wrong: list[bytes] = []
-
-    def look() -> None:
-        for _number in range(200):
-            content = opened.read("x", LIMIT)
-            if len(content) != 1000 or opened.names() != ["x"]:
-                wrong.append(content)
-
-    threads = [threading.Thread(target=look) for _number in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong

@@ -17,7 +17,8 @@ import pytest
 from ansible_collections.vmfleet.backup.plugins.module_utils._common import errors
 from ansible_collections.vmfleet.backup.plugins.module_utils._host import checksum, files, lock, preallocate, texts
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu import target_image
-from ansible_collections.vmfleet.backup.plugins.module_utils._repository import access, repository
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository import access
+from ansible_collections.vmfleet.backup.tests.unit.plugins.builders import write
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -47,10 +48,10 @@ def owners(path: str) -> None:
     ("work", "step"),
     [
         (lambda path: texts.write_text(path, "a" * 8192), "it was written"),
-        (lambda path: repository.write_document(path, {"a": "b" * 8192}), "it was written"),
+        (lambda path: write(path, {"a": "b" * 8192}), "it was written"),
         (owners, "the owners of jobs were written"),
         (lambda path: target_image._make_file(path, target_image.Blank(8192, ((0, b"a" * 8192),))), "it was made"),
-        (checksum.sha256, "its checksum was taken"),
+        (lambda path: checksum.sha256(path, os.open(path, os.O_RDONLY)), "its checksum was taken"),
         (preallocate.flush, "it was brought to stable storage"),
         (target_image.Blank.of, "it was read"),
     ],

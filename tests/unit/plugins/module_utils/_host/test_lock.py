@@ -143,6 +143,6 @@ def test_lock_lasts_as_long_as_a_child_that_inherited_it(tmp_path: Path) -> None
 
 def test_link_is_not_followed(tmp_path: Path) -> None:
     (tmp_path / "1.lock").symlink_to(tmp_path / "victim")
-    with pytest.raises(OSError, match="symbolic link"):
+    with pytest.raises(BackupError, match="symbolic link"):
         asyncio.run(take(tmp_path / "1.lock"))
     assert not (tmp_path / "victim").exists()

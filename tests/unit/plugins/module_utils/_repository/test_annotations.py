@@ -24,15 +24,14 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._repository.annotat
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.annotations import (
     PARTIAL,
     SetAnnotations,
-    annotation_path,
+    annotation_name,
     is_read,
     read_annotations,
     remove_annotations,
     write_annotation,
 )
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.documents import Failure
-from ansible_collections.vmfleet.backup.plugins.module_utils._repository.repository import write_document
-from ansible_collections.vmfleet.backup.tests.unit.plugins.builders import TIME, manifest
+from ansible_collections.vmfleet.backup.tests.unit.plugins.builders import TIME, manifest, write
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -82,7 +81,7 @@ def test_a_verification_replaces_the_one_before_and_an_overlay_has_one_pin(repos
 def test_ids_that_look_like_marks_are_none(repository: Repository) -> None:
     for set_id in ("a.protected", "a.verified", "a.pin-00000000", "a.pin-b"):
         failure = Failure("run", "a1", set_id, "failed", "x", TIME, TIME)
-        write_document(repository.failure_path("web01", set_id), asdict(failure))
+        write(repository.failure_path("web01", set_id), asdict(failure))
         write_annotation(repository, "web01", replace(PROTECTION, id=set_id))
     annotations = read_annotations(repository, "web01")
     assert sorted(mark.id for mark in annotations.protections) == [
@@ -95,12 +94,12 @@ def test_ids_that_look_like_marks_are_none(repository: Repository) -> None:
 
 
 def test_half_written_marks_are_none_and_newer_ones_are_not_skipped(repository: Repository) -> None:
-    path = annotation_path(repository, "web01", PROTECTION)
+    path = os.path.join(repository.directory("web01"), annotation_name(PROTECTION))
     for content in ("", "{", "{}", '{"schema": 1}'):
         with open(path, "w", encoding="utf-8") as file:
             file.write(content)
         assert read_annotations(repository, "web01") == SetAnnotations()
-    write_document(path, {**asdict(PROTECTION), "schema": SCHEMA + 1})
+    write(path, {**asdict(PROTECTION), "schema": SCHEMA + 1})
     with pytest.raises(BackupError, match="newer than this collection"):
         read_annotations(repository, "web01")
 

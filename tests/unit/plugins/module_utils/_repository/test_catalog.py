@@ -30,9 +30,8 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._repository.catalog
     vm_names,
 )
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.documents import Failure, Manifest, VmName
-from ansible_collections.vmfleet.backup.plugins.module_utils._repository.repository import write_document
 from ansible_collections.vmfleet.backup.tests.unit.plugins import builders
-from ansible_collections.vmfleet.backup.tests.unit.plugins.builders import TIME, UUID, image, intent, manifest
+from ansible_collections.vmfleet.backup.tests.unit.plugins.builders import TIME, UUID, image, intent, manifest, write
 
 if TYPE_CHECKING:
     from ansible_collections.vmfleet.backup.plugins.module_utils._repository.repository import Repository
@@ -173,9 +172,7 @@ class TestLeftovers:
             ".s1.protected.json.new",
         ):
             os.mkdir(os.path.join(directory, entry))
-        write_document(
-            repository.failure_path("web01", "s3"), asdict(Failure("r", "a", "s3", "failed", "full", TIME, TIME))
-        )
+        write(repository.failure_path("web01", "s3"), asdict(Failure("r", "a", "s3", "failed", "full", TIME, TIME)))
         assert self.told(repository) == {
             ".s0.removed": "left by a process that was killed",
             ".s1.protected.json.new": "left by a process that was killed",
@@ -207,7 +204,7 @@ class TestNames:
         os.mkdir(repository.directory("web03"))
         assert vm_names(repository) == []
         failure = Failure("r", "a", "s3", "failed", "full", TIME, TIME)
-        write_document(repository.failure_path("web03", "s3"), asdict(failure))
+        write(repository.failure_path("web03", "s3"), asdict(failure))
         assert vm_names(repository) == ["web03"]
 
     def test_a_vm_whose_first_set_is_being_made(self, repository: Repository) -> None:
@@ -225,7 +222,7 @@ class TestNames:
             if vm == "web02":
                 os.symlink(path, path)
             else:
-                write_document(path, {"schema": SCHEMA + 1})
+                write(path, {"schema": SCHEMA + 1})
         assert vm_names(repository) == ["web01", "web02", "web03"]
 
     def test_what_is_no_vm(self, repository: Repository) -> None:

@@ -133,7 +133,7 @@ class TestManifestsAreReadOnce:
     def test_an_unchanged_one_is_not_read_again(self, repository: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
         publish(repository, intent())
         first = repository.records("web01")
-        monkeypatch.setattr(repository_repository, "read_document", lambda *_args: pytest.fail("read again"))
+        monkeypatch.setattr(repository_repository, "read_document", lambda *_args, **_more: pytest.fail("read again"))
         assert repository.records("web01") == first
 
     def test_a_changed_one_is(self, repository: Repository) -> None:

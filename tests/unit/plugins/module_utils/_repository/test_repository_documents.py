@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import stat
@@ -21,11 +22,7 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._repository.annotat
     Protection,
     Verification,
 )
-from ansible_collections.vmfleet.backup.plugins.module_utils._repository.repository import (
-    read_document,
-    write_document,
-)
-from ansible_collections.vmfleet.backup.tests.unit.plugins.builders import TIME
+from ansible_collections.vmfleet.backup.tests.unit.plugins.builders import TIME, read, write
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -35,53 +32,70 @@ PROTECTION = Protection("s1", TIME)
 
 def test_it_is_read_as_it_was_written(tmp_path: Path) -> None:
     path = tmp_path / "document"
-    write_document(str(path), asdict(PROTECTION))
-    assert read_document(str(path), Protection) == PROTECTION
+    write(path, asdict(PROTECTION))
+    assert read(path, Protection) == PROTECTION
     assert os.listdir(tmp_path) == ["document"]
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
-    write_document(str(path), asdict(Protection("s2", TIME)), 0o440)
-    assert read_document(str(path), Protection) == Protection("s2", TIME)
+    write(path, asdict(Protection("s2", TIME)), 0o440)
+    assert read(path, Protection) == Protection("s2", TIME)
     assert stat.S_IMODE(path.stat().st_mode) == 0o440
 
 
 def test_one_of_many_bytes(tmp_path: Path) -> None:
     large = Verification("s1", "a1", Depth.IMAGE, TIME, ("ä" * LONG,) * 3)
-    write_document(str(tmp_path / "document"), asdict(large))
-    assert read_document(str(tmp_path / "document"), Verification) == large
+    write(tmp_path / "document", asdict(large))
+    assert read(tmp_path / "document", Verification) == large
 
 
 def test_a_half_written_one_of_a_killed_process_goes(tmp_path: Path) -> None:
     (tmp_path / "document.new").write_text("{")
-    write_document(str(tmp_path / "document"), asdict(PROTECTION))
+    write(tmp_path / "document", asdict(PROTECTION))
     assert os.listdir(tmp_path) == ["document"]
 
 
 def test_the_old_one_stays_where_the_new_one_cannot_be_written(tmp_path: Path) -> None:
     path = tmp_path / "document"
-    write_document(str(path), asdict(PROTECTION))
+    write(path, asdict(PROTECTION))
     with pytest.raises(TypeError):
-        write_document(str(path), {"what": object()})
-    assert read_document(str(path), Protection) == PROTECTION
+        write(path, {"what": object()})
+    assert read(path, Protection) == PROTECTION
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "null", '{"schema": 1}', '{"id": "s1"}', "\udcff"])
 def test_one_that_is_not_whole_is_none(tmp_path: Path, content: str) -> None:
     (tmp_path / "document").write_bytes(content.encode("utf-8", "surrogateescape"))
-    assert read_document(str(tmp_path / "document"), Protection) is None
+    assert read(tmp_path / "document", Protection) is None
 
 
 def test_one_that_is_not_there_is_none(tmp_path: Path) -> None:
-    assert read_document(str(tmp_path / "document"), Protection) is None
-    (tmp_path / "file").touch()
-    assert read_document(str(tmp_path / "file" / "document"), Protection) is None
+    assert read(tmp_path / "document", Protection) is None
 
 
 def test_one_of_a_later_release_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "document").write_text(json.dumps({**asdict(PROTECTION), "schema": 2}))
     with pytest.raises(BackupError, match=r"document: its schema 2 is newer .* update vmfleet\.backup"):
-        read_document(str(tmp_path / "document"), Protection)
+        read(tmp_path / "document", Protection)
 
 
-def test_one_that_cannot_be_read_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(BackupError, match="cannot be read: Is a directory"):
-        read_document(str(tmp_path), Protection)
+def test_one_that_is_something_else_is_an_error(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "document")
+    with pytest.raises(BackupError, match="document is a named pipe, and not a file"):
+        read(tmp_path / "document", Protection)
+
+
+def test_one_that_is_too_large_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "document").touch()
+    os.truncate(tmp_path / "document", Protection.MOST + 1)
+    with pytest.raises(BackupError, match=f"document has more than {Protection.MOST} bytes"):
+        read(tmp_path / "document", Protection)
+
+
+def test_one_that_cannot_be_read_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "document", asdict(PROTECTION))
+
+    def fail(_fd: int, _length: int) -> bytes:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "read", fail)
+    with pytest.raises(BackupError, match="document cannot be read: Input/output error"):
+        read(tmp_path / "document", Protection)

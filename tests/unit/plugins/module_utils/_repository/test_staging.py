@@ -89,11 +89,11 @@ class TestCrash:
         unlink = os.unlink
         removed = []
 
-        def dying_unlink(path: str) -> None:
+        def dying_unlink(path: str, **where: int) -> None:
             if removed:
                 raise KeyboardInterrupt
             removed.append(path)
-            unlink(path)
+            unlink(path, **where)
 
         monkeypatch.setattr(os, "unlink", dying_unlink)
         with pytest.raises(KeyboardInterrupt):

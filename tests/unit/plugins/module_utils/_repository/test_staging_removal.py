@@ -26,6 +26,11 @@ if TYPE_CHECKING:
     from ansible_collections.vmfleet.backup.plugins.module_utils._repository.repository import Repository
 
 
+def litter(repository: Repository) -> list[str]:
+    with repository.opened("web01") as directory:
+        return staging.litter(directory)
+
+
 class TestTidy:
     """What killed processes leave goes with the next set; what only looks like it stays."""
 
@@ -91,10 +96,10 @@ class TestLitterThatStays:
         publish(repository, intent())
         unlink = os.unlink
 
-        def busy(path: str) -> None:
+        def busy(path: str, **where: int) -> None:
             if path.endswith(".nfs0001"):
                 raise OSError(code, os.strerror(code), path)
-            unlink(path)
+            unlink(path, **where)
 
         with open(os.path.join(repository.set_path("web01", "s1"), ".nfs0001"), "w", encoding="utf-8"):
             pass
@@ -105,7 +110,7 @@ class TestLitterThatStays:
         )
         assert os.listdir(left) == [".nfs0001"]
         staging.tidy(repository, "web01", "s2")
-        assert staging.litter(repository, "web01") == [left]
+        assert litter(repository) == [".s1.removed"]
         monkeypatch.undo()
         staging.tidy(repository, "web01", "s2")
         assert os.listdir(repository.directory("web01")) == []
@@ -115,7 +120,7 @@ class TestLitterThatStays:
         stray = os.path.join(repository.staging_path("web01", "s1"), "mine")
         os.mkdir(stray)
         staging.discard(repository, intent())
-        assert staging.litter(repository, "web01") == [repository.staging_path("web01", "s1")]
+        assert litter(repository) == [".s1.staging"]
         with pytest.raises(BackupError, match=rf"^VM web01: {stray} cannot be removed \(Is a directory\); remove it"):
             staging.begin(repository, intent())
         os.rmdir(stray)
@@ -126,7 +131,7 @@ class TestLitterThatStays:
     ) -> None:
         publish(repository, intent())
 
-        def broken(path: str) -> None:
+        def broken(path: str, **_where: int) -> None:
             raise OSError(errno.EIO, os.strerror(errno.EIO), path)
 
         monkeypatch.setattr(os, "unlink", broken)

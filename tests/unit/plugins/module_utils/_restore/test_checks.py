@@ -16,7 +16,6 @@ import pytest
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import Refused
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu import image_lock
-from ansible_collections.vmfleet.backup.plugins.module_utils._repository.repository import write_document
 from ansible_collections.vmfleet.backup.plugins.module_utils._restore.checks import (
     check_unused,
     is_restored,
@@ -24,6 +23,7 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._restore.checks imp
     refuse_collisions,
 )
 from ansible_collections.vmfleet.backup.plugins.module_utils._restore.model import RestoreMethod
+from ansible_collections.vmfleet.backup.tests.unit.plugins.builders import write
 from ansible_collections.vmfleet.backup.tests.unit.plugins.restoring import IMAGE, MANIFEST, disk_restore
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ class TestDone:
 
     def note(self, repository: Repository, path: Path, method: RestoreMethod) -> None:
         done = disk_restore(path, method)
-        write_document(done.receipt, asdict(make_receipt(repository, done, path.stat())))
+        write(done.receipt, asdict(make_receipt(repository, done, path.stat())))
 
     def test_the_same_again(self, repository: Repository, target: Path) -> None:
         self.note(repository, target, RestoreMethod.COPY)

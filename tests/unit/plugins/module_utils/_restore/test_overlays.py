@@ -19,12 +19,11 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._repository.annotat
     write_annotation,
 )
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.catalog import read_catalog
-from ansible_collections.vmfleet.backup.plugins.module_utils._repository.repository import write_document
 from ansible_collections.vmfleet.backup.plugins.module_utils._restore.checks import make_receipt
 from ansible_collections.vmfleet.backup.plugins.module_utils._restore.model import RestoreMethod
 from ansible_collections.vmfleet.backup.plugins.module_utils._restore.overlays import find_overlays, remove_overlays
 from ansible_collections.vmfleet.backup.plugins.module_utils._restore.pins import make_pin
-from ansible_collections.vmfleet.backup.tests.unit.plugins.builders import UUID
+from ansible_collections.vmfleet.backup.tests.unit.plugins.builders import UUID, write
 from ansible_collections.vmfleet.backup.tests.unit.plugins.restoring import disk_restore
 
 if TYPE_CHECKING:
@@ -45,7 +44,7 @@ def write_receipt(repository: Repository, path: Path, vm: str = VM, method: str 
     path.touch()
     disk = disk_restore(path)
     receipt = replace(make_receipt(repository, disk, path.stat()), vm=vm, method=method)
-    write_document(disk.receipt, asdict(receipt))
+    write(disk.receipt, asdict(receipt))
 
 
 def test_overlays_in_a_directory(repository: Repository, images: Path) -> None:

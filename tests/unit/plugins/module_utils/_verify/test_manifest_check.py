@@ -81,5 +81,11 @@ def test_what_was_a_set_and_what_was_none(repository: Repository) -> None:
         file.parent.mkdir(parents=True)
         file.touch()
     (file.parent.parent / "file").touch()
-    assert lost_sets(repository, VM, {"s2", "notes", "s1", "file"}) == ["s1", "s2"]
-    assert lost_set(repository, VM, "s1").error.startswith(f"{repository.set_path(VM, 's1')}/manifest.json is missing")
+    place = Path(repository.directory(VM))
+    (place / "moved").symlink_to("/elsewhere")
+    records = repository.records(VM)
+    assert records.strays == {"s2", "notes", "s1", "file", "moved"}
+    assert lost_sets(repository, VM, records) == ["moved", "s1", "s2"]
+    assert lost_set(repository, VM, "s1", records).error.startswith(f"{place}/s1/manifest.json is missing")
+    found = lost_set(repository, VM, "moved", records).error
+    assert found.startswith(f"{place}/moved is a symbolic link to /elsewhere, and not a directory")
