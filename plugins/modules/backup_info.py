@@ -240,6 +240,11 @@ async def main_task(module: AnsibleModule) -> dict[str, Any]:
         except (BackupError, OSError) as error:
             errors.append(f"VM {name}: {in_words(error)}")
             continue
+        told = [f"VM {name}: {reason}" for reason in catalog.odd.values()]
+        if not catalog.records.sets:
+            errors += told
+        for warning in told:
+            module.warn(warning)
         chains, broken = chain_lengths(catalog), catalog.broken_sets
         own = [
             describe_set(catalog, manifest, chains[manifest.id], broken.get(manifest.id, ""))
