@@ -43,7 +43,7 @@ STEPS = {
     "_host/directory": {"remove": "remove", "sync": "sync directory"},
     "_host/files": {"remove": "remove", "sync_directory": "sync directory"},
     "_host/lock": {"locked": "lock", "_open": "open lock", "write_owners": "write owners"},
-    "_host/preallocate": {"allocate": "allocate", "flush": "flush", "top_up": "allocate"},
+    "_host/preallocate": {"allocate": "allocate", "flush": "flush", "flush_open": "flush", "top_up": "allocate"},
     "_host/probe": {"probe_if_there": "look", "probe": "probe", "ask": "watch"},
     "_host/target_files": {"take_name": "take name"},
     "_qemu/bitmaps": {"remove_bitmaps": "remove bitmaps"},

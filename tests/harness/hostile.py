@@ -18,6 +18,7 @@ if t.TYPE_CHECKING:
     from pathlib import Path
 
     from ansible_collections.vmfleet.backup.tests.harness.fixtures import Vms
+    from ansible_collections.vmfleet.backup.tests.harness.qemu import Qemu
 
 BOUND = 120.0
 """Seconds for a call. None of the small ones here takes so long on any machine: what does, hangs, and is killed."""
@@ -75,8 +76,9 @@ class Canary:
 class Pair:
     """A repository with sets of two VMs: one is made odd by the test, and the other one is its neighbour."""
 
-    def __init__(self, library: Library) -> None:
+    def __init__(self, library: Library, vms: tuple[Qemu, ...]) -> None:
         self.library = library
+        self.vms = vms
         self.odd = library.path / ODD
         self._kept = self.neighbour()
 
@@ -87,11 +89,11 @@ class Pair:
         other = vms.start(vms.disk(2, size=SIZE), name=NEIGHBOUR)
         for number in range(1, sets + 1):
             chain.library.back_up(other, id=f"s{number}")
-        return cls(chain.library)
+        return cls(chain.library, (chain.vm, other))
 
     def copied(self, directory: Path) -> Pair:
         """The same with a copy of the repository."""
-        return Pair(self.library.copy(directory / "repository"))
+        return Pair(self.library.copy(directory / "repository"), self.vms)
 
     def neighbour(self) -> dict[str, tuple[object, ...]]:
         """All about the neighbour's sets."""

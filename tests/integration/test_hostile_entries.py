@@ -7,14 +7,62 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import shutil
+import socket
+import stat
 import tempfile
 import typing as t
 from pathlib import Path
 
 import pytest
 
+from ansible_collections.vmfleet.backup.tests.harness.backup import snapshot
 from ansible_collections.vmfleet.backup.tests.harness.fixtures import Vms
-from ansible_collections.vmfleet.backup.tests.harness.hostile import Canary, Pair
+from ansible_collections.vmfleet.backup.tests.harness.hostile import NEIGHBOUR, ODD, Canary, Pair, ask, said
+from ansible_collections.vmfleet.backup.tests.harness.sets import result_of
+
+NEW = "s9"
+"""The set that is to be made."""
+
+
+def mkdir(path: Path, _canary: Canary) -> None:
+    path.mkdir()
+    (path / "mine").write_text("mine")
+
+
+def move(path: Path, canary: Canary) -> None:
+    """What an admin does who needs space."""
+    there = canary.path.parent / "moved"
+    if path.exists():
+        path.rename(there)
+    else:
+        there.mkdir()
+        (there / "vda.qcow2").write_text("an image")
+    path.symlink_to(there)
+
+
+def put_socket(path: Path, _canary: Canary) -> None:
+    fd = os.open(path.parent, os.O_PATH)
+    with socket.socket(socket.AF_UNIX) as made:
+        # The path itself may be too long for a socket.
+        made.bind(f"/proc/self/fd/{fd}/{path.name}")
+    os.close(fd)
+
+
+KINDS: dict[str, t.Callable[[Path, Canary], object]] = {
+    "link to a set": lambda path, canary: path.symlink_to(canary.path / "s1"),
+    "link to a file": lambda path, canary: path.symlink_to(canary.file),
+    "link to nothing": lambda path, canary: path.symlink_to(canary.path / "nothing"),
+    "link to itself": lambda path, _canary: path.symlink_to(path.name),
+    "pipe": lambda path, _canary: os.mkfifo(path),
+    "socket": put_socket,
+    "device": lambda path, _canary: os.mknod(path, 0o600 | stat.S_IFCHR, os.makedev(1, 5)),
+    "hard link": lambda path, canary: path.hardlink_to(canary.file),
+    "directory": mkdir,
+    "file": lambda path, _canary: path.write_text("something"),
+    "moved": move,
+}
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +83,145 @@ def pair(made: Pair, directory: Path) -> Pair:
     return made.copied(directory)
 
 
-@pytest.mark.usefixtures("canary")
-def test_a_healthy_repository_is_served(pair: Pair) -> None:
-    pair.assert_neighbour_served()
+def put(kind: str, path: Path, canary: Canary) -> None:
+    """Put something in the place of what stands there, or of what might."""
+    if kind != "moved" and path.is_dir():
+        shutil.rmtree(path)
+    elif kind != "moved":
+        path.unlink(missing_ok=True)
+    path.parent.mkdir(exist_ok=True)
+    KINDS[kind](path, canary)
+
+
+def work(pair: Pair, where: Path) -> dict[str, dict[str, t.Any]]:
+    """Do everything with a repository that is done with one; return what is said."""
+    path = str(pair.library.path)
+    monitors = [{"monitor": str(vm.monitor)} for vm in pair.vms]
+    (where / "metrics").mkdir(parents=True)
+    results = {
+        "info": ask("backup_info", {"repository": path}),
+        "verify": ask("backup_verify", {"repository": path, "depth": "checksum"}),
+        "restore": ask("backup_restore", {"repository": path, "vm": ODD, "directory": str(where)}),
+        "plan": ask("backup_plan", {"repository": path, "id": NEW, "reserve": "0", "vms": monitors}),
+    }
+    results["set"] = ask("backup_set", {"plan": results["plan"]["plan"]})
+    results["prune"] = ask("backup_prune", {"repository": path, "keep_last": 1, "consolidate": True})
+    told = {"id": NEW, "results": results["set"]["vms"], "directory": str(where / "metrics")}
+    results["metrics"] = ask("backup_metrics", {"repository": path, **told})
+    return results
+
+
+def assert_neighbour_was_served(results: dict[str, dict[str, t.Any]]) -> None:
+    """All was done with the healthy VM that was asked for."""
+    assert NEIGHBOUR in [vm["name"] for vm in results["info"]["vms"]]
+    verified = [found for found in results["verify"]["results"] if found["vm"] == NEIGHBOUR]
+    assert verified
+    assert all(not found["error"] for found in verified)
+    assert result_of(results["set"], NEIGHBOUR)["state"] == "published"
+    assert [one["id"] for one in results["prune"]["kept"] if one["vm"] == NEIGHBOUR] == [NEW]
+
+
+LINKS = ("moved", "link to a file", "link to nothing")
+ALL = {"info", "verify", "restore", "plan", "set", "prune", "metrics"}
+
+# Of each place: what may stand there, who names it, who refuses to work on the VM for it, and what becomes of its set.
+TABLE: list[tuple[str, tuple[str, ...], set[str], set[str], str]] = [
+    (".", (*LINKS, "link to a set", "link to itself"), ALL, ALL - {"plan"}, "failed"),
+    (".", ("pipe", "socket", "device", "file"), {"plan", "restore", "set"}, {"restore", "set", "metrics"}, "failed"),
+    (
+        "s1",
+        (*LINKS, "link to a set"),
+        {"info", "verify", "restore", "plan", "prune"},
+        {"verify", "restore", "prune"},
+        "published",
+    ),
+    ("s1", ("pipe", "device", "file", "directory"), {"info"}, {"restore", "verify"}, "published"),
+    ("s2", (*LINKS, "link to itself"), {"info", "verify", "plan", "prune"}, {"verify", "prune"}, "published"),
+    ("s2", ("socket", "file"), {"info"}, set(), "published"),
+    (
+        f".{NEW}.staging",
+        (*LINKS, "link to a set", "pipe", "socket", "file"),
+        {"info", "verify", "plan", "set", "prune"},
+        {"verify", "set", "prune"},
+        "failed",
+    ),
+    (
+        f".{NEW}.staging/intent.json",
+        (*LINKS, "pipe", "device", "directory"),
+        {"info", "verify", "plan", "set", "prune"},
+        {"verify", "set", "prune"},
+        "failed",
+    ),
+    (".s0.removed", (*LINKS, "link to a set", "pipe", "file"), {"info", "verify", "plan"}, {"verify"}, "published"),
+    (
+        ".lock",
+        (*LINKS, "pipe", "socket", "device", "directory"),
+        {"set", "prune", "restore", "verify"},
+        {"set", "prune"},
+        "failed",
+    ),
+    (".prune.lock", (*LINKS, "pipe", "device", "directory"), {"prune"}, {"prune"}, "published"),
+    (
+        "s2/manifest.json",
+        (*LINKS, "link to itself", "pipe", "device", "directory"),
+        {"info", "verify", "plan", "prune"},
+        {"verify", "prune"},
+        "published",
+    ),
+    (
+        "s1/drive0.qcow2",
+        (*LINKS, "pipe", "device", "directory", "hard link"),
+        {"info", "verify", "restore"},
+        {"verify", "restore"},
+        "published",
+    ),
+    ("s2/vm.json", (*LINKS, "pipe", "device", "directory"), {"verify"}, {"verify"}, "published"),
+    (
+        ".s1.protected.json",
+        (*LINKS, "pipe", "device", "directory"),
+        {"info", "verify", "prune"},
+        {"verify", "prune"},
+        "published",
+    ),
+    (".s1.verified.json", (*LINKS, "socket"), {"info", "verify", "prune"}, {"verify", "prune"}, "published"),
+    (
+        ".s1.pin-01234567.json",
+        (*LINKS, "pipe", "directory"),
+        {"info", "verify", "prune"},
+        {"verify", "prune"},
+        "published",
+    ),
+    (
+        ".s2.consolidation.json",
+        (*LINKS, "pipe", "directory"),
+        {"info", "verify", "plan", "prune"},
+        {"verify", "prune"},
+        "published",
+    ),
+    (f".{NEW}.failed.json", (*LINKS, "pipe", "directory"), {"info", "verify", "plan"}, {"verify"}, "published"),
+    (".s2.drive0.qcow2.consolidating", (*LINKS, "pipe", "hard link"), {"info"}, set(), "published"),
+    (".s2.drive0.qcow2.consolidating", ("directory",), {"info"}, set(), "published"),
+    (".s2.verified.json.new", (*LINKS, "pipe", "hard link"), {"info"}, set(), "published"),
+    (".s2.verified.json.new", ("directory",), {"info"}, set(), "published"),
+]
+
+
+@pytest.mark.parametrize(
+    ("place", "kind", "tell", "refuse", "state"),
+    [(place, kind, *expected) for place, kinds, *expected in TABLE for kind in kinds],
+)
+def test_what_stands_there_is_named_and_left_alone(
+    pair: Pair, canary: Canary, directory: Path, place: str, kind: str, tell: set[str], refuse: set[str], state: str
+) -> None:
+    path = pair.odd / place
+    put(kind, path, canary)
+    moved = directory / "moved"
+    before = snapshot(moved) if moved.exists() else None
+    results = work(pair, directory / "restored")
+    assert {verb for verb, result in results.items() if str(path) in said(result)} >= tell
+    assert {verb for verb, result in results.items() if result["rc"]} == refuse
+    assert result_of(results["set"], ODD)["state"] == state
+    canary.assert_untouched()
+    assert_neighbour_was_served(results)
+    if before is not None:
+        assert snapshot(moved) == before

@@ -41,7 +41,11 @@ class WrongEntry(BackupError):
 
 
 class LinkedEntry(WrongEntry):
-    """A symbolic link stands there: what belongs there may be elsewhere."""
+    """A symbolic link stands there, to C(target): what belongs there may be elsewhere."""
+
+    def __init__(self, message: str, target: str) -> None:
+        super().__init__(message)
+        self.target = target
 
 
 class Directory:
@@ -117,10 +121,11 @@ class Directory:
         kind = KINDS.get(stat.S_IFMT(found.st_mode), "something unknown") if found else "gone by now"
         if found and stat.S_ISLNK(found.st_mode):
             # Nobody reads it but people.
-            there = os.readlink(name, dir_fd=self.fd)
+            target = os.readlink(name, dir_fd=self.fd)
             return LinkedEntry(
-                f"{self.join(name)} is {kind} to {there}, and not {wanted}; links are not followed here: move what it"
-                " stands for back to this place, or mount it here"
+                f"{self.join(name)} is {kind} to {target}, and not {wanted}; links are not followed here: move what it"
+                " stands for back to this place, or mount it here",
+                target,
             )
         return WrongEntry(f"{self.join(name)} is {kind}, and not {wanted}; it does not belong there: move it away")
 

@@ -77,7 +77,6 @@ async def _make_full(repository: Repository, catalog: VmCatalog, manifest: Manif
     if errors:
         # Otherwise a damaged image would get a new checksum that fits.
         raise BackupError("; ".join(errors.values()))
-    path = repository.set_image_path(manifest, image)
     with open_chain(chain.layers(repository, images)) as source:
         _check_free(repository, await _most_bytes(source, images))
     new = f".{manifest.id}.{image.image}{CONSOLIDATING_SUFFIX}"

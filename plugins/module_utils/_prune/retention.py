@@ -219,7 +219,8 @@ def describe(name: str, decisions: Iterable[RetentionDecision]) -> list[str]:
 
 def read_constraints(catalog: VmCatalog, allow_remove_last: bool) -> Constraints:
     """Return what counts besides the rules, as the repository tells it. BackupError where it cannot tell all."""
-    silent = [reason for name, reason in catalog.odd.items() if name[0] == "." and not name.endswith((FAILED, REMOVED))]
+    harmless = [name for name in catalog.odd if name.startswith(".") and name.endswith((FAILED, REMOVED))]
+    silent = [reason for name, reason in catalog.odd.items() if name not in harmless]
     if silent:
         raise BackupError("what keeps its sets cannot be read, and so none is removed: " + "; ".join(silent))
     guarded = {protection.id: "it is protected" for protection in catalog.annotations.protections}

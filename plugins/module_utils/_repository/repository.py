@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 
 from .._common.errors import BackupError
 from .._common.fields import DocumentError, NewerSchema, load
-from .._host.directory import Directory, WrongEntry
+from .._host.directory import Directory, LinkedEntry, WrongEntry
 from .._host.files import AT_ONCE
 from .._host.lock import locked
 from .documents import Consolidation, Failure, Intent, Manifest, Marker
@@ -173,7 +173,7 @@ class Repository:
         kinds: dict[Any, list[Any]] = {Intent: [], Failure: [], Consolidation: []}
         described: set[str] = set()
         strays: set[str] = set()
-        odd: dict[str, str] = {}
+        odd: dict[str, WrongEntry] = {}
         for entry in directory.entries():
             name = entry.name
             try:
@@ -198,10 +198,17 @@ class Repository:
                 # Another process has removed it meanwhile.
                 continue
             except WrongEntry as error:
-                odd[name] = str(error)
+                odd[name] = error
+        # A second name of a set that is there hides nothing.
+        ids = {found.id for found in sets}
+        told = {
+            name: str(error)
+            for name, error in odd.items()
+            if not (isinstance(error, LinkedEntry) and error.target in ids and name in strays)
+        }
         intents, failures, notes = (tuple(filter(None, found)) for found in kinds.values())
         sets = [self._as_noted(found, notes) for found in sorted(sets, key=lambda found: found.sequence)]
-        return VmRecords(tuple(sets), intents, failures, notes, frozenset(described), frozenset(strays), odd)
+        return VmRecords(tuple(sets), intents, failures, notes, frozenset(described), frozenset(strays), told)
 
     def _as_noted(self, manifest: Manifest, notes: Iterable[Consolidation]) -> Manifest:
         """Return the manifest as it will be, where the file of an image is the new one already."""

@@ -141,7 +141,11 @@ def discard_images(repository: Repository, intent: Intent) -> None:
 
 def discard(repository: Repository, intent: Intent) -> None:
     """Remove what an attempt has left, its intent last: what a crash leaves of it is still known to be ours."""
-    there = repository.intent(intent.vm.name, intent.id)
+    try:
+        there = repository.intent(intent.vm.name, intent.id)
+    except WrongEntry:
+        # Something else stands there, which is not ours.
+        return
     if there and there.attempt == intent.attempt:
         with repository.opened(intent.vm.name) as directory:
             remove_directory(directory, staging_name(intent.id))
@@ -174,10 +178,10 @@ def tidy(repository: Repository, vm: str, set_id: str = "") -> None:
     with directory:
         for trace in _traces(directory, set_id):
             if trace == failure_name(set_id):
-                directory.remove(trace)
+                remove_file(directory, trace)
             else:
                 with directory.directory(set_id) as place:
-                    place.remove(trace)
+                    remove_file(place, trace)
         for name in litter(directory):
             if name.endswith(UNFINISHED):
                 remove_file(directory, name)
