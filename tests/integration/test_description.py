@@ -11,11 +11,13 @@ import json
 import os
 import typing as t
 
+from ansible_collections.vmfleet.backup.plugins.module_utils._common.redaction import REMOVED
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.connection import parse_address
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.monitor import Monitor
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.query import inspect_vm
-from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.vm_config import REMOVED, describe_vm
-from ansible_collections.vmfleet.backup.tests.harness.images import MIB, create
+from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.vm_config import describe_vm
+from ansible_collections.vmfleet.backup.tests.harness.images import MIB, create, qemu_img
+from ansible_collections.vmfleet.backup.tests.harness.modules import fail, succeed
 from ansible_collections.vmfleet.backup.tests.harness.qemu import Disk
 
 if t.TYPE_CHECKING:
@@ -23,6 +25,7 @@ if t.TYPE_CHECKING:
 
     from ansible_collections.vmfleet.backup.tests.harness.fixtures import Vms
     from ansible_collections.vmfleet.backup.tests.harness.qemu import Qemu
+    from ansible_collections.vmfleet.backup.tests.harness.sets import Sets
 
 UUID = "4b1e3cde-4a29-4f1c-9a55-6b6f1b7c2d10"
 
@@ -128,3 +131,35 @@ def test_process_behind_tcp_is_unknown(vms: Vms) -> None:
     found = describe(vm, f"tcp:127.0.0.1:{vm.tcp_port}")
     assert found["command_line"] is None
     assert found["machine"] == "none"
+
+
+def test_no_secret_of_a_disk_gets_into_a_set_or_a_result(vms: Vms, sets: Sets, directory: Path) -> None:
+    """An image names its backing file with a password, and one of the disk's own options is one."""
+    base, top = create(directory / "base.qcow2", MIB), directory / "top.qcow2"
+    qemu_img("create", "-q", "-f", "qcow2", "-u", "-b", "nbd://me:hunter2@host/base", "-F", "qcow2", top, str(MIB))
+    below = {"driver": "qcow2", "file": {"driver": "file", "filename": str(base)}}
+    vm = vms.start(
+        Disk(top, id="drive0", node="n0", options=t.cast("dict[str, str]", {"backing": below})),
+        name="web01",
+        machine="q35,accel=tcg",
+        paused=True,
+        extra=["-smbios", "type=11,value=admin_password=hunter2", "-fw_cfg", "name=opt/x,string=hunter2"],
+    )
+    assert "hunter2" in json.dumps(vm.qmp.execute("query-named-block-nodes"))
+    [found] = succeed("vm_info", {"monitors": [str(vm.monitor)]})["vms"]
+    assert found["disks"][0]["backing_file"] == f"nbd://me:{REMOVED}@host/base"
+    wanted = {"monitor": str(vm.monitor), "device": "drive0", "target": str(directory / "copy.qcow2")}
+    refused = fail("drive_backup", {**wanted, "sync": "top"})["msg"]
+    assert refused.startswith("sync: the name of the backing file of disk drive0 of VM web01 holds a secret")
+    assert "hunter2" not in refused
+    assert not (directory / "copy.qcow2").exists()
+    planned = sets.plan(vm)
+    made = [sets.back_up(vm, id=one) for one in ("s1", "s2")]
+    assert "hunter2" not in json.dumps([found, planned, *made])
+    assert sets.levels("web01", "s2") == {"drive0": "incremental"}
+    written = [path for path in sets.path.rglob("*.json") if path.is_file()]
+    assert len(written) >= 5
+    for path in written:
+        assert "hunter2" not in path.read_text(), path
+    described = json.loads((sets.directory("web01") / "s1" / "vm.json").read_text())
+    assert "disk drive0: backing_file" in described["removed"]

@@ -10,6 +10,8 @@ import contextlib
 import os
 from typing import TYPE_CHECKING
 
+from .redaction import redact_text
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterator
     from typing import Any
@@ -52,10 +54,10 @@ class CommandError(BackupError):
     """QEMU refused a QMP command."""
 
     def __init__(self, monitor: str, command: str, error_class: str, description: str) -> None:
-        super().__init__(f"{monitor}: QEMU refused {command}: {description.strip()}")
         self.command = command
         self.error_class = error_class
-        self.description = description.strip()
+        self.description = redact_text(description.strip())
+        super().__init__(f"{monitor}: QEMU refused {command}: {self.description}")
 
 
 class AgentError(BackupError):

@@ -9,6 +9,7 @@ import os
 from typing import TYPE_CHECKING
 
 from .._common.errors import BackupError, Refused, ToolError
+from .._common.redaction import REMOVED
 from .._host import preallocate, target_files
 from .._qemu import estimate, image_lock, qemu_img, target_image
 from .receipt import ReceiptPhase
@@ -29,6 +30,13 @@ async def prepare_target(vm: Vm, copy: Copy, overwrite: bool) -> target_image.Ta
     _refuse_own_image(drive, vm)
     if vm.cannot_copy(disk):
         raise Refused("device", vm.cannot_copy(disk))
+    if drive.sync == Sync.TOP and not drive.existing and REMOVED in disk.backing_file:
+        raise Refused(
+            "sync",
+            f"the name of the backing file of disk {disk.name} of VM {vm.name} holds a secret ({disk.backing_file}),"
+            " and the target would have to name it; make the target yourself, with mode: existing, or copy the whole"
+            " disk with sync: full",
+        )
     _refuse_bitmap(drive, disk, vm)
     image_format = drive.format or "qcow2"
     if drive.existing:

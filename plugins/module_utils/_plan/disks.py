@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from .._common.errors import Refused
+from .._common.redaction import redact_name
 from .._qemu.model import chain_of
 from .._repository.chain import newest_full, walk
 from .._repository.documents import Level, Parent
@@ -252,7 +253,9 @@ def _gap(below: DiskImage, chain: Sequence[Disk]) -> str:
     disk = chain[0]
     found = [layer.bitmap(below.bitmap or "") for layer in chain]
     holders = [place for place, bitmap in enumerate(found) if bitmap]
-    known = [place for place, layer in enumerate(chain) if layer.filename in (below.source, *below.layers)]
+    # Names of before may hold secrets, which those of disks do not.
+    names = {redact_name(name) for name in (below.source, *below.layers)}
+    known = [place for place, layer in enumerate(chain) if layer.filename in names]
     # Below a layer that the set was made of, all is as it was then.
     deepest = max([*holders, *known[:1]], default=0)
     for layer, bitmap in zip(chain[: deepest + 1], found):

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 
 LARGEST = (1 << 63) - 1
+LONGEST_NAME = 16384
+"""Characters of the longest name of a file; QEMU cuts its names off at 4096."""
 
 
 class Odd(ValueError):
@@ -44,6 +46,12 @@ def text(found: Any) -> None:
             raise Odd("is no text in Unicode") from None
     if "\0" in found:
         raise Odd("has a zero in its text")
+
+
+def file_name(found: Any) -> None:
+    text(found)
+    if len(found) > LONGEST_NAME:
+        raise Odd("is too long for the name of a file")
 
 
 def flag(found: Any) -> None:
@@ -102,22 +110,22 @@ _BITMAP = record(
     {"count": size, "granularity": positive, "recording": flag, "busy": flag, "persistent": flag},
     {"name": text, "inconsistent": flag},
 )
-_DETAILS = record({}, {"data": record({}, {"data-file": text, "data-file-raw": flag, "compat": text})})
+_DETAILS = record({}, {"data": record({}, {"data-file": file_name, "data-file-raw": flag, "compat": text})})
 _IMAGE = record(
-    {"filename": text, "virtual-size": size},
+    {"filename": file_name, "virtual-size": size},
     {
         "actual-size": size,
-        "backing-filename": text,
-        "full-backing-filename": text,
+        "backing-filename": file_name,
+        "full-backing-filename": file_name,
         "encrypted": flag,
         "snapshots": listed(record({})),
         "format-specific": _DETAILS,
     },
 )
 _NODE = record(
-    {"node-name": text, "drv": text, "ro": flag, "file": text, "image": _IMAGE},
+    {"node-name": text, "drv": text, "ro": flag, "file": file_name, "image": _IMAGE},
     {
-        "backing_file": text,
+        "backing_file": file_name,
         "children": listed(record({"child": text, "node-name": text})),
         "dirty-bitmaps": listed(_BITMAP),
     },
@@ -145,7 +153,7 @@ ANSWERS = {
         )
     ),
     "query-blockstats": listed(STATISTICS),
-    "query-chardev": listed(record({"label": text, "filename": text, "frontend-open": flag})),
+    "query-chardev": listed(record({"label": text, "filename": file_name, "frontend-open": flag})),
     "query-cpus-fast": listed(record({"qom-path": text})),
     "query-fdsets": listed(record({"fdset-id": size, "fds": listed(record({}, {"opaque": text}))})),
     "query-jobs": listed(record({**_JOB, "id": text}, {"error": text})),

@@ -9,6 +9,8 @@ import json
 import re
 from typing import TYPE_CHECKING
 
+from .._common.redaction import ITEM
+
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
     from typing import Any
@@ -16,8 +18,6 @@ if TYPE_CHECKING:
 
 FLASH = re.compile(r"/machine/[^/]*\bflash\d+")
 """The qdev path of the firmware's flash chips, such as C(/machine/system.flash0)."""
-ITEM = re.compile(r"(?:[^,]|,,)+")
-"""One C(key=value) of an option; a comma that belongs to a value is doubled."""
 ALIASES = {"-M": "-machine", "-enable-kvm": "-accel", "-no-kvm": "-accel"}
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from .._common.errors import ToolError
+from .._common.redaction import REMOVED
 from . import qemu_img
 from .qemu_img import CLUSTER
 
@@ -67,6 +68,8 @@ def increment_bytes(disk: Disk, records: Iterable[Bitmap]) -> int:
 
 async def _measured(disk: Disk) -> Any:
     """Return what qemu-img measures; None for a network disk or a json: file name, which only QEMU itself can open."""
+    if REMOVED in disk.filename:
+        return None
     try:
         return await qemu_img.run_json(qemu_img.measure_command(disk.filename, disk.driver, "qcow2"))
     except ToolError:

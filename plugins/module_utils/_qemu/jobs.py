@@ -12,6 +12,7 @@ import asyncio
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from .._common.redaction import redact_text
 from .model import IO_ERROR, Job
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ def merge_jobs(block_jobs: list[dict[str, Any]], jobs: list[dict[str, Any]]) -> 
                 paused=entry["paused"],
                 busy=entry["busy"],
                 io_status=entry["io-status"],
-                error=other.get("error", entry.get("error", "")),
+                error=redact_text(other.get("error", entry.get("error", ""))),
             )
         )
     return tuple(merged)

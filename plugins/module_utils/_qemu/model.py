@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from .._common.errors import Refused
 from .._common.formats import Word
+from .._common.redaction import redact_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -78,7 +79,7 @@ class Disk:
     files, top first, without filters between them. C(stable_name) is false of a name that another disk can have after a
     restart of QEMU. C(keeps_bitmaps) tells whether a bitmap can be stored in the image. C(encrypted) says that it or a
     layer below is, C(snapshots) how many internal ones it holds. C(file) is where it stands, C(data_file) where its
-    data are if elsewhere; both as QEMU names them.
+    data are if elsewhere; both as QEMU names them. No name has a secret in it.
     """
 
     name: str
@@ -217,7 +218,8 @@ class Vm:
         """Return the images whose names do not tell which files they are; none where /proc tells the files."""
         if self.process is not None:
             return ()
-        return tuple(path for path in self.files if not path.startswith("/") or path.startswith("/dev/fdset/"))
+        hidden = (path for path in self.files if not path.startswith("/") or path.startswith("/dev/fdset/"))
+        return tuple(redact_name(path) for path in hidden)
 
     def cannot_copy(self, disk: Disk) -> str:
         """Return why QEMU must not be told to copy this disk; empty where it may.

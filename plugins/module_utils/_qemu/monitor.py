@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 from ansible.module_utils.basic import missing_required_lib
 
 from .._common.errors import CommandError, MonitorError, MonitorGone, MonitorTimeout
+from .._common.redaction import redact_text, redact_values
 from . import connection
 from .answers import VERSION, Odd, check_answer
 
@@ -117,7 +118,7 @@ def require_qmp(module: AnsibleModule) -> None:
 def quoted(what: object) -> str:
     """Return what was said, in one line of a length that can be printed: it may be anything, and megabytes of it."""
     kind = f"{type(what).__name__}: " if isinstance(what, Exception) and not isinstance(what, QMPError) else ""
-    text = kind + " ".join(str(what).split())
+    text = kind + " ".join(redact_text(str(what)).split())
     return text if len(text) <= QUOTE_LIMIT else text[:QUOTE_LIMIT] + "..."
 
 
@@ -201,7 +202,7 @@ class Monitor:
         """Run one QMP command and return its C(return) member. Raises CommandError, MonitorTimeout, MonitorGone."""
         client = self._require_client()
         if not command.startswith(("query-", "qom-")):
-            self.commands.append({"execute": command, "arguments": arguments or {}})
+            self.commands.append({"execute": command, "arguments": redact_values(arguments or {})})
         try:
             answer = await asyncio.wait_for(client.execute(command, arguments), COMMAND_TIMEOUT)
             check_answer(command, answer)

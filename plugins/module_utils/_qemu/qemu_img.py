@@ -16,6 +16,7 @@ import shutil
 from typing import TYPE_CHECKING
 
 from .._common.errors import ToolError
+from .._common.redaction import redact_text
 from .._host.process import die_with_parent
 
 if TYPE_CHECKING:
@@ -169,7 +170,7 @@ def _readable(command: list[str], text: str, fds: tuple[int, ...]) -> str:
     # The name of the first descriptor may be the beginning of another's.
     for fd in sorted(fds, reverse=True):
         text = text.replace(by_descriptor(fd), os.readlink(by_descriptor(fd)))
-    return text
+    return redact_text(text)
 
 
 def _path(name: str) -> str:

@@ -14,6 +14,7 @@ import os
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from .._common.redaction import redact_name
 from .._host.process import machine_id
 from .answers import STATISTICS, Odd
 from .jobs import merge_jobs
@@ -277,7 +278,7 @@ def _disks(graph: _Graph) -> tuple[tuple[Disk, ...], tuple[Disk, ...]]:
             layer_size=held[0],
             actual_size=None if None in held else sum(held),
             encrypted=not encrypted.isdisjoint((node_name, *lower)),
-            file=graph.file_of(node_name),
+            file=redact_name(graph.file_of(node_name)),
             **others,
         )
 
@@ -322,13 +323,13 @@ def _disk(node: dict[str, Any], name: str, **others: Any) -> Disk:
         name=name,
         node=node["node-name"],
         driver=node["drv"],
-        filename=image["filename"],
-        backing_file=image.get("full-backing-filename", image.get("backing-filename", "")),
+        filename=redact_name(image["filename"]),
+        backing_file=redact_name(image.get("full-backing-filename", image.get("backing-filename", ""))),
         virtual_size=image["virtual-size"],
         read_only=node["ro"],
         keeps_bitmaps=_keeps_bitmaps(node),
         snapshots=len(image.get("snapshots", [])),
-        data_file=image.get("format-specific", {}).get("data", {}).get("data-file", ""),
+        data_file=redact_name(image.get("format-specific", {}).get("data", {}).get("data-file", "")),
         bitmaps=tuple(_bitmap(entry) for entry in node.get("dirty-bitmaps", []) if entry.get("name")),
         **others,
     )

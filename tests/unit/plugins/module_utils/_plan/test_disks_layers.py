@@ -12,6 +12,7 @@ from dataclasses import replace
 
 import pytest
 
+from ansible_collections.vmfleet.backup.plugins.module_utils._common.redaction import redact_name
 from ansible_collections.vmfleet.backup.plugins.module_utils._plan import disks
 from ansible_collections.vmfleet.backup.plugins.module_utils._plan.disks import ChainLink, LevelPolicy
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.documents import Level
@@ -56,6 +57,26 @@ def test_the_bitmaps_of_all_layers_are_merged(depth: int) -> None:
 def test_what_lies_below_the_disk_of_the_set_does_not_matter() -> None:
     found = decide(layer(0, NAME), layer(1, NAME), layer(2, "b-s0"), layer(3), source="/1")
     assert (found.level, found.below) == (Level.INCREMENTAL, ("n1",))
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        pytest.param("nbd://me:hunter2@host/{}", id="by a release that did not hide secrets"),
+        pytest.param("nbd://me:<removed>@host/{}", id="by one that did"),
+    ],
+)
+def test_names_with_secrets_tell_layers_from_each_other(written: str) -> None:
+    """What a set has written down is the file that it was made of, whoever wrote it; and no other one is."""
+
+    def named(number: int, *bitmaps: str) -> Disk:
+        return layer(number, *bitmaps, filename=redact_name(f"nbd://me:hunter2@host/{number}"))
+
+    found = decide(named(0, NAME), named(1), source=written.format(0))
+    assert (found.level, found.below) == (Level.INCREMENTAL, ())
+    found = decide(named(0, NAME), named(1), source=written.format(1))
+    assert found.level == Level.FULL
+    assert "is gone in a layer below (node n1)" in found.reason
 
 
 @pytest.mark.parametrize("broken", range(3))

@@ -18,8 +18,9 @@ import pytest
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import MonitorGone
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.formats import COLLECTION_VERSION
+from ansible_collections.vmfleet.backup.plugins.module_utils._common.redaction import REMOVED
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.process import Process
-from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.vm_config import REMOVED, describe_vm
+from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.vm_config import describe_vm
 from ansible_collections.vmfleet.backup.tests.harness.qemu import wait_until
 from ansible_collections.vmfleet.backup.tests.unit.plugins.builders import SIZE, UUID, dead_process, disk, vm
 from ansible_collections.vmfleet.backup.tests.unit.plugins.doubles import FakeMonitor, monitor, refusal

@@ -7,10 +7,17 @@
 from __future__ import annotations
 
 import json
+import time
 
 import pytest
 
-from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.vm_config import REMOVED, redact
+from ansible_collections.vmfleet.backup.plugins.module_utils._common.redaction import (
+    REMOVED,
+    redact,
+    redact_name,
+    redact_text,
+    redact_values,
+)
 
 R = REMOVED
 
@@ -153,9 +160,9 @@ def options(*values: str) -> list[str]:
         ),
         pytest.param(
             ["-append", "ro password=open,x inst.ks=http://a:hunter2@h/ks"],
-            ["-append", f"ro password=open,x inst.ks=http://a:{R}@h/ks"],
+            ["-append", f"ro password={R} inst.ks=http://a:{R}@h/ks"],
             ["-append"],
-            id="kernel arguments, where only a URL is one",
+            id="kernel arguments",
         ),
     ],
 )
@@ -183,10 +190,204 @@ def test_secrets_are_removed(given: list[str], expected: list[str], removed: lis
         pytest.param(["-chardev", "socket,id=c0,path=/run/web01.qga,server=on,wait=off"], id="chardev"),
         pytest.param(["-chardev", "socket,id=c0,host=::1,port=4444"], id="chardev over TCP"),
         pytest.param(["-smbios", "type=1,serial=ds=nocloud;s=http://[fe80::1]:80/"], id="SMBIOS"),
-        pytest.param(["-kernel", "/boot/vmlinuz,password=x", "-append", "console=ttyS0 secret=1,token=2"], id="kernel"),
+        pytest.param(
+            ["-kernel", "/boot/vmlinuz,password=x", "-append", "console=ttyS0 rd.luks.key=/k,ro tokens=2"], id="kernel"
+        ),
         pytest.param(["-S", "-name", "guest=web01,debug-threads=on", "-m", "4G", "disk,secret=x.img"], id="others"),
         pytest.param(["-fw_cfg", "name=opt/x,file=/y"], id="firmware configuration from a file"),
     ],
 )
 def test_the_rest_stays_as_it_is(given: list[str]) -> None:
     assert redact(options(*given)) == (options(*given), [])
+
+
+SECRET = "hunter2"
+COMMAND_LINES = """
+-object secret,id=s,data=hunter2
+-object id=s,qom-type=secret,data=hunter2
+-object {"qom-type":"secret","id":"s","data":"hunter2"}
+-object {'qom-type':'secret','id':'s','data':'hunter2'}
+-object {"qom-type":"secret","data":"hunter2"
+-set object.s.data=hunter2
+-set drive.d0.file.password=hunter2
+-global isa-applesmc.osk=hunter2
+-global driver=isa-applesmc,property=osk,value=hunter2
+-device isa-applesmc,osk=hunter2
+-device {"driver":"isa-applesmc","osk":"hunter2"}
+-drive file=nbd://u:hunter2@h:10809/x,if=none
+-drive file=nbd+unix://u:hunter2@/x?socket=/s
+-drive file=ssh://u:hunter2@h/x.img
+-drive file=http://u:hunter2@h/x.img
+-drive file=https://u:hunter2@h/x.img,file.sslverify=off
+-drive file=ftp://u:hunter2@h/x.img
+-drive file=iscsi://u%hunter2@h/iqn.x/0
+-drive file=https://h/x?sig=hunter2
+-drive file=https://h/x?X-Amz-Credential=hunter2&b=1
+-drive file=https://h/x?X-Amz-Signature=hunter2
+-drive file=https://h/x?X-Amz-Security-Token=hunter2
+-drive file=https://h/x?access_token=hunter2
+-drive file=https://h/x?apikey=hunter2
+-drive file=https://h/x?key=hunter2
+-drive file=https://h/x?a=1&password=hunter2
+-drive file=rbd:p/i:id=a:key=hunter2:conf=/c
+-drive file=rbd:p/i:key=hunter2
+-drive file.driver=https,file.url=https://h/x,file.cookie=a=hunter2
+-drive file.driver=https,file.url=https://h/x,file.username=u,file.password=hunter2
+-drive file.driver=https,file.url=https://h/x,file.proxy-password=hunter2
+-drive file.driver=iscsi,file.portal=h,file.user=u,file.password=hunter2
+-drive file=json:{"driver":"https",,"url":"https://u:hunter2@h/x"}
+-drive file=json:{"driver":"https",,"cookie":"hunter2"}
+-drive file=json:{"driver":"qcow2",,"file":{"driver":"ftp",,"password":"hunter2"}}
+-drive file=json:{"driver":"rbd",,"=keyvalue-pairs":"[\\"key\\",, \\"hunter2\\"]"}
+-blockdev {"driver":"https","node-name":"n","password":"hunter2"}
+-blockdev {"driver":"raw","file":{"driver":"https","cookie":"a=hunter2"}}
+-blockdev {"driver":"raw","file":{"driver":"https","url":"https://h/x?token=hunter2"}}
+-blockdev driver=raw,file.driver=ftp,file.password=hunter2
+-blockdev driver=luks,file.driver=file,file.filename=/x,passphrase=hunter2
+-hda http://u:hunter2@h/x
+-cdrom https://h/x.iso?signature=hunter2
+-pflash nbd://u:hunter2@h/x
+http://u:hunter2@h/x
+-iscsi user=u,password=hunter2
+-spice port=1,password=hunter2
+-spice port=1,x509-key-password=hunter2
+-display spice-app,password=hunter2
+-vnc :1,password=hunter2
+-chardev websocket,id=c,url=ws://u:hunter2@h/
+-chardev spicevmc,id=c,password=hunter2
+-serial telnet://u:hunter2@h:23
+-netdev l2tpv3,id=n,src=a,dst=b,txcookie=hunter2,txsession=1
+-netdev l2tpv3,id=n,src=a,dst=b,rxcookie=hunter2,txsession=1
+-netdev {"type":"l2tpv3","id":"n","rxcookie":123,"txcookie":"hunter2"}
+-netdev user,id=n,guestfwd=tcp:10.0.2.100:80-cmd:sshpass -p hunter2 ssh h
+-fw_cfg name=opt/x,string=hunter2
+-fw_cfg opt/x,string=hunter2
+-smbios type=11,value=io.systemd.credential:passwd.root=hunter2
+-smbios type=11,value=io.systemd.credential.binary:x=hunter2
+-smbios type=11,value=root_password=hunter2
+-smbios type=1,serial=ds=nocloud;s=http://u:hunter2@h/
+-append root=/dev/vda password=hunter2
+-append rd.iscsi.password=hunter2 ro
+-append netroot=iscsi:u:hunter2@h::::iqn.x
+-append systemd.set_credential=passwd.root:hunter2
+-append systemd.set_credential_binary=x:hunter2
+-append inst.vncpassword="hunter2 x"
+-append inst.ks=https://u:hunter2@h/ks
+-append K3S_TOKEN=hunter2
+-append AWS_SECRET_ACCESS_KEY=hunter2
+-append passwd/root-password=hunter2 passwd/user-password-crypted=hunter2
+-append netcfg/wireless_wpa=hunter2
+-append rootpw=hunter2
+-append cifs.pass=hunter2
+-incoming exec:curl -s -u u:hunter2 https://h/x
+-incoming exec:curl --oauth2-bearer-token hunter2 https://h/x
+-incoming exec:curl -H "Authorization: Bearer hunter2hunter2" https://h/x
+-incoming exec:x --password hunter2
+-incoming exec:PGPASSWORD=hunter2 x
+""".strip().split("\n")
+
+
+@pytest.mark.parametrize("line", COMMAND_LINES)
+def test_no_command_line_keeps_its_secret(line: str) -> None:
+    arguments = line.split(" ", 1) if line.startswith("-") else [line]
+    cleaned, removed = redact(options(*arguments))
+    assert SECRET not in json.dumps(cleaned)
+    assert REMOVED in json.dumps(cleaned)
+    assert removed
+    assert redact(cleaned)[0] == cleaned
+
+
+def test_there_are_enough_of_them() -> None:
+    assert len(set(COMMAND_LINES)) >= 71
+
+
+NAMES_AND_TEXTS = [
+    "nbd://u:hunter2@h/x",
+    "iscsi://u%hunter2@h/iqn/0",
+    "rbd:p/i:id=a:key=hunter2",
+    "https://h/x?sig=hunter2",
+    'json:{"driver":"raw","file":{"driver":"https","url":"https://u:hunter2@h/x","cookie":"hunter2"}}',
+    'json:{"driver":"raw","file":{"password":"hunter2","driver":"https","url":"https://h/' + "x" * 100,
+    'json:{"driver":"raw","file":{"url":"https://h/x","password":"hunter2',
+    'json:{"driver":"raw","file":{"auth":{"a":["hunter2"',
+]
+
+
+@pytest.mark.parametrize("name", NAMES_AND_TEXTS)
+def test_no_name_keeps_its_secret(name: str) -> None:
+    cleaned = redact_name(name)
+    assert SECRET not in cleaned
+    assert REMOVED in cleaned
+    assert redact_name(cleaned) == cleaned
+    # Nothing but the secret is gone: another file has another name.
+    assert redact_name(name.replace("/x", "/y").replace("p/i", "p/j")) != cleaned or "/x" not in name
+    # What is said of it is redacted in the same way.
+    said = redact_text(f"Could not open '{name}': Permission denied")
+    assert SECRET not in said
+    assert said.startswith("Could not open '")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "/srv/password=1.qcow2",
+        "/srv/nbd://u:p@h/x",
+        "images/password=1.qcow2",
+        "disk.qcow2",
+        "",
+        "nbd://h:10809/x",
+        "ssh://root@h/x?host_key_check=no",
+        "https://h:8080/a@b/c",
+        "rbd:p/i:id=a:conf=/etc/ceph/key=1",
+        'json:{"driver":"qcow2","file":{"driver":"file","filename":"/a b"}}',
+        'json:{"driver":"raw","password-secret":"s0"}',
+    ],
+)
+def test_a_name_without_a_secret_stays(name: str) -> None:
+    assert redact_name(name) == name
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("No space left on device", None),
+        ("Parameter 'password-secret' is missing", None),
+        ("secret=on, auth=none", None),
+        ("Could not open '/srv/a=b': Permission denied", None),
+        ("-object secret,id=x: the key-secret=s0 is unknown", None),
+        ("a json:{} and json:[1] and json:{", None),
+        ("curl: password=hunter2", f"curl: password={REMOVED}"),
+        (
+            'Could not open \'json:{"driver": "https", "password": "hunter2"}\': a',
+            f'Could not open \'json:{{"driver": "https", "password": "{REMOVED}"}}\': a',
+        ),
+        ("a nbd://u:hunter2@h/x b https://u:hunter2@h/y", f"a nbd://u:{REMOVED}@h/x b https://u:{REMOVED}@h/y"),
+        ("-----BEGIN PRIVATE KEY-----\nhunter2\n-----END", f"-----BEGIN PRIVATE KEY-----{REMOVED}-----END"),
+    ],
+)
+def test_texts(text: str, expected: str | None) -> None:
+    assert redact_text(text) == (text if expected is None else expected)
+
+
+def test_a_long_text_is_cut_between_words() -> None:
+    text = "x " * 8180 + "https://u:" + SECRET * 100 + "@h/"
+    assert SECRET not in redact_text(text)
+    assert len(redact_text(text)) < 17000
+
+
+@pytest.mark.parametrize(
+    "part", ["rbd:", "a.", "a-", "?a_", '"a.', "://", "://:", "curl ", "json:{", "--a-", "'", '"x":{']
+)
+def test_no_text_takes_long(part: str) -> None:
+    begun = time.monotonic()
+    redact_text(part * 20000)
+    redact_name("x:" + (part * 4096)[:16384])
+    assert time.monotonic() - begun < 3
+
+
+def test_what_was_sent_to_qemu_is_told_without_secrets() -> None:
+    sent = {"node-name": "n", "file": {"driver": "https", "url": "https://u:hunter2@h/x", "password": "hunter2"}}
+    assert redact_values(sent) == {
+        "node-name": "n",
+        "file": {"driver": "https", "url": f"https://u:{REMOVED}@h/x", "password": REMOVED},
+    }
