@@ -61,7 +61,8 @@ options:
         RV(results[].note). What the header of an image says has to fit to the manifest, too. That is its format, the
         size of the disk, and the backing file. It may name no other file, and not be encrypted.
       - V(image) runs C(qemu-img check) on all images, and reads each disk to its end.
-      - V(boot) starts a throwaway VM from the set and waits for a sign of life. It has no network. It writes to
+      - V(boot) starts a throwaway VM from the set and waits for a sign of life. It has no network and runs as
+        O(boot_user). It writes to
         temporary overlays only, which are removed with it. While it runs, the set is pinned, and
         M(vmfleet.backup.backup_prune) keeps it.
     type: str
@@ -87,12 +88,28 @@ options:
     description:
       - Further options of QEMU, each word an element.
       - The throwaway VM gets machine, processors, memory, firmware and kernel as the set's C(vm.json) has them, and its
-        disks on devices like their own. KVM is used where the VM had it and this machine has it. An option that is
+        disks on devices like their own. KVM is used where the VM had it and its user may use it. An option that is
         given here takes the place of the one from there.
-      - A network, and C(-daemonize), are refused.
+      - What is given here is not checked, but for a network and C(-daemonize), which are refused. Files that it names
+        are opened by O(boot_user).
     type: list
     elements: str
     default: []
+  boot_files:
+    description:
+      - Files and directories of this machine that a set may name as kernel, initrd, device tree or firmware.
+      - Without, a set may only name files in the directories that distributions have for firmware, such as
+        C(/usr/share/OVMF). C(vm.json) may have been changed by whoever can write to the repository, and what it names
+        is shown to the guest.
+    type: list
+    elements: path
+    default: []
+  boot_user:
+    description:
+      - The user that throwaway VMs run as. The default is V(nobody) for root, and for all others themselves.
+      - All images are handed over as open files, so that this user needs no right to read them. It has to be able to
+        start QEMU.
+    type: str
   qemu:
     description: The path of QEMU. The default is the C(qemu-system-) of this machine's architecture.
     type: path
@@ -103,8 +120,10 @@ options:
     type: path
     default: /var/tmp
 notes:
-  - Throwaway VMs run one after the other, with a low priority, as the user that the module runs as. Each may take as
-    much memory as the VM that was backed up. Give less with O(boot_options) where that is too much.
+  - Throwaway VMs run one after the other, with a low priority. Each takes as much memory as the VM that was backed up.
+    It is not started where that is more than three quarters of what is available. Give less with O(boot_options) then.
+  - A throwaway VM has no network, its QEMU is held by C(-sandbox), and may open no file. A value in C(vm.json) that no
+    VM of QEMU or libvirt has is refused.
   - A disk that is not in the set is missing in the throwaway VM, too.
   - Where it is not the set's fault that a VM could not be started, such as a kernel that is not on this machine, the
     module fails, and the set counts as verified up to V(image).
@@ -215,6 +234,7 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._repository.names i
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.repository import open_repository
 from ansible_collections.vmfleet.backup.plugins.module_utils._verify.boot import find_qemu
 from ansible_collections.vmfleet.backup.plugins.module_utils._verify.boot_options import BootOptions
+from ansible_collections.vmfleet.backup.plugins.module_utils._verify.cage import find_user
 from ansible_collections.vmfleet.backup.plugins.module_utils._verify.model import (
     VerifyOptions,
     bad_sets,
@@ -242,6 +262,8 @@ def boot_options(params: dict[str, Any]) -> BootOptions:
         pattern=params["boot_pattern"] or "",
         agent=params["boot_agent"],
         extra=tuple(params["boot_options"]),
+        files=tuple(params["boot_files"]),
+        user=find_user(params["boot_user"] or "", os.geteuid()),
     )
     options.check()
     return options
@@ -303,6 +325,8 @@ def main() -> None:
             "boot_agent": {"type": "bool", "default": True},
             "boot_pattern": {"type": "str"},
             "boot_options": {"type": "list", "elements": "str", "default": []},
+            "boot_files": {"type": "list", "elements": "path", "default": []},
+            "boot_user": {"type": "str"},
             "qemu": {"type": "path"},
             "tmpdir": {"type": "path", "default": "/var/tmp"},
         },

@@ -38,7 +38,7 @@ options:
   device:
     description:
       - The disk, by the name of its backend, of its block node, or the id of its device (QEMU's C(device)).
-      - It is resolved to a node name first. A second backup by device name can kill QEMU (7.2 to 10.0).
+      - QEMU is given the name of the node in any case, and never a second job for a disk that has one.
     type: str
   target:
     description:

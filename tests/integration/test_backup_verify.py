@@ -16,9 +16,10 @@ from pathlib import Path
 import pytest
 
 from ansible_collections.vmfleet.backup.tests.harness.backup import snapshot
+from ansible_collections.vmfleet.backup.tests.harness.booting import NAME, RESTART, SIZE, boot, bootable, throwaway
 from ansible_collections.vmfleet.backup.tests.harness.images import MIB, qemu_img
 from ansible_collections.vmfleet.backup.tests.harness.modules import fail, run_module, succeed
-from ansible_collections.vmfleet.backup.tests.harness.qemu import Disk, wait_until
+from ansible_collections.vmfleet.backup.tests.harness.qemu import wait_until
 from ansible_collections.vmfleet.backup.tests.harness.sets import Sets
 
 if t.TYPE_CHECKING:
@@ -26,14 +27,7 @@ if t.TYPE_CHECKING:
     from ansible_collections.vmfleet.backup.tests.harness.modules import ModuleProcess
     from ansible_collections.vmfleet.backup.tests.harness.qemu import Qemu
 
-SIZE = 8 * MIB
-NAME = "web01"
 BOTH = ["drive0", "drive1"]
-
-# A boot sector that sends the text which follows it to the first serial port, and then does one of these.
-SPEAK = bytes.fromhex("fa 31c0 8ed8 baf803 be1c7c ac 84c0 7403 ee ebf8")
-WAIT = bytes.fromhex("f4 ebfd 909090909090")
-RESTART = bytes.fromhex("b0fe e664 f4 ebfd 9090")
 
 
 @pytest.fixture
@@ -431,53 +425,6 @@ def test_a_set_that_is_consolidated_while_it_is_read(
 
 
 # A VM is started from a set
-
-
-def speaking(path: Path, words: str, then: bytes = WAIT) -> Path:
-    """An image whose boot sector says these words on the serial console."""
-    code = SPEAK + then + words.encode() + b"\r\n\0"
-    sector = code.ljust(510, b"\0") + b"\x55\xaa"
-    raw = path.with_suffix(".raw")
-    raw.write_bytes(sector.ljust(SIZE, b"\0"))
-    qemu_img("convert", "-O", "qcow2", raw, path)
-    raw.unlink()
-    return path
-
-
-def bootable(vms: Vms, sets: Sets, directory: Path, words: str = "HELLO", then: bytes = WAIT, **options: t.Any) -> Qemu:
-    """A VM whose newest set is an increment, which has the boot sector; in the full one it is empty."""
-    empty = directory / "disk.qcow2"
-    qemu_img("create", "-q", "-f", "qcow2", empty, str(SIZE))
-    device = options.pop("device", "ide-hd,bus=ide.0")
-    machine = {"machine": "q35,accel=tcg", "paused": True, "extra": ["-m", "64"], **options}
-    vm = vms.start(Disk(empty, device=device), name=NAME, **machine)
-    sets.back_up(vm, id="s1")
-    sector = speaking(directory / "sector.qcow2", words, then)
-    with tempfile.NamedTemporaryFile() as raw:
-        qemu_img("convert", "-O", "raw", sector, raw.name)
-        said = vm.io("drive0", f"write -s {raw.name} 0 512")
-        assert "wrote 512/512" in said
-    sets.back_up(vm, id="s2")
-    assert sets.levels(NAME, "s2") == {"drive0": "incremental"}
-    return vm
-
-
-def boot(place: Path, **options: t.Any) -> dict[str, t.Any]:
-    return {"depth": "boot", "boot_pattern": "^HELLO$", "boot_agent": False, "tmpdir": str(place), **options}
-
-
-def throwaway(place: Path) -> list[int]:
-    """The processes that have something open or named below a directory."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                line = (entry / "cmdline").read_bytes()
-            except OSError:
-                continue
-            if os.fsencode(place) in line and b"qemu-system" in line:
-                found.append(int(entry.name))
-    return found
 
 
 @pytest.mark.parametrize("device", ["ide-hd,bus=ide.0", "virtio-blk-pci,id=vd0"])

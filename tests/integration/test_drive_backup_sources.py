@@ -38,7 +38,7 @@ PC = {"machine": "q35,accel=tcg", "paused": True}
 def test_case_7_backend_and_node_name(vm: Qemu, directory: Path, target: Path, device: str) -> None:
     copy = vm.freeze(vm.disks[0], directory / "frozen.qcow2")
     result = backup(vm, target, device=device)
-    # Always by node name: a second backup by device name kills QEMU.
+    # Whatever the disk is called by: QEMU is only ever given the name of its node.
     assert [action["device"] for action in sent(result, "drive-backup")] == ["n0"]
     assert_good(target, copy)
 

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from ansible_collections.vmfleet.backup.tests.harness.backup import snapshot
-from ansible_collections.vmfleet.backup.tests.harness.guest import Guest
+from ansible_collections.vmfleet.backup.tests.harness.booting import user
+from ansible_collections.vmfleet.backup.tests.harness.guest import Guest, built
 from ansible_collections.vmfleet.backup.tests.harness.images import MIB
 from ansible_collections.vmfleet.backup.tests.harness.modules import run_module, succeed
 from ansible_collections.vmfleet.backup.tests.harness.qemu import wait_until
@@ -45,12 +46,15 @@ def sets(directory: Path) -> Sets:
 def verify(sets: Sets, place: Path, **options: t.Any) -> dict[str, t.Any]:
     """Start a VM from a set; nothing of it is left, and nothing of the sets is touched."""
     before = {path: state for path, state in snapshot(sets.path).items() if "/s" in path}
-    given = {"repository": str(sets.path), "names": [NAME], "depth": "boot", "tmpdir": str(place), **options}
+    # Its kernel is no firmware.
+    files = {"boot_files": [str(built())]}
+    given = {"repository": str(sets.path), "names": [NAME], "depth": "boot", "tmpdir": str(place), **user()}
+    given |= files | options
     result = run_module("backup_verify", given, timeout=240)
     assert {path: state for path, state in snapshot(sets.path).items() if "/s" in path} == before
     assert list(place.iterdir()) == []
     lines = [entry.read_bytes() for entry in Path("/proc").glob("[0-9]*/cmdline") if os.access(entry, os.R_OK)]
-    assert not any(os.fsencode(place) in line for line in lines)
+    assert not any(f"guest=verify-{NAME}".encode() in line for line in lines)
     assert not list((sets.path / NAME).glob(".*.pin-*"))
     return result
 
@@ -68,6 +72,11 @@ def test_boot_of_a_real_guest(sets: Sets) -> None:
         says = {"boot_agent": False, "boot_pattern": "^GUEST READY$"}
         result = verify(sets, place, id="s1", boot_options=["-m", "160M"], **says)
         assert result["rc"] == 0, result
+
+        # Its kernel is none of the files that a set may name.
+        result = verify(sets, place, id="s2", boot_files=[])
+        [start] = [one for one in result["results"] if not one["ok"]]
+        assert f"'{built()}/vmlinuz', which vm.json names as its kernel, is no firmware" in start["error"]
 
         # A system disk without a file system: init ends, and with it everything.
         result = verify(sets, place)

@@ -61,7 +61,7 @@ async def prepare_target(vm: Vm, copy: Copy, overwrite: bool) -> target_image.Ta
 
 
 def refuse_busy(vm: Vm, starting: list[Copy]) -> None:
-    """Refuse to start beside any other block job: two backups of one node can kill QEMU."""
+    """Refuse to start beside any other block job: what QEMU does with two on one disk is not for a guest to find out."""
     others = vm.active_jobs()
     if others:
         raise BackupError(

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING
 from .._common.redaction import ITEM
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
-    from typing import Any
+    from collections.abc import Mapping, Sequence
 
 
 FLASH = re.compile(r"/machine/[^/]*\bflash\d+")
@@ -42,7 +41,7 @@ def properties(value: str, first: str) -> dict[str, str]:
     if value.startswith("{"):
         try:
             return {key: str(one) for key, one in json.loads(value).items()}
-        except ValueError:
+        except (ValueError, RecursionError):
             return {}
     found: dict[str, str] = {}
     for number, item in enumerate(ITEM.findall(value)):
@@ -51,15 +50,6 @@ def properties(value: str, first: str) -> dict[str, str]:
             key, text = (first, item) if number == 0 else (item, "on")
         found[key] = text.replace(",,", ",")
     return found
-
-
-def flatten(options: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Return options as pairs, with a dotted key for what stands within another."""
-    for key, value in options.items():
-        if isinstance(value, dict):
-            yield from flatten(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
 
 
 def option_keys(values: Mapping[str, str]) -> str:

@@ -3,7 +3,8 @@
 
 """Start a throwaway VM from a backup, wait for a sign of life, and stop it.
 
-It has no network. It writes to overlays in a work directory, which is removed with it; what it reads stays as it is.
+It has no network, and is in a cage. It writes to overlays in a work directory, which is removed with it; what it reads
+stays as it is.
 
 Reference: QEMU 7.2, qemu-options.hx.
 """
@@ -24,24 +25,24 @@ from typing import TYPE_CHECKING
 
 from .._common.errors import AgentError, Refused
 from .._common.formats import human
-from .._host.process import PROCESSES, Process, die_with_parent, spaces
+from .._host.process import PROCESSES, Process, spaces
 from .._host.target_files import free_bytes
 from .._qemu.guest_agent import Agent
-from .boot_options import Host, flash_chips
+from .boot_files import MIN_FREE
+from .boot_options import Host
+from .cage import KVM, caged, may_use_kvm
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
-    from typing import Any
+    from collections.abc import Iterator, Sequence
 
-    from .boot_options import BootDisk, BootOptions
+    from .boot_options import BootOptions
+    from .cage import User
 
 
 PREFIX = "vmfleet-boot-"
 """The name of a work directory begins with this, followed by the process that it belongs to."""
 INTERVAL = 0.25
 """Seconds between two looks at the guest's console."""
-MIN_FREE = 128 << 20
-"""Bytes that a throwaway VM leaves free where its overlays are: others need them."""
 CONSOLE_LIMIT = 1 << 20
 """Bytes of the console that are searched, the last ones."""
 CONSOLE_LINES = 40
@@ -65,15 +66,23 @@ class BootResult:
     is_backup_fault: bool = True
 
 
-def this_host() -> Host:
-    """Return what this machine has for a throwaway VM."""
-    return Host(kvm_works(), len(os.sched_getaffinity(0)))
+def this_host(user: User | None) -> Host:
+    """Return what this machine has for a throwaway VM of this user."""
+    kvm = kvm_works() and (user is None or may_use_kvm(user))
+    return Host(kvm, len(os.sched_getaffinity(0)), _available_memory())
+
+
+def _available_memory() -> int:
+    """Return the bytes of memory that programs can get without swapping (proc(5), MemAvailable)."""
+    with open("/proc/meminfo", encoding="ascii") as source:
+        found = dict(line.split(":", 1) for line in source)
+    return int(found["MemAvailable"].split()[0]) << 10
 
 
 def kvm_works() -> bool:
     """Return whether this process may use KVM, and the kernel answers."""
     try:
-        fd = os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC)
+        fd = os.open(KVM, os.O_RDWR | os.O_CLOEXEC)
     except OSError:
         return False
     try:
@@ -123,23 +132,19 @@ def clear_work_dirs(tmpdir: str) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def copy_flash(description: Mapping[str, Any], disks: Sequence[BootDisk], directory: str) -> dict[str, str]:
-    """Copy the flash chips that the backup does not have, where they are on this machine; return the copies by name."""
-    copies: dict[str, str] = {}
-    for chip in flash_chips(description):
-        known = any(disk.name == chip["name"] for disk in disks)
-        if not known and os.path.isfile(chip["file"]):
-            copies[chip["name"]] = os.path.join(directory, f"flash{len(copies)}")
-            shutil.copyfile(chip["file"], copies[chip["name"]])
-    return copies
-
-
-async def watch(command: Sequence[str], directory: str, options: BootOptions) -> BootResult:
-    """Start QEMU and wait for a sign of life. QEMU is gone when this returns, however it returns."""
+async def watch(command: Sequence[str], directory: str, options: BootOptions, fds: Sequence[int] = ()) -> BootResult:
+    """Start QEMU, which inherits C(fds), and wait for a sign of life. It is gone when this returns, however it does."""
     log = os.open(os.path.join(directory, "log"), os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         process = await asyncio.create_subprocess_exec(
-            *die_with_parent(command, NICENESS), stdin=asyncio.subprocess.DEVNULL, stdout=log, stderr=log
+            *caged(command, options.user, NICENESS),
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            pass_fds=fds,
+            # A relative name leads nowhere there, and what Ansible has in its environment is no business of QEMU.
+            cwd=directory,
+            env={"LC_ALL": "C"},
         )
     finally:
         os.close(log)

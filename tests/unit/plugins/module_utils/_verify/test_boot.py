@@ -17,20 +17,9 @@ import pytest
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import Refused
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.process import PROCESSES, Process, spaces
 from ansible_collections.vmfleet.backup.plugins.module_utils._verify import boot
-from ansible_collections.vmfleet.backup.plugins.module_utils._verify.boot_options import BootDisk, BootOptions
+from ansible_collections.vmfleet.backup.plugins.module_utils._verify.boot_options import BootOptions
 
 OPTIONS = BootOptions("/usr/bin/qemu", "/var/tmp", 10, "login:", agent=False)
-
-
-def test_flash_that_is_not_in_the_backup_is_copied(tmp_path: Path) -> None:
-    (tmp_path / "vars.fd").write_bytes(b"variables")
-    entries = [
-        {"name": name, "driver": "raw", "file": str(tmp_path / f"{name}.fd"), "qdev": f"/machine/system.flash{unit}"}
-        for unit, name in enumerate(("code", "vars"))
-    ]
-    copies = boot.copy_flash({"disks": entries}, [BootDisk("code", "", "", "/srv/backup/code", "")], str(tmp_path))
-    assert list(copies) == ["vars"]
-    assert Path(copies["vars"]).read_bytes() == b"variables"
 
 
 def test_qemu_of_another_name(tmp_path: Path) -> None:

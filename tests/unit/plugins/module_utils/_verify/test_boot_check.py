@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.annotation_documents import Depth
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.catalog import read_catalog
-from ansible_collections.vmfleet.backup.plugins.module_utils._verify.boot_check import check_boot, start
+from ansible_collections.vmfleet.backup.plugins.module_utils._verify.boot_check import check_boot
 from ansible_collections.vmfleet.backup.plugins.module_utils._verify.boot_options import BootOptions
 from ansible_collections.vmfleet.backup.plugins.module_utils._verify.manifest_check import check_manifest
 from ansible_collections.vmfleet.backup.plugins.module_utils._verify.model import SetCheck, VerifyOptions
@@ -35,12 +35,15 @@ def test_a_set_with_faults_of_its_own_is_not_started(repository: Repository, tmp
     assert (found.depth, found.error) == (Depth.MANIFEST, "there are notes; not started, since the set is not good")
 
 
-def test_a_description_that_makes_no_sense(repository: Repository, tmp_path: Path) -> None:
-    """It is JSON, but its parts are not what they should be."""
-    made = publish(repository, 1)
-    (Path(repository.set_path(VM, "s1")) / "vm.json").write_text(json.dumps({"schema": 1, "cpus": 4}))
-    run = VerifyRun(repository, VerifyOptions(Depth.BOOT))
+def test_what_was_not_started_is_not_called_broken(repository: Repository, tmp_path: Path) -> None:
+    """The description changes to something that is none after it was looked at."""
+    made = publish(repository, 1, image("a"))
     options = BootOptions("/bin/false", str(tmp_path), 1, "x", agent=False)
-    result = asyncio.run(start(run, SetCheck(read_catalog(repository, VM), made), options))
-    assert "vm.json does not describe a VM" in result.error
-    assert result.is_backup_fault
+    check = SetCheck(read_catalog(repository, VM), made)
+    check_manifest(repository, check)
+    (Path(repository.set_path(VM, "s1")) / "vm.json").write_text(json.dumps({"schema": 1, "cpus": 4}))
+    asyncio.run(check_boot(VerifyRun(repository, VerifyOptions(Depth.BOOT, options)), check, options))
+    found = check.findings[""]
+    assert (found.depth, found.error) == (Depth.BOOT, "cpus: 4 is not a mapping")
+    assert not found.is_backup_fault
+    assert list(tmp_path.glob("vmfleet-boot-*")) == []

@@ -6,25 +6,28 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import Refused
+from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import BackupError, Refused
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.command_line import pairs, properties
 from ansible_collections.vmfleet.backup.plugins.module_utils._verify.boot_options import (
     BootDisk,
     BootOptions,
+    Handed,
     Host,
+    flash_chips,
+    named_files,
     qemu_options,
 )
 
 MIB = 1 << 20
-DIRECTORY = "/var/tmp/directory"
 OPTIONS = BootOptions("/usr/bin/qemu", "/var/tmp", 10, "login:", agent=False)
-TCG = Host(kvm=False, processors=4)
-KVM = Host(kvm=True, processors=4)
+TCG = Host(kvm=False, processors=4, memory=1024 * MIB)
+KVM = replace(TCG, kvm=True)
 PLAIN = {
     "name": "web01",
     "uuid": "4b1e3cde-4a29-4f1c-9a55-6b6f1b7c2d10",
@@ -37,7 +40,8 @@ PLAIN = {
 
 
 def boot_disk(name: str, qdev: str = "", node: str = "") -> BootDisk:
-    return BootDisk(name, node or f"node-{name}", qdev, f"/srv/backup/{name}", f"{DIRECTORY}/{name}")
+    layers = (f"/dev/fdset/{name}-s2", f"/dev/fdset/{name}-s1")
+    return BootDisk(name, node or f"node-{name}", qdev, f"/var/tmp/{name}", f"/dev/fdset/{name}", layers)
 
 
 def built(
@@ -48,8 +52,10 @@ def built(
     copies: dict[str, str] | None = None,
     agent: bool = False,
 ) -> list[tuple[str, str]]:
+    """The options for a VM; the files that it names are handed over under their own names."""
     start = replace(OPTIONS, extra=options, agent=agent)
-    return pairs(qemu_options(description, disks, copies or {}, start, host, DIRECTORY))
+    files = {option: f"handed{path}" for option, path in named_files(description, start).items()}
+    return pairs(qemu_options(description, disks, Handed(files, copies or {}, "/dev/fdset/5", 7), start, host))
 
 
 def values(found: list[tuple[str, str]], option: str) -> list[str]:
@@ -64,12 +70,16 @@ def one(found: list[tuple[str, str]], option: str) -> str:
 def attached(found: list[tuple[str, str]]) -> list[tuple[str, dict[str, str]]]:
     """The overlay and the device of each disk, in their order."""
     nodes = {}
-    for value in values(found, "-blockdev"):
-        node = properties(value, "driver")
-        assert node["driver"] == node["backing.driver"] == "qcow2"
-        assert (node["backing.read-only"], node["backing.force-share"]) == ("on", "on")
-        assert node["backing.file.filename"].startswith("/srv/backup/")
-        nodes[node["node-name"]] = node["file.filename"].rpartition("/")[2]
+    for node in map(json.loads, values(found, "-blockdev")):
+        name = node["file"]["filename"].rpartition("/")[2]
+        nodes[node["node-name"]] = name
+        # Nothing is left to what is in a header.
+        below = node["backing"]
+        for layer in ("s2", "s1"):
+            assert below["file"] == {"driver": "file", "filename": f"/dev/fdset/{name}-{layer}"}
+            assert (below["driver"], below["read-only"], below["force-share"]) == ("qcow2", True, True)
+            below = below["backing"]
+        assert below is None
     devices = [properties(value, "driver") for value in values(found, "-device")]
     return [(nodes[device["drive"]], device) for device in devices if "drive" in device]
 
@@ -86,6 +96,8 @@ def test_machine() -> None:
     assert one(found, "-smp") == "2"
     assert one(found, "-m") == "192M"
     assert one(found, "-uuid") == PLAIN["uuid"]
+    assert one(found, "-name") == "guest=verify-web01"
+    assert one(built({**PLAIN, "name": "a b,debug-threads=on\n"}), "-name") == "guest=verify-a_b_debug-threads_on_"
     assert one(found, "-nic") == "none"
     assert one(found, "-display") == "none"
     assert {"-nodefaults", "-no-user-config", "-no-reboot"} <= {option for option, _value in found}
@@ -129,8 +141,8 @@ def test_nothing_is_known() -> None:
 def test_kernel() -> None:
     line = ["qemu", "-kernel", "/boot/vmlinuz", "-initrd", "/boot/initrd", "-append", "root=/dev/vda quiet", "-S"]
     found = built({**PLAIN, "command_line": line})
-    assert one(found, "-kernel") == "/boot/vmlinuz"
-    assert one(found, "-initrd") == "/boot/initrd"
+    assert one(found, "-kernel") == "handed/boot/vmlinuz"
+    assert one(found, "-initrd") == "handed/boot/initrd"
     assert one(found, "-append") == "root=/dev/vda quiet"
     assert "-S" not in dict(found)
 
@@ -148,6 +160,8 @@ def test_kernel() -> None:
         (("-kernel", "/k"), "-kernel"),
         (("-initrd", "/i"), "-initrd"),
         (("-append", "single"), "-append"),
+        (("-sandbox", "off"), "-sandbox"),
+        (("-uuid", "u"), "-uuid"),
     ],
 )
 def test_options_take_the_place_of_those_of_the_vm(options: tuple[str, ...], replaced: str) -> None:
@@ -224,28 +238,51 @@ def test_firmware() -> None:
         {"name": "a", "driver": "qcow2", "file": "/a", "qdev": "", "device": "a", "node": "n"},
     ]
     secure = "driver=cfi.pflash01,property=secure,value=on"
-    line = ["qemu", "-global", secure, "-global", "kvm-pit.lost_tick_policy=discard"]
+    line = ["qemu", "-bios", "seabios.bin", "-global", secure, "-global", "kvm-pit.lost_tick_policy=discard"]
     description = {**PLAIN, "command_line": line, "disks": entries}
     disks = (boot_disk("vars", "/machine/system.flash1"), boot_disk("a"))
-    found = built(description, *disks, copies={"code": f"{DIRECTORY}/flash0"})
-    code, variables = (properties(value, "") for value in values(found, "-drive"))
-    assert code == {"if": "pflash", "unit": "0", "driver": "raw", "file.filename": f"{DIRECTORY}/flash0"}
-    assert (variables["if"], variables["unit"], variables["file.filename"]) == ("pflash", "1", f"{DIRECTORY}/vars")
-    assert variables["backing.file.filename"] == "/srv/backup/vars"
-    assert one(found, "-global") == secure
-    assert drivers(found) == [("a", "virtio-blk-pci")]
+    assert [chip["name"] for chip in flash_chips(description)] == ["code", "vars"]
+    found = built(description, *disks, copies={"code": "/dev/fdset/9"})
+    code, variables, _disk = map(json.loads, values(found, "-blockdev"))
+    assert code == {"driver": "raw", "node-name": "flash0", "file": {"driver": "file", "filename": "/dev/fdset/9"}}
+    assert (variables["node-name"], variables["file"]["filename"]) == ("flash1", "/dev/fdset/vars")
+    assert variables["backing"]["file"]["filename"] == "/dev/fdset/vars-s2"
+    assert values(found, "-machine") == ["pc-q35-7.2", "pflash0=flash0", "pflash1=flash1"]
+    assert (one(found, "-global"), one(found, "-bios")) == (secure, "handedseabios.bin")
+    assert drivers([pair for pair in found if "flash" not in pair[1]]) == [("a", "virtio-blk-pci")]
     # Firmware that is given takes the place of all that.
-    found = built(description, *disks, options=("-bios", "/other.fd"))
-    assert (values(found, "-drive"), values(found, "-global"), one(found, "-bios")) == ([], [], "/other.fd")
+    for option in ("-bios", "-pflash"):
+        found = built(description, *disks, options=(option, "/other.fd"))
+        assert (len(values(found, "-blockdev")), values(found, "-global"), one(found, option)) == (1, [], "/other.fd")
+        assert values(found, "-machine") == ["pc-q35-7.2"]
+        assert len(values(found, "-bios")) == (option == "-bios")
 
 
 def test_console_and_agent() -> None:
     found = built(PLAIN, agent=True)
-    assert f"file,id=console,path={DIRECTORY}/console" in values(found, "-chardev")
+    assert "file,id=console,path=/dev/fdset/5" in values(found, "-chardev")
     assert one(found, "-serial") == "chardev:console"
-    assert f"socket,id=agent,path={DIRECTORY}/agent,server=on,wait=off" in values(found, "-chardev")
+    assert "socket,id=agent,fd=7,server=on,wait=off" in values(found, "-chardev")
     assert any("name=org.qemu.guest_agent.0" in value for value in values(found, "-device"))
     assert len(values(built(PLAIN), "-chardev")) == 1
+
+
+def test_the_cage() -> None:
+    assert set(one(built(PLAIN), "-sandbox").split(",")) == {
+        "on",
+        *(f"{what}=deny" for what in ("obsolete", "elevateprivileges", "spawn", "resourcecontrol")),
+    }
+
+
+@pytest.mark.parametrize(("memory", "available", "refused"), [(768, 1024, False), (769, 1024, True), (64, 64, True)])
+def test_memory_that_others_need_is_not_taken(memory: int, available: int, refused: bool) -> None:
+    description, host = {**PLAIN, "memory": memory * MIB}, replace(TCG, memory=available * MIB)
+    assert one(built(description, options=("-m", "1G"), host=host), "-m") == "1G"
+    if refused:
+        with pytest.raises(BackupError, match=r"the VM had .* MiB of memory, and of the .* available .* boot_options"):
+            built(description, host=host)
+    else:
+        assert one(built(description, host=host), "-m") == f"{memory}M"
 
 
 @pytest.mark.parametrize(
@@ -273,6 +310,8 @@ def test_agent_and_disks_are_counted_as_before(devices: list[str], expected: lis
         (replace(OPTIONS, pattern="["), "boot_pattern: "),
         (replace(OPTIONS, extra=("--net", "user")), "boot_options: -net"),
         (replace(OPTIONS, tmpdir="/nowhere"), "tmpdir: "),
+        (replace(OPTIONS, files=("/usr/share", "/nowhere")), "boot_files: there is no file or directory /nowhere"),
+        (replace(OPTIONS, files=("usr",)), "boot_files: "),
     ],
 )
 def test_refused(options: BootOptions, message: str) -> None:
