@@ -62,9 +62,8 @@ options:
         size of the disk, and the backing file. It may name no other file, and not be encrypted.
       - V(image) runs C(qemu-img check) on all images, and reads each disk to its end.
       - V(boot) starts a throwaway VM from the set and waits for a sign of life. It has no network and runs as
-        O(boot_user). It writes to
-        temporary overlays only, which are removed with it. While it runs, the set is pinned, and
-        M(vmfleet.backup.backup_prune) keeps it.
+        O(boot_user). It writes to temporary overlays only, which are removed with it. While it runs, the set is pinned,
+        and M(vmfleet.backup.backup_prune) keeps it.
     type: str
     choices: [manifest, checksum, image, boot]
     default: checksum

@@ -61,7 +61,7 @@ async def prepare_target(vm: Vm, copy: Copy, overwrite: bool) -> target_image.Ta
 
 
 def refuse_busy(vm: Vm, starting: list[Copy]) -> None:
-    """Refuse to start beside any other block job: what QEMU does with two on one disk is not for a guest to find out."""
+    """Refuse to start beside any other block job: no guest is to find out what QEMU does with two."""
     others = vm.active_jobs()
     if others:
         raise BackupError(
