@@ -442,10 +442,13 @@ def test_boot(vms: Vms, sets: Sets, directory: Path, place: Path, device: str) -
 
 def test_boot_of_a_set_that_says_nothing(vms: Vms, sets: Sets, directory: Path, place: Path) -> None:
     bootable(vms, sets, directory, "one\r\ntwo \x1b[31mred\x1b[0m")
-    found = bad(sets, **boot(place, boot_timeout=15))
-    [one] = found.values()
-    assert (one["id"], one["disk"], one["depth"]) == ("s2", "", "boot")
-    assert "no sign of life ('^HELLO$' on its console) within 15 s" in one["error"]
+    # On a busy machine it takes a guest long to say anything at all.
+    for seconds in (10, 40, 160):
+        [one] = bad(sets, **boot(place, boot_timeout=seconds)).values()
+        assert (one["id"], one["disk"], one["depth"]) == ("s2", "", "boot")
+        assert f"no sign of life ('^HELLO$' on its console) within {seconds} s" in one["error"]
+        if one["console"]:
+            break
     assert one["console"][-2:] == ["one", "two red"]
     assert list(place.iterdir()) == throwaway(place) == []
     assert (info(sets)["s2"]["verified"]["ok"], info(sets)["s2"]["used_by"]) == (False, [])

@@ -89,10 +89,14 @@ def test_boot_of_a_real_guest(sets: Sets) -> None:
 
         # One that waits for ever.
         wait = ["--append", "console=ttyS0 panic=0 rdinit=/nonexistent root=/dev/nothing rootwait"]
-        result = verify(sets, place, id="s2", boot_options=wait, boot_timeout=25)
-        assert result["failed"]
-        [start] = [one for one in result["results"] if not one["ok"]]
-        assert "no sign of life (its agent's answer) within 25 s" in start["error"]
+        for seconds in (25, 100):
+            result = verify(sets, place, id="s2", boot_options=wait, boot_timeout=seconds)
+            assert result["failed"]
+            [start] = [one for one in result["results"] if not one["ok"]]
+            assert f"no sign of life (its agent's answer) within {seconds} s" in start["error"]
+            # On a busy machine its kernel needs longer to say as much.
+            if len(start["console"]) == 40:
+                break
         assert len(start["console"]) == 40
 
     told = {one["id"]: one["verified"] for one in succeed("backup_info", {"repository": str(sets.path)})["sets"]}
