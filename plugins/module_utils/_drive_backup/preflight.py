@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from .._common.errors import BackupError, Refused, ToolError
 from .._common.redaction import REMOVED
 from .._host import preallocate, target_files
-from .._qemu import estimate, image_lock, qemu_img, target_image
+from .._qemu import estimate, image_commands, image_lock, qemu_img, target_image
 from .receipt import ReceiptPhase
 from .request import NO_KEY, Sync
 from .steps import CopyState
@@ -184,7 +184,7 @@ def _refuse_bitmap(drive: Drive, disk: Disk, vm: Vm) -> None:
 
 async def _check_format(image_format: str) -> None:
     try:
-        await qemu_img.run(qemu_img.options_command(image_format))
+        await qemu_img.run(image_commands.options_command(image_format))
     except qemu_img.NotInstalled:
         raise
     except ToolError as error:
@@ -194,7 +194,7 @@ async def _check_format(image_format: str) -> None:
 async def _existing_format(drive: Drive, disk: Disk) -> str:
     """Return the format of an existing target. It must be given where it is raw: anything can be taken for raw."""
     try:
-        info = await qemu_img.run_json(qemu_img.info_command(drive.target, drive.format))
+        info = await qemu_img.run_json(image_commands.info_command(drive.target, drive.format))
     except ToolError as error:
         raise Refused("target", f"{drive.target} cannot be used: {error}") from error
     if info.get("encrypted") and drive.compress:
@@ -222,7 +222,7 @@ async def _refuse_overwriting(copy: Copy, image_format: str) -> None:
         if target_files.is_block_device(drive.target):
             return
         # Nothing is lost in an image that holds nothing, such as one just made with qemu-img create.
-        extents = await qemu_img.run_json(qemu_img.map_command(drive.target, image_format))
+        extents = await qemu_img.run_json(image_commands.map_command(drive.target, image_format))
         if not any(extent["data"] and extent["depth"] == 0 for extent in extents):
             return
     reason = copy.reason or "was made at another moment than the other drives' targets"
@@ -240,7 +240,7 @@ async def _refuse_used(drive: Drive, image_format: str) -> None:
     if image_lock.is_locked(drive.target):
         raise Refused("target", f"{drive.target} is in use by another process, a VM most often; see `fuser` of it")
     try:
-        await qemu_img.run(qemu_img.info_command(drive.target, image_format if drive.existing else ""))
+        await qemu_img.run(image_commands.info_command(drive.target, image_format if drive.existing else ""))
     except ToolError as error:
         if "lock" in str(error):
             raise Refused("target", f"{drive.target} is in use by another process: {error}") from error

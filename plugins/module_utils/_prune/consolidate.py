@@ -14,7 +14,7 @@ from .._common.formats import human
 from .._host import preallocate, target_files
 from .._host.checksum import sha256
 from .._host.files import set_mode
-from .._qemu import qemu_img
+from .._qemu import image_commands, qemu_img
 from .._qemu.image_chain import FORMAT, open_chain
 from .._repository import chain
 from .._repository.catalog import CONSOLIDATING_SUFFIX, consolidating_files, read_catalog
@@ -141,14 +141,14 @@ async def _copy_full(source: Chain, directory: Directory, name: str, image: Disk
     new = directory.join(name)
     fd = directory.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL)
     try:
-        command = qemu_img.convert_command(source.name, new, FORMAT, compression=image.compression)
-        await qemu_img.run(command, qemu_img.LONG_TIMEOUT, source.fds, is_long=True)
+        command = image_commands.convert_command(source.name, new, FORMAT, compression=image.compression)
+        await qemu_img.run(command, image_commands.LONG_TIMEOUT, source.fds, is_long=True)
         preallocate.flush_open(new, fd)
         # It is to be read back from stable storage.
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
         with open_chain([(os.path.split(new), image.virtual_size, None)]) as copy:
-            command = qemu_img.compare_command(source.name, copy.name)
-            await qemu_img.run(command, qemu_img.LONG_TIMEOUT, source.fds + copy.fds, is_long=True)
+            command = image_commands.compare_command(source.name, copy.name)
+            await qemu_img.run(command, image_commands.LONG_TIMEOUT, source.fds + copy.fds, is_long=True)
         if os.fstat(fd).st_size == image.bytes:
             # Their sizes must differ: they tell the two apart after a crash. QEMU ignores what follows its clusters.
             os.ftruncate(fd, image.bytes + qemu_img.CLUSTER)

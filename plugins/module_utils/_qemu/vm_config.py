@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from .._common.errors import CommandError
 from .._common.formats import COLLECTION_VERSION, SCHEMA, utc_now
 from .._common.redaction import Redaction, redact
-from .command_line import FLASH
+from .firmware import FLASH
 
 if TYPE_CHECKING:
     from typing import Any

@@ -13,7 +13,7 @@ from .._common.errors import BackupError, Refused
 from .._common.formats import parse_time
 from .._host.directory import Directory
 from .annotations import annotation_name, failed_sets, is_read, read_annotations
-from .chain import broken_images, walk
+from .chain import broken_below, walk
 from .names import vm_directory
 from .repository import FAILED, HARMLESS, LOCK, STAGING, failure_name, note_name, read_intents, staging_name
 from .staging import litter
@@ -90,8 +90,24 @@ class VmCatalog:
 def read_catalog(repository: Repository, vm: str) -> VmCatalog:
     """Read all that a repository holds of one VM."""
     records = repository.records(vm)
-    broken = broken_images(records.sets, repository.damage, records.odd)
-    return VmCatalog(vm, records, read_annotations(repository, vm), broken)
+    return VmCatalog(vm, records, read_annotations(repository, vm), _broken_images(repository, records))
+
+
+def _broken_images(repository: Repository, records: VmRecords) -> dict[tuple[str, str], str]:
+    """Return which images of all sets cannot be read whole, by set id and disk, and why."""
+    by_id = {manifest.id: manifest for manifest in records.sets}
+    broken: dict[tuple[str, str], str] = {}
+    for manifest in records.sets:
+        for image in manifest.disks:
+            reason = repository.damage(manifest, image) or broken_below(by_id, manifest, image)
+            if image.parent and image.parent.id not in by_id:
+                # What may be that set, and cannot be read.
+                reason = records.odd.get(image.parent.id, reason)
+            if not reason and image.parent:
+                reason = broken.get((image.parent.id, image.name), "")
+            if reason:
+                broken[(manifest.id, image.name)] = reason
+    return broken
 
 
 def leftovers(repository: Repository, catalog: VmCatalog) -> list[dict[str, str]]:

@@ -15,7 +15,7 @@ from .documents import Level
 from .names import vm_directory
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from .documents import DiskImage, Intent, Manifest, Parent
     from .repository import Repository
@@ -38,7 +38,7 @@ def walk(sets: Sequence[Manifest], start: Manifest, disk: str) -> tuple[list[tup
     image = start.disk(disk)
     while manifest and image:
         steps.append((manifest, image))
-        broken = _broken_below(by_id, manifest, image)
+        broken = broken_below(by_id, manifest, image)
         if broken or image.parent is None:
             return steps, broken
         manifest = by_id[image.parent.id]
@@ -57,29 +57,7 @@ def layers(
     ]
 
 
-def broken_images(
-    sets: Sequence[Manifest], damage: Callable[[Manifest, DiskImage], str], absent: Mapping[str, str] | None = None
-) -> dict[tuple[str, str], str]:
-    """Return which images of all sets cannot be read whole, by set id and disk, and why.
-
-    C(damage) tells what is wrong with an image's own file. It is called once for each. C(absent) says, by id, why
-    something that may be a set cannot be read.
-    """
-    by_id = {manifest.id: manifest for manifest in sets}
-    broken: dict[tuple[str, str], str] = {}
-    for manifest in sets:
-        for image in manifest.disks:
-            reason = damage(manifest, image) or _broken_below(by_id, manifest, image)
-            if image.parent and image.parent.id not in by_id:
-                reason = (absent or {}).get(image.parent.id, reason)
-            if not reason and image.parent:
-                reason = broken.get((image.parent.id, image.name), "")
-            if reason:
-                broken[(manifest.id, image.name)] = reason
-    return broken
-
-
-def _broken_below(by_id: Mapping[str, Manifest], manifest: Manifest, image: DiskImage) -> str:
+def broken_below(by_id: Mapping[str, Manifest], manifest: Manifest, image: DiskImage) -> str:
     """Return what is wrong with the link from an image to the one that it builds on."""
     parent = image.parent
     if parent is None:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from .._common.errors import BackupError, Refused, after, in_words
 from .._host import files, preallocate, target_files
 from .._host.directory import Directory
-from .._qemu import qemu_img
+from .._qemu import image_commands, qemu_img
 from .._repository.annotations import read_annotations
 from .._repository.repository import write_document
 from .checks import (
@@ -144,11 +144,11 @@ def _take_name(repository: Repository, disk: DiskRestore, replaces: tuple[int, i
 
 async def _copy(repository: Repository, disk: DiskRestore, path: str) -> None:
     with open_images(repository, disk) as chain:
-        command = qemu_img.convert_command(chain.name, path, disk.format, disk.block_device)
+        command = image_commands.convert_command(chain.name, path, disk.format, disk.block_device)
         if qemu_img.is_aligned(disk.format, disk.image.virtual_size) and _takes_direct(path):
             # All of it has to reach stable storage anyway, and others need the page cache.
             command[2:2] = ["-t", "none"]
-        await qemu_img.run(command, qemu_img.LONG_TIMEOUT, chain.fds, is_long=True)
+        await qemu_img.run(command, image_commands.LONG_TIMEOUT, chain.fds, is_long=True)
 
 
 def _takes_direct(path: str) -> bool:

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING
 
 from .._common.errors import BackupError, Refused
 from .._common.formats import human
-from .._qemu.command_line import FLASH, option_keys, pairs, properties
+from .._qemu.firmware import FLASH
 from .._qemu.image_chain import FORMAT
 from .boot_values import checked
 from .cage import SANDBOX
+from .command_line import option_keys, pairs, properties
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

@@ -9,7 +9,7 @@ import asyncio
 from typing import TYPE_CHECKING
 
 from .._common.errors import BackupError, ToolError, in_words
-from .._qemu import qemu_img
+from .._qemu import image_commands, qemu_img
 from .._qemu.image_chain import Layer, open_chain
 from .._repository.annotation_documents import Depth
 from .._repository.chain import layers
@@ -80,7 +80,7 @@ async def _check_image(run: VerifyRun, layer: Layer) -> str:
             with open_chain([layer]) as image:
                 # The QEMU that has made a published image may still have it open: all commands ignore locks (-U).
                 command = ["qemu-img", "check", "-q", "-U", "--", image.name]
-                await qemu_img.run(command, qemu_img.LONG_TIMEOUT, image.fds)
+                await qemu_img.run(command, image_commands.LONG_TIMEOUT, image.fds)
     except ToolError as error:
         return f"image {layer.path} is damaged: {shorten(str(error))}; {REMEDY}"
     except (BackupError, OSError) as error:
@@ -93,8 +93,8 @@ async def _read_disk(run: VerifyRun, steps: Sequence[SetImage]) -> str:
     try:
         async with run.processors:
             with open_chain(layers(run.repository, steps)) as chain:
-                command = qemu_img.read_command(chain.name, steps[0][1].virtual_size)
-                await qemu_img.run(command, qemu_img.LONG_TIMEOUT, chain.fds)
+                command = image_commands.read_command(chain.name, steps[0][1].virtual_size)
+                await qemu_img.run(command, image_commands.LONG_TIMEOUT, chain.fds)
     except ToolError as error:
         path = run.repository.set_image_path(*steps[0])
         return f"image {path} cannot be read whole: {shorten(str(error))}; {REMEDY}"

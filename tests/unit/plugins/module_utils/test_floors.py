@@ -70,10 +70,10 @@ PURE = {
     "_drive_backup": ("steps",),
     "_plan": ("decide", "disks", "model"),
     "_prune": ("retention",),
-    "_qemu": ("command_line",),
+    "_qemu": ("firmware",),
     "_report": ("html", "html_charts", "html_style", "html_text", "prometheus", "run", "status"),
     "_repository": ("annotation_documents", "chain", "documents"),
-    "_verify": ("model",),
+    "_verify": ("command_line", "model"),
 }
 """Files that compute and do nothing else, so that their tests need neither files nor processes."""
 

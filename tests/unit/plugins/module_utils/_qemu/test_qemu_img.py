@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import ToolError
-from ansible_collections.vmfleet.backup.plugins.module_utils._qemu import qemu_img
+from ansible_collections.vmfleet.backup.plugins.module_utils._qemu import image_commands, qemu_img
 
 
 @pytest.mark.parametrize(
@@ -31,20 +31,20 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._qemu import qemu_i
             qemu_img.create_command("/b/x", "qcow2", 0, {"b": "2", "a": "1"}, ("../s1/x", "raw")),
             "qemu-img create -q -f qcow2 -o a=1,b=2 -u -b ../s1/x -F raw -- /b/x 0",
         ),
-        (qemu_img.info_command("/b/x"), "qemu-img info --output=json -- /b/x"),
-        (qemu_img.info_command("/b/x", "raw", shared=True), "qemu-img info --output=json -U -f raw -- /b/x"),
+        (image_commands.info_command("/b/x"), "qemu-img info --output=json -- /b/x"),
+        (image_commands.info_command("/b/x", "raw", shared=True), "qemu-img info --output=json -U -f raw -- /b/x"),
         (
             qemu_img.measure_command("/b/x", "raw", "qcow2"),
             "qemu-img measure -U --output=json -f raw -O qcow2 -- /b/x",
         ),
         (qemu_img.measure_command("json:{}", "", "qcow2"), "qemu-img measure -U --output=json -O qcow2 -- json:{}"),
         (
-            qemu_img.read_command("json:{}", 1024),
+            image_commands.read_command("json:{}", 1024),
             "qemu-img convert -U -n --target-is-zero -m 16 -W --target-image-opts -- json:{} driver=null-co,size=1024",
         ),
-        (qemu_img.compare_command("/b/x", "/b/y"), "qemu-img compare -U -- /b/x /b/y"),
-        (qemu_img.map_command("/b/x", "vmdk"), "qemu-img map --output=json -f vmdk -- /b/x"),
-        (qemu_img.options_command("vmdk"), "qemu-img create -f vmdk -o help"),
+        (image_commands.compare_command("/b/x", "/b/y"), "qemu-img compare -U -- /b/x /b/y"),
+        (image_commands.map_command("/b/x", "vmdk"), "qemu-img map --output=json -f vmdk -- /b/x"),
+        (image_commands.options_command("vmdk"), "qemu-img create -f vmdk -o help"),
     ],
 )
 def test_argument_lists(command: list[str], expected: str) -> None:

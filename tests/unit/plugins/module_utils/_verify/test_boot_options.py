@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import BackupError, Refused
-from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.command_line import pairs, properties
 from ansible_collections.vmfleet.backup.plugins.module_utils._verify.boot_options import (
     BootDisk,
     BootOptions,
@@ -23,6 +22,7 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._verify.boot_option
     named_files,
     qemu_options,
 )
+from ansible_collections.vmfleet.backup.plugins.module_utils._verify.command_line import pairs, properties
 
 MIB = 1 << 20
 OPTIONS = BootOptions("/usr/bin/qemu", "/var/tmp", 10, "login:", agent=False)

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import json
-import re
 from typing import TYPE_CHECKING
 
 from .._common.redaction import ITEM
@@ -15,8 +14,6 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 
-FLASH = re.compile(r"/machine/[^/]*\bflash\d+")
-"""The qdev path of the firmware's flash chips, such as C(/machine/system.flash0)."""
 ALIASES = {"-M": "-machine", "-enable-kvm": "-accel", "-no-kvm": "-accel"}
 
 

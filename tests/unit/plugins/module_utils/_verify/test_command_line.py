@@ -10,7 +10,7 @@ import json
 
 import pytest
 
-from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.command_line import pairs, properties
+from ansible_collections.vmfleet.backup.plugins.module_utils._verify.command_line import pairs, properties
 
 
 @pytest.mark.parametrize(
