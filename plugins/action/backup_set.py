@@ -16,6 +16,7 @@ from ansible.errors import AnsibleConnectionFailure
 from ansible.plugins.action import ActionBase
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._backup.outcome import VmState
+from ansible_collections.vmfleet.backup.plugins.module_utils._common.printable import printable
 from ansible_collections.vmfleet.backup.plugins.plugin_utils._progress import Progress
 from ansible_collections.vmfleet.backup.plugins.plugin_utils._slices import UNWATCHED, WATCHED, Slices
 
@@ -142,6 +143,6 @@ class _Speaker:
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
         try:
             # In one piece: nothing of another hypervisor gets in between, and it is one event of ansible-runner.
-            self._display.display("\n".join(lines))
+            self._display.display("\n".join(map(printable, lines)))
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -142,7 +142,7 @@ from typing import TYPE_CHECKING
 
 from ansible.module_utils.basic import AnsibleModule
 
-from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import BackupError, in_words
+from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import BackupError, in_words, warn
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.probe import probe_if_there
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.worker import run_in_worker
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.catalog import (
@@ -244,7 +244,7 @@ async def main_task(module: AnsibleModule) -> dict[str, Any]:
         if not catalog.records.sets:
             errors += told
         for warning in told:
-            module.warn(warning)
+            warn(module, warning)
         chains, broken = chain_lengths(catalog), catalog.broken_sets
         own = [
             describe_set(catalog, manifest, chains[manifest.id], broken.get(manifest.id, ""))

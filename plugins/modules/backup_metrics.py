@@ -107,6 +107,7 @@ from ansible.module_utils.basic import AnsibleModule
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import BackupError, Refused, in_words
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.formats import parse_time, utc_now
+from ansible_collections.vmfleet.backup.plugins.module_utils._common.printable import printable_lines
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.probe import probe_if_there
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.texts import read_text, write_text
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.worker import run_in_worker
@@ -174,7 +175,7 @@ async def main_task(module: AnsibleModule) -> dict[str, Any]:
         if params["directory"]:
             path = metrics_path(params["directory"], location)
             before = read_text(path)
-            in_run = {vm["name"] for vm in vms}
+            in_run = {printable_lines(vm["name"]) for vm in vms}
             absent = absent_vms(repository, [name for name in vms_in(before) if name not in in_run])
             errors += add_sets(repository, params["id"], absent)
             after = metrics(location, [*vms, *absent], int(parse_time(now).timestamp()))

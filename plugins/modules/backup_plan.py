@@ -295,7 +295,7 @@ from typing import TYPE_CHECKING
 
 from ansible.module_utils.basic import AnsibleModule
 
-from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import Refused
+from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import Refused, warn
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.probe import Watch, probe_if_there
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.worker import ThreadedCalls, run_in_worker
 from ansible_collections.vmfleet.backup.plugins.module_utils._plan.disks import LEVELS
@@ -366,7 +366,7 @@ async def main_task(module: AnsibleModule) -> dict[str, Any]:
         repository = await calls.run(find_repository, params["repository"], params["create_repository"])
         plan = await draw_up(AsyncRepository(repository, calls), wanted, set_id, how, warnings, orders)
     for warning in plan.warnings:
-        module.warn(warning)
+        warn(module, warning)
     text = describe(plan)
     diff = {"before": "", "after": "\n".join(text) + "\n"}
     return {"changed": False, "plan": plan.to_dict(), "text": text, "diff": diff}

@@ -99,7 +99,7 @@ from typing import TYPE_CHECKING
 
 from ansible.module_utils.basic import AnsibleModule
 
-from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import run_module
+from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import run_module, warn
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.fields import DocumentError, load
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.formats import utc_now
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.files import step
@@ -139,7 +139,7 @@ def read_report(module: AnsibleModule, path: str) -> dict[str, Any] | None:
         if os.path.basename(path) != found["id"] + ".json":
             raise DocumentError("the name of the file is another id")
     except DocumentError as error:
-        module.warn(f"{path} is left out: it is no report of this release: {error}")
+        warn(module, f"{path} is left out: it is no report of this release: {error}")
         return None
     return found
 

@@ -208,7 +208,7 @@ from typing import TYPE_CHECKING
 
 from ansible.module_utils.basic import AnsibleModule
 
-from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import Refused
+from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import Refused, warn
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.formats import parse_time
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.probe import probe_if_there
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.target_files import is_block_device
@@ -312,7 +312,7 @@ async def restore_disks(module: AnsibleModule, repository: Repository, catalog: 
     options = RestoreOptions(params["overwrite"], params["checksum"], module.check_mode)
     restored, warnings = await restore(repository, catalog, disk_restores(params, catalog, manifest), options)
     for warning in warnings:
-        module.warn(warning)
+        warn(module, warning)
     lines = ["{target}: {disk} of set ".format(**disk) + f"{manifest.id}\n" for disk in restored]
     return {
         "changed": any(disk["changed"] for disk in restored),

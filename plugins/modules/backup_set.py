@@ -303,7 +303,7 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._backup.outcome imp
     summarize,
 )
 from ansible_collections.vmfleet.backup.plugins.module_utils._backup.run import BackupRun, Settings
-from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import BackupError, Refused
+from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import BackupError, Refused, warn
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.formats import duration
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.probe import Watch, probe_if_there
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.worker import ThreadedCalls, run_in_worker
@@ -382,7 +382,7 @@ async def main_task(module: AnsibleModule) -> dict[str, Any]:
         outcomes = await reconcile(run)
     for outcome in outcomes:
         for warning in outcome.warnings:
-            module.warn(f"{outcome.name}: {warning}")
+            warn(module, f"{outcome.name}: {warning}")
     result = {
         "changed": created or any(outcome.changed for outcome in outcomes),
         "vms": results(outcomes),

@@ -224,7 +224,7 @@ from typing import TYPE_CHECKING
 
 from ansible.module_utils.basic import AnsibleModule
 
-from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import BackupError, Refused
+from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import BackupError, Refused, warn
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.probe import probe_if_there
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.worker import run_in_worker
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.qemu_img import require_qemu_img
@@ -296,10 +296,10 @@ async def main_task(module: AnsibleModule) -> dict[str, Any]:
     repository = open_repository(params["repository"])
     names = chosen_vms(repository, params["names"])
     if not names:
-        module.warn(f"there are no sets in {repository.path}, and so nothing was verified")
+        warn(module, f"there are no sets in {repository.path}, and so nothing was verified")
     findings, warnings = await verify_all(repository, names, set_id, options)
     for warning in warnings:
-        module.warn(warning)
+        warn(module, warning)
     result = {
         "changed": False,
         "results": [finding.result() for finding in findings],

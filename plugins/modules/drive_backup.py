@@ -322,7 +322,12 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._common.argument_sp
     drive_argument_spec,
     monitor_argument_spec,
 )
-from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import BackupError, Refused, run_module
+from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import (
+    BackupError,
+    Refused,
+    run_module,
+    warn,
+)
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.formats import duration
 from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup.drive_backup import back_up
 from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup.request import (
@@ -393,7 +398,7 @@ async def main_task(module: AnsibleModule) -> dict[str, Any]:
         raise
     finally:
         for warning in session.warnings:
-            module.warn(warning)
+            warn(module, warning)
     return {"changed": session.changed, "jobs": jobs, "qmp": session.commands, "diff": diff(jobs, session.changed)}
 
 

@@ -199,7 +199,12 @@ from typing import TYPE_CHECKING
 
 from ansible.module_utils.basic import AnsibleModule
 
-from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import BackupError, internal, run_module
+from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import (
+    BackupError,
+    internal,
+    run_module,
+    warn,
+)
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.agent_channel import find_agent
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.connection import parse_address
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.monitor import Monitor, require_qmp
@@ -238,7 +243,7 @@ async def main_task(module: AnsibleModule) -> dict[str, Any]:
     warnings: list[str] = []
     vms = await asyncio.gather(*(describe(address, places, warnings) for address in sorted(addresses, key=str)))
     for warning in warnings:
-        module.warn(warning)
+        warn(module, warning)
     return {"changed": False, "vms": list(vms)}
 
 

@@ -10,6 +10,7 @@ import contextlib
 import os
 from typing import TYPE_CHECKING
 
+from .printable import printable, printable_lines, printable_result
 from .redaction import redact_text
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ class BackupError(Exception):
     """What happened, to which VM and disk, and what to do. C(details) become return values of the failing module."""
 
     def __init__(self, message: str, **details: Any) -> None:
-        super().__init__(message)
+        super().__init__(printable(message))
         self.details = details
 
 
@@ -99,8 +100,8 @@ def after(first: BaseException | str) -> Iterator[None]:
 def in_words(error: BaseException) -> str:
     """Return what an error says, in words: an OSError with the file first, and without its number."""
     if not isinstance(error, OSError) or not error.strerror:
-        return str(error)
-    return f"{os.fsdecode(error.filename)}: {error.strerror}" if error.filename else error.strerror
+        return printable(str(error))
+    return printable(f"{os.fsdecode(error.filename)}: {error.strerror}" if error.filename else error.strerror)
 
 
 def warn_once(subject: str, text: str) -> None:
@@ -119,17 +120,21 @@ def run_module(module: AnsibleModule, main: Callable[[AnsibleModule], Coroutine[
         result = asyncio.run(main(module))
     except BackupError as error:
         _warn(module)
-        module.fail_json(msg=str(error), **error.details)
+        module.fail_json(msg=str(error), **printable_result(error.details))
     except OSError as error:
         _warn(module)
-        module.fail_json(
-            msg="{}: the operating system refused: {}".format(error.filename or "I/O", error.strerror or error)
-        )
+        said = "{}: the operating system refused: {}".format(error.filename or "I/O", error.strerror or error)
+        module.fail_json(msg=printable(said))
     _warn(module)
-    module.exit_json(**result)
+    module.exit_json(**printable_result(result))
+
+
+def warn(module: AnsibleModule, text: str) -> None:
+    """Show a warning, which may name what others have named."""
+    module.warn(printable_lines(text))
 
 
 def _warn(module: AnsibleModule) -> None:
     # Ansible shows a warning once, however many modules of a run have the same.
     for warning in kept_warnings():
-        module.warn(warning)
+        warn(module, warning)

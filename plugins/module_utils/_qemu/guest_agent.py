@@ -34,6 +34,7 @@ FREEZE_TIMEOUT = 10.0
 THAW_TIMEOUT = 10.0
 ANSWER_LIMIT = 1 << 20
 """Bytes of one answer. The longest, to guest-info, has some thousands."""
+MOST_FILE_SYSTEMS = 1 << 20
 REASON_LIMIT = 500
 """Characters of the agent's own words in a message."""
 RETRY_INTERVAL = 0.05
@@ -179,7 +180,7 @@ class Agent:
 
     async def _count(self, command: str, timeout: float) -> int:
         count = await self._ask(command, timeout)
-        if not isinstance(count, int):
+        if type(count) is not int or not 0 <= count < MOST_FILE_SYSTEMS:
             raise self._nonsense(command)
         return count
 

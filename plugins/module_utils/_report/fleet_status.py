@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from .._common.formats import amount
+from .._common.printable import printable
 from .._repository.names import column
+from .told import fits
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -19,6 +21,19 @@ if TYPE_CHECKING:
 
 SECONDS = {"h": 3600, "d": 86400, "w": 7 * 86400}
 
+FOUND = {
+    "vms": [
+        {
+            **dict.fromkeys(("name", "newest", "level", "verified"), str),
+            **dict.fromkeys(("age", "sets", "bytes"), int),
+            "ok": bool,
+        }
+    ],
+    "leftovers": [{"vm": str, "what": str}],
+    "totals": {"sets": int},
+}
+"""What is read of the result of backup_info."""
+NOTHING: dict[str, Any] = {"vms": (), "leftovers": (), "totals": {"sets": 0}}
 COLUMNS = ("VM", "newest set", "age", "level", "sets", "size", "verified", "hypervisor")
 
 
@@ -32,14 +47,23 @@ class HypervisorStatus:
     expected: tuple[str, ...]
     missing: tuple[str, ...]
     found: Mapping[str, Any]
+    odd: tuple[str, ...] = ()
+    """What it has told that cannot be used: nothing of that is believed, and the others do not depend on it."""
 
     @classmethod
     def of(cls, here: Mapping[str, Any]) -> HypervisorStatus:
         """Return what is known of one."""
-        expected = expected_vms(here["vms"], here["sockets"], here["running"])
-        there = {vm["name"] for vm in here["found"]["vms"]}
+        found, running, odd = here["found"], here["running"], []
+        if not fits(found, FOUND):
+            found = NOTHING
+            odd.append("backup_info")
+        if not fits(running, [{"monitor": str}]) or not all(isinstance(vm.get("name", ""), str) for vm in running):
+            running = ()
+            odd.append("vm_info")
+        expected = expected_vms(here["vms"], here["sockets"], running)
+        there = {vm["name"] for vm in found["vms"]}
         missing = [name for name in expected if name not in there and name in (here["names"] or expected)]
-        return cls(here["name"], here["repository"], here["file"], tuple(expected), tuple(missing), here["found"])
+        return cls(here["name"], here["repository"], here["file"], tuple(expected), tuple(missing), found, tuple(odd))
 
     def shares(self, other: HypervisorStatus) -> bool:
         """Tell whether two have the same repository."""
@@ -99,9 +123,10 @@ def fleet_status(heres: Sequence[Mapping[str, Any]], max_age: str = "", silent: 
         *_table(fleet, rows),
         *(f"{left['vm']}: {left['what']}" for one in leaders for left in one.found["leftovers"]),
         *(f"! {name} could not be asked" for name in silent),
+        *(f"! what {what} has told of {one.name} cannot be used" for one in fleet for what in one.odd),
     ]
     bad = {one.name: _bad_of(one, fleet, any(one is leader for leader in leaders), oldest) for one in fleet}
-    return {"text": "\n".join(lines).splitlines(), "bad": bad}
+    return {"text": [printable(line) for line in lines], "bad": bad}
 
 
 def _is_bad(vm: Mapping[str, Any], oldest: int | None) -> bool:

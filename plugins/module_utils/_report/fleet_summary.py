@@ -11,10 +11,19 @@ from typing import TYPE_CHECKING
 
 from .._backup.outcome import VmState
 from .._common.formats import amount
+from .._common.printable import printable
+from .told import fits
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from typing import Any
+
+
+DONE = {
+    "vms": [{"name": str, "state": str, "error": str, "reason": str}],
+    "summary": {"bytes": int},
+}
+"""What is read of the result of backup_set."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +40,11 @@ class HypervisorNotes:
     def of(cls, name: str, variables: Mapping[str, Any]) -> HypervisorNotes:
         """Return what stands in the variables of a host."""
         use, done, told = (variables.get(f"__vm_backup_{each}") or {} for each in ("use", "done", "told"))
-        return cls(name, use, done, told.get("hypervisor") or {}, variables.get("__vm_backup_problem") or "")
+        problem = variables.get("__vm_backup_problem") or ""
+        if "vms" in done and not fits(done, DONE):
+            # Nothing of it is believed, and the others do not depend on it.
+            done, problem = {}, problem or "what backup_set has told of its VMs cannot be used"
+        return cls(name, use, done, told.get("hypervisor") or {}, problem)
 
     @property
     def vms(self) -> Sequence[Mapping[str, Any]]:
@@ -118,14 +131,18 @@ def describe(run: FleetRun, own: bool, inventories: Sequence[str]) -> list[str]:
         if one.problem or not one.answered:
             problem = one.problem or "nothing is known of its VMs; the reason is above"
             lines.append(f"FAILED  {one.name}: {problem}")
-        lines += [f"FAILED  {one.name}, {vm['name']}: {vm['error'] or vm['reason']}" for vm in one.vms if _is_bad(vm)]
+        lines += [
+            f"FAILED  {one.name}, {printable(vm['name'])}: {printable(vm['error'] or vm['reason'])}"
+            for vm in one.vms
+            if _is_bad(vm)
+        ]
     if run.again:
         lines.append(
             "Run it again when the reasons are gone, with the same options and"
             f" -e vm_backup_id={run.id}; sets that are there stay as they are:"
         )
         lines.append(_command(run, own, inventories))
-    return "\n".join(lines).splitlines()
+    return [printable(each) for line in lines for each in line.splitlines()]
 
 
 def _headline(run: FleetRun) -> str:

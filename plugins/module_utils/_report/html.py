@@ -162,7 +162,7 @@ def _failure(kind: str, name: str, host: str, word: str, error: str, last: str) 
     )
     after = f'<p class="soft">{last}</p>' if last else ""
     return (
-        f'<li data-kind="{kind}"><b class="name">{text(name)}</b>{where} {label("bad", word)}'
+        f'<li data-kind="{kind}"><b class="name">{text(name)}</b>{where} {label("bad", text(word))}'
         f"<p>{text(error)}</p>{after}</li>"
     )
 
@@ -235,8 +235,8 @@ def _rows(vm: Mapping[str, Any]) -> Iterator[str]:
         VmState.CANCELLED: ("bad", "Cancelled"),
     }
     damaged = vm["damage"] and vm["state"] not in BAD
-    kind, word = ("bad", "Damaged") if damaged else words.get(vm["state"], ("warn", vm["state"].capitalize()))
-    frozen = f"<small>, {vm['frozen_ms']} ms</small>" if found and vm["frozen_ms"] else ""
+    kind, word = ("bad", "Damaged") if damaged else words.get(vm["state"], ("warn", text(vm["state"].capitalize())))
+    frozen = f"<small>, {text(vm['frozen_ms'])} ms</small>" if found and vm["frozen_ms"] else ""
     cells = [
         f"<td><b>{text(vm['name'])}</b></td>",
         f"<td>{label(kind, word)}</td>",

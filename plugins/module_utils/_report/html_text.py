@@ -5,16 +5,15 @@
 
 from __future__ import annotations
 
-import re
 from html import escape
 
 from .._common.formats import human, parse_time
+from .._common.printable import printable_lines
 
 
 def text(value: object) -> str:
     """Return anything at all as text of the page, never as markup."""
-    # Control characters are no HTML, and half a surrogate pair is no UTF-8.
-    return escape(re.sub("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]", "\ufffd", str(value)), quote=True)
+    return escape(printable_lines(str(value)), quote=True)
 
 
 def span(seconds: float) -> str:

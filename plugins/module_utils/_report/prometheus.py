@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from .._backup.outcome import VmState
 from .._common.formats import parse_time
+from .._common.printable import printable_lines
 from .._repository.documents import Level
 from .status import ABSENT
 
@@ -75,9 +76,7 @@ def _seconds(when: str) -> int:
 
 
 def _escape(text: str) -> str:
-    # A name that is no UTF-8 would make the whole file unreadable.
-    text = text.encode("utf-8", "backslashreplace").decode("utf-8")
-    return text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+    return printable_lines(text).replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
 
 
 def _unescape(text: str) -> str:

@@ -98,9 +98,9 @@ def test_a_command_whose_answer_nobody_reads() -> None:
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Time-outs of a moment, and other limits that are met soon."""
-    monkeypatch.setattr(qemu_monitor, "COMMAND_TIMEOUT", 0.5)
-    monkeypatch.setattr(qemu_monitor, "LOOK_TIMEOUT", 3.0)
-    monkeypatch.setattr(qemu_monitor.connection, "CONNECT_TIMEOUT", 0.5)
+    monkeypatch.setattr(qemu_monitor, "COMMAND_TIMEOUT", 1.5)
+    monkeypatch.setattr(qemu_monitor, "LOOK_TIMEOUT", 20.0)
+    monkeypatch.setattr(qemu_monitor.connection, "CONNECT_TIMEOUT", 1.5)
     monkeypatch.setattr(query, "MOST_LAYERS", 1 << 16)
 
 

@@ -150,3 +150,38 @@ def test_the_vms_that_there_should_be(
         return [{"monitor": monitor, **({"name": name} if name else {})} for monitor, name in of]
 
     assert expected_vms(entries(listed), sockets, entries(running)) == expected
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        None,
+        {},
+        {"vms": [], "leftovers": []},
+        {"vms": {}, "leftovers": [], "totals": {"sets": 0}},
+        {"vms": [row("a", age="old")], "leftovers": [], "totals": {"sets": 1}},  # type: ignore[arg-type]
+        {"vms": [row("a", bytes="<b>1</b>")], "leftovers": [], "totals": {"sets": 1}},
+        {"vms": [row("a", ok="no")], "leftovers": [], "totals": {"sets": 1}},
+        {"vms": [], "leftovers": [1], "totals": {"sets": 0}},
+        {"vms": [], "leftovers": [], "totals": {"sets": "0"}},
+    ],
+)
+def test_what_one_hypervisor_tells_oddly_costs_its_own_vms(odd: Any) -> None:
+    fleet = [{**here("hv1", vms=("a",)), "found": odd}, here("hv2", row("b"), vms=("b",), repository="/srv/other")]
+    found = fleet_status(fleet)
+    assert found["bad"] == {"hv1": ["a"], "hv2": []}
+    assert "! what backup_info has told of hv1 cannot be used" in found["text"]
+    assert [line.split()[0] for line in found["text"][2:4]] == ["!", "b"]
+
+
+@pytest.mark.parametrize("odd", ["x", [None], [{}], [{"monitor": 7}], [{"monitor": "/x", "name": []}]])
+def test_odd_vms_that_run(odd: Any) -> None:
+    found = fleet_status([here("hv1", row("a"), vms=("a",), running=odd)])
+    assert found["bad"] == {"hv1": []}
+    assert "! what vm_info has told of hv1 cannot be used" in found["text"]
+
+
+def test_what_others_have_named_makes_no_line_of_its_own() -> None:
+    found = fleet_status([here("hv1", row("a\n! b"), left=[{"vm": "a\x1b", "what": "x\ry"}])])
+    assert r"a\n! b" in found["text"][2]
+    assert found["text"][3] == r"a\x1b: x\ry"

@@ -145,3 +145,32 @@ def test_for_the_report() -> None:
     assert found["hypervisors"] == {"hv1": {"id": "s1"}, "hv2": {}, "hv3": {}, "hv4": {}}
     assert found["errors"] == {"hv1": "", "hv2": "no route", "hv3": "", "hv4": ""}
     assert found["pending"] == ["hv2", "hv3", "hv4"]
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"vms": "x"},
+        {"vms": None},
+        {"vms": [None], "summary": {"bytes": 0}},
+        {"vms": [{"name": "a"}], "summary": {"bytes": 0}},
+        {"vms": [vm("a", state=7)], "summary": {"bytes": 0}},  # type: ignore[arg-type]
+        {"vms": [vm("a", "failed", error=["x"])], "summary": {"bytes": 0}},  # type: ignore[arg-type]
+        {"vms": [vm("a")], "summary": {"bytes": "1"}},
+        {"vms": [vm("a")], "summary": {"bytes": True}},
+        {"vms": [vm("a")], "summary": {"bytes": -1}},
+        {"vms": [vm("a")], "summary": []},
+        {"vms": [vm("a")]},
+    ],
+)
+def test_odd_notes_cost_their_own_hypervisor(odd: dict[str, Any]) -> None:
+    found = summary(hv1=noted(**odd), hv2=noted(**done(vm("b"), size=1024)))
+    assert found["text"][:2] == [
+        "Backup s1 of 2 hypervisors: 1 of 1 VMs have their set, 0 failed, 0 skipped, 1.0 KiB written",
+        "FAILED  hv1: what backup_set has told of its VMs cannot be used",
+    ]
+
+
+def test_what_others_have_named_makes_no_line_of_its_own() -> None:
+    found = summary(hv1=noted(**done(vm("a\nFAILED  hv2: b\x1b[2J", "failed", error="c\u2028d"))))
+    assert found["text"][1] == r"FAILED  hv1, a\nFAILED  hv2: b\x1b[2J: c\u2028d"

@@ -16,7 +16,7 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._report.prometheus 
 from ansible_collections.vmfleet.backup.plugins.module_utils._report.status import status_from_result, status_of_absent
 from ansible_collections.vmfleet.backup.tests.harness.reports import a_set, a_vm, failed
 
-NAMES = ['a"b', "a\\", "a\\n", "a\nb", 'x"} 1\n# HELP y', "", "é\u202e", "a,b={}", "\\\\\n\\"]
+NAMES = ['a"b', "a\\", "a\\n", "a\nb", 'x"} 1\n# HELP y', "", "é", "a,b={}", "\\\\\n\\"]
 
 
 def parse(text: str) -> dict[str, dict[tuple[tuple[str, str], ...], float]]:
@@ -143,3 +143,8 @@ def test_names_and_units_are_as_prometheus_has_them() -> None:
         assert re.fullmatch(r"vmfleet_backup_[a-z_]+", name)
         assert said.endswith(".")
         assert "\n" not in said
+
+
+def test_no_label_steers_a_terminal() -> None:
+    [sample, *_others] = parse(metrics("/srv/backup", [a_vm("a\x1b[2J\u202eb\ud800")], 1000))["vmfleet_backup_damaged"]
+    assert dict(sample)["vm"] == r"a\x1b[2J\u202eb\ud800"
