@@ -22,6 +22,7 @@ author:
 extends_documentation_fragment:
   - vmfleet.backup.attributes
   - vmfleet.backup.attributes.actiongroup_backup
+  - vmfleet.backup.trust_others
 attributes:
   check_mode:
     description: Can run in C(check_mode), with the same result.
@@ -363,7 +364,8 @@ async def main_task(module: AnsibleModule) -> dict[str, Any]:
     await probe_if_there(params["repository"], writing=True)
     orders = {name: params[name] for name in ORDERS}
     async with ThreadedCalls(Watch(params["repository"], writing=True)) as calls:
-        repository = await calls.run(find_repository, params["repository"], params["create_repository"])
+        places = (params["repository"], params["create_repository"], params["trust_others"])
+        repository = await calls.run(find_repository, *places)
         plan = await draw_up(AsyncRepository(repository, calls), wanted, set_id, how, warnings, orders)
     for warning in plan.warnings:
         warn(module, warning)
@@ -377,6 +379,7 @@ def argument_spec() -> dict[str, Any]:
     return {
         "repository": {"type": "path", "required": True},
         "create_repository": {"type": "bool", "default": False},
+        "trust_others": {"type": "bool", "default": False},
         "id": {"type": "str"},
         "vms": {
             "type": "list",

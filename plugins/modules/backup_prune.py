@@ -20,6 +20,7 @@ author:
 extends_documentation_fragment:
   - vmfleet.backup.attributes
   - vmfleet.backup.attributes.actiongroup_backup
+  - vmfleet.backup.trust_others
 requirements:
   - qemu-img on the machine, for O(consolidate)
 options:
@@ -266,8 +267,8 @@ async def main_task(module: AnsibleModule) -> dict[str, Any]:
     if options.consolidate:
         require_qemu_img()
     await probe_if_there(params["repository"], writing=not module.check_mode)
-    repository = open_repository(params["repository"])
-    check_writable(repository.path)
+    repository = open_repository(params["repository"], params["trust_others"])
+    check_writable(repository)
     done, errors = await prune_all(repository, chosen_vms(repository, params), options)
     removed = results(done, keep=False)
     kept = results(done, keep=True)
@@ -301,6 +302,7 @@ def main() -> None:
             "protect": {**names, "default": []},
             "unprotect": {**names, "default": []},
             "forget": {"type": "bool", "default": False},
+            "trust_others": {"type": "bool", "default": False},
         },
         supports_check_mode=True,
     )

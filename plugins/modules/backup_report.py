@@ -21,6 +21,7 @@ author:
 extends_documentation_fragment:
   - vmfleet.backup.attributes
   - vmfleet.backup.attributes.actiongroup_backup
+  - vmfleet.backup.trust_others
 attributes:
   diff_mode:
     description: Shows the summary before and after.
@@ -30,7 +31,9 @@ attributes:
     support: none
 options:
   directory:
-    description: The directory of the reports. It is made if it is not there.
+    description:
+      - The directory of the reports. It is made if it is not there, so that its owner can write and its group can read
+        (mode 0750). One that is there stays as it is.
     type: path
     required: true
   id:
@@ -102,8 +105,9 @@ from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import run_module, warn
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.fields import DocumentError, load
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.formats import utc_now
+from ansible_collections.vmfleet.backup.plugins.module_utils._host.directory import Directory, WrongEntry
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.files import step
-from ansible_collections.vmfleet.backup.plugins.module_utils._host.texts import write_text
+from ansible_collections.vmfleet.backup.plugins.module_utils._host.texts import check_directory, write_text
 from ansible_collections.vmfleet.backup.plugins.module_utils._report.html import page
 from ansible_collections.vmfleet.backup.plugins.module_utils._report.html_charts import BARS
 from ansible_collections.vmfleet.backup.plugins.module_utils._report.record import LARGEST_REPORT, parse_report
@@ -116,12 +120,14 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def locked(directory: str, check_mode: bool) -> Iterator[None]:
+def locked(directory: str, check_mode: bool, trust_others: bool) -> Iterator[None]:
     """Lock a directory: two runs may write into it, and each adds to what the other has written."""
+    if os.path.isdir(directory):
+        check_directory(directory, trust_others)
     if check_mode:
         yield
         return
-    os.makedirs(directory, exist_ok=True)
+    os.makedirs(directory, mode=0o750, exist_ok=True)
     fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         with step(directory, "its lock was taken"):
@@ -134,10 +140,13 @@ def locked(directory: str, check_mode: bool) -> Iterator[None]:
 def read_report(module: AnsibleModule, path: str) -> dict[str, Any] | None:
     """Return a report that is there; None, with a warning, for what is none."""
     try:
-        with step(path, "it was read"), open(path, "rb") as source:
-            found = dict(parse_report(load(source.read(LARGEST_REPORT + 1))))
+        with Directory.at(os.path.dirname(path)) as directory:
+            found = dict(parse_report(load(directory.read(os.path.basename(path), LARGEST_REPORT))))
         if os.path.basename(path) != found["id"] + ".json":
             raise DocumentError("the name of the file is another id")
+    except WrongEntry as error:
+        module.warn(f"it is left out: {error}")
+        return None
     except DocumentError as error:
         warn(module, f"{path} is left out: it is no report of this release: {error}")
         return None
@@ -157,7 +166,7 @@ async def main_task(module: AnsibleModule) -> dict[str, Any]:
     directory = os.path.abspath(params["directory"])
     stem = os.path.join(directory, check_set_id(params["id"]))
     given = (params["hypervisors"], params["errors"], params["pending"])
-    with locked(directory, module.check_mode):
+    with locked(directory, module.check_mode, params["trust_others"]):
         earlier = read_report(module, stem + ".json") if os.path.exists(stem + ".json") else None
         report = collect(params["id"], utc_now(), *given, earlier)
         runs = other_runs(module, directory, stem + ".json")
@@ -188,6 +197,7 @@ def main() -> None:
             "hypervisors": {"type": "dict", "required": True},
             "errors": {"type": "dict", "default": {}},
             "pending": {"type": "list", "elements": "str", "default": []},
+            "trust_others": {"type": "bool", "default": False},
         },
         supports_check_mode=True,
     )

@@ -24,6 +24,7 @@ author:
 extends_documentation_fragment:
   - vmfleet.backup.attributes
   - vmfleet.backup.attributes.actiongroup_backup
+  - vmfleet.backup.trust_others
 attributes:
   idempotent:
     support: partial
@@ -332,7 +333,7 @@ async def main_task(module: AnsibleModule) -> dict[str, Any]:
     require_qemu_img()
     check_absolute("repository", params["repository"])
     await probe_if_there(params["repository"], writing=not module.check_mode)
-    repository = open_repository(params["repository"])
+    repository = open_repository(params["repository"], params["trust_others"])
     catalog = read_catalog(repository, params["vm"])
     # The receipt of a target that is named tells whose overlay it is.
     if params["state"] == "present" or params["disks"] is None:
@@ -344,6 +345,7 @@ def main() -> None:
     module = AnsibleModule(
         argument_spec={
             "repository": {"type": "path", "required": True},
+            "trust_others": {"type": "bool", "default": False},
             "vm": {"type": "str", "required": True},
             "id": {"type": "str"},
             "before": {"type": "str"},

@@ -24,6 +24,7 @@ author:
 extends_documentation_fragment:
   - vmfleet.backup.attributes
   - vmfleet.backup.attributes.actiongroup_backup
+  - vmfleet.backup.trust_others
 attributes:
   action:
     description: Has an action plugin of the same name, which runs on the controller.
@@ -327,12 +328,12 @@ if TYPE_CHECKING:
 
 async def places(module: AnsibleModule, plan: Plan | None, calls: ThreadedCalls) -> tuple[Repository, Plan, bool]:
     """The repository, the plan, and whether the repository had to be made."""
-    path = calls.watch.path
+    path, trust_others = calls.watch.path, module.params["trust_others"]
     await probe_if_there(path, writing=True)
     if plan is None:
-        repository = await calls.run(open_repository, path)
+        repository = await calls.run(open_repository, path, trust_others)
         return repository, await calls.run(plan_of_names, repository, module.params["names"]), False
-    repository = await calls.run(find_repository, path, plan.create_repository)
+    repository = await calls.run(find_repository, path, plan.create_repository, trust_others)
     if module.params["state"] in STOPPING:
         return repository, plan, False
     if module.check_mode:
@@ -342,7 +343,7 @@ async def places(module: AnsibleModule, plan: Plan | None, calls: ThreadedCalls)
     if repository.uuid:
         await calls.run(remove_half_made, path)
         return repository, plan, False
-    return await calls.run(create_repository, path), plan, True
+    return await calls.run(create_repository, path, trust_others), plan, True
 
 
 def check_options(params: dict[str, Any]) -> None:
@@ -418,6 +419,7 @@ def main() -> None:
             "takeover": {"type": "bool", "default": False},
             "supersede": {"type": "bool", "default": False},
             "adopt": {"type": "bool", "default": False},
+            "trust_others": {"type": "bool", "default": False},
         },
         required_one_of=[("plan", "repository")],
         mutually_exclusive=[("plan", "repository")],

@@ -25,6 +25,7 @@ author:
 extends_documentation_fragment:
   - vmfleet.backup.attributes
   - vmfleet.backup.attributes.actiongroup_backup
+  - vmfleet.backup.trust_others
 attributes:
   check_mode:
     description: Can run in C(check_mode). Verifies the same, and writes nothing beside the sets.
@@ -293,7 +294,7 @@ async def main_task(module: AnsibleModule) -> dict[str, Any]:
         require_qemu_img()
     options = VerifyOptions(depth, boot_options(params) if depth == Depth.BOOT else None, module.check_mode)
     await probe_if_there(params["repository"], writing=not module.check_mode)
-    repository = open_repository(params["repository"])
+    repository = open_repository(params["repository"], params["trust_others"])
     names = chosen_vms(repository, params["names"])
     if not names:
         warn(module, f"there are no sets in {repository.path}, and so nothing was verified")
@@ -317,6 +318,7 @@ def main() -> None:
     module = AnsibleModule(
         argument_spec={
             "repository": {"type": "path", "required": True},
+            "trust_others": {"type": "bool", "default": False},
             "names": {"type": "list", "elements": "str"},
             "id": {"type": "str"},
             "depth": {"type": "str", "choices": list(DEPTHS), "default": "checksum"},

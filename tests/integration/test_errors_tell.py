@@ -83,6 +83,7 @@ def test_a_full_file_system_for_metrics(vms: Vms, storage: Storage, directory: P
     library = Library(directory / "repository")
     library.back_up(vms.start(vms.disk(0, size=8 * MIB), name=NAME))
     mount = storage.mount("tmpfs", MIB)
+    mount.path.chmod(0o755)
     mount.fill()
     arguments = {"repository": str(library.path), "id": "s1", "results": [], "directory": str(mount.path)}
     said = fail("backup_metrics", arguments)["msg"]

@@ -36,6 +36,20 @@ KINDS = {
 }
 
 
+OF_OTHERS = stat.S_IWGRP | stat.S_IWOTH
+
+
+def exposed(path: str, status: os.stat_result) -> str:
+    """Return how others than root and this user can change what stands at C(path); empty where they cannot."""
+    user = os.geteuid()
+    if status.st_uid in (0, user) and not status.st_mode & OF_OTHERS:
+        return ""
+    return (
+        f"{path} is {stat.filemode(status.st_mode)} of user {status.st_uid}, so that others than root and user {user}"
+        " can change what is in it. Take that from them (chown, chmod go-w), or allow it with trust_others: true"
+    )
+
+
 class WrongEntry(BackupError):
     """Something else stands at a place than what belongs there, or more than can belong there."""
 

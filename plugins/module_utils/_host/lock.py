@@ -15,7 +15,7 @@ import time
 from typing import TYPE_CHECKING
 
 from .._common.errors import BackupError
-from .directory import Directory
+from .directory import OF_OTHERS, Directory
 from .files import AT_ONCE, step
 
 if TYPE_CHECKING:
@@ -30,7 +30,9 @@ TIMEOUT = 120.0
 RETRY_INTERVAL = 0.02
 DIRECTORY = "/run/vmfleet-locks"
 """Root's locks. No directory that somebody might make for the sockets of VMs has this name."""
-OF_OTHERS = stat.S_IWGRP | stat.S_IWOTH
+SHARED = "/tmp/vmfleet"
+SESSION = "/run/user"
+"""Where other users' directories are, of each user one."""
 
 
 class LockHeld(BackupError):
@@ -38,20 +40,42 @@ class LockHeld(BackupError):
 
 
 def lock_directory() -> str:
-    """Return the directory of this user's locks. Raises BackupError where others could exchange them."""
+    """Return the directory of this user's locks. Raises BackupError where others could exchange them.
+
+    All processes of a user have to find the same one. The one in /tmp counts where it is there already: version 0.1.0
+    has made it, or a process without a session. Where somebody else has, it is in nobody's way.
+    """
     user = os.geteuid()
-    directory = DIRECTORY if user == 0 else os.path.join("/tmp", f"vmfleet-{user}")
+    if user == 0:
+        return _checked(DIRECTORY, user)
+    shared = f"{SHARED}-{user}"
+    # After su, the variable may still be that of the user before.
+    sessions = (os.environ.get("XDG_RUNTIME_DIR", ""), f"{SESSION}/{user}")
+    session = next((one for one in sessions if os.path.isabs(one) and not _fault(one, user)), "")
+    if not session or not _fault(shared, user):
+        return _checked(shared, user)
+    return _checked(os.path.join(session, os.path.basename(DIRECTORY)), user)
+
+
+def _fault(directory: str, user: int) -> str:
+    """Return what is wrong with a directory that is to be of this user alone."""
     try:
         found = os.lstat(directory)
     except FileNotFoundError:
-        return directory
+        return f"{directory} is missing"
     if stat.S_ISDIR(found.st_mode) and found.st_uid == user and not found.st_mode & OF_OTHERS:
-        return directory
-    raise BackupError(
-        f"{directory} is for this collection's locks. It has to be a directory of user {user} that nobody else can"
-        f" write to, and is {stat.filemode(found.st_mode)} of user {found.st_uid}: a lock in it would hold nobody off."
-        " Move it away; it is made anew"
-    )
+        return ""
+    return f"{directory} is {stat.filemode(found.st_mode)} of user {found.st_uid}"
+
+
+def _checked(directory: str, user: int) -> str:
+    fault = _fault(directory, user) if os.path.lexists(directory) else ""
+    if fault:
+        raise BackupError(
+            f"{fault}. It is for this collection's locks, and has to be a directory of user {user} that nobody else can"
+            " write to: a lock in it would hold nobody off. Move it away; it is made anew"
+        )
+    return directory
 
 
 @contextlib.asynccontextmanager

@@ -10,17 +10,28 @@ import glob
 import os
 import time
 
+from .._common.errors import Refused
+from .directory import Directory, exposed
 from .files import UNFINISHED, set_mode, step
 
+LARGEST = 1 << 26
+"""Bytes that no text has which is read here."""
 FORGOTTEN = 3600.0
 """Seconds after which nobody is writing a text any more: its process was killed."""
 
 
+def check_directory(directory: str, trust_others: bool) -> None:
+    """Refuse a directory that others than root and this user can write to: what it holds could be theirs."""
+    fault = "" if trust_others else exposed(directory, os.stat(directory))
+    if fault:
+        raise Refused("directory", fault)
+
+
 def read_text(path: str) -> str:
-    """Return the content of a text file; empty where there is none."""
+    """Return the content of a text file; empty where there is none. WrongEntry where something else stands there."""
     try:
-        with step(path, "it was read"), open(path, encoding="utf-8", errors="replace") as source:
-            return source.read()
+        with step(path, "it was read"), Directory.at(os.path.dirname(path)) as directory:
+            return directory.read(os.path.basename(path), LARGEST).decode("utf-8", "replace")
     except FileNotFoundError:
         return ""
 
@@ -34,7 +45,9 @@ def write_text(path: str, text: str) -> None:
     beginning = os.path.join(os.path.dirname(path), f".{os.path.basename(path)}.")
     _remove_forgotten(f"{glob.escape(beginning)}*{UNFINISHED}")
     temporary = f"{beginning}{os.getpid()}{UNFINISHED}"
-    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(temporary)
+    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
         with step(path, "it was written"), os.fdopen(fd, "w", encoding="utf-8", errors="replace", newline="\n") as sink:
             sink.write(text)

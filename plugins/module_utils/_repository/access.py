@@ -19,7 +19,7 @@ from .._host.directory import Directory
 from .._host.files import claim
 from . import staging
 from .names import REPOSITORY_FILE
-from .repository import HARMLESS, Repository, open_repository, write_document
+from .repository import HARMLESS, Repository, check_owner, open_repository, write_document
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -37,13 +37,16 @@ TEMPORARY = f".{REPOSITORY_FILE}."
 """What the name of a marker begins with until it is written; a probe's file begins like that, too."""
 
 
-def find_repository(path: str, create: bool) -> Repository:
+def find_repository(path: str, create: bool, trust_others: bool = False) -> Repository:
     """Open the repository at C(path) for writing. Where C(create) allows to make it later, it has no uuid yet."""
     if create and not os.path.lexists(os.path.join(path, REPOSITORY_FILE)):
         check_creatable(path)
-        return Repository(path, "")
-    repository = open_repository(path)
-    check_writable(path)
+        repository = Repository(path, "", trust_others)
+        if os.path.isdir(path):
+            check_owner(repository)
+        return repository
+    repository = open_repository(path, trust_others)
+    check_writable(repository)
     return repository
 
 
@@ -63,7 +66,7 @@ def check_creatable(path: str) -> None:
         )
 
 
-def create_repository(path: str) -> Repository:
+def create_repository(path: str, trust_others: bool = False) -> Repository:
     """Make a repository where there is none yet; the one that is there where somebody was first."""
     check_creatable(path)
     os.makedirs(path, mode=0o700, exist_ok=True)
@@ -75,7 +78,7 @@ def create_repository(path: str) -> Repository:
             claim(root.join(temporary), root.join(REPOSITORY_FILE))
         remove_half_made(path)
         root.sync()
-    return open_repository(path)
+    return open_repository(path, trust_others)
 
 
 def remove_half_made(path: str) -> None:
@@ -86,11 +89,13 @@ def remove_half_made(path: str) -> None:
                 root.remove(name)
 
 
-def check_writable(path: str) -> None:
-    """Raise BackupError where this user cannot write to the repository."""
+def check_writable(repository: Repository) -> None:
+    """Raise BackupError where this user cannot write to the repository, or others can."""
+    path = repository.path
     if not os.access(path, os.W_OK | os.X_OK):
         reason = "is mounted read-only" if os.statvfs(path).f_flag & os.ST_RDONLY else "is not writable"
         raise BackupError(f"repository: {path} {reason} for user {os.geteuid()}; remount it, or become its owner")
+    check_owner(repository)
 
 
 class AsyncRepository:

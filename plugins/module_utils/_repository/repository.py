@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 
 from .._common.errors import BackupError
 from .._common.fields import DocumentError, NewerSchema, load
-from .._host.directory import Directory, LinkedEntry, WrongEntry
+from .._host.directory import Directory, LinkedEntry, WrongEntry, exposed
 from .._host.files import AT_ONCE
 from .._host.lock import locked
 from .documents import Consolidation, Failure, Intent, Manifest, Marker
@@ -99,6 +99,8 @@ class Repository:
 
     path: str
     uuid: str
+    trust_others: bool = field(default=False, compare=False)
+    """Whether others than root and this user may write here."""
     _manifests: dict[tuple[str, str], tuple[tuple[int, ...], Manifest]] = field(
         default_factory=dict, compare=False, repr=False
     )
@@ -148,7 +150,7 @@ class Repository:
         await calls.run(self.check_same)
         path = os.path.join(self.directory(vm), LOCK)
         async with locked(path, f"VM {vm}", calls=calls) as fd:
-            await calls.run(_probe_lock, self, vm)
+            await calls.run(_check_lock, self, vm)
             yield fd
 
     def check_same(self) -> None:
@@ -325,12 +327,25 @@ def _state(status: os.stat_result) -> tuple[int, ...]:
     return status.st_ino, status.st_mtime_ns, status.st_ctime_ns, status.st_size
 
 
-def open_repository(path: str) -> Repository:
+def check_owner(repository: Repository, vm: str = "") -> None:
+    """Raise BackupError where others could change the repository, or the directory of a VM: what is in it is theirs."""
+    if repository.trust_others:
+        return
+    with Directory.at(repository.path) as root:
+        names = (REPOSITORY_FILE, vm_directory(vm)) if vm else (REPOSITORY_FILE,)
+        found = [(root.path, os.fstat(root.fd)), *((root.join(name), root.status(name)) for name in names)]
+    for path, status in found:
+        fault = exposed(path, status) if status else ""
+        if fault:
+            raise BackupError(f"repository: {fault}")
+
+
+def open_repository(path: str, trust_others: bool = False) -> Repository:
     """Open the repository at C(path); BackupError where there is none."""
     marker = os.path.join(path, REPOSITORY_FILE)
     try:
         with Directory.at(path) as root:
-            return Repository(path, Marker.parse(load(root.read(REPOSITORY_FILE, Marker.MOST))).uuid)
+            return Repository(path, Marker.parse(load(root.read(REPOSITORY_FILE, Marker.MOST))).uuid, trust_others)
     except FileNotFoundError:
         raise BackupError(
             f"repository: {path} is not a repository: there is no {REPOSITORY_FILE} in it. Is its file system mounted?"
@@ -340,8 +355,9 @@ def open_repository(path: str) -> Repository:
         raise BackupError(f"repository: {marker} cannot be read: {error}") from error
 
 
-def _probe_lock(repository: Repository, vm: str) -> None:
-    """Raise BackupError where flock does not keep a second holder out: nothing would keep two backups apart."""
+def _check_lock(repository: Repository, vm: str) -> None:
+    """Raise BackupError where others could exchange the lock that is held, or where it does not keep them out."""
+    check_owner(repository, vm)
     with repository.opened(vm) as directory:
         path, fd = directory.join(LOCK), directory.open(LOCK, os.O_RDWR)
     try:

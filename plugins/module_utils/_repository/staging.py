@@ -8,6 +8,7 @@ What changes something here is called with the VM's lock held.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 from dataclasses import asdict, replace
@@ -134,7 +135,7 @@ def remove_failure(repository: Repository, vm: str, failure: Failure) -> None:
 
 def discard_images(repository: Repository, intent: Intent) -> None:
     """Give back the space that an attempt has taken; its intent stays."""
-    with _opened(repository, intent) as staging:
+    with contextlib.suppress(FileNotFoundError), _opened(repository, intent) as staging:
         for disk in intent.disks:
             staging.remove(disk.image.image)
 

@@ -51,9 +51,7 @@ def test_a_directory_of_ones_own(directory: Path) -> None:
 def test_directory_that_others_can_write_to_is_refused(mode: int, directory: Path) -> None:
     directory.mkdir()
     directory.chmod(mode)
-    with pytest.raises(
-        BackupError, match=rf"^{directory} is for .* nobody else can write to, and is d[rwxt-]+ of user"
-    ):
+    with pytest.raises(BackupError, match=rf"^{directory} is d[rwxt-]+ of user .* is for .* nobody else can write to"):
         host_lock_path(None, Address(path="/run/qemu/web01.qmp"))
 
 
@@ -61,7 +59,7 @@ def test_directory_of_somebody_else_is_refused(directory: Path, monkeypatch: pyt
     """As one that libvirt's QEMUs make their sockets in: owned by their user."""
     directory.mkdir(mode=0o700)
     monkeypatch.setattr(os, "lstat", lambda _path: SimpleNamespace(st_uid=64055, st_mode=stat.S_IFDIR | 0o700))
-    with pytest.raises(BackupError, match=r"and is drwx------ of user 64055: a lock in it would hold nobody off"):
+    with pytest.raises(BackupError, match=r"is drwx------ of user 64055\. .* a lock in it would hold nobody off"):
         host_lock_path(None, Address(path="/run/qemu/web01.qmp"))
 
 
@@ -73,6 +71,68 @@ def test_what_is_no_directory_is_refused(kind: str, directory: Path, tmp_path: P
         directory.touch(mode=0o600)
     with pytest.raises(BackupError, match="Move it away; it is made anew"):
         host_lock_path(None, Address(path="/run/qemu/web01.qmp"))
+
+
+class TestOfAnotherUser:
+    """The directory of a user who is not root. There may be one of the session, and one in /tmp."""
+
+    @pytest.fixture
+    def shared(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+        """What stands for the one in /tmp, and is not there yet."""
+        monkeypatch.setattr(lock, "SHARED", str(tmp_path / "shared"))
+        monkeypatch.setattr(lock, "SESSION", str(tmp_path / "run"))
+        monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
+        monkeypatch.setattr(os, "geteuid", lambda: 1000)
+        # Whoever runs this test owns what it makes.
+        lstat = os.lstat
+
+        def as_user(path: str) -> SimpleNamespace:
+            found = lstat(path)
+            return SimpleNamespace(st_uid=1000 if found.st_uid == os.getuid() else found.st_uid, st_mode=found.st_mode)
+
+        monkeypatch.setattr(os, "lstat", as_user)
+        return tmp_path / "shared-1000"
+
+    @pytest.fixture
+    def session(self, tmp_path: Path, shared: Path) -> Path:
+        assert not shared.exists()
+        path = tmp_path / "run" / "1000"
+        path.mkdir(mode=0o700, parents=True)
+        return path
+
+    def test_without_a_session(self, shared: Path) -> None:
+        assert lock.lock_directory() == str(shared)
+
+    def test_in_a_session(self, session: Path) -> None:
+        assert lock.lock_directory() == f"{session}/vmfleet-locks"
+
+    def test_where_the_session_says(self, session: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        other = tmp_path / "other"
+        other.mkdir(mode=0o700)
+        monkeypatch.setenv("XDG_RUNTIME_DIR", str(other))
+        assert lock.lock_directory() == f"{other}/vmfleet-locks"
+        # As after su: it is that of the user before. Or it is nonsense.
+        other.chmod(0o777)
+        assert lock.lock_directory() == f"{session}/vmfleet-locks"
+        monkeypatch.setenv("XDG_RUNTIME_DIR", "relative")
+        assert lock.lock_directory() == f"{session}/vmfleet-locks"
+
+    @pytest.mark.usefixtures("session")
+    def test_one_that_is_in_use_stays_in_use(self, shared: Path) -> None:
+        """By a process of version 0.1.0, or by one without a session."""
+        shared.mkdir(mode=0o700)
+        assert lock.lock_directory() == str(shared)
+
+    def test_somebody_else_has_taken_the_name(self, session: Path, shared: Path) -> None:
+        shared.mkdir()
+        shared.chmod(0o1777)
+        assert lock.lock_directory() == f"{session}/vmfleet-locks"
+
+    def test_somebody_else_has_taken_the_name_and_there_is_no_session(self, shared: Path) -> None:
+        shared.mkdir()
+        shared.chmod(0o1777)
+        with pytest.raises(BackupError, match=rf"^{shared} is drwxrwxrwt of user 1000\. .* Move it away"):
+            lock.lock_directory()
 
 
 async def take(path: Path, timeout: float = 0.0) -> float:
