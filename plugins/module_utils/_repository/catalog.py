@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from .._common.errors import BackupError, Refused
 from .._common.formats import parse_time
-from .._host.directory import Directory
+from .._host.directory import Directory, WrongEntry
 from .annotations import annotation_name, failed_sets, is_read, read_annotations
 from .chain import broken_below, walk
 from .names import vm_directory
@@ -195,8 +195,30 @@ def vm_names(repository: Repository) -> list[str]:
 
 def _any_name(repository: Repository, directory: Directory) -> str | None:
     """Return the name of the VM whose directory this is; None where no document of it tells."""
-    found = repository.any_manifest(directory) or next(iter(read_intents(directory)), None)
+    found = _any_manifest(repository, directory) or next(iter(read_intents(directory)), None)
     return found.vm.name if found else None
+
+
+def _any_manifest(repository: Repository, directory: Directory) -> Manifest | None:
+    """Return some manifest in a VM's directory, whose name does not always tell the VM's.
+
+    WrongEntry where there is none, but something else in the place of one.
+    """
+    odd: WrongEntry | None = None
+    for entry in reversed(directory.entries()):
+        if not entry.name.startswith(".") and entry.is_dir(follow_symlinks=False):
+            try:
+                found = repository.manifest(directory, entry)
+            except FileNotFoundError:
+                continue
+            except WrongEntry as error:
+                odd = error
+            else:
+                if found:
+                    return found
+    if odd:
+        raise odd
+    return None
 
 
 def _was_used(directory: Directory) -> bool:

@@ -181,7 +181,7 @@ class Repository:
             try:
                 if not name.startswith("."):
                     strays.add(name)
-                    manifest = self._manifest(directory, entry)
+                    manifest = self.manifest(directory, entry)
                     if manifest and manifest.id == name:
                         strays.remove(name)
                         sets.append(manifest)
@@ -224,7 +224,7 @@ class Repository:
                 manifest = replace(manifest, disks=disks)
         return manifest
 
-    def _manifest(self, directory: Directory, entry: os.DirEntry[str]) -> Manifest | None:
+    def manifest(self, directory: Directory, entry: os.DirEntry[str]) -> Manifest | None:
         """Read the manifest of a set, or return the one that was read before where its file is the same.
 
         None where there is none. WrongEntry where it is something else, or the set is a link.
@@ -244,27 +244,6 @@ class Repository:
         if found:
             self._manifests[key] = _state(status), found
         return found
-
-    def any_manifest(self, directory: Directory) -> Manifest | None:
-        """Return some manifest in a VM's directory, whose name does not always tell the VM's.
-
-        WrongEntry where there is none, but something else in the place of one.
-        """
-        odd: WrongEntry | None = None
-        for entry in reversed(directory.entries()):
-            if not entry.name.startswith(".") and entry.is_dir(follow_symlinks=False):
-                try:
-                    found = self._manifest(directory, entry)
-                except FileNotFoundError:
-                    continue
-                except WrongEntry as error:
-                    odd = error
-                else:
-                    if found:
-                        return found
-        if odd:
-            raise odd
-        return None
 
     def damage(self, manifest: Manifest, image: DiskImage) -> str:
         """Return what is wrong with an image's file, as far as its metadata tells; empty where nothing is."""
