@@ -75,4 +75,4 @@ class TestRepository:
     def test_not_writable(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(os, "access", lambda *_args: False)
         with pytest.raises(BackupError, match="not writable"):
-            check_writable(str(tmp_path))
+            check_writable(Repository(str(tmp_path), ""))
