@@ -163,7 +163,7 @@ def _failure(kind: str, name: str, host: str, word: str, error: str, last: str) 
     after = f'<p class="soft">{last}</p>' if last else ""
     return (
         f'<li data-kind="{kind}"><b class="name">{text(name)}</b>{where} {label("bad", text(word))}'
-        f"<p>{text(error)}</p>{after}</li>"
+        f"<p>{'<br>'.join(map(text, error.splitlines()))}</p>{after}</li>"
     )
 
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 from html import escape
 
 from .._common.formats import human, parse_time
-from .._common.printable import printable_lines
+from .._common.printable import printable
 
 
 def text(value: object) -> str:
     """Return anything at all as text of the page, never as markup."""
-    return escape(printable_lines(str(value)), quote=True)
+    return escape(printable(str(value)), quote=True)
 
 
 def span(seconds: float) -> str:

@@ -189,5 +189,10 @@ def test_rates() -> None:
 
 
 def test_text_is_text() -> None:
-    assert text("<a href='x'>\"&\n") == "&lt;a href=&#x27;x&#x27;&gt;&quot;&amp;\n"
+    assert text("<a href='x'>\"&\n") == "&lt;a href=&#x27;x&#x27;&gt;&quot;&amp;\\n"
     assert text(None) == "None"
+
+
+def test_an_error_of_two_lines_has_two_lines() -> None:
+    html = page(report(hv1=told(a_vm("a"), error="1 of 2 failed\n<b>full</b>")), [])
+    assert "<p>1 of 2 failed<br>&lt;b&gt;full&lt;/b&gt;</p>" in html
