@@ -53,31 +53,32 @@ _WORD = (
 )
 IN_NAMES = (
     # user:password@ of a URL; iSCSI has % for the colon.
-    re.compile(r"(://[^/\s:%@]*[:%])[^/\s]+(?=@)"),
+    r"(://[^/\s:%@]*[:%])[^/\s]+(?=@)",
     # The signature of a URL that lets everybody in who knows it.
-    re.compile(rf"(?i)([?&](?:[\w.-]{{0,64}}[-_])?(?:{_WORD}|key)=)[^&#\s]+"),
-    re.compile(r"(\brbd:.{0,512}?:key=)(?:[^:\\]|\\.)+"),
+    rf"(?i)([?&](?:[\w.-]{{0,64}}[-_])?(?:{_WORD}|key)=)[^&#\s]+",
+    r"(\brbd:.{0,512}?:key=)(?:[^:\\]|\\.)+",
 )
 """Secrets within names of files; the group is what comes before them."""
 IN_TEXTS = (
     *IN_NAMES,
-    re.compile(r"(\bio\.systemd\.credential(?:\.binary)?:[^=]*=)(?s:.+)"),
-    re.compile(r"(\bsystemd\.set_credential(?:_binary)?=[^:\s]*:)\S+"),
+    r"(\bio\.systemd\.credential(?:\.binary)?:[^=]*=)(?s:.+)",
+    r"(\bsystemd\.set_credential(?:_binary)?=[^:\s]*:)\S+",
     # Of the kernel's command line: user:password@, as dracut has it.
-    re.compile(r"(\biscsi:[^:/\s@]*:)[^@/\s]+(?=@)"),
-    re.compile(r"(\b(?i:bearer|basic)\s+)[\w.~+/=-]{8,}"),
-    re.compile(
-        rf"(?i)((?<!\S)--(?:[\w-]{{0,64}}-)?(?:{_WORD})\s+|\bsshpass\s+-p\s*|\bcurl\s.{{0,256}}?-u\s*[^\s:]+:)\S+"
-    ),
-    re.compile(r"(-----BEGIN [A-Z ]*PRIVATE KEY-----)(?s:.+?)(?=-----END|\Z)"),
+    r"(\biscsi:[^:/\s@]*:)[^@/\s]+(?=@)",
+    r"(\b(?i:bearer|basic)\s+)[\w.~+/=-]{8,}",
+    rf"(?i)((?<!\S)--(?:[\w-]{{0,64}}-)?(?:{_WORD})\s+|\bsshpass\s+-p\s*|\bcurl\s.{{0,256}}?-u\s*[^\s:]+:)\S+",
+    r"(-----BEGIN [A-Z ]*PRIVATE KEY-----)(?s:.+?)(?=-----END|\Z)",
 )
 """Secrets within texts, in the same way."""
-MEMBER = re.compile(
-    rf"([\"'](?:[\w-]{{0,64}}\.){{0,16}}(?:{_QEMU})[\"']\s*:\s*)(\"(?:[^\"\\]|\\.)*\"?|'(?:[^'\\]|\\.)*'?|[\[{{](?s:.*)|[^\s,}}\]]+)"
+MEMBER = (
+    rf"([\"'](?:[\w-]{{0,64}}\.){{0,16}}(?:{_QEMU})[\"']\s*:\s*)"
+    r"(\"(?:[^\"\\]|\\.)*\"?|'(?:[^'\\]|\\.)*'?|[\[{](?s:.*)|[^\s,}\]]+)"
 )
 """A secret within JSON that was cut off."""
-SETTING = re.compile(rf"(?i)(?<![\w-])((?:[\w./-]{{0,64}}[-_./])?(?:{_WORD})=)(\"[^\"]*\"?|'[^']*'?|[^\s\"']+)")
+SETTING = rf"(?i)(?<![\w-])((?:[\w./-]{{0,64}}[-_./])?(?:{_WORD})=)(\"[^\"]*\"?|'[^']*'?|[^\s\"']+)"
 """A secret within a text as it is given to a kernel or to a program."""
+SIGN = re.compile(r"[\s:=]")
+"""What stands before each of these secrets, or right behind its key."""
 
 
 def redact_name(name: str) -> str:
@@ -162,7 +163,7 @@ def _read_json(text: str) -> Any:
         return '"{}"'.format(match[1].replace("\\'", "'").replace('"', '\\"'))
 
     try:
-        return json.loads(STRING.sub(in_double_quotes, text))
+        return json.loads(STRING.sub(in_double_quotes, text) if "'" in text else text)
     except (ValueError, RecursionError):
         return None
 
@@ -175,10 +176,13 @@ def _hidden(match: re.Match[str]) -> str:
 
 def _scrub(text: str, in_name: bool = False) -> str:
     """Return a text, or the name of a file, without the secrets in it."""
+    if not SIGN.search(text):
+        return text
+    # They are compiled here, and kept by re: most modules never come here, and that takes longer than all the rest.
     for pattern in IN_NAMES if in_name else IN_TEXTS:
-        text = pattern.sub(rf"\1{REMOVED}", text)
-    text = MEMBER.sub(_hidden, text)
-    return text if in_name else SETTING.sub(_hidden, text)
+        text = re.sub(pattern, rf"\1{REMOVED}", text)
+    text = re.sub(MEMBER, _hidden, text)
+    return text if in_name else re.sub(SETTING, _hidden, text)
 
 
 @dataclass(frozen=True)
@@ -206,17 +210,20 @@ class Redaction:
     def json(self, key: str, text: str) -> str:
         """Return a JSON text without its secrets; unchanged where there is none in it."""
         tree = _read_json(text)
-        if tree is None:
-            # Nobody knows what it holds.
-            return self._remove(key)
+        # Nobody knows what it holds where it cannot be read.
+        return self._remove(key) if tree is None else self._dumped(key, text, tree)
+
+    def _dumped(self, key: str, text: str, tree: Any) -> str:
         known = len(self.removed)
         cleaned = self.tree(key, tree)
         return text if len(self.removed) == known else json.dumps(cleaned)
 
     def name(self, key: str, value: str) -> str:
         """Return the name of an image without its secrets."""
-        if value.startswith("json:") and _read_json(value[len("json:") :]) is not None:
-            return "json:" + self.json(key, value[len("json:") :])
+        text = value[len("json:") :] if value.startswith("json:") else ""
+        tree = _read_json(text) if text else None
+        if tree is not None:
+            return "json:" + self._dumped(key, text, tree)
         # QEMU cuts long names off. What is left still tells one from another.
         return self._noted(key, value, _scrub(value, in_name=True))
 

@@ -15,6 +15,7 @@ import typing as t
 import pytest
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.directory import WrongEntry
+from ansible_collections.vmfleet.backup.plugins.module_utils._qemu import image_commands
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu import qemu_img as commands
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.image_chain import ImageRefused, Layer, open_chain
 from ansible_collections.vmfleet.backup.tests.harness.images import MIB, create, identical, qemu_img, write
@@ -49,7 +50,7 @@ def layers(tmp_path: Path) -> list[Layer]:
 
 def copied(layers: list[Layer], target: Path) -> Path:
     with open_chain(layers) as chain:
-        asyncio.run(commands.run(commands.convert_command(chain.name, str(target), "raw"), pass_fds=chain.fds))
+        asyncio.run(commands.run(image_commands.convert_command(chain.name, str(target), "raw"), pass_fds=chain.fds))
     return target
 
 
@@ -62,7 +63,7 @@ def test_a_chain_reads_as_qemu_reads_it(layers: list[Layer], tmp_path: Path) -> 
         for layer in layers:
             os.unlink(layer.path)
             create(tmp_path / "other", SIZE).rename(layer.path)
-        command = commands.convert_command(chain.name, str(tmp_path / "again"), "raw")
+        command = image_commands.convert_command(chain.name, str(tmp_path / "again"), "raw")
         asyncio.run(commands.run(command, pass_fds=chain.fds, is_long=True))
     assert (tmp_path / "again").read_bytes() == wanted
 
