@@ -66,6 +66,7 @@ class ActionModule(ActionBase):
             and isinstance(plan, dict)
             and "id" in plan
             and isinstance(plan.get("vms"), list)
+            and all(isinstance(vm, dict) and isinstance(vm.get("bytes", 0), int) for vm in plan["vms"])
         )
 
     def _once(self, task_vars: dict[str, Any]) -> dict[str, Any]:

@@ -74,6 +74,14 @@ _value:
     bad:
       description: By the name of a hypervisor, its VMs that have no good set of that age.
       type: dict
+    unknown:
+      description: The names that are asked for, and that no hypervisor knows.
+      type: list
+      elements: str
+    known:
+      description: The VMs that the hypervisors know.
+      type: list
+      elements: str
 """
 
 

@@ -37,7 +37,7 @@ options:
   names:
     description:
       - The VMs, as they are called in the repository. The default is all that have sets there, or were to get some.
-      - Of one that has nothing there, nothing is listed.
+      - The module fails where the repository knows nothing of one of them, with the results of the others.
     type: list
     elements: str
 seealso:
@@ -137,6 +137,7 @@ totals:
 """
 
 import gc
+import os
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING
 
@@ -151,6 +152,7 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._repository.catalog
     start_time,
     vm_names,
 )
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository.names import unknown_vms
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.repository import open_repository
 
 if TYPE_CHECKING:
@@ -232,8 +234,10 @@ async def main_task(module: AnsibleModule) -> dict[str, Any]:
     vms: list[dict[str, Any]] = []
     left: list[dict[str, str]] = []
     errors: list[str] = []
-    names = vm_names(repository) if module.params["names"] is None else module.params["names"]
-    for name in dict.fromkeys(names):
+    asked = module.params["names"]
+    names = vm_names(repository) if asked is None else list(dict.fromkeys(asked))
+    unknown = [name for name in names if not os.path.lexists(repository.directory(name))] if asked else []
+    for name in names:
         try:
             catalog = read_catalog(repository, name)
             left += leftovers(repository, catalog)
@@ -262,6 +266,8 @@ async def main_task(module: AnsibleModule) -> dict[str, Any]:
     result = {"changed": False, "sets": sets, "vms": vms, "leftovers": left, "totals": totals}
     if errors:
         raise BackupError("; ".join(errors), **result)
+    if unknown:
+        raise unknown_vms(unknown, vm_names(repository), repository.path, **result)
     return result
 
 

@@ -120,6 +120,7 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._report.status impo
     status_of_absent,
 )
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.names import check_set_id
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository.places import refuse_inside
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.repository import open_repository
 
 if TYPE_CHECKING:
@@ -154,6 +155,7 @@ def absent_vms(repository: Repository, names: list[str]) -> list[dict[str, Any]]
 
 def metrics_path(directory: str, repository: str) -> str:
     """Return the path of the metrics of a repository."""
+    refuse_inside("directory", directory)
     if not os.path.isdir(directory):
         raise Refused(
             "directory",

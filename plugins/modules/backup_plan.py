@@ -290,13 +290,11 @@ text:
   elements: str
 """
 
-import os
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING
 
-from ansible.module_utils.basic import AnsibleModule
-
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import Refused, warn
+from ansible_collections.vmfleet.backup.plugins.module_utils._common.module import make_module
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.probe import Watch, probe_if_there
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.worker import ThreadedCalls, run_in_worker
 from ansible_collections.vmfleet.backup.plugins.module_utils._plan.disks import LEVELS
@@ -317,6 +315,8 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._repository.names i
 
 if TYPE_CHECKING:
     from typing import Any
+
+    from ansible.module_utils.basic import AnsibleModule
 
 
 ORDERS = ("takeover", "supersede", "adopt")
@@ -344,10 +344,6 @@ def _request(params: dict[str, Any], vm: dict[str, Any]) -> Request:
 
 
 def policy(params: dict[str, Any]) -> Policy:
-    if params["speed"] < 0:
-        raise Refused("speed", "{} is negative; give bytes per second, 0 is unlimited".format(params["speed"]))
-    if params["max_chain"] < 1:
-        raise Refused("max_chain", "{} is less than 1, which is a full image on its own".format(params["max_chain"]))
     reserve_bytes(params["reserve"], 0)
     names = ("compression", "speed", "reserve", "checksum", "offline", "max_chain", "tracking", "encrypted_source")
     return Policy(**{name: params[name] for name in names})
@@ -356,9 +352,9 @@ def policy(params: dict[str, Any]) -> Policy:
 async def main_task(module: AnsibleModule) -> dict[str, Any]:
     params = module.params
     set_id = check_set_id(params["id"] or datetime.now(timezone.utc).strftime("%Y-%m-%d"))
+    if not params["vms"] and not params["sockets"]:
+        raise Refused("vms", "nothing is to be backed up; list VMs, or name patterns of their sockets (sockets)")
     how = policy(params)
-    if not os.path.isabs(params["repository"]):
-        raise Refused("repository", "{!r} is not an absolute path".format(params["repository"]))
     wanted, warnings = discover(requests(params), params["sockets"] or (), _request(params, {}))
     require_qemu_img()
     await probe_if_there(params["repository"], writing=True)
@@ -412,9 +408,7 @@ def argument_spec() -> dict[str, Any]:
 
 
 def main() -> None:
-    module = AnsibleModule(
-        argument_spec=argument_spec(), required_one_of=[("vms", "sockets")], supports_check_mode=True
-    )
+    module = make_module(argument_spec=argument_spec(), required_one_of=[("vms", "sockets")], supports_check_mode=True)
     require_qmp(module)
     run_in_worker(module, main_task)
 

@@ -86,7 +86,7 @@ options:
     description:
       - Let the VMs in O(names) lose their newest good set, too. Without any rule, all of their sets go that are not
         protected or in use, broken ones as well.
-      - A VM that has no sets any more is forgotten already.
+      - A VM that had sets and has none any more is forgotten already, and RV(text) says so.
     type: bool
     default: false
 seealso:
@@ -154,48 +154,52 @@ text:
   elements: str
 """
 
+import os
 import re
 import sys
 from typing import TYPE_CHECKING
 
-from ansible.module_utils.basic import AnsibleModule
-
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import BackupError, Refused, in_words
-from ansible_collections.vmfleet.backup.plugins.module_utils._host.directory import Directory
+from ansible_collections.vmfleet.backup.plugins.module_utils._common.module import make_module
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.probe import probe_if_there
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.worker import run_in_worker
-from ansible_collections.vmfleet.backup.plugins.module_utils._prune.prune import PruneOptions, headline, prune
+from ansible_collections.vmfleet.backup.plugins.module_utils._prune.prune import (
+    PruneOptions,
+    check_protection,
+    headline,
+    prune,
+)
 from ansible_collections.vmfleet.backup.plugins.module_utils._prune.retention import PERIODS, Rules, describe
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.qemu_img import require_qemu_img
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.access import check_writable
-from ansible_collections.vmfleet.backup.plugins.module_utils._repository.catalog import vm_names
-from ansible_collections.vmfleet.backup.plugins.module_utils._repository.names import vm_directory
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository.catalog import read_catalog, vm_names
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository.names import unknown_vms
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.repository import open_repository
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
     from typing import Any
 
+    from ansible.module_utils.basic import AnsibleModule
+
     from ansible_collections.vmfleet.backup.plugins.module_utils._prune.prune import Pruned
     from ansible_collections.vmfleet.backup.plugins.module_utils._repository.repository import Repository
 
 SECONDS = {"h": 3600, "d": 86400, "w": 7 * 86400, "y": 365 * 86400}
+LONGEST = 1000 * SECONDS["y"]
 
 
 def seconds(text: str) -> float:
     """Return C(14d) in seconds."""
-    match = re.fullmatch(r"(\d+)([hdwy])", text)
-    if not match:
-        raise Refused("keep_within", f"{text!r} is not a number with h, d, w or y, such as 14d")
+    match = re.fullmatch("([1-9][0-9]{,5})([hdwy])", text)
+    if not match or int(match.group(1)) * SECONDS[match.group(2)] > LONGEST:
+        raise Refused("keep_within", f"{text!r} is not a number with h, d, w or y, such as 14d, of 1000 years at most")
     return int(match.group(1)) * SECONDS[match.group(2)]
 
 
 def rules(params: dict[str, Any]) -> Rules:
     """Return what is to be kept; Refused where the options do not say it, or contradict each other."""
     counts = {name: params[f"keep_{name}"] for name in ("last", *PERIODS)}
-    for name, count in counts.items():
-        if count < 0:
-            raise Refused(f"keep_{name}", f"{count} is negative")
     found = Rules(**counts, within=seconds(params["keep_within"]) if params["keep_within"] else 0)
     if params["forget"] and not params["names"]:
         raise Refused("forget", "names must say which VMs are to be forgotten")
@@ -210,21 +214,16 @@ def rules(params: dict[str, Any]) -> Rules:
 
 
 def chosen_vms(repository: Repository, params: dict[str, Any]) -> list[str]:
-    """Return the VMs that are asked for. One that is to be forgotten need not be there any more."""
+    """Return the VMs that are asked for. Of one that is to be forgotten there may be no more than its directory."""
     known = vm_names(repository)
     if params["names"] is None:
         return known
     names = list(dict.fromkeys(params["names"]))
-    unknown = [name for name in names if name not in known]
-    if unknown and not params["forget"]:
-        raise Refused(
-            "names",
-            "no sets of {} in {}; there are: {}".format(
-                ", ".join(unknown), repository.path, ", ".join(known) or "none"
-            ),
-        )
-    with Directory.at(repository.path) as root:
-        return [name for name in names if root.status(vm_directory(name))]
+    forgotten = [name for name in names if params["forget"] and os.path.lexists(repository.directory(name))]
+    unknown = [name for name in names if name not in known and name not in forgotten]
+    if unknown:
+        raise unknown_vms(unknown, known, repository.path)
+    return names
 
 
 async def prune_all(
@@ -269,7 +268,12 @@ async def main_task(module: AnsibleModule) -> dict[str, Any]:
     await probe_if_there(params["repository"], writing=not module.check_mode)
     repository = open_repository(params["repository"], params["trust_others"])
     check_writable(repository)
-    done, errors = await prune_all(repository, chosen_vms(repository, params), options)
+    names = chosen_vms(repository, params)
+    if options.protect or options.unprotect:
+        # Before the sets of any VM are touched.
+        for name in names:
+            check_protection(read_catalog(repository, name), options)
+    done, errors = await prune_all(repository, names, options)
     removed = results(done, keep=False)
     kept = results(done, keep=True)
     before = "".join("{vm}/{id}\n".format(**one) for one in (*removed, *kept))
@@ -280,7 +284,8 @@ async def main_task(module: AnsibleModule) -> dict[str, Any]:
         "kept": kept,
         "bytes": sum(one["bytes"] for one in removed),
         "headline": headline(done, module.check_mode),
-        "text": [line for one in done for line in describe(one.vm, one.decisions)],
+        "text": [line for one in done for line in describe(one.vm, one.decisions)]
+        + [f"keep         {one.vm}: it has no sets" for one in done if not one.decisions],
         "diff": {"before": before, "after": after},
     }
     if errors:
@@ -292,7 +297,7 @@ async def main_task(module: AnsibleModule) -> dict[str, Any]:
 def main() -> None:
     counts = {f"keep_{name}": {"type": "int", "default": 0} for name in ("last", *PERIODS)}
     names = {"type": "list", "elements": "str"}
-    module = AnsibleModule(
+    module = make_module(
         argument_spec={
             "repository": {"type": "path", "required": True},
             "names": names,

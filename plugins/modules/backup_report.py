@@ -102,9 +102,10 @@ from typing import TYPE_CHECKING
 
 from ansible.module_utils.basic import AnsibleModule
 
-from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import run_module, warn
+from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import Refused, warn
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.fields import DocumentError, load
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.formats import utc_now
+from ansible_collections.vmfleet.backup.plugins.module_utils._common.module import run_module
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.directory import Directory, WrongEntry
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.files import step
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.texts import check_directory, write_text
@@ -113,6 +114,7 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._report.html_charts
 from ansible_collections.vmfleet.backup.plugins.module_utils._report.record import LARGEST_REPORT, parse_report
 from ansible_collections.vmfleet.backup.plugins.module_utils._report.run import Run, collect
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.names import check_set_id
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository.places import refuse_inside
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -127,7 +129,10 @@ def locked(directory: str, check_mode: bool, trust_others: bool) -> Iterator[Non
     if check_mode:
         yield
         return
-    os.makedirs(directory, mode=0o750, exist_ok=True)
+    try:
+        os.makedirs(directory, mode=0o750, exist_ok=True)
+    except OSError as error:
+        raise Refused("directory", f"{directory} cannot be made: {error.strerror}") from error
     fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         with step(directory, "its lock was taken"):
@@ -163,7 +168,8 @@ def other_runs(module: AnsibleModule, directory: str, path: str) -> dict[str, Ru
 
 async def main_task(module: AnsibleModule) -> dict[str, Any]:
     params = module.params
-    directory = os.path.abspath(params["directory"])
+    directory = params["directory"]
+    refuse_inside("directory", directory)
     stem = os.path.join(directory, check_set_id(params["id"]))
     given = (params["hypervisors"], params["errors"], params["pending"])
     with locked(directory, module.check_mode, params["trust_others"]):

@@ -217,6 +217,7 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._host.worker import
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.qemu_img import require_qemu_img
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.catalog import read_catalog, require_sets
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.names import image_files
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository.places import refuse_inside
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.repository import open_repository
 from ansible_collections.vmfleet.backup.plugins.module_utils._restore.model import (
     FORMATS,
@@ -239,16 +240,10 @@ if TYPE_CHECKING:
     from ansible_collections.vmfleet.backup.plugins.module_utils._repository.repository import Repository
 
 
-def check_absolute(option: str, path: str) -> None:
-    """Refuse a relative path."""
-    if not os.path.isabs(path):
-        raise Refused(option, f"{path!r} is not an absolute path")
-
-
 def latest_time(params: dict[str, Any]) -> datetime | None:
     """Return the time that the set has to be from at the latest."""
     try:
-        return parse_time(params["before"]) if params["before"] else None
+        return None if params["before"] is None else parse_time(params["before"])
     except ValueError:
         raise Refused("before", "{!r} is no time like 2026-11-22T03:00:00Z".format(params["before"])) from None
 
@@ -257,7 +252,9 @@ def chosen_disks(params: dict[str, Any], manifest: Manifest) -> list[dict[str, A
     """Return the disks that are asked for, each with its target."""
     names = [disk.name for disk in manifest.disks]
     if params["disks"] is None:
-        check_absolute("directory", params["directory"])
+        refuse_inside("directory", params["directory"])
+        if not os.path.isdir(params["directory"]):
+            raise Refused("directory", "there is no directory {}; make it first".format(params["directory"]))
         files = image_files(names, ".qcow2")
         return [
             {"name": name, "target": os.path.join(params["directory"], files[name]), "format": "qcow2"}
@@ -277,7 +274,6 @@ def disk_restores(params: dict[str, Any], catalog: VmCatalog, manifest: Manifest
     found = []
     for asked in chosen_disks(params, manifest):
         target = asked["target"]
-        check_absolute("target", target)
         default = "raw" if is_block_device(target) else "qcow2"
         chain = tuple(catalog.chain(manifest, asked["name"]))
         method = RestoreMethod(params["method"])
@@ -292,6 +288,7 @@ async def remove_targets(module: AnsibleModule, repository: Repository, catalog:
     """Remove overlays: those that are named, or all in the directory."""
     disks = module.params["disks"]
     if disks is None:
+        refuse_inside("directory", module.params["directory"])
         targets = find_overlays(repository, catalog, module.params["directory"])
     else:
         targets = [disk["target"] for disk in disks]
@@ -331,12 +328,12 @@ async def restore_disks(module: AnsibleModule, repository: Repository, catalog: 
 async def main_task(module: AnsibleModule) -> dict[str, Any]:
     params = module.params
     require_qemu_img()
-    check_absolute("repository", params["repository"])
     await probe_if_there(params["repository"], writing=not module.check_mode)
     repository = open_repository(params["repository"], params["trust_others"])
     catalog = read_catalog(repository, params["vm"])
-    # The receipt of a target that is named tells whose overlay it is.
-    if params["state"] == "present" or params["disks"] is None:
+    # The receipt of a target that is named tells whose overlay it is, also where the VM was forgotten.
+    there = os.path.lexists(repository.directory(params["vm"]))
+    if params["state"] == "present" or params["disks"] is None or not there:
         require_sets(repository, catalog)
     return await (remove_targets if params["state"] == "absent" else restore_disks)(module, repository, catalog)
 

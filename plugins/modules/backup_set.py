@@ -289,8 +289,6 @@ qmp:
 
 from typing import TYPE_CHECKING
 
-from ansible.module_utils.basic import AnsibleModule
-
 from ansible_collections.vmfleet.backup.plugins.module_utils._backup.cancel import plan_of_names
 from ansible_collections.vmfleet.backup.plugins.module_utils._backup.engine import reconcile
 from ansible_collections.vmfleet.backup.plugins.module_utils._backup.outcome import (
@@ -305,7 +303,8 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._backup.outcome imp
 )
 from ansible_collections.vmfleet.backup.plugins.module_utils._backup.run import BackupRun, Settings
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import BackupError, Refused, warn
-from ansible_collections.vmfleet.backup.plugins.module_utils._common.formats import duration
+from ansible_collections.vmfleet.backup.plugins.module_utils._common.module import make_module
+from ansible_collections.vmfleet.backup.plugins.module_utils._common.options import duration
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.probe import Watch, probe_if_there
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.worker import ThreadedCalls, run_in_worker
 from ansible_collections.vmfleet.backup.plugins.module_utils._plan.model import parse_plan
@@ -321,6 +320,8 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._repository.reposit
 
 if TYPE_CHECKING:
     from typing import Any
+
+    from ansible.module_utils.basic import AnsibleModule
 
     from ansible_collections.vmfleet.backup.plugins.module_utils._plan.model import Plan
     from ansible_collections.vmfleet.backup.plugins.module_utils._repository.repository import Repository
@@ -347,10 +348,9 @@ async def places(module: AnsibleModule, plan: Plan | None, calls: ThreadedCalls)
 
 
 def check_options(params: dict[str, Any]) -> None:
-    """Refuse what cannot be meant."""
-    for option in ("max_vms", "slice"):
-        if params[option] < 0:
-            raise Refused(option, f"{params[option]} is negative; 0 sets no limit")
+    """Refuse options that contradict each other."""
+    if params["names"] and params["plan"]:
+        raise Refused("names", "the plan says which VMs are meant; give names with repository only")
     if params["slice"] and params["state"] != "completed":
         raise Refused("slice", "only state: completed waits")
 
@@ -401,7 +401,7 @@ async def main_task(module: AnsibleModule) -> dict[str, Any]:
 
 
 def main() -> None:
-    module = AnsibleModule(
+    module = make_module(
         argument_spec={
             "plan": {"type": "dict"},
             "repository": {"type": "path"},

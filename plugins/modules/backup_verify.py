@@ -223,14 +223,13 @@ text:
 import os
 from typing import TYPE_CHECKING
 
-from ansible.module_utils.basic import AnsibleModule
-
-from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import BackupError, Refused, warn
+from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import BackupError, warn
+from ansible_collections.vmfleet.backup.plugins.module_utils._common.module import make_module
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.probe import probe_if_there
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.worker import run_in_worker
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.qemu_img import require_qemu_img
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.annotation_documents import DEPTHS, Depth
-from ansible_collections.vmfleet.backup.plugins.module_utils._repository.names import check_set_id
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository.names import check_set_id, unknown_vms
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.repository import open_repository
 from ansible_collections.vmfleet.backup.plugins.module_utils._verify.boot import find_qemu
 from ansible_collections.vmfleet.backup.plugins.module_utils._verify.boot_options import BootOptions
@@ -247,6 +246,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import Any
 
+    from ansible.module_utils.basic import AnsibleModule
+
     from ansible_collections.vmfleet.backup.plugins.module_utils._repository.repository import Repository
     from ansible_collections.vmfleet.backup.plugins.module_utils._verify.model import Finding
 
@@ -257,7 +258,7 @@ MAX_ERRORS = 5
 def boot_options(params: dict[str, Any]) -> BootOptions:
     options = BootOptions(
         qemu=find_qemu(params["qemu"] or ""),
-        tmpdir=os.path.abspath(params["tmpdir"]),
+        tmpdir=params["tmpdir"],
         timeout=params["boot_timeout"],
         pattern=params["boot_pattern"] or "",
         agent=params["boot_agent"],
@@ -273,11 +274,10 @@ def chosen_vms(repository: Repository, names: list[str] | None) -> list[str]:
     """Return the VMs that are asked for; Refused where one has no sets."""
     if names is None:
         return known_vms(repository)
-    unknown = ", ".join(name for name in names if not has_sets(repository, name))
+    unknown = [name for name in names if not has_sets(repository, name)]
     if unknown:
-        there = ", ".join(known_vms(repository)) or "none"
-        raise Refused("names", f"no sets of {unknown} in {repository.path}; there are: {there}")
-    return names
+        raise unknown_vms(unknown, known_vms(repository), repository.path)
+    return list(dict.fromkeys(names))
 
 
 def error_message(bad: Sequence[Finding]) -> str:
@@ -289,7 +289,7 @@ def error_message(bad: Sequence[Finding]) -> str:
 async def main_task(module: AnsibleModule) -> dict[str, Any]:
     params = module.params
     depth = Depth(params["depth"])
-    set_id = check_set_id(params["id"]) if params["id"] else ""
+    set_id = "" if params["id"] is None else check_set_id(params["id"])
     if depth in (Depth.IMAGE, Depth.BOOT):
         require_qemu_img()
     options = VerifyOptions(depth, boot_options(params) if depth == Depth.BOOT else None, module.check_mode)
@@ -315,7 +315,7 @@ async def main_task(module: AnsibleModule) -> dict[str, Any]:
 
 
 def main() -> None:
-    module = AnsibleModule(
+    module = make_module(
         argument_spec={
             "repository": {"type": "path", "required": True},
             "trust_others": {"type": "bool", "default": False},

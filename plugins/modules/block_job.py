@@ -57,6 +57,10 @@ EXAMPLES = r"""
 """
 
 RETURN = r"""
+msg:
+  description: That there is no such job.
+  returned: with O(state=cancelled) and O(state=dismissed), where there is none
+  type: str
 job:
   description:
     - The job afterwards (in check mode, now), with the keys of RV(vmfleet.backup.block_job_info#module:jobs).
@@ -77,7 +81,8 @@ from typing import TYPE_CHECKING
 from ansible.module_utils.basic import AnsibleModule
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.argument_specs import monitor_argument_spec
-from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import BackupError, CommandError, run_module
+from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import BackupError, CommandError
+from ansible_collections.vmfleet.backup.plugins.module_utils._common.module import run_module
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.connection import parse_address
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.jobs import query_jobs
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.monitor import Monitor, require_qmp
@@ -173,16 +178,16 @@ async def apply(monitor: Monitor, module: AnsibleModule) -> dict[str, Any]:
     after = {"job": job_id, "state": state or "unchanged", "speed": "unchanged" if speed is None else speed}
     old = {"job": job_id, "state": before.status if before else "absent", "speed": before.speed if before else 0}
     changed = slower or moving
+    said = "" if before or changed else f"{job_id} is no job of this VM, and so there was nothing to do"
     return {
         "changed": changed,
+        **({"msg": said} if said else {}),
         "job": job.as_dict() if job else {},
         "diff": {"before": old if changed else after, "after": after},
     }
 
 
 async def main_task(module: AnsibleModule) -> dict[str, Any]:
-    if (module.params["speed"] or 0) < 0:
-        raise BackupError(f"speed: {module.params['speed']} is negative; give bytes per second, 0 is unlimited")
     commands: list[dict[str, Any]] = []
     try:
         async with Monitor(parse_address(module.params["monitor"]), commands) as monitor:

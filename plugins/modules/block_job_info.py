@@ -92,7 +92,7 @@ from typing import TYPE_CHECKING
 from ansible.module_utils.basic import AnsibleModule
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.argument_specs import monitor_argument_spec
-from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import run_module
+from ansible_collections.vmfleet.backup.plugins.module_utils._common.module import run_module
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.connection import parse_address
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.jobs import query_jobs
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.monitor import Monitor, require_qmp

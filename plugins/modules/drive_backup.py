@@ -322,13 +322,9 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._common.argument_sp
     drive_argument_spec,
     monitor_argument_spec,
 )
-from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import (
-    BackupError,
-    Refused,
-    run_module,
-    warn,
-)
-from ansible_collections.vmfleet.backup.plugins.module_utils._common.formats import duration
+from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import BackupError, warn
+from ansible_collections.vmfleet.backup.plugins.module_utils._common.module import run_module
+from ansible_collections.vmfleet.backup.plugins.module_utils._common.options import duration
 from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup.drive_backup import back_up
 from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup.request import (
     BitmapMode,
@@ -375,8 +371,6 @@ def diff(jobs: list[dict[str, Any]], changed: bool) -> dict[str, str]:
 async def main_task(module: AnsibleModule) -> dict[str, Any]:
     """Do what the module's options ask for."""
     params = module.params
-    if params["drives"] == []:
-        raise Refused("drives", "the list is empty; name at least one drive")
     request = DriveBackupRequest(
         address=parse_address(params["monitor"]),
         drives=drives(params),

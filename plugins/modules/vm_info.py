@@ -26,6 +26,7 @@ options:
   sockets:
     description:
       - Patterns of QMP sockets' paths, such as V(/run/vmfleet-monitors/*.qmp). Each socket that matches is asked.
+      - A pattern that matches nothing gives a warning. A path without wildcards stands for a VM that should be there.
     type: list
     elements: str
 requirements:
@@ -199,12 +200,9 @@ from typing import TYPE_CHECKING
 
 from ansible.module_utils.basic import AnsibleModule
 
-from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import (
-    BackupError,
-    internal,
-    run_module,
-    warn,
-)
+from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import BackupError, Refused, internal, warn
+from ansible_collections.vmfleet.backup.plugins.module_utils._common.module import run_module
+from ansible_collections.vmfleet.backup.plugins.module_utils._common.options import check_path
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.agent_channel import find_agent
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.connection import parse_address
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.monitor import Monitor, require_qmp
@@ -236,9 +234,17 @@ async def describe(address: Address, places: asyncio.Semaphore, warnings: list[s
 
 
 async def main_task(module: AnsibleModule) -> dict[str, Any]:
-    addresses = {parse_address(text, "monitors") for text in module.params["monitors"] or []}
-    for pattern in module.params["sockets"] or []:
-        addresses.update(parse_address(path, "sockets") for path in glob.glob(pattern))
+    monitors, sockets = (module.params[name] or [] for name in ("monitors", "sockets"))
+    if not monitors and not sockets:
+        raise Refused("monitors", "no VM is named; list monitors, or patterns of their sockets (sockets)")
+    addresses = {parse_address(text, "monitors") for text in monitors}
+    for pattern in sockets:
+        check_path("sockets", pattern)
+        # A path that is spelled out is meant, be there a socket or not.
+        found = glob.glob(pattern) if glob.has_magic(pattern) else [pattern]
+        if not found:
+            warn(module, f"no socket matches {pattern}")
+        addresses.update(parse_address(path, "sockets") for path in found)
     places = asyncio.Semaphore(AT_ONCE)
     warnings: list[str] = []
     vms = await asyncio.gather(*(describe(address, places, warnings) for address in sorted(addresses, key=str)))

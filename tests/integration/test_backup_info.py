@@ -172,14 +172,23 @@ def test_names(library: Library) -> None:
         (None, [NAME, "web02"]),
         (["web02"], ["web02"]),
         (["web02", NAME, "web02"], ["web02", NAME]),
-        (["nosuch", NAME], [NAME]),
-        (["nosuch", "../web02"], []),
-        ([], []),
     ):
         found = library.info(**({} if names is None else {"names": names}))
         assert [vm["name"] for vm in found["vms"]] == expected
         assert {one["vm"] for one in found["sets"]} == set(expected)
         assert found["totals"]["sets"] == 3 * len(expected)
+
+
+def test_names_that_nobody_knows(library: Library) -> None:
+    (library.path / "forgotten").mkdir()
+    for names, unknown, listed in (
+        (["nosuch", NAME], "nosuch", [NAME]),
+        (["nosuch", "../web01", "forgotten"], "nosuch, ../web01", []),
+    ):
+        found = fail("backup_info", {"repository": str(library.path), "names": names})
+        assert found["msg"] == f"names: no sets of {unknown} in {library.path}; there are: {NAME}"
+        assert [vm["name"] for vm in found["vms"]] == listed
+    assert library.info(names=["forgotten"])["vms"] == []
 
 
 def test_an_empty_repository_and_none(library: Library, directory: Path) -> None:

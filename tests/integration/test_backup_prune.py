@@ -184,7 +184,7 @@ class TestRemoval:
 
     def test_sets_that_are_not_there_cannot_be_protected(self, library: Library) -> None:
         said = library.fail_prune(names=[NAME], protect=["s9"], keep_last=1)["msg"]
-        assert "protect: VM web01 has no set s9" in said
+        assert said == "protect: VM web01 has no set s9; it has: s1, s2, s3, s4, s5"
         assert library.listed() == ["s5", "s4", "s3", "s2", "s1"]
 
     def test_a_set_that_goes_meanwhile_is_not_protected(self, library: Library, start_module: Start) -> None:
@@ -281,9 +281,32 @@ class TestForget:
         assert set(fates(library.prune(check=True, **options), "removed")) == {"s1", "s2", "s3", "s4", "s5"}
         assert set(fates(library.prune(**options), "removed")) == {"s1", "s2", "s3", "s4", "s5"}
         assert {path.name for path in (library.path / NAME).iterdir()} == set(LOCKS)
-        for names in ([NAME], ["never-there"]):
-            again = library.prune(names=names, forget=True)
-            assert (again["changed"], again["removed"], again["kept"]) == (False, [], [])
+        again = library.prune(**options)
+        assert (again["changed"], again["removed"], again["kept"]) == (False, [], [])
+        assert again["text"] == ["keep         web01: it has no sets"]
+        # One that never was there is a name that is misspelt.
+        said = library.fail_prune(names=["never-there"], forget=True)["msg"]
+        assert said == f"names: no sets of never-there in {library.path}; there are: none"
+
+    def test_its_failures_go_with_it(self, library: Library) -> None:
+        record = library.path / NAME / ".s9.failed.json"
+        times = {"started": "2026-11-22T00:00:00Z", "ended": "9999-01-01T00:00:00Z"}
+        told = {
+            "id": "s9",
+            "run": "f" * 16,
+            "attempt": "f" * 12,
+            "state": "failed",
+            "error": "no",
+            "schema": 1,
+            **times,
+        }
+        record.write_text(json.dumps(told))
+        library.prune(keep_last=1)
+        assert record.exists()
+        library.prune(names=[NAME], forget=True, keep_last=1)
+        assert record.exists()
+        library.prune(names=[NAME], forget=True)
+        assert {path.name for path in (library.path / NAME).iterdir()} == set(LOCKS)
 
     def test_what_is_protected_stays(self, library: Library) -> None:
         library.prune(names=[NAME], protect=["s2"])

@@ -90,8 +90,8 @@ class TestOptions:
             ("target", {"disks": [{"name": "drive0", "target": "nosuch/T"}]}),
             ("target", {"disks": [{"name": "drive0", "target": "."}]}),
             ("target", {"disks": [{"name": "drive0", "target": "../repository/web01/s1/drive0.qcow2"}]}),
-            ("target", {"directory": "../repository/web01"}),
-            ("target", {"directory": "nosuch"}),
+            ("directory", {"directory": "../repository/web01"}),
+            ("directory", {"directory": "nosuch"}),
             ("directory", {"directory": "relative"}),
             ("repository", {"repository": "relative", "disks": one_disk("T")}),  # type: ignore[arg-type]
             ("format", {"method": "overlay", "disks": [{"name": "drive0", "target": "T", "format": "raw"}]}),

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -13,12 +14,14 @@ from .._plan import decide
 from .._plan.model import Action, Plan, Policy, VmPlan
 from .._plan.observe import space_in
 from .._qemu.bitmaps import remove_bitmaps
+from .._repository.names import unknown_vms
+from .._repository.repository import HARMLESS
 from . import cleanup, results
 from .outcome import VmState
 from .session import hold_now, observe
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Collection, Sequence
 
     from .._host.process import Hypervisor
     from .._repository.documents import Intent, Manifest
@@ -28,16 +31,21 @@ if TYPE_CHECKING:
     from .session import VmSession, VmTask
 
 
-def plan_of_names(repository: Repository, names: Iterable[str] | None) -> Plan:
+def plan_of_names(repository: Repository, names: Collection[str] | None) -> Plan:
     """Return a plan for the states cancelled and untracked: what the repository knows of the VMs with these names.
 
-    Without names it is for those whose sets this hypervisor is making.
+    Without names it is for those whose sets this hypervisor is making. Refused where it knows nothing of one of them.
     """
     policy = Policy()
     here = this_hypervisor()
+    unknown = [name for name in names or () if not os.path.lexists(repository.directory(name))]
+    if unknown:
+        with os.scandir(repository.path) as entries:
+            known = sorted(entry.name for entry in entries if entry.is_dir() and entry.name not in HARMLESS)
+        raise unknown_vms(unknown, known, repository.path)
     if names is None:
         names = sorted(intent.vm.name for intent in repository.intents() if intent.hypervisor.is_same(here))
-    vms = tuple(_last_seen(name, repository.records(name), here) for name in names)
+    vms = tuple(_last_seen(name, repository.records(name), here) for name in dict.fromkeys(names))
     return Plan(repository.path, False, "", "", policy, space_in(repository, policy), vms)
 
 

@@ -1,20 +1,19 @@
 # Copyright (c) 2026, vmfleet contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Name what can go wrong, put errors into words, and run a module to its end, which makes an error its failure."""
+"""Name what can go wrong, and put errors into words."""
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import os
 from typing import TYPE_CHECKING
 
-from .printable import printable, printable_lines, printable_result
+from .printable import printable, printable_lines
 from .redaction import redact_text
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Iterator
+    from collections.abc import Iterator
     from typing import Any
 
     from ansible.module_utils.basic import AnsibleModule
@@ -34,8 +33,8 @@ class BackupError(Exception):
 class Refused(BackupError):
     """Bad input, found before anything was changed. The message begins with the option's name."""
 
-    def __init__(self, option: str, reason: str) -> None:
-        super().__init__(f"{option}: {reason}")
+    def __init__(self, option: str, reason: str, **details: Any) -> None:
+        super().__init__(f"{option}: {reason}", **details)
         self.option = option
 
 
@@ -114,27 +113,6 @@ def kept_warnings() -> list[str]:
     return list(_warnings.values())
 
 
-def run_module(module: AnsibleModule, main: Callable[[AnsibleModule], Coroutine[Any, Any, dict[str, Any]]]) -> None:
-    """Run the coroutine C(main) and end the module with its result, or with what its BackupError says."""
-    try:
-        result = asyncio.run(main(module))
-    except BackupError as error:
-        _warn(module)
-        module.fail_json(msg=str(error), **printable_result(error.details))
-    except OSError as error:
-        _warn(module)
-        said = "{}: the operating system refused: {}".format(error.filename or "I/O", error.strerror or error)
-        module.fail_json(msg=printable(said))
-    _warn(module)
-    module.exit_json(**printable_result(result))
-
-
 def warn(module: AnsibleModule, text: str) -> None:
     """Show a warning, which may name what others have named."""
     module.warn(printable_lines(text))
-
-
-def _warn(module: AnsibleModule) -> None:
-    # Ansible shows a warning once, however many modules of a run have the same.
-    for warning in kept_warnings():
-        warn(module, warning)

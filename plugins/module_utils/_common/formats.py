@@ -11,8 +11,6 @@ from datetime import datetime, timezone
 from enum import Enum
 from typing import TYPE_CHECKING
 
-from .errors import Refused
-
 if TYPE_CHECKING:
     from typing import Any
 
@@ -40,22 +38,19 @@ def parse_time(text: str) -> datetime:
 
 
 SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
+LONGEST = 3650 * 86400
+"""Seconds of the longest time that is meant; 0 is for ever."""
 
 
 def seconds(text: str) -> float:
     """Return a time such as C(90), C(10m) or C(1.5h) in seconds. Raises ValueError where it is none."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd]?)", text.strip())
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([smhd]?)", text.strip())
     if not match:
         raise ValueError(f"{text!r} is not a number of seconds, nor one with s, m, h or d, such as '10m'")
-    return float(match.group(1)) * SECONDS[match.group(2)]
-
-
-def duration(option: str, text: str) -> float:
-    """Return the seconds of an option that is a time, such as C(90), C(10m) or C(1.5h). Refused where it is none."""
-    try:
-        return seconds(text)
-    except ValueError as error:
-        raise Refused(option, f"{error}; 0 waits without limit") from None
+    found = float(match.group(1)) * SECONDS[match.group(2)]
+    if found > LONGEST:
+        raise ValueError(f"{text[:40]!r} is longer than ten years")
+    return found
 
 
 def human(size: int) -> str:

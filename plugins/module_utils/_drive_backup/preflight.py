@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from .._common.errors import BackupError, Refused, ToolError
 from .._common.redaction import REMOVED
-from .._host import preallocate, target_files
+from .._host import open_files, preallocate, target_files
 from .._qemu import estimate, image_commands, image_lock, qemu_img, target_image
 from .receipt import ReceiptPhase
 from .request import NO_KEY, Sync
@@ -239,6 +239,7 @@ async def _refuse_used(drive: Drive, image_format: str) -> None:
             raise Refused("target", f"{drive.target} {reason}")
     if image_lock.is_locked(drive.target):
         raise Refused("target", f"{drive.target} is in use by another process, a VM most often; see `fuser` of it")
+    open_files.refuse_used("target", drive.target)
     try:
         await qemu_img.run(image_commands.info_command(drive.target, image_format if drive.existing else ""))
     except ToolError as error:

@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING
 
 from .._common.errors import Refused
 from .._common.formats import Word
+from .._common.options import check_path, check_text
 from .._host.target_files import check_length, is_block_device
 from .._qemu.model import EncryptedSource
+from .._repository.places import refuse_inside
 
 if TYPE_CHECKING:
     from typing import Any
@@ -25,7 +27,7 @@ NO_KEY = (
     "an encrypted target needs a key, which cannot be given here; use a target that is not encrypted, in a directory"
     " whose storage is"
 )
-JOB_ID = re.compile(r"[A-Za-z][A-Za-z0-9._-]*")
+JOB_ID = re.compile(r"[A-Za-z][A-Za-z0-9._-]{,254}")
 
 
 class TargetMode(Word):
@@ -186,19 +188,19 @@ def _refuse_twice(option: str, given: list[str]) -> None:
 
 
 def _check_names(drive: Drive) -> None:
-    for option in ("target", "receipt"):
-        if "\0" in getattr(drive, option):
-            raise Refused(option, "a path cannot hold a NUL character")
     if not drive.target.startswith("/"):
         raise Refused(
             "target",
             f"{drive.target!r} is not an absolute path; relative, json: and protocol (nbd:, file:) targets are not"
             " accepted",
         )
-    if drive.receipt and not drive.receipt.startswith("/"):
-        raise Refused("receipt", f"{drive.receipt!r} is not an absolute path")
+    for option in ("target", "receipt"):
+        if getattr(drive, option):
+            check_path(option, check_text(option, getattr(drive, option)))
     if drive.job_id and not JOB_ID.fullmatch(drive.job_id):
-        raise Refused("job_id", f"{drive.job_id!r}: QEMU wants a letter, then letters, digits, '-', '.' and '_'")
+        raise Refused(
+            "job_id", f"{drive.job_id!r}: QEMU wants a letter, then letters, digits, '-', '.' and '_', 255 at most"
+        )
 
 
 def _check_bitmap_options(drive: Drive) -> None:
@@ -224,6 +226,7 @@ def _check_place(drive: Drive) -> None:
     if drive.receipt_path:
         places.append(("receipt" if drive.receipt else "target", drive.receipt_path))
     for option, path in places:
+        refuse_inside(option, path)
         directory = os.path.dirname(path)
         if not os.path.isdir(directory):
             raise Refused(option, f"{path}: the directory {directory} does not exist; create it first (mode 0700)")

@@ -112,7 +112,7 @@ async def probe_if_there(path: str, writing: bool = False) -> None:
             await probe_if_there(above, writing)
     except OSError as error:
         if not writing or error.errno not in UNWRITABLE:
-            raise
+            raise BackupError(f"repository: {path}: {error.strerror}") from error
 
 
 class Watch:

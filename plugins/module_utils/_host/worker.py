@@ -24,7 +24,8 @@ import traceback
 from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
-from .._common.errors import RepositoryHangs, run_module
+from .._common.errors import RepositoryHangs
+from .._common.module import run_module
 from .files import DirectCalls
 from .probe import Watch
 

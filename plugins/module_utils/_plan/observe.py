@@ -42,6 +42,8 @@ if TYPE_CHECKING:
     from .model import DiskPlan, Policy, Request
 
 
+MOST = 1 << 63
+"""No file system has so many bytes."""
 LEAST_FREE = 1 << 20
 """A file system with fewer bytes free than this is full, whatever the reserve: a copy takes pieces of this size."""
 
@@ -171,8 +173,11 @@ def reserve_bytes(reserve: str, total: int) -> int:
             if not 0 <= percent < 100:
                 raise ValueError
             return int(total * percent / 100)
-        return int(human_to_bytes(reserve, default_unit="B"))
-    except ValueError:
+        found = int(human_to_bytes(reserve, default_unit="B"))
+        if not 0 <= found < MOST:
+            raise ValueError
+        return found
+    except (ValueError, OverflowError):
         raise Refused(
             "reserve", f"{reserve!r} is neither an amount, such as 20G, nor a percentage, such as 5%"
         ) from None

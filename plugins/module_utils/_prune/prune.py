@@ -142,7 +142,8 @@ def check_protection(catalog: VmCatalog, options: PruneOptions) -> bool:
     for option, ids in (("protect", options.protect), ("unprotect", options.unprotect)):
         for set_id in ids:
             if catalog.records.published(set_id) is None:
-                raise Refused(option, f"VM {catalog.name} has no set {set_id}")
+                there = ", ".join(one.id for one in catalog.records.sets) or "none"
+                raise Refused(option, f"VM {catalog.name} has no set {set_id}; it has: {there}")
     return any(not catalog.annotations.protected(set_id) for set_id in options.protect) or any(
         catalog.annotations.protected(set_id) for set_id in options.unprotect
     )
@@ -183,7 +184,8 @@ def _remove(
             if left:
                 errors[manifest.id] = f"set {manifest.id} was removed, but {left}; remove that by hand"
     _remove_stale_annotations(repository, catalog)
-    _remove_old_failures(repository, catalog)
+    stay = [one for one in catalog.records.sets if one.id not in decisions or decisions[one.id].keep]
+    _remove_old_failures(repository, catalog, is_forgotten=options.allow_remove_last and not stay)
     return {decision.id: decision for decision in decisions.values() if decision.keep}
 
 
@@ -199,9 +201,12 @@ def _remove_stale_annotations(repository: Repository, catalog: VmCatalog) -> Non
     )
 
 
-def _remove_old_failures(repository: Repository, catalog: VmCatalog) -> None:
-    """Remove the records of attempts that failed before the newest set was begun: their runs have long ended."""
+def _remove_old_failures(repository: Repository, catalog: VmCatalog, is_forgotten: bool) -> None:
+    """Remove the records of attempts that failed before the newest set was begun: their runs have long ended.
+
+    All go of a VM that is forgotten.
+    """
     newest = catalog.records.sets[-1].started if catalog.records.sets else ""
     for failure in catalog.records.failures:
-        if failure.ended < newest:
+        if is_forgotten or failure.ended < newest:
             remove_failure(repository, catalog.name, failure)

@@ -39,13 +39,19 @@ COLUMNS = ("VM", "newest set", "age", "level", "sets", "size", "verified", "hype
 
 @dataclass(frozen=True)
 class HypervisorStatus:
-    """What a hypervisor has found: the VMs that it should back up, and those in its repository."""
+    """What a hypervisor has found: the VMs that it should back up, and those in its repository.
+
+    C(missing) are those that it should back up and that have no set; C(begun) those of which the repository has no set,
+    and something else; C(asked) the names of those that are asked for.
+    """
 
     name: str
     repository: str
     file: str
     expected: tuple[str, ...]
     missing: tuple[str, ...]
+    begun: tuple[str, ...]
+    asked: tuple[str, ...]
     found: Mapping[str, Any]
     odd: tuple[str, ...] = ()
     """What it has told that cannot be used: nothing of that is believed, and the others do not depend on it."""
@@ -63,7 +69,23 @@ class HypervisorStatus:
         expected = expected_vms(here["vms"], here["sockets"], running)
         there = {vm["name"] for vm in found["vms"]}
         missing = [name for name in expected if name not in there and name in (here["names"] or expected)]
-        return cls(here["name"], here["repository"], here["file"], tuple(expected), tuple(missing), found, tuple(odd))
+        begun = {left["vm"] for left in found["leftovers"]} - there
+        return cls(
+            name=here["name"],
+            repository=here["repository"],
+            file=here["file"],
+            expected=tuple(expected),
+            missing=tuple(missing),
+            begun=tuple(sorted(begun, key=str.lower)),
+            asked=tuple(here["names"]),
+            found=found,
+            odd=tuple(odd),
+        )
+
+    @property
+    def known(self) -> set[str]:
+        """Return the VMs that it knows of."""
+        return {*(vm["name"] for vm in self.found["vms"]), *self.expected, *self.begun}
 
     def shares(self, other: HypervisorStatus) -> bool:
         """Tell whether two have the same repository."""
@@ -113,20 +135,26 @@ def _address(monitor: str) -> str:
 
 
 def fleet_status(heres: Sequence[Mapping[str, Any]], max_age: str = "", silent: Sequence[str] = ()) -> dict[str, Any]:
-    """Return the table of all VMs, and those that have no good set of this age."""
+    """Return the table of all VMs, those that have no good set of this age, and the names that nobody knows."""
     fleet = [HypervisorStatus.of(here) for here in heres]
     oldest = int(max_age[:-1]) * SECONDS[max_age[-1]] if max_age else None
     leaders = [one for place, one in enumerate(fleet) if not any(one.shares(other) for other in fleet[:place])]
     rows = [row for one in leaders for row in _rows(one, fleet, oldest)]
+    known = {name for one in fleet for name in one.known}
+    unknown = sorted({name for one in fleet for name in one.asked} - known, key=str.lower)
+    missing = [(name, one.name) for one in fleet for name in sorted(one.missing, key=str.lower)]
+    missing += [(name, f"({one.name})") for one in leaders for name in _begun(one, fleet)]
+    missing += [(name, "") for name in unknown]
     lines = [
-        _headline(fleet, leaders, rows, max_age),
-        *_table(fleet, rows),
+        _headline(fleet, leaders, rows, len(missing), max_age),
+        *_table(missing, rows),
         *(f"{left['vm']}: {left['what']}" for one in leaders for left in one.found["leftovers"]),
         *(f"! {name} could not be asked" for name in silent),
         *(f"! what {what} has told of {one.name} cannot be used" for one in fleet for what in one.odd),
     ]
     bad = {one.name: _bad_of(one, fleet, any(one is leader for leader in leaders), oldest) for one in fleet}
-    return {"text": [printable(line) for line in lines], "bad": bad}
+    there = sorted(known, key=str.lower)
+    return {"text": [printable(line) for line in lines], "bad": bad, "unknown": unknown, "known": there}
 
 
 def _is_bad(vm: Mapping[str, Any], oldest: int | None) -> bool:
@@ -144,28 +172,37 @@ def _rows(leader: HypervisorStatus, fleet: Iterable[HypervisorStatus], oldest: i
     ]
 
 
-def _bad_of(one: HypervisorStatus, fleet: Iterable[HypervisorStatus], leads: bool, oldest: int | None) -> list[str]:
+def _begun(leader: HypervisorStatus, fleet: Iterable[HypervisorStatus]) -> list[str]:
+    """Return the VMs of which a repository has something, but no set, and that no hypervisor should back up."""
+    return [name for name in leader.begun if not any(one.shares(leader) and name in one.expected for one in fleet)]
+
+
+def _bad_of(one: HypervisorStatus, fleet: Sequence[HypervisorStatus], leads: bool, oldest: int | None) -> list[str]:
     """Return the VMs without a good set that are a hypervisor's matter."""
     bad = [vm["name"] for vm in one.found["vms"] if _is_bad(vm, oldest)]
     elsewhere = {name for other in fleet if other is not one and one.shares(other) for name in other.expected}
     mine = [name for name in bad if (name not in elsewhere if leads else name in one.expected)]
-    return sorted([*one.missing, *mine], key=str.lower)
+    begun = _begun(one, fleet) if leads else []
+    return sorted([*one.missing, *begun, *mine], key=str.lower)
 
 
 def _headline(
-    fleet: Sequence[HypervisorStatus], leaders: Sequence[HypervisorStatus], rows: Sequence[StatusRow], max_age: str
+    fleet: Sequence[HypervisorStatus],
+    leaders: Sequence[HypervisorStatus],
+    rows: Sequence[StatusRow],
+    missing: int,
+    max_age: str,
 ) -> str:
     places = ", ".join(dict.fromkeys(one.repository for one in fleet))
     sets = sum(one.found["totals"]["sets"] for one in leaders)
     size = amount(sum(row.vm["bytes"] for row in rows))
     limit = f" that is at most {max_age} old" if max_age else ""
-    bad = sum(row.bad for row in rows) + sum(len(one.missing) for one in fleet)
+    bad = sum(row.bad for row in rows) + missing
     return f"{places}: {sets} sets of {len(rows)} VMs, {size}; without a good set{limit}: {bad}"
 
 
-def _table(fleet: Sequence[HypervisorStatus], rows: Sequence[StatusRow]) -> list[str]:
+def _table(missing: Iterable[tuple[str, str]], rows: Sequence[StatusRow]) -> list[str]:
     """Return the lines of the table: VMs without any set, those without a good one, oldest first, and the others."""
-    missing = [(name, one.name) for one in fleet for name in sorted(one.missing, key=str.lower)]
     bad = sorted((row for row in rows if row.bad), key=lambda row: row.vm["age"], reverse=True)
     good = sorted((row for row in rows if not row.bad), key=lambda row: row.vm["name"].lower())
     lines: list[tuple[str, tuple[str, ...]]] = [("", COLUMNS)]

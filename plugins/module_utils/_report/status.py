@@ -39,9 +39,10 @@ SET_FIELDS: dict[str, Any] = {"set": None, "last": None, "damage": "", "verified
 
 def status_from_result(result: dict[str, Any]) -> dict[str, Any]:
     """Return what is known of a VM from its run alone."""
-    if not isinstance(result.get("name"), str) or result.get("state") not in STATES:
-        raise Refused("results", f"{result!r} is no result of backup_set")
     run = {field: result.get(field, blank) for field, blank in RUN_FIELDS.items()}
+    is_odd = any(not isinstance(run[field], (type(blank), tuple)) for field, blank in RUN_FIELDS.items())
+    if is_odd or not isinstance(result.get("name"), str) or result.get("state") not in STATES:
+        raise Refused("results", f"{result!r} is no result of backup_set")
     return {"name": result["name"], "state": result["state"], **run, **SET_FIELDS}
 
 

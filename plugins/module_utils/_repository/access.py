@@ -19,6 +19,7 @@ from .._host.directory import Directory
 from .._host.files import claim
 from . import staging
 from .names import REPOSITORY_FILE
+from .places import refuse_inside
 from .repository import HARMLESS, Repository, check_owner, open_repository, write_document
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ TEMPORARY = f".{REPOSITORY_FILE}."
 def find_repository(path: str, create: bool, trust_others: bool = False) -> Repository:
     """Open the repository at C(path) for writing. Where C(create) allows to make it later, it has no uuid yet."""
     if create and not os.path.lexists(os.path.join(path, REPOSITORY_FILE)):
+        refuse_inside("repository", os.path.dirname(os.path.realpath(path)))
         check_creatable(path)
         repository = Repository(path, "", trust_others)
         if os.path.isdir(path):

@@ -14,7 +14,7 @@ from .._common.formats import parse_time
 from .._host.directory import Directory, WrongEntry
 from .annotations import annotation_name, failed_sets, is_read, read_annotations
 from .chain import broken_below, walk
-from .names import vm_directory
+from .names import MAX_NAMES, vm_directory
 from .repository import FAILED, HARMLESS, LOCK, STAGING, failure_name, note_name, read_intents, staging_name
 from .staging import litter
 
@@ -30,8 +30,6 @@ if TYPE_CHECKING:
 
 CONSOLIDATING_SUFFIX = ".consolidating"
 """What the name of a hidden file ends with in which an increment becomes a full image."""
-MAX_NAMES = 30
-"""VMs that are listed where one is not found."""
 
 
 @dataclass(frozen=True)

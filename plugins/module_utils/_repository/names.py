@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 from .._common.errors import Refused
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
+    from typing import Any
 
 
 SET_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}\Z")
@@ -31,6 +32,20 @@ def check_set_id(text: str, option: str = "id") -> str:
             f"{text!r} is no id of a set: 1 to 64 letters, digits, '.', '_', '-', the first a letter or digit, no '..'",
         )
     return text
+
+
+MAX_NAMES = 30
+"""VMs that are listed where one is not found."""
+
+
+def unknown_vms(unknown: Sequence[str], known: Sequence[str], path: str, **details: Any) -> Refused:
+    """Return what is said of VMs that the repository at C(path) does not know, and which there are.
+
+    Mostly a name is misspelt.
+    """
+    more = f" and {len(known) - MAX_NAMES} others" if len(known) > MAX_NAMES else ""
+    there = ", ".join(known[:MAX_NAMES]) or "none"
+    return Refused("names", f"no sets of {', '.join(unknown)} in {path}; there are: {there}{more}", **details)
 
 
 COLUMN = 32

@@ -17,12 +17,14 @@ from .._host import target_files
 from .._host.directory import Directory
 from .._host.files import UNFINISHED
 from .._host.lock import lock_directory, locked
+from .._host.open_files import refuse_used
 from .._qemu import image_lock
 from .._qemu.image_chain import ImageRefused, open_chain
 from .._repository.annotations import PARTIAL
 from .._repository.catalog import read_catalog
 from .._repository.chain import layers
 from .._repository.checksums import check_all
+from .._repository.places import refuse_inside
 from .._repository.repository import read_document
 from .model import RECEIPT
 from .receipt import Restoration
@@ -41,13 +43,12 @@ LOCK_TIMEOUT = 1.0
 """Seconds to wait for another process that restores to the same target: longer than its last steps take."""
 
 
-def refuse_collisions(repository: Repository, disks: Sequence[DiskRestore]) -> None:
-    """Refuse targets that are in the way of each other, or of the backups."""
+def refuse_collisions(disks: Sequence[DiskRestore]) -> None:
+    """Refuse targets that are in the way of each other, or of backups."""
     taken: set[str] = set()
     for disk in disks:
         target = os.path.realpath(disk.target)
-        if os.path.commonpath([target, os.path.realpath(repository.path)]) == os.path.realpath(repository.path):
-            raise Refused("target", f"{disk.target} is inside of the repository")
+        refuse_inside("target", target)
         names = {target, target + PARTIAL, target + RECEIPT}
         if names & taken:
             raise Refused("target", f"{disk.target} comes in the way of another disk's target")
@@ -145,6 +146,7 @@ def check_unused(path: str, user: str = "a running VM") -> None:
     """Refuse a file that a running VM has open: the VM would go on with a file that has no name any more."""
     if image_lock.is_locked(path):
         raise Refused("target", f"{path} is in use by {user}; see `fuser {path}`")
+    refuse_used("target", path)
 
 
 async def check_space(repository: Repository, disks: Sequence[DiskRestore]) -> None:

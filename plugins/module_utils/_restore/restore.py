@@ -49,7 +49,7 @@ async def restore(
     repository: Repository, catalog: VmCatalog, disks: Sequence[DiskRestore], options: RestoreOptions
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """Restore all disks, after all checks; return the results, and warnings."""
-    refuse_collisions(repository, disks)
+    refuse_collisions(disks)
     waiting = [disk for disk in disks if not is_restored(repository, disk)]
     for disk in waiting:
         check_target(disk, options.overwrite)

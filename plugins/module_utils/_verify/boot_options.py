@@ -16,6 +16,7 @@ from .._common.errors import BackupError, Refused
 from .._common.formats import human
 from .._qemu.firmware import FLASH
 from .._qemu.image_chain import FORMAT
+from .._repository.places import refuse_inside
 from .boot_values import checked
 from .cage import SANDBOX
 from .command_line import option_keys, pairs, properties
@@ -82,6 +83,7 @@ class BootOptions:
                 raise Refused("boot_files", f"there is no file or directory {path}")
         if not os.path.isdir(self.tmpdir):
             raise Refused("tmpdir", f"there is no directory {self.tmpdir}")
+        refuse_inside("tmpdir", self.tmpdir)
 
     @property
     def given(self) -> set[str]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from ansible_collections.vmfleet.backup.plugins.module_utils._common import errors
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.access import create_repository
 
 if TYPE_CHECKING:
@@ -22,3 +23,9 @@ if TYPE_CHECKING:
 def repository(tmp_path: Path) -> Repository:
     """An empty repository."""
     return create_repository(str(tmp_path / "repository"))
+
+
+@pytest.fixture(autouse=True)
+def _warnings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep no warnings of other tests, as each module is a process of its own."""
+    monkeypatch.setattr(errors, "_warnings", {})

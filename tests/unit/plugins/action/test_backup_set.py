@@ -121,6 +121,8 @@ def test_the_users_arguments_are_left_alone(stage: Stage) -> None:
         ({}, {"plan": "no plan"}),
         ({}, {"plan": {"vms": 7, "id": "s1"}}),
         ({}, {"plan": {"vms": []}}),
+        ({}, {"plan": {"vms": [7], "id": "s1"}}),
+        ({}, {"plan": {"vms": [{"bytes": "x"}], "id": "s1"}}),
         ({}, {"state": "unknown"}),
     ],
 )

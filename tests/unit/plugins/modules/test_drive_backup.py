@@ -14,7 +14,7 @@ import pytest
 from ansible.module_utils.common.arg_spec import ModuleArgumentSpecValidator
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import BackupError, Refused
-from ansible_collections.vmfleet.backup.plugins.module_utils._common.formats import duration
+from ansible_collections.vmfleet.backup.plugins.module_utils._common.options import duration
 from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup.request import Drive, DriveBackupRequest
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.connection import Address
 from ansible_collections.vmfleet.backup.plugins.modules import drive_backup
@@ -165,7 +165,6 @@ class TestMainTask:
     @pytest.mark.parametrize(
         ("params", "option"),
         [
-            ({"drives": []}, "drives"),
             ({"timeout": -1}, "timeout"),
             ({"stall_timeout": -0.5}, "stall_timeout"),
             ({"monitor": "libvirt:web01"}, "monitor"),

@@ -20,8 +20,8 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors impo
     Refused,
     RepositoryHangs,
     after,
-    run_module,
 )
+from ansible_collections.vmfleet.backup.plugins.module_utils._common.module import run_module
 
 
 class Ended(Exception):
@@ -29,7 +29,11 @@ class Ended(Exception):
 
 
 class Module:
-    """The two ends of an AnsibleModule."""
+    """The two ends of an AnsibleModule without options."""
+
+    def __init__(self) -> None:
+        self.argument_spec: dict[str, Any] = {}
+        self.params: dict[str, Any] = {}
 
     def exit_json(self, **values: Any) -> None:
         raise Ended("exit", values)

@@ -171,7 +171,7 @@ def test_directory_that_may_be_missing(path: str, monkeypatch: pytest.MonkeyPatc
     asyncio.run(probe_if_there(path + "/missing"))
     asyncio.run(probe_if_there(path))
     monkeypatch.setattr(os, "statvfs", fails_with(errno.EIO))
-    with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+    with pytest.raises(BackupError, match=f"^repository: {path}: {os.strerror(errno.EIO)}$"):
         asyncio.run(probe_if_there(path))
 
 
@@ -182,7 +182,7 @@ def test_directory_that_cannot_be_written_to_is_none_that_hangs(
     monkeypatch.setattr(os, "fsync", fails_with(code))
     asyncio.run(probe_if_there(path, writing=True))
     monkeypatch.setattr(os, "fsync", fails_with(errno.EIO))
-    with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+    with pytest.raises(BackupError, match=f"^repository: {path}: {os.strerror(errno.EIO)}$"):
         asyncio.run(probe_if_there(path, writing=True))
 
 

@@ -63,6 +63,8 @@ def test_nothing_at_all() -> None:
             "  VM        newest set     age  level         sets        size  verified   hypervisor",
         ],
         "bad": {"hv1": []},
+        "unknown": [],
+        "known": [],
     }
 
 
@@ -118,6 +120,32 @@ def test_short_names_and_ids_stand_below_their_titles() -> None:
 def test_names_limit_what_is_missing() -> None:
     found = fleet_status([here("hv1", vms=("a", "b", "c"), names=["b", "x"])])
     assert found["bad"] == {"hv1": ["b"]}
+
+
+def test_a_vm_without_a_set_is_missed_by_what_is_left_of_it() -> None:
+    left = [{"vm": name, "what": "it failed"} for name in ("a", "gone", "new")]
+    fleet = [here(name, row("a"), vms=vms, file="{uuid}", left=left) for name, vms in (("hv1", ()), ("hv2", ("new",)))]
+    found = fleet_status(fleet)
+    assert found["bad"] == {"hv1": ["gone"], "hv2": ["new"]}
+    assert [line.split() for line in found["text"][2:4]] == [
+        ["!", "new", "none", "0", "hv2"],
+        ["!", "gone", "none", "0", "(hv1)"],
+    ]
+    assert found["text"][0].endswith("without a good set: 2")
+
+
+def test_names_that_nobody_knows() -> None:
+    # Each hypervisor is asked for all names, and has some of the VMs.
+    names = ["a", "b", "new", "nosuch", "gone"]
+    fleet = [
+        here("hv1", row("a"), names=names, left=[{"vm": "gone", "what": "it failed"}]),
+        here("hv2", row("b"), row("c"), vms=("new",), names=names),
+    ]
+    found = fleet_status(fleet)
+    assert found["unknown"] == ["nosuch"]
+    assert found["known"] == ["a", "b", "c", "gone", "new"]
+    assert [line.split() for line in found["text"] if "nosuch" in line] == [["!", "nosuch", "none", "0"]]
+    assert found["text"][0].endswith("without a good set: 3")
 
 
 def test_a_long_name_moves_its_own_line_only() -> None:
@@ -183,5 +211,6 @@ def test_odd_vms_that_run(odd: Any) -> None:
 
 def test_what_others_have_named_makes_no_line_of_its_own() -> None:
     found = fleet_status([here("hv1", row("a\n! b"), left=[{"vm": "a\x1b", "what": "x\ry"}])])
-    assert r"a\n! b" in found["text"][2]
-    assert found["text"][3] == r"a\x1b: x\ry"
+    assert found["text"][2].startswith(r"! a\x1b ")
+    assert r"a\n! b" in found["text"][3]
+    assert found["text"][4:] == [r"a\x1b: x\ry"]

@@ -35,23 +35,23 @@ if TYPE_CHECKING:
 class TestCollisions:
     """No file of a restore is another one's, nor the repository's."""
 
-    def test_different_files(self, repository: Repository, tmp_path: Path) -> None:
+    def test_different_files(self, tmp_path: Path) -> None:
         names = ("a", "b", "a.qcow2", "repository2", "a.partially")
-        refuse_collisions(repository, [disk_restore(tmp_path / name) for name in names])
+        refuse_collisions([disk_restore(tmp_path / name) for name in names])
 
     @pytest.mark.parametrize("other", ["a", "./a", "x/../a", "link/a", "a.partial", "a.restored.json"])
-    def test_one_file(self, repository: Repository, tmp_path: Path, other: str) -> None:
+    def test_one_file(self, tmp_path: Path, other: str) -> None:
         (tmp_path / "x").mkdir()
         (tmp_path / "link").symlink_to(tmp_path)
         with pytest.raises(Refused, match=r"^target: .* comes in the way"):
-            refuse_collisions(repository, [disk_restore(tmp_path / "a"), disk_restore(f"{tmp_path}/{other}")])
+            refuse_collisions([disk_restore(tmp_path / "a"), disk_restore(f"{tmp_path}/{other}")])
 
     @pytest.mark.parametrize("target", ["repository/x", "repository/web01/s1/vda.qcow2", "link/x", "x/../repository/y"])
     def test_inside_of_the_repository(self, repository: Repository, tmp_path: Path, target: str) -> None:
         (tmp_path / "x").mkdir()
         (tmp_path / "link").symlink_to(repository.path)
         with pytest.raises(Refused, match=r"^target: .* is inside of the repository"):
-            refuse_collisions(repository, [disk_restore(f"{tmp_path}/{target}")])
+            refuse_collisions([disk_restore(f"{tmp_path}/{target}")])
 
 
 class TestUse:

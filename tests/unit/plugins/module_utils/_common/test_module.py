@@ -14,7 +14,8 @@ import pytest
 from ansible.module_utils import basic
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._common import errors
-from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import BackupError, run_module
+from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import BackupError
+from ansible_collections.vmfleet.backup.plugins.module_utils._common.module import run_module
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.documents import Level
 
 WORDS: dict[str, t.Any] = {"level": Level.FULL, "levels": [Level.FULL, {"is": Level.AUTO}], "by": {Level.FULL: 1}}
