@@ -91,10 +91,3 @@ class Word(str, Enum):
 
     def __repr__(self) -> str:
         return repr(self.value)
-
-
-def read_words(found: dict[str, Any], **words: type[Word]) -> None:
-    """Replace the words of closed lists in what was read by their members."""
-    for name, kind in words.items():
-        if name in found:
-            found[name] = kind.read(found[name])

@@ -5,14 +5,14 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
 
 from .._common.errors import Refused
-from .._common.formats import Word, read_words
+from .._common.fields import FLAG, NAME, SIZE, TEXT, DocumentError, Maybe, OneOf, Several, Text, Whole, holds, part
+from .._common.formats import Word
 from .._qemu.model import EncryptedSource
-from .._repository.documents import Level
-from .._repository.names import check_set_id
+from .._repository.documents import COMPRESSION, IMAGE, SET_ID, Level
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -104,6 +104,12 @@ class Quiesce(Word):
 
 
 QUIESCE = (Quiesce.NONE, Quiesce.TRY, Quiesce.REQUIRE)
+LEVEL = holds(OneOf(*Level))
+NAMES = holds(Several(Text("a name", least=1)))
+RESERVE = holds(Text("a part of a file system, or an amount", pattern="[0-9.]{1,20}(%| ?[A-Za-z]{1,5})?"))
+DIRECTORY = holds(Text("an absolute path", pattern="/[^\0-\x1f\x7f]*"))
+MONITOR = holds(Text("a monitor", pattern="(unix:/|tcp:)[^\0]+"))
+SOCKET = holds(Text("an absolute path, or nothing", pattern="(/[^\0]*)?"))
 PUBLISHED_ALREADY = "the set is published"
 
 
@@ -111,14 +117,14 @@ PUBLISHED_ALREADY = "the set is published"
 class Policy:
     """How sets are made. C(speed) is bytes/s, 0 for no limit; C(reserve) as it was given, such as C(5%)."""
 
-    compression: str = "none"
-    speed: int = 0
-    reserve: str = "5%"
-    checksum: bool = True
-    offline: str = "fail"
-    max_chain: int = 30
-    tracking: bool = True
-    encrypted_source: str = EncryptedSource.WARN
+    compression: str = field(default="none", metadata=COMPRESSION)
+    speed: int = field(default=0, metadata=SIZE)
+    reserve: str = field(default="5%", metadata=RESERVE)
+    checksum: bool = field(default=True, metadata=FLAG)
+    offline: str = field(default="fail", metadata=holds(OneOf("fail", "skip")))
+    max_chain: int = field(default=30, metadata=holds(Whole(1)))
+    tracking: bool = field(default=True, metadata=FLAG)
+    encrypted_source: str = field(default=EncryptedSource.WARN, metadata=holds(OneOf(*EncryptedSource)))
 
 
 @dataclass(frozen=True)
@@ -168,21 +174,21 @@ class Observation:
 class LeftOut:
     """A drive that is not backed up, and why."""
 
-    name: str
-    reason: str
+    name: str = field(metadata=TEXT)
+    reason: str = field(metadata=TEXT)
 
 
 @dataclass(frozen=True)
 class DiskPlan:
     """One disk of a set. C(bytes) is the most that its image is expected to take."""
 
-    name: str
-    node: str
-    level: Level
-    reason: str
-    parent: str | None
-    target: str
-    bytes: int = 0
+    name: str = field(metadata=NAME)
+    node: str = field(metadata=TEXT)
+    level: Level = field(metadata=LEVEL)
+    reason: str = field(metadata=TEXT)
+    parent: str | None = field(metadata=holds(Maybe(Text())))
+    target: str = field(metadata=IMAGE)
+    bytes: int = field(default=0, metadata=SIZE)
 
 
 @dataclass(frozen=True)
@@ -192,20 +198,20 @@ class VmPlan:
     C(unless) is the option of backup_set with which it goes on after all, where C(action) is C(fail).
     """
 
-    name: str
-    monitor: str
-    action: str
-    reason: str
-    identity: str = ""
-    level: Level = Level.FULL
-    include_disks: tuple[str, ...] = ()
-    exclude_disks: tuple[str, ...] = ()
-    wanted: Level = Level.AUTO
-    quiesce: str = Quiesce.NONE
-    agent: str = ""
-    unless: str = ""
-    disks: tuple[DiskPlan, ...] = ()
-    left_out: tuple[LeftOut, ...] = ()
+    name: str = field(metadata=NAME)
+    monitor: str = field(metadata=MONITOR)
+    action: str = field(metadata=holds(OneOf(*Action)))
+    reason: str = field(metadata=TEXT)
+    identity: str = field(default="", metadata=TEXT)
+    level: Level = field(default=Level.FULL, metadata=LEVEL)
+    include_disks: tuple[str, ...] = field(default=(), metadata=NAMES)
+    exclude_disks: tuple[str, ...] = field(default=(), metadata=NAMES)
+    wanted: Level = field(default=Level.AUTO, metadata=LEVEL)
+    quiesce: str = field(default=Quiesce.NONE, metadata=holds(OneOf(*QUIESCE)))
+    agent: str = field(default="", metadata=SOCKET)
+    unless: str = field(default="", metadata=holds(OneOf("", *UNLESS.values())))
+    disks: tuple[DiskPlan, ...] = field(default=(), metadata=holds(Several(part(DiskPlan))))
+    left_out: tuple[LeftOut, ...] = field(default=(), metadata=holds(Several(part(LeftOut))))
 
     @property
     def request(self) -> Request:
@@ -222,11 +228,11 @@ class VmPlan:
 class Space:
     """Room in the repository, in bytes. C(reserve) stays free; C(promised) is what other growing sets will take."""
 
-    free: int
-    reserve: int
-    promised: int
-    reservable: bool
-    needed: int = 0
+    free: int = field(metadata=SIZE)
+    reserve: int = field(metadata=SIZE)
+    promised: int = field(metadata=SIZE)
+    reservable: bool = field(metadata=FLAG)
+    needed: int = field(default=0, metadata=SIZE)
 
     @property
     def usable(self) -> int:
@@ -238,14 +244,14 @@ class Space:
 class Plan:
     """One run on one hypervisor."""
 
-    repository: str
-    create_repository: bool
-    run: str
-    id: str
-    policy: Policy
-    space: Space
-    vms: tuple[VmPlan, ...]
-    warnings: tuple[str, ...] = ()
+    repository: str = field(metadata=DIRECTORY)
+    create_repository: bool = field(metadata=FLAG)
+    run: str = field(metadata=TEXT)
+    id: str = field(metadata=SET_ID)
+    policy: Policy = field(metadata=holds(part(Policy)))
+    space: Space = field(metadata=holds(part(Space)))
+    vms: tuple[VmPlan, ...] = field(metadata=holds(Several(part(VmPlan))))
+    warnings: tuple[str, ...] = field(default=(), metadata=holds(Several(Text())))
 
     def to_dict(self) -> dict[str, Any]:
         found = asdict(self)
@@ -258,44 +264,10 @@ class Plan:
 def parse_plan(found: Mapping[str, Any]) -> Plan:
     """Return the plan that backup_plan has returned; Refused where it is something else."""
     try:
-        plan = Plan(
-            repository=str(found["repository"]),
-            create_repository=bool(found["create_repository"]),
-            run=str(found["run"]),
-            id=check_set_id(str(found["id"]), "plan"),
-            policy=_build(Policy, found["policy"]),
-            space=_build(Space, found["space"]),
-            vms=tuple(_parse_vm(entry) for entry in found["vms"]),
-            warnings=tuple(found.get("warnings", ())),
-        )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise Refused("plan", f"this is not the plan that backup_plan returns ({error!r})") from error
+        plan: Plan = part(Plan).read(found)
+    except DocumentError as error:
+        raise Refused("plan", f"this is not the plan that backup_plan returns: {error}") from error
     return plan
-
-
-def _parse_vm(found: Mapping[str, Any]) -> VmPlan:
-    parsed = {
-        **found,
-        "include_disks": tuple(found["include_disks"]),
-        "exclude_disks": tuple(found["exclude_disks"]),
-        "disks": tuple(_parse_disk(disk) for disk in found["disks"]),
-        "left_out": tuple(_build(LeftOut, disk) for disk in found["left_out"]),
-    }
-    read_words(parsed, level=Level, wanted=Level)
-    plan: VmPlan = _build(VmPlan, parsed)
-    return plan
-
-
-def _parse_disk(found: Mapping[str, Any]) -> DiskPlan:
-    parsed = dict(found)
-    read_words(parsed, level=Level)
-    plan: DiskPlan = _build(DiskPlan, parsed)
-    return plan
-
-
-def _build(cls: Any, found: Mapping[str, Any]) -> Any:
-    names = {entry.name for entry in fields(cls)}
-    return cls(**{name: value for name, value in found.items() if name in names})
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import pickle
 
 import pytest
 
-from ansible_collections.vmfleet.backup.plugins.module_utils._common.formats import Word, read_words
+from ansible_collections.vmfleet.backup.plugins.module_utils._common.formats import Word
 
 
 class Colour(Word):
@@ -43,11 +43,3 @@ def test_what_is_none_is_read_as_it_is(unknown: object) -> None:
     assert Colour.read("red") is Colour.RED
     with pytest.raises(ValueError, match="is not a valid"):
         Colour(unknown)
-
-
-def test_words_among_what_was_read() -> None:
-    found = {"top": "red", "bottom": "blue", "red": "red"}
-    read_words(found, top=Colour, middle=Colour, bottom=Colour)
-    assert found == {"top": "red", "bottom": "blue", "red": "red"}
-    assert found["top"] is Colour.RED
-    assert found["red"] is not Colour.RED
