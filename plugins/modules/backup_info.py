@@ -143,7 +143,7 @@ from typing import TYPE_CHECKING
 
 from ansible.module_utils.basic import AnsibleModule
 
-from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import BackupError, in_words, warn
+from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import BackupError, in_words
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.probe import probe_if_there
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.worker import run_in_worker
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.catalog import (
@@ -244,11 +244,8 @@ async def main_task(module: AnsibleModule) -> dict[str, Any]:
         except (BackupError, OSError) as error:
             errors.append(f"VM {name}: {in_words(error)}")
             continue
-        told = [f"VM {name}: {reason}" for reason in catalog.odd.values()]
         if not catalog.records.sets:
-            errors += told
-        for warning in told:
-            warn(module, warning)
+            errors += [f"VM {name}: {reason}" for reason in catalog.odd.values()]
         chains, broken = chain_lengths(catalog), catalog.broken_sets
         own = [
             describe_set(catalog, manifest, chains[manifest.id], broken.get(manifest.id, ""))

@@ -215,7 +215,11 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._host.probe import 
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.target_files import is_block_device
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.worker import run_in_worker
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.qemu_img import require_qemu_img
-from ansible_collections.vmfleet.backup.plugins.module_utils._repository.catalog import read_catalog, require_sets
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository.catalog import (
+    read_catalog,
+    require_newest,
+    require_sets,
+)
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.names import image_files
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.places import refuse_inside
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.repository import open_repository
@@ -306,6 +310,8 @@ async def remove_targets(module: AnsibleModule, repository: Repository, catalog:
 async def restore_disks(module: AnsibleModule, repository: Repository, catalog: VmCatalog) -> dict[str, Any]:
     """Restore the disks of one set."""
     params = module.params
+    if not params["id"]:
+        require_newest(repository, catalog)
     manifest = catalog.find(params["id"] or "", latest_time(params))
     options = RestoreOptions(params["overwrite"], params["checksum"], module.check_mode)
     restored, warnings = await restore(repository, catalog, disk_restores(params, catalog, manifest), options)

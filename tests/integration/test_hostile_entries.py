@@ -136,7 +136,13 @@ TABLE: list[tuple[str, tuple[str, ...], set[str], set[str], str]] = [
         "published",
     ),
     ("s1", ("pipe", "device", "file", "directory"), {"info"}, {"restore", "verify"}, "published"),
-    ("s2", (*LINKS, "link to itself"), {"info", "verify", "plan", "prune"}, {"verify", "prune"}, "published"),
+    (
+        "s2",
+        (*LINKS, "link to itself"),
+        {"info", "verify", "restore", "plan", "prune"},
+        {"verify", "restore", "prune"},
+        "published",
+    ),
     ("s2", ("socket", "file"), {"info"}, set(), "published"),
     (
         f".{NEW}.staging",
@@ -164,8 +170,8 @@ TABLE: list[tuple[str, tuple[str, ...], set[str], set[str], str]] = [
     (
         "s2/manifest.json",
         (*LINKS, "link to itself", "pipe", "device", "directory"),
-        {"info", "verify", "plan", "prune"},
-        {"verify", "prune"},
+        {"info", "verify", "restore", "plan", "prune"},
+        {"verify", "restore", "prune"},
         "published",
     ),
     (

@@ -97,17 +97,33 @@ def written(directory: Path) -> Written:
     return Written(directory)
 
 
-class OldVersion:
-    """The modules of version 0.1.0."""
+ELSEWHERE = """
+set -e
+hostname hv2
+mount --bind "$1/machine-id" /etc/machine-id
+mount --bind "$1/boot-id" /proc/sys/kernel/random/boot_id
+shift
+exec "$@"
+"""
+"""Be another machine, for one command."""
 
-    def __init__(self, root: Path) -> None:
+
+class OldVersion:
+    """The modules of version 0.1.0, on this machine or on another one."""
+
+    def __init__(self, root: Path, elsewhere: bool = False) -> None:
         shutil.unpack_archive(WRITTEN / "collection.tar.xz", root, filter="tar")
         self._root = root
+        self._way: list[str] = []
+        if elsewhere:
+            (root / "machine-id").write_text("0f1e2d3c4b5a69788796a5b4c3d2e1f0\n")
+            (root / "boot-id").write_text("5b0e7a52-3c1d-4e8f-9a6b-7c8d9e0f1a2b\n")
+            self._way = ["unshare", "--mount", "--uts", "sh", "-c", ELSEWHERE, "sh", str(root)]
 
     def run(self, module: str, **arguments: t.Any) -> dict[str, t.Any]:
         """Run a module that has to succeed."""
         done = subprocess.run(
-            [sys.executable, "-m", f"{PACKAGE}.{module}"],
+            [*self._way, sys.executable, "-m", f"{PACKAGE}.{module}"],
             input=module_input(arguments),
             capture_output=True,
             text=True,
@@ -313,3 +329,65 @@ class TestBothVersions:
             )
             assert theirs
             assert theirs <= ours, name
+
+
+class TestRollingUpgrade:
+    """The hypervisor hv2 is still on version 0.1.0, and this one is not. They share a repository."""
+
+    TURNS = 3
+
+    def test_each_makes_its_sets_by_turns(self, vms: Vms, directory: Path) -> None:
+        """Each begins a set, which is unfinished while the other makes one from its beginning to its end."""
+        library, old = Library(directory / "repository"), OldVersion(directory / "0.1.0", elsewhere=True)
+        mine, theirs = vms.start(vms.disk(0), name="web01"), vms.start(vms.disk(1), name="db01")
+        copies: dict[tuple[str, str], Path] = {}
+
+        def change(name: str, set_id: str) -> None:
+            vm = mine if name == "web01" else theirs
+            vm.write(vm.disks[0].name, int(set_id[1:]) + 1, 0, 65536)
+            copies[name, set_id] = vm.freeze(vm.disks[0], directory / f"{name}-{set_id}-now.qcow2")
+
+        for number in range(1, self.TURNS + 1):
+            set_id = f"t{number}"
+            change("db01", set_id)
+            plan = old.run("backup_plan", **library.arguments(theirs, id=set_id, speed=SLOW))["plan"]
+            assert result_of(old.run("backup_set", plan=plan, state="started"), "db01")["state"] == "running"
+            change("web01", set_id)
+            assert result_of(library.back_up(mine, id=set_id), "web01")["state"] == "published"
+            library.prune(names=["web01"], keep_last=9)
+            release(theirs)
+            assert result_of(old.run("backup_set", plan=plan), "db01")["state"] == "published"
+
+            set_id = f"u{number}"
+            change("web01", set_id)
+            plan = library.start(mine, id=set_id)
+            change("db01", set_id)
+            plan_of_old = old.run("backup_plan", **library.arguments(theirs, id=set_id))["plan"]
+            assert result_of(old.run("backup_set", plan=plan_of_old), "db01")["state"] == "published"
+            old.run("backup_prune", repository=str(library.path), names=["db01"], keep_last=9)
+            release(mine)
+            assert result_of(succeed("backup_set", {"plan": plan}), "web01")["state"] == "published"
+
+        ours, told = library.info()["sets"], old.run("backup_info", repository=str(library.path))["sets"]
+        assert {(one["vm"], one["id"]) for one in ours} == {(one["vm"], one["id"]) for one in told} == set(copies)
+        assert not any(one["broken"] for one in (*ours, *told))
+        # After the first one, each is an increment: neither has taken the other's bitmaps away.
+        assert {one["level"] for one in ours if one["id"] != "t1"} == {"incremental"}
+        makers = {name: library.manifest(name, set_id)["hypervisor"]["name"] for name, set_id in copies}
+        assert makers == {"web01": os.uname().nodename, "db01": "hv2"}
+        for (name, set_id), copy in copies.items():
+            (directory / f"{name}-{set_id}").mkdir()
+            library.restore(vm=name, id=set_id, directory=str(directory / f"{name}-{set_id}"))
+            [restored] = (directory / f"{name}-{set_id}").glob("*.qcow2")
+            assert identical(copy, restored)
+
+    def test_a_set_of_the_other_is_left_alone(self, vms: Vms, directory: Path) -> None:
+        """What the other hypervisor is making of a VM of the same name stays its own."""
+        library, old = Library(directory / "repository"), OldVersion(directory / "0.1.0", elsewhere=True)
+        vm = vms.start(name="web01")
+        plan = old.run("backup_plan", **library.arguments(vm, id="t1", speed=SLOW))["plan"]
+        assert result_of(old.run("backup_set", plan=plan, state="started"), "web01")["state"] == "running"
+        result = result_of(library.attempt(vm, id="t1"), "web01")
+        assert "being made by hypervisor hv2" in result["error"]
+        release(vm)
+        assert result_of(old.run("backup_set", plan=plan), "web01")["state"] == "published"

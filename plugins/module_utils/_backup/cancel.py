@@ -66,6 +66,8 @@ async def cancel(run: BackupRun, task: VmTask) -> Outcome:
         manifest = records.published(run.plan.id)
         if manifest:
             return results.published(run, task, manifest)
+        if records.barred:
+            return results.outcome(run, task, VmState.FAILED, error=records.barred)
         await _sweep(run, task.name)
         return results.outcome(run, task, VmState.SKIPPED, reason="no set is being made")
     foreign = [intent for intent in wanted if not run.is_ours(intent)]
@@ -127,6 +129,8 @@ async def _tracked(session: VmSession) -> tuple[str, list[tuple[str, str]]]:
     vm, records, planned = session.seen.vm, session.records, session.task.planned
     if records.intents:
         return f"set {records.intents[0].id} is being made; wait for its end, or cancel it", []
+    if records.barred:
+        return records.barred, []
     if vm is None:
         return session.seen.error, []
     if planned.identity and vm.identity != planned.identity:

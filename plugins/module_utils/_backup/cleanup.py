@@ -183,13 +183,14 @@ async def _remove_jobs(run: BackupRun, monitor: Monitor, vm: Vm, attempt: str) -
 
 async def leftover_attempts(session: VmSession) -> set[str]:
     """Return the attempts of the repository that QEMU knows and no intent does."""
-    return _unknown(session) - (await _elsewhere(session)).keys()
+    elsewhere, doubt = await _elsewhere(session)
+    return set() if doubt else _unknown(session) - elsewhere.keys()
 
 
 async def leftover_bitmaps(session: VmSession) -> list[tuple[str, str]]:
     """Return the repository's bitmaps on a VM that no set will build on, as node and name."""
     vm, records = session.seen.vm, session.records
-    if vm is None or await _elsewhere(session):
+    if vm is None or any(await _elsewhere(session)):
         return []
     keep = chain.bitmaps_to_keep(records.sets, session.task.request.wanted == Level.DIFFERENTIAL)
     keep = keep.union(*(intent.bitmaps for intent in records.intents))
@@ -198,9 +199,10 @@ async def leftover_bitmaps(session: VmSession) -> list[tuple[str, str]]:
 
 async def other_name(session: VmSession) -> str:
     """Return what is wrong with a VM that is being backed up under two names; empty where it has one only."""
-    for other in (await _elsewhere(session)).values():
+    elsewhere, doubt = await _elsewhere(session)
+    for other in elsewhere.values():
         return f"the same VM is being backed up under the name {other.vm.name} (set {other.id}); give it one name"
-    return ""
+    return f"QEMU knows of a set that is being made, and nobody can tell which: {doubt}" if doubt else ""
 
 
 def own_bitmaps(run: BackupRun, vm: Vm) -> list[tuple[str, str]]:
@@ -226,11 +228,13 @@ def _unknown(session: VmSession) -> set[str]:
     return known - {intent.attempt for intent in session.records.intents}
 
 
-async def _elsewhere(session: VmSession) -> dict[str, Intent]:
-    """Return the intents under other names of which QEMU knows, by attempt."""
+async def _elsewhere(session: VmSession) -> tuple[dict[str, Intent], str]:
+    """Return the intents under other names of which QEMU knows, by attempt; and which that cannot be read may be it."""
     unknown = _unknown(session)
-    found = await session.run.repository.intents() if unknown else ()
-    return {intent.attempt: intent for intent in found if intent.attempt in unknown}
+    odd: list[str] = []
+    found = await session.run.repository.intents(odd) if unknown else ()
+    known = {intent.attempt: intent for intent in found if intent.attempt in unknown}
+    return known, "; ".join(odd) if unknown - known.keys() else ""
 
 
 def _removable_bitmaps(vm: Vm) -> list[tuple[str, str]]:

@@ -57,7 +57,8 @@ class FieldRule:
     def refuse(self, value: Any) -> DocumentError:
         """Return the error for a value that is none."""
         if isinstance(value, (dict, list)):
-            return DocumentError(f"a {'list' if isinstance(value, list) else 'mapping'} is not {self.what}")
+            kind = f"a list of {len(value)}" if isinstance(value, list) else "a mapping"
+            return DocumentError(f"{kind} is not {self.what}")
         told = repr(value)
         return DocumentError(f"{told[:SHOWN]}{'...' * (len(told) > SHOWN)} is not {self.what}")
 

@@ -36,6 +36,8 @@ def decide(request: Request, seen: Observation, records: VmRecords, context: Run
     elif records.intents:
         intent = _next_intent(records.intents, context.id)
         case, reason, removal = _being_made(intent, seen, context)
+    elif records.barred:
+        case, reason = Case.IN_THE_WAY, records.barred
     elif _belongs_to_another(seen, records) and not context.adopt:
         case, reason = Case.OTHER_DIRECTORY, _belongs_to_another(seen, records)
     else:

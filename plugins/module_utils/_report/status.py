@@ -56,13 +56,15 @@ def status_from_repository(repository: Repository, name: str, set_id: str) -> di
     catalog = read_catalog(repository, name)
     sets = catalog.records.sets
     damage = {**catalog.failed_sets, **catalog.broken_sets}
+    # It may be the newest one.
+    unread = next((catalog.records.odd[one] for one in sorted(catalog.records.unread, reverse=True)), "")
     this = catalog.records.published(set_id)
     last = next((one for one in reversed(sets) if one.id not in damage), None)
     verifications = [catalog.annotations.verification(one) for one in sets]
     return {
         "set": _describe(catalog, this) if this else None,
         "last": _describe(catalog, last) if last else None,
-        "damage": damage.get(sets[-1].id, "") if sets else "",
+        "damage": (damage.get(sets[-1].id, "") if sets else "") or unread,
         "verified_at": max((one.when for one in verifications if one and one.ok), default=""),
     }
 

@@ -14,13 +14,14 @@ import uuid as uuids
 from typing import TYPE_CHECKING
 
 from .._common.errors import BackupError
-from .._common.formats import SCHEMA
 from .._host.directory import Directory
 from .._host.files import claim
 from . import staging
+from .documents import Marker
+from .json_file import write_document
 from .names import REPOSITORY_FILE
 from .places import refuse_inside
-from .repository import HARMLESS, Repository, check_owner, open_repository, write_document
+from .repository import HARMLESS, Repository, check_owner, open_repository
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -76,7 +77,7 @@ def create_repository(path: str, trust_others: bool = False) -> Repository:
         temporary = TEMPORARY + uuids.uuid4().hex
         # Another process may be faster, and remove ours as below.
         with contextlib.suppress(FileExistsError, FileNotFoundError):
-            write_document(root, temporary, {"schema": SCHEMA, "uuid": str(uuids.uuid4())})
+            write_document(root, temporary, Marker(str(uuids.uuid4())))
             claim(root.join(temporary), root.join(REPOSITORY_FILE))
         remove_half_made(path)
         root.sync()
@@ -131,8 +132,8 @@ class AsyncRepository:
     async def records(self, vm: str) -> VmRecords:
         return await self.calls.run(self._repository.records, vm)
 
-    async def intents(self) -> tuple[Intent, ...]:
-        return await self.calls.run(self._repository.intents)
+    async def intents(self, odd: list[str] | None = None) -> tuple[Intent, ...]:
+        return await self.calls.run(self._repository.intents, odd)
 
     async def intent(self, vm: str, set_id: str) -> Intent | None:
         return await self.calls.run(self._repository.intent, vm, set_id)

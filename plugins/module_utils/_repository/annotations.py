@@ -11,17 +11,17 @@ from __future__ import annotations
 
 import hashlib
 import os
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 from .._host.directory import WrongEntry
 from .._host.process import machine_id
 from .annotation_documents import DEPTHS, Depth, Pin, Protection, Verification
-from .repository import read_document, write_document
+from .json_file import read_document, warn_of, write_document
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
     from typing import Any
 
     from .documents import Manifest
@@ -75,11 +75,16 @@ def read_annotations(repository: Repository, vm: str) -> SetAnnotations:
             kind = _kind(name[1 : -len(SUFFIX)]) if name.startswith(".") and name.endswith(SUFFIX) else None
             if kind:
                 try:
-                    kinds[kind].append(read_document(directory, name, kind))
+                    kinds[kind].append(read_document(directory, name, kind, misplaced=_misplaced(name)))
                 except WrongEntry as error:
                     odd[name] = str(error)
+        warn_of(directory, odd)
     protections, pins, verifications = (tuple(filter(None, found)) for found in kinds.values())
     return SetAnnotations(protections, pins, verifications, odd)
+
+
+def _misplaced(name: str) -> Callable[[Any], str]:
+    return lambda found: "" if annotation_name(found) == name else f"it is of set {found.id}, or of something else"
 
 
 def _kind(stem: str) -> Any:
@@ -109,7 +114,7 @@ def may_be_there(path: str) -> bool:
 def write_annotation(repository: Repository, vm: str, annotation: Protection | Pin | Verification) -> None:
     """Write an annotation, in place of the one of its kind."""
     with repository.opened(vm) as directory:
-        write_document(directory, annotation_name(annotation), asdict(annotation))
+        write_document(directory, annotation_name(annotation), annotation)
 
 
 def remove_annotations(repository: Repository, vm: str, annotations: Iterable[Protection | Pin | Verification]) -> None:
@@ -144,6 +149,10 @@ def failed_sets(sets: Iterable[Manifest], annotations: SetAnnotations) -> dict[s
         suspect = next((found for found in below if found and not (own and _outweighs(own, found))), None)
         if suspect:
             reasons[manifest.id] = f"set {suspect.id} below it has failed its verification: {suspect.errors[0]}"
+        unread = annotations.odd.get(f".{manifest.id}{VERIFIED}{SUFFIX}")
+        if unread:
+            # What it says may be that the set is bad.
+            reasons[manifest.id] = unread
         if own and not own.ok:
             reasons[manifest.id] = own.errors[0]
             suspect = suspect if own.depth == Depth.BOOT else own

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 
 from .._common.errors import BackupError, Refused
 from .._common.formats import parse_time
-from .._host.directory import Directory, WrongEntry
+from .._host.directory import Directory, LinkedEntry, WrongEntry
 from .annotations import annotation_name, failed_sets, is_read, read_annotations
 from .chain import broken_below, walk
 from .names import MAX_NAMES, vm_directory
-from .repository import FAILED, HARMLESS, LOCK, STAGING, failure_name, note_name, read_intents, staging_name
+from .repository import DESCRIPTION, FAILED, HARMLESS, LOCK, MANIFEST, STAGING, failure_name, note_name, staging_name
 from .staging import litter
 
 if TYPE_CHECKING:
@@ -169,6 +169,35 @@ def require_sets(repository: Repository, catalog: VmCatalog) -> None:
     )
 
 
+def require_newest(repository: Repository, catalog: VmCatalog) -> None:
+    """Refuse to choose the newest set where another one, which cannot be read, may be it."""
+    lost = lost_sets(repository, catalog.name, catalog.records)
+    if lost:
+        place = repository.directory(catalog.name)
+        reasons = "; ".join(catalog.records.odd.get(one, f"{place}/{one} has no manifest") for one in lost)
+        ids = ", ".join(one.id for one in catalog.records.sets) or "none"
+        raise Refused(
+            "id", f"VM {catalog.name}: nobody can tell which set is the newest: {reasons}. Name one of: {ids}"
+        )
+
+
+def lost_sets(repository: Repository, vm: str, records: VmRecords) -> list[str]:
+    """Return those of a VM's strays that have been sets, or may be; others may keep what they like there."""
+
+    def was_set(stray: str) -> bool:
+        try:
+            with repository.opened(vm, stray) as place:
+                names = place.names()
+        except FileNotFoundError:
+            return False
+        except WrongEntry as error:
+            # A second name of a set that is there is not odd.
+            return isinstance(error, LinkedEntry) and stray in records.odd
+        return any(name in (MANIFEST, DESCRIPTION) or name.endswith(".qcow2") for name in names)
+
+    return [stray for stray in sorted(records.strays) if was_set(stray)]
+
+
 def vm_names(repository: Repository) -> list[str]:
     """Return the VMs that a repository has sets of, is getting some, or was to, by the names in their documents."""
     names = set()
@@ -193,7 +222,7 @@ def vm_names(repository: Repository) -> list[str]:
 
 def _any_name(repository: Repository, directory: Directory) -> str | None:
     """Return the name of the VM whose directory this is; None where no document of it tells."""
-    found = _any_manifest(repository, directory) or next(iter(read_intents(directory)), None)
+    found = _any_manifest(repository, directory) or next(iter(repository.intents_in(directory)), None)
     return found.vm.name if found else None
 
 

@@ -8,10 +8,10 @@ Called with the VM's lock held.
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from .repository import MANIFEST, PUBLISHED_MODE, note_name, write_document
+from .json_file import write_document
+from .repository import MANIFEST, PUBLISHED_MODE, note_name
 
 if TYPE_CHECKING:
     from .documents import Consolidation, Manifest
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 def write_note(repository: Repository, vm: str, note: Consolidation) -> None:
     """Write down which image a file is about to become."""
     with repository.opened(vm) as directory:
-        write_document(directory, note_name(note.id), asdict(note))
+        write_document(directory, note_name(note.id), note)
 
 
 def remove_note(repository: Repository, vm: str, set_id: str) -> None:
@@ -34,4 +34,4 @@ def remove_note(repository: Repository, vm: str, set_id: str) -> None:
 def rewrite_manifest(repository: Repository, manifest: Manifest) -> None:
     """Replace the manifest of a published set."""
     with repository.opened(manifest.vm.name, manifest.id) as place:
-        write_document(place, MANIFEST, asdict(manifest), PUBLISHED_MODE)
+        write_document(place, MANIFEST, manifest, PUBLISHED_MODE)

@@ -14,22 +14,22 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import json
 import os
 import stat
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from .._common.errors import BackupError
-from .._common.fields import DocumentError, NewerSchema, load
+from .._common.fields import DocumentError, load
 from .._host.directory import Directory, LinkedEntry, WrongEntry, exposed
 from .._host.files import AT_ONCE
 from .._host.lock import locked
 from .documents import Consolidation, Failure, Intent, Manifest, Marker
+from .json_file import OddDocument, read_document, read_named, warn_of
 from .names import REPOSITORY_FILE, vm_directory
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterable
+    from collections.abc import AsyncIterator, Iterable, Iterator
     from typing import Any
 
     from .._host.files import DirectCalls
@@ -49,33 +49,14 @@ HARMLESS = frozenset({"lost+found", ".snapshot"})
 """What a directory may hold and still count as empty."""
 
 
-def read_document(directory: Directory, name: str, kind: Any, status: os.stat_result | None = None) -> Any:
-    """Read a document; None where there is none, or one that is not whole. BackupError where its schema is newer.
-
-    WrongEntry, which is one as well, where something else stands in its place. C(status) is its own, where known.
-    """
-    try:
-        return kind.parse(load(directory.read(name, kind.MOST, status)))
-    except NewerSchema as error:
-        raise BackupError(f"{directory.join(name)}: {error}") from error
-    except (FileNotFoundError, ValueError):
-        return None
-    except OSError as error:
-        raise BackupError(f"repository: {directory.join(name)} cannot be read: {error.strerror}") from error
-
-
-def write_document(directory: Directory, name: str, content: dict[str, Any], mode: int = 0o600) -> None:
-    """Write a document onto stable storage, whole or not at all."""
-    directory.write(name, (json.dumps(content, indent=1) + "\n").encode(), mode)
-
-
 @dataclass(frozen=True)
 class VmRecords:
     """All that a repository holds about one VM. C(sets) are in the order of their making.
 
     C(described) are the attempts whose manifest is written, so that only the rename is missing; C(strays) the ids whose
     place is taken by something that is no set. C(odd) says, by name, which entries are something else than their names
-    say, and what to do; they are left alone.
+    say, and what to do; they are left alone. Of these, C(unread) are the ids of sets whose manifest cannot be used.
+    C(barred) says why no set may be made: somebody else may be making one, or is of a later release.
     """
 
     sets: tuple[Manifest, ...] = ()
@@ -85,6 +66,8 @@ class VmRecords:
     described: frozenset[str] = frozenset()
     strays: frozenset[str] = frozenset()
     odd: dict[str, str] = field(default_factory=dict)
+    unread: frozenset[str] = frozenset()
+    barred: str = ""
 
     def published(self, set_id: str) -> Manifest | None:
         return next((found for found in self.sets if found.id == set_id), None)
@@ -168,61 +151,7 @@ class Repository:
         except FileNotFoundError:
             return VmRecords()
         with directory:
-            return self._records(directory)
-
-    def _records(self, directory: Directory) -> VmRecords:
-        sets: list[Manifest] = []
-        kinds: dict[Any, list[Any]] = {Intent: [], Failure: [], Consolidation: []}
-        described: set[str] = set()
-        strays: set[str] = set()
-        odd: dict[str, WrongEntry] = {}
-        for entry in directory.entries():
-            name = entry.name
-            try:
-                if not name.startswith("."):
-                    strays.add(name)
-                    manifest = self.manifest(directory, entry)
-                    if manifest and manifest.id == name:
-                        strays.remove(name)
-                        sets.append(manifest)
-                elif name.endswith(FAILED):
-                    kinds[Failure].append(read_document(directory, name, Failure))
-                elif name.endswith(CONSOLIDATION_SUFFIX):
-                    kinds[Consolidation].append(read_document(directory, name, Consolidation))
-                elif name.endswith(STAGING):
-                    with directory.directory(name) as staging:
-                        kinds[Intent].append(read_document(staging, INTENT, Intent))
-                        manifest = read_document(staging, MANIFEST, Manifest)
-                        described |= {manifest.attempt} if manifest else set()
-                elif name.endswith(REMOVED) and not entry.is_dir(follow_symlinks=False):
-                    raise directory.wrong(name, "a directory")
-            except FileNotFoundError:
-                # Another process has removed it meanwhile.
-                continue
-            except WrongEntry as error:
-                odd[name] = error
-        # A second name of a set that is there hides nothing.
-        ids = {found.id for found in sets}
-        told = {
-            name: str(error)
-            for name, error in odd.items()
-            if not (isinstance(error, LinkedEntry) and error.target in ids and name in strays)
-        }
-        intents, failures, notes = (tuple(filter(None, found)) for found in kinds.values())
-        sets = [self._as_noted(found, notes) for found in sorted(sets, key=lambda found: found.sequence)]
-        return VmRecords(tuple(sets), intents, failures, notes, frozenset(described), frozenset(strays), told)
-
-    def _as_noted(self, manifest: Manifest, notes: Iterable[Consolidation]) -> Manifest:
-        """Return the manifest as it will be, where the file of an image is the new one already."""
-        for note in notes:
-            old = manifest.disk(note.image.name)
-            if note.attempt != manifest.attempt or old is None:
-                continue
-            # A file that is neither of the two is damaged: then the increment and what it builds on stay as they are.
-            if self.damage(manifest, old) and not self.damage(manifest, note.image):
-                disks = tuple(note.image if disk is old else disk for disk in manifest.disks)
-                manifest = replace(manifest, disks=disks)
-        return manifest
+            return _records(self, directory)
 
     def manifest(self, directory: Directory, entry: os.DirEntry[str]) -> Manifest | None:
         """Read the manifest of a set, or return the one that was read before where its file is the same.
@@ -240,9 +169,26 @@ class Repository:
             return known[1]
         with directory.directory(name) as place:
             status = place.regular(MANIFEST)
-            found: Manifest | None = read_document(place, MANIFEST, Manifest, status)
+            found: Manifest | None = read_document(
+                place, MANIFEST, Manifest, status, lambda one: _misplaced(one, directory, one.id, name)
+            )
+        if found and found.repository != self.uuid:
+            # It was brought here from another repository. Its bitmaps are that one's.
+            found = replace(found, disks=tuple(replace(disk, bitmap=None) for disk in found.disks))
         if found:
             self._manifests[key] = _state(status), found
+        return found
+
+    def intent_in(self, directory: Directory, name: str, staging: Directory) -> Intent | None:
+        """Read the intent of a set that grows in the directory C(staging), which has this name."""
+
+        def misplaced(intent: Intent) -> str:
+            ours = all(disk.job.startswith(f"vmfleet.{self.tag}.{intent.attempt}.") for disk in intent.disks)
+            ours = ours and all(bitmap.startswith(f"vmfleet-{self.tag}-") for bitmap in intent.bitmaps)
+            reason = _misplaced(intent, directory, staging_name(intent.id), name)
+            return reason or ("" if ours else "its jobs or bitmaps are not of this repository")
+
+        found: Intent | None = read_document(staging, INTENT, Intent, misplaced=misplaced)
         return found
 
     def damage(self, manifest: Manifest, image: DiskImage) -> str:
@@ -256,25 +202,119 @@ class Repository:
             return f"image {path} is not the file that its manifest describes ({image.bytes} bytes)"
         return ""
 
-    def intents(self) -> tuple[Intent, ...]:
-        """Read all intents of the repository, whoever works on them."""
+    def intents(self, odd: list[str] | None = None) -> tuple[Intent, ...]:
+        """Read all intents of the repository, whoever works on them. Those that cannot be used are added to C(odd)."""
         found: list[Intent] = []
         with contextlib.suppress(FileNotFoundError), Directory.at(self.path) as root:
             for entry in root.entries():
                 if not entry.name.startswith(".") and entry.is_dir(follow_symlinks=False):
                     # Whoever reads this VM tells why it cannot be read.
                     with contextlib.suppress(OSError), root.directory(entry.name) as directory:
-                        found += read_intents(directory)
+                        found += self.intents_in(directory, odd)
         return tuple(found)
 
+    def intents_in(self, directory: Directory, odd: list[str] | None = None) -> list[Intent]:
+        """Read the intents in a VM's directory."""
+        found: list[Intent] = []
+        wrong: dict[str, str] = {}
+        for name in directory.names():
+            if name.startswith(".") and name.endswith(STAGING):
+                try:
+                    with directory.directory(name) as staging:
+                        intent = self.intent_in(directory, name, staging)
+                    found += [intent] if intent else []
+                except FileNotFoundError:
+                    continue
+                except WrongEntry as error:
+                    wrong[name] = str(error)
+        warn_of(directory, wrong)
+        if odd is not None:
+            odd += wrong.values()
+        return found
+
     def intent(self, vm: str, set_id: str) -> Intent | None:
-        """Read the intent of a set that grows; None where there is none."""
+        """Read the intent of a set that grows; None where there is none. WrongEntry for one that cannot be used."""
+        name = staging_name(set_id)
         try:
-            with self.opened(vm, staging_name(set_id)) as staging:
-                found: Intent | None = read_document(staging, INTENT, Intent)
+            with self.opened(vm) as directory, directory.directory(name) as staging:
+                return self.intent_in(directory, name, staging)
         except FileNotFoundError:
             return None
-        return found
+
+
+def _records(repository: Repository, directory: Directory) -> VmRecords:
+    found: dict[Any, list[Any]] = {Manifest: [], Intent: [], Failure: [], Consolidation: [], STAGING: []}
+    entries = directory.entries()
+    odd: dict[str, WrongEntry] = {}
+    for entry in entries:
+        try:
+            for kind, document in _documents(repository, directory, entry):
+                found[kind] += [document] if document else []
+        except FileNotFoundError:
+            # Another process has removed it meanwhile.
+            continue
+        except WrongEntry as error:
+            odd[entry.name] = error
+    visible = {entry.name for entry in entries if not entry.name.startswith(".")}
+    unused = {name: error for name, error in odd.items() if isinstance(error, OddDocument)}
+    barring = [str(error) for name, error in unused.items() if error.newer or name.endswith(STAGING)]
+    sets = sorted(found[Manifest], key=lambda one: one.sequence)
+    ids = {manifest.id for manifest in sets}
+    # A second name of a set that is there hides nothing.
+    told = {
+        name: str(error)
+        for name, error in odd.items()
+        if not (isinstance(error, LinkedEntry) and error.target in ids and name in visible)
+    }
+    warn_of(directory, told)
+    return VmRecords(
+        tuple(_as_noted(repository, one, found[Consolidation]) for one in sets),
+        tuple(found[Intent]),
+        tuple(found[Failure]),
+        tuple(found[Consolidation]),
+        described=frozenset(manifest.attempt for manifest in found[STAGING]),
+        strays=frozenset(visible - ids),
+        odd=told,
+        unread=frozenset(visible & unused.keys()),
+        barred="; ".join(barring),
+    )
+
+
+def _documents(repository: Repository, directory: Directory, entry: os.DirEntry[str]) -> Iterator[tuple[Any, Any]]:
+    """Yield the documents of an entry in a VM's directory, each with its kind; None for one that is not there."""
+    name = entry.name
+    if not name.startswith("."):
+        yield Manifest, repository.manifest(directory, entry)
+    elif name.endswith(FAILED):
+        yield Failure, read_named(directory, name, Failure, failure_name)
+    elif name.endswith(CONSOLIDATION_SUFFIX):
+        yield Consolidation, read_named(directory, name, Consolidation, note_name)
+    elif name.endswith(STAGING):
+        with directory.directory(name) as staging:
+            yield Intent, repository.intent_in(directory, name, staging)
+            yield STAGING, read_document(staging, MANIFEST, Manifest)
+    elif name.endswith(REMOVED) and not entry.is_dir(follow_symlinks=False):
+        raise directory.wrong(name, "a directory")
+
+
+def _as_noted(repository: Repository, manifest: Manifest, notes: Iterable[Consolidation]) -> Manifest:
+    """Return the manifest as it will be, where the file of an image is the new one already."""
+    for note in notes:
+        old = manifest.disk(note.image.name)
+        if note.attempt != manifest.attempt or old is None or old.image != note.image.image:
+            continue
+        # A file that is neither of the two is damaged: then the increment and what it builds on stay as they are.
+        if repository.damage(manifest, old) and not repository.damage(manifest, note.image):
+            disks = tuple(note.image if disk is old else disk for disk in manifest.disks)
+            manifest = replace(manifest, disks=disks)
+    return manifest
+
+
+def _misplaced(document: Manifest | Intent, directory: Directory, wanted: str, name: str) -> str:
+    """Return why a document does not belong below the directory of a VM; empty where it does."""
+    if vm_directory(document.vm.name) != os.path.basename(directory.path):
+        return f"it is of VM {document.vm.name}, and not of this one"
+    return "" if wanted == name else f"it is of set {document.id}, and not of this one"
 
 
 def staging_name(set_id: str) -> str:
@@ -290,16 +330,6 @@ def failure_name(set_id: str) -> str:
 def note_name(set_id: str) -> str:
     """Return the name of the note that an increment of a set becomes a full image."""
     return f".{set_id}{CONSOLIDATION_SUFFIX}"
-
-
-def read_intents(directory: Directory) -> list[Intent]:
-    """Read the intents in a VM's directory."""
-    found = []
-    for name in directory.names():
-        if name.startswith(".") and name.endswith(STAGING):
-            with contextlib.suppress(WrongEntry, FileNotFoundError), directory.directory(name) as staging:
-                found.append(read_document(staging, INTENT, Intent))
-    return [intent for intent in found if intent]
 
 
 def _state(status: os.stat_result) -> tuple[int, ...]:

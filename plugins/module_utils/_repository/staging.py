@@ -11,13 +11,15 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from .._common.errors import BackupError
+from .._common.fields import LONG
 from .._host.directory import WrongEntry
 from .._host.files import UNFINISHED, set_mode
 from .documents import Manifest
+from .json_file import dump, read_document, write_document
 from .repository import (
     DESCRIPTION,
     INTENT,
@@ -26,9 +28,7 @@ from .repository import (
     REMOVED,
     STAGING,
     failure_name,
-    read_document,
     staging_name,
-    write_document,
 )
 
 if TYPE_CHECKING:
@@ -76,21 +76,23 @@ def begin(repository: Repository, intent: Intent) -> None:
 def update(repository: Repository, intent: Intent) -> None:
     """Write an intent, in place of what was intended before."""
     with _opened(repository, intent) as staging:
-        write_document(staging, INTENT, asdict(intent))
+        write_document(staging, INTENT, intent)
 
 
 def write_description(repository: Repository, intent: Intent, description: dict[str, Any]) -> None:
     """Write down how the VM was built."""
     with _opened(repository, intent) as staging:
-        write_document(staging, DESCRIPTION, description, PUBLISHED_MODE)
+        staging.write(DESCRIPTION, dump(description), PUBLISHED_MODE)
 
 
 def describe(repository: Repository, intent: Intent, manifest: Manifest) -> None:
     """Write the manifest of a set whose images are all on stable storage; its sequence number is given here."""
-    sets = repository.records(intent.vm.name).sets
-    manifest = replace(manifest, sequence=sets[-1].sequence + 1 if sets else 1)
+    records = repository.records(intent.vm.name)
+    newest = records.sets[-1].sequence if records.sets else 0
+    # Sets whose manifest cannot be read may be the newest ones, and come back.
+    manifest = replace(manifest, sequence=newest + 1 + len(records.unread))
     with _opened(repository, intent) as staging:
-        write_document(staging, MANIFEST, asdict(manifest), PUBLISHED_MODE)
+        write_document(staging, MANIFEST, manifest, PUBLISHED_MODE)
 
 
 def publish(repository: Repository, intent: Intent) -> Manifest:
@@ -124,7 +126,7 @@ def _set_mode(directory: Directory, image: str) -> None:
 def record_failure(repository: Repository, vm: str, failure: Failure) -> None:
     """Write down how an attempt has ended."""
     with repository.opened(vm) as directory:
-        write_document(directory, failure_name(failure.id), asdict(failure))
+        write_document(directory, failure_name(failure.id), replace(failure, error=failure.error[:LONG]))
 
 
 def remove_failure(repository: Repository, vm: str, failure: Failure) -> None:

@@ -24,8 +24,8 @@ from .._repository.annotations import PARTIAL
 from .._repository.catalog import read_catalog
 from .._repository.chain import layers
 from .._repository.checksums import check_all
+from .._repository.json_file import OddDocument, read_document
 from .._repository.places import refuse_inside
-from .._repository.repository import read_document
 from .model import RECEIPT
 from .receipt import Restoration
 
@@ -81,6 +81,11 @@ def read_receipt(path: str) -> Restoration | None:
             found: Restoration | None = read_document(directory, os.path.basename(path), Restoration)
     except (FileNotFoundError, NotADirectoryError):
         return None
+    except OddDocument as error:
+        # What nobody can read says of nothing that it was restored.
+        if error.damaged:
+            return None
+        raise
     return found
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from .._common.errors import BackupError, Refused, after, in_words
@@ -20,7 +19,7 @@ from .._host import files, preallocate, target_files
 from .._host.directory import Directory
 from .._qemu import image_commands, qemu_img
 from .._repository.annotations import read_annotations
-from .._repository.repository import write_document
+from .._repository.json_file import write_document
 from .checks import (
     check_checksums,
     check_device,
@@ -133,7 +132,7 @@ def _take_name(repository: Repository, disk: DiskRestore, replaces: tuple[int, i
     """Write the receipt, and then give a complete file its name: whatever comes in between, the two belong together."""
     receipt = make_receipt(repository, disk, os.stat(disk.partial))
     with Directory.at(os.path.dirname(disk.receipt)) as directory:
-        write_document(directory, os.path.basename(disk.receipt), asdict(receipt))
+        write_document(directory, os.path.basename(disk.receipt), receipt)
     try:
         target_files.take_name(disk.partial, disk.target, replaces)
     except OSError as error:

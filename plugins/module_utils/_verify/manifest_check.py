@@ -9,7 +9,7 @@ import os
 from typing import TYPE_CHECKING
 
 from .._common.errors import BackupError
-from .._host.directory import LinkedEntry, WrongEntry
+from .._host.directory import WrongEntry
 from .._host.files import UNFINISHED
 from .._repository.annotation_documents import Depth
 from .._repository.documents import LARGE
@@ -43,8 +43,6 @@ def check_manifest(repository: Repository, check: SetCheck) -> None:
 def _unexpected(repository: Repository, catalog: VmCatalog, manifest: Manifest) -> list[str]:
     """Return what does not belong to a set like this one."""
     path = repository.set_path(catalog.name, manifest.id)
-    if repository.set_path(manifest.vm.name, manifest.id) != path:
-        return [f"{path} is a set of VM {manifest.vm.name}; move it to where it belongs"]
     images = {image.image for image in manifest.disks}
     expected = {MANIFEST, DESCRIPTION, *images}
     # A killed process leaves these behind.
@@ -76,22 +74,6 @@ def read_description(repository: Repository, manifest: Manifest) -> dict[str, An
     """Return what C(vm.json) of a set says. OSError, ValueError or WrongEntry where it cannot be read."""
     with repository.opened(manifest.vm.name, manifest.id) as place:
         return parse_description(place.read(DESCRIPTION, LARGE))
-
-
-def lost_sets(repository: Repository, vm: str, records: VmRecords) -> list[str]:
-    """Return those of a VM's strays that have been sets, or may be; others may keep what they like there."""
-
-    def was_set(stray: str) -> bool:
-        try:
-            with repository.opened(vm, stray) as place:
-                names = place.names()
-        except FileNotFoundError:
-            return False
-        except WrongEntry as error:
-            return isinstance(error, LinkedEntry)
-        return any(name in (MANIFEST, DESCRIPTION) or name.endswith(".qcow2") for name in names)
-
-    return [stray for stray in sorted(records.strays) if was_set(stray)]
 
 
 def lost_set(repository: Repository, vm: str, set_id: str, records: VmRecords) -> Finding:

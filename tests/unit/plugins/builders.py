@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import struct
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +30,8 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._repository.documen
     StagedDisk,
     VmName,
 )
-from ansible_collections.vmfleet.backup.plugins.module_utils._repository.repository import (
-    MANIFEST,
-    Repository,
-    read_document,
-    write_document,
-)
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository.json_file import dump, read_document
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository.repository import MANIFEST, Repository
 
 MIB = 1024 * 1024
 SIZE = 16 * MIB
@@ -46,7 +42,7 @@ WEB01 = VmName("web01", UUID, UUID)
 HERE = Hypervisor("hv1", "machine", "boot")
 ELSEWHERE = Hypervisor("hv2", "other", "another boot")
 TIME = "2026-11-22T01:00:00Z"
-REPOSITORY = "0f0e0d0c-0b0a-4908-8706-050403020100"
+REPOSITORY = "12345678-0b0a-4908-8706-050403020100"
 
 
 def disk(name: str = "drive0", node: str = "n0", **values: Any) -> Disk:
@@ -249,6 +245,7 @@ def qcow2(backing: str = "", size: int = SIZE) -> bytes:
 
 def put(repository: Repository, made: Manifest, content: bytes | None = b"abc") -> Path:
     """Put a set into a repository as it is, each image with this content or, for none, its header; return its place."""
+    made = replace(made, repository=repository.uuid or made.repository)
     directory = Path(repository.set_path(made.vm.name, made.id))
     directory.mkdir(parents=True)
     for disk in made.disks:
@@ -261,7 +258,7 @@ def put(repository: Repository, made: Manifest, content: bytes | None = b"abc") 
 def write(path: str | Path, content: dict[str, Any], mode: int = 0o600) -> None:
     """Write a document."""
     with Directory.at(os.path.dirname(path)) as directory:
-        write_document(directory, os.path.basename(path), content, mode)
+        directory.write(os.path.basename(path), dump(content), mode)
 
 
 def read(path: str | Path, kind: Any) -> Any:

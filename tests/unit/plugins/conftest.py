@@ -11,7 +11,12 @@ from typing import TYPE_CHECKING
 import pytest
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._common import errors
-from ansible_collections.vmfleet.backup.plugins.module_utils._repository.access import create_repository
+from ansible_collections.vmfleet.backup.plugins.module_utils._host.directory import Directory
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository.documents import Marker
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository.json_file import write_document
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository.names import REPOSITORY_FILE
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository.repository import open_repository
+from ansible_collections.vmfleet.backup.tests.unit.plugins.builders import REPOSITORY
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -21,8 +26,12 @@ if TYPE_CHECKING:
 
 @pytest.fixture
 def repository(tmp_path: Path) -> Repository:
-    """An empty repository."""
-    return create_repository(str(tmp_path / "repository"))
+    """An empty repository, that of the sets and intents in builders."""
+    path = tmp_path / "repository"
+    path.mkdir(mode=0o700)
+    with Directory.at(str(path)) as root:
+        write_document(root, REPOSITORY_FILE, Marker(REPOSITORY))
+    return open_repository(str(path))
 
 
 @pytest.fixture(autouse=True)

@@ -246,17 +246,21 @@ def is_safe(session: VmSession, step: Step) -> bool:
     jobs = [at.vm.job(name) for name in first.jobs] if at.vm and first else []
     all_well = bool(jobs) and all(found and found.ended and not found.error for found in jobs)
     published = session.records.published("today")
+    ours = [job.id.startswith(f"vmfleet.{TAG}.") for job in at.vm.jobs] if at.vm else []
+    left = bool(at.vm and at.vm.fdsets) or any(ours)
+    foreign = not all(ours)
     return {
-        Step.DONE: published is not None and not (at.vm and at.vm.fdsets),
-        Step.TIDY: published is not None and bool(at.vm and at.vm.fdsets),
-        Step.START: at.vm is not None and not intents and not published and not at.vm.active_jobs(),
+        Step.DONE: published is not None and not left,
+        Step.TIDY: published is not None and left,
+        # What dead attempts have left is removed by it first.
+        Step.START: at.vm is not None and not intents and not published and not foreign,
         Step.PUBLISH: first is not None and first.attempt in session.records.described,
         Step.FLUSH: all_well,
         Step.FOLLOW: not all_well and any(jobs),
         Step.REMOVE: run.settings.takeover or run.settings.supersede,
         Step.GIVE_UP: first is not None and run.is_ours(first),
         Step.WITHDRAW: first is not None and run.is_ours(first) and (not all_well or bool(session.records.failures)),
-        Step.DISOWN: at.vm is not None and bool(at.vm.fdsets),
+        Step.DISOWN: at.vm is not None and left,
     }.get(step, True)
 
 

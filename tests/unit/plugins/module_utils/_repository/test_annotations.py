@@ -7,13 +7,15 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
-from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import BackupError
+from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import kept_warnings
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.formats import SCHEMA
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.process import machine_id
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.annotation_documents import (
@@ -34,8 +36,6 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._repository.documen
 from ansible_collections.vmfleet.backup.tests.unit.plugins.builders import TIME, manifest, write
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from ansible_collections.vmfleet.backup.plugins.module_utils._repository.repository import Repository
 
 PROTECTION = Protection("s1", "2026-11-22T01:00:00Z")
@@ -93,15 +93,23 @@ def test_ids_that_look_like_marks_are_none(repository: Repository) -> None:
     assert (annotations.pins, annotations.verifications) == ((), ())
 
 
-def test_half_written_marks_are_none_and_newer_ones_are_not_skipped(repository: Repository) -> None:
-    path = os.path.join(repository.directory("web01"), annotation_name(PROTECTION))
-    for content in ("", "{", "{}", '{"schema": 1}'):
-        with open(path, "w", encoding="utf-8") as file:
-            file.write(content)
-        assert read_annotations(repository, "web01") == SetAnnotations()
-    write(path, {**asdict(PROTECTION), "schema": SCHEMA + 1})
-    with pytest.raises(BackupError, match="newer than this collection"):
-        read_annotations(repository, "web01")
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("", "damaged or misplaced (it is not JSON"),
+        ("{}", "damaged or misplaced (it has no schema number)"),
+        ('{"schema": 1}', "damaged or misplaced (id: it is missing)"),
+        (json.dumps(asdict(replace(PROTECTION, id="s2"))), "damaged or misplaced (it is of set s2"),
+        (json.dumps({**asdict(PROTECTION), "schema": SCHEMA + 1}), f"its schema {SCHEMA + 1} is newer"),
+    ],
+)
+def test_marks_that_cannot_be_used_are_told(repository: Repository, content: str, reason: str) -> None:
+    name = annotation_name(PROTECTION)
+    Path(repository.directory("web01"), name).write_text(content, encoding="utf-8")
+    found = read_annotations(repository, "web01")
+    assert replace(found, odd={}) == SetAnnotations()
+    assert reason in found.odd[name]
+    assert kept_warnings() == [f"VM web01: 1 entries cannot be used: {found.odd[name]}"]
 
 
 def test_a_pin_of_this_machine_ends_with_its_file_and_that_of_another_never(tmp_path: Path) -> None:

@@ -51,7 +51,7 @@ def put(repository: Repository, set_id: str, parent: str | None = None, day: int
 
 
 def verified(repository: Repository, set_id: str, depth: str, day: int, *errors: str) -> None:
-    when = f"2026-12-{day:02}T01:00:00Z"
+    when = f"2026-12-{day + 1:02}T01:00:00Z"
     write_annotation(repository, "web01", Verification(set_id, f"attempt-{set_id}", depth, when, errors))
 
 
@@ -157,7 +157,7 @@ class TestLeftovers:
         for lock in (".lock", ".prune.lock"):
             with open(os.path.join(directory, lock), "w", encoding="ascii"):
                 pass
-        write_annotation(repository, "web01", Protection("s1", "now"))
+        write_annotation(repository, "web01", Protection("s1", TIME))
         write_annotation(repository, "web01", Pin("s1", "vda", "/gone", "hv2", "another", TIME))
         assert self.told(repository) == {}
 

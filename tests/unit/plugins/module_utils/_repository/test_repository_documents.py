@@ -22,6 +22,7 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._repository.annotat
     Protection,
     Verification,
 )
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository.json_file import OddDocument
 from ansible_collections.vmfleet.backup.tests.unit.plugins.builders import TIME, read, write
 
 if TYPE_CHECKING:
@@ -62,9 +63,11 @@ def test_the_old_one_stays_where_the_new_one_cannot_be_written(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "null", '{"schema": 1}', '{"id": "s1"}', "\udcff"])
-def test_one_that_is_not_whole_is_none(tmp_path: Path, content: str) -> None:
+def test_one_that_is_not_whole_is_odd(tmp_path: Path, content: str) -> None:
     (tmp_path / "document").write_bytes(content.encode("utf-8", "surrogateescape"))
-    assert read(tmp_path / "document", Protection) is None
+    with pytest.raises(OddDocument, match=r"document is damaged or misplaced \(.*\); bring it back from a copy") as odd:
+        read(tmp_path / "document", Protection)
+    assert (odd.value.damaged, odd.value.newer) == (True, False)
 
 
 def test_one_that_is_not_there_is_none(tmp_path: Path) -> None:

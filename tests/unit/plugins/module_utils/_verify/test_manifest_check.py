@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from ansible_collections.vmfleet.backup.plugins.module_utils._verify.manifest_check import lost_set, lost_sets
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository.catalog import lost_sets
+from ansible_collections.vmfleet.backup.plugins.module_utils._verify.manifest_check import lost_set
 from ansible_collections.vmfleet.backup.tests.unit.plugins.verifying import VM, image, publish, verify
 
 if TYPE_CHECKING:
@@ -23,8 +24,8 @@ if TYPE_CHECKING:
 @pytest.mark.parametrize(
     ("images", "message"),
     [
-        ((), "is missing or damaged"),
-        ((image("a"), image("b", image="a.qcow2")), "is missing or damaged"),
+        ((), "disks: a list of 0 is not a list of 1 to 4096"),
+        ((image("a"), image("b", image="a.qcow2")), "disks: two of them have one name or one file"),
     ],
 )
 def test_odd_manifests(repository: Repository, images: tuple[DiskImage, ...], message: str) -> None:
@@ -69,10 +70,9 @@ def test_descriptions_that_cannot_be_read(repository: Repository, text: str | No
 def test_a_set_below_the_name_of_another_vm(repository: Repository) -> None:
     publish(repository, 1, image("a"))
     os.rename(repository.directory(VM), repository.directory("db01"))
-    [found, _disk] = verify(repository, vm="db01")
-    assert found.error.startswith(
-        f"{repository.set_path('db01', 's1')} is a set of VM {VM}; move it to where it belongs"
-    )
+    [found] = verify(repository, vm="db01")
+    path = f"{repository.set_path('db01', 's1')}/manifest.json"
+    assert found.error.startswith(f"{path} is damaged or misplaced (it is of VM {VM}, and not of this one)")
 
 
 def test_what_was_a_set_and_what_was_none(repository: Repository) -> None:
