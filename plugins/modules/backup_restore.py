@@ -42,7 +42,9 @@ options:
     type: str
     required: true
   id:
-    description: The set. The default is the newest one.
+    description:
+      - The set. The default is the newest one.
+      - Where a set cannot be read that may be newer, none is chosen, and the set has to be named.
     type: str
   before:
     description:
