@@ -17,6 +17,7 @@ from dataclasses import replace
 import pytest
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._host import lock as host_lock
+from ansible_collections.vmfleet.backup.plugins.module_utils._host.directory import Directory
 from ansible_collections.vmfleet.backup.plugins.module_utils._prune import consolidate, prune
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu import qemu_img
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.image_chain import open_chain
@@ -131,8 +132,9 @@ class TestConsolidation:
         """Make a full image of a disk of set s2."""
         repository = open_repository(str(library.path))
         catalog = read_catalog(repository, NAME)
-        with open_chain(layers(repository, catalog.chain(catalog.find("s2"), image.name))) as chain:
-            return asyncio.run(consolidate._copy_full(chain, str(new), image))
+        steps = layers(repository, catalog.chain(catalog.find("s2"), image.name))
+        with open_chain(steps) as chain, Directory.at(str(new.parent)) as place:
+            return asyncio.run(consolidate._copy_full(chain, place, new.name, image))
 
     def test_old_and_new_image_of_one_size_are_told_apart(self, library: Library, directory: Path) -> None:
         repository = open_repository(str(library.path))

@@ -11,6 +11,7 @@ import os
 import shutil
 import socket
 import stat
+import subprocess
 import tempfile
 import typing as t
 from pathlib import Path
@@ -231,3 +232,66 @@ def test_what_stands_there_is_named_and_left_alone(
     assert_neighbour_was_served(results)
     if before is not None:
         assert snapshot(moved) == before
+
+
+@pytest.mark.parametrize("kind", [*LINKS, "link to itself", "pipe", "socket", "device", "directory"])
+def test_the_marker_of_a_repository(pair: Pair, canary: Canary, directory: Path, kind: str) -> None:
+    path = pair.library.path / "vmfleet.json"
+    put(kind, path, canary)
+    given = {"repository": str(pair.library.path)}
+    monitors = [{"monitor": str(vm.monitor)} for vm in pair.vms]
+    (directory / "restored").mkdir()
+    results = [
+        ask("backup_info", given),
+        ask("backup_verify", given),
+        ask("backup_restore", {**given, "vm": ODD, "directory": str(directory / "restored")}),
+        ask("backup_plan", {**given, "create_repository": True, "vms": monitors}),
+        ask("backup_set", {**given, "state": "cancelled"}),
+        ask("backup_prune", {**given, "keep_last": 1}),
+        ask("backup_metrics", {**given, "id": NEW}),
+    ]
+    for result in results:
+        assert result["rc"], result
+        assert str(path) in result["msg"]
+    pair.assert_neighbour_whole()
+
+
+@pytest.mark.parametrize("place", [".", "s1", "s2"])
+def test_what_was_moved_can_come_back(pair: Pair, canary: Canary, directory: Path, place: str) -> None:
+    """Nothing that was done meanwhile has hurt it."""
+    path = pair.odd / place
+    put("moved", path, canary)
+    work(pair, directory / "restored")
+    path.unlink()
+    (directory / "moved").rename(path)
+    found = {one["id"]: one["broken"] for one in pair.library.info(names=[ODD])["sets"]}
+    assert found.items() >= {"s1": "", "s2": ""}.items()
+    results = work(pair, directory / "again")
+    assert not {verb for verb, result in results.items() if result["rc"]}, results
+    assert NEW in [one["id"] for one in results["prune"]["kept"] if one["vm"] == ODD]
+
+
+def test_a_second_name_of_a_set_is_in_nobodys_way(pair: Pair, directory: Path) -> None:
+    (pair.odd / "latest").symlink_to("s2")
+    results = work(pair, directory / "restored")
+    assert not {verb for verb, result in results.items() if result["rc"]} - {"verify"}, results
+    assert [one["what"] for one in results["info"]["leftovers"]] == ["no set: no valid manifest"]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
+@pytest.mark.parametrize("place", [".", "s1"])
+def test_a_mount_in_the_place_of_what_was_moved(pair: Pair, directory: Path, place: str) -> None:
+    """The remedy for one that does not fit where it was: what is there is read, and stays as long as it is mounted."""
+    path = pair.odd / place
+    path.rename(directory / "moved")
+    path.mkdir(mode=0o700)
+    subprocess.run(["mount", "--bind", directory / "moved", path], check=True)
+    try:
+        results = work(pair, directory / "restored")
+        refuse = {verb for verb, result in results.items() if result["rc"]}
+        assert refuse == ({"prune"} if place == "s1" else set()), results
+        if refuse:
+            assert f"{path}: Device or resource busy" in results["prune"]["msg"]
+            assert {NEW, "s1"} <= set(pair.library.listed(ODD))
+    finally:
+        subprocess.run(["umount", path], check=True)

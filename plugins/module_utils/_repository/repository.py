@@ -104,11 +104,11 @@ class Repository:
 
     def set_path(self, vm: str, set_id: str) -> str:
         """Return the path of a published set."""
-        return os.path.join(self.directory(vm), set_id)
+        return f"{self.directory(vm)}/{set_id}"
 
     def set_image_path(self, manifest: Manifest, image: DiskImage) -> str:
         """Return the path of an image of a published set."""
-        return os.path.join(self.set_path(manifest.vm.name, manifest.id), image.image)
+        return f"{self.set_path(manifest.vm.name, manifest.id)}/{image.image}"
 
     def staging_path(self, vm: str, set_id: str) -> str:
         """Return where a set grows: as deep as the set itself, so that relative backing files hold before and after."""
