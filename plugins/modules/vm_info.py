@@ -108,10 +108,10 @@ vms:
           description: The image's format.
           type: str
         filename:
-          description: The image's file.
+          description: The image's file, without its secrets.
           type: str
         backing_file:
-          description: The backing file, empty where there is none.
+          description: The backing file, without its secrets; empty where there is none.
           type: str
         virtual_size:
           description: The disk's size in bytes.

@@ -97,10 +97,10 @@ def redact_text(text: str) -> str:
     while start >= 0:
         begin = start + len("json:")
         try:
-            tree, end = json.JSONDecoder().raw_decode(text, begin)
-            cleaned = Redaction("", []).json("", text[begin:end]) if isinstance(tree, dict) else ""
+            end = json.JSONDecoder().raw_decode(text, begin)[1]
         except (ValueError, RecursionError):
             break
+        cleaned = Redaction("", []).json("", text[begin:end])
         text = text[:begin] + cleaned + text[end:]
         start = text.find("json:{", begin + len(cleaned))
     return _scrub(text)

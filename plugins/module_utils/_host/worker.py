@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING
 
 from .._common.errors import RepositoryHangs
 from .._common.module import run_module
+from .._common.printable import printable
 from .files import DirectCalls
 from .probe import Watch
 
@@ -179,7 +180,7 @@ def run_in_worker(module: AnsibleModule, main: Main, watched: str = "", writing:
     reason = _wait(source, watched, writing)
     if reason:
         os.kill(child, signal.SIGKILL)
-        module.fail_json(msg=reason)
+        module.fail_json(msg=printable(reason))
     _repeat(said)
     # The child has printed the whole result.
     raise SystemExit(_leave(child, os.read(source, 2)))
