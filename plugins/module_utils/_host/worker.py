@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import gc
 import os
 import select
 import shutil
@@ -44,6 +45,8 @@ if TYPE_CHECKING:
 PR_SET_PDEATHSIG = 1
 MOMENT = 1.0
 """Seconds that a call may take before the file system is asked whether it answers at all."""
+GARBAGE = 10_000
+"""New objects after which unused ones are looked for. An answer of QEMU about a disk of many layers has thousands."""
 LONG_AT_ONCE = 6
 """How many calls that take long are made at the same time."""
 
@@ -235,6 +238,9 @@ def _work(module: AnsibleModule, main: Main, parent: int, sink: int, said: tuple
         # A child that cannot end keeps its files open. Ansible reads the module's output to its end, and would wait.
         for place, file in enumerate((os.open(os.devnull, os.O_RDONLY), *said)):
             os.dup2(file, place)
+        # What is loaded by now is never garbage.
+        gc.freeze()
+        gc.set_threshold(GARBAGE)
         if os.getppid() == parent:
             status = _run(module, main)
             left_behind = threading.active_count() > 1
