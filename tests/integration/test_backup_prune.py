@@ -168,7 +168,7 @@ class TestRemoval:
         ("option", "options"),
         [
             ("keep_last", {}),
-            ("keep_last", {"keep_within": "0d"}),
+            ("keep_within", {"keep_within": "0d"}),
             ("keep_weekly", {"keep_last": 1, "keep_weekly": -1}),
             ("keep_within", {"keep_within": "14"}),
             ("keep_within", {"keep_within": "two weeks"}),
