@@ -72,6 +72,6 @@ def test_errors(odd: Qemu, sets: Sets, directory: Path) -> None:
     wanted = {"monitor": str(odd.monitor), "target": str(directory / "x.qcow2")}
     assert_shown(fail("drive_backup", {**wanted, "device": "gone\x1b[2J"})["msg"])
     sets.back_up(odd)
-    refused = sets.plan(vms=[{"monitor": str(odd.monitor)}, {"monitor": str(odd.monitor), "name": NAME}])
+    refused = sets.plan(vms=[{"monitor": str(odd.monitor)}, {"monitor": f"unix:{odd.monitor}"}])
     assert_shown([refused["text"], [vm["reason"] for vm in refused["plan"]["vms"]]])
     assert "is called web\\x1b[2J\\n01" in refused["plan"]["vms"][0]["reason"]
