@@ -112,7 +112,8 @@ class Screen:
         self.text = ""
         self._fd, terminal = os.openpty()
         self._process = subprocess.Popen(
-            command,
+            # Tests that a shell runs in the background ignore Ctrl-C, and this would inherit it.
+            ["env", "--default-signal=INT", *command],
             cwd=directory,
             env=environment,
             stdin=terminal,
