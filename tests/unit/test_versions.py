@@ -128,3 +128,14 @@ def test_a_cell_takes_the_place_of_its_own_row_only(check: t.Any) -> None:
     assert [name for name in rows if name in [cell.name for cell in cells]] == [cell.name for cell in cells]
     head, _rows = TESTED.read_text().split(".. Written by make matrix.")
     assert check.TESTED.read_text().startswith(head)
+
+
+def test_rows_of_another_form_are_not_kept(check: t.Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, other = check.CHECKS["matrix"][:2]
+    versions = {"qemu": "10.0.1", "ansible-core": "2.19.1", "python": "3.11.1", "hypervisor": "3.11.1"}
+    check.document(check.table_row(one, check.Result(1, 0, 4, versions=versions)))
+    row = check.table_row(other, check.Result(2, 0, 4, versions=versions))
+    monkeypatch.setattr(check, "COLUMNS", check.COLUMNS[:-1])
+    check.document(row[:-1])
+    assert [(row["cell"], row["passed"]) for row in table(check.TESTED)] == [(other.name, "2")]
+    assert "skipped" not in table(check.TESTED)[0]
