@@ -10,6 +10,7 @@ import json
 import stat
 import subprocess
 import typing as t
+from datetime import UTC, date, datetime
 
 import pytest
 
@@ -332,10 +333,14 @@ def test_a_set_without_a_chosen_disk_is_no_set(vms: Vms, sets: Sets) -> None:
 
 @pytest.mark.parametrize("bad", ["../up", ".hidden", "a..b", "a/b", "", "x" * 65, "a b"])
 def test_ids_lead_nowhere_else(vm: Qemu, sets: Sets, bad: str) -> None:
-    if bad:
-        assert fail("backup_plan", sets.arguments(vm, id=bad))["msg"].startswith("id: ")
-    else:
-        assert len(sets.plan(vm, id=bad)["plan"]["id"]) == len("2026-11-22")
+    assert fail("backup_plan", sets.arguments(vm, id=bad))["msg"].startswith("id: ")
+
+
+def test_a_set_without_an_id_is_called_by_the_date(vm: Qemu, sets: Sets) -> None:
+    before = datetime.now(UTC).date()
+    call = {name: value for name, value in sets.arguments(vm).items() if name != "id"}
+    planned = date.fromisoformat(succeed("backup_plan", call)["plan"]["id"])
+    assert before <= planned <= datetime.now(UTC).date()
 
 
 def test_names_lead_nowhere_else(vms: Vms, directory: Path, sets: Sets) -> None:
