@@ -305,8 +305,8 @@ class Document:
 
 def check_schema(found: Any) -> None:
     """Raise DocumentError for what has no schema number, and NewerSchema for one that is not known yet."""
-    number = found.get("schema") if type(found) is dict else None
-    if type(number) is not int or number < 1:
+    number = found.get("schema") if isinstance(found, dict) else None
+    if not isinstance(number, int) or isinstance(number, bool) or number < 1:
         raise DocumentError("it has no schema number")
     if number > SCHEMA:
         raise NewerSchema(f"its schema {number} is newer than this collection; update vmfleet.backup")
@@ -331,13 +331,13 @@ def _check_texts(found: Any) -> None:
     rest = [found]
     while rest:
         one = rest.pop()
-        if type(one) is dict:
+        if isinstance(one, dict):
             rest += [*one, *one.values()]
-        elif type(one) is list:
+        elif isinstance(one, list):
             rest += one
-        elif type(one) is str and "\0" in one:
+        elif isinstance(one, str) and "\0" in one:
             raise DocumentError("it has a text with a zero byte")
-        elif type(one) is str:
+        elif isinstance(one, str):
             one.encode("utf-8", "surrogateescape")
 
 

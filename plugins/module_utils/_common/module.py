@@ -28,8 +28,8 @@ def make_module(**options: Any) -> AnsibleModule:
     except OverflowError:
         # ansible-core 2.18 to 2.21 do not expect that int() refuses an infinite number.
         names = ", ".join(name for name, option in options["argument_spec"].items() if option.get("type") == "int")
-        print(json.dumps({"failed": True, "msg": f"{names}: a number cannot be infinite"}))
-        sys.exit(1)
+        sys.stdout.write(json.dumps({"failed": True, "msg": f"{names}: a number cannot be infinite"}) + "\n")
+        raise SystemExit(1) from None
 
 
 def run_module(module: AnsibleModule, main: Callable[[AnsibleModule], Coroutine[Any, Any, dict[str, Any]]]) -> None:

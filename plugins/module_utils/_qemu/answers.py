@@ -37,7 +37,7 @@ class Odd(ValueError):
 
 
 def text(found: Any) -> None:
-    if type(found) is not str:
+    if not isinstance(found, str):
         raise Odd("is no text")
     if not found.isascii():
         try:
@@ -55,13 +55,13 @@ def file_name(found: Any) -> None:
 
 
 def flag(found: Any) -> None:
-    if type(found) is not bool:
+    if not isinstance(found, bool):
         raise Odd("is neither true nor false")
 
 
 def size(found: Any) -> None:
     # A truth value is a number to Python.
-    if type(found) is not int or not 0 <= found <= LARGEST:
+    if not isinstance(found, int) or isinstance(found, bool) or not 0 <= found <= LARGEST:
         raise Odd("is no size or number")
 
 
@@ -75,7 +75,7 @@ def listed(check: Check) -> Check:
     """Return the check of a list, of which each entry is checked."""
 
     def checked(found: Any) -> None:
-        if type(found) is not list:
+        if not isinstance(found, list):
             raise Odd("is no list")
         for place, entry in enumerate(found):
             try:
@@ -92,7 +92,7 @@ def record(required: dict[str, Check], optional: dict[str, Check] | None = None)
     members += [(key, check, False) for key, check in (optional or {}).items()]
 
     def checked(found: Any) -> None:
-        if type(found) is not dict:
+        if not isinstance(found, dict):
             raise Odd("is no object")
         for key, check, is_required in members:
             if key in found:

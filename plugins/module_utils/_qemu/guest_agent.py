@@ -180,7 +180,7 @@ class Agent:
 
     async def _count(self, command: str, timeout: float) -> int:
         count = await self._ask(command, timeout)
-        if type(count) is not int or not 0 <= count < MOST_FILE_SYSTEMS:
+        if not isinstance(count, int) or isinstance(count, bool) or not 0 <= count < MOST_FILE_SYSTEMS:
             raise self._nonsense(command)
         return count
 
