@@ -75,6 +75,11 @@ class Library(Sets):
         path = self.path / NAME / set_id / "manifest.json"
         path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
 
+    def detach(self, set_id: str) -> None:
+        """Have a set's manifest say that all its images are full ones, so that no other set is kept for it."""
+        disks = [{**disk, "level": "full", "parent": None} for disk in self.manifest(NAME, set_id)["disks"]]
+        self.rewrite(set_id, level="full", disks=disks)
+
     def copy(self, path: Path) -> Library:
         """The same repository at another place, as far as a file system can tell."""
         shutil.copytree(self.path, path)

@@ -200,8 +200,16 @@ def test_an_empty_repository_and_none(library: Library, directory: Path) -> None
 
 def test_a_newer_schema_is_never_skipped(library: Library) -> None:
     library.rewrite("s2", schema=99)
-    said = fail("backup_info", {"repository": str(library.path)})["msg"]
-    assert "/web01/s2/manifest.json: its schema 99 is newer than this collection" in said
+    path = library.path / NAME / "s2" / "manifest.json"
+    reason = f"{path}: its schema 99 is newer than this collection; update vmfleet.backup"
+    found = library.info()
+    assert found["leftovers"] == [{"vm": NAME, "path": str(path.parent), "what": reason}]
+    assert any(NAME in warning and reason in warning for warning in found["warnings"])
+    # What builds on it cannot be restored; what does not, can.
+    newest, oldest = found["sets"]
+    assert (newest["id"], reason in newest["broken"]) == ("s3", True)
+    assert (oldest["id"], oldest["broken"]) == ("s1", "")
+    assert [vm["ok"] for vm in found["vms"]] == [False]
 
 
 def test_a_repository_that_can_only_be_read(library: Library, storage: Storage) -> None:

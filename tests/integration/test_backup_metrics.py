@@ -168,18 +168,18 @@ def test_a_vm_that_is_gone_grows_old_until_it_is_forgotten(collector: Collector)
 def test_a_vm_that_has_moved_is_the_matter_of_another(collector: Collector) -> None:
     collector.add("db01")
     collector.run(NAME, "db01")
-    path = collector.library.path / "db01" / "s3" / "manifest.json"
-    manifest = json.loads(path.read_text())
-    path.write_text(json.dumps({**manifest, "hypervisor": {**manifest["hypervisor"], "machine_id": "0" * 32}}))
-    collector.run(NAME)
-    assert set(collector.values("last_success_timestamp_seconds")) == {NAME}
-
-
-def test_a_vm_that_cannot_be_read_does_not_hide_the_others(collector: Collector) -> None:
-    collector.add("db01")
-    collector.run(NAME, "db01")
-    path = collector.library.path / "db01" / "s3" / "manifest.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "schema": 99}))
+    place = collector.library.path / "db01"
+    newest = place / "s3" / "manifest.json"
+    newest.write_text(json.dumps({**json.loads(newest.read_text()), "schema": 99}))
+    reason = f"{newest}: its schema 99 is newer than this collection; update vmfleet.backup"
+    for names in ((NAME, "db01"), (NAME,)):
+        found = collector.run(*names)
+        assert any(reason in warning for warning in found["warnings"])
+        assert [vm["damage"] for vm in found["hypervisor"]["vms"]] == ["", reason][: len(names)]
+        assert collector.values("damaged") == {NAME: 0, "db01": 1}
+    # Here nothing can be read at all.
+    shutil.rmtree(place)
+    place.write_text("")
     for names in ((NAME, "db01"), (NAME,)):
         found = collector.fail(*names)
         assert "VM db01: its sets cannot be read" in found["msg"]

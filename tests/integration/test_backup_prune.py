@@ -114,7 +114,10 @@ class TestRemoval:
         manifest = library.path / NAME / "s3" / "manifest.json"
         text = manifest.read_text()
         manifest.write_text(text[:100])
-        library.prune(keep_last=4)
+        said = library.fail_prune(keep_last=4)
+        assert f"none is removed: {manifest} is damaged" in said["msg"]
+        assert (said["changed"], said["removed"]) == (False, [])
+        assert library.listed() == ["s5", "s4", "s2", "s1"]
         manifest.write_text(text)
         library.prune(keep_last=1)
         assert library.listed() == ["s5", "s4", "s3", "s2", "s1"]

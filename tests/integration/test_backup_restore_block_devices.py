@@ -94,7 +94,7 @@ class TestBlockDevices:
         given: dict[str, t.Any] = {"id": "s2", "disks": one_disk(device), "overwrite": True}
         module = start_module("backup_restore", library.restoration(**given))
         wait_until(begun.exists, "the copy")
-        library.rewrite("s3", disks=[])
+        library.detach("s3")
         said = library.prune(keep_last=1)
         assert [one["reason"] for one in said["kept"] if one["id"] == "s2"] == [
             f"{device} on {os.uname().nodename} reads it"

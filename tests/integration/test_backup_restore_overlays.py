@@ -10,9 +10,13 @@ import json
 import os
 import typing as t
 import uuid
+from dataclasses import replace
 
 import pytest
 
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository.annotation_documents import Pin
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository.annotations import write_annotation
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository.repository import open_repository
 from ansible_collections.vmfleet.backup.tests.harness.images import MIB, identical, info, qemu_img
 from ansible_collections.vmfleet.backup.tests.harness.library import NAME, Chain, before_converting, restored_to
 from ansible_collections.vmfleet.backup.tests.harness.qemu import Disk, wait_until
@@ -79,9 +83,11 @@ class TestOverlays:
     def test_pins_of_other_machines_stay(self, living: Chain, where: Path) -> None:
         library = living.library
         library.restore(id="s1", method="overlay", disks=one_disk(where / "look"))
+        # As one looks that another machine has made: it has another name, too.
         [path] = (library.path / NAME).glob(".*.pin-*.json")
-        pin = json.loads(path.read_text())
-        path.write_text(json.dumps({**pin, "machine_id": "another", "host": "hv9"}))
+        pin = replace(Pin.parse(json.loads(path.read_text())), machine_id="another", host="hv9")
+        write_annotation(open_repository(str(library.path)), NAME, pin)
+        path.unlink()
         (where / "look").unlink()
         living.go_on(4, level="full")
         said = library.prune(keep_last=1)
@@ -202,7 +208,7 @@ class TestOverlays:
             "backup_restore", library.restoration(id="s2", method="overlay", disks=one_disk(where / "d"))
         )
         wait_until((where / "begun").exists, "the overlay")
-        library.rewrite("s3", disks=[])
+        library.detach("s3")
         library.prune(keep_last=1)
         assert library.listed() == ["s3", "s2", "s1"]
         (where / "go").touch()

@@ -10,7 +10,7 @@ import typing as t
 
 import pytest
 
-from ansible_collections.vmfleet.backup.plugins.module_utils._qemu import qemu_img
+from ansible_collections.vmfleet.backup.plugins.module_utils._qemu import image_chain
 from ansible_collections.vmfleet.backup.tests.harness.backup import snapshot
 from ansible_collections.vmfleet.backup.tests.harness.images import MIB, create, write
 from ansible_collections.vmfleet.backup.tests.harness.library import SIZE, Chain, before_converting, gate
@@ -164,7 +164,7 @@ class TestTargets:
         before_converting(directory, monkeypatch, "")
         shim = directory / "bin" / "qemu-img"
         shim.write_text(shim.read_text().replace("= convert ] && {", "= measure ] && { exec sleep 60;"))
-        monkeypatch.setattr(qemu_img, "MEASURE_TIMEOUT", 0.1)
+        monkeypatch.setattr(image_chain, "MEASURE_TIMEOUT", 0.1)
         chain.library.restore(disks=one_disk(directory / "d"))
         chain.assert_restored("s3", {"drive0": directory / "d"})
         # What its images take is what has to be there.
