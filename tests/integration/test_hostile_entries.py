@@ -256,6 +256,14 @@ def test_the_marker_of_a_repository(pair: Pair, canary: Canary, directory: Path,
     pair.assert_neighbour_whole()
 
 
+def test_the_plan_says_it_once(pair: Pair, canary: Canary) -> None:
+    path = pair.odd / "s2" / "manifest.json"
+    put("link to a file", path, canary)
+    monitors = [{"monitor": str(vm.monitor)} for vm in pair.vms]
+    given = {"repository": str(pair.library.path), "id": NEW, "reserve": "0", "vms": monitors}
+    assert len([one for one in ask("backup_plan", given)["warnings"] if str(path) in one]) == 1
+
+
 @pytest.mark.parametrize("place", [".", "s1", "s2"])
 def test_what_was_moved_can_come_back(pair: Pair, canary: Canary, directory: Path, place: str) -> None:
     """Nothing that was done meanwhile has hurt it."""

@@ -12,6 +12,7 @@ import typing as t
 import pytest
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.printable import printable
+from ansible_collections.vmfleet.backup.tests.harness.images import identical
 from ansible_collections.vmfleet.backup.tests.harness.modules import fail, succeed
 from ansible_collections.vmfleet.backup.tests.harness.sets import ID, Sets
 
@@ -66,6 +67,23 @@ def test_from_the_plan_to_the_page(odd: Qemu, sets: Sets, directory: Path) -> No
     assert printable(NAME).replace("<b>", "&lt;b&gt;") in html
     with open(report["data"], encoding="utf-8") as data:
         assert json.load(data)["hypervisors"][0]["vms"][0]["name"] == NAME
+
+
+def test_its_sets_are_found_by_its_name(odd: Qemu, sets: Sets, directory: Path) -> None:
+    sets.back_up(odd)
+    given = {"repository": str(sets.path)}
+    chosen = {**given, "names": [NAME]}
+    assert [one["id"] for one in succeed("backup_info", chosen)["sets"]] == [ID]
+    [verified] = succeed("backup_verify", chosen)["results"]
+    assert verified["vm"] == NAME
+    copy = odd.freeze(odd.disks[0], directory / "frozen.qcow2")
+    (directory / "restored").mkdir()
+    succeed("backup_restore", {**given, "vm": NAME, "directory": str(directory / "restored")})
+    assert identical(copy, directory / "restored" / "drive0.qcow2")
+    assert [one["id"] for one in succeed("backup_prune", {**chosen, "keep_last": 1})["kept"]] == [ID]
+    unknown = fail("backup_restore", {**given, "vm": f"{NAME}x", "directory": str(directory)})["msg"]
+    assert unknown.startswith("vm: ")
+    assert_shown(unknown)
 
 
 def test_errors(odd: Qemu, sets: Sets, directory: Path) -> None:

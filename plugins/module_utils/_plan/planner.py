@@ -157,7 +157,6 @@ async def draw_up(
     turns = asyncio.Semaphore(AT_ONCE)
     processes: dict[str, tuple[int, ...]] = {}
     losses: dict[str, tuple[str, ...]] = {}
-    odd: dict[str, tuple[str, ...]] = {}
     defects: list[str] = []
 
     async def plan_vm(request: Request) -> VmPlan:
@@ -168,7 +167,6 @@ async def draw_up(
             if seen.vm and seen.vm.process:
                 processes[request.monitor] = (seen.vm.process.pid, seen.vm.process.start)
             seen, records = await repository.run(with_records, seen, named.name, context.hypervisor)
-            odd[request.monitor] = tuple(records.odd.values())
             decision = decide.decide(named, seen, records, context)
             if not decision.links:
                 # Nothing is to be started, or the VM is off, and only what was begun is to be brought to its end.
@@ -197,7 +195,6 @@ async def draw_up(
     space, plans = fit_into(await repository.run(space_in, policy), plans)
     copied = [plan for plan in plans if plan.action in (Action.START, Action.FINISH)]
     said = [f"VM {plan.name}: {loss}" for plan in copied for loss in losses.get(plan.monitor, ())]
-    said += [f"VM {plan.name}: {reason}" for plan in plans for reason in odd.get(plan.monitor, ())]
     return Plan(
         repository=repository.path,
         create_repository=not repository.uuid,
