@@ -13,7 +13,7 @@ import json
 import re
 import sys
 from datetime import datetime
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 from .formats import SCHEMA, Word
@@ -32,6 +32,7 @@ MANY = 4096
 """Entries of the longest list."""
 DIGITS = 20
 """More than a number has."""
+MISSING = dataclasses.MISSING
 RULE = "rule"
 """The key of a rule in the metadata of a field."""
 SHOWN = 60
@@ -68,10 +69,14 @@ class Text(FieldRule):
 
     def __init__(self, what: str = "a text", least: int = 0, most: int = LONG, pattern: str = "") -> None:
         self.what, self.least, self.most, self.pattern = what, least, most, pattern
-        self._fits = re.compile(pattern).fullmatch if pattern else None
+
+    @cached_property
+    def fits(self) -> Any:
+        """Match a whole text; None without a pattern. To compile them all takes long, and few are used at a time."""
+        return re.compile(self.pattern).fullmatch if self.pattern else None
 
     def read(self, value: Any) -> str:
-        if isinstance(value, str) and self.least <= len(value) <= self.most and (not self._fits or self._fits(value)):
+        if isinstance(value, str) and self.least <= len(value) <= self.most and (not self.fits or self.fits(value)):
             return value
         raise self.refuse(value)
 
@@ -110,9 +115,9 @@ class Whole(FieldRule):
 
     def read(self, value: Any) -> int:
         # True is an int, too.
-        if not isinstance(value, int) or isinstance(value, bool) or not self.least <= value < self.below:
-            raise self.refuse(value)
-        return value
+        if isinstance(value, int) and value is not True and value is not False and self.least <= value < self.below:
+            return value
+        raise self.refuse(value)
 
 
 class Number(FieldRule):
@@ -159,11 +164,12 @@ class Newer(FieldRule):
 
     def __init__(self, kind: type[Word]) -> None:
         self.kind = kind
+        self._words = {str(word): word for word in kind}
 
     def read(self, value: Any) -> Any:
-        if not isinstance(value, str) or not self._fits(value):
+        if not isinstance(value, str) or not (value in self._words or self._fits(value)):
             raise self.refuse(value)
-        return self.kind.read(value)
+        return self._words.get(value, value)
 
 
 class Maybe(FieldRule):
@@ -236,28 +242,39 @@ class Part(FieldRule):
 
     def __init__(self, cls: type[Any]) -> None:
         self.cls = cls
-        entries = [(entry.name, entry.metadata[RULE].read, _default(entry)) for entry in dataclasses.fields(cls)]
-        self._needed = [(name, read) for name, read, default in entries if default is dataclasses.MISSING]
-        self._others = [entry for entry in entries if entry[2] is not dataclasses.MISSING]
-        self._fault = getattr(cls, "fault", None)
+
+    @cached_property
+    def _entries(self) -> list[Any]:
+        """Of each field its name, rule and default, and which texts need no other look: their lengths and pattern."""
+        return [
+            (entry.name, rule.read, _default(entry), *((text.least, text.most, text.fits) if text else (0, -1, None)))
+            for entry in dataclasses.fields(self.cls)
+            for rule in (entry.metadata[RULE],)
+            for text in (_text(rule),)
+        ]
 
     def read(self, value: Any) -> Any:
         if not isinstance(value, dict):
             raise self.refuse(value)
         name, values = "", {}
         try:
-            for name, read in self._needed:
-                values[name] = read(value[name])
-            for name, read, default in self._others:
-                values[name] = read(value[name]) if name in value else default
-        except KeyError:
-            raise DocumentError(f"{name}: it is missing") from None
+            for name, read, default, least, most, fits in self._entries:
+                one = value.get(name, MISSING)
+                # Most fields are texts, and thousands of documents are read at a time: a call for each takes longer.
+                if type(one) is str and least <= len(one) <= most and (fits is None or fits(one)):
+                    values[name] = one
+                elif one is not MISSING:
+                    values[name] = read(one)
+                elif default is not MISSING:
+                    values[name] = default
+                else:
+                    raise DocumentError("it is missing")
         except DocumentError as error:
             raise DocumentError(f"{name}: {error}") from None
-        # Thousands are read at a time, and a frozen dataclass sets its fields slowly.
+        # A frozen dataclass sets its fields slowly.
         made = object.__new__(self.cls)
-        made.__dict__.update(values)
-        fault = self._fault(made) if self._fault else ""
+        object.__setattr__(made, "__dict__", values)
+        fault = made.fault() if hasattr(self.cls, "fault") else ""
         if fault:
             raise DocumentError(fault)
         return made
@@ -265,7 +282,13 @@ class Part(FieldRule):
 
 def _default(entry: dataclasses.Field[Any]) -> Any:
     made = entry.default_factory
-    return entry.default if made is dataclasses.MISSING else made()
+    return entry.default if made is MISSING else made()
+
+
+def _text(rule: FieldRule) -> Text | None:
+    """Return the rule of the texts that a rule takes as they are."""
+    rule = rule.rule if isinstance(rule, Maybe) else rule
+    return rule if isinstance(rule, Text) else None
 
 
 def holds(rule: FieldRule) -> Mapping[str, Any]:

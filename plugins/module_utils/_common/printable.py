@@ -36,17 +36,23 @@ def printable_lines(text: str) -> str:
     return "\n".join(map(printable, text.split("\n")))
 
 
+MADE = {**dict.fromkeys(FOR_PEOPLE, printable), **dict.fromkeys(IN_LINES, printable_lines)}
+NESTED = (dict, list, tuple)
+
+
 def printable_result(found: Any) -> Any:
     """Return the result of a module with what people read in it made printable."""
+    # Of thousands of sets, nearly all members stay as they are: a call for each takes longer than to read the sets.
     if isinstance(found, dict):
-        return {name: _member(name, value) for name, value in found.items()}
+        return {
+            name: _texts(value, MADE[name])
+            if name in MADE
+            else printable_result(value)
+            if isinstance(value, NESTED)
+            else value
+            for name, value in found.items()
+        }
     return [printable_result(one) for one in found] if isinstance(found, (list, tuple)) else found
-
-
-def _member(name: Any, value: Any) -> Any:
-    if name in IN_LINES:
-        return _texts(value, printable_lines)
-    return _texts(value, printable) if name in FOR_PEOPLE else printable_result(value)
 
 
 def _texts(found: Any, make: Any) -> Any:
