@@ -111,6 +111,7 @@ PASSED_THROUGH = frozenset(
         "_host/worker",
         "_qemu/connection",
         "_qemu/monitor",
+        "_repository/json_file",
         "_repository/repository",
     }
 )

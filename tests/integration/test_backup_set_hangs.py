@@ -202,7 +202,7 @@ def is_copying(_repository: t.Any, intent: t.Any) -> bool:
 
 # Whatever comes first of what two VMs do there at the same time.
 STARTING = {
-    "lock": (repository_repository, "_probe_lock"),
+    "lock": (repository_repository, "_check_lock"),
     "begin": (staging, "begin"),
     "make an image": (target_image, "_make_file"),
     "reserve": (target_image, "reserve"),
@@ -312,7 +312,7 @@ def test_others_that_look_into_the_repository(
 
 @pytest.mark.parametrize(
     ("name", "place", "function"),
-    [("backup_plan", planner, "space_in"), ("backup_prune", repository_repository, "_probe_lock")],
+    [("backup_plan", planner, "space_in"), ("backup_prune", repository_repository, "_check_lock")],
 )
 def test_others_that_write_into_the_repository(
     vm: Qemu,

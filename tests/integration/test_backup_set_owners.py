@@ -423,7 +423,7 @@ class TestUntracked:
         disks = [vms.disk(number, size=SIZE) for number in range(2)]
         history = History(vms.start(*disks, name="web01"), sets, directory)
         vm = history.vm
-        names = {"repository": str(sets.path), "names": ["web01", "unknown"], "state": "untracked"}
+        names = {"repository": str(sets.path), "names": ["web01"], "state": "untracked"}
         vm.qmp.execute("block-dirty-bitmap-add", node="n0", name="foreign")
         for number, args in enumerate((names, {"plan": sets.plan(vm)["plan"], "state": "untracked"})):
             set_id = f"s{number}"

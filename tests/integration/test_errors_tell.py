@@ -48,7 +48,10 @@ def test_a_whole_life_without_permissions(vms: Vms, storage: Storage, directory:
     # Ansible shows a text once: there is one for all of the run.
     for result in done:
         warnings.update(result["warnings"])
-    [warning] = warnings
+    # In a container, nobody can say that no process outside of it has a disk open that is overwritten.
+    blind = {warning for warning in warnings if "cannot see here whether a process" in warning}
+    assert {warning.split(": ")[0] for warning in blind} <= {str(mount / "disks" / f"{disk}.qcow2") for disk in copies}
+    [warning] = warnings - blind
     assert warning.startswith(f"{mount}: its file system does not keep permissions (Operation not permitted)")
     target = mount / "copy.qcow2"
     for overwrite in (False, True):

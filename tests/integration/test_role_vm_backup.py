@@ -140,7 +140,7 @@ def test_tag_plan_only_plans(vms: Vms, hypervisor: Hypervisor) -> None:
         ({"sockets": []}, "vm_backup_vms and vm_backup_sockets are both empty"),
         ({"id": "../up"}, "no id of a set"),
         ({"speed": "fast"}, "speed"),
-        ({"max_chain": 0}, "max_chain: 0 is less than 1"),
+        ({"max_chain": 0}, "max_chain: 0 is not from 1 to"),
         ({"reserve": "some"}, "reserve: 'some' is neither an amount"),
         ({"compression": "lzma"}, "value of vm_backup_compression must be one of"),
     ],

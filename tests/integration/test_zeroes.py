@@ -33,7 +33,7 @@ DATA = 16 * MIB
 
 SHIM = """#!{python}
 import json, os, subprocess, sys
-child = subprocess.Popen(["{real}", *sys.argv[1:]])
+child = subprocess.Popen(["{real}", *sys.argv[1:]], close_fds=False)
 os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
 done = dict(line.split(": ") for line in open("/proc/%d/io" % child.pid).read().splitlines())
 _pid, status, usage = os.wait4(child.pid, 0)
