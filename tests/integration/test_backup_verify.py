@@ -331,7 +331,7 @@ def test_damaged_manifests(vms: Vms, sets: Sets) -> None:
     found = bad(sets)
     assert set(found) == {(NAME, "s3", ""), ("db01", "only", "")}
     manifest = sets.path / "db01" / "only" / "manifest.json"
-    assert f"{manifest} is missing or damaged" in found[("db01", "only", "")]["error"]
+    assert f"{manifest} is damaged" in found[("db01", "only", "")]["error"]
     assert set(bad(sets, names=[NAME], id="s3")) == {(NAME, "s3", "")}
     assert {one["id"] for one in good(sets, names=[NAME], id="s2")} == {"s2"}
 
@@ -340,7 +340,7 @@ def test_a_set_in_another_vms_directory(vms: Vms, sets: Sets) -> None:
     chain(vms, sets)
     shutil.copytree(sets.path / NAME, sets.path / "other")
     found = bad(sets, names=["other"])
-    assert "is a set of VM web01" in found[("other", "s3", "")]["error"]
+    assert "manifest.json is damaged or misplaced (it is of VM web01, " in found[("other", "s3", "")]["error"]
 
 
 def test_no_such_vm_or_set(vms: Vms, sets: Sets) -> None:

@@ -29,6 +29,8 @@ class NotInstalled(ToolError):
 
 TIMEOUT = 60.0
 """Seconds for one qemu-img command that looks at metadata only; a hung file system is what comes near it."""
+MAX_LINES = 3
+"""Lines of an error that are told; C(qemu-img check) may have one for each cluster."""
 CLUSTER = 65536
 """qcow2's default cluster size, in bytes; a table of this size tells of half a GiB."""
 ALIGNMENT = 4096
@@ -119,7 +121,14 @@ def _readable(command: list[str], text: str, fds: tuple[int, ...]) -> str:
     # The name of the first descriptor may be the beginning of another's.
     for fd in sorted(fds, reverse=True):
         text = text.replace(by_descriptor(fd), os.readlink(by_descriptor(fd)))
-    return redact_text(text)
+    return shorten(redact_text(text))
+
+
+def shorten(text: str) -> str:
+    """Return the first lines of a text as one, and how many more there are. An error has no ends of lines any more."""
+    lines = [line for line in text.splitlines() if line]
+    more = len(lines) - MAX_LINES
+    return " / ".join(lines[:MAX_LINES]) + (f" and {more} more lines" if more > 0 else "")
 
 
 def _path(name: str) -> str:

@@ -23,10 +23,6 @@ if TYPE_CHECKING:
     from .run import VerifyRun
 
 
-MAX_COMPLAINTS = 3
-"""Lines of qemu-img check that are told; there may be one for each cluster."""
-
-
 async def check_checksums(run: VerifyRun, check: SetCheck) -> None:
     """Compare the images with the checksums in the manifests, and what they say of themselves with the manifests."""
     images = check.images()
@@ -82,7 +78,7 @@ async def _check_image(run: VerifyRun, layer: Layer) -> str:
                 command = ["qemu-img", "check", "-q", "-U", "--", image.name]
                 await qemu_img.run(command, image_commands.LONG_TIMEOUT, image.fds)
     except ToolError as error:
-        return f"image {layer.path} is damaged: {shorten(str(error))}; {REMEDY}"
+        return f"image {layer.path} is damaged: {error}; {REMEDY}"
     except (BackupError, OSError) as error:
         return f"{in_words(error)}; {REMEDY}"
     return ""
@@ -97,14 +93,7 @@ async def _read_disk(run: VerifyRun, steps: Sequence[SetImage]) -> str:
                 await qemu_img.run(command, image_commands.LONG_TIMEOUT, chain.fds)
     except ToolError as error:
         path = run.repository.set_image_path(*steps[0])
-        return f"image {path} cannot be read whole: {shorten(str(error))}; {REMEDY}"
+        return f"image {path} cannot be read whole: {error}; {REMEDY}"
     except (BackupError, OSError) as error:
         return f"{in_words(error)}; {REMEDY}"
     return ""
-
-
-def shorten(text: str) -> str:
-    """Return the first lines of a text as one, and how many more there are."""
-    lines = [line for line in text.splitlines() if line]
-    more = len(lines) - MAX_COMPLAINTS
-    return " / ".join(lines[:MAX_COMPLAINTS]) + (f" and {more} more lines" if more > 0 else "")

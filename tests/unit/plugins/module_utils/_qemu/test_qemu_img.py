@@ -84,6 +84,14 @@ class TestRun:
             asyncio.run(qemu_img.run(shell("echo said; echo 'No such file' >&2; exit 3")))
         assert str(failed.value) == "sh -c echo said; echo 'No such file' >&2; exit 3: No such file"
 
+    @pytest.mark.parametrize(
+        ("printed", "told"), [(r"one\n\ntwo\n", "one / two"), (r"a\nb\nc\nd\ne\n", "a / b / c and 2 more lines")]
+    )
+    def test_long_complaints_are_cut(self, printed: str, told: str) -> None:
+        with pytest.raises(ToolError) as failed:
+            asyncio.run(qemu_img.run(shell(f"printf '{printed}' >&2; exit 1")))
+        assert str(failed.value).endswith(f"exit 1: {told}")
+
     def test_failure_has_paths_and_no_json(self) -> None:
         name = "json:" + json.dumps({"driver": "qcow2", "file": {"driver": "file", "filename": "/b/x"}})
         command = [*shell("echo \"qemu-img: Could not open '$1'\" >&2; exit 1"), "sh", name]
