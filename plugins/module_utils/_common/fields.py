@@ -242,6 +242,7 @@ class Part(FieldRule):
 
     def __init__(self, cls: type[Any]) -> None:
         self.cls = cls
+        self._fault = getattr(cls, "fault", None)
 
     @cached_property
     def _entries(self) -> list[Any]:
@@ -256,14 +257,14 @@ class Part(FieldRule):
     def read(self, value: Any) -> Any:
         if not isinstance(value, dict):
             raise self.refuse(value)
-        name, values = "", {}
+        name, values = "", value.copy()
         try:
             for name, read, default, least, most, fits in self._entries:
                 one = value.get(name, MISSING)
                 # Most fields are texts, and thousands of documents are read at a time: a call for each takes longer.
                 if type(one) is str and least <= len(one) <= most and (fits is None or fits(one)):
-                    values[name] = one
-                elif one is not MISSING:
+                    continue
+                if one is not MISSING:
                     values[name] = read(one)
                 elif default is not MISSING:
                     values[name] = default
@@ -271,10 +272,12 @@ class Part(FieldRule):
                     raise DocumentError("it is missing")
         except DocumentError as error:
             raise DocumentError(f"{name}: {error}") from None
+        if len(values) > len(self._entries):
+            values = {name: values[name] for name, *_rest in self._entries}
         # A frozen dataclass sets its fields slowly.
         made = object.__new__(self.cls)
         object.__setattr__(made, "__dict__", values)
-        fault = made.fault() if hasattr(self.cls, "fault") else ""
+        fault = self._fault(made) if self._fault else ""
         if fault:
             raise DocumentError(fault)
         return made

@@ -72,7 +72,7 @@ def read_annotations(repository: Repository, vm: str) -> SetAnnotations:
         return SetAnnotations()
     with directory:
         for name in directory.names():
-            kind = _kind(name[1 : -len(SUFFIX)]) if name.startswith(".") and name.endswith(SUFFIX) else None
+            kind = _kind(name[1 : -len(SUFFIX)]) if name[0] == "." and name.endswith(SUFFIX) else None
             if kind:
                 try:
                     kinds[kind].append(read_document(directory, name, kind, misplaced=_misplaced(name)))

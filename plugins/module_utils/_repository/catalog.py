@@ -88,16 +88,17 @@ class VmCatalog:
 def read_catalog(repository: Repository, vm: str) -> VmCatalog:
     """Read all that a repository holds of one VM."""
     records = repository.records(vm)
-    return VmCatalog(vm, records, read_annotations(repository, vm), _broken_images(repository, records))
+    return VmCatalog(vm, records, read_annotations(repository, vm), _broken_images(repository, vm, records))
 
 
-def _broken_images(repository: Repository, records: VmRecords) -> dict[tuple[str, str], str]:
+def _broken_images(repository: Repository, vm: str, records: VmRecords) -> dict[tuple[str, str], str]:
     """Return which images of all sets cannot be read whole, by set id and disk, and why."""
     by_id = {manifest.id: manifest for manifest in records.sets}
     broken: dict[tuple[str, str], str] = {}
+    directory = repository.directory(vm)
     for manifest in records.sets:
         for image in manifest.disks:
-            reason = repository.damage(manifest, image) or broken_below(by_id, manifest, image)
+            reason = repository.damage(manifest, image, directory) or broken_below(by_id, manifest, image)
             if image.parent and image.parent.id not in by_id:
                 # What may be that set, and cannot be read.
                 reason = records.odd.get(image.parent.id, reason)

@@ -178,7 +178,10 @@ class Manifest(Document):
         return sum(disk.bytes for disk in self.disks)
 
     def disk(self, name: str) -> DiskImage | None:
-        return next((disk for disk in self.disks if disk.name == name), None)
+        for disk in self.disks:
+            if disk.name == name:
+                return disk
+        return None
 
     def fault(self) -> str:
         """Return what does not go together."""

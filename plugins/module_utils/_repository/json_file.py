@@ -47,7 +47,6 @@ def read_document(
     WrongEntry where something else stands in its place. C(status) is its own, where known; C(misplaced) returns why it
     does not belong where it stands.
     """
-    path = directory.join(name)
     try:
         found = kind.parse(load(directory.read(name, kind.MOST, status)))
         reason = misplaced(found) if misplaced else ""
@@ -56,14 +55,15 @@ def read_document(
     except FileNotFoundError:
         return None
     except NewerSchema as error:
-        raise OddDocument(f"{path}: {error}", newer=True) from None
+        raise OddDocument(f"{directory.join(name)}: {error}", newer=True) from None
     except DocumentError as error:
         raise OddDocument(
-            f"{path} is damaged or misplaced ({error}); bring it back from a copy of the repository, or move it away",
+            f"{directory.join(name)} is damaged or misplaced ({error}); bring it back from a copy of the repository,"
+            " or move it away",
             damaged=True,
         ) from None
     except OSError as error:
-        raise OddDocument(f"repository: {path} cannot be read: {error.strerror}") from error
+        raise OddDocument(f"repository: {directory.join(name)} cannot be read: {error.strerror}") from error
     return found
 
 

@@ -191,9 +191,12 @@ class Repository:
         found: Intent | None = read_document(staging, INTENT, Intent, misplaced=misplaced)
         return found
 
-    def damage(self, manifest: Manifest, image: DiskImage) -> str:
-        """Return what is wrong with an image's file, as far as its metadata tells; empty where nothing is."""
-        path = self.set_image_path(manifest, image)
+    def damage(self, manifest: Manifest, image: DiskImage, directory: str = "") -> str:
+        """Return what is wrong with an image's file, as far as its metadata tells; empty where nothing is.
+
+        C(directory) is the VM's, for whoever asks of thousands.
+        """
+        path = f"{directory or self.directory(manifest.vm.name)}/{manifest.id}/{image.image}"
         try:
             status = os.stat(path, follow_symlinks=False)
         except (FileNotFoundError, NotADirectoryError):
@@ -243,11 +246,15 @@ class Repository:
 
 
 def _records(repository: Repository, directory: Directory) -> VmRecords:
-    found: dict[Any, list[Any]] = {Manifest: [], Intent: [], Failure: [], Consolidation: [], STAGING: []}
+    found: dict[Any, list[Any]] = {Intent: [], Failure: [], Consolidation: [], STAGING: []}
+    read: list[Manifest | None] = []
     entries = directory.entries()
     odd: dict[str, WrongEntry] = {}
     for entry in entries:
         try:
+            if not entry.name.startswith("."):
+                read.append(repository.manifest(directory, entry))
+                continue
             for kind, document in _documents(repository, directory, entry):
                 found[kind] += [document] if document else []
         except FileNotFoundError:
@@ -258,7 +265,7 @@ def _records(repository: Repository, directory: Directory) -> VmRecords:
     visible = {entry.name for entry in entries if not entry.name.startswith(".")}
     unused = {name: error for name, error in odd.items() if isinstance(error, OddDocument)}
     barring = [str(error) for name, error in unused.items() if error.newer or name.endswith(STAGING)]
-    sets = sorted(found[Manifest], key=lambda one: one.sequence)
+    sets = sorted(filter(None, read), key=lambda one: one.sequence)
     ids = {manifest.id for manifest in sets}
     # A second name of a set that is there hides nothing.
     told = {
@@ -281,11 +288,9 @@ def _records(repository: Repository, directory: Directory) -> VmRecords:
 
 
 def _documents(repository: Repository, directory: Directory, entry: os.DirEntry[str]) -> Iterator[tuple[Any, Any]]:
-    """Yield the documents of an entry in a VM's directory, each with its kind; None for one that is not there."""
+    """Yield the documents of a hidden entry in a VM's directory, each with its kind; None for one that is not there."""
     name = entry.name
-    if not name.startswith("."):
-        yield Manifest, repository.manifest(directory, entry)
-    elif name.endswith(FAILED):
+    if name.endswith(FAILED):
         yield Failure, read_named(directory, name, Failure, failure_name)
     elif name.endswith(CONSOLIDATION_SUFFIX):
         yield Consolidation, read_named(directory, name, Consolidation, note_name)
@@ -312,7 +317,7 @@ def _as_noted(repository: Repository, manifest: Manifest, notes: Iterable[Consol
 
 def _misplaced(document: Manifest | Intent, directory: Directory, wanted: str, name: str) -> str:
     """Return why a document does not belong below the directory of a VM; empty where it does."""
-    if vm_directory(document.vm.name) != os.path.basename(directory.path):
+    if vm_directory(document.vm.name) != directory.path.rpartition("/")[2]:
         return f"it is of VM {document.vm.name}, and not of this one"
     return "" if wanted == name else f"it is of set {document.id}, and not of this one"
 
