@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import typing as t
 
 import pytest
@@ -49,7 +50,7 @@ def test_copy_of_a_new_image_is_like_one_from_qemu_img(
     made: dict[tuple[str, ...], target_image.Blank] = {}
     first, second = directory / "first.qcow2", directory / "second.qcow2"
     for path in (first, second):
-        asyncio.run(target_image.create(Target(str(path), "qcow2", size, **options), backing, made=made))
+        os.close(asyncio.run(target_image.create(Target(str(path), "qcow2", size, **options), backing, made=made)))
     assert len(made) == 1
     assert first.read_bytes() == second.read_bytes()
     told = [info(path) for path in (first, second)]
@@ -68,9 +69,9 @@ def test_copy_of_a_new_image_is_like_one_from_qemu_img(
 def test_copy_of_a_new_image_takes_a_backup(vm: Qemu, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target = directory / "x.qcow2"
     made: dict[tuple[str, ...], target_image.Blank] = {}
-    asyncio.run(target_image.create(Target(str(directory / "first.qcow2"), "qcow2", 64 * MIB), made=made))
+    os.close(asyncio.run(target_image.create(Target(str(directory / "first.qcow2"), "qcow2", 64 * MIB), made=made)))
     monkeypatch.setenv("PATH", "")
-    asyncio.run(target_image.create(Target(str(target), "qcow2", 64 * MIB), made=made))
+    os.close(asyncio.run(target_image.create(Target(str(target), "qcow2", 64 * MIB), made=made)))
     monkeypatch.undo()
     backup(vm, target, mode="existing", overwrite=True)
     assert vm.disks[0].path

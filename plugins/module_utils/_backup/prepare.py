@@ -23,6 +23,7 @@ from .._qemu import guest_freeze, target_image
 from .._qemu.agent_channel import find_agent
 from .._qemu.vm_config import describe_vm
 from .._repository.documents import DiskImage, Intent, StagedDisk, VmName
+from .._repository.staging import opened
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -177,12 +178,17 @@ async def _make_images(locked: LockedVm, intent: Intent, links: Sequence[ChainLi
     calls = run.repository.calls
     grown = []
     reserved = True
-    for disk, link in zip(intent.disks, links):
-        target = target_of(run, intent, disk)
-        await target_image.create(target, link.backing, (locked.lock,), run.preparation.blanks, calls)
-        inode, is_reserved = await calls.run(_open_and_reserve, run, target)
-        reserved = is_reserved and reserved
-        grown.append(replace(disk, inode=inode))
+    staging = await run.repository.run(opened, intent)
+    try:
+        for disk, link in zip(intent.disks, links):
+            target = target_of(run, intent, disk)
+            blanks = run.preparation.blanks
+            fd = await target_image.create(target, link.backing, (locked.lock,), blanks, calls, staging)
+            inode = await calls.run(run.images.keep, target.path, fd, target.direct)
+            reserved = await calls.run(target_image.reserve, replace(target, fd=fd)) and reserved
+            grown.append(replace(disk, inode=inode))
+    finally:
+        calls.close(staging.fd)
     if not reserved and not run.watched:
         raise BackupError(
             f"{run.repository.path} cannot reserve space: when it fills up while nobody looks, the guest's writes"
@@ -191,19 +197,15 @@ async def _make_images(locked: LockedVm, intent: Intent, links: Sequence[ChainLi
     return replace(intent, disks=tuple(grown), reserved=reserved)
 
 
-def _open_and_reserve(run: BackupRun, target: target_image.Target) -> tuple[int, bool]:
-    """Open an image and take its space; return its inode, and whether its space could be reserved."""
-    inode = run.images.open(target.path, target.direct)
-    return inode, target_image.reserve(target)
-
-
 def target_of(run: BackupRun, intent: Intent, disk: StagedDisk) -> target_image.Target:
     """Return what the job of a disk writes to."""
+    path = run.repository.image_path(intent, disk.image.image)
     return target_image.Target(
-        path=run.repository.image_path(intent, disk.image.image),
+        path=path,
         format=disk.image.format,
         size=disk.image.virtual_size,
         expected=disk.expected,
         compress=disk.image.compression != "none",
         compression_type=disk.image.compression,
+        fd=run.images.fd(path),
     )

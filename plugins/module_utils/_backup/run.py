@@ -222,9 +222,9 @@ class OpenImages:
         self._fds: dict[str, int] = {}
         self._writebacks: dict[str, preallocate.Writeback] = {}
 
-    def open(self, path: str, direct: bool) -> int:
-        """Open an image, and return its inode. C(direct) says that it does not grow in the page cache."""
-        self._fds[path] = fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    def keep(self, path: str, fd: int, direct: bool) -> int:
+        """Keep an image open, and return its inode. C(direct) says that it does not grow in the page cache."""
+        self._fds[path] = fd
         if not direct:
             self._writebacks[path] = preallocate.Writeback(fd)
         return os.fstat(fd).st_ino

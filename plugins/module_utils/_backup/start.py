@@ -174,9 +174,10 @@ async def _top_up(run: BackupRun, monitor: Monitor, draft: AttemptDraft, intent:
     for link, staged in zip(draft.links, intent.disks):
         more = lengths.get(staged.job, 0) - sum(bitmap.count for bitmap in link.records)
         if link.bitmap and more > 0:
-            path = run.repository.image_path(intent, staged.image.image)
+            target = target_of(run, intent, staged)
+            expected = staged.expected + more + more // 8
             try:
-                await run.repository.calls.run(preallocate.top_up, path, staged.expected + more + more // 8)
+                await run.repository.calls.run(preallocate.top_up, target.path, expected, target.fd)
             except BackupError:
                 # Without it, this set has to be watched like one on a file system that cannot reserve.
                 intent = replace(intent, reserved=False)

@@ -114,7 +114,7 @@ async def _make(locked: Locked, copy: Copy, target: target_image.Target) -> tupl
     else:
         backing = (copy.disk.backing_file, copy.disk.backing_format)
         is_overlay = drive.sync == Sync.TOP and backing[0]
-        await target_image.create(target, backing if is_overlay else None, (locked.fd,))
+        os.close(await target_image.create(target, backing if is_overlay else None, (locked.fd,)))
     if target.block_device:
         return 0, 0
     # The kernel tells of a failed write-back only those who had the file open by then.

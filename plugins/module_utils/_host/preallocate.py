@@ -20,9 +20,12 @@ SYNC_FILE_RANGE_WRITE = 2
 CANNOT_RESERVE = frozenset({errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.ENODEV})
 
 
-def top_up(path: str, expected: int) -> bool:
-    """Reserve space for an image as reserve() does, up to C(expected) bytes, while a job may be writing it."""
-    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+def top_up(path: str, expected: int, held: int | None = None) -> bool:
+    """Reserve space for an image as reserve() does, up to C(expected) bytes, while a job may be writing it.
+
+    C(held) is a descriptor of it to write to, where this process has one.
+    """
+    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC) if held is None else os.dup(held)
     try:
         with step(path, "its space was reserved"):
             return allocate(fd, expected)

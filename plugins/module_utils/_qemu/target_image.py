@@ -17,6 +17,7 @@ from . import qemu_img
 if TYPE_CHECKING:
     from typing import IO, Any
 
+    from .._host.directory import Directory
     from .._host.files import DirectCalls
 
 
@@ -25,7 +26,10 @@ PAGE = 4096
 
 @dataclass(frozen=True)
 class Target:
-    """An image that a job will write. C(size) is its virtual size and C(expected) the data to come, in bytes."""
+    """An image that a job will write. C(size) is its virtual size and C(expected) the data to come, in bytes.
+
+    C(fd) is a descriptor of it, where this process has one: by now another file may have its path.
+    """
 
     path: str
     format: str
@@ -34,6 +38,12 @@ class Target:
     compress: bool = False
     block_device: bool = False
     compression_type: str = "zstd"
+    fd: int | None = None
+
+    @property
+    def name(self) -> str:
+        """Return the name by which this process opens the image."""
+        return self.path if self.fd is None else qemu_img.by_descriptor(self.fd)
 
     @property
     def direct(self) -> bool:
@@ -80,9 +90,9 @@ class Blank:
     parts: tuple[tuple[int, bytes], ...]
 
     @classmethod
-    def of(cls, path: str) -> Blank:
-        """Read a new image."""
-        with step(path, "it was read"), open(path, "rb") as image:
+    def of(cls, path: str, fd: int) -> Blank:
+        """Read a new image, which is open for reading."""
+        with step(path, "it was read"), open(os.dup(fd), "rb") as image:
             content = image.read()
         pages = ((offset, content[offset : offset + PAGE]) for offset in range(0, len(content), PAGE))
         return cls(len(content), tuple((offset, page) for offset, page in pages if any(page)))
@@ -101,30 +111,47 @@ async def create(
     pass_fds: tuple[int, ...] = (),
     made: dict[tuple[str, ...], Blank] | None = None,
     calls: DirectCalls = AT_ONCE,
-) -> None:
-    """Make a new image, readable by its owner only. FileExistsError where the path is taken, whatever stands there.
+    directory: Directory | None = None,
+) -> int:
+    """Make a new image, readable by its owner only, and return a descriptor to read and write it.
 
-    C(made) remembers the images made: another one of the same kind is a copy, which spares the run of qemu-img.
-    C(calls) is how the target's file system is called.
+    FileExistsError where the path is taken, whatever stands there. C(directory) is the one that the path is in, where
+    it is open. C(made) remembers the images made: another one of the same kind is a copy, which spares the run of
+    qemu-img. C(calls) is how the target's file system is called.
     """
     options = {"compression_type": target.compression_type} if target.format == "qcow2" and target.compress else None
     kind = tuple(qemu_img.create_command("", target.format, target.size, options, backing))
     blank = Blank(target.size, ()) if target.format == "raw" else (made or {}).get(kind)
-    await calls.run(_make_file, target.path, blank)
-    if blank:
-        return
-    command = qemu_img.create_command(target.path, target.format, target.size, options, backing)
-    await qemu_img.run(command, pass_fds=pass_fds)
-    # Images of other formats have identifiers of their own.
-    if made is not None and target.format == "qcow2":
-        made[kind] = await calls.run(Blank.of, target.path)
+    fd: int = await calls.run(_make_file, target.path, blank, directory)
+    try:
+        if not blank:
+            # By descriptor: another file may have the path by now.
+            name = qemu_img.by_descriptor(fd)
+            command = qemu_img.create_command(name, target.format, target.size, options, backing)
+            await qemu_img.run(command, pass_fds=(*pass_fds, fd))
+            # Images of other formats have identifiers of their own.
+            if made is not None and target.format == "qcow2":
+                made[kind] = await calls.run(Blank.of, target.path, fd)
+    except BaseException:
+        calls.close(fd)
+        raise
+    return fd
 
 
-def _make_file(path: str, blank: Blank | None) -> None:
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
-    with step(path, "it was made"), open(os.open(path, flags, 0o600), "wb") as image:
-        if blank:
-            blank.write(image)
+def _make_file(path: str, blank: Blank | None, directory: Directory | None = None) -> int:
+    """Make a file, write an image into it, and return its descriptor."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
+    with step(path, "it was made"):
+        place = (path, None) if directory is None else (os.path.basename(path), directory.fd)
+        fd = os.open(place[0], flags, 0o600, dir_fd=place[1])
+        try:
+            if blank:
+                with open(fd, "wb", closefd=False) as image:
+                    blank.write(image)
+        except BaseException:
+            os.close(fd)
+            raise
+    return fd
 
 
 def reserve(target: Target) -> bool:
@@ -134,15 +161,15 @@ def reserve(target: Target) -> bool:
     else can take keeps a full file system from the guest. False where the file system cannot; BackupError where the
     space is not there.
     """
-    return target.block_device or top_up(target.path, target.expected)
+    return target.block_device or top_up(target.path, target.expected, target.fd)
 
 
 def open_pair(target: Target, direct: bool) -> tuple[int, int]:
     """Open a target for an fdset: once to read, once to write. Raises OSError where the file system has no O_DIRECT."""
     flags = os.O_CLOEXEC | (os.O_DIRECT if direct else 0)
-    reading = os.open(target.path, os.O_RDONLY | flags)
+    reading = os.open(target.name, os.O_RDONLY | flags)
     try:
-        return reading, os.open(target.path, os.O_RDWR | flags)
+        return reading, os.open(target.name, os.O_RDWR | flags)
     except OSError:
         os.close(reading)
         raise

@@ -50,7 +50,7 @@ def outstanding(repository: Repository, intent: Intent) -> int:
     """Return the bytes that a set that grows here will still take; 0 where it has come to its end."""
     total = 0
     try:
-        with _opened(repository, intent) as staging:
+        with opened(repository, intent) as staging:
             for disk in intent.disks:
                 status = staging.status(disk.image.image)
                 # Reserved bytes count as allocated: free space is already less by them.
@@ -75,13 +75,13 @@ def begin(repository: Repository, intent: Intent) -> None:
 
 def update(repository: Repository, intent: Intent) -> None:
     """Write an intent, in place of what was intended before."""
-    with _opened(repository, intent) as staging:
+    with opened(repository, intent) as staging:
         write_document(staging, INTENT, intent)
 
 
 def write_description(repository: Repository, intent: Intent, description: dict[str, Any]) -> None:
     """Write down how the VM was built."""
-    with _opened(repository, intent) as staging:
+    with opened(repository, intent) as staging:
         staging.write(DESCRIPTION, dump(description), PUBLISHED_MODE)
 
 
@@ -91,7 +91,7 @@ def describe(repository: Repository, intent: Intent, manifest: Manifest) -> None
     newest = records.sets[-1].sequence if records.sets else 0
     # Sets whose manifest cannot be read may be the newest ones, and come back.
     manifest = replace(manifest, sequence=newest + 1 + len(records.unread))
-    with _opened(repository, intent) as staging:
+    with opened(repository, intent) as staging:
         write_document(staging, MANIFEST, manifest, PUBLISHED_MODE)
 
 
@@ -137,7 +137,7 @@ def remove_failure(repository: Repository, vm: str, failure: Failure) -> None:
 
 def discard_images(repository: Repository, intent: Intent) -> None:
     """Give back the space that an attempt has taken; its intent stays."""
-    with contextlib.suppress(FileNotFoundError), _opened(repository, intent) as staging:
+    with contextlib.suppress(FileNotFoundError), opened(repository, intent) as staging:
         for disk in intent.disks:
             staging.remove(disk.image.image)
 
@@ -155,7 +155,7 @@ def discard(repository: Repository, intent: Intent) -> None:
             directory.sync()
 
 
-def _opened(repository: Repository, intent: Intent) -> Directory:
+def opened(repository: Repository, intent: Intent) -> Directory:
     """Open the directory in which a set grows."""
     return repository.opened(intent.vm.name, staging_name(intent.id))
 

@@ -53,7 +53,7 @@ def owners(path: str) -> None:
         (lambda path: target_image._make_file(path, target_image.Blank(8192, ((0, b"a" * 8192),))), "it was made"),
         (lambda path: checksum.sha256(path, os.open(path, os.O_RDONLY)), "its checksum was taken"),
         (preallocate.flush, "it was brought to stable storage"),
-        (target_image.Blank.of, "it was read"),
+        (lambda path: target_image.Blank.of(path, os.open(path, os.O_RDONLY)), "it was read"),
     ],
 )
 def test_errors_tell_the_file_and_the_step(work: Callable[[str], object], step: str, tmp_path: Path) -> None:

@@ -88,19 +88,22 @@ class TestCreate:
         tmp_path: Path,
     ) -> None:
         path = tmp_path / "x"
-        asyncio.run(target_image.create(Target(str(path), "qcow2", MIB, compress=compress), backing, (3,)))
+        fd = asyncio.run(target_image.create(Target(str(path), "qcow2", MIB, compress=compress), backing, (3,)))
+        name = f"/proc/self/fd/{fd}"
+        assert os.path.samefile(name, path)
+        os.close(fd)
         assert commands == [
-            (["qemu-img", "create", "-q", "-f", "qcow2", *options.split(), "--", str(path), str(MIB)], (3,))
+            (["qemu-img", "create", "-q", "-f", "qcow2", *options.split(), "--", name, str(MIB)], (3, fd))
         ]
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
     def test_compression_is_an_option_of_qcow2_only(self, commands: list[Any], tmp_path: Path) -> None:
-        asyncio.run(target_image.create(Target(str(tmp_path / "x"), "vmdk", MIB, compress=True)))
+        os.close(asyncio.run(target_image.create(Target(str(tmp_path / "x"), "vmdk", MIB, compress=True))))
         assert "-o" not in commands[0][0]
 
     def test_raw_image_needs_no_program(self, commands: list[Any], tmp_path: Path) -> None:
         path = tmp_path / "x"
-        asyncio.run(target_image.create(Target(str(path), "raw", MIB + 512)))
+        os.close(asyncio.run(target_image.create(Target(str(path), "raw", MIB + 512))))
         assert path.stat().st_size == MIB + 512
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
         assert not commands
@@ -148,7 +151,7 @@ class TestCopyOfANewImage:
         made: dict[tuple[str, ...], target_image.Blank] = {}
         paths = [directory / str(number) for number in range(len(targets))]
         for path, target in zip(paths, targets, strict=True):
-            asyncio.run(target_image.create(replace(target, path=str(path)), backing, made=made))
+            os.close(asyncio.run(target_image.create(replace(target, path=str(path)), backing, made=made)))
         return paths
 
     @pytest.mark.parametrize("backing", [None, ("../s1/x.qcow2", "qcow2")])
@@ -177,7 +180,7 @@ class TestCopyOfANewImage:
         made: dict[tuple[str, ...], target_image.Blank] = {}
         for number, parent in enumerate(("../s1/x.qcow2", "../s2/x.qcow2", "../s1/x.qcow2")):
             target = Target(str(tmp_path / str(number)), "qcow2", SIZE)
-            asyncio.run(target_image.create(target, (parent, "qcow2"), made=made))
+            os.close(asyncio.run(target_image.create(target, (parent, "qcow2"), made=made)))
         assert len(commands) == 2
 
     def test_formats_with_identifiers_are_made_anew(self, commands: list[list[str]], tmp_path: Path) -> None:
