@@ -262,7 +262,7 @@ class Part(FieldRule):
             for name, read, default, least, most, fits in self._entries:
                 one = value.get(name, MISSING)
                 # Most fields are texts, and thousands of documents are read at a time: a call for each takes longer.
-                if type(one) is str and least <= len(one) <= most and (fits is None or fits(one)):
+                if isinstance(one, str) and least <= len(one) <= most and (fits is None or fits(one)):
                     continue
                 if one is not MISSING:
                     values[name] = read(one)
