@@ -14,6 +14,7 @@ import errno
 import os
 import stat
 from contextlib import contextmanager
+from operator import attrgetter
 from typing import TYPE_CHECKING
 
 from .._common.errors import BackupError
@@ -104,7 +105,7 @@ class Directory:
     def entries(self) -> list[os.DirEntry[str]]:
         """Return all entries, sorted by name. Most file systems tell what each is without being asked again."""
         with self._telling(), os.scandir(self.fd) as found:
-            return sorted(found, key=lambda entry: entry.name)
+            return sorted(found, key=attrgetter("name"))
 
     def status(self, name: str) -> os.stat_result | None:
         """Return the status of an entry itself, be it a link; None where there is none."""

@@ -206,11 +206,10 @@ def _traces(directory: Directory, set_id: str) -> list[str]:
 def litter(directory: Directory) -> list[str]:
     """Return what killed processes have left of a VM. All of it is hidden, as a set's id may look like its names."""
     found = []
-    for entry in directory.entries():
-        name = entry.name
+    for name in directory.names():
         if not name.startswith("."):
             continue
-        ours = name.endswith((REMOVED, STAGING)) and entry.is_dir(follow_symlinks=False)
+        ours = name.endswith((REMOVED, STAGING)) and directory.is_directory(name)
         if name.endswith(UNFINISHED) or (ours and not _is_claimed(directory, name)):
             found.append(name)
     return found
