@@ -42,7 +42,7 @@ mount -t tmpfs -o mode=755 tmpfs /run
 mkdir /run/sshd
 # A login is to read nothing of what the user of this machine has set up for himself.
 [ ! -e ~/.bashrc ] || mount --bind /dev/null ~/.bashrc
-[ -z "$2" ] || mount -t tmpfs -o "size=$2" tmpfs "$1/repository"
+[ -z "$2" ] || mount -t tmpfs -o "size=$2,mode=700" tmpfs "$1/repository"
 hostname "$3"
 echo up
 sleep infinity &
