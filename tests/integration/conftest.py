@@ -6,7 +6,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import tempfile
 import typing as t
+from pathlib import Path
 
 import pytest
 
@@ -15,6 +18,7 @@ pytest.register_assert_rewrite("ansible_collections.vmfleet.backup.tests.harness
 
 from ansible_collections.vmfleet.backup.tests.harness.backup import backup
 from ansible_collections.vmfleet.backup.tests.harness.fixtures import (
+    Vms,
     clean,
     directory,
     start_module,
@@ -24,14 +28,12 @@ from ansible_collections.vmfleet.backup.tests.harness.fixtures import (
     vms,
 )
 from ansible_collections.vmfleet.backup.tests.harness.history import SIZE, History
+from ansible_collections.vmfleet.backup.tests.harness.hostile import Canary, Pair
 from ansible_collections.vmfleet.backup.tests.harness.images import MIB
 from ansible_collections.vmfleet.backup.tests.harness.library import Chain, Library, prepared
 from ansible_collections.vmfleet.backup.tests.harness.sets import Sets
 
 if t.TYPE_CHECKING:
-    from pathlib import Path
-
-    from ansible_collections.vmfleet.backup.tests.harness.fixtures import Vms
     from ansible_collections.vmfleet.backup.tests.harness.qemu import Qemu
 
 __all__ = ["clean", "directory", "start_module", "storage", "target", "vm", "vms"]
@@ -94,3 +96,23 @@ def full(vm: Qemu, target: Path) -> Path:
     backup(vm, full)
     vm.write("drive0", 0x51, 6 * MIB, 3 * MIB)
     return full
+
+
+@pytest.fixture
+def canary(directory: Path) -> t.Iterator[Canary]:
+    """A tree that is not touched, whatever the test does."""
+    found = Canary(directory / "outside")
+    yield found
+    found.assert_untouched()
+
+
+@pytest.fixture(scope="module")
+def made() -> t.Iterator[Pair]:
+    with tempfile.TemporaryDirectory(prefix="vmfleet-test-") as path, contextlib.ExitStack() as stack:
+        yield Pair.made(Vms(Path(path), stack), Path(path))
+
+
+@pytest.fixture
+def pair(made: Pair, directory: Path) -> Pair:
+    """A repository with sets of two VMs, which are up."""
+    return made.copied(directory)

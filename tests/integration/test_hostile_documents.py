@@ -18,7 +18,7 @@ import pytest
 
 from ansible_collections.vmfleet.backup.tests.harness.backup import snapshot
 from ansible_collections.vmfleet.backup.tests.harness.fixtures import Vms
-from ansible_collections.vmfleet.backup.tests.harness.hostile import NEIGHBOUR, ODD, Canary, Pair, ask, said
+from ansible_collections.vmfleet.backup.tests.harness.hostile import NEIGHBOUR, ODD, Pair, ask, said
 from ansible_collections.vmfleet.backup.tests.harness.sets import result_of
 
 TIME = "2026-11-22T01:00:00Z"
@@ -120,24 +120,6 @@ CASES = [
 FEW = 12
 """Cases in one repository, one after the other: what is wrong is put right before the next."""
 BATCHES = [CASES[place : place + FEW] for place in range(0, len(CASES), FEW)]
-
-
-@pytest.fixture(scope="module")
-def made() -> t.Iterator[Pair]:
-    with tempfile.TemporaryDirectory(prefix="vmfleet-test-") as path, contextlib.ExitStack() as stack:
-        yield Pair.made(Vms(Path(path), stack), Path(path))
-
-
-@pytest.fixture
-def canary(directory: Path) -> t.Iterator[Canary]:
-    found = Canary(directory / "outside")
-    yield found
-    found.assert_untouched()
-
-
-@pytest.fixture
-def pair(made: Pair, directory: Path) -> Pair:
-    return made.copied(directory)
 
 
 def document(path: Path) -> dict[str, t.Any]:

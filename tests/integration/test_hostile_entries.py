@@ -6,22 +6,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
 import socket
 import stat
 import subprocess
-import tempfile
 import typing as t
-from pathlib import Path
 
 import pytest
 
 from ansible_collections.vmfleet.backup.tests.harness.backup import snapshot
-from ansible_collections.vmfleet.backup.tests.harness.fixtures import Vms
 from ansible_collections.vmfleet.backup.tests.harness.hostile import NEIGHBOUR, ODD, Canary, Pair, ask, said
 from ansible_collections.vmfleet.backup.tests.harness.sets import result_of
+
+if t.TYPE_CHECKING:
+    from pathlib import Path
 
 NEW = "s9"
 """The set that is to be made."""
@@ -64,24 +63,6 @@ KINDS: dict[str, t.Callable[[Path, Canary], object]] = {
     "file": lambda path, _canary: path.write_text("something"),
     "moved": move,
 }
-
-
-@pytest.fixture(scope="module")
-def made() -> t.Iterator[Pair]:
-    with tempfile.TemporaryDirectory(prefix="vmfleet-test-") as path, contextlib.ExitStack() as stack:
-        yield Pair.made(Vms(Path(path), stack), Path(path))
-
-
-@pytest.fixture
-def canary(directory: Path) -> t.Iterator[Canary]:
-    found = Canary(directory / "outside")
-    yield found
-    found.assert_untouched()
-
-
-@pytest.fixture
-def pair(made: Pair, directory: Path) -> Pair:
-    return made.copied(directory)
 
 
 def put(kind: str, path: Path, canary: Canary) -> None:

@@ -6,33 +6,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import tempfile
 import typing as t
-from pathlib import Path
 
 import pytest
 
-from ansible_collections.vmfleet.backup.tests.harness.fixtures import Vms
 from ansible_collections.vmfleet.backup.tests.harness.hostile import NEIGHBOUR, ODD, Pair, ask, said
 from ansible_collections.vmfleet.backup.tests.harness.sets import result_of
+
+if t.TYPE_CHECKING:
+    from pathlib import Path
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="files are given to others by root")
 
 NEW = "s9"
 SOMEBODY = 1000
-
-
-@pytest.fixture(scope="module")
-def made() -> t.Iterator[Pair]:
-    with tempfile.TemporaryDirectory(prefix="vmfleet-test-") as path, contextlib.ExitStack() as stack:
-        yield Pair.made(Vms(Path(path), stack), Path(path))
-
-
-@pytest.fixture
-def pair(made: Pair, directory: Path) -> Pair:
-    return made.copied(directory)
 
 
 def expose(path: Path, how: int | str) -> None:

@@ -11,7 +11,7 @@ import typing as t
 
 import pytest
 
-from ansible_collections.vmfleet.backup.tests.harness.hostile import Canary, ask, said
+from ansible_collections.vmfleet.backup.tests.harness.hostile import ask, said
 from ansible_collections.vmfleet.backup.tests.harness.reports import ID, a_set, a_vm, failed, of_a_fleet, told
 
 if t.TYPE_CHECKING:
@@ -72,13 +72,6 @@ REPORTS = {
     "not a number": json.dumps({**of_a_fleet(1, 1), "written": float("nan")}).encode(),
     "odd hypervisor": json.dumps({**of_a_fleet(1, 1), "hypervisors": [{"name": 1}]}).encode(),
 }
-
-
-@pytest.fixture
-def canary(directory: Path) -> t.Iterator[Canary]:
-    found = Canary(directory / "outside")
-    yield found
-    found.assert_untouched()
 
 
 @pytest.mark.usefixtures("canary")
