@@ -150,7 +150,8 @@ def record_path(receipt: str) -> str:
 def read(path: str) -> Record | None:
     """Read a record or receipt; None where there is none. Raises BackupError where it is not one of ours."""
     try:
-        with open(path, "rb") as source:
+        # A named pipe may stand there: nobody is waited for.
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as source:
             return Record.parse(load(source.read(Record.MOST + 1)))
     except FileNotFoundError:
         return None

@@ -200,6 +200,12 @@ def test_directory_is_refused(path: str) -> None:
         drive_backup_receipt.read(path)
 
 
+def test_nobody_is_waited_for(path: str) -> None:
+    os.mkfifo(path)
+    with pytest.raises(BackupError, match=r"is not a receipt of vmfleet\.backup: it is not JSON"):
+        drive_backup_receipt.read(path)
+
+
 def test_fields_of_a_later_release_are_passed_over(path: str) -> None:
     Path(path).write_text(json.dumps({**dataclasses.asdict(record()), "colour": "red"}))
     assert drive_backup_receipt.read(path) == record()
