@@ -176,13 +176,13 @@ async def prepare_attempt(locked: LockedVm, draft: AttemptDraft) -> Intent:
 async def _make_images(locked: LockedVm, intent: Intent, links: Sequence[ChainLink]) -> Intent:
     run = locked.run
     calls = run.repository.calls
+    blanks = run.preparation.blanks
     grown = []
     reserved = True
     staging = await run.repository.run(opened, intent)
     try:
         for disk, link in zip(intent.disks, links):
             target = target_of(run, intent, disk)
-            blanks = run.preparation.blanks
             fd = await target_image.create(target, link.backing, (locked.lock,), blanks, calls, staging)
             inode = await calls.run(run.images.keep, target.path, fd, target.direct)
             reserved = await calls.run(target_image.reserve, replace(target, fd=fd)) and reserved

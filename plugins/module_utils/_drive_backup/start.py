@@ -111,14 +111,14 @@ async def _make(locked: Locked, copy: Copy, target: target_image.Target) -> tupl
     if drive.existing:
         if drive.receipt_path:
             receipt.discard(drive.receipt_path)
+        if target.block_device:
+            return 0, 0
+        fd = os.open(target.path, os.O_RDWR | os.O_CLOEXEC)
     else:
         backing = (copy.disk.backing_file, copy.disk.backing_format)
         is_overlay = drive.sync == Sync.TOP and backing[0]
-        os.close(await target_image.create(target, backing if is_overlay else None, (locked.fd,)))
-    if target.block_device:
-        return 0, 0
+        fd = await target_image.create(target, backing if is_overlay else None, (locked.fd,))
     # The kernel tells of a failed write-back only those who had the file open by then.
-    fd = os.open(target.path, os.O_RDWR | os.O_CLOEXEC)
     locked.session.images[target.path] = Writeback(fd)
     return target_files.identity(os.path.realpath(target.path))
 

@@ -140,10 +140,12 @@ async def create(
 
 def _make_file(path: str, blank: Blank | None, directory: Directory | None = None) -> int:
     """Make a file, write an image into it, and return its descriptor."""
-    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL
     with step(path, "it was made"):
-        place = (path, None) if directory is None else (os.path.basename(path), directory.fd)
-        fd = os.open(place[0], flags, 0o600, dir_fd=place[1])
+        if directory is None:
+            fd = os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        else:
+            fd = directory.open(os.path.basename(path), flags)
         try:
             if blank:
                 with open(fd, "wb", closefd=False) as image:
