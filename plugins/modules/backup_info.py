@@ -137,7 +137,6 @@ totals:
 """
 
 import gc
-import os
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING
 
@@ -236,7 +235,7 @@ async def main_task(module: AnsibleModule) -> dict[str, Any]:
     errors: list[str] = []
     asked = module.params["names"]
     names = vm_names(repository) if asked is None else list(dict.fromkeys(asked))
-    unknown = [name for name in names if not os.path.lexists(repository.directory(name))] if asked else []
+    unknown = [name for name in names if not repository.has(name)] if asked else []
     for name in names:
         try:
             catalog = read_catalog(repository, name)

@@ -154,7 +154,6 @@ text:
   elements: str
 """
 
-import os
 import re
 import sys
 from typing import TYPE_CHECKING
@@ -219,7 +218,7 @@ def chosen_vms(repository: Repository, params: dict[str, Any]) -> list[str]:
     if params["names"] is None:
         return known
     names = list(dict.fromkeys(params["names"]))
-    forgotten = [name for name in names if params["forget"] and os.path.lexists(repository.directory(name))]
+    forgotten = [name for name in names if params["forget"] and repository.has(name)]
     unknown = [name for name in names if name not in known and name not in forgotten]
     if unknown:
         raise unknown_vms(unknown, known, repository.path)

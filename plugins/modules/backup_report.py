@@ -106,7 +106,7 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors impo
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.fields import DocumentError, load
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.formats import utc_now
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.module import run_module
-from ansible_collections.vmfleet.backup.plugins.module_utils._host.directory import Directory, WrongEntry
+from ansible_collections.vmfleet.backup.plugins.module_utils._host.directory import WrongEntry, read_file
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.files import step
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.texts import check_directory, write_text
 from ansible_collections.vmfleet.backup.plugins.module_utils._report.html import page
@@ -145,8 +145,7 @@ def locked(directory: str, check_mode: bool, trust_others: bool) -> Iterator[Non
 def read_report(module: AnsibleModule, path: str) -> dict[str, Any] | None:
     """Return a report that is there; None, with a warning, for what is none."""
     try:
-        with Directory.at(os.path.dirname(path)) as directory:
-            found = dict(parse_report(load(directory.read(os.path.basename(path), LARGEST_REPORT))))
+        found = dict(parse_report(load(read_file(path, LARGEST_REPORT))))
         if os.path.basename(path) != found["id"] + ".json":
             raise DocumentError("the name of the file is another id")
     except WrongEntry as error:

@@ -340,8 +340,7 @@ async def main_task(module: AnsibleModule) -> dict[str, Any]:
     repository = open_repository(params["repository"], params["trust_others"])
     catalog = read_catalog(repository, params["vm"])
     # The receipt of a target that is named tells whose overlay it is, also where the VM was forgotten.
-    there = os.path.lexists(repository.directory(params["vm"]))
-    if params["state"] == "present" or params["disks"] is None or not there:
+    if params["state"] == "present" or params["disks"] is None or not repository.has(params["vm"]):
         require_sets(repository, catalog)
     return await (remove_targets if params["state"] == "absent" else restore_disks)(module, repository, catalog)
 

@@ -38,7 +38,7 @@ def plan_of_names(repository: Repository, names: Collection[str] | None) -> Plan
     """
     policy = Policy()
     here = this_hypervisor()
-    unknown = [name for name in names or () if not os.path.lexists(repository.directory(name))]
+    unknown = [name for name in names or () if not repository.has(name)]
     if unknown:
         with os.scandir(repository.path) as entries:
             known = sorted(entry.name for entry in entries if entry.is_dir() and entry.name not in HARMLESS)

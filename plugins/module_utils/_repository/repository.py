@@ -98,6 +98,10 @@ class Repository:
         """Return the path of a VM's directory."""
         return os.path.join(self.path, vm_directory(vm))
 
+    def has(self, vm: str) -> bool:
+        """Return whether anything is known of a VM here: its directory stays when its sets are gone."""
+        return os.path.lexists(self.directory(vm))
+
     def opened(self, vm: str, *below: str) -> Directory:
         """Open a VM's directory, or one below. FileNotFoundError where there is none, WrongEntry for another thing."""
         return Directory.at(self.path, vm_directory(vm), *below)
@@ -117,14 +121,6 @@ class Repository:
     def image_path(self, intent: Intent, image: str) -> str:
         """Return the path of an image that grows."""
         return os.path.join(self.staging_path(intent.vm.name, intent.id), image)
-
-    def failure_path(self, vm: str, set_id: str) -> str:
-        """Return the path of the record of a failure."""
-        return os.path.join(self.directory(vm), failure_name(set_id))
-
-    def note_path(self, vm: str, set_id: str) -> str:
-        """Return the path of the note that an increment of a set becomes a full image."""
-        return os.path.join(self.directory(vm), note_name(set_id))
 
     @contextlib.asynccontextmanager
     async def lock(self, vm: str, calls: DirectCalls = AT_ONCE) -> AsyncIterator[int]:

@@ -33,6 +33,7 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._repository.annotat
     write_annotation,
 )
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.documents import Failure
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository.repository import failure_name
 from ansible_collections.vmfleet.backup.tests.unit.plugins.builders import TIME, manifest, write
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ def test_a_verification_replaces_the_one_before_and_an_overlay_has_one_pin(repos
 def test_ids_that_look_like_marks_are_none(repository: Repository) -> None:
     for set_id in ("a.protected", "a.verified", "a.pin-00000000", "a.pin-b"):
         failure = Failure("run", "a1", set_id, "failed", "x", TIME, TIME)
-        write(repository.failure_path("web01", set_id), asdict(failure))
+        write(os.path.join(repository.directory("web01"), failure_name(set_id)), asdict(failure))
         write_annotation(repository, "web01", replace(PROTECTION, id=set_id))
     annotations = read_annotations(repository, "web01")
     assert sorted(mark.id for mark in annotations.protections) == [

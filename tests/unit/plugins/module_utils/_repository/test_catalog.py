@@ -30,6 +30,7 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._repository.catalog
     vm_names,
 )
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.documents import Failure, Manifest, VmName
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository.repository import failure_name
 from ansible_collections.vmfleet.backup.tests.unit.plugins import builders
 from ansible_collections.vmfleet.backup.tests.unit.plugins.builders import TIME, UUID, image, intent, manifest, write
 
@@ -172,7 +173,8 @@ class TestLeftovers:
             ".s1.protected.json.new",
         ):
             os.mkdir(os.path.join(directory, entry))
-        write(repository.failure_path("web01", "s3"), asdict(Failure("r", "a", "s3", "failed", "full", TIME, TIME)))
+        failure = Failure("r", "a", "s3", "failed", "full", TIME, TIME)
+        write(os.path.join(repository.directory("web01"), failure_name("s3")), asdict(failure))
         assert self.told(repository) == {
             ".s0.removed": "left by a process that was killed",
             ".s1.protected.json.new": "left by a process that was killed",
@@ -204,7 +206,7 @@ class TestNames:
         os.mkdir(repository.directory("web03"))
         assert vm_names(repository) == []
         failure = Failure("r", "a", "s3", "failed", "full", TIME, TIME)
-        write(repository.failure_path("web03", "s3"), asdict(failure))
+        write(os.path.join(repository.directory("web03"), failure_name("s3")), asdict(failure))
         assert vm_names(repository) == ["web03"]
 
     def test_a_vm_whose_first_set_is_being_made(self, repository: Repository) -> None:
