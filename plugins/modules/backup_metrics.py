@@ -20,7 +20,6 @@ author:
 extends_documentation_fragment:
   - vmfleet.backup.attributes
   - vmfleet.backup.attributes.actiongroup_backup
-  - vmfleet.backup.trust_others
 attributes:
   idempotent:
     description: The file says when it was written.
@@ -42,7 +41,7 @@ options:
   directory:
     description:
       - The directory in which node_exporter looks for files, which is what its C(--collector.textfile.directory) says.
-        It must be there.
+        It must be there. It may belong to the user of the collector.
       - By default no file is written.
     type: path
 seealso:
@@ -110,7 +109,7 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors impo
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.formats import parse_time, utc_now
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.printable import printable_lines
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.probe import probe_if_there
-from ansible_collections.vmfleet.backup.plugins.module_utils._host.texts import check_directory, read_text, write_text
+from ansible_collections.vmfleet.backup.plugins.module_utils._host.texts import read_text, write_text
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.worker import run_in_worker
 from ansible_collections.vmfleet.backup.plugins.module_utils._report.prometheus import file_name, metrics, vms_in
 from ansible_collections.vmfleet.backup.plugins.module_utils._report.status import (
@@ -177,7 +176,6 @@ async def main_task(module: AnsibleModule) -> dict[str, Any]:
         errors = add_sets(repository, params["id"], vms)
         if params["directory"]:
             path = metrics_path(params["directory"], location)
-            check_directory(params["directory"], params["trust_others"])
             before = read_text(path)
             in_run = {printable_lines(vm["name"]) for vm in vms}
             absent = absent_vms(repository, [name for name in vms_in(before) if name not in in_run])
@@ -204,7 +202,6 @@ def main() -> None:
             "id": {"type": "str", "required": True},
             "results": {"type": "list", "elements": "dict", "default": []},
             "directory": {"type": "path"},
-            "trust_others": {"type": "bool", "default": False},
         },
         supports_check_mode=True,
     )

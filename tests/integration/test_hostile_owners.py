@@ -2,11 +2,12 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Others can change the repository, a part of it, or the directory of the metrics."""
+"""Others can change the repository, a part of it, or the directory of reports or metrics."""
 
 from __future__ import annotations
 
 import os
+import pathlib
 import typing as t
 
 import pytest
@@ -115,21 +116,35 @@ def test_a_repository_is_not_made_where_others_write(pair: Pair, directory: Path
 
 
 @pytest.mark.parametrize("how", WAYS)
-def test_metrics_and_reports_that_others_can_change(pair: Pair, directory: Path, how: int | str) -> None:
+def test_reports_that_others_can_change(directory: Path, how: int | str) -> None:
     place = directory / "texts"
     place.mkdir(mode=0o755)
     expose(place, how)
-    calls = {
-        "backup_metrics": {"repository": str(pair.library.path), "id": NEW, "directory": str(place)},
-        "backup_report": {"directory": str(place), "id": NEW, "hypervisors": {}},
-    }
-    for module, given in calls.items():
-        result = ask(module, given)
-        assert result["rc"], module
-        assert result["msg"].startswith(f"directory: {place} is "), result["msg"]
-        assert not list(place.iterdir())
-    for module, given in calls.items():
-        assert not ask(module, {**given, "trust_others": True})["rc"], module
+    given = {"directory": str(place), "id": NEW, "hypervisors": {}}
+    result = ask("backup_report", given)
+    assert result["rc"]
+    assert result["msg"].startswith(f"directory: {place} is "), result["msg"]
+    assert not list(place.iterdir())
+    assert not ask("backup_report", {**given, "trust_others": True})["rc"]
+
+
+@pytest.mark.parametrize("how", WAYS)
+def test_metrics_go_into_a_directory_of_the_collector(pair: Pair, directory: Path, how: int | str) -> None:
+    place, elsewhere = directory / "texts", directory / "elsewhere"
+    place.mkdir(mode=0o755)
+    given = {"repository": str(pair.library.path), "id": NEW, "directory": str(place)}
+    file = pathlib.Path(ask("backup_metrics", given)["path"])
+    expose(place, how)
+    before = file.stat().st_ino
+    assert not ask("backup_metrics", given)["rc"]
+    assert file.stat().st_ino != before
+    elsewhere.write_text("not ours")
+    file.unlink()
+    file.symlink_to(elsewhere)
+    result = ask("backup_metrics", given)
+    assert result["rc"]
+    assert f"{file} is a symbolic link" in result["msg"], result["msg"]
+    assert elsewhere.read_text() == "not ours"
 
 
 def test_a_directory_of_reports_that_is_made(directory: Path) -> None:
