@@ -70,7 +70,7 @@ PURE = {
     "_drive_backup": ("steps",),
     "_plan": ("decide", "disks", "model"),
     "_prune": ("retention",),
-    "_qemu": ("firmware",),
+    "_qemu": ("domain_xml", "firmware"),
     "_report": ("html", "html_charts", "html_style", "html_text", "prometheus", "run", "status"),
     "_repository": ("annotation_documents", "chain", "documents"),
     "_verify": ("command_line", "model"),
