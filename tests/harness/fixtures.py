@@ -20,6 +20,7 @@ import pytest
 
 from ansible_collections.vmfleet.backup.tests.harness.filesystems import FileSystem, LoopDevice, PassThrough
 from ansible_collections.vmfleet.backup.tests.harness.images import MIB, patterned
+from ansible_collections.vmfleet.backup.tests.harness.libvirt import Libvirt
 from ansible_collections.vmfleet.backup.tests.harness.modules import ModuleProcess
 from ansible_collections.vmfleet.backup.tests.harness.qemu import Disk, Qemu
 
@@ -111,6 +112,24 @@ def start_module() -> t.Iterator[t.Callable[..., ModuleProcess]]:
     yield start
     for process in started:
         process.kill()
+
+
+@pytest.fixture(scope="module")
+def libvirt_bed() -> t.Iterator[Libvirt]:
+    """A libvirtd of the module's own."""
+    if os.geteuid() != 0:
+        pytest.skip("libvirt's name spaces need root")
+    with Libvirt() as bed:
+        yield bed
+
+
+@pytest.fixture
+def libvirt(libvirt_bed: Libvirt, directory: Path) -> t.Iterator[Libvirt]:
+    """The module's libvirtd, without domains; it does not see what is mounted for a test."""
+    # Its domains end before their images are removed.
+    assert directory.is_dir()
+    yield libvirt_bed
+    libvirt_bed.clear()
 
 
 @pytest.fixture

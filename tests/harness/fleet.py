@@ -11,7 +11,6 @@ and /run. What ends a machine ends all its processes and mounts, and so does the
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import shutil
 import signal
@@ -27,11 +26,10 @@ import yaml
 
 from ansible_collections.vmfleet.backup.tests.harness.images import MIB, patterned
 from ansible_collections.vmfleet.backup.tests.harness.modules import ROOT
+from ansible_collections.vmfleet.backup.tests.harness.name_spaces import NameSpaces
 from ansible_collections.vmfleet.backup.tests.harness.playbooks import Play
 from ansible_collections.vmfleet.backup.tests.harness.qemu import PATIENCE, Disk, Qemu, wait_until
 from ansible_collections.vmfleet.backup.tests.harness.sets import Sets
-
-CLONE_NEWPID = 0x20000000
 
 # What runs as the first process of a machine: bash takes in the orphans, as init does.
 INIT = r"""
@@ -79,8 +77,6 @@ ssh_args = -F none -o ControlMaster=auto -o ControlPersist=60s -o IdentityFile={
 -o UserKnownHostsFile={directory}/known_hosts -o StrictHostKeyChecking=yes
 """
 
-_libc = ctypes.CDLL(None, use_errno=True)
-
 
 class Machine:
     """Processes, mounts and a name that are its own. `room` is the size of the repository's file system, 0 for none."""
@@ -119,20 +115,11 @@ class Machine:
 
     def seen_here(self, path: Path) -> Path:
         """Where a path of that machine is for this process."""
-        return Path(f"/proc/{self.pid}/root{path}")
+        return NameSpaces(self.pid).seen_here(path)
 
-    @contextlib.contextmanager
-    def inside(self) -> t.Iterator[None]:
+    def inside(self) -> contextlib.AbstractContextManager[None]:
         """The processes that this thread starts meanwhile are that machine's, but see the mounts of this one."""
-        with (
-            open("/proc/self/ns/pid", "rb") as here,
-            open(f"/proc/{self.pid}/ns/pid_for_children", "rb") as there,
-        ):
-            _set_namespace(there.fileno())
-            try:
-                yield
-            finally:
-                _set_namespace(here.fileno())
+        return NameSpaces(self.pid).for_children()
 
     def start(self, *command: str | Path, log: Path, env: dict[str, str] | None = None) -> subprocess.Popen[bytes]:
         """Start a program on that machine, with its mounts."""
@@ -161,11 +148,6 @@ class Machine:
                 if (process / "comm").read_text().strip() == program and os.readlink(process / "ns/pid") == own:
                     found.append(int(process.name))
         return found
-
-
-def _set_namespace(fd: int) -> None:
-    if _libc.setns(fd, CLONE_NEWPID) != 0:
-        raise OSError(ctypes.get_errno(), "setns")
 
 
 class Hypervisor(Machine):

@@ -23,6 +23,8 @@ import warnings
 if t.TYPE_CHECKING:
     from collections.abc import Callable
 
+    from ansible_collections.vmfleet.backup.tests.harness.name_spaces import NameSpaces
+
 PR_SET_PDEATHSIG = 1
 
 # What Python itself sets when it starts; everything else has its default.
@@ -46,7 +48,8 @@ class Fork:
     signal, no hook of the test framework.
     """
 
-    def __init__(self, main: Callable[[], None], stdin: bytes) -> None:
+    def __init__(self, main: Callable[[], None], stdin: bytes, inside: NameSpaces | None = None) -> None:
+        """It runs in the name spaces `inside` where these are given; its process id is still the one here."""
         pipes = [os.pipe() for _dummy in range(3)]
         (source, feed), *told = pipes
         self._said: dict[int, bytearray] = {read_end: bytearray() for read_end, _write_end in told}
@@ -56,12 +59,12 @@ class Fork:
         # A signal that comes too early is not for the handlers of this process.
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         try:
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), inside.for_children() if inside else contextlib.nullcontext():
                 # The other threads belong to pytest-xdist, and hold no lock that a module needs.
                 warnings.simplefilter("ignore", DeprecationWarning)
                 self.pid = os.fork()
-            if self.pid == 0:
-                _live(main, parent, (source, *(write_end for _read_end, write_end in told)))
+                if self.pid == 0:
+                    _live(main, parent, (source, *(write_end for _read_end, write_end in told)), inside)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         for fd in (source, *(write_end for _read_end, write_end in told)):
@@ -108,13 +111,16 @@ class Fork:
         return output, errors
 
 
-def _live(main: Callable[[], None], parent: int, streams: tuple[int, ...]) -> t.NoReturn:
+def _live(main: Callable[[], None], parent: int, streams: tuple[int, ...], inside: NameSpaces | None) -> t.NoReturn:
     """The child's whole life."""
     status = 1
     try:
         _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() == parent:
+        # A parent of other name spaces has no process id in these.
+        if os.getppid() == (0 if inside else parent):
             _forget(streams)
+            if inside:
+                inside.enter()
             status = _run(main)
     finally:
         os._exit(status)

@@ -84,3 +84,10 @@ def unlocked(path: Path, fmt: str = "qcow2") -> bool:
 def sound(path: Path, fmt: str = "qcow2") -> bool:
     """Whether qemu-img check finds neither errors nor leaked clusters."""
     return _run("qemu-img", "check", "-f", fmt, path).returncode == 0
+
+
+def assert_pattern(path: Path, fmt: str, pattern: int, offset: int, length: int) -> None:
+    """An image holds a pattern there, also one that a VM has open and has flushed."""
+    done = _run("qemu-io", "-r", "-U", "-f", fmt, "-c", f"read -P {pattern} {offset} {length}", path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "verification failed" not in done.stdout, done.stdout

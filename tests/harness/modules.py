@@ -18,9 +18,15 @@ import sys
 import typing as t
 from pathlib import Path
 
-from ansible_collections.vmfleet.backup.tests.harness import crash
+from ansible_collections.vmfleet.backup.plugins.module_utils._host import process
+from ansible_collections.vmfleet.backup.tests.harness import binding, crash
 from ansible_collections.vmfleet.backup.tests.harness.forks import Fork, Timeout
 from ansible_collections.vmfleet.backup.tests.harness.qemu import PATIENCE
+
+if t.TYPE_CHECKING:
+    from ansible_collections.vmfleet.backup.tests.harness.name_spaces import NameSpaces
+
+sys.path.append(str(binding.directory()))
 
 # .../ansible_collections/vmfleet/backup/tests/harness/modules.py: the directory that PYTHONPATH has to name.
 ROOT = Path(__file__).parents[5]
@@ -48,8 +54,12 @@ class ModuleProcess:
         crash_at: int | crash.Point = 0,
         victims: t.Sequence[int] = (crash.MODULE,),
         record: Path | None = None,
+        inside: NameSpaces | None = None,
     ) -> None:
-        """`crash_at` kills it, or else the `victims`, and `record` gets all points where that is possible."""
+        """`crash_at` kills it, or else the `victims`, and `record` gets all points where that is possible.
+
+        It runs in the name spaces `inside`, or where this process runs.
+        """
         self.name = name
         for each in NAMES:
             importlib.import_module(f"{PACKAGE}.{each}")
@@ -58,11 +68,14 @@ class ModuleProcess:
         def main() -> None:
             sys.argv = [str(module.__file__)]
             be_no_controller()
+            if inside:
+                # This process may have looked already, out here.
+                process.spaces.cache_clear()
             if crash_at or record:
                 crash.arm(crash_at, victims, record)
             module.main()
 
-        self._process = Fork(main, module_input(args, check, diff).encode())
+        self._process = Fork(main, module_input(args, check, diff).encode(), inside)
         self._said: tuple[str, str] | None = None
 
     @property
@@ -142,23 +155,40 @@ def _text(warning: t.Any) -> str:
 
 
 def run_module(
-    name: str, args: dict[str, t.Any], check: bool = False, diff: bool = False, timeout: float = PATIENCE
+    name: str,
+    args: dict[str, t.Any],
+    check: bool = False,
+    diff: bool = False,
+    timeout: float = PATIENCE,
+    inside: NameSpaces | None = None,
 ) -> dict[str, t.Any]:
     """Run a module to its end, whatever that is."""
-    return ModuleProcess(name, args, check, diff).result(timeout)
+    return ModuleProcess(name, args, check, diff, inside=inside).result(timeout)
 
 
-def succeed(name: str, args: dict[str, t.Any], check: bool = False, diff: bool = False) -> dict[str, t.Any]:
+def succeed(
+    name: str,
+    args: dict[str, t.Any],
+    check: bool = False,
+    diff: bool = False,
+    inside: NameSpaces | None = None,
+) -> dict[str, t.Any]:
     """Run a module that has to succeed."""
-    result = run_module(name, args, check, diff)
+    result = run_module(name, args, check, diff, inside=inside)
     assert result["rc"] == 0, result.get("msg", result)
     assert not result.get("failed"), result
     return result
 
 
-def fail(name: str, args: dict[str, t.Any], check: bool = False, diff: bool = False) -> dict[str, t.Any]:
+def fail(
+    name: str,
+    args: dict[str, t.Any],
+    check: bool = False,
+    diff: bool = False,
+    inside: NameSpaces | None = None,
+) -> dict[str, t.Any]:
     """Run a module that has to fail, with a message and not with a traceback."""
-    result = run_module(name, args, check, diff)
+    result = run_module(name, args, check, diff, inside=inside)
     assert result["rc"] != 0, result
     assert result.get("failed") is True, result
     assert "exception" not in result, result["exception"]

@@ -20,9 +20,13 @@ from pathlib import Path
 
 import yaml
 
+from ansible_collections.vmfleet.backup.tests.harness import binding
 from ansible_collections.vmfleet.backup.tests.harness.modules import ROOT
 from ansible_collections.vmfleet.backup.tests.harness.qemu import PATIENCE, wait_until
 from ansible_collections.vmfleet.backup.tests.harness.sets import ID, Sets
+
+if t.TYPE_CHECKING:
+    from ansible_collections.vmfleet.backup.tests.harness.name_spaces import NameSpaces
 
 # What runs the modules there; tools/with names another one than that of the tests.
 HYPERVISOR_PYTHON = os.environ.get("VMFLEET_HYPERVISOR_PYTHON", sys.executable)
@@ -46,10 +50,12 @@ class Hypervisor:
     `hosts` may give them variables of their own.
     """
 
-    def __init__(self, directory: Path, hosts: t.Collection[str] = ("hv1",)) -> None:
+    def __init__(self, directory: Path, hosts: t.Collection[str] = ("hv1",), inside: NameSpaces | None = None) -> None:
+        """The playbooks run in the name spaces `inside`, or where the tests run."""
+        self._inside = inside
         self.directory = directory
         self.hosts = hosts
-        self.sets = Sets(directory / "repository")
+        self.sets = Sets(directory / "repository", inside)
         self.variables: dict[str, t.Any] = {
             "vm_backup_repository": str(self.sets.path),
             "vm_backup_repository_create": True,
@@ -63,22 +69,28 @@ class Hypervisor:
 
     def play(self, playbook: str, *options: str, **variables: t.Any) -> Play:
         """Run one of the playbooks, or a file in the directory, with these variables, without their prefix."""
-        done = subprocess.run(
-            self._command(playbook, *options, **variables),
-            cwd=self.directory,
-            env=self._environment,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        with self._for_children():
+            done = subprocess.run(
+                self._command(playbook, *options, **variables),
+                cwd=self.directory,
+                env=self._environment,
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                check=False,
+            )
         return Play(done.returncode, done.stdout + done.stderr)
 
     @contextlib.contextmanager
     def on_terminal(self, playbook: str, *options: str, **variables: t.Any) -> t.Iterator[Screen]:
         """Run it on a terminal of its own, while the test goes on."""
-        with Screen(self._command(playbook, *options, **variables), self.directory, self._environment) as screen:
+        with self._for_children():
+            screen = Screen(self._command(playbook, *options, **variables), self.directory, self._environment)
+        with screen:
             yield screen
+
+    def _for_children(self) -> contextlib.AbstractContextManager[None]:
+        return self._inside.for_children() if self._inside else contextlib.nullcontext()
 
     def _command(self, playbook: str, *options: str, **variables: t.Any) -> list[str]:
         host = {
@@ -91,13 +103,15 @@ class Hypervisor:
         inventory = self.directory / "inventory.yml"
         inventory.write_text(yaml.safe_dump({"hypervisors": {"hosts": hosts, "vars": host}}))
         name = playbook if playbook.endswith(".yml") else f"vmfleet.backup.{playbook}"
-        return [str(Path(sys.executable).with_name("ansible-playbook")), "-i", str(inventory), name, *options]
+        command = [str(Path(sys.executable).with_name("ansible-playbook")), "-i", str(inventory), name, *options]
+        return self._inside.command(*command, directory=self.directory) if self._inside else command
 
     @property
     def _environment(self) -> dict[str, str]:
         return {
             **{name: value for name, value in os.environ.items() if not name.startswith("ANSIBLE_")},
             "ANSIBLE_COLLECTIONS_PATH": str(ROOT),
+            "PYTHONPATH": os.pathsep.join([*filter(None, [os.environ.get("PYTHONPATH")]), str(binding.directory())]),
             "ANSIBLE_HOME": str(self.directory / "ansible"),
             # Ansible writes there by $HOME, and looks for it in the password file's home: not always the same.
             "ANSIBLE_ASYNC_DIR": str(self.directory / "ansible" / "async"),

@@ -18,6 +18,7 @@ if t.TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
+    from ansible_collections.vmfleet.backup.tests.harness.name_spaces import NameSpaces
     from ansible_collections.vmfleet.backup.tests.harness.qemu import Qemu
 
 # Slow enough to look at the job of a 64 MiB disk, and to do something to it, before it ends.
@@ -28,12 +29,14 @@ ID = "s1"
 class Sets:
     """One repository, and the VMs that are backed up into it."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, inside: NameSpaces | None = None) -> None:
+        """The modules run in the name spaces `inside`, or where the tests run."""
         self.path = path
+        self._inside = inside
 
     def plan(self, *vms: Qemu | str, check: bool = False, **options: t.Any) -> dict[str, t.Any]:
         """Plan the backup of these VMs, or of those in `options`."""
-        return succeed("backup_plan", self.arguments(*vms, **options), check=check)
+        return succeed("backup_plan", self.arguments(*vms, **options), check=check, inside=self._inside)
 
     def arguments(self, *vms: Qemu | str, **options: t.Any) -> dict[str, t.Any]:
         """Arguments of backup_plan."""
@@ -43,20 +46,20 @@ class Sets:
 
     def back_up(self, *vms: Qemu | str, state: str = "completed", **options: t.Any) -> dict[str, t.Any]:
         """Plan, and bring the plan to its end; both have to succeed."""
-        return succeed("backup_set", {"plan": self.plan(*vms, **options)["plan"], "state": state})
+        return succeed("backup_set", {"plan": self.plan(*vms, **options)["plan"], "state": state}, inside=self._inside)
 
     def fail(self, *vms: Qemu | str, state: str = "completed", **options: t.Any) -> dict[str, t.Any]:
         """Plan, and try in vain to bring the plan to its end."""
-        return fail("backup_set", {"plan": self.plan(*vms, **options)["plan"], "state": state})
+        return fail("backup_set", {"plan": self.plan(*vms, **options)["plan"], "state": state}, inside=self._inside)
 
     def attempt(self, *vms: Qemu | str, **options: t.Any) -> dict[str, t.Any]:
         """Plan, and bring the plan to whatever end."""
-        return run_module("backup_set", {"plan": self.plan(*vms, **options)["plan"]})
+        return run_module("backup_set", {"plan": self.plan(*vms, **options)["plan"]}, inside=self._inside)
 
     def start(self, *vms: Qemu | str, **options: t.Any) -> dict[str, t.Any]:
         """Start copies that run until the test takes the brake off; returns the plan."""
         plan: dict[str, t.Any] = self.plan(*vms, **{"speed": SLOW, **options})["plan"]
-        result = succeed("backup_set", {"plan": plan, "state": "started"})
+        result = succeed("backup_set", {"plan": plan, "state": "started"}, inside=self._inside)
         assert [vm["state"] for vm in result["vms"]] == ["running"] * len(vms), result["vms"]
         return plan
 

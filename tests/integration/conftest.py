@@ -21,6 +21,8 @@ from ansible_collections.vmfleet.backup.tests.harness.fixtures import (
     Vms,
     clean,
     directory,
+    libvirt,
+    libvirt_bed,
     start_module,
     storage,
     target,
@@ -36,7 +38,7 @@ from ansible_collections.vmfleet.backup.tests.harness.sets import Sets
 if t.TYPE_CHECKING:
     from ansible_collections.vmfleet.backup.tests.harness.qemu import Qemu
 
-__all__ = ["clean", "directory", "start_module", "storage", "target", "vm", "vms"]
+__all__ = ["clean", "directory", "libvirt", "libvirt_bed", "start_module", "storage", "target", "vm", "vms"]
 
 
 @pytest.fixture

@@ -1,0 +1,199 @@
+# Copyright (c) 2026, vmfleet contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""The harness for libvirt: real domains, which leave nothing behind, and modules that run beside them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import typing as t
+from pathlib import Path
+
+import pytest
+
+from ansible_collections.vmfleet.backup.tests.harness.forks import Fork
+from ansible_collections.vmfleet.backup.tests.harness.images import MIB, identical, patterned, unlocked
+from ansible_collections.vmfleet.backup.tests.harness.libvirt import Libvirt
+from ansible_collections.vmfleet.backup.tests.harness.libvirt_domains import DomainDisk
+from ansible_collections.vmfleet.backup.tests.harness.modules import ROOT, succeed
+from ansible_collections.vmfleet.backup.tests.harness.playbooks import Hypervisor
+from ansible_collections.vmfleet.backup.tests.harness.qemu import PATIENCE, wait_until
+
+if t.TYPE_CHECKING:
+    from ansible_collections.vmfleet.backup.tests.harness.libvirt_domains import Domain
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="name spaces need root")
+
+MONITOR = "/var/lib/libvirt/qemu/second.qmp"
+# As an administrator gives QEMU one more monitor.
+SECOND = (
+    "<qemu:commandline xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'>"
+    f"<qemu:arg value='-qmp'/><qemu:arg value='unix:{MONITOR},server=on,wait=off'/></qemu:commandline>"
+)
+
+PLAYBOOK = f"""
+- hosts: all
+  gather_facts: false
+  tasks:
+    - name: Look
+      vmfleet.backup.vm_info:
+        monitors: ["{MONITOR}"]
+      register: found
+    - name: Tell
+      ansible.builtin.debug:
+        var: found.vms[0].name
+"""
+
+
+@pytest.fixture
+def domain(libvirt: Libvirt, directory: Path) -> Domain:
+    """A domain with two disks that runs, and has a second monitor."""
+    disks = (
+        DomainDisk(patterned(directory / "a.qcow2")),
+        DomainDisk(patterned(directory / "b.raw", "raw", seed=16), "sda", "scsi", "raw"),
+    )
+    return libvirt.start("web01", *disks, more=SECOND)
+
+
+def spaces() -> dict[int, set[int]]:
+    """Return the processes of this machine by their mount name spaces."""
+    found: dict[int, set[int]] = {}
+    for process in Path("/proc").glob("[1-9]*"):
+        try:
+            found.setdefault((process / "ns/mnt").stat().st_ino, set()).add(int(process.name))
+        except (FileNotFoundError, ProcessLookupError, PermissionError):
+            continue
+    return found
+
+
+def test_writes_are_in_the_image(domain: Domain, directory: Path) -> None:
+    for target, image in (("vda", "a.qcow2"), ("sda", "b.raw")):
+        before = domain.freeze(target, directory / f"{target}-before.qcow2")
+        domain.write(target, 0x51, 5 * MIB, 65536)
+        after = domain.freeze(target, directory / f"{target}-after.qcow2")
+        assert not identical(before, after)
+        fmt = domain.image(target)[1]
+        assert identical(after, directory / image, other_format=fmt)
+        assert not unlocked(directory / image, fmt)
+    domain.destroy()
+    assert domain.state == "shut off"
+    assert unlocked(directory / "a.qcow2")
+
+
+def test_write_that_fails_is_seen(domain: Domain) -> None:
+    with pytest.raises(AssertionError):
+        domain.write("vda", 0x51, 64 * MIB, 65536)
+
+
+def test_snapshot(domain: Domain, directory: Path) -> None:
+    domain.virsh("snapshot-create-as", "--disk-only", "--diskspec", f"vda,file={directory}/over.qcow2")
+    assert domain.image("vda") == (directory / "over.qcow2", "qcow2")
+    domain.write("vda", 0x52, 0, 65536)
+    domain.virsh("blockcommit", "vda", "--active", "--pivot", "--wait")
+    assert domain.image("vda") == (directory / "a.qcow2", "qcow2")
+
+
+def test_qemu_is_stopped_and_goes_on(domain: Domain) -> None:
+    domain.hang()
+    # What needs no QEMU still works.
+    assert domain.state == "running"
+    assert domain.libvirt.processes[domain.pid]
+    assert domain.libvirt.run("ps", "-o", "stat=", "-p", str(domain.pid)).startswith("T")
+    domain.wake()
+    assert domain.qmp("query-status")["status"] == "running"
+
+
+def test_killed_qemu_is_gone(domain: Domain) -> None:
+    domain.kill()
+    wait_until(lambda: domain.state == "shut off", "libvirt to notice it")
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_domains_outlive_libvirtd(domain: Domain, how: signal.Signals) -> None:
+    pid = domain.pid
+    domain.libvirt.stop_daemon(how)
+    assert "Failed to connect" in domain.libvirt.attempt("virsh", "list").stderr
+    domain.libvirt.start_daemon()
+    assert domain.state == "running"
+    assert domain.pid == pid
+
+
+def test_module_sees_what_is_inside(domain: Domain) -> None:
+    [found] = succeed("vm_info", {"monitors": [MONITOR]}, inside=domain.libvirt.inside)["vms"]
+    assert (found["name"], found["uuid"]) == ("web01", domain.uuid)
+    assert not Path(MONITOR).exists()
+
+
+def test_playbook_sees_what_is_inside(domain: Domain, directory: Path) -> None:
+    (directory / "look.yml").write_text(PLAYBOOK)
+    play = Hypervisor(directory, inside=domain.libvirt.inside).play(str(directory / "look.yml"))
+    assert play.rc == 0, play.output
+    assert '"found.vms[0].name": "web01"' in play.output
+
+
+def test_binding_reaches_it(domain: Domain) -> None:
+    def main() -> None:
+        import libvirt
+        import libvirt_qemu
+
+        found = libvirt.open("qemu:///system").lookupByName("web01")
+        print(libvirt_qemu.qemuMonitorCommand(found, '{"execute":"query-name"}', 0))
+        print(found.UUIDString(), os.getcwd())
+
+    process = Fork(main, b"", domain.libvirt.inside)
+    output, errors = process.communicate(PATIENCE)
+    assert process.poll() == 0, errors
+    answer, told = output.splitlines()
+    assert '"name":"web01"' in answer
+    assert told == f"{domain.uuid} {os.getcwd()}"
+
+
+def test_two_at_once(libvirt: Libvirt, domain: Domain, directory: Path) -> None:
+    with Libvirt() as other:
+        second = other.start("web01", DomainDisk(patterned(directory / "other.qcow2")))
+        assert second.uuid != domain.uuid
+        second.write("vda", 0x53, 0, 65536)
+        second.destroy()
+        assert domain.state == "running"
+    assert libvirt.virsh("list", "--name") == "web01"
+
+
+KILLED = """
+import sys, time
+from ansible_collections.vmfleet.backup.tests.harness.libvirt_domains import DomainDisk
+from ansible_collections.vmfleet.backup.tests.harness.libvirt import Libvirt
+from pathlib import Path
+bed = Libvirt()
+domain = bed.start("web01", DomainDisk(Path(sys.argv[1])))
+print(bed.inside.pid, flush=True)
+time.sleep(600)
+"""
+
+
+def test_nothing_is_left_of_a_test_that_is_killed(directory: Path) -> None:
+    image = patterned(directory / "disk.qcow2")
+    mounts = Path("/proc/self/mounts").read_text()
+    before = spaces()
+    test = subprocess.Popen(
+        [sys.executable, "-c", KILLED, str(image)],
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        text=True,
+    )
+    with test:
+        assert test.stdout
+        init = int(test.stdout.readline())
+        inside = {pid for space, pids in spaces().items() if space not in before for pid in pids}
+        programs = {Path(f"/proc/{pid}/comm").read_text().strip() for pid in inside}
+        assert {"libvirtd", "virtlogd", "qemu-system-x86", "sleep"} <= programs
+        assert init in inside
+        assert not unlocked(image)
+        test.kill()
+    wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in inside), "the end of all")
+    assert not set(spaces()) - set(before)
+    assert unlocked(image)
+    assert Path("/proc/self/mounts").read_text() == mounts
