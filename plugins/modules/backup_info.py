@@ -169,7 +169,7 @@ def chain_lengths(catalog: VmCatalog) -> dict[str, int]:
     for manifest in catalog.records.sets:
         most = 0
         for disk in manifest.disks:
-            below = lengths.get((disk.parent.id, disk.name), 0) if disk.parent else 0
+            below = lengths.get((disk.parent.id, disk.name_in_parent), 0) if disk.parent else 0
             lengths[(manifest.id, disk.name)] = below + 1
             most = max(most, below + 1)
         longest[manifest.id] = most

@@ -62,7 +62,7 @@ options:
     elements: dict
     suboptions:
       name:
-        description: The disk, as it is called in the set.
+        description: The disk, as it is called in the set, or in any other set of the VM.
         type: str
         required: true
       target:
@@ -254,7 +254,7 @@ def latest_time(params: dict[str, Any]) -> datetime | None:
         raise Refused("before", "{!r} is no time like 2026-11-22T03:00:00Z".format(params["before"])) from None
 
 
-def chosen_disks(params: dict[str, Any], manifest: Manifest) -> list[dict[str, Any]]:
+def chosen_disks(params: dict[str, Any], catalog: VmCatalog, manifest: Manifest) -> list[dict[str, Any]]:
     """Return the disks that are asked for, each with its target."""
     names = [disk.name for disk in manifest.disks]
     if params["disks"] is None:
@@ -266,19 +266,21 @@ def chosen_disks(params: dict[str, Any], manifest: Manifest) -> list[dict[str, A
             {"name": name, "target": os.path.join(params["directory"], files[name]), "format": "qcow2"}
             for name in names
         ]
-    asked: list[dict[str, Any]] = params["disks"]
-    for disk in asked:
-        if disk["name"] not in names:
+    asked = []
+    for disk in params["disks"]:
+        image = catalog.disk(manifest, disk["name"])
+        if image is None:
             raise Refused(
                 "disks", "set {} has no disk {!r}; it has: {}".format(manifest.id, disk["name"], ", ".join(names))
             )
+        asked.append({**disk, "name": image.name})
     return asked
 
 
 def disk_restores(params: dict[str, Any], catalog: VmCatalog, manifest: Manifest) -> list[DiskRestore]:
     """Return what is to be restored, with the chain of each disk."""
     found = []
-    for asked in chosen_disks(params, manifest):
+    for asked in chosen_disks(params, catalog, manifest):
         target = asked["target"]
         default = "raw" if is_block_device(target) else "qcow2"
         chain = tuple(catalog.chain(manifest, asked["name"]))

@@ -158,8 +158,7 @@ def _next_intent(intents: tuple[Intent, ...], set_id: str) -> Intent:
 
 def _missing_disks(published: Manifest, choice: Choice) -> str:
     """Return the chosen disks that a published set lacks; empty where it has all."""
-    held = {disk.name for disk in published.disks}
-    return ", ".join(disk.name for disk in choice.disks if disk.name not in held)
+    return ", ".join(disk.name for disk in choice.disks if not published.find(disk.names))
 
 
 def _foreign(intent: Intent, seen: Observation, hypervisor: Hypervisor) -> str:

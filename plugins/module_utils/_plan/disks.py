@@ -167,17 +167,19 @@ def link(
         return ChainLink(Level.FULL, "it has no name that holds beyond a restart; give the drive or its device an id")
     if not sets:
         return ChainLink(Level.FULL, "it is the VM's first set")
-    base = newest_full(sets, disk.name) if wish.level == Level.DIFFERENTIAL else sets[-1]
-    below = base.disk(disk.name) if base else None
-    if base is None or below is None:
-        return ChainLink(Level.FULL, f"it is not in set {sets[-1].id}" if base else "no set holds it in full")
+    newest = sets[-1].find(disk.names)
+    found = newest_full(sets, disk.names) if wish.level == Level.DIFFERENTIAL else newest and (sets[-1], newest)
+    if not found:
+        is_new = wish.level != Level.DIFFERENTIAL
+        return ChainLink(Level.FULL, f"it is not in set {sets[-1].id}" if is_new else "no set holds it in full")
+    base, below = found
     chain = chain_of(disk, (*disks, *layers))
     doubt = (
         _other_disk(base, below, disk, identity)
         or written_elsewhere(disk, disks)
         or _lost_record(base, below, chain, disks, layers, sets[-1])
         or damage.get((base.id, disk.name), "")
-        or _too_long(sets, base, disk.name, wish.max_chain)
+        or _too_long(sets, base, below.name, wish.max_chain)
     )
     if doubt:
         return ChainLink(Level.FULL, doubt)
@@ -188,7 +190,7 @@ def link(
     return ChainLink(
         level,
         f"changes since set {base.id}{snapshots}",
-        Parent(base.id, below.sha256, base.attempt),
+        Parent(base.id, below.sha256, base.attempt, "" if below.name == disk.name else below.name),
         below.image,
         name,
         tuple(records)[1:],
@@ -235,7 +237,7 @@ def _lost_record(
     layer = next((other.node for other in layers if other.bitmap(below.bitmap)), "")
     if layer:
         return f"{record} is in a layer below (node {layer}): somebody took an external snapshot since"
-    latest = newest.disk(disk.name)
+    latest = newest.find(disk.names)
     if newest is not base and latest and latest.level == Level.INCREMENTAL:
         return f"{record} is gone: set {newest.id} was incremental, and the next differential one starts anew"
     if not disk.keeps_bitmaps:

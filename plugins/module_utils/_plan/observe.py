@@ -25,7 +25,7 @@ from .._qemu.monitor import Monitor
 from .._qemu.query import inspect_vm
 from .._repository.annotation_documents import Depth
 from .._repository.annotations import failed_sets, read_annotations
-from .._repository.chain import walk
+from .._repository.chain import newest_full, walk
 from .._repository.documents import Level
 from .._repository.names import REPOSITORY_FILE
 from .._repository.staging import outstanding
@@ -126,11 +126,13 @@ def with_damage(seen: Observation, repository: Repository, sets: Sequence[Manife
     # That a guest did not start says nothing of what its disks' images hold.
     looks = tuple(look for look in annotations.verifications if look.ok or look.depth != Depth.BOOT)
     failed = failed_sets(sets, replace(annotations, verifications=looks))
-    fulls = {disk.name: manifest for manifest in sets for disk in manifest.disks if disk.level == Level.FULL}
     for disk in seen.vm.disks:
+        newest, full = sets[-1].find(disk.names), newest_full(sets, disk.names)
         # Manifests are not hashable as a whole; the two are often one.
-        for base in {one.id: one for one in (sets[-1], fulls.get(disk.name, sets[-1]))}.values():
-            steps, _broken = walk(sets, base, disk.name)
+        bases = [(sets[-1], newest)] if newest else []
+        bases += [full] if full and full[0].id != sets[-1].id else []
+        for base, image in bases:
+            steps, _broken = walk(sets, base, image.name)
             wrong = next(filter(None, (repository.damage(manifest, image) for manifest, image in steps)), "")
             if not wrong and base.id in failed:
                 wrong = f"set {base.id} has failed its verification: {failed[base.id]}"

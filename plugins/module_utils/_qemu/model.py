@@ -10,6 +10,7 @@ import re
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
 
+from .._common.device_names import lasting_names, qdev_id
 from .._common.errors import Refused
 from .._common.formats import Word
 from .._common.redaction import redact_name
@@ -33,7 +34,6 @@ IO_ERROR = "io-error"
 TARGET_NODES = "vmf."
 """What the names of all nodes begin with that backups of this collection write to."""
 TARGET_NODE = re.compile(re.escape(TARGET_NODES) + r"(db|[0-9a-f]{8})\.[0-9a-f]{12}(\.\d+)?")
-PERIPHERAL = "/machine/peripheral/"
 TEMPORARY = re.compile(r"/vl\.[A-Za-z0-9]{6}(?:\"|$)")
 """The file that QEMU makes for a temporary disk, in /var/tmp or in TMPDIR (block.c, create_tmp_file)."""
 IN_THE_CLEAR = "is encrypted at rest, and its copy is not: whoever can read the copy can read the disk"
@@ -110,6 +110,11 @@ class Disk:
         """Return every name that a user may call this disk by."""
         found = [self.device, qdev_id(self.qdev), self.qdev, *self.filters, self.node, self.name]
         return tuple(dict.fromkeys(name for name in found if name))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Return the names by which sets may know this disk, its own first."""
+        return lasting_names(self.name, self.qdev)
 
     def shares_file(self, other: Disk) -> bool:
         """Return whether another disk is on the same file."""
@@ -264,16 +269,6 @@ def chain_of(disk: Disk, nodes: Iterable[Disk]) -> tuple[Disk, ...]:
     """Return a disk's own node and, of C(nodes), the layers that it reads through, from the top to the bottom."""
     by_name = {node.node: node for node in nodes}
     return (disk, *(by_name[name] for name in disk.layers if name in by_name))
-
-
-def qdev_id(qdev: str) -> str:
-    """Return C(vd0) of C(/machine/peripheral/vd0/virtio-backend); empty for devices without an id of their own.
-
-    QEMU tells IDE and SCSI disks by their bare id, virtio disks by a path.
-    """
-    if qdev.startswith(PERIPHERAL):
-        return qdev[len(PERIPHERAL) :].partition("/")[0]
-    return "" if qdev.startswith("/") else qdev
 
 
 def plain_path(file: str) -> str:

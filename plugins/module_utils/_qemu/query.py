@@ -14,11 +14,12 @@ import os
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from .._common.device_names import qdev_id
 from .._common.redaction import redact_name
 from .._host.process import machine_id
 from .answers import STATISTICS, Odd
 from .jobs import merge_jobs
-from .model import NO_UUID, TARGET_NODE, Bitmap, Disk, Vm, qdev_id
+from .model import NO_UUID, TARGET_NODE, Bitmap, Disk, Vm
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

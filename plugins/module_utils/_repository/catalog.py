@@ -73,6 +73,11 @@ class VmCatalog:
             raise Refused("before" if before else "vm", f"VM {self.name} has no set{when}; it has: {self._ids()}")
         return fitting[-1]
 
+    def disk(self, manifest: Manifest, name: str) -> DiskImage | None:
+        """Return a disk of a set by a name that it has there, or in any other set of this VM."""
+        known = (names for one in self.records.sets for names in (disk.names for disk in one.disks) if name in names)
+        return manifest.find(tuple(dict.fromkeys([name, *(other for names in known for other in names)])))
+
     def chain(self, manifest: Manifest, disk: str) -> list[tuple[Manifest, DiskImage]]:
         """Return the images that make up a disk of a set, its own first. BackupError names the one that is missing."""
         reason = self.broken.get((manifest.id, disk), "")
@@ -103,7 +108,7 @@ def _broken_images(repository: Repository, vm: str, records: VmRecords) -> dict[
                 # What may be that set, and cannot be read.
                 reason = records.odd.get(image.parent.id, reason)
             if not reason and image.parent:
-                reason = broken.get((image.parent.id, image.name), "")
+                reason = broken.get((image.parent.id, image.name_in_parent), "")
             if reason:
                 broken[(manifest.id, image.name)] = reason
     return broken

@@ -21,17 +21,20 @@ if TYPE_CHECKING:
     from .repository import Repository
 
 
-def newest_full(sets: Sequence[Manifest], disk: str) -> Manifest | None:
-    """Return the newest set with a full image of a disk; None where there is none."""
+def newest_full(sets: Sequence[Manifest], names: Sequence[str]) -> tuple[Manifest, DiskImage] | None:
+    """Return the newest set with a full image of the disk that goes by C(names), and the image."""
     for manifest in reversed(sets):
-        image = manifest.disk(disk)
+        image = manifest.find(names)
         if image and image.level == Level.FULL:
-            return manifest
+            return manifest, image
     return None
 
 
 def walk(sets: Sequence[Manifest], start: Manifest, disk: str) -> tuple[list[tuple[Manifest, DiskImage]], str]:
-    """Return the images that a disk's image in C(start) is made of, itself first, and why a chain is broken."""
+    """Return the images that a disk's image in C(start) is made of, itself first, and why a chain is broken.
+
+    C(disk) is its name there. It may have other names in the sets below.
+    """
     by_id = {manifest.id: manifest for manifest in sets}
     steps: list[tuple[Manifest, DiskImage]] = []
     manifest: Manifest | None = start
@@ -41,8 +44,7 @@ def walk(sets: Sequence[Manifest], start: Manifest, disk: str) -> tuple[list[tup
         broken = broken_below(by_id, manifest, image)
         if broken or image.parent is None:
             return steps, broken
-        manifest = by_id[image.parent.id]
-        image = manifest.disk(disk)
+        manifest, image = by_id[image.parent.id], by_id[image.parent.id].disk(image.name_in_parent)
     return steps, f"set {start.id} has no disk {disk}"
 
 
@@ -63,9 +65,9 @@ def broken_below(by_id: Mapping[str, Manifest], manifest: Manifest, image: DiskI
     if parent is None:
         return ""
     base = by_id.get(parent.id)
-    below = base.disk(image.name) if base else None
+    below = base.disk(image.name_in_parent) if base else None
     if base is None or below is None:
-        return f"set {parent.id}, which {manifest.id} builds on, is gone or has no disk {image.name}"
+        return f"set {parent.id}, which {manifest.id} builds on, is gone or has no disk {image.name_in_parent}"
     if base.sequence >= manifest.sequence or is_another(parent, base, below):
         return f"set {parent.id} is not the one that {manifest.id} builds on"
     return ""
@@ -80,11 +82,12 @@ def lost_parent(intent: Intent, sets: Sequence[Manifest]) -> str:
     """Return what is wrong with the chains that a growing set builds on; empty where nothing is."""
     by_id = {manifest.id: manifest for manifest in sets}
     for disk in intent.disks:
-        name, parent = disk.image.name, disk.image.parent
+        name, parent = disk.image.name_in_parent, disk.image.parent
         base = by_id.get(parent.id) if parent else None
         image = base.disk(name) if base else None
         if parent and (not base or not image or is_another(parent, base, image) or walk(sets, base, name)[1]):
-            return f"set {parent.id}, which the increment of disk {name} builds on, was removed while it was made"
+            own = disk.image.name
+            return f"set {parent.id}, which the increment of disk {own} builds on, was removed while it was made"
     return ""
 
 
@@ -100,6 +103,6 @@ def bitmaps_to_keep(sets: Sequence[Manifest], differential: bool) -> frozenset[s
         return frozenset()
     images = list(sets[-1].disks)
     if differential:
-        fulls = ((newest_full(sets, disk.name), disk.name) for disk in sets[-1].disks)
-        images += [image for image in (full.disk(name) for full, name in fulls if full) if image]
+        fulls = (newest_full(sets, disk.names) for disk in sets[-1].disks)
+        images += [full[1] for full in fulls if full]
     return frozenset(image.bitmap for image in images if image.bitmap)

@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
+from .._common.device_names import lasting_names
 from .._common.fields import (
     FLAG,
     INODE,
@@ -94,11 +95,13 @@ class Parent:
     """The set that an increment builds on, and its image for this disk.
 
     C(attempt) tells that set from another one of the same id; C(sha256) is None where no checksum was asked for.
+    C(disk) is what the disk is called there, where that is another name.
     """
 
     id: str = field(metadata=SET_ID)
     sha256: str | None = field(metadata=SHA256)
     attempt: str = field(default="", metadata=ATTEMPT_OR_NONE)
+    disk: str = field(default="", metadata=TEXT)
 
 
 @dataclass(frozen=True)
@@ -128,6 +131,16 @@ class DiskImage:
     bitmap: str | None = field(default=None, metadata=BITMAP)
     layers: tuple[str, ...] = field(default=(), metadata=holds(Several(Text())))
     source_encrypted: bool | None = field(default=None, metadata=holds(Maybe(Flag())))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Return the names by which other sets may know this disk, its own first."""
+        return lasting_names(self.name, self.qdev)
+
+    @property
+    def name_in_parent(self) -> str:
+        """Return what the disk is called in the set that this image builds on."""
+        return (self.parent.disk if self.parent else "") or self.name
 
     @property
     def merged(self) -> str:
@@ -182,6 +195,14 @@ class Manifest(Document):
             if disk.name == name:
                 return disk
         return None
+
+    def find(self, names: Sequence[str]) -> DiskImage | None:
+        """Return the image of the disk that goes by these names, its own first; None where no one image is meant."""
+        own = self.disk(names[0]) if names else None
+        if own:
+            return own
+        found = [disk for disk in self.disks if not set(names).isdisjoint(disk.names)]
+        return found[0] if len(found) == 1 else None
 
     def fault(self) -> str:
         """Return what does not go together."""

@@ -212,7 +212,7 @@ def test_as_many_layers_as_libvirt_opens() -> None:
 PART = re.compile(r"'[^']*'|>[^<]+<|</?\w+|/>|\w+=")
 
 
-@examples(200)
+@examples(50)
 @given(sample=st.sampled_from(SAMPLES), data=st.data())
 def test_whatever_it_says_is_read_or_refused(sample: str, data: st.DataObject) -> None:
     honest = domain_xml(sample)

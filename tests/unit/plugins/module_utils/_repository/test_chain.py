@@ -106,3 +106,45 @@ def test_the_bitmaps_that_the_next_set_may_need() -> None:
     later = manifest("s5", 5, image("s5", parent("s4"), name="vdb"))
     assert bitmaps_to_keep([S1, S2, S3, both], differential=True) == {"b-s1", "b-s4", "b-s4-vdb"}
     assert bitmaps_to_keep([S1, S2, S3, both, later], differential=True) == {"b-s4-vdb", "b-s5-vdb"}
+
+
+DEVICE = {"qdev": "/machine/peripheral/virtio-disk0/virtio-backend"}
+
+
+class TestNames:
+    """A disk that is called otherwise in some sets, as its VM was reached in another way."""
+
+    old = manifest("s1", 1, image("s1", name="virtio-disk0", **DEVICE))
+    new = manifest("s2", 2, image("s2", replace(parent("s1"), disk="virtio-disk0"), **DEVICE))
+
+    def test_a_walk_through_both(self) -> None:
+        steps, broken = walk([self.old, self.new], self.new, "vda")
+        assert ([found.name for _manifest, found in steps], broken) == (["vda", "virtio-disk0"], "")
+
+    def test_the_name_in_the_set_below_is_that_which_counts(self) -> None:
+        """Another disk may have come to have the name."""
+        other = manifest("s1", 1, image("s1", name="virtio-disk0"), image("s1"))
+        steps, _broken = walk([other, self.new], self.new, "vda")
+        assert [found.name for _manifest, found in steps] == ["vda", "virtio-disk0"]
+
+    def test_bitmaps_of_the_full_under_its_other_name(self) -> None:
+        assert bitmaps_to_keep([self.old, self.new], differential=True) == {"b-s1-virtio-disk0", "b-s2"}
+
+    def test_what_a_growing_set_builds_on(self) -> None:
+        growing = intent("s2", image("s2", replace(parent("s1"), disk="virtio-disk0"), **DEVICE))
+        assert lost_parent(growing, [self.old]) == ""
+        assert "the increment of disk vda builds on, was removed" in lost_parent(growing, [S1])
+
+    def test_which_image_is_meant(self) -> None:
+        names = ("vda", "virtio-disk0")
+        assert self.old.find(names) is self.old.disks[0]
+        assert self.new.find(("virtio-disk0",)) is self.new.disks[0]
+        # Its own name counts more than that of a device.
+        swapped = manifest("s1", 1, image("s1", name="virtio-disk0"), image("s1", **DEVICE))
+        assert swapped.find(("virtio-disk0",)) is swapped.disks[0]
+        assert swapped.find(names) is swapped.disks[1]
+        # Where two may be meant, none is.
+        twins = manifest("s1", 1, image("s1", name="a", **DEVICE), image("s1", name="b", **DEVICE))
+        assert twins.find(names) is None
+        assert S1.find(()) is None
+        assert S1.find(("vdb", "virtio-disk1")) is None
