@@ -17,7 +17,6 @@ from dataclasses import replace
 import pytest
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._host import lock as host_lock
-from ansible_collections.vmfleet.backup.plugins.module_utils._host.directory import Directory
 from ansible_collections.vmfleet.backup.plugins.module_utils._prune import consolidate, prune
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu import qemu_img
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.image_chain import open_chain
@@ -133,8 +132,12 @@ class TestConsolidation:
         repository = open_repository(str(library.path))
         catalog = read_catalog(repository, NAME)
         steps = layers(repository, catalog.chain(catalog.find("s2"), image.name))
-        with open_chain(steps) as chain, Directory.at(str(new.parent)) as place:
-            return asyncio.run(consolidate._copy_full(chain, place, new.name, image))
+        fd = os.open(new, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+        try:
+            with open_chain(steps) as chain:
+                return asyncio.run(consolidate._copy_full(chain, str(new), fd, image))
+        finally:
+            os.close(fd)
 
     def test_old_and_new_image_of_one_size_are_told_apart(self, library: Library, directory: Path) -> None:
         repository = open_repository(str(library.path))

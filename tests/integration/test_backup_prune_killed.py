@@ -11,9 +11,11 @@ import typing as t
 
 import pytest
 
+from ansible_collections.vmfleet.backup.tests.harness import crash
 from ansible_collections.vmfleet.backup.tests.harness.images import identical
 from ansible_collections.vmfleet.backup.tests.harness.killing import HANDS, steps
 from ansible_collections.vmfleet.backup.tests.harness.library import LOCKS, NAME, Chain, Library, restored_to
+from ansible_collections.vmfleet.backup.tests.harness.matrix import assert_listed, deal, dice, document
 from ansible_collections.vmfleet.backup.tests.harness.pruning import assert_whole, two_chains
 
 if t.TYPE_CHECKING:
@@ -24,6 +26,31 @@ if t.TYPE_CHECKING:
     Start = t.Callable[..., ModuleProcess]
 
 pytestmark = pytest.mark.usefixtures("clean")
+
+# The points of a prune that makes full images, by what is done there.
+POINTS = {
+    "look: fork",
+    "lock: mkdir",
+    "lock: create",
+    "consolidate: create",
+    "consolidate > run: qemu-img convert",
+    "consolidate > flush: truncate",
+    "consolidate > flush: fsync",
+    "consolidate: chmod",
+    "consolidate > lock: mkdir",
+    "consolidate > lock: create",
+    *document("consolidate > write note"),
+    "consolidate: rename",
+    "consolidate > sync directory: fsync",
+    *document("consolidate > rewrite manifest"),
+    "consolidate > remove note > remove: remove",
+    "consolidate > remove note > sync directory: fsync",
+    "remove set: rename",
+    "remove set > sync directory: fsync",
+    "remove set > remove: remove",
+    "remove set: rmdir",
+    "remove annotations > sync directory: fsync",
+}
 
 
 @pytest.fixture(scope="module")
@@ -51,38 +78,47 @@ def assert_usable(chain: Chain, library: Library, where: Path, *needed: str) -> 
 class TestKilled:
     """At every step: what is listed can be restored, and the next run needs no help."""
 
-    def sweep(
+    def strike(
         self,
         template: Chain,
         directory: Path,
         start: Start,
-        numbers: t.Iterator[int],
+        at: int | crash.Point,
         expected: tuple[str, ...],
         **options: t.Any,
-    ) -> None:
-        for step in numbers:
-            chain = template.copied(directory)
-            library = chain.library
-            process = start("backup_prune", {"repository": str(library.path), **options}, crash_at=step)
-            process.wait()
-            # The oldest is the one that may be in the middle of becoming full.
-            assert_usable(chain, library, directory / "restored", *reversed(expected))
-            library.prune(**options)
-            assert_whole(chain, library, *expected)
-            assert not library.prune(**options)["changed"]
-            if not process.killed:
-                assert step > 30
-                return
-            shutil.rmtree(library.path)
+    ) -> bool:
+        """Kill it there, and let the next one come to the end; returns whether it came so far."""
+        chain = template.copied(directory)
+        library = chain.library
+        process = start("backup_prune", {"repository": str(library.path), **options}, crash_at=at)
+        process.wait()
+        # The oldest is the one that may be in the middle of becoming full.
+        assert_usable(chain, library, directory / "restored", *reversed(expected))
+        library.prune(**options)
+        assert_whole(chain, library, *expected)
+        assert not library.prune(**options)["changed"]
+        shutil.rmtree(library.path)
+        return process.killed
 
     @pytest.mark.parametrize("hand", range(HANDS))
     def test_removal(self, template: Chain, directory: Path, start_module: Start, hand: int) -> None:
-        self.sweep(template, directory, start_module, steps(hand, 3), ("s5", "s4"), keep_last=2)
+        for step in steps(hand, 3):
+            if not self.strike(template, directory, start_module, step, ("s5", "s4"), keep_last=2):
+                assert step > 30
+                return
 
     @pytest.mark.parametrize("hand", range(HANDS))
     def test_consolidation(self, template: Chain, directory: Path, start_module: Start, hand: int) -> None:
         expected = ("s5", "s4", "s3")
-        self.sweep(template, directory, start_module, steps(hand, 10), expected, keep_last=3, consolidate=True)
+        options: dict[str, t.Any] = {"keep_last": 3, "consolidate": True}
+        library, record = template.copied(directory).library, directory / "points"
+        start_module("backup_prune", {"repository": str(library.path), **options}, record=record).result()
+        shutil.rmtree(library.path)
+        points = crash.read(record)
+        assert_listed(points, POINTS, f"POINTS of {__name__.rpartition('.')[2]}.py")
+        for point in deal(points, dice(), hand, HANDS, share=0.25):
+            print(point)
+            assert self.strike(template, directory, start_module, point, expected, **options)
 
     def test_forgetting(self, template: Chain, directory: Path, start_module: Start) -> None:
         options: dict[str, t.Any] = {"names": [NAME], "forget": True}

@@ -15,7 +15,7 @@ from .._host import preallocate, target_files
 from .._host.checksum import sha256
 from .._host.files import set_mode
 from .._qemu import image_commands, qemu_img
-from .._qemu.image_chain import FORMAT, open_chain
+from .._qemu.image_chain import FORMAT, checked_image, open_chain
 from .._repository import chain
 from .._repository.catalog import CONSOLIDATING_SUFFIX, consolidating_files, read_catalog
 from .._repository.checksums import check_all
@@ -38,21 +38,21 @@ if TYPE_CHECKING:
 
 def finish_consolidation(repository: Repository, vm: str) -> None:
     """Finish what a killed process has left, with the VM's lock held."""
-    for note in repository.records(vm).notes:
-        _finish_manifest(repository, vm, note)
     with repository.opened(vm) as directory:
+        for note in repository.records(vm).notes:
+            manifest = repository.records(vm).published(note.id)
+            if manifest and manifest.attempt == note.attempt and manifest.disk(note.image.name) == note.image:
+                with directory.directory(note.id) as place:
+                    _finish_manifest(place, manifest)
+            remove_note(directory, note.id)
         for name in consolidating_files(directory):
             remove_file(directory, name)
     tidy(repository, vm)
 
 
-def _finish_manifest(repository: Repository, vm: str, note: Consolidation) -> None:
-    """Write into the manifest what the file is by now, and remove the note."""
-    manifest = repository.records(vm).published(note.id)
-    if manifest and manifest.attempt == note.attempt and manifest.disk(note.image.name) == note.image:
-        level = chain.set_level(disk.level for disk in manifest.disks)
-        rewrite_manifest(repository, replace(manifest, level=level))
-    remove_note(repository, vm, note.id)
+def _finish_manifest(place: Directory, manifest: Manifest) -> None:
+    """Write into the manifest of the set at C(place) what its images are by now."""
+    rewrite_manifest(place, replace(manifest, level=chain.set_level(disk.level for disk in manifest.disks)))
 
 
 async def consolidate(
@@ -79,28 +79,56 @@ async def _make_full(repository: Repository, catalog: VmCatalog, manifest: Manif
         raise BackupError("; ".join(errors.values()))
     with open_chain(chain.layers(repository, images)) as source:
         _check_free(repository, await _most_bytes(source, images))
-    new = f".{manifest.id}.{image.image}{CONSOLIDATING_SUFFIX}"
+    name = f".{manifest.id}.{image.image}{CONSOLIDATING_SUFFIX}"
+    # All is done by what is opened here, whatever has these names by then.
     with repository.opened(catalog.name) as directory, directory.directory(manifest.id) as place:
+        fd = directory.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL)
         try:
             with open_chain(chain.layers(repository, images)) as source:
-                full = await _copy_full(source, directory, new, image)
+                full = await _copy_full(source, directory.join(name), fd, image)
             async with repository.lock(catalog.name):
-                now = read_catalog(repository, catalog.name)
-                there = now.records.published(manifest.id)
-                if there is None or there.attempt != manifest.attempt or there.disk(image.name) != image:
-                    raise BackupError("somebody else has changed it meanwhile")
-                reader = _reader(now, manifest.id)
-                if reader:
-                    raise BackupError(reader)
-                note = Consolidation(manifest.id, manifest.attempt, full)
-                write_note(repository, catalog.name, note)
-                directory.rename(new, image.image, place)
+                there = _unchanged(repository, manifest, image, directory, place)
+                _check_open(directory, name, fd)
+                write_note(directory, Consolidation(manifest.id, manifest.attempt, full))
+                directory.rename(name, image.image, place)
                 place.sync()
-                _finish_manifest(repository, catalog.name, note)
+                _check_open(place, image.image, fd)
+                disks = tuple(full if disk == image else disk for disk in there.disks)
+                _finish_manifest(place, replace(there, disks=disks))
+                remove_note(directory, manifest.id)
         except BaseException as error:
             with after(error):
-                directory.remove(new)
+                directory.remove(name)
             raise
+        finally:
+            os.close(fd)
+
+
+def _unchanged(
+    repository: Repository, manifest: Manifest, image: DiskImage, directory: Directory, place: Directory
+) -> Manifest:
+    """Return the manifest of a set as it is now. BackupError where an image of it must not be replaced any more.
+
+    C(directory) is the VM's, and C(place) that of the set, from before.
+    """
+    now = read_catalog(repository, manifest.vm.name)
+    there = now.records.published(manifest.id)
+    if there is None or there.attempt != manifest.attempt or there.disk(image.name) != image:
+        raise BackupError("somebody else has changed it meanwhile")
+    with repository.opened(manifest.vm.name) as again, again.directory(manifest.id) as set_again:
+        if not (os.path.sameopenfile(again.fd, directory.fd) and os.path.sameopenfile(set_again.fd, place.fd)):
+            raise BackupError(f"{place.path} is another directory by now, which somebody has put there")
+    reader = _reader(now, manifest.id)
+    if reader:
+        raise BackupError(reader)
+    return there
+
+
+def _check_open(directory: Directory, name: str, fd: int) -> None:
+    """Raise BackupError where an entry is not the file that is open."""
+    found = directory.status(name)
+    if found is None or not os.path.samestat(found, os.fstat(fd)):
+        raise BackupError(f"{directory.join(name)} is another file by now, which somebody has put there")
 
 
 def _reader(catalog: VmCatalog, set_id: str) -> str:
@@ -136,27 +164,26 @@ def _check_free(repository: Repository, needed: int) -> None:
         )
 
 
-async def _copy_full(source: Chain, directory: Directory, name: str, image: DiskImage) -> DiskImage:
-    """Write a full image of the same content to stable storage; return what the manifest is to say of it."""
-    new = directory.join(name)
-    fd = directory.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL)
-    try:
-        command = image_commands.convert_command(source.name, new, FORMAT, compression=image.compression)
-        await qemu_img.run(command, image_commands.LONG_TIMEOUT, source.fds, is_long=True)
-        preallocate.flush_open(new, fd)
-        # It is to be read back from stable storage.
-        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-        with open_chain([(os.path.split(new), image.virtual_size, None)]) as copy:
-            command = image_commands.compare_command(source.name, copy.name)
-            await qemu_img.run(command, image_commands.LONG_TIMEOUT, source.fds + copy.fds, is_long=True)
-        if os.fstat(fd).st_size == image.bytes:
-            # Their sizes must differ: they tell the two apart after a crash. QEMU ignores what follows its clusters.
-            os.ftruncate(fd, image.bytes + qemu_img.CLUSTER)
-        status = preallocate.flush_open(new, fd)
-        set_mode(new, PUBLISHED_MODE, fd)
-        digest = sha256(new, fd) if image.sha256 else None
-    finally:
-        os.close(fd)
+async def _copy_full(source: Chain, path: str, fd: int, image: DiskImage) -> DiskImage:
+    """Write a full image of the same content to stable storage; return what the manifest is to say of it.
+
+    C(fd) is the new file, which had C(path) when it was made.
+    """
+    name = qemu_img.by_descriptor(fd)
+    fds = (*source.fds, fd)
+    command = image_commands.convert_command(source.name, name, FORMAT, compression=image.compression)
+    await qemu_img.run(command, image_commands.LONG_TIMEOUT, fds, is_long=True)
+    preallocate.flush_open(path, fd)
+    # It is to be read back from stable storage.
+    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    command = image_commands.compare_command(source.name, checked_image(fd, path, image.virtual_size).name)
+    await qemu_img.run(command, image_commands.LONG_TIMEOUT, fds, is_long=True)
+    if os.fstat(fd).st_size == image.bytes:
+        # Their sizes must differ: they tell the two apart after a crash. QEMU ignores what follows its clusters.
+        os.ftruncate(fd, image.bytes + qemu_img.CLUSTER)
+    status = preallocate.flush_open(path, fd)
+    set_mode(path, PUBLISHED_MODE, fd)
+    digest = sha256(path, fd) if image.sha256 else None
     return replace(
         image, level=Level.FULL, parent=None, reason="it was consolidated", bytes=status.st_size, sha256=digest
     )

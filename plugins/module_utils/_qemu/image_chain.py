@@ -101,7 +101,12 @@ def open_chain(layers: Iterable[tuple[tuple[str, ...], int, str | None]]) -> Ite
     _raise_limit()
     with contextlib.ExitStack() as stack:
         opened = [_open(stack, Layer(*layer)) for layer in layers]
-        yield Chain(tuple(fd for fd, _header in opened), tuple(1 << header.cluster_bits for _fd, header in opened))
+        yield Chain(tuple(fd for fd, _cluster in opened), tuple(cluster for _fd, cluster in opened))
+
+
+def checked_image(fd: int, path: str, size: int) -> Chain:
+    """Return an open image that builds on nothing. ImageRefused where its header says something else."""
+    return Chain((fd,), (_check(fd, Layer((path,), size, None)),))
 
 
 def _raise_limit() -> None:
@@ -110,11 +115,17 @@ def _raise_limit() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-def _open(stack: contextlib.ExitStack, layer: Layer) -> tuple[int, Header]:
+def _open(stack: contextlib.ExitStack, layer: Layer) -> tuple[int, int]:
+    """Return the descriptor of an image, and the size of its clusters."""
     *places, name = layer.place
     with Directory.at(*places) as directory:
         fd = directory.open(name)
     stack.callback(os.close, fd)
+    return fd, _check(fd, layer)
+
+
+def _check(fd: int, layer: Layer) -> int:
+    """Return the size of an image's clusters. ImageRefused where its header says something else than its manifest."""
     try:
         header = read_header(fd)
     except ValueError as error:
@@ -122,7 +133,7 @@ def _open(stack: contextlib.ExitStack, layer: Layer) -> tuple[int, Header]:
     reason = _strange(header, layer)
     if reason:
         raise ImageRefused(f"image {layer.path} is that of another disk or set, or was changed: {reason}")
-    return fd, header
+    return 1 << header.cluster_bits
 
 
 def _strange(header: Header, layer: Layer) -> str:

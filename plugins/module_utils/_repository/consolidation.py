@@ -3,7 +3,7 @@
 
 """Write down that an increment becomes a full image, and what its set is after that.
 
-Called with the VM's lock held.
+Called with the VM's lock held, and with its directory, or that of the set, open.
 """
 
 from __future__ import annotations
@@ -14,24 +14,21 @@ from .json_file import write_document
 from .repository import MANIFEST, PUBLISHED_MODE, note_name
 
 if TYPE_CHECKING:
+    from .._host.directory import Directory
     from .documents import Consolidation, Manifest
-    from .repository import Repository
 
 
-def write_note(repository: Repository, vm: str, note: Consolidation) -> None:
+def write_note(directory: Directory, note: Consolidation) -> None:
     """Write down which image a file is about to become."""
-    with repository.opened(vm) as directory:
-        write_document(directory, note_name(note.id), note)
+    write_document(directory, note_name(note.id), note)
 
 
-def remove_note(repository: Repository, vm: str, set_id: str) -> None:
+def remove_note(directory: Directory, set_id: str) -> None:
     """Remove the note of a file that is again what its manifest says."""
-    with repository.opened(vm) as directory:
-        directory.remove(note_name(set_id))
-        directory.sync()
+    directory.remove(note_name(set_id))
+    directory.sync()
 
 
-def rewrite_manifest(repository: Repository, manifest: Manifest) -> None:
+def rewrite_manifest(place: Directory, manifest: Manifest) -> None:
     """Replace the manifest of a published set."""
-    with repository.opened(manifest.vm.name, manifest.id) as place:
-        write_document(place, MANIFEST, manifest, PUBLISHED_MODE)
+    write_document(place, MANIFEST, manifest, PUBLISHED_MODE)

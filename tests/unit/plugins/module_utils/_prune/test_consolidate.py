@@ -50,6 +50,11 @@ def become_full(repository: Repository) -> None:
     Path(repository.set_path(VM, "s2"), INCREMENT.image).write_bytes(b"abcde")
 
 
+def note(repository: Repository, attempt: str) -> None:
+    with repository.opened(VM) as directory:
+        write_note(directory, Consolidation("s2", attempt, FULL))
+
+
 def consolidated(repository: Repository) -> dict[str, str]:
     """Return what goes wrong when the second set is to become a full one."""
     decision = RetentionDecision("s2", keep=True, reason="last", consolidate=True)
@@ -61,7 +66,7 @@ def test_the_manifest_says_what_the_file_is(
     repository: Repository, increment: Manifest, renamed: bool, level: Level
 ) -> None:
     """The process was killed before the new file got the name of the old one, or after."""
-    write_note(repository, VM, Consolidation("s2", increment.attempt, FULL))
+    note(repository, increment.attempt)
     growing = Path(repository.directory(VM), ".s2.vda.qcow2.consolidating")
     growing.touch()
     if renamed:
@@ -76,7 +81,7 @@ def test_the_manifest_says_what_the_file_is(
 
 
 def test_a_note_of_another_attempt_says_nothing(repository: Repository, increment: Manifest) -> None:
-    write_note(repository, VM, Consolidation("s2", "another", FULL))
+    note(repository, "another")
     become_full(repository)
     finish_consolidation(repository, VM)
     records = repository.records(VM)

@@ -87,7 +87,8 @@ class TestNotes:
         if content is not None:
             with open(image, "wb") as file:
                 file.write(content)
-        consolidation.write_note(repository, "web01", Consolidation("s1", "a1", replace(IMAGE, bytes=5)))
+        with repository.opened("web01") as directory:
+            consolidation.write_note(directory, Consolidation("s1", "a1", replace(IMAGE, bytes=5)))
         [found] = repository.records("web01").sets
         assert (found.disks[0].level, found.disks[0].parent is None) == (level, level == "full")
 
