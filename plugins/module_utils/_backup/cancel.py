@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -14,8 +13,8 @@ from .._plan import decide
 from .._plan.model import Action, Plan, Policy, VmPlan
 from .._plan.observe import space_in
 from .._qemu.bitmaps import remove_bitmaps
+from .._repository.catalog import vm_names
 from .._repository.names import unknown_vms
-from .._repository.repository import HARMLESS
 from . import cleanup, results
 from .outcome import VmState
 from .session import hold_now, observe
@@ -40,9 +39,7 @@ def plan_of_names(repository: Repository, names: Collection[str] | None) -> Plan
     here = this_hypervisor()
     unknown = [name for name in names or () if not repository.has(name)]
     if unknown:
-        with os.scandir(repository.path) as entries:
-            known = sorted(entry.name for entry in entries if entry.is_dir() and entry.name not in HARMLESS)
-        raise unknown_vms(unknown, known, repository.path)
+        raise unknown_vms(unknown, vm_names(repository), repository.path)
     if names is None:
         names = sorted(intent.vm.name for intent in repository.intents() if intent.hypervisor.is_same(here))
     vms = tuple(_last_seen(name, repository.records(name), here) for name in dict.fromkeys(names))

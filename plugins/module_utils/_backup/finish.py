@@ -14,19 +14,20 @@ from .._common.errors import BackupError, MonitorError, RepositoryHangs, in_word
 from .._common.formats import boottime, utc_now
 from .._host import preallocate
 from .._host.checksum import sha256
-from .._host.directory import Directory
 from .._plan.observe import short_of_space
 from .._qemu import block_jobs
 from .._qemu.connection import parse_address
 from .._qemu.jobs import StallClock
 from .._qemu.monitor import Monitor
 from .._repository.documents import Manifest
+from .._repository.staging import opened
 from . import cleanup, results
 from .session import AGAIN, Pending, WaitFor, jobs_of
 from .steps import guest_stopped_by
 
 if TYPE_CHECKING:
     from .._repository.documents import DiskImage, Intent, StagedDisk
+    from .._repository.repository import Repository
     from .outcome import Outcome
     from .run import BackupRun
     from .session import LockedVm, VmSession, VmTask
@@ -183,25 +184,25 @@ async def _close_targets(session: VmSession) -> None:
 async def _finish_images(run: BackupRun, intent: Intent) -> tuple[DiskImage, ...]:
     """Bring the images onto stable storage, and describe them. Takes long; BackupError, OSError where it fails."""
     finishing = (
-        run.repository.calls.run_long(finish_image, path, disk, intent.checksum, run.images.fd(path))
+        run.repository.run_long(finish_image, intent, disk, run.images.fd(path))
         for path, disk in zip(run.image_paths(intent), intent.disks)
     )
     return tuple(await asyncio.gather(*finishing))
 
 
-def finish_image(path: str, disk: StagedDisk, checksum: bool, held: int | None = None) -> DiskImage:
+def finish_image(repository: Repository, intent: Intent, disk: StagedDisk, held: int | None = None) -> DiskImage:
     """Bring one image onto stable storage. C(held) is an fd of it from before its job, where there is one."""
-    with Directory.at(*os.path.split(os.path.dirname(path))) as staging:
-        fd = staging.open(os.path.basename(path), os.O_RDWR)
+    with opened(repository, intent) as staging:
+        path, fd = staging.join(disk.image.image), staging.open(disk.image.image, os.O_RDWR)
     try:
         if os.fstat(fd).st_ino != disk.inode:
             raise BackupError(f"disk {disk.image.name}: {path} is not the file that the backup was started with")
         status = preallocate.flush_open(path, fd, held)
         # Without such an fd, only the disk itself can tell that everything has arrived.
-        digest = sha256(path, fd) if checksum or held is None else None
+        digest = sha256(path, fd) if intent.checksum or held is None else None
     finally:
         os.close(fd)
-    return replace(disk.image, bytes=status.st_size, sha256=digest if checksum else None)
+    return replace(disk.image, bytes=status.st_size, sha256=digest if intent.checksum else None)
 
 
 # To finish a set, with the VM's locks

@@ -121,6 +121,10 @@ class AsyncRepository:
         """Call a function of the repository, which is its first argument, and return what that returns."""
         return await self.calls.run(function, self._repository, *args, **kwargs)
 
+    async def run_long(self, function: Callable[Concatenate[Repository, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Do as run() does, beside the other calls, which do not wait for it."""
+        return await self.calls.run_long(function, self._repository, *args, **kwargs)
+
     @contextlib.asynccontextmanager
     async def lock(self, vm: str) -> AsyncIterator[int]:
         async with self._repository.lock(vm, self.calls) as fd:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -15,43 +17,72 @@ import pytest
 from ansible_collections.vmfleet.backup.plugins.module_utils._backup import finish
 from ansible_collections.vmfleet.backup.plugins.module_utils._backup.finish import finish_image
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import BackupError
-from ansible_collections.vmfleet.backup.plugins.module_utils._repository.documents import StagedDisk
-from ansible_collections.vmfleet.backup.tests.unit.plugins.builders import image
+from ansible_collections.vmfleet.backup.plugins.module_utils._host.directory import WrongEntry
+from ansible_collections.vmfleet.backup.tests.unit.plugins.builders import begin, intent
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from ansible_collections.vmfleet.backup.plugins.module_utils._repository.documents import Intent, StagedDisk
+    from ansible_collections.vmfleet.backup.plugins.module_utils._repository.repository import Repository
 
-IMAGE = image()
-
-
-def test_a_finished_image_is_flushed_and_summed(tmp_path: Path) -> None:
-    path = tmp_path / "vda.qcow2"
-    path.write_bytes(b"abc" * 1000)
-    disk = StagedDisk(IMAGE, "job0", 1, os.stat(path).st_ino)
-    done = finish_image(str(path), disk, checksum=True)
-    assert (done.bytes, done.sha256) == (3000, hashlib.sha256(b"abc" * 1000).hexdigest())
-    assert finish_image(str(path), disk, checksum=False).sha256 is None
+CONTENT = b"abc" * 1000
 
 
-def test_an_image_that_was_replaced_is_not_ours(tmp_path: Path) -> None:
-    path = tmp_path / "vda.qcow2"
-    path.write_bytes(b"abc")
-    with pytest.raises(BackupError, match="not the file"):
-        finish_image(str(path), StagedDisk(IMAGE, "job0", 1, os.stat(path).st_ino + 1), checksum=True)
+class Growing:
+    """A set whose one image is written."""
+
+    def __init__(self, repository: Repository) -> None:
+        self.repository = repository
+        made = intent()
+        begin(repository, made)
+        self.path = Path(repository.image_path(made, made.disks[0].image.image))
+        self.path.write_bytes(CONTENT)
+        self.intent = replace(made, disks=(replace(made.disks[0], inode=os.stat(self.path).st_ino),))
+
+    @property
+    def disk(self) -> StagedDisk:
+        return self.intent.disks[0]
+
+    @property
+    def unchecked(self) -> Intent:
+        """The same without checksums."""
+        return replace(self.intent, checksum=False)
+
+
+@pytest.fixture
+def growing(repository: Repository) -> Growing:
+    return Growing(repository)
+
+
+def test_a_finished_image_is_flushed_and_summed(growing: Growing) -> None:
+    done = finish_image(growing.repository, growing.intent, growing.disk)
+    assert (done.bytes, done.sha256) == (3000, hashlib.sha256(CONTENT).hexdigest())
+    assert finish_image(growing.repository, growing.unchecked, growing.disk).sha256 is None
+
+
+def test_an_image_that_was_replaced_is_not_ours(growing: Growing) -> None:
+    with pytest.raises(BackupError, match=f"{growing.path} is not the file"):
+        finish_image(growing.repository, growing.intent, replace(growing.disk, inode=growing.disk.inode + 1))
+
+
+@pytest.mark.parametrize("place", [".", "..", "drive"])
+def test_no_link_is_followed_to_an_image(growing: Growing, tmp_path: Path, place: str) -> None:
+    """Not even to the image itself, which somebody may have moved."""
+    moved = growing.path if place == "drive" else (growing.path.parent / place).resolve()
+    moved.rename(tmp_path / "moved")
+    moved.symlink_to(tmp_path / "moved")
+    assert growing.path.read_bytes() == CONTENT
+    with pytest.raises(WrongEntry, match=f"{moved} is a symbolic link"):
+        finish_image(growing.repository, growing.intent, growing.disk)
 
 
 def test_without_an_fd_from_before_the_job_the_image_is_read_back(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    growing: Growing, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = tmp_path / "vda.qcow2"
-    path.write_bytes(b"abc")
-    disk = StagedDisk(IMAGE, "job0", 1, os.stat(path).st_ino)
-
     def fail(found: str, _fd: int) -> str:
         raise OSError(5, "Input/output error", found)
 
     monkeypatch.setattr(finish, "sha256", fail)
-    with path.open("rb+") as held:
-        assert finish_image(str(path), disk, False, held.fileno()).sha256 is None
+    with growing.path.open("rb+") as held:
+        assert finish_image(growing.repository, growing.unchecked, growing.disk, held.fileno()).sha256 is None
     with pytest.raises(OSError, match="Input/output"):
-        finish_image(str(path), disk, checksum=False)
+        finish_image(growing.repository, growing.unchecked, growing.disk)

@@ -1,0 +1,43 @@
+# Copyright (c) 2026, vmfleet contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Which VMs are meant where sets are cancelled, without QEMU."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import pytest
+
+from ansible_collections.vmfleet.backup.plugins.module_utils._backup.cancel import plan_of_names
+from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import Refused
+from ansible_collections.vmfleet.backup.plugins.module_utils._host.process import this_hypervisor
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository.documents import VmName
+from ansible_collections.vmfleet.backup.tests.unit.plugins.builders import WEB01, begin, intent, manifest, put
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from ansible_collections.vmfleet.backup.plugins.module_utils._repository.repository import Repository
+
+
+def test_a_name_that_is_not_known_is_refused_with_those_that_are(repository: Repository, tmp_path: Path) -> None:
+    """By the names that one gives, and not by those of directories."""
+    put(repository, manifest("s1"))
+    begin(repository, intent("s2", vm=VmName("web 02/ä", WEB01.uuid, WEB01.identity)))
+    os.mkdir(os.path.join(repository.path, "exports"))
+    (tmp_path / "elsewhere").mkdir()
+    os.symlink(tmp_path / "elsewhere", os.path.join(repository.path, "mine too"))
+    with pytest.raises(Refused) as refused:
+        plan_of_names(repository, ["web03", "web01"])
+    assert str(refused.value) == f"names: no sets of web03 in {repository.path}; there are: web 02/ä, web01"
+
+
+def test_without_names_those_are_meant_whose_sets_are_being_made_here(repository: Repository) -> None:
+    put(repository, manifest("s1"))
+    begin(repository, intent("s2", hypervisor=this_hypervisor()))
+    begin(repository, intent("s2", vm=replace(WEB01, name="web02")))
+    assert [planned.name for planned in plan_of_names(repository, None).vms] == ["web01"]
