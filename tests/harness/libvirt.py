@@ -4,15 +4,18 @@
 
 """A real libvirtd with real domains, as on a hypervisor: its processes, network, /run and state are its own.
 
-All else is this machine's: programs and files have the same paths inside and outside. There are no services inside, no
-D-Bus, no polkit and no control groups, and libvirt has no security driver but that of owners and modes: neither SELinux
-nor AppArmor. Nor is there KVM, so domains are of type `qemu`. A file system that is mounted later is not seen inside.
+All else is this machine's: programs and files have the same paths inside and outside. libvirtd is the first one in
+PATH, the machine's own or one of tools/provide, and its QEMU is that of the same Debian. Inside there are no services,
+no D-Bus, no polkit and no control groups. libvirt has no security driver but that of owners and modes: neither SELinux
+nor AppArmor. Nor is there KVM: domains are of type `qemu`. A file system that is mounted later is not seen inside.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
+import shutil
 import signal
 import subprocess
 import typing as t
@@ -56,21 +59,57 @@ mkdir -p /etc/libvirt /var/lib/libvirt /var/log/libvirt /var/cache/libvirt/qemu/
 printf '%s\n' 'auth_unix_rw = "none"' 'unix_sock_rw_perms = "0700"' > /etc/libvirt/libvirtd.conf
 printf '%s\n' 'security_driver = "none"' > /etc/libvirt/qemu.conf
 mount --bind "$1" /var/cache/libvirt/qemu/capabilities
+if [ -n "$2" ]; then
+  # These paths are compiled into libvirt and QEMU.
+  for place in lib/libvirt lib/x86_64-linux-gnu/libvirt lib/x86_64-linux-gnu/qemu share/libvirt share/seabios; do
+    mount --bind "$2/usr/$place" "/usr/$place"
+  done
+  # The descriptions of OVMF are the machine's.
+  mount -t overlay -o "lowerdir=$2/usr/share/qemu:/usr/share/qemu" overlay /usr/share/qemu
+  # The user whom QEMU runs as may not pass through root's home, where these programs are.
+  mkdir /run/.own/home /run/.own/home/upper /run/.own/home/work
+  mount -t overlay -o "lowerdir=$HOME,upperdir=/run/.own/home/upper,workdir=/run/.own/home/work" overlay "$HOME"
+fi
 echo up
 # Nobody else waits for the orphans: they go at once where this signal is ignored.
 exec env --ignore-signal=CHLD sleep infinity
 """
+
+SYSTEM = ("/usr/sbin", "/usr/bin", "/sbin", "/bin")
+
+
+@dataclasses.dataclass(frozen=True)
+class Programs:
+    """One version of libvirt and its QEMU."""
+
+    directory: str
+    system: str
+    """The root directory of the Debian that they are of; empty for the machine's own."""
+
+    def start(self, program: str) -> list[str]:
+        """Return what starts a daemon, which finds no other QEMU."""
+        path = os.pathsep.join([self.directory, *SYSTEM])
+        return ["env", f"PATH={path}", program, "--daemon"]
+
+
+def programs() -> Programs:
+    """Return the first libvirt in PATH."""
+    found = shutil.which("libvirtd", path=os.pathsep.join([os.environ["PATH"], *SYSTEM]))
+    assert found, "there is no libvirtd: run tools/setup vm"
+    usr = Path(found).resolve().parents[1]
+    return Programs(str(Path(found).parent), "" if usr == Path("/usr") else str(usr.parent))
 
 
 class Libvirt:
     """Starts virtlogd and libvirtd, and ends all that is inside with the test, be it killed."""
 
     def __init__(self) -> None:
+        self._programs = programs()
         KNOWLEDGE.mkdir(parents=True, exist_ok=True)
         self._space = subprocess.Popen(
             [
                 *("setpriv", "--pdeathsig", "KILL", "unshare", "--mount", "--pid", "--net", "--fork", "--kill-child"),
-                *("sh", "-c", INIT, "init", KNOWLEDGE),
+                *("sh", "-c", INIT, "init", KNOWLEDGE, self._programs.system),
             ],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -80,7 +119,7 @@ class Libvirt:
             assert self._space.stdout.readline() == b"up\n", "the name spaces of libvirt did not start"
             [init] = Path(f"/proc/{self._space.pid}/task/{self._space.pid}/children").read_text().split()
             self.inside = NameSpaces(int(init))
-            self.run("virtlogd", "--daemon")
+            self.run(*self._programs.start("virtlogd"))
             self.start_daemon()
         except BaseException:
             self.close()
@@ -93,8 +132,10 @@ class Libvirt:
         self.close()
 
     def close(self) -> None:
-        """End it with all its processes and mounts."""
+        """End it with all its processes and mounts, as when the machine loses its power."""
         assert self._space.stdout
+        if self._space.stdout.closed:
+            return
         self._space.kill()
         self._space.wait()
         # The first process has this open until no other one is left.
@@ -139,7 +180,7 @@ class Libvirt:
 
     def start_daemon(self) -> None:
         """Start libvirtd, and wait until it answers."""
-        self.run("libvirtd", "--daemon")
+        self.run(*self._programs.start("libvirtd"))
         self.virsh("list")
 
     def stop_daemon(self, how: signal.Signals = signal.SIGTERM) -> None:

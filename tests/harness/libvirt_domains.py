@@ -127,6 +127,11 @@ class Domain:
         """The file of its firmware's variables, as it is seen from outside."""
         return self.libvirt.seen_here(f"/var/lib/libvirt/qemu/nvram/{self.name}_VARS.fd")
 
+    @property
+    def tpm(self) -> Path:
+        """The directory of its TPM's state, as it is seen from outside."""
+        return self.libvirt.seen_here(f"/var/lib/libvirt/swtpm/{self.uuid}/tpm2")
+
     def xml(self, *options: str) -> ElementTree.Element:
         """Return its XML: the live one where it runs, with `--inactive` the other one."""
         return ElementTree.fromstring(self.virsh("dumpxml", *options))

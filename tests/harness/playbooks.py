@@ -111,12 +111,19 @@ class Hypervisor:
         return {
             **{name: value for name, value in os.environ.items() if not name.startswith("ANSIBLE_")},
             "ANSIBLE_COLLECTIONS_PATH": str(ROOT),
-            "PYTHONPATH": os.pathsep.join([*filter(None, [os.environ.get("PYTHONPATH")]), str(binding.directory())]),
+            "PYTHONPATH": os.pathsep.join(python_path()),
             "ANSIBLE_HOME": str(self.directory / "ansible"),
             # Ansible writes there by $HOME, and looks for it in the password file's home: not always the same.
             "ANSIBLE_ASYNC_DIR": str(self.directory / "ansible" / "async"),
             "ANSIBLE_NOCOLOR": "1",
         }
+
+
+def python_path() -> list[str]:
+    """Return where Python looks in a playbook's run, before its own libraries."""
+    given = [path for path in (os.environ.get("PYTHONPATH"),) if path]
+    # The files are for one version of Python only, and another one may have a binding of its own.
+    return [*given, str(binding.directory())] if sys.executable == HYPERVISOR_PYTHON else given
 
 
 class Screen:

@@ -20,7 +20,7 @@ from ansible_collections.vmfleet.backup.tests.harness.images import MIB, identic
 from ansible_collections.vmfleet.backup.tests.harness.libvirt import Libvirt
 from ansible_collections.vmfleet.backup.tests.harness.libvirt_domains import DomainDisk
 from ansible_collections.vmfleet.backup.tests.harness.modules import ROOT, succeed
-from ansible_collections.vmfleet.backup.tests.harness.playbooks import Hypervisor
+from ansible_collections.vmfleet.backup.tests.harness.playbooks import HYPERVISOR_PYTHON, Hypervisor, python_path
 from ansible_collections.vmfleet.backup.tests.harness.qemu import PATIENCE, wait_until
 
 if t.TYPE_CHECKING:
@@ -150,6 +150,27 @@ def test_binding_reaches_it(domain: Domain) -> None:
     answer, told = output.splitlines()
     assert '"name":"web01"' in answer
     assert told == f"{domain.uuid} {os.getcwd()}"
+
+
+def test_python_of_playbooks_has_the_binding(libvirt: Libvirt) -> None:
+    script = "import libvirt, libvirt_qemu; print(len(libvirt.open('qemu:///system').listAllDomains()))"
+    if sys.executable != HYPERVISOR_PYTHON and "libvirt" not in HYPERVISOR_PYTHON:
+        pytest.skip("this Python has no binding of libvirt")
+    environment = f"PYTHONPATH={os.pathsep.join(python_path())}"
+    assert libvirt.run("env", environment, HYPERVISOR_PYTHON, "-c", script) == "0\n"
+
+
+@pytest.mark.parametrize("machine", ["q35", "pc"])
+def test_firmware_and_tpm(libvirt: Libvirt, directory: Path, machine: str) -> None:
+    disk = DomainDisk(patterned(directory / "disk.qcow2"), "sda", "sata" if machine == "q35" else "scsi")
+    found = libvirt.start("uefi", disk, machine=machine, memory=64, nvram=True, tpm=True)
+    assert found.nvram.stat().st_size == 540672
+    assert (found.tpm / "tpm2-00.permall").stat().st_size
+    found.write("sda", 0x54, 0, 65536)
+    found.destroy()
+    assert found.nvram.exists()
+    libvirt.clear()
+    assert not found.nvram.exists()
 
 
 def test_two_at_once(libvirt: Libvirt, domain: Domain, directory: Path) -> None:
