@@ -10,7 +10,6 @@ import os
 from typing import TYPE_CHECKING
 
 from .printable import printable, printable_lines
-from .redaction import redact_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -51,12 +50,12 @@ class MonitorTimeout(MonitorError):
 
 
 class CommandError(BackupError):
-    """QEMU refused a QMP command."""
+    """QEMU refused a QMP command. C(description) is what it said, without secrets (C(_common/redaction.py))."""
 
     def __init__(self, monitor: str, command: str, error_class: str, description: str) -> None:
         self.command = command
         self.error_class = error_class
-        self.description = redact_text(description.strip())
+        self.description = description.strip()
         super().__init__(f"{monitor}: QEMU refused {command}: {self.description}")
 
 

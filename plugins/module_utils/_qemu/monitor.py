@@ -214,7 +214,8 @@ class Monitor:
                 " by a hung disk or backup target most often"
             ) from None
         except ExecuteError as error:
-            raise CommandError(str(self.address), command, error.error_class, str(error)) from error
+            said = redact_text(str(error))
+            raise CommandError(str(self.address), command, error.error_class, said) from error
         except (ExecInterruptedError, StateError, EOFError, OSError) as error:
             raise await self._ended(client, command) from error
         except QMPError as error:

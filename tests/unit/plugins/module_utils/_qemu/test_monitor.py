@@ -360,6 +360,13 @@ class TestExecute:
         assert refused.value.description == "Job 'j0' not found"
         assert refused.value.command == "block-job-cancel"
 
+    def test_refusal_tells_no_secret(self, path: str, serve: Callable[..., Server]) -> None:
+        said = "Could not open 'nbd://me:hunter2@host/a': Permission denied"
+        serve(lambda _command, _arguments: {"error": {"class": "GenericError", "desc": said}})
+        with pytest.raises(CommandError, match=r"refused blockdev-add: Could not open .*: Perm") as refused:
+            converse(path, "blockdev-add")
+        assert "hunter2" not in str(refused.value) + refused.value.description
+
     @pytest.mark.usefixtures("impatient")
     def test_no_answer(self, path: str, serve: Callable[..., Server]) -> None:
         go_on = threading.Event()
