@@ -192,6 +192,14 @@ options:
     type: str
     choices: [warn, refuse]
     default: warn
+  selinux_label:
+    description:
+      - Where SELinux does not let QEMU write to new images in the repository, give them the label of the VM's own
+        images while they are made, and their own one back when their jobs have ended. With V(false) such a VM counts as
+        not backed up, and nothing is started on it.
+      - Nothing is labelled where QEMU may write to the images as they are.
+    type: bool
+    default: true
 seealso:
   - module: vmfleet.backup.backup_set
   - ref: ansible_collections.vmfleet.backup.docsite.incremental_backups
@@ -290,6 +298,7 @@ text:
   elements: str
 """
 
+from dataclasses import fields
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING
 
@@ -320,6 +329,8 @@ if TYPE_CHECKING:
 
 
 ORDERS = ("takeover", "supersede", "adopt")
+POLICY = tuple(field.name for field in fields(Policy))
+"""The options that say how sets are made."""
 
 
 def requests(params: dict[str, Any]) -> list[Request]:
@@ -345,8 +356,7 @@ def _request(params: dict[str, Any], vm: dict[str, Any]) -> Request:
 
 def policy(params: dict[str, Any]) -> Policy:
     reserve_bytes(params["reserve"], 0)
-    names = ("compression", "speed", "reserve", "checksum", "offline", "max_chain", "tracking", "encrypted_source")
-    return Policy(**{name: params[name] for name in names})
+    return Policy(**{name: params[name] for name in POLICY})
 
 
 async def main_task(module: AnsibleModule) -> dict[str, Any]:
@@ -404,6 +414,7 @@ def argument_spec() -> dict[str, Any]:
         **{name: {"type": "bool", "default": False} for name in ORDERS},
         "offline": {"type": "str", "choices": ["fail", "skip"], "default": "fail"},
         "encrypted_source": {"type": "str", "choices": list(EncryptedSource), "default": EncryptedSource.WARN},
+        "selinux_label": {"type": "bool", "default": True},
     }
 
 

@@ -213,6 +213,13 @@ options:
     type: str
     choices: [warn, refuse]
     default: warn
+  selinux_label:
+    description:
+      - Where SELinux does not let QEMU write to the target, give that the label of the VM's own images until its job
+        has ended, and its own one back then. With V(false) the call fails instead, before anything is begun.
+      - Nothing is labelled anew that QEMU may write to as it is, nor is a block device.
+    type: bool
+    default: true
 notes:
   - While a VM is paused, QEMU 7.2 keeps the files that were passed to it open, and with them the lock on the finished
     image. It lets go when the VM runs again.
@@ -381,6 +388,7 @@ async def main_task(module: AnsibleModule) -> dict[str, Any]:
         stall_timeout=duration("stall_timeout", params["stall_timeout"]),
         on_timeout=OnTimeout(params["on_timeout"]),
         encrypted_source=EncryptedSource(params["encrypted_source"]),
+        selinux_label=params["selinux_label"],
         check_mode=module.check_mode,
     )
     check_drives(request.drives)
@@ -409,6 +417,7 @@ def main() -> None:
             "stall_timeout": {"type": "str", "default": "600"},
             "on_timeout": {"type": "str", "choices": ["cancel", "leave"], "default": "cancel"},
             "encrypted_source": {"type": "str", "choices": ["warn", "refuse"], "default": "warn"},
+            "selinux_label": {"type": "bool", "default": True},
         },
         required_one_of=[("device", "drives")],
         required_together=[("device", "target")],

@@ -214,6 +214,7 @@ async def publish(locked: LockedVm, _reason: str) -> Outcome | Pending:
     await cleanup.thaw(locked, intent)
     if intent.attempt not in locked.records.described:
         await run.repository.describe(intent, _manifest(run, intent, task.flushed[intent.attempt]))
+    await _restore_labels(locked)
     manifest = await run.repository.publish(intent)
     run.close_images(intent)
     task.changed = True
@@ -221,6 +222,18 @@ async def publish(locked: LockedVm, _reason: str) -> Outcome | Pending:
     records = await run.repository.records(intent.vm.name)
     await _tidy(replace(locked, records=records), manifest)
     return results.published(run, task, manifest) if intent.id == run.plan.id else AGAIN
+
+
+async def _restore_labels(locked: LockedVm) -> None:
+    """Give images that were labelled for QEMU their labels back; the set is good without that, too."""
+    if any(disk.label for disk in locked.intent.disks):
+        try:
+            await locked.run.repository.restore_labels(locked.intent)
+        except OSError as error:
+            locked.task.warn(
+                f"an image of set {locked.intent.id} keeps the label with which QEMU has written it: {in_words(error)};"
+                f" `restorecon -R {locked.run.repository.path}` when no backup runs there"
+            )
 
 
 async def tidy(locked: LockedVm, _reason: str) -> Outcome:

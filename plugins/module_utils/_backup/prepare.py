@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from .._common.errors import AgentError, BackupError
 from .._common.formats import Word, boottime, utc_now
+from .._host.confinement import set_file_label
 from .._host.process import spaces
 from .._plan.disks import written_elsewhere
 from .._plan.model import Quiesce
@@ -174,7 +175,7 @@ async def prepare_attempt(locked: LockedVm, draft: AttemptDraft) -> Intent:
 
 
 async def _make_images(locked: LockedVm, intent: Intent, links: Sequence[ChainLink]) -> Intent:
-    run = locked.run
+    run, admission = locked.run, locked.seen.admission
     calls = run.repository.calls
     blanks = run.preparation.blanks
     grown = []
@@ -185,8 +186,10 @@ async def _make_images(locked: LockedVm, intent: Intent, links: Sequence[ChainLi
             target = target_of(run, intent, disk)
             fd = await target_image.create(target, link.backing, (locked.lock,), blanks, calls, staging)
             inode = await calls.run(run.images.keep, target.path, fd, target.direct)
+            if admission.label:
+                await calls.run(set_file_label, target.path, admission.label, fd)
             reserved = await calls.run(target_image.reserve, replace(target, fd=fd)) and reserved
-            grown.append(replace(disk, inode=inode))
+            grown.append(replace(disk, inode=inode, label=admission.before if admission.label else ""))
     finally:
         calls.close(staging.fd)
     if not reserved and not run.watched:

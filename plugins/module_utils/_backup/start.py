@@ -108,6 +108,7 @@ async def _launch(locked: LockedVm, monitor: Monitor, draft: AttemptDraft, inten
             opaque=f"{run.fdset_tag(intent.attempt)}{number}",
             arguments=_arguments(run.plan.policy, link, _record(disk.image, link), speed),
             calls=run.repository.calls,
+            place=run.repository.path,
         )
         for number, (disk, link) in enumerate(zip(intent.disks, draft.links))
     ]

@@ -332,6 +332,7 @@ RULES = (
     Rule(f"{NONE}, and the VM migrates", _is(Case.MIGRATING), Step.SKIP),
     Rule(f"{NONE}, and the VM has no disk to back up", _is(Case.NO_DISKS), Step.SKIP),
     Rule(f"{NONE}, and a disk is encrypted, with ``encrypted_source: refuse``", _is(Case.ENCRYPTED), Step.FAIL),
+    Rule(f"{NONE}, and a security module would not give QEMU the images", _is(Case.CONFINED), Step.FAIL),
     Rule(
         f"{NONE} any more, though there was one for the plan",
         _is(Case.NOT_BEGUN, planned_published=True),

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from .._common.errors import JobFailed, in_words
 from .._common.formats import seconds_since, utc_now
 from .._host import files, preallocate, target_files
+from .._host.confinement import set_file_label
 from .._qemu import block_jobs
 from .._qemu.jobs import query_jobs
 from .._qemu.model import IO_ERROR
@@ -44,7 +45,7 @@ async def finish(locked: Locked, copies: Sequence[Copy]) -> list[Copy]:
     try:
         # All of a group are safe before the first takes its name: no crash can then take one away from the others.
         safe = [_flush(session, copy) for copy in copies]
-        done = [_take_name(copy) for copy in safe]
+        done = [_take_name(session, copy) for copy in safe]
     except OSError as error:
         raise JobFailed(
             f"the copy ended, but its image could not be made safe: {in_words(error)}; repeat the call when the cause"
@@ -82,7 +83,7 @@ def _flush(session: Session, copy: Copy) -> Copy:
     return replace(copy, found=CopyState.COPIED, record=record)
 
 
-def _take_name(copy: Copy) -> Copy:
+def _take_name(session: Session, copy: Copy) -> Copy:
     """Give a finished image its name, and turn its record into the receipt."""
     drive, record = copy.drive, copy.record
     if copy.found != CopyState.COPIED or record is None:
@@ -91,6 +92,7 @@ def _take_name(copy: Copy) -> Copy:
     path = drive.image_path if growing else drive.target
     if not record.matches(os.stat(path), target_files.is_block_device(path)):
         raise OSError(f"{path} is not the image that was finished: somebody moved or changed it")
+    _restore_label(session, copy, path)
     if growing:
         target_files.take_name(drive.image_path, drive.target, (record.replaces[0], record.replaces[1]))
     receipt.finish(copy.record_path, drive.receipt_path)
@@ -124,7 +126,7 @@ async def clean(locked: Locked, copies: Sequence[Copy]) -> list[Copy]:
             receipt.set_phase(copy.record_path, copy.record, ReceiptPhase.CANCELLING)
     await block_jobs.dismiss_jobs(monitor, [copy.job_id for copy in lost if copy.job_id in job_ids])
     for copy in lost:
-        _remove_files(copy)
+        _remove_files(locked.session, copy)
     return await finish(locked, kept)
 
 
@@ -182,10 +184,23 @@ def given_up(now: Situation) -> list[Copy]:
     return going
 
 
-def _remove_files(copy: Copy) -> None:
+def _restore_label(session: Session, copy: Copy, path: str) -> None:
+    """Give an image that was labelled for QEMU its label back, once its job has ended: it is good without that, too."""
+    if copy.record and copy.record.label:
+        try:
+            set_file_label(path, copy.record.label)
+        except OSError as error:
+            session.warnings.append(
+                f"{path} keeps the label with which QEMU has written it: {in_words(error)}; `restorecon {path}`"
+            )
+
+
+def _remove_files(session: Session, copy: Copy) -> None:
     """Remove a growing image and its record."""
     drive, record = copy.drive, copy.record
-    if not drive.existing:
+    if drive.existing:
+        _restore_label(session, copy, drive.target)
+    else:
         files.remove(drive.image_path)
     if not copy.record_path or record is None:
         return

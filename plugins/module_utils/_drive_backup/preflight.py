@@ -8,9 +8,11 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
-from .._common.errors import BackupError, Refused, ToolError
+from .._common.errors import BackupError, Refused, ToolError, in_words
 from .._common.redaction import REMOVED
 from .._host import open_files, preallocate, target_files
+from .._host.confinement import ADMITTED, Label, Sample, admit, keeps_length, label_of, open_labels
+from .._host.files import scratch
 from .._qemu import estimate, image_commands, image_lock, qemu_img, target_image
 from .receipt import ReceiptPhase
 from .request import NO_KEY, Sync
@@ -19,13 +21,17 @@ from .steps import CopyState
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from .._host.confinement import Admission
     from .._qemu.model import Disk, Vm
     from .request import Drive
     from .steps import Copy
 
 
-async def prepare_target(vm: Vm, copy: Copy, overwrite: bool) -> target_image.Target:
-    """Return the target to be written, after every check that needs the VM or the file."""
+async def prepare_target(vm: Vm, copy: Copy, overwrite: bool, may_label: bool = True) -> target_image.Target:
+    """Return the target to be written, after every check that needs the VM or the file.
+
+    C(may_label) says that the file may get another SELinux context, where QEMU is not given it otherwise.
+    """
     drive, disk = copy.drive, copy.disk
     _refuse_own_image(drive, vm)
     if vm.cannot_copy(disk):
@@ -50,6 +56,9 @@ async def prepare_target(vm: Vm, copy: Copy, overwrite: bool) -> target_image.Ta
     elif copy.found in (CopyState.OCCUPIED, CopyState.DONE):
         _refuse_hidden(copy, vm)
     await _refuse_used(drive, image_format)
+    admission = _admission(vm, drive, image_format)
+    if admission.reason and not (admission.label and may_label):
+        raise Refused("target", admission.reason)
     return target_image.Target(
         path=drive.image_path,
         format=image_format,
@@ -57,7 +66,34 @@ async def prepare_target(vm: Vm, copy: Copy, overwrite: bool) -> target_image.Ta
         expected=await estimate.expected_bytes(disk, image_format, drive.sync, drive.bitmap),
         compress=drive.compress,
         block_device=target_files.is_block_device(drive.target),
+        label=admission.label,
+        former_label=admission.before if admission.label else "",
     )
+
+
+def _admission(vm: Vm, drive: Drive, image_format: str) -> Admission:
+    """Tell whether a confined QEMU is given the target. Refused where its format is one that it could not write."""
+    qemu = label_of(vm.process.pid) if vm.process else Label()
+    fault = keeps_length(qemu, image_format)
+    if fault:
+        raise Refused("target" if drive.existing else "format", f"{drive.target}: {fault}")
+    if vm.process is None or not (qemu.is_held or qemu.context):
+        return ADMITTED
+    is_device = target_files.is_block_device(drive.target)
+    directory = os.path.dirname(drive.target)
+    images = open_labels(vm.process.pid, vm.files) if qemu.context else []
+    if not drive.existing:
+        try:
+            with scratch(directory, f".{os.path.basename(drive.target)[:8]}.") as fd:
+                return admit(qemu, Sample(fd, directory, spare=True), images)
+        except OSError as error:
+            raise Refused("target", in_words(error)) from error
+    fd = os.open(drive.target, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        kind, place = ("blk_file", drive.target) if is_device else ("file", directory)
+        return admit(qemu, Sample(fd, place, kind=kind), images)
+    finally:
+        os.close(fd)
 
 
 def refuse_busy(vm: Vm, starting: list[Copy]) -> None:

@@ -95,10 +95,12 @@ class Record(Document):
     mtime: int = field(default=0, metadata=SIZE)
     duration: float = field(default=0.0, metadata=SECONDS)
     boot: str = field(default="", metadata=TEXT)
-    """The boot of the machine; this and the next two are missing in what version 0.1.0 wrote."""
+    """The boot of the machine; this and all below are missing in what version 0.1.0 wrote."""
     monitor: str = field(default="", metadata=TEXT)
     spaces: dict[str, str] = field(default_factory=dict, metadata=holds(Names()))
     """The name spaces in which C(process) and C(monitor) mean what they say."""
+    label: str = field(default="", metadata=TEXT)
+    """The SELinux context that the image is given back when its job has ended; empty where it has kept its own."""
     schema: int = field(default=SCHEMA, metadata=NUMBER_OF_SCHEMA)
 
     def fault(self) -> str:

@@ -151,6 +151,7 @@ class DriveBackupRequest:
     stall_timeout: float = 600
     on_timeout: OnTimeout = OnTimeout.CANCEL
     encrypted_source: EncryptedSource = EncryptedSource.WARN
+    selinux_label: bool = True
     check_mode: bool = False
 
     @property

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from .._common.errors import BackupError, CommandError, MonitorGone, after, in_words
 from .._common.formats import utc_now
 from .._host import target_files
+from .._host.confinement import set_file_label
 from .._host.lock import host_lock_path, read_owners, write_owners
 from .._host.preallocate import Writeback
 from .._host.process import boot_id, machine_id, spaces
@@ -49,7 +50,9 @@ async def prepare(session: Session, now: Situation) -> list[tuple[Copy, target_i
                 f"{copy.drive.target} is a block device without a receipt: every call writes it anew; give receipt a"
                 " path to change that"
             )
-    return [(copy, await preflight.prepare_target(vm, copy, request.overwrite)) for copy in starting]
+    return [
+        (copy, await preflight.prepare_target(vm, copy, request.overwrite, request.selinux_label)) for copy in starting
+    ]
 
 
 async def start(locked: Locked, now: Situation) -> tuple[list[dict[str, Any]], str]:
@@ -120,6 +123,8 @@ async def _make(locked: Locked, copy: Copy, target: target_image.Target) -> tupl
         fd = await target_image.create(target, backing if is_overlay else None, (locked.fd,))
     # The kernel tells of a failed write-back only those who had the file open by then.
     locked.session.images[target.path] = Writeback(fd)
+    if target.label:
+        set_file_label(target.path, target.label, fd)
     return target_files.identity(os.path.realpath(target.path))
 
 
@@ -193,4 +198,5 @@ def _new_record(copy: Copy, vm: Vm, attempt: str, target: target_image.Target) -
         boot=boot_id(),
         monitor=vm.monitor,
         spaces=spaces(),
+        label=target.former_label,
     )

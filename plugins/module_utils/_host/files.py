@@ -99,7 +99,7 @@ def claim(source: str, name: str) -> None:
 def scratch(directory: str, stem: str) -> Iterator[int]:
     """Open a file that nobody sees, and of which nothing is left, whatever ends this process.
 
-    Where the file system has none without a name, it has one for a moment, of C(stem) and some digits.
+    Where the file system has none without a name, it has one for a moment, of C(stem), some digits, and UNFINISHED.
     """
     flags = os.O_WRONLY | os.O_CLOEXEC
     name = ""
@@ -108,7 +108,7 @@ def scratch(directory: str, stem: str) -> Iterator[int]:
     except OSError as error:
         if error.errno not in NO_NAMELESS_FILES:
             raise
-        name = os.path.join(directory, stem + os.urandom(16).hex())
+        name = os.path.join(directory, stem + os.urandom(16).hex() + UNFINISHED)
         fd = os.open(name, flags | os.O_CREAT | os.O_EXCL, 0o600)
     try:
         yield fd

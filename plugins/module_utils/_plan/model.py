@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from .._common.errors import Refused
 from .._common.fields import FLAG, NAME, SIZE, TEXT, DocumentError, Maybe, OneOf, Several, Text, Whole, holds, part
 from .._common.formats import Word
+from .._host.confinement import ADMITTED, Admission
 from .._qemu.model import EncryptedSource
 from .._repository.documents import COMPRESSION, IMAGE, SET_ID, Level
 
@@ -71,6 +72,8 @@ class Case(Word):
     NO_DISKS = "no disks"
     ENCRYPTED = "encrypted"
     """A disk is encrypted at rest, and the policy is to refuse such a disk."""
+    CONFINED = "confined"
+    """A security module would not give QEMU the images, and they are not to be, or cannot be, labelled for it."""
     NOT_BEGUN = "not begun"
 
     @property
@@ -125,6 +128,7 @@ class Policy:
     max_chain: int = field(default=30, metadata=holds(Whole(1)))
     tracking: bool = field(default=True, metadata=FLAG)
     encrypted_source: str = field(default=EncryptedSource.WARN, metadata=holds(OneOf(*EncryptedSource)))
+    selinux_label: bool = field(default=True, metadata=FLAG)
 
 
 @dataclass(frozen=True)
@@ -149,7 +153,8 @@ class Observation:
 
     C(dead) are the attempts whose QEMU has ended, C(doubtful) those of whose QEMU that cannot be told, C(elsewhere)
     those of a QEMU that is seen to be another one than that which has answered. C(damage) says, by set id and disk,
-    what is wrong with the files of the images that the next ones would build on.
+    what is wrong with the files of the images that the next ones would build on. C(admission) tells whether QEMU would
+    be given new images.
     """
 
     vm: Vm | None = None
@@ -159,6 +164,7 @@ class Observation:
     doubtful: frozenset[str] = frozenset()
     elsewhere: frozenset[str] = frozenset()
     damage: Mapping[tuple[str, str], str] = field(default_factory=dict)
+    admission: Admission = ADMITTED
 
     @property
     def process(self) -> Process | None:

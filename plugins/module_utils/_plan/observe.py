@@ -29,6 +29,7 @@ from .._repository.chain import newest_full, walk
 from .._repository.documents import Level
 from .._repository.names import REPOSITORY_FILE
 from .._repository.staging import outstanding
+from .admission import with_admission
 from .model import Observation, Space
 
 if TYPE_CHECKING:
@@ -108,13 +109,17 @@ def with_records(
 ) -> tuple[Observation, VmRecords]:
     """Add what the repository holds about the VM to an observation; return that, too.
 
-    C(damage) says that the files of images are looked at.
+    C(damage) says that the files of images are looked at, and whether QEMU would be given those of a new set.
 
     Raises BackupError as Repository.records() does.
     """
     records = repository.records(name)
     seen = with_ends(seen, records.intents, hypervisor)
-    return with_damage(seen, repository, records.sets) if damage else seen, records
+    if damage:
+        seen = with_damage(seen, repository, records.sets)
+    if damage and not records.intents:
+        seen = with_admission(seen, repository, name)
+    return seen, records
 
 
 def with_damage(seen: Observation, repository: Repository, sets: Sequence[Manifest]) -> Observation:

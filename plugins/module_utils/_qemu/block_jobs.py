@@ -12,12 +12,14 @@ Reference: QEMU QMP Reference Manual 7.2, drive-backup, blockdev-backup, transac
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from .._common.errors import CommandError, JobFailed
+from .._common.errors import BackupError, CommandError, JobFailed
+from .._host.confinement import NO_DESCRIPTOR, not_given
 from .._host.files import AT_ONCE
 from .jobs import query_jobs
 from .model import IO_ERROR, TARGET_NODES
@@ -49,7 +51,8 @@ ABORTED = "Transaction aborted using Abort action"
 class BackupStart:
     """One backup to start: C(arguments) are QEMU's own, those of the target and of the job's identity apart.
 
-    C(opaque) is the tag of its fdset, and C(calls) is how the target's file system is called.
+    C(opaque) is the tag of its fdset, and C(calls) is how the target's file system is called. C(place) is the directory
+    of which an admin is told what to do where a security module keeps QEMU from the target.
     """
 
     job_id: str
@@ -58,6 +61,7 @@ class BackupStart:
     opaque: str
     arguments: dict[str, Any] = field(default_factory=dict)
     calls: DirectCalls = AT_ONCE
+    place: str = ""
 
     @property
     def target_node(self) -> str:
@@ -210,6 +214,12 @@ async def _pass_target(monitor: Monitor, start: BackupStart, direct: bool) -> in
     fds = await start.calls.run(open_pair, start.target, direct)
     try:
         return await monitor.add_fdset(fds, start.opaque)
+    except CommandError as error:
+        if NO_DESCRIPTOR not in error.description:
+            raise
+        process = monitor.process.pid if monitor.process else None
+        path = start.target.path
+        raise BackupError(not_given(process, path, fds[1], start.place or os.path.dirname(path))) from error
     finally:
         for fd in fds:
             start.calls.close(fd)

@@ -249,7 +249,13 @@ class Monitor:
             arguments: dict[str, Any] = {"opaque": opaque}
             if fdset is not None:
                 arguments["fdset-id"] = fdset
-            fdset = (await self.execute("add-fd", arguments))["fdset-id"]
+            try:
+                fdset = (await self.execute("add-fd", arguments))["fdset-id"]
+            except CommandError:
+                # A security module may let QEMU have one that is open to read, and not one to write.
+                if fdset is not None:
+                    await self.remove_fdset(fdset)
+                raise
         if fdset is None:
             raise ValueError("an fdset needs at least one file descriptor")
         return fdset

@@ -28,7 +28,9 @@ PAGE = 4096
 class Target:
     """An image that a job will write. C(size) is its virtual size and C(expected) the data to come, in bytes.
 
-    C(fd) is a descriptor of it, where this process has one: by now another file may have its path.
+    C(fd) is a descriptor of it, where this process has one: by now another file may have its path. C(label) is the
+    SELinux context with which a confined QEMU is given it, C(former_label) the one that it has without; both are empty
+    where it keeps its own.
     """
 
     path: str
@@ -39,6 +41,8 @@ class Target:
     block_device: bool = False
     compression_type: str = "zstd"
     fd: int | None = None
+    label: str = ""
+    former_label: str = ""
 
     @property
     def name(self) -> str:

@@ -154,6 +154,9 @@ class AsyncRepository:
     async def describe(self, intent: Intent, manifest: Manifest) -> None:
         await self.run(staging.describe, intent, manifest)
 
+    async def restore_labels(self, intent: Intent) -> None:
+        await self.run(staging.restore_labels, intent)
+
     async def publish(self, intent: Intent) -> Manifest:
         return await self.run(staging.publish, intent)
 

@@ -211,12 +211,16 @@ class Manifest(Document):
 
 @dataclass(frozen=True)
 class StagedDisk:
-    """One disk of a set that grows: what the manifest will say of it, its job, and the bytes that the job may write."""
+    """One disk of a set that grows: what the manifest will say of it, its job, and the bytes that the job may write.
+
+    C(label) is the SELinux context that the image gets back when its job has ended; empty where it has kept its own.
+    """
 
     image: DiskImage = field(metadata=holds(part(DiskImage)))
     job: str = field(metadata=JOB)
     expected: int = field(metadata=SIZE)
     inode: int = field(default=0, metadata=INODE)
+    label: str = field(default="", metadata=TEXT)
 
 
 @dataclass(frozen=True)

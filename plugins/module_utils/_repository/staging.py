@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from .._common.errors import BackupError
 from .._common.fields import LONG
+from .._host.confinement import set_file_label
 from .._host.directory import WrongEntry
 from .._host.files import UNFINISHED, set_mode
 from .documents import Manifest
@@ -113,6 +114,21 @@ def publish(repository: Repository, intent: Intent) -> Manifest:
     if manifest is None:
         raise BackupError(f"VM {name}: the manifest of {published.path} vanished while the set was published")
     return manifest
+
+
+def restore_labels(repository: Repository, intent: Intent) -> None:
+    """Give images that were labelled for QEMU the labels that they had before, once their jobs have ended.
+
+    QEMU is asked for the label at each write, even to a file that it has open.
+    """
+    with opened(repository, intent) as staging:
+        for disk in intent.disks:
+            if disk.label:
+                fd = staging.open(disk.image.image)
+                try:
+                    set_file_label(staging.join(disk.image.image), disk.label, fd)
+                finally:
+                    os.close(fd)
 
 
 def _set_mode(directory: Directory, image: str) -> None:

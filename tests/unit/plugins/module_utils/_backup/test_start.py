@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from ansible_collections.vmfleet.backup.plugins.module_utils._backup import start
+from ansible_collections.vmfleet.backup.plugins.module_utils._backup import prepare, start
 from ansible_collections.vmfleet.backup.plugins.module_utils._backup.prepare import AttemptDraft
 from ansible_collections.vmfleet.backup.plugins.module_utils._backup.session import AGAIN, VmTask, WaitFor
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import MonitorGone
+from ansible_collections.vmfleet.backup.plugins.module_utils._host.confinement import Admission, file_label
 from ansible_collections.vmfleet.backup.plugins.module_utils._plan.disks import ChainLink
 from ansible_collections.vmfleet.backup.plugins.module_utils._plan.model import Observation, Policy
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository import staging
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.documents import Phase
 from ansible_collections.vmfleet.backup.tests.unit.plugins import builders
 from ansible_collections.vmfleet.backup.tests.unit.plugins.builders import bitmap, disk, image
@@ -62,6 +64,26 @@ def launched(repository: Repository, fake: FakeMonitor, there: Intent = MADE, po
 
     put_intent(repository, there)
     return in_run(repository, begin, policy=policy)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="labels are given by root")
+@pytest.mark.parametrize("label", ["", "system_u:object_r:svirt_image_t:s0:c1,c2"])
+def test_images_are_labelled_for_a_confined_qemu(repository: Repository, label: str) -> None:
+    before = "system_u:object_r:var_t:s0"
+    seen = Observation(vm(VDA, VDB), admission=Admission("", before, label))
+
+    async def make(run: BackupRun) -> tuple[Intent, list[str]]:
+        held = await locked(run, seen, FakeMonitor())
+        made = await prepare._make_images(held, MADE, (ChainLink("full", ""),) * 2)
+        return made, [run.images.fd(path) for path in run.image_paths(made)]
+
+    os.makedirs(repository.directory(MADE.vm.name))
+    staging.begin(repository, MADE)
+    made, fds = in_run(repository, make)
+    assert [file_label(fd) for fd in fds] == [label, label]
+    assert [disk.label for disk in made.disks] == [before if label else ""] * 2
+    for fd in fds:
+        os.close(fd)
 
 
 class TestLaunch:

@@ -28,6 +28,7 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._backup.steps impor
     find_rule,
     next_step,
 )
+from ansible_collections.vmfleet.backup.plugins.module_utils._host.confinement import Admission
 from ansible_collections.vmfleet.backup.plugins.module_utils._plan.model import (
     PUBLISHED_ALREADY,
     Action,
@@ -105,6 +106,7 @@ ROWS: list[tuple[VmSituation, str, Step, str]] = [
     (seen(Case.MIGRATING), "migrates", Step.SKIP, "why: migrating"),
     (seen(Case.NO_DISKS), "no disk", Step.SKIP, "why: no disks"),
     (seen(Case.ENCRYPTED), "encrypted", Step.FAIL, "why: encrypted"),
+    (seen(Case.CONFINED), "a security module", Step.FAIL, "why: confined"),
     (
         seen(Case.NOT_BEGUN, planned=Action.SKIP, planned_published=True),
         "any more",
@@ -168,6 +170,7 @@ QEMU = {
     "idle": Observation(vm()),
     "idle, and restarted": Observation(vm(), dead=DEAD),
     "another VM": Observation(vm(identity="uuid-2")),
+    "not to be given files": Observation(vm(), admission=Admission("confined")),
     "another VM, and its attempt dead": Observation(vm(identity="uuid-2"), dead=DEAD),
     "another QEMU": Observation(vm(), elsewhere=DEAD),
     "jobs run": Observation(vm(jobs=RUNNING)),

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,14 @@ from typing import Any
 import pytest
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import JobFailed
+from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup import finish as finishing
 from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup import receipt
 from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup.finish import finish, resume_guest
 from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup.receipt import ReceiptPhase
 from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup.request import Drive, DriveBackupRequest
 from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup.session import Locked, Session
 from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup.steps import Copy, CopyState
+from ansible_collections.vmfleet.backup.plugins.module_utils._host.confinement import file_label, set_file_label
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.connection import Address
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.model import IO_ERROR
 from ansible_collections.vmfleet.backup.tests.unit.plugins.builders import disk, job, record
@@ -59,6 +62,29 @@ class TestFinish:
         assert written.matches(target.stat(), is_device=False)
         assert sorted(os.listdir(target.parent)) == ["x.qcow2", "x.qcow2.receipt.json"]
         assert fake.commands == [{"execute": "job-dismiss", "arguments": {"id": "j0"}}]
+
+    @pytest.mark.skipif(os.geteuid() != 0, reason="labels are given by root")
+    def test_image_gets_its_label_back(self, target: Path) -> None:
+        before = "system_u:object_r:var_t:s0"
+        copy = ended(target, label=before)
+        set_file_label(copy.drive.image_path, "system_u:object_r:svirt_image_t:s0:c1,c2")
+        hands = locked(FakeMonitor(ENDED))
+        asyncio.run(finish(hands, [copy]))
+        assert file_label(str(target)) == before
+        assert not hands.session.warnings
+
+    def test_image_that_keeps_qemus_label_is_good_all_the_same(
+        self, target: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def refuse(path: str, _label: str) -> None:
+            raise OSError(errno.EACCES, "Permission denied", path)
+
+        monkeypatch.setattr(finishing, "set_file_label", refuse)
+        hands = locked(FakeMonitor(ENDED))
+        [done] = asyncio.run(finish(hands, [ended(target, label="system_u:object_r:var_t:s0")]))
+        assert done.found == CopyState.DONE
+        [warning] = hands.session.warnings
+        assert "Permission denied; `restorecon" in warning
 
     def test_what_needs_nothing_is_left_as_it_is(self, target: Path) -> None:
         hands = locked(FakeMonitor(jobs()))

@@ -26,6 +26,7 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup.reque
 )
 from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup.session import Locked, Session
 from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup.steps import Copy, CopyState, Situation
+from ansible_collections.vmfleet.backup.plugins.module_utils._host.confinement import file_label, set_file_label
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.connection import Address
 from ansible_collections.vmfleet.backup.tests.unit.plugins.builders import disk, job, record, vm
 from ansible_collections.vmfleet.backup.tests.unit.plugins.doubles import FakeMonitor, block_job, jobs, monitor
@@ -80,6 +81,15 @@ class TestClean:
         left = receipt.read(f"{target}.receipt.json")
         assert left is not None
         assert (left.phase, left.whole) == (ReceiptPhase.CANCELLING, False)
+
+    @pytest.mark.skipif(os.geteuid() != 0, reason="labels are given by root")
+    @pytest.mark.parametrize("phase", ["preparing", "copying"])
+    def test_image_that_was_there_before_gets_its_label_back(self, phase: str, tmp_path: Path) -> None:
+        target, before = tmp_path / "x.qcow2", "system_u:object_r:var_t:s0"
+        copy = growing(target, mode="existing", label=before, phase=phase)
+        set_file_label(str(target), "system_u:object_r:svirt_image_t:s0:c1,c2")
+        asyncio.run(finish.clean(locked(qemu("j0")), [copy]))
+        assert file_label(str(target)) == before
 
     def test_nothing_to_do(self) -> None:
         hands = locked(FakeMonitor())

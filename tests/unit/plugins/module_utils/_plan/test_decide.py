@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import pytest
 
+from ansible_collections.vmfleet.backup.plugins.module_utils._host.confinement import Admission
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.process import Process
 from ansible_collections.vmfleet.backup.plugins.module_utils._plan.decide import decide
 from ansible_collections.vmfleet.backup.plugins.module_utils._plan.disks import ChainLink
@@ -148,6 +149,19 @@ DECISIONS = {
     ),
     "migrating": (Observation(vm(status="inmigrate")), VmRecords(), "skip", "migrating"),
     "no disks": (Observation(vm(GOLDEN)), VmRecords(), "skip", "no disk"),
+    "confined": (Observation(vm(), admission=Admission("not given")), VmRecords(), "fail", "not given"),
+    "confined, and being made": (
+        Observation(vm(), admission=Admission("not given")),
+        VmRecords(intents=(intent(),)),
+        "attach",
+        "since",
+    ),
+    "confined, and to be labelled": (
+        Observation(vm(), admission=Admission("not given", "var", "image")),
+        VmRecords(),
+        "start",
+        "no set",
+    ),
 }
 
 

@@ -10,12 +10,15 @@ import asyncio
 import contextlib
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import CommandError, JobFailed
+from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import BackupError, CommandError, JobFailed
+from ansible_collections.vmfleet.backup.plugins.module_utils._host.confinement import NO_DESCRIPTOR
+from ansible_collections.vmfleet.backup.plugins.module_utils._host.process import Process
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu import block_jobs, target_image
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.bitmaps import bitmap_add
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.block_jobs import (
@@ -89,6 +92,34 @@ class TestStart:
         assert [flag & os.O_ACCMODE for flag in flags] == [os.O_RDONLY, os.O_RDWR]
         assert [bool(flag & os.O_DIRECT) for flag in flags] == [not compress] * 2
         assert len(os.listdir("/proc/self/fd")) == before
+
+    @pytest.mark.parametrize(("place", "named"), [("/srv/backup", "/srv/backup"), ("", "{}")])
+    def test_target_that_qemu_was_not_given(
+        self, place: str, named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        class Confined(FakeMonitor):
+            async def add_fdset(self, fds: tuple[int, ...], opaque: str) -> int:
+                await super().add_fdset(fds, opaque)
+                raise refusal(NO_DESCRIPTOR, "add-fd")
+
+        asked = []
+        monkeypatch.setattr(block_jobs, "not_given", lambda *asks: asked.append(asks) or "SELinux does not let it")
+        fake = Confined({}, process=Process(7, 1))
+        with pytest.raises(BackupError, match=r"^SELinux does not let it$") as failure:
+            begin(fake, replace(start(tmp_path), place=place))
+        assert not isinstance(failure.value, CommandError)
+        # The page cache would not help.
+        assert len(fake.passed) == 1
+        [(process, path, _fd, found)] = asked
+        assert (process, path, found) == (7, f"{tmp_path}/0.qcow2", named.format(tmp_path))
+
+    def test_another_refusal_of_a_file_is_qemus(self, tmp_path: Path) -> None:
+        class Odd(FakeMonitor):
+            async def add_fdset(self, *_arguments: object) -> int:
+                raise refusal("fdset-id 7 is taken", "add-fd")
+
+        with pytest.raises(CommandError, match="fdset-id 7 is taken"):
+            begin(Odd({}), start(tmp_path))
 
     def test_several_are_one_transaction(self, tmp_path: Path) -> None:
         fake = FakeMonitor({"transaction": {}})

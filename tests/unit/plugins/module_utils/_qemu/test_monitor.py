@@ -417,6 +417,28 @@ class TestExecute:
             {"execute": "remove-fd", "arguments": {"fdset-id": 7}},
         ]
 
+    def test_first_file_of_a_set_is_taken_back_where_the_next_is_refused(
+        self, path: str, serve: Callable[..., Server], tmp_path: Path
+    ) -> None:
+        """A security module may let QEMU have the one that is open to read only."""
+        refused = {"error": {"class": "GenericError", "desc": "No file descriptor supplied via SCM_RIGHTS"}}
+
+        def answer(_command: str, arguments: dict[str, Any]) -> dict[str, Any]:
+            return (
+                refused if "opaque" in arguments and "fdset-id" in arguments else {"return": {"fdset-id": 7, "fd": 20}}
+            )
+
+        server = serve(answer)
+
+        async def hand_over() -> None:
+            with (tmp_path / "a").open("wb") as file:
+                async with Monitor(parse_address(path)) as monitor:
+                    await monitor.add_fdset([file.fileno(), file.fileno()], "vmfleet:db:1")
+
+        with pytest.raises(CommandError, match="SCM_RIGHTS"):
+            asyncio.run(hand_over())
+        assert server.received[-1] == {"execute": "remove-fd", "arguments": {"fdset-id": 7}}
+
     @pytest.mark.parametrize("noticed", [True, False])
     def test_connection_breaks_off_before_a_file_is_sent(
         self, noticed: bool, path: str, serve: Callable[..., Server], monkeypatch: pytest.MonkeyPatch

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import BackupError
+from ansible_collections.vmfleet.backup.plugins.module_utils._host.confinement import file_label, set_file_label
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository import repository as repository_repository
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository import staging
 from ansible_collections.vmfleet.backup.tests.unit.plugins.module_utils._repository.attempts import (
@@ -35,6 +36,20 @@ def test_documents_come_back_as_they_were_written(repository: Repository) -> Non
     staging.describe(repository, intent(), manifest(intent()))
     staging.publish(repository, intent())
     assert repository.records("web01").sets == (replace(manifest(intent()), sequence=1),)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="labels are given by root")
+def test_images_get_their_labels_back(repository: Repository) -> None:
+    before, of = "system_u:object_r:var_t:s0", intent()
+    labelled = replace(of, disks=(replace(of.disks[0], label=before),))
+    begin(repository, of)
+    path = repository.image_path(of, of.disks[0].image.image)
+    set_file_label(path, "system_u:object_r:svirt_image_t:s0:c1,c2")
+    staging.restore_labels(repository, of)
+    assert file_label(path) == "system_u:object_r:svirt_image_t:s0:c1,c2"
+    staging.restore_labels(repository, labelled)
+    staging.restore_labels(repository, labelled)
+    assert file_label(path) == before
 
 
 class TestCrash:

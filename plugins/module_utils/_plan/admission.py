@@ -1,0 +1,58 @@
+# Copyright (c) 2026, vmfleet contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Tell whether a confined QEMU is given the images of a set, on a file of which nothing is left."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from .._host.confinement import ADMITTED, Sample, admit, label_of, open_labels
+from .._host.directory import Directory
+from .._host.files import scratch
+from .._repository.names import REPOSITORY_FILE
+
+if TYPE_CHECKING:
+    from .._host.confinement import Admission
+    from .._qemu.model import Vm
+    from .._repository.repository import Repository
+    from .model import Observation
+
+
+STEM = f".{REPOSITORY_FILE}."
+"""What the name of the file begins with, where it has one for a moment."""
+
+
+def with_admission(seen: Observation, repository: Repository, name: str) -> Observation:
+    """Add to an observation whether QEMU is given images that this process makes for the VM C(name)."""
+    if seen.vm is None or seen.vm.process is None:
+        # Over TCP nothing is handed over, and nobody knows who opens it.
+        return seen
+    return replace(seen, admission=_admission(seen.vm, seen.vm.process.pid, repository, name))
+
+
+def _admission(vm: Vm, process: int, repository: Repository, name: str) -> Admission:
+    qemu = label_of(process)
+    if not (qemu.is_held or qemu.context):
+        return ADMITTED
+    try:
+        with _nearest(repository, name) as directory, scratch(f"/proc/self/fd/{directory.fd}", STEM) as fd:
+            # The directory in which a set grows, and the images in it, get the label that this has got.
+            sample = Sample(fd, repository.path, spare=True)
+            return admit(qemu, sample, open_labels(process, vm.files) if qemu.context else ())
+    except OSError:
+        # Nothing can be made there now. Whoever needs to make something tells that, and why.
+        return ADMITTED
+
+
+def _nearest(repository: Repository, name: str) -> Directory:
+    """Open the directory of a VM; where there is none yet, the one in which it is going to be made."""
+    try:
+        return repository.opened(name)
+    except FileNotFoundError:
+        path = repository.path
+        while not os.path.isdir(path):
+            path = os.path.dirname(path)
+        return Directory.at(path)
