@@ -22,6 +22,7 @@ author:
 extends_documentation_fragment:
   - vmfleet.backup.attributes
   - vmfleet.backup.attributes.actiongroup_backup
+  - vmfleet.backup.libvirt
   - vmfleet.backup.trust_others
 attributes:
   check_mode:
@@ -67,7 +68,8 @@ options:
         type: str
       monitor:
         description:
-          - The VM's QMP monitor, as V(unix:/run/vmfleet-monitors/web01.qmp), as a path alone, or V(tcp:127.0.0.1:4444).
+          - The VM's QMP monitor, as V(unix:/run/vmfleet-monitors/web01.qmp), as a path alone, or V(tcp:127.0.0.1:4444);
+            or a domain of libvirt, as V(libvirt:web01).
         type: str
         required: true
       include_disks:
@@ -302,6 +304,7 @@ from dataclasses import fields
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING
 
+from ansible_collections.vmfleet.backup.plugins.module_utils._common.argument_specs import libvirt_argument_spec
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import Refused, warn
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.module import make_module
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.probe import Watch, probe_if_there
@@ -316,8 +319,8 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._plan.model import 
 from ansible_collections.vmfleet.backup.plugins.module_utils._plan.observe import reserve_bytes
 from ansible_collections.vmfleet.backup.plugins.module_utils._plan.planner import describe, discover, draw_up
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.model import EncryptedSource
-from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.monitor import require_qmp
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.qemu_img import require_qemu_img
+from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.qmp_client import require_qmp
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.access import AsyncRepository, find_repository
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.documents import Level
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.names import check_set_id
@@ -346,6 +349,7 @@ def _request(params: dict[str, Any], vm: dict[str, Any]) -> Request:
     return Request(
         name=vm.get("name") or "",
         monitor=vm.get("monitor") or "",
+        libvirt_uri=params["libvirt_uri"],
         include_disks=tuple(given("include_disks")),
         exclude_disks=tuple(given("exclude_disks")),
         wanted=given("level"),
@@ -401,6 +405,7 @@ def argument_spec() -> dict[str, Any]:
             },
         },
         "sockets": names,
+        **libvirt_argument_spec(),
         "include_disks": {**names, "default": []},
         "exclude_disks": {**names, "default": []},
         "level": {"type": "str", "choices": list(LEVELS), "default": Level.AUTO},

@@ -18,6 +18,7 @@ extends_documentation_fragment:
   - vmfleet.backup.attributes
   - vmfleet.backup.attributes.actiongroup_backup
   - vmfleet.backup.monitor
+  - vmfleet.backup.libvirt
 options:
   job_id:
     description: The job's id, as M(vmfleet.backup.block_job_info) and C(query-block-jobs) (C(device)) tell it.
@@ -83,9 +84,10 @@ from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.argument_specs import monitor_argument_spec
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import BackupError, CommandError
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.module import run_module
-from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.connection import parse_address
+from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.address import parse_address
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.jobs import query_jobs
-from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.monitor import Monitor, require_qmp
+from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.monitor import Monitor
+from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.qmp_client import require_qmp
 
 if TYPE_CHECKING:
     from typing import Any
@@ -190,7 +192,9 @@ async def apply(monitor: Monitor, module: AnsibleModule) -> dict[str, Any]:
 async def main_task(module: AnsibleModule) -> dict[str, Any]:
     commands: list[dict[str, Any]] = []
     try:
-        async with Monitor(parse_address(module.params["monitor"]), commands) as monitor:
+        async with Monitor(
+            parse_address(module.params["monitor"], libvirt_uri=module.params["libvirt_uri"]), commands
+        ) as monitor:
             return {**await apply(monitor, module), "qmp": commands}
     except BackupError as error:
         error.details["qmp"] = commands

@@ -17,6 +17,7 @@ extends_documentation_fragment:
   - vmfleet.backup.attributes.info
   - vmfleet.backup.attributes.actiongroup_backup
   - vmfleet.backup.monitor
+  - vmfleet.backup.libvirt
 options:
   type:
     description: List jobs of this type only, V(backup) for those of C(drive-backup).
@@ -93,16 +94,17 @@ from ansible.module_utils.basic import AnsibleModule
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.argument_specs import monitor_argument_spec
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.module import run_module
-from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.connection import parse_address
+from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.address import parse_address
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.jobs import query_jobs
-from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.monitor import Monitor, require_qmp
+from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.monitor import Monitor
+from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.qmp_client import require_qmp
 
 if TYPE_CHECKING:
     from typing import Any
 
 
 async def main_task(module: AnsibleModule) -> dict[str, Any]:
-    async with Monitor(parse_address(module.params["monitor"])) as monitor:
+    async with Monitor(parse_address(module.params["monitor"], libvirt_uri=module.params["libvirt_uri"])) as monitor:
         jobs = await query_jobs(monitor)
     wanted = [
         job.as_dict()

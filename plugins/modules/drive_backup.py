@@ -29,6 +29,7 @@ extends_documentation_fragment:
   - vmfleet.backup.attributes
   - vmfleet.backup.attributes.actiongroup_backup
   - vmfleet.backup.monitor
+  - vmfleet.backup.libvirt
 attributes:
   idempotent:
     support: partial
@@ -345,9 +346,9 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup.reque
     check_drives,
 )
 from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup.session import Session
-from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.connection import parse_address
+from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.address import parse_address
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.model import EncryptedSource
-from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.monitor import require_qmp
+from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.qmp_client import require_qmp
 
 if TYPE_CHECKING:
     from typing import Any
@@ -379,7 +380,7 @@ async def main_task(module: AnsibleModule) -> dict[str, Any]:
     """Do what the module's options ask for."""
     params = module.params
     request = DriveBackupRequest(
-        address=parse_address(params["monitor"]),
+        address=parse_address(params["monitor"], libvirt_uri=params["libvirt_uri"]),
         drives=drives(params),
         state=RequestedState(params["state"]),
         completion_mode=CompletionMode(params["completion_mode"]),

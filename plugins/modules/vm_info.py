@@ -17,10 +17,12 @@ description:
 extends_documentation_fragment:
   - vmfleet.backup.attributes.info
   - vmfleet.backup.attributes.actiongroup_backup
+  - vmfleet.backup.libvirt
 options:
   monitors:
     description:
-      - QMP monitors, as V(unix:/run/vmfleet-monitors/web01.qmp), as a path alone, or V(tcp:127.0.0.1:4444).
+      - QMP monitors, as V(unix:/run/vmfleet-monitors/web01.qmp), as a path alone, or V(tcp:127.0.0.1:4444); or domains
+        of libvirt, as V(libvirt:web01).
     type: list
     elements: str
   sockets:
@@ -200,18 +202,20 @@ from typing import TYPE_CHECKING
 
 from ansible.module_utils.basic import AnsibleModule
 
+from ansible_collections.vmfleet.backup.plugins.module_utils._common.argument_specs import libvirt_argument_spec
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import BackupError, Refused, internal, warn
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.module import run_module
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.options import check_path
+from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.address import parse_address
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.agent_channel import find_agent
-from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.connection import parse_address
-from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.monitor import Monitor, require_qmp
+from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.monitor import Monitor
+from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.qmp_client import require_qmp
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.query import inspect_vm
 
 if TYPE_CHECKING:
     from typing import Any
 
-    from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.connection import Address
+    from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.address import Address
 
 AT_ONCE = 32
 """How many VMs are asked at the same time."""
@@ -237,7 +241,7 @@ async def main_task(module: AnsibleModule) -> dict[str, Any]:
     monitors, sockets = (module.params[name] or [] for name in ("monitors", "sockets"))
     if not monitors and not sockets:
         raise Refused("monitors", "no VM is named; list monitors, or patterns of their sockets (sockets)")
-    addresses = {parse_address(text, "monitors") for text in monitors}
+    addresses = {parse_address(text, "monitors", module.params["libvirt_uri"]) for text in monitors}
     for pattern in sockets:
         check_path("sockets", pattern)
         # A path that is spelled out is meant, be there a socket or not.
@@ -258,6 +262,7 @@ def main() -> None:
         argument_spec={
             "monitors": {"type": "list", "elements": "str"},
             "sockets": {"type": "list", "elements": "str"},
+            **libvirt_argument_spec(),
         },
         required_one_of=[("monitors", "sockets")],
         supports_check_mode=True,

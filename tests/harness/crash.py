@@ -111,6 +111,7 @@ PASSED_THROUGH = frozenset(
         "_host/worker",
         "_qemu/connection",
         "_qemu/monitor",
+        "_qemu/qmp_client",
         "_repository/json_file",
         "_repository/repository",
     }
@@ -220,9 +221,9 @@ class _Watch:
     def _announce_commands(self) -> None:
         execute = qemu_monitor.Monitor.execute
 
-        async def announced(monitor: t.Any, command: str, arguments: t.Any = None) -> t.Any:
+        async def announced(monitor: t.Any, command: str, arguments: t.Any = None, fd: t.Any = None) -> t.Any:
             self._askers[command] = _place()
-            return await execute(monitor, command, arguments)
+            return await execute(monitor, command, arguments, fd)
 
         qemu_monitor.Monitor.execute = announced
 

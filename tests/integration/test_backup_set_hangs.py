@@ -19,7 +19,12 @@ import pytest
 from ansible_collections.vmfleet.backup.plugins.module_utils._backup import engine, finish
 from ansible_collections.vmfleet.backup.plugins.module_utils._host import probe, worker
 from ansible_collections.vmfleet.backup.plugins.module_utils._plan import planner
-from ansible_collections.vmfleet.backup.plugins.module_utils._qemu import block_jobs, connection, target_image
+from ansible_collections.vmfleet.backup.plugins.module_utils._qemu import (
+    block_jobs,
+    connection,
+    qmp_client,
+    target_image,
+)
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu import monitor as qemu_monitor
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository import repository as repository_repository
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository import staging
@@ -359,7 +364,7 @@ def test_neither_repository_nor_monitor_answer(
         return await cancel_jobs(*args)
 
     monkeypatch.setattr(block_jobs, "cancel_jobs", hang_and_cancel)
-    monkeypatch.setattr(qemu_monitor, "COMMAND_TIMEOUT", 2.0)
+    monkeypatch.setattr(qmp_client, "COMMAND_TIMEOUT", 2.0)
     process = start_module("backup_set", {"plan": sets.plan(vm, speed=AT_REST)["plan"]})
     wait_for_copies(sets, "vm")
     try:

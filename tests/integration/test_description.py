@@ -12,7 +12,7 @@ import os
 import typing as t
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.redaction import REMOVED
-from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.connection import parse_address
+from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.address import parse_address
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.monitor import Monitor
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.query import inspect_vm
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.vm_config import describe_vm

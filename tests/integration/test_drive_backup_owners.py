@@ -13,7 +13,7 @@ import pytest
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.lock import host_lock_path
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.process import Process
-from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.connection import parse_address
+from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.address import parse_address
 from ansible_collections.vmfleet.backup.tests.harness.backup import (
     assert_good,
     backup,

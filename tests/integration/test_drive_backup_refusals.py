@@ -90,7 +90,8 @@ def refuse(vm: Qemu, directory: Path, option: str, given: dict[str, t.Any], chec
         ("receipt", {"receipt": "relative.json"}),
         ("monitor", {"monitor": "relative.sock"}),
         ("monitor", {"monitor": "tcp:nowhere"}),
-        ("monitor", {"monitor": "libvirt:web01"}),
+        ("monitor", {"monitor": "libvirt:a/b"}),
+        ("libvirt_uri", {"libvirt_uri": "qemu+ssh://hv2/system"}),
     ],
 )
 def test_single_options(vm: Qemu, directory: Path, target: Path, option: str, options: dict[str, t.Any]) -> None:

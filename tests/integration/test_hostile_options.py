@@ -114,7 +114,16 @@ GOOD: dict[str, Values] = {
 }
 
 REPOSITORY = ["", "relative", "./relative", "{dir}/nosuch", "{dir}/canary", "{where}", NUL, CONTROL, f"/{LONG}"]
-MONITOR = ["", "relative", "unix:", "tcp:nowhere", "tcp:h:0", "tcp:h:99999", "libvirt:web01", f"/{NUL}", f"/{CONTROL}"]
+PLACES = ["relative", "unix:", "tcp:nowhere", "tcp:h:0", "tcp:h:99999", "libvirt:", "libvirt:a/b"]
+MONITOR = ["", *PLACES, f"/{NUL}", f"/{CONTROL}", f"libvirt:{NUL}"]
+LIBVIRT_URI = [
+    "",
+    "qemu",
+    "qemu+ssh://hv2/system",
+    "qemu://hv2/system",
+    "qemu:///system#x",
+    f"qemu:///system?{CONTROL}",
+]
 SET_ID = ["", "../s1", "a/b", ".s1", NUL, CONTROL, LONG]
 SIZE = [-1, "-5M", "nan", "inf", "1e400", HUGE, "5 parsecs", "", "fast"]
 COUNT = [-1, "nan", "inf", HUGE, 1.5, "", "many"]
@@ -179,6 +188,7 @@ TABLE: dict[str, list[tuple[str, Values]]] = {
         *(("agent", {"vms": [{"monitor": "{monitor}", "agent": agent}]}) for agent in ("", "relative", NUL, CONTROL)),
         *(("level", {"vms": [{"monitor": "{monitor}", "level": level}]}) for level in ("", "most")),
         *one("sockets", ["relative/*.qmp"], ["*"], [""], [f"/{NUL}"], [f"/{CONTROL}"], vms=None),
+        *one("libvirt_uri", *LIBVIRT_URI),
         *one("include_disks", [""], [CONTROL], [NUL]),
         *one("exclude_disks", [""], [CONTROL]),
         *one("level", "", "FULL", 5),
@@ -273,14 +283,21 @@ TABLE: dict[str, list[tuple[str, Values]]] = {
     ],
     "block_job": [
         *one("monitor", *MONITOR),
+        *one("libvirt_uri", *LIBVIRT_URI),
         *one("job_id", "", CONTROL, NUL, "nosuch"),
         *one("state", "", "stopped"),
         *one("speed", *SIZE, state=None),
         ("state", {"state": None}),
     ],
-    "block_job_info": [*one("monitor", *MONITOR), *one("type", "", "copy"), *one("job_id", "", CONTROL, NUL)],
+    "block_job_info": [
+        *one("monitor", *MONITOR),
+        *one("libvirt_uri", *LIBVIRT_URI),
+        *one("type", "", "copy"),
+        *one("job_id", "", CONTROL, NUL),
+    ],
     "drive_backup": [
         *one("monitor", *MONITOR),
+        *one("libvirt_uri", *LIBVIRT_URI),
         *one("device", "", "nosuch", CONTROL, NUL),
         *one("target", "", "relative", "~/t", "json:{}", "nbd://h", "{where}", "{where}/no/such", f"{{where}}/{LONG}"),
         *one("target", "{where}/a\0b", f"{{where}}/{CONTROL}"),
@@ -316,6 +333,7 @@ TABLE: dict[str, list[tuple[str, Values]]] = {
     "vm_info": [
         *one("monitors", [], [""], ["relative"], ["tcp:x"], [f"/{NUL}"], [f"/{CONTROL}"], [5], {"a": 1}),
         *one("sockets", [], [""], ["relative/*"], ["*"], [f"/{NUL}"], [f"/{CONTROL}"], [UNENCODABLE], monitors=None),
+        *one("libvirt_uri", *LIBVIRT_URI),
     ],
 }
 

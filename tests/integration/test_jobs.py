@@ -12,13 +12,13 @@ import typing as t
 import pytest
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import CommandError
+from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.address import parse_address
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.bitmaps import bitmap_add, remove_bitmaps
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.block_jobs import (
     BackupStart,
     rehearse_backups,
     start_backups,
 )
-from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.connection import parse_address
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.monitor import Monitor
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.target_image import Target
 from ansible_collections.vmfleet.backup.tests.harness.backup import wait_concluded

@@ -24,10 +24,10 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._common.printable i
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.redaction import redact_name, redact_text
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu import estimate
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.agent_channel import find_agent
-from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.answers import check_answer
+from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.answers import check_answer, quoted
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.guest_agent import Agent
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.jobs import query_jobs
-from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.monitor import Monitor, quoted
+from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.monitor import Monitor
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.query import inspect_vm
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.vm_config import describe_vm
 from ansible_collections.vmfleet.backup.tests.harness.fuzzing import ANYTHING, changed, damaged, examples

@@ -16,7 +16,7 @@ from .._common.formats import utc_now
 from .._host import probe
 from .._plan.model import Case
 from .._qemu import bitmaps, block_jobs, guest_freeze
-from .._qemu.connection import parse_address
+from .._qemu.address import parse_address
 from .._qemu.jobs import query_jobs
 from .._qemu.model import IO_ERROR
 from .._qemu.monitor import Monitor
@@ -268,7 +268,7 @@ async def abandon(run: BackupRun, task: VmTask, reason: str) -> Outcome:
     if intent is None:
         return results.outcome(run, task, VmState.FAILED, error=reason)
     try:
-        async with Monitor(parse_address(intent.monitor), run.commands) as monitor:
+        async with Monitor(parse_address(intent.monitor, libvirt_uri=intent.libvirt_uri), run.commands) as monitor:
             fate = await _cancel_jobs(monitor, intent)
             if intent.guest != IO_ERROR:
                 await block_jobs.resume(monitor)

@@ -16,7 +16,6 @@ from .._host import preallocate
 from .._host.checksum import sha256
 from .._plan.observe import short_of_space
 from .._qemu import block_jobs
-from .._qemu.connection import parse_address
 from .._qemu.jobs import StallClock
 from .._qemu.monitor import Monitor
 from .._repository.documents import Manifest
@@ -51,7 +50,7 @@ async def share_bandwidth(session: VmSession) -> None:
     late = [job for job in jobs if job.speed != share]
     try:
         if late:
-            async with Monitor(parse_address(task.request.monitor), run.commands) as monitor:
+            async with Monitor(task.request.address, run.commands) as monitor:
                 for job in late:
                     await block_jobs.set_speed(monitor, job.id, share)
     except MonitorError:
@@ -174,7 +173,7 @@ async def _close_targets(session: VmSession) -> None:
     is_stopped = guest_stopped_by(intent, session.seen)
     if vm is None or not (is_stopped or as_nodes):
         return
-    async with Monitor(parse_address(session.task.request.monitor), session.run.commands) as monitor:
+    async with Monitor(session.task.request.address, session.run.commands) as monitor:
         if is_stopped:
             # The target failed while nobody looked. The copy is good: the guest's write failed instead.
             await block_jobs.resume(monitor)

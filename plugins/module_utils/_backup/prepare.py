@@ -79,6 +79,7 @@ async def draft_attempt(run: BackupRun, monitor: Monitor, request: Request, vm: 
         vm=VmName(request.name, vm.identity, vm.uuid),
         hypervisor=run.context.hypervisor,
         monitor=request.monitor,
+        libvirt_uri=request.libvirt_uri,
         process=(vm.process.pid, vm.process.start) if vm.process else (),
         level=decision.plan.level,
         consistency=Consistency.CRASH,

@@ -18,7 +18,6 @@ from .._common.errors import BackupError, MonitorError
 from .._host.lock import host_lock_path, locked
 from .._plan import decide
 from .._plan import observe as observing
-from .._qemu.connection import parse_address
 from .._qemu.jobs import StallClock
 from .._qemu.monitor import Monitor
 
@@ -176,7 +175,7 @@ async def hold(
     C(flushed) is the VM as it was when the jobs of an attempt were judged whose images are flushed since: as nothing
     that QEMU shows by now can make that set a bad one, only its jobs are looked at.
     """
-    address = parse_address(task.request.monitor)
+    address = task.request.address
     async with AsyncExitStack() as stack:
         await stack.enter_async_context(locked(host_lock_path(process, address), f"VM {task.name}"))
         lock = await stack.enter_async_context(run.repository.lock(task.name))

@@ -8,7 +8,16 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from .._common.errors import AgentError, BackupError, MonitorError, MonitorGone, RepositoryHangs, after, in_words
+from .._common.errors import (
+    AgentError,
+    BackupError,
+    MonitorError,
+    MonitorGone,
+    MonitorLost,
+    RepositoryHangs,
+    after,
+    in_words,
+)
 from .._common.formats import utc_now
 from .._host import preallocate
 from .._plan.model import Quiesce
@@ -57,7 +66,7 @@ async def start(locked: LockedVm, _reason: str) -> Pending:
         speed = await run.bandwidth.reserve_share(task.name, len(intent.disks))
         intent = await _launch(locked, monitor, draft, intent, speed)
     except MonitorError as error:
-        if task.reconnected or not isinstance(error, MonitorGone):
+        if task.reconnected or not isinstance(error, (MonitorGone, MonitorLost)):
             raise
         # Whether QEMU lives, and has started the jobs, is for the next look to find out.
         task.reconnected = True

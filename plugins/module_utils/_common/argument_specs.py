@@ -11,9 +11,14 @@ if TYPE_CHECKING:
     from typing import Any
 
 
+def libvirt_argument_spec() -> dict[str, Any]:
+    """Return the option that says which libvirt is meant. Its documentation is in C(doc_fragments/libvirt.py)."""
+    return {"libvirt_uri": {"type": "str", "default": "qemu:///system"}}
+
+
 def monitor_argument_spec() -> dict[str, Any]:
-    """Return the option of modules that work on one VM. Its documentation is in C(doc_fragments/monitor.py)."""
-    return {"monitor": {"type": "str", "required": True}}
+    """Return the options of modules that work on one VM. Their documentation is in C(doc_fragments/monitor.py)."""
+    return {"monitor": {"type": "str", "required": True}, **libvirt_argument_spec()}
 
 
 def drive_argument_spec(required: bool = False, defaults: bool = False) -> dict[str, Any]:

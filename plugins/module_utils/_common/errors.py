@@ -45,6 +45,10 @@ class MonitorGone(MonitorError):
     """Nobody serves the monitor's address: the VM is off, or its QEMU has ended."""
 
 
+class MonitorLost(MonitorError):
+    """The way to the monitor has broken off, or is not there. That tells nothing of QEMU."""
+
+
 class MonitorTimeout(MonitorError):
     """The monitor did not answer in time."""
 

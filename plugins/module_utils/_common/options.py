@@ -40,6 +40,9 @@ NEEDED = {
 }
 """Lists that are left out where nothing is asked for: an empty one is a mistake in a playbook, most often."""
 CONTROL = re.compile("[\0-\x1f\x7f-\x9f]")
+_OF_URI = r"(socket=/[^&;#\s\0-\x1f\x7f-\x9f]+|mode=(auto|direct|legacy))"
+LIBVIRT_URI = rf"qemu(\+unix)?:///(system|session)(\?{_OF_URI}([&;]{_OF_URI})*)?"
+"""The libvirts of this machine, of all that libvirt can connect to."""
 OF_SETS = frozenset({"vm", "names"})
 """Options with names of VMs that have sets. QEMU takes any, and so its sets have to be found by any."""
 LONGEST_PATH, LONGEST_NAME = 4095, 255
@@ -77,6 +80,20 @@ def check_text(option: str, text: str) -> str:
     return text
 
 
+def check_libvirt_uri(option: str, uri: str) -> str:
+    """Return how libvirt is connected to. Refused where that is not the one of this machine."""
+    if not re.fullmatch(LIBVIRT_URI, uri):
+        # Without a user, and without a password.
+        shown = re.sub("//[^/]*@", "//", uri)
+        raise Refused(
+            option,
+            f"{shown!r} is no libvirt of this machine; give qemu:///system, qemu:///session, or either with"
+            " a socket, as qemu+unix:///session?socket=/PATH. The domains of another machine are backed up by that"
+            " machine: files that are open here cannot be handed to a QEMU there",
+        )
+    return uri
+
+
 def duration(option: str, text: str) -> float:
     """Return the seconds of an option that is a time, such as C(90), C(10m) or C(1.5h). Refused where it is none."""
     try:
@@ -101,5 +118,7 @@ def _check(name: str, option: Mapping[str, Any], value: Any) -> None:
         check_options(option.get("options", {}), value)
     elif kind in ("str", "path") and name != "boot_pattern":
         check_text(name, value)
+        if name == "libvirt_uri":
+            check_libvirt_uri(name, value)
         if kind == "path":
             check_path(name, value)

@@ -39,7 +39,7 @@ from .._common.fields import (
 from .._common.formats import SCHEMA, Word
 from .._host.files import claim, remove, step, sync_directory
 from .._host.target_files import identity
-from .._qemu.connection import Origin
+from .._qemu.address import Origin
 from .request import JOB_ID, BitmapMode, Sync
 
 

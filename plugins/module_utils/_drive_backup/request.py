@@ -20,7 +20,7 @@ from .._repository.places import refuse_inside
 if TYPE_CHECKING:
     from typing import Any
 
-    from .._qemu.connection import Address
+    from .._qemu.address import Address
 
 
 NO_KEY = (

@@ -60,6 +60,25 @@ class Process:
         stat = _process_stat(pid) if proc_is_ours() else []
         return cls(pid, int(stat[19])) if stat else None
 
+    @classmethod
+    def of_thread(cls, thread: int) -> Process | None:
+        """Return the process that a thread of this id belongs to; None as of() does."""
+        try:
+            with open(f"/proc/{thread}/status", encoding="ascii", errors="replace") as status:
+                group = next((line.split()[1] for line in status if line.startswith("Tgid:")), "")
+        except OSError:
+            return None
+        return cls.of(int(group)) if group else None
+
+    @property
+    def arguments(self) -> list[str]:
+        """Return its command line; an empty one where it has ended, or is none of our business."""
+        try:
+            with open(f"/proc/{self.pid}/cmdline", encoding="utf-8", errors="surrogateescape") as command_line:
+                return command_line.read().split("\0")
+        except OSError:
+            return []
+
     @property
     def alive(self) -> bool:
         """Return whether it has not ended."""

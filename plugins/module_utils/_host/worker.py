@@ -30,6 +30,7 @@ from .._common.module import run_module
 from .._common.printable import printable
 from .files import DirectCalls
 from .probe import Watch
+from .threads import answer_in_thread, settle
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
@@ -107,17 +108,9 @@ class ThreadedCalls(DirectCalls):
             work()
 
     def _call(self, answer: asyncio.Future[Any], function: Callable[[], Any]) -> None:
-        if self._hangs:
-            # Its caller was told already that it hangs.
-            return
-        found, error = None, None
-        try:
-            found = function()
-        except BaseException as raised:  # noqa: BLE001
-            error = raised
-        # The file system may come back after the loop has ended.
-        with contextlib.suppress(RuntimeError):
-            answer.get_loop().call_soon_threadsafe(_settle, answer, found, error)
+        # Where it hangs, its caller was told already.
+        if not self._hangs:
+            answer_in_thread(answer, function)
 
     def _begin(self) -> asyncio.Future[Any]:
         """Return an answer to wait for."""
@@ -147,22 +140,13 @@ class ThreadedCalls(DirectCalls):
         if reason and self.watch.hangs:
             self._hangs = reason
             for answer in self._awaited:
-                _settle(answer, None, RepositoryHangs(reason))
+                settle(answer, None, RepositoryHangs(reason))
 
 
 def _close(fd: int) -> None:
     # Nobody can do anything about an error. The fsync before it has told those that matter.
     with contextlib.suppress(OSError):
         os.close(fd)
-
-
-def _settle(answer: asyncio.Future[Any], found: Any, error: BaseException | None) -> None:
-    if answer.done():
-        return
-    if error is None:
-        answer.set_result(found)
-    else:
-        answer.set_exception(error)
 
 
 def run_in_worker(module: AnsibleModule, main: Main, watched: str = "", writing: bool = False) -> NoReturn:

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING
 from .._common.errors import Refused
 from .._common.fields import FLAG, NAME, SIZE, TEXT, DocumentError, Maybe, OneOf, Several, Text, Whole, holds, part
 from .._common.formats import Word
+from .._common.options import LIBVIRT_URI
 from .._host.confinement import ADMITTED, Admission
+from .._qemu.address import parse_address
 from .._qemu.model import EncryptedSource
 from .._repository.documents import COMPRESSION, IMAGE, SET_ID, Level
 
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from .._host.process import Hypervisor, Process
+    from .._qemu.address import Address
     from .._qemu.model import Disk, Vm
     from .._repository.documents import Intent, Manifest
     from .disks import ChainLink
@@ -111,7 +114,8 @@ LEVEL = holds(OneOf(*Level))
 NAMES = holds(Several(Text("a name", least=1)))
 RESERVE = holds(Text("a part of a file system, or an amount", pattern="[0-9.]{1,20}(%| ?[A-Za-z]{1,5})?"))
 DIRECTORY = holds(Text("an absolute path", pattern="/[^\0-\x1f\x7f]*"))
-MONITOR = holds(Text("a monitor", pattern="(unix:/|tcp:)[^\0]+"))
+MONITOR = holds(Text("a monitor", pattern="(unix:/|tcp:|libvirt:)[^\0]+"))
+LIBVIRT = holds(Text("a libvirt of this machine, or nothing", pattern=f"({LIBVIRT_URI})?"))
 SOCKET = holds(Text("an absolute path, or nothing", pattern="(/[^\0]*)?"))
 PUBLISHED_ALREADY = "the set is published"
 
@@ -136,6 +140,7 @@ class Request:
     """A VM to back up. C(name) is what the set is called after; the lists name disks by any of their names.
 
     C(wanted) is the level that is asked for; C(agent) the guest agent's socket, empty for the one that QEMU knows.
+    C(libvirt_uri) is which libvirt the domain C(monitor) is of; empty for a monitor that is none.
     """
 
     name: str
@@ -145,6 +150,12 @@ class Request:
     wanted: Level = Level.AUTO
     quiesce: str = Quiesce.NONE
     agent: str = ""
+    libvirt_uri: str = ""
+
+    @property
+    def address(self) -> Address:
+        """Where its monitor is."""
+        return parse_address(self.monitor, "vms", self.libvirt_uri)
 
 
 @dataclass(frozen=True)
@@ -215,6 +226,7 @@ class VmPlan:
     wanted: Level = field(default=Level.AUTO, metadata=LEVEL)
     quiesce: str = field(default=Quiesce.NONE, metadata=holds(OneOf(*QUIESCE)))
     agent: str = field(default="", metadata=SOCKET)
+    libvirt_uri: str = field(default="", metadata=LIBVIRT)
     unless: str = field(default="", metadata=holds(OneOf("", *UNLESS.values())))
     disks: tuple[DiskPlan, ...] = field(default=(), metadata=holds(Several(part(DiskPlan))))
     left_out: tuple[LeftOut, ...] = field(default=(), metadata=holds(Several(part(LeftOut))))
@@ -222,7 +234,14 @@ class VmPlan:
     @property
     def request(self) -> Request:
         return Request(
-            self.name, self.monitor, self.include_disks, self.exclude_disks, self.wanted, self.quiesce, self.agent
+            self.name,
+            self.monitor,
+            self.include_disks,
+            self.exclude_disks,
+            self.wanted,
+            self.quiesce,
+            self.agent,
+            self.libvirt_uri,
         )
 
     @property

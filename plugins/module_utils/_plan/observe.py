@@ -19,7 +19,7 @@ from .._host import preallocate
 from .._host.files import scratch
 from .._host.process import machine_id
 from .._qemu import estimate, qemu_img
-from .._qemu.connection import Origin, parse_address
+from .._qemu.address import Origin
 from .._qemu.jobs import query_jobs
 from .._qemu.monitor import Monitor
 from .._qemu.query import inspect_vm
@@ -52,7 +52,7 @@ LEAST_FREE = 1 << 20
 async def find_process(request: Request) -> Process | None:
     """Find which QEMU is behind a monitor; None where none answers, or where that cannot be told."""
     try:
-        async with Monitor(parse_address(request.monitor)) as monitor:
+        async with Monitor(request.address) as monitor:
             return monitor.process
     except BackupError:
         return None
@@ -90,7 +90,7 @@ async def _ask(
     try:
         if monitor is not None:
             return Observation(await question(monitor))
-        async with Monitor(parse_address(request.monitor)) as own:
+        async with Monitor(request.address) as own:
             return Observation(await question(own))
     except MonitorGone as error:
         return Observation(error=str(error), off=True)

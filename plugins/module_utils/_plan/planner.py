@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from .._common.errors import BackupError, Refused, RepositoryHangs, in_words, internal
 from .._common.formats import human
 from .._host.process import this_hypervisor
-from .._qemu.connection import parse_address
+from .._qemu.address import parse_address
 from .._qemu.layer_tables import held_bytes
 from .._qemu.losses import lost_in_copy
 from .._repository.names import column
@@ -113,7 +113,7 @@ AT_ONCE = 32
 
 def discover(listed: Iterable[Request], patterns: Iterable[str], general: Request) -> tuple[list[Request], list[str]]:
     """Return the VMs that are listed, and one like C(general) for each further socket of the patterns; and warnings."""
-    requests = [replace(request, monitor=str(parse_address(request.monitor, "vms"))) for request in listed]
+    requests = [_normal(request) for request in listed]
     known = {request.monitor for request in requests}
     warnings = []
     for pattern in patterns:
@@ -130,8 +130,13 @@ def discover(listed: Iterable[Request], patterns: Iterable[str], general: Reques
             monitor = str(parse_address(path, "sockets"))
             if monitor not in known:
                 known.add(monitor)
-                requests.append(replace(general, monitor=monitor))
+                requests.append(_normal(replace(general, monitor=monitor)))
     return requests, warnings
+
+
+def _normal(request: Request) -> Request:
+    """Return a request with the one spelling of its monitor."""
+    return replace(request, monitor=str(request.address), libvirt_uri=request.address.uri)
 
 
 def _is_socket(path: str) -> bool:
@@ -160,7 +165,7 @@ async def draw_up(
     defects: list[str] = []
 
     async def plan_vm(request: Request) -> VmPlan:
-        named = replace(request, name=request.name or _stem(request))
+        named = replace(request, name=request.name or request.address.stem)
         try:
             seen = await observe(request)
             named = replace(request, name=await _name(request, seen.vm, repository))
@@ -222,9 +227,6 @@ async def _name(request: Request, vm: Vm | None, repository: AsyncRepository) ->
     """Return what a VM is called; one that is off can only be known by a set that it was making, or by its monitor."""
     if request.name or vm is not None:
         return request.name or (vm.name if vm else "")
-    making = [intent.vm.name for intent in await repository.intents() if intent.monitor == request.monitor]
-    return making[0] if making else _stem(request)
-
-
-def _stem(request: Request) -> str:
-    return os.path.splitext(os.path.basename(request.monitor))[0]
+    place = (request.monitor, request.libvirt_uri)
+    making = [one.vm.name for one in await repository.intents() if (one.monitor, one.libvirt_uri) == place]
+    return making[0] if making else request.address.stem

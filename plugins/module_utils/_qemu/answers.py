@@ -12,9 +12,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from .._common.errors import MonitorError
+from .._common.redaction import redact_text
+
 if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
+
+    from .address import Address
 
     Check = Callable[[Any], None]
 
@@ -22,6 +27,8 @@ if TYPE_CHECKING:
 LARGEST = (1 << 63) - 1
 LONGEST_NAME = 16384
 """Characters of the longest name of a file; QEMU cuts its names off at 4096."""
+QUOTE_LIMIT = 200
+"""Characters of what cannot be read that a message quotes."""
 
 
 class Odd(ValueError):
@@ -154,7 +161,7 @@ ANSWERS = {
     ),
     "query-blockstats": listed(STATISTICS),
     "query-chardev": listed(record({"label": text, "filename": file_name, "frontend-open": flag})),
-    "query-cpus-fast": listed(record({"qom-path": text})),
+    "query-cpus-fast": listed(record({"qom-path": text, "thread-id": size})),
     "query-fdsets": listed(record({"fdset-id": size, "fds": listed(record({}, {"opaque": text}))})),
     "query-jobs": listed(record({**_JOB, "id": text}, {"error": text})),
     "query-kvm": record({"enabled": flag}),
@@ -171,3 +178,20 @@ def check_answer(command: str, found: Any) -> None:
     """Raise Odd where an answer is none to this command."""
     if command in ANSWERS:
         ANSWERS[command](found)
+
+
+def version_text(found: Any) -> str:
+    """Return a version of QEMU, such as C(7.2.22), as a greeting or query-version tells it; Odd where none is told."""
+    record({"qemu": VERSION})(found)
+    return "{major}.{minor}.{micro}".format(**found["qemu"])
+
+
+def senseless(address: Address, command: str, why: object) -> MonitorError:
+    """Return the error for an answer that was read, but tells nothing. The conversation can go on."""
+    return MonitorError(f"{address}: the answer to {command} makes no sense: {quoted(why)}")
+
+
+def quoted(what: object) -> str:
+    """Return what was said, in one line of a length that can be printed: it may be anything, and megabytes of it."""
+    text = " ".join(redact_text(str(what)).split())
+    return text if len(text) <= QUOTE_LIMIT else text[:QUOTE_LIMIT] + "..."

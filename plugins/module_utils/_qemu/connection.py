@@ -1,63 +1,22 @@
 # Copyright (c) 2026, vmfleet contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Read the address of a monitor, connect to its socket, and tell why nobody answers there.
-
-An Origin tells whether the QEMU that an attempt has met there has ended, as far as this process can see it.
-"""
+"""Connect to the socket of a monitor, and tell why nobody answers there."""
 
 from __future__ import annotations
 
 import asyncio
 import errno
-import re
 import socket
 import struct
 import time
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from .._common.errors import MonitorError, MonitorGone, MonitorTimeout, Refused
-from .._host.process import PATHS, PORTS, PROCESSES, Process, shared
+from .._common.errors import MonitorError, MonitorGone, MonitorTimeout
+from .._host.process import Process
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from .model import Vm
-
-
-@dataclass(frozen=True)
-class Address:
-    """Where a monitor listens: a UNIX socket's path, or a TCP host and port."""
-
-    path: str = ""
-    host: str = ""
-    port: int = 0
-
-    def __str__(self) -> str:
-        if self.path:
-            return f"unix:{self.path}"
-        return ("tcp:[%s]:%d" if ":" in self.host else "tcp:%s:%d") % (self.host, self.port)
-
-
-def parse_address(text: str, option: str = "monitor") -> Address:
-    """Read C(unix:/path), C(/path) or C(tcp:host:port); anything else is Refused under the name of C(option)."""
-    if text.startswith("libvirt:"):
-        raise Refused(
-            option,
-            f"{text!r}: libvirt addresses are not supported yet; give the domain a monitor of its own"
-            " (qemu:commandline with -qmp) and name its socket. Where AppArmor is on, it needs a rule for that socket,"
-            " or the domain does not start any more: see 'Domains of libvirt' in the guide 'Getting started'",
-        )
-    if text.startswith("tcp:"):
-        match = re.fullmatch(r"tcp:(?:\[(?P<v6>[0-9A-Fa-f:.]+)\]|(?P<host>[^:\[\]]+)):(?P<port>\d{1,5})", text)
-        if not match or not 0 < int(match.group("port")) < 65536:
-            raise Refused(option, f"{text!r} is not of the form tcp:HOST:PORT")
-        return Address(host=match.group("v6") or match.group("host"), port=int(match.group("port")))
-    path = text[len("unix:") :] if text.startswith("unix:") else text
-    if not path.startswith("/"):
-        raise Refused(option, f"{text!r} is neither unix:/PATH (or an absolute path) nor tcp:HOST:PORT")
-    return Address(path=path)
+    from .address import Address
 
 
 CONNECT_TIMEOUT = 10.0
@@ -160,59 +119,3 @@ def _clients(path: str) -> tuple[int | None, int]:
             if columns[5] in counts:
                 counts[columns[5]] += 1
     return counts["03"] if is_shown else None, counts["02"]
-
-
-@dataclass(frozen=True)
-class Origin:
-    """The VM, the monitor and the QEMU process of an attempt, as they were called in the name spaces C(spaces)."""
-
-    identity: str
-    monitor: str
-    process: tuple[int, ...] = ()
-    spaces: Mapping[str, str] = field(default_factory=dict)
-
-    @property
-    def is_from_here(self) -> bool:
-        """Return whether the attempt was begun in the name spaces of this process."""
-        return all(shared(kind, self.spaces) for kind in (PROCESSES, PATHS, PORTS))
-
-    @property
-    def knows_process(self) -> bool:
-        """Return whether its process id means the same process here."""
-        return bool(self.process) and shared(PROCESSES, self.spaces)
-
-    def is_other_process(self, vm: Vm) -> bool:
-        """Return whether the QEMU that answers is certainly not the one of the attempt."""
-        if vm.process is None or not self.knows_process:
-            return False
-        return (vm.process.pid, vm.process.start) != self.process
-
-    def has_ended(self, vm: Vm | None, off: bool, has_traces: bool) -> bool | None:
-        """Return whether the QEMU of an attempt on this machine, since its last boot, has ended; None: nobody can tell.
-
-        C(vm) is what answers at its monitor now, C(off) says that nobody is there, and C(has_traces) that what answers
-        has a job of this attempt.
-        """
-        if has_traces:
-            return False
-        if self.knows_process:
-            return not Process(*self.process).alive
-        if vm is not None:
-            return False if self._is_succeeded_by(vm) else None
-        if not off:
-            return False
-        return True if self._shares_address() else None
-
-    def _is_succeeded_by(self, vm: Vm) -> bool:
-        """Return whether what answers is the same VM: a job that it does not have is gone then."""
-        if vm.identity != self.identity:
-            return False
-        if not self.spaces:
-            return True
-        # Without a uuid, VMs of two containers can have the same name.
-        return self.monitor in ("", vm.monitor) and (bool(vm.uuid) or self._shares_address())
-
-    def _shares_address(self) -> bool:
-        """Return whether the address of its monitor means the same here."""
-        is_path = not self.monitor or bool(parse_address(self.monitor).path)
-        return shared(PATHS if is_path else PORTS, self.spaces)

@@ -65,7 +65,7 @@ async def _inspect_vm(monitor: Monitor, name: str) -> Vm:
         monitor.execute("query-fdsets"),
     )
     own_name = name or named.get("name")
-    vm_name = own_name or _stem(monitor.address.path) or str(monitor.address)
+    vm_name = own_name or monitor.address.stem
     vm_uuid = "" if uuid["UUID"] == NO_UUID else uuid["UUID"]
     disks, other_nodes = _disks(graph)
     return Vm(
@@ -393,7 +393,3 @@ def _files(nodes: Iterable[dict[str, Any]], process: Process | None) -> tuple[st
             path = os.path.join(f"/proc/{process.pid}/cwd", path)
         found.append(path)
     return tuple(dict.fromkeys(found))
-
-
-def _stem(path: str) -> str:
-    return os.path.splitext(os.path.basename(path))[0]

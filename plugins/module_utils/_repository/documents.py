@@ -232,6 +232,7 @@ class Intent(Document):
     that the guest's file systems may be frozen by us, through the agent's socket C(agent). C(progress) is where a set
     stood that did not advance while it was last watched: bytes copied, and since when, by that clock. C(spaces) are
     the name spaces in which C(process) and C(monitor) mean what they say; documents of before do not have them.
+    C(libvirt_uri) is which libvirt a domain is of; empty where QEMU's own monitor is asked.
     """
 
     MOST: ClassVar[int] = LARGE
@@ -260,6 +261,7 @@ class Intent(Document):
     consistency_reason: str = field(default="", metadata=TEXT)
     progress: tuple[int, float] | tuple[()] = field(default=(), metadata=holds(Several(Number(), most=2)))
     spaces: dict[str, str] = field(default_factory=dict, metadata=holds(Names()))
+    libvirt_uri: str = field(default="", metadata=TEXT)
     schema: int = field(default=SCHEMA, metadata=NUMBER_OF_SCHEMA)
 
     @property

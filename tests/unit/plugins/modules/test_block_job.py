@@ -100,7 +100,14 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Any:
             return fake
 
         monkeypatch.setattr(block_job, "Monitor", connect)
-        given = {"monitor": "/run/qemu/web01.qmp", "job_id": "j0", "state": None, "speed": None, **params}
+        given = {
+            "monitor": "/run/qemu/web01.qmp",
+            "libvirt_uri": "",
+            "job_id": "j0",
+            "state": None,
+            "speed": None,
+            **params,
+        }
         return asyncio.run(block_job.main_task(SimpleNamespace(params=given, check_mode=check_mode)))  # type: ignore[arg-type]
 
     return call

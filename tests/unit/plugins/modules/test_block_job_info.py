@@ -32,7 +32,7 @@ ENTRIES = [block_job("a", offset=SIZE // 2), block_job("b", type="mirror"), bloc
 def test_filters(params: dict[str, Any], listed: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     fake = FakeMonitor(jobs(*ENTRIES))
     monkeypatch.setattr(block_job_info, "Monitor", lambda _address: fake)
-    given = {"monitor": "/run/qemu/web01.qmp", "type": None, "job_id": None, **params}
+    given = {"monitor": "/run/qemu/web01.qmp", "libvirt_uri": "", "type": None, "job_id": None, **params}
     result = asyncio.run(block_job_info.main_task(SimpleNamespace(params=given)))  # type: ignore[arg-type]
     assert not result["changed"]
     assert [job["id"] for job in result["jobs"]] == listed

@@ -16,7 +16,7 @@ from ansible.module_utils.common.arg_spec import ModuleArgumentSpecValidator
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import BackupError, Refused
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.options import duration
 from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup.request import Drive, DriveBackupRequest
-from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.connection import Address
+from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.address import Address
 from ansible_collections.vmfleet.backup.plugins.modules import drive_backup
 
 if TYPE_CHECKING:
@@ -167,7 +167,7 @@ class TestMainTask:
         [
             ({"timeout": -1}, "timeout"),
             ({"stall_timeout": -0.5}, "stall_timeout"),
-            ({"monitor": "libvirt:web01"}, "monitor"),
+            ({"monitor": "libvirt:a/b"}, "monitor"),
             ({"target": "nbd://host/export"}, "target"),
         ],
     )

@@ -19,7 +19,7 @@ from ansible_collections.vmfleet.backup.tests.unit.plugins.doubles import FakeMo
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.connection import Address
+    from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.address import Address
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def run(monkeypatch: pytest.MonkeyPatch, warnings: list[str]) -> Any:
             return fake
 
         monkeypatch.setattr(vm_info, "Monitor", connect)
-        given = {"monitors": [], "sockets": [], **params}
+        given = {"monitors": [], "sockets": [], "libvirt_uri": "", **params}
         module = SimpleNamespace(params=given, warn=warnings.append)
         result = asyncio.run(vm_info.main_task(module))  # type: ignore[arg-type]
         assert not result["changed"]
@@ -111,7 +111,7 @@ def test_many_vms_are_not_asked_all_at_once(monkeypatch: pytest.MonkeyPatch) -> 
             asked -= 1
 
     monkeypatch.setattr(vm_info, "Monitor", lambda _address: Monitor({**answers([], []), "qom-list": []}))
-    params = {"monitors": [f"/run/{number}.qmp" for number in range(100)], "sockets": []}
+    params = {"monitors": [f"/run/{number}.qmp" for number in range(100)], "sockets": [], "libvirt_uri": ""}
     result = asyncio.run(vm_info.main_task(SimpleNamespace(params=params)))  # type: ignore[arg-type]
     assert len(result["vms"]) == 100
     assert most == vm_info.AT_ONCE

@@ -33,7 +33,7 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._host.confinement i
     file_label,
 )
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu import qemu_img
-from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.connection import Address
+from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.address import Address
 from ansible_collections.vmfleet.backup.tests.unit.plugins.builders import SIZE, disk, vm
 from ansible_collections.vmfleet.backup.tests.unit.plugins.doubles import FakeMonitor, jobs, monitor
 

@@ -21,7 +21,7 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup.reque
 )
 from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup.session import Session
 from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup.steps import Copy, CopyState, Situation
-from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.connection import Address
+from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.address import Address
 from ansible_collections.vmfleet.backup.tests.unit.plugins.builders import disk, job, record, vm
 
 if TYPE_CHECKING:

@@ -23,7 +23,7 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup.reque
 from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup.session import Locked, Session
 from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup.steps import Copy, CopyState, Situation
 from ansible_collections.vmfleet.backup.plugins.module_utils._host import preallocate
-from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.connection import Address
+from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.address import Address
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.target_image import Target
 from ansible_collections.vmfleet.backup.tests.unit.plugins.builders import MIB, disk, job, record, vm
 from ansible_collections.vmfleet.backup.tests.unit.plugins.doubles import FakeMonitor, monitor

@@ -20,7 +20,7 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup.sessi
 from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup.steps import CopyState
 from ansible_collections.vmfleet.backup.plugins.module_utils._host import lock as host_lock
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.lock import host_lock_path
-from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.connection import Address
+from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.address import Address
 from ansible_collections.vmfleet.backup.tests.unit.plugins.builders import dead_process, own_process
 from ansible_collections.vmfleet.backup.tests.unit.plugins.doubles import (
     FakeMonitor,

@@ -25,7 +25,7 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup.steps
     Situation,
     next_step,
 )
-from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.connection import Address
+from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.address import Address
 from ansible_collections.vmfleet.backup.tests.unit.plugins.builders import disk, job, record, vm
 
 ADDRESS = Address(path="/run/web01.qmp")

@@ -19,7 +19,7 @@ import pytest
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import BackupError
 from ansible_collections.vmfleet.backup.plugins.module_utils._host import lock
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.lock import host_lock_path, locked
-from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.connection import Address
+from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.address import Address
 
 if TYPE_CHECKING:
     from pathlib import Path

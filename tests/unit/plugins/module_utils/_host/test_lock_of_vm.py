@@ -19,7 +19,7 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._host.lock import (
     write_owners,
 )
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.process import Process
-from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.connection import Address
+from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.address import Address
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from typing import TYPE_CHECKING
 
@@ -51,6 +52,27 @@ def wait_for_state(pid: int, state: str) -> None:
 
 
 class TestProcess:
+    def test_is_known_by_any_of_its_threads(self, child: subprocess.Popen[bytes]) -> None:
+        assert Process.of_thread(threading.get_native_id()) == Process.of(os.getpid())
+        found: list[Process | None] = []
+        thread = threading.Thread(target=lambda: found.append(Process.of_thread(threading.get_native_id())))
+        thread.start()
+        thread.join()
+        assert found == [Process.of(os.getpid())]
+        assert Process.of_thread(child.pid) == Process.of(child.pid)
+        child.kill()
+        child.wait()
+        assert Process.of_thread(child.pid) is None
+
+    def test_has_a_command_line(self, child: subprocess.Popen[bytes]) -> None:
+        wait_for_state(child.pid, "S")
+        process = Process.of(child.pid)
+        assert process
+        assert process.arguments[1] == "60"
+        child.kill()
+        child.wait()
+        assert process.arguments == []
+
     def test_lives(self, child: subprocess.Popen[bytes]) -> None:
         wait_for_state(child.pid, "S")
         process = Process.of(child.pid)

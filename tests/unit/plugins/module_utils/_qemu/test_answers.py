@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import MonitorError
+from ansible_collections.vmfleet.backup.plugins.module_utils._qemu import connection, qmp_client, query
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu import monitor as qemu_monitor
-from ansible_collections.vmfleet.backup.plugins.module_utils._qemu import query
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.answers import (
     ANSWERS,
     Odd,
@@ -98,9 +98,9 @@ def test_a_command_whose_answer_nobody_reads() -> None:
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Time-outs of a moment, and other limits that are met soon."""
-    monkeypatch.setattr(qemu_monitor, "COMMAND_TIMEOUT", 1.5)
+    monkeypatch.setattr(qmp_client, "COMMAND_TIMEOUT", 1.5)
     monkeypatch.setattr(qemu_monitor, "LOOK_TIMEOUT", 20.0)
-    monkeypatch.setattr(qemu_monitor.connection, "CONNECT_TIMEOUT", 1.5)
+    monkeypatch.setattr(connection, "CONNECT_TIMEOUT", 1.5)
     monkeypatch.setattr(query, "MOST_LAYERS", 1 << 16)
 
 

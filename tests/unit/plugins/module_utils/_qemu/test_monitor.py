@@ -28,9 +28,8 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors impo
     MonitorTimeout,
 )
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.process import Process
-from ansible_collections.vmfleet.backup.plugins.module_utils._qemu import connection
-from ansible_collections.vmfleet.backup.plugins.module_utils._qemu import monitor as qemu_monitor
-from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.connection import Address, parse_address
+from ansible_collections.vmfleet.backup.plugins.module_utils._qemu import connection, qmp_client
+from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.address import Address, parse_address
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.monitor import Monitor
 
 if TYPE_CHECKING:
@@ -162,7 +161,7 @@ def client(path: str, resources: ExitStack) -> Callable[[], None]:
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connection, "CONNECT_TIMEOUT", 0.2)
-    monkeypatch.setattr(qemu_monitor, "COMMAND_TIMEOUT", 0.2)
+    monkeypatch.setattr(qmp_client, "COMMAND_TIMEOUT", 0.2)
 
 
 def converse(address: str, *commands: str) -> tuple[Monitor, list[Any]]:

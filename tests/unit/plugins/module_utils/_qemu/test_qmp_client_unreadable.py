@@ -20,7 +20,7 @@ import pytest
 from qemu.qmp import QMPClient
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import MonitorError, MonitorGone
-from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.connection import parse_address
+from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.address import parse_address
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.monitor import Monitor
 from ansible_collections.vmfleet.backup.tests.unit.plugins.module_utils._qemu.test_monitor import Server, no_answer
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from ansible_collections.vmfleet.backup.plugins.module_utils._qemu import monitor
+from ansible_collections.vmfleet.backup.plugins.module_utils._qemu import qmp_client
 
 
 class TestLibrary:
@@ -27,11 +27,11 @@ class TestLibrary:
         return Module()
 
     def test_present(self) -> None:
-        monitor.require_qmp(self.module())
+        qmp_client.require_qmp(self.module())
 
     def test_missing(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(monitor, "QMP_IMPORT_ERROR", "Traceback: no module named qemu")
+        monkeypatch.setattr(qmp_client, "QMP_IMPORT_ERROR", "Traceback: no module named qemu")
         with pytest.raises(self.Failed) as failed:
-            monitor.require_qmp(self.module())
+            qmp_client.require_qmp(self.module())
         assert failed.value.args[0]["exception"] == "Traceback: no module named qemu"
         assert "qemu.qmp" in failed.value.args[0]["msg"]

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.process import PATHS, PORTS, PROCESSES, spaces
-from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.connection import Origin
+from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.address import Origin
 from ansible_collections.vmfleet.backup.tests.unit.plugins import builders
 from ansible_collections.vmfleet.backup.tests.unit.plugins.builders import UUID
 
@@ -68,6 +68,8 @@ class TestHasEnded:
             (MONITOR, {**spaces(), PATHS: "2"}, None),
             ("tcp:127.0.0.1:4444", {**spaces(), PATHS: "2"}, True),
             ("tcp:127.0.0.1:4444", {**spaces(), PORTS: "3"}, None),
+            ("libvirt:web01", {**spaces(), PORTS: "3"}, True),
+            ("libvirt:web01", {**spaces(), PATHS: "2"}, None),
             ("", {}, True),
         ],
     )

@@ -1,0 +1,73 @@
+# Copyright (c) 2026, vmfleet contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Make calls in a thread that may never return, and let an event loop wait for their answers.
+
+Such a thread is a daemon: the process ends without it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+from queue import SimpleQueue
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+
+class CallThread:
+    """A thread that makes calls, one after the other, for the event loop that runs."""
+
+    def __init__(self) -> None:
+        self._queue: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        threading.Thread(target=self._work, daemon=True).start()
+
+    def call(self, function: Callable[[], Any], instead: Callable[[], None] | None = None) -> asyncio.Future[Any]:
+        """Have C(function) called after the calls before it.
+
+        One that nobody waits for by then is not called, but what is to be done C(instead).
+        """
+        answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+
+        def work() -> None:
+            if not answer.cancelled():
+                answer_in_thread(answer, function)
+            elif instead:
+                instead()
+
+        self._queue.put(work)
+        return answer
+
+    def end(self) -> None:
+        """Let the thread end after the calls before this."""
+        self._queue.put(None)
+
+    def _work(self) -> None:
+        for work in iter(self._queue.get, None):
+            work()
+
+
+def answer_in_thread(answer: asyncio.Future[Any], function: Callable[[], Any]) -> None:
+    """Call C(function) in this thread, and give what it returns or raises to whoever waits for C(answer)."""
+    found, error = None, None
+    try:
+        found = function()
+    except BaseException as raised:  # noqa: BLE001
+        error = raised
+    # What has hung may come back after the loop has ended.
+    with contextlib.suppress(RuntimeError):
+        answer.get_loop().call_soon_threadsafe(settle, answer, found, error)
+
+
+def settle(answer: asyncio.Future[Any], found: Any, error: BaseException | None) -> None:
+    """Settle an answer, unless it is settled already."""
+    if answer.done():
+        return
+    if error is None:
+        answer.set_result(found)
+    else:
+        answer.set_exception(error)
