@@ -188,7 +188,8 @@ vms:
       type: dict
       contains:
         socket:
-          description: The socket's path, empty where the channel is no UNIX socket.
+          description: The socket's path, empty where the channel is no UNIX socket. It is the address of the VM itself
+            where libvirt holds the channel, as V(libvirt:web01).
           type: str
         connected:
           description: Whether an agent has opened the channel in the guest.

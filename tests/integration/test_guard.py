@@ -21,7 +21,7 @@ import pytest
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import AgentError
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu import guest_agent
-from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.guest_freeze import Freezer, check, thaw
+from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.guest_freeze import AgentPlace, Freezer, check, thaw
 from ansible_collections.vmfleet.backup.tests.harness.guest import Guest
 from ansible_collections.vmfleet.backup.tests.harness.qemu import PATIENCE, wait_until
 
@@ -32,9 +32,9 @@ pytestmark = pytest.mark.slow
 
 MODULE = """
 import asyncio, sys
-from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.guest_freeze import Freezer
+from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.guest_freeze import AgentPlace, Freezer
 async def main():
-    async with Freezer(sys.argv[1]):
+    async with Freezer(AgentPlace(sys.argv[1])):
         print("frozen", flush=True)
         await asyncio.sleep(3600)
 asyncio.run(main())
@@ -76,8 +76,8 @@ def assert_writes(guest: Guest) -> None:
 
 def test_frozen_guest_stands_still_and_goes_on(guest: Guest) -> None:
     async def scenario() -> Freezer:
-        await check(str(guest.agent))
-        async with Freezer(str(guest.agent)) as freezer:
+        await check(AgentPlace(str(guest.agent)))
+        async with Freezer(AgentPlace(str(guest.agent))) as freezer:
             assert freezer.filesystems == len(guest.disks)
             before = written(guest)
             await asyncio.sleep(1)
@@ -102,7 +102,7 @@ def test_module_killed_while_frozen(guest: Guest) -> None:
 
 def test_guard_killed_while_frozen(guest: Guest) -> None:
     async def scenario() -> Freezer:
-        async with Freezer(str(guest.agent)) as freezer:
+        async with Freezer(AgentPlace(str(guest.agent))) as freezer:
             os.kill(guard_of(guest), signal.SIGKILL)
         return freezer
 
@@ -129,20 +129,20 @@ def test_frozen_by_somebody_else_stays_frozen(guest: Guest) -> None:
 
     async def scenario() -> None:
         with pytest.raises(AgentError, match="frozen by somebody else"):
-            await check(str(guest.agent))
+            await check(AgentPlace(str(guest.agent)))
         with pytest.raises(AgentError, match="frozen by somebody else"):
-            async with Freezer(str(guest.agent)):
+            async with Freezer(AgentPlace(str(guest.agent))):
                 pytest.fail("frozen twice")
 
     asyncio.run(scenario())
     assert ask(guest, "guest-fsfreeze-status") == "frozen"
-    asyncio.run(thaw(str(guest.agent)))
+    asyncio.run(thaw(AgentPlace(str(guest.agent))))
     assert_writes(guest)
 
 
 def test_freeze_that_takes_too_long_is_undone(guest: Guest, monkeypatch: pytest.MonkeyPatch) -> None:
     async def scenario() -> str:
-        freezer = Freezer(str(guest.agent))
+        freezer = Freezer(AgentPlace(str(guest.agent)))
         with pytest.raises(AgentError, match="did not answer guest-fsfreeze-freeze"):
             async with freezer:
                 pytest.fail("frozen")
@@ -157,4 +157,4 @@ def test_guest_without_an_agent(directory: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(guest_agent, "ANSWER_TIMEOUT", 1.0)
     no_agent = pytest.raises(AgentError, match="no guest agent answers")
     with no_agent, Guest(directory, agent=False, writer=False) as guest:
-        asyncio.run(check(str(guest.agent)))
+        asyncio.run(check(AgentPlace(str(guest.agent))))

@@ -83,7 +83,7 @@ async def thaw(locked: LockedVm, intent: Intent) -> None:
         return
     if locked.seen.vm and intent.attempt not in locked.seen.dead:
         try:
-            await guest_freeze.thaw(intent.agent)
+            await guest_freeze.thaw(guest_freeze.AgentPlace(intent.agent, intent.libvirt_uri))
         except AgentError as error:
             locked.task.warn(
                 f"the guest's file systems may still be frozen by this backup: {error}; thaw them in the guest"

@@ -121,7 +121,7 @@ async def _find_agent(monitor: Monitor, request: Request, vm: Vm) -> str:
         if not found["connected"]:
             raise AgentError("no agent has opened its channel; install and start qemu-guest-agent in the guest")
         socket = found["socket"]
-    await guest_freeze.check(socket)
+    await guest_freeze.check(guest_freeze.AgentPlace(socket, request.libvirt_uri))
     return socket
 
 

@@ -147,7 +147,7 @@ async def _start_frozen(
     # What QEMU would refuse, it is to refuse before the guest is touched.
     way = await block_jobs.rehearse_backups(monitor, starts, bitmaps)
     await run.repository.update(replace(intent, frozen=True))
-    freezer = guest_freeze.Freezer(intent.agent)
+    freezer = guest_freeze.Freezer(guest_freeze.AgentPlace(intent.agent, intent.libvirt_uri))
     reason = ""
     try:
         try:

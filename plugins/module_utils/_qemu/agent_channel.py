@@ -24,7 +24,10 @@ PORT_TYPE = "child<virtserialport>"
 
 
 async def find_agent(monitor: Monitor) -> dict[str, Any] | None:
-    """Return the agent channel's C(socket) path, and whether an agent has it open; None where there is no channel."""
+    """Return the agent channel's C(socket), and whether an agent has it open; None where there is no channel.
+
+    It is a path, or the address of the domain where libvirt holds it.
+    """
     return await monitor.within(_find_agent(monitor))
 
 
@@ -37,7 +40,8 @@ async def _find_agent(monitor: Monitor) -> dict[str, Any] | None:
         if name == PORT_NAME:
             chardevs = {entry["label"]: entry for entry in await monitor.execute("query-chardev")}
             channel = chardevs.get(chardev, {"filename": "", "frontend-open": False})
-            return {"socket": _socket_path(channel["filename"]), "connected": channel["frontend-open"]}
+            place = str(monitor.address) if monitor.address.domain else _socket_path(channel["filename"])
+            return {"socket": place, "connected": channel["frontend-open"]}
     return None
 
 

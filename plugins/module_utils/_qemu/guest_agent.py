@@ -1,7 +1,7 @@
 # Copyright (c) 2026, vmfleet contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Talk to the guest agent of a VM.
+"""Talk to the guest agent of a VM, at its socket.
 
 Reference: QEMU 7.2, docs/interop/qemu-ga.rst and qga/qapi-schema.json.
 """
@@ -78,14 +78,89 @@ async def wait_alone(connection: socket.socket | None, seconds: float) -> bool:
     return bool(poll.poll(seconds * 1000))
 
 
-class Agent:
-    """A conversation with a guest agent, as an async context manager.
+class GuestAgent:
+    """What is said to a guest agent, and understood of it, however it is reached. An async context manager.
 
-    An agent serves one client at a time: hold it briefly. All waiting is done by C(wait), so that the same words serve
-    in an event loop and without one.
+    C(place) is where it is. An agent serves one client at a time: hold it briefly.
+    """
+
+    def __init__(self, place: str) -> None:
+        self.place = place
+
+    async def __aenter__(self) -> GuestAgent:
+        raise NotImplementedError
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the conversation: the agent is free for its next client."""
+        raise NotImplementedError
+
+    async def _ask(self, command: str, timeout: float) -> Any:
+        """Say a command and return what comes back; AgentRefusal where the agent has answered that it will not."""
+        raise NotImplementedError
+
+    async def require_freezable(self) -> None:
+        """Raise AgentError where freezing, or the thawing that has to follow, is not to be had."""
+        if await self.frozen():
+            raise AgentError(
+                f"{self.place}: the guest's file systems are frozen by somebody else; left as it is. Where no other"
+                " backup is at work, thaw them (guest-fsfreeze-thaw)"
+            )
+        info = await self._ask("guest-info", ANSWER_TIMEOUT)
+        try:
+            enabled = {entry["name"] for entry in info["supported_commands"] if entry["enabled"]}
+        except (KeyError, TypeError):
+            raise self._nonsense("guest-info") from None
+        missing = {"guest-fsfreeze-freeze", "guest-fsfreeze-thaw"} - enabled
+        if missing:
+            raise AgentError(
+                f"{self.place}: the guest agent does not offer {' and '.join(sorted(missing))}: allow it in the agent's"
+                " configuration, or back this VM up without freezing"
+            )
+
+    async def frozen(self) -> bool:
+        """Return whether file systems were frozen through the agent, by whomever. It does not know of fsfreeze(8)."""
+        status = await self._ask("guest-fsfreeze-status", ANSWER_TIMEOUT)
+        if status not in ("frozen", "thawed"):
+            raise self._nonsense("guest-fsfreeze-status")
+        return bool(status == "frozen")
+
+    async def freeze(self) -> int:
+        """Freeze all file systems and return their number, which is never 0."""
+        count = await self._count("guest-fsfreeze-freeze", FREEZE_TIMEOUT)
+        if not count:
+            raise AgentRefusal(f"{self.place}: the guest agent found no file system that can be frozen")
+        return count
+
+    async def thaw(self) -> int:
+        """Thaw all file systems and return how many were frozen.
+
+        The answer to a freeze may still be owed: an agent works through its commands one by one.
+        """
+        return await self._count("guest-fsfreeze-thaw", THAW_TIMEOUT)
+
+    async def _count(self, command: str, timeout: float) -> int:
+        count = await self._ask(command, timeout)
+        if not isinstance(count, int) or isinstance(count, bool) or not 0 <= count < MOST_FILE_SYSTEMS:
+            raise self._nonsense(command)
+        return count
+
+    def _nonsense(self, command: str) -> AgentError:
+        return AgentError(f"{self.place}: what answers {command} there is no guest agent")
+
+
+class Agent(GuestAgent):
+    """A conversation with a guest agent at its socket.
+
+    All waiting is done by C(wait), so that the same words serve in an event loop and without one.
     """
 
     def __init__(self, path: str, wait: Wait = wait_in_loop) -> None:
+        super().__init__(path)
         self.path = path
         self._wait = wait
         self._connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -104,54 +179,9 @@ class Agent:
             raise
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
     def close(self) -> None:
-        """Close the connection: the agent is free for its next client."""
+        """Close the connection."""
         self._connection.close()
-
-    async def require_freezable(self) -> None:
-        """Raise AgentError where freezing, or the thawing that has to follow, is not to be had."""
-        if await self.frozen():
-            raise AgentError(
-                f"{self.path}: the guest's file systems are frozen by somebody else; left as it is. Where no other"
-                " backup is at work, thaw them (guest-fsfreeze-thaw)"
-            )
-        info = await self._ask("guest-info", ANSWER_TIMEOUT)
-        try:
-            enabled = {entry["name"] for entry in info["supported_commands"] if entry["enabled"]}
-        except (KeyError, TypeError):
-            raise self._nonsense("guest-info") from None
-        missing = {"guest-fsfreeze-freeze", "guest-fsfreeze-thaw"} - enabled
-        if missing:
-            raise AgentError(
-                f"{self.path}: the guest agent does not offer {' and '.join(sorted(missing))}: allow it in the agent's"
-                " configuration, or back this VM up without freezing"
-            )
-
-    async def frozen(self) -> bool:
-        """Return whether file systems were frozen through the agent, by whomever. It does not know of fsfreeze(8)."""
-        status = await self._ask("guest-fsfreeze-status", ANSWER_TIMEOUT)
-        if status not in ("frozen", "thawed"):
-            raise self._nonsense("guest-fsfreeze-status")
-        return bool(status == "frozen")
-
-    async def freeze(self) -> int:
-        """Freeze all file systems and return their number, which is never 0."""
-        count = await self._count("guest-fsfreeze-freeze", FREEZE_TIMEOUT)
-        if not count:
-            raise AgentRefusal(f"{self.path}: the guest agent found no file system that can be frozen")
-        return count
-
-    async def thaw(self) -> int:
-        """Thaw all file systems and return how many were frozen.
-
-        The answer to a freeze may still be owed: an agent works through its commands one by one.
-        """
-        return await self._count("guest-fsfreeze-thaw", THAW_TIMEOUT)
 
     async def _connect(self, deadline: float) -> None:
         while True:
@@ -177,12 +207,6 @@ class Agent:
         while (await self._answer(deadline, self._no_agent())).get("return") != number:
             pass
         self._owed = 0
-
-    async def _count(self, command: str, timeout: float) -> int:
-        count = await self._ask(command, timeout)
-        if not isinstance(count, int) or isinstance(count, bool) or not 0 <= count < MOST_FILE_SYSTEMS:
-            raise self._nonsense(command)
-        return count
 
     async def _ask(self, command: str, timeout: float) -> Any:
         self._send({"execute": command})
@@ -237,9 +261,6 @@ class Agent:
 
     def _broken(self, error: object) -> AgentError:
         return AgentError(f"{self.path}: the connection to the guest agent broke off: {error}")
-
-    def _nonsense(self, command: str) -> AgentError:
-        return AgentError(f"{self.path}: what answers {command} there is no guest agent")
 
 
 def _parsed(line: bytes) -> dict[str, Any]:

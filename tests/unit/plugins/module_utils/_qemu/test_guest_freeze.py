@@ -21,7 +21,7 @@ import pytest
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import AgentError
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.process import Process
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu import guest_agent, guest_freeze
-from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.guest_freeze import Freezer, check, thaw
+from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.guest_freeze import AgentPlace, Freezer, check, thaw
 from ansible_collections.vmfleet.backup.tests.harness.qemu import PATIENCE, wait_until
 from ansible_collections.vmfleet.backup.tests.unit.plugins.guest_agent import (
     FILE_SYSTEMS,
@@ -42,9 +42,9 @@ STATUS = "guest-fsfreeze-status"
 
 MODULE = """
 import asyncio, signal, sys
-from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.guest_freeze import Freezer
+from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.guest_freeze import AgentPlace, Freezer
 async def main():
-    async with Freezer(sys.argv[1]):
+    async with Freezer(AgentPlace(sys.argv[1])):
         print("frozen", flush=True)
         await asyncio.sleep(3600)
 # Under nohup(1), and in the background of a shell, these are passed on as ignored.
@@ -92,7 +92,7 @@ def freeze(agent: ScriptedAgent, body: Callable[[], Awaitable[None]] = nothing) 
     """Freeze for the time of C(body), and return what is known afterwards."""
 
     async def scenario() -> Freezer:
-        async with Freezer(agent.path) as freezer:
+        async with Freezer(AgentPlace(agent.path)) as freezer:
             assert agent.frozen
             assert freezer.filesystems == FILE_SYSTEMS
             assert freezer.frozen_ms == 0
@@ -104,7 +104,7 @@ def freeze(agent: ScriptedAgent, body: Callable[[], Awaitable[None]] = nothing) 
 
 def fail(agent: ScriptedAgent, message: str) -> Freezer:
     """Fail to freeze, and return what is known afterwards."""
-    freezer = Freezer(agent.path)
+    freezer = Freezer(AgentPlace(agent.path))
 
     async def scenario() -> None:
         with pytest.raises(AgentError, match=message):
@@ -124,7 +124,7 @@ def assert_thawed(agent: ScriptedAgent, freezer: Freezer, held: bool = True) -> 
 
 
 def test_guest_that_can_be_frozen(agent: ScriptedAgent) -> None:
-    asyncio.run(check(agent.path))
+    asyncio.run(check(AgentPlace(agent.path)))
     assert FREEZE not in agent.commands
     wait_until(lambda: agent.idle, "the end of the connection")
 
@@ -154,7 +154,7 @@ def test_guest_that_cannot_be_frozen(
     monkeypatch.setattr(guest_agent, "ANSWER_TIMEOUT", 0.2 if answer is silence else 60.0)
     agent.script[command] = [answer]
     with pytest.raises(AgentError, match=message):
-        asyncio.run(check(agent.path))
+        asyncio.run(check(AgentPlace(agent.path)))
     agent.script[command] = [answer]
     freezer = fail(agent, message)
     assert freezer.thaw_error == ""
@@ -171,7 +171,7 @@ def test_vm_that_is_off(tmp_path: Path, ended: bool) -> None:
     agent._listener.close()
     for ask in (check, thaw):
         with pytest.raises(AgentError, match="nobody listens there: the VM is off"):
-            asyncio.run(ask(agent.path))
+            asyncio.run(ask(AgentPlace(agent.path)))
     assert fail(agent, "nobody listens there").thaw_error == ""
 
 
@@ -189,7 +189,7 @@ def test_freezing(agent: ScriptedAgent) -> None:
 
 def test_answers_to_earlier_clients_are_skipped(agent: ScriptedAgent) -> None:
     agent.stale = b'turn": 5}\n{"return": "frozen"}\n{"error": {"desc": "x"}}\n[]\n'
-    asyncio.run(check(agent.path))
+    asyncio.run(check(AgentPlace(agent.path)))
     agent.stale = b'{"return": "frozen"}\n'
     assert_thawed(agent, freeze(agent))
 
@@ -225,7 +225,7 @@ def test_event_loop_goes_on(agent: ScriptedAgent, orphaned: bool) -> None:
 
     async def scenario() -> Freezer:
         other = asyncio.ensure_future(bystander())
-        async with Freezer(agent.path) as freezer:
+        async with Freezer(AgentPlace(agent.path)) as freezer:
             if orphaned:
                 kill(agent.clients[0])
         await other
@@ -376,7 +376,7 @@ def test_module_cancelled_while_it_freezes(agent: ScriptedAgent) -> None:
         return {"return": agent.freeze()}
 
     agent.script[FREEZE] = [slow]
-    freezer = Freezer(agent.path)
+    freezer = Freezer(AgentPlace(agent.path))
 
     async def scenario() -> None:
         entering = asyncio.ensure_future(freezer.__aenter__())
@@ -413,7 +413,7 @@ def test_guard_killed_while_frozen_and_agent_silent(agent: ScriptedAgent) -> Non
     freezer = freeze(agent, body)
     assert f"did not answer {THAW} within" in freezer.thaw_error
     agent.script.clear()
-    asyncio.run(thaw(agent.path))
+    asyncio.run(thaw(AgentPlace(agent.path)))
     assert not agent.frozen
 
 
@@ -486,7 +486,7 @@ def test_many_at_once(tmp_path: Path) -> None:
     agents = [ScriptedAgent(tmp_path / f"agent{number}") for number in range(8)]
 
     async def one(agent: ScriptedAgent) -> Freezer:
-        async with Freezer(agent.path) as freezer:
+        async with Freezer(AgentPlace(agent.path)) as freezer:
             everybody.discard(agent)
             while everybody:
                 await asyncio.sleep(0.001)
@@ -506,9 +506,9 @@ def test_many_at_once(tmp_path: Path) -> None:
 
 def test_thawing_what_a_dead_module_left(agent: ScriptedAgent) -> None:
     agent.frozen = True
-    asyncio.run(thaw(agent.path))
+    asyncio.run(thaw(AgentPlace(agent.path)))
     assert not agent.frozen
-    asyncio.run(thaw(agent.path))
+    asyncio.run(thaw(AgentPlace(agent.path)))
     assert agent.commands.count(THAW) == 1
 
 
@@ -517,4 +517,4 @@ def test_thawing_in_vain(agent: ScriptedAgent) -> None:
     agent.frozen = True
     agent.script[THAW] = [silence] * 100
     with pytest.raises(AgentError, match=f"did not answer {THAW} within"):
-        asyncio.run(thaw(agent.path))
+        asyncio.run(thaw(AgentPlace(agent.path)))
