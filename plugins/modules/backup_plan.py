@@ -300,7 +300,7 @@ text:
   elements: str
 """
 
-from dataclasses import fields
+from dataclasses import asdict, fields
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING
 
@@ -309,13 +309,7 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors impo
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.module import make_module
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.probe import Watch, probe_if_there
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.worker import ThreadedCalls, run_in_worker
-from ansible_collections.vmfleet.backup.plugins.module_utils._plan.disks import LEVELS
-from ansible_collections.vmfleet.backup.plugins.module_utils._plan.model import (
-    QUIESCE,
-    Policy,
-    Quiesce,
-    Request,
-)
+from ansible_collections.vmfleet.backup.plugins.module_utils._plan.model import Policy, Quiesce, Request
 from ansible_collections.vmfleet.backup.plugins.module_utils._plan.observe import reserve_bytes
 from ansible_collections.vmfleet.backup.plugins.module_utils._plan.planner import describe, discover, draw_up
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.model import EncryptedSource
@@ -330,6 +324,7 @@ if TYPE_CHECKING:
 
     from ansible.module_utils.basic import AnsibleModule
 
+    from ansible_collections.vmfleet.backup.plugins.module_utils._plan.model import Plan
 
 ORDERS = ("takeover", "supersede", "adopt")
 POLICY = tuple(field.name for field in fields(Policy))
@@ -363,6 +358,15 @@ def policy(params: dict[str, Any]) -> Policy:
     return Policy(**{name: params[name] for name in POLICY})
 
 
+def returned(plan: Plan) -> dict[str, Any]:
+    """The plan as a return value, which parse_plan() reads."""
+    found = asdict(plan)
+    found["space"]["usable"] = plan.space.usable
+    for vm, entry in zip(plan.vms, found["vms"]):
+        entry["bytes"] = vm.bytes
+    return found
+
+
 async def main_task(module: AnsibleModule) -> dict[str, Any]:
     params = module.params
     set_id = check_set_id(params["id"] or datetime.now(timezone.utc).strftime("%Y-%m-%d"))
@@ -381,7 +385,7 @@ async def main_task(module: AnsibleModule) -> dict[str, Any]:
         warn(module, warning)
     text = describe(plan)
     diff = {"before": "", "after": "\n".join(text) + "\n"}
-    return {"changed": False, "plan": plan.to_dict(), "text": text, "diff": diff}
+    return {"changed": False, "plan": returned(plan), "text": text, "diff": diff}
 
 
 def argument_spec() -> dict[str, Any]:
@@ -399,8 +403,8 @@ def argument_spec() -> dict[str, Any]:
                 "monitor": {"type": "str", "required": True},
                 "include_disks": names,
                 "exclude_disks": names,
-                "level": {"type": "str", "choices": list(LEVELS)},
-                "quiesce": {"type": "str", "choices": list(QUIESCE)},
+                "level": {"type": "str", "choices": list(Level)},
+                "quiesce": {"type": "str", "choices": list(Quiesce)},
                 "agent": {"type": "path"},
             },
         },
@@ -408,10 +412,10 @@ def argument_spec() -> dict[str, Any]:
         **libvirt_argument_spec(),
         "include_disks": {**names, "default": []},
         "exclude_disks": {**names, "default": []},
-        "level": {"type": "str", "choices": list(LEVELS), "default": Level.AUTO},
+        "level": {"type": "str", "choices": list(Level), "default": Level.AUTO},
         "max_chain": {"type": "int", "default": 30},
         "tracking": {"type": "bool", "default": True},
-        "quiesce": {"type": "str", "choices": list(QUIESCE), "default": Quiesce.NONE},
+        "quiesce": {"type": "str", "choices": list(Quiesce), "default": Quiesce.NONE},
         "compression": {"type": "str", "choices": ["none", "zstd", "zlib"], "default": "none"},
         "speed": {"type": "bytes", "default": "0"},
         "reserve": {"type": "str", "default": "5%"},

@@ -106,9 +106,9 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors impo
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.fields import DocumentError, load
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.formats import utc_now
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.module import run_module
-from ansible_collections.vmfleet.backup.plugins.module_utils._host.directory import WrongEntry, read_file
+from ansible_collections.vmfleet.backup.plugins.module_utils._host.directory import WrongEntry
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.files import step
-from ansible_collections.vmfleet.backup.plugins.module_utils._host.texts import check_directory, write_text
+from ansible_collections.vmfleet.backup.plugins.module_utils._host.texts import check_directory, read_file, write_text
 from ansible_collections.vmfleet.backup.plugins.module_utils._report.html import page
 from ansible_collections.vmfleet.backup.plugins.module_utils._report.html_charts import BARS
 from ansible_collections.vmfleet.backup.plugins.module_utils._report.record import LARGEST_REPORT, parse_report

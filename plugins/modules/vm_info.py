@@ -199,6 +199,7 @@ vms:
 import asyncio
 import glob
 import traceback
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from ansible.module_utils.basic import AnsibleModule
@@ -217,9 +218,24 @@ if TYPE_CHECKING:
     from typing import Any
 
     from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.address import Address
+    from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.model import Vm
 
 AT_ONCE = 32
 """How many VMs are asked at the same time."""
+
+
+def returned(vm: Vm) -> dict[str, Any]:
+    """A VM as a return value."""
+    return {
+        "name": vm.name,
+        "uuid": vm.uuid,
+        "status": vm.status,
+        "version": vm.version,
+        "pid": vm.process.pid if vm.process else 0,
+        "disks": [asdict(disk) for disk in vm.disks],
+        "empty": list(vm.empty),
+        "jobs": [job.as_dict() for job in vm.jobs],
+    }
 
 
 async def describe(address: Address, places: asyncio.Semaphore, warnings: list[str]) -> dict[str, Any]:
@@ -229,7 +245,7 @@ async def describe(address: Address, places: asyncio.Semaphore, warnings: list[s
             async with Monitor(address) as monitor:
                 vm = await inspect_vm(monitor)
                 agent = await find_agent(monitor)
-            return {"monitor": str(address), "error": "", **vm.as_dict(), "agent": agent}
+            return {"monitor": str(address), "error": "", **returned(vm), "agent": agent}
         except BackupError as error:
             return {"monitor": str(address), "error": str(error)}
         except Exception as error:  # noqa: BLE001

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._backup.outcome import (
     UNFINISHED,
+    DiskOutcome,
     Outcome,
     describe,
     diff,
@@ -73,7 +74,7 @@ class Slices:
         """Take in what such a call has returned."""
         self._calls.append(result)
         for place, found in zip(self._next, result["vms"]):
-            outcome, before = Outcome.from_result(found), self._outcomes.get(place)
+            outcome, before = outcome_of(found), self._outcomes.get(place)
             if before:
                 # A call knows of itself only.
                 warnings = tuple(dict.fromkeys((*before.warnings, *outcome.warnings)))
@@ -126,3 +127,9 @@ class Slices:
         for key in ("failed", "msg", "exception"):
             merged.pop(key, None)
         return {**merged, "failed": True, "msg": error} if error else merged
+
+
+def outcome_of(result: Mapping[str, Any]) -> Outcome:
+    """The outcome of a VM that the module has returned."""
+    disks = tuple(DiskOutcome(**disk) for disk in result["disks"])
+    return Outcome(**{**result, "warnings": tuple(result["warnings"]), "disks": disks})

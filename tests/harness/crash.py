@@ -41,11 +41,10 @@ AFTER = "after"
 
 STEPS = {
     "_host/directory": {"remove": "remove", "sync": "sync directory"},
-    "_host/files": {"remove": "remove", "sync_directory": "sync directory"},
-    "_host/lock": {"locked": "lock", "_open": "open lock", "write_owners": "write owners"},
+    "_host/lock": {"locked": "lock", "_open": "open lock"},
     "_host/preallocate": {"allocate": "allocate", "flush": "flush", "flush_open": "flush", "top_up": "allocate"},
     "_host/probe": {"probe_if_there": "look", "probe": "probe", "ask": "watch"},
-    "_host/target_files": {"take_name": "take name"},
+    "_host/target_files": {"remove": "remove", "sync_directory": "sync directory", "take_name": "take name"},
     "_qemu/bitmaps": {"remove_bitmaps": "remove bitmaps"},
     "_qemu/block_jobs": {
         "cancel_jobs": "cancel jobs",
@@ -82,6 +81,7 @@ STEPS = {
         "update": "update intent",
         "write_description": "write description",
     },
+    "_drive_backup/owners": {"write_owners": "write owners"},
     "_drive_backup/receipt": {
         "create": "create receipt",
         "discard": "discard receipt",

@@ -74,7 +74,7 @@ START = {
 FINISH = {
     "flush: fsync",
     "flush: truncate",
-    "take name > sync directory: fsync",
+    "take name: fsync",
     "finish receipt: rename",
     "finish receipt > remove: remove",
     "finish receipt > sync directory: fsync",
@@ -82,7 +82,7 @@ FINISH = {
 }
 NEW_NAME = {
     "take name: link",
-    "take name > remove: remove",
+    "take name: remove",
 }
 OLD_NAME = {"take name: rename"}
 POINTS: dict[str, set[str]] = {

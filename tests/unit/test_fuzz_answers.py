@@ -22,6 +22,7 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors impo
 )
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.printable import printable, printable_result
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.redaction import redact_name, redact_text
+from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup.preflight import hidden_files
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu import estimate
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.agent_channel import find_agent
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.answers import check_answer, quoted
@@ -30,6 +31,7 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.jobs import q
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.monitor import Monitor
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.query import inspect_vm
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.vm_config import describe_vm
+from ansible_collections.vmfleet.backup.plugins.modules.vm_info import returned
 from ansible_collections.vmfleet.backup.tests.harness.fuzzing import ANYTHING, changed, damaged, examples
 from ansible_collections.vmfleet.backup.tests.harness.liars import VERSIONS, recorded
 from ansible_collections.vmfleet.backup.tests.unit.plugins.doubles import FakeMonitor, monitor
@@ -80,14 +82,14 @@ def looked_at(answers: dict[str, Any], version: str) -> Any:
 def assert_usable(found: tuple[Vm, Any, Any, Any]) -> None:
     """What is done next with a VM can be done."""
     vm, *others = found
-    told = printable_result({"vm": vm.as_dict(), "others": others[:-1], "jobs": [job.as_dict() for job in others[-1]]})
+    told = printable_result({"vm": returned(vm), "others": others[:-1], "jobs": [job.as_dict() for job in others[-1]]})
     json.dumps(told, allow_nan=False, ensure_ascii=False).encode()
     list(estimate_losses(vm))
     for disk in vm.disks:
         assert estimate.increment_bytes(disk, disk.bitmaps) >= 0
         assert vm.cannot_copy(disk) == ""
         assert vm.chain(disk)[0] is disk
-    assert all(isinstance(name, str) for name in (vm.name, vm.identity, *vm.files, *vm.hidden_files, *vm.empty))
+    assert all(isinstance(name, str) for name in (vm.name, vm.identity, *vm.files, *hidden_files(vm), *vm.empty))
 
 
 def estimate_losses(vm: Vm) -> Any:

@@ -12,7 +12,7 @@ from .._common.formats import Word, human
 from .._repository.names import column
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Sequence
     from typing import Any
 
 
@@ -28,15 +28,7 @@ class VmState(Word):
     UNTRACKED = "untracked"
 
 
-STATES = (
-    VmState.PUBLISHED,
-    VmState.RUNNING,
-    VmState.QUEUED,
-    VmState.FAILED,
-    VmState.CANCELLED,
-    VmState.SKIPPED,
-    VmState.UNTRACKED,
-)
+STATES = tuple(VmState)
 UNFINISHED = (VmState.RUNNING, VmState.QUEUED)
 STOPPING = (VmState.CANCELLED, VmState.UNTRACKED)
 """What may be asked for instead of sets."""
@@ -77,12 +69,6 @@ class Outcome:
     changed: bool = False
     offset: int = 0
     len: int = 0
-
-    @classmethod
-    def from_result(cls, found: Mapping[str, Any]) -> Outcome:
-        """Return the outcome that C(results) has written."""
-        disks = tuple(DiskOutcome(**disk) for disk in found["disks"])
-        return cls(**{**found, "warnings": tuple(found["warnings"]), "disks": disks})
 
     def describe(self, width: int) -> list[str]:
         """Return it for people to read, with as much room for names as the longest one takes."""

@@ -70,11 +70,6 @@ def amount(size: int) -> str:
     return human(size) if size else "0 Bytes"
 
 
-def seconds_since(moment: str) -> float:
-    """Return the seconds since a time that was written down; 0 where the clock was set back since then."""
-    return max(0.0, (datetime.now(timezone.utc) - parse_time(moment)).total_seconds())
-
-
 class Word(str, Enum):
     """A word of a closed list. It stands in documents, results and messages as its value."""
 

@@ -11,8 +11,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from .._common.errors import JobFailed, in_words
-from .._common.formats import seconds_since, utc_now
-from .._host import files, preallocate, target_files
+from .._common.formats import utc_now
+from .._host import preallocate, target_files
 from .._host.confinement import set_file_label
 from .._qemu import block_jobs
 from .._qemu.jobs import query_jobs
@@ -78,7 +78,7 @@ def _flush(session: Session, copy: Copy) -> Copy:
         raise
     if copy.record is None:
         return replace(copy, found=CopyState.DONE)
-    record = copy.record.copied(status, utc_now("milliseconds"), seconds_since(copy.record.started))
+    record = copy.record.copied(status, utc_now("milliseconds"), copy.record.elapsed)
     receipt.update(copy.record_path, record)
     return replace(copy, found=CopyState.COPIED, record=record)
 
@@ -201,7 +201,7 @@ def _remove_files(session: Session, copy: Copy) -> None:
     if drive.existing:
         _restore_label(session, copy, drive.target)
     else:
-        files.remove(drive.image_path)
+        target_files.remove(drive.image_path)
     if not copy.record_path or record is None:
         return
     if drive.existing and record.phase != ReceiptPhase.PREPARING:

@@ -9,7 +9,7 @@ import os
 from typing import TYPE_CHECKING
 
 from .._common.errors import BackupError, Refused, ToolError, in_words
-from .._common.redaction import REMOVED
+from .._common.redaction import REMOVED, redact_name
 from .._host import open_files, preallocate, target_files
 from .._host.confinement import ADMITTED, Label, Sample, admit, keeps_length, label_of, open_labels
 from .._host.files import scratch
@@ -186,13 +186,21 @@ def _refuse_hidden(copy: Copy, vm: Vm) -> None:
     """
     target = copy.drive.target
     is_ours = copy.record is not None and copy.record.matches(os.stat(target), target_files.is_block_device(target))
-    if vm.hidden_files and not is_ours:
+    if hidden_files(vm) and not is_ours:
         raise Refused(
             "target",
             f"{target} exists, no receipt says that it is a backup, and it may be an image of VM {vm.name} itself:"
-            f" which files {', '.join(vm.hidden_files)} of that VM are cannot be seen from here. Use another target; or"
-            " remove it yourself, if it may go; or run this where QEMU can be seen, over a monitor on a UNIX socket",
+            f" which files {', '.join(hidden_files(vm))} of that VM are cannot be seen from here. Use another target;"
+            " or remove it yourself, if it may go; or run this where QEMU can be seen, over a monitor on a UNIX socket",
         )
+
+
+def hidden_files(vm: Vm) -> tuple[str, ...]:
+    """Return the images of a VM whose names do not tell which files they are; none where /proc tells the files."""
+    if vm.process is not None:
+        return ()
+    hidden = (path for path in vm.files if not path.startswith("/") or path.startswith("/dev/fdset/"))
+    return tuple(redact_name(path) for path in hidden)
 
 
 def _refuse_bitmap(drive: Drive, disk: Disk, vm: Vm) -> None:

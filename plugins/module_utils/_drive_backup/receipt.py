@@ -13,6 +13,7 @@ import ctypes
 import json
 import os
 from dataclasses import asdict, dataclass, field, replace
+from datetime import datetime, timezone
 
 from .._common.errors import BackupError
 from .._common.fields import (
@@ -36,9 +37,9 @@ from .._common.fields import (
     holds,
     load,
 )
-from .._common.formats import SCHEMA, Word
-from .._host.files import claim, remove, step, sync_directory
-from .._host.target_files import identity
+from .._common.formats import SCHEMA, Word, parse_time
+from .._host.files import claim, step
+from .._host.target_files import identity, remove, sync_directory
 from .._qemu.address import Origin
 from .request import JOB_ID, BitmapMode, Sync
 
@@ -116,6 +117,11 @@ class Record(Document):
     def origin(self) -> Origin:
         """Which QEMU it was begun with."""
         return Origin(self.identity, self.monitor, self.process, self.spaces)
+
+    @property
+    def elapsed(self) -> float:
+        """Return the seconds since its start; 0 where the clock was set back since then."""
+        return max(0.0, (datetime.now(timezone.utc) - parse_time(self.started)).total_seconds())
 
     @property
     def consumes_bitmap(self) -> bool:

@@ -11,12 +11,13 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from .._common.errors import BackupError, JobFailed, MonitorGone, Refused
-from .._host.lock import host_lock_path, locked, read_owners
+from .._host.lock import host_lock_path, locked
 from .._host.process import boot_id, machine_id
 from .._host.target_files import is_block_device
 from .._qemu.block_jobs import target_nodes
 from .._qemu.monitor import Monitor
 from .._qemu.query import inspect_vm
+from .owners import read_owners
 from .receipt import ReceiptPhase, read, record_path
 from .request import plain_path
 from .steps import JOB_PREFIX, Copy, CopyState, Situation, digest, lost_result

@@ -14,7 +14,7 @@ from .._common.errors import BackupError, CommandError, MonitorGone, after, in_w
 from .._common.formats import utc_now
 from .._host import target_files
 from .._host.confinement import set_file_label
-from .._host.lock import host_lock_path, read_owners, write_owners
+from .._host.lock import host_lock_path
 from .._host.preallocate import Writeback
 from .._host.process import boot_id, machine_id, spaces
 from .._qemu import block_jobs, target_image
@@ -22,6 +22,7 @@ from .._qemu.losses import lost_in_copy
 from .._qemu.model import EncryptedSource
 from . import preflight, receipt
 from .finish import clean, finish
+from .owners import read_owners, write_owners
 from .receipt import ReceiptPhase
 from .request import RequestedState, Sync
 from .session import lost

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from .._common.errors import JobFailed
-from .._common.formats import Word, seconds_since
+from .._common.formats import Word
 from .._qemu.jobs import is_backup_fault
 from .._qemu.model import CANCELLED, Disk
 from .receipt import record_path
@@ -97,10 +97,16 @@ class Copy:
         return self.job.failure if self.job and self.found == CopyState.ENDED else ""
 
     @property
+    def stuck(self) -> bool:
+        """Whether an error has paused its job (on-target-error or on-source-error is stop or enospc)."""
+        job = self.job
+        return job is not None and job.paused and job.io_status != "ok" and not job.ended
+
+    @property
     def state(self) -> JobState:
         """What the module's return value calls it."""
         if self.found == CopyState.RUNNING:
-            return JobState.PAUSED if self.job and self.job.stuck else JobState.RUNNING
+            return JobState.PAUSED if self.stuck else JobState.RUNNING
         if self.missing:
             return JobState.ABSENT
         if self.failure == CANCELLED:
@@ -162,7 +168,7 @@ class Copy:
         job = self.job
         duration = 0.0
         if self.record:
-            duration = self.record.duration if self.record.finished else seconds_since(self.record.started)
+            duration = self.record.duration if self.record.finished else self.record.elapsed
         return {
             "id": self.job_id,
             "device": self.drive.device,
@@ -230,7 +236,7 @@ def paused(vm: Vm, copies: Sequence[Copy]) -> JobFailed:
     """Return the error of a call one of whose jobs waits for a person, and is left alone."""
     advice = []
     for copy in copies:
-        if copy.job and copy.job.stuck:
+        if copy.job and copy.stuck:
             full = copy.job.io_status == "nospace"
             remedy = "No space left on device: free some" if full else "after an I/O error: mend its cause"
             advice.append(f"{copy.who}: job {copy.job_id} is paused, {remedy}")

@@ -258,12 +258,6 @@ class Directory:
         return error
 
 
-def read_file(path: str, limit: int) -> bytes:
-    """Return the content of the file at a path, as Directory.read() does."""
-    with Directory.at(os.path.dirname(path)) as directory:
-        return directory.read(os.path.basename(path), limit)
-
-
 def _checked(directory: Directory, name: str) -> str:
     """Return a name that leads nowhere else; BackupError for another."""
     if name in ("", ".", "..") or "/" in name or "\0" in name:

@@ -119,25 +119,6 @@ def scratch(directory: str, stem: str) -> Iterator[int]:
                 os.unlink(name)
 
 
-def sync_directory(path: str) -> None:
-    """Make the renames in a directory last."""
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        with step(path, "its entries were brought to stable storage"):
-            os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def remove(path: str) -> bool:
-    """Unlink a file; False where there was none."""
-    try:
-        os.unlink(path)
-    except FileNotFoundError:
-        return False
-    return True
-
-
 class DirectCalls:
     """Calls that are made at once, for callers who do nothing else meanwhile. C(worker) has some for what may hang."""
 

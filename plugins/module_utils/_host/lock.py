@@ -1,14 +1,13 @@
 # Copyright (c) 2026, vmfleet contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Hold locks against other module processes: flock(2) on files that are never unlinked, and that tell who owns jobs."""
+"""Hold locks against other module processes: flock(2) on files that are never unlinked."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import fcntl
-import json
 import os
 import stat
 import time
@@ -133,20 +132,3 @@ def host_lock_path(process: Process | None, address: object) -> str:
     if process is not None:
         return os.path.join(directory, f"{process.pid}-{process.start}.lock")
     return os.path.join(directory, str(address).replace("/", "_") + ".lock")
-
-
-def read_owners(path: str) -> dict[str, str]:
-    """Return who owns the jobs with ids of the user's choice. QEMU does not tell, so that its lock's file does."""
-    try:
-        with step(path, "it was read"), open(path, encoding="utf-8") as source:
-            return dict(json.loads(source.read() or "{}"))
-    except FileNotFoundError:
-        return {}
-
-
-def write_owners(lock: int, owners: dict[str, str]) -> None:
-    """Replace what read_owners will tell; C(lock) is the lock's file descriptor."""
-    content = json.dumps(owners).encode()
-    with step(os.readlink(f"/proc/self/fd/{lock}"), "the owners of jobs were written"):
-        os.pwrite(lock, content, 0)
-        os.ftruncate(lock, len(content))

@@ -1,7 +1,7 @@
 # Copyright (c) 2026, vmfleet contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Look at files and devices that users have named as targets, and give a finished image its name."""
+"""Look at files and devices that users have named as targets, remove what stands there, and name a finished image."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import stat
 import sys
 
 from .._common.errors import Refused
-from .files import claim, remove, sync_directory
+from .files import claim, step
 
 FS_IOC_GETVERSION = 0x80087601
 FUSE = 0x65735546
@@ -86,6 +86,25 @@ def _is_fuse(fd: int) -> bool:
     status = ctypes.create_string_buffer(STATFS_SIZE)
     told = ctypes.CDLL(None).fstatfs(ctypes.c_int(fd), status) == 0
     return told and ctypes.c_long.from_buffer(status).value == FUSE
+
+
+def remove(path: str) -> bool:
+    """Unlink a file; False where there was none."""
+    try:
+        os.unlink(path)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def sync_directory(path: str) -> None:
+    """Make the renames in a directory last."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        with step(path, "its entries were brought to stable storage"):
+            os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def take_name(image: str, path: str, replaces: tuple[int, int]) -> None:

@@ -11,7 +11,7 @@ import os
 import time
 
 from .._common.errors import Refused
-from .directory import exposed, read_file
+from .directory import Directory, exposed
 from .files import UNFINISHED, set_mode, step
 
 LARGEST = 1 << 26
@@ -25,6 +25,12 @@ def check_directory(directory: str, trust_others: bool) -> None:
     fault = "" if trust_others else exposed(directory, os.stat(directory))
     if fault:
         raise Refused("directory", fault)
+
+
+def read_file(path: str, limit: int) -> bytes:
+    """Return the content of the file at a path, as Directory.read() does."""
+    with Directory.at(os.path.dirname(path)) as directory:
+        return directory.read(os.path.basename(path), limit)
 
 
 def read_text(path: str) -> str:

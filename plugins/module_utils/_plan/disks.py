@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 IMAGE_SUFFIX = ".qcow2"
 READ_ONLY = "is read-only"
-LEVELS = (Level.AUTO, Level.FULL, Level.INCREMENTAL, Level.DIFFERENTIAL)
 LONGEST_NAME = 3000
 """Bytes of a chain's backing file names, joined: QEMU opens C(b/../a/...) and is refused beyond PATH_MAX (4096)."""
 

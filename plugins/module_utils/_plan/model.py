@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from .._common.errors import Refused
@@ -109,7 +109,6 @@ class Quiesce(Word):
     REQUIRE = "require"
 
 
-QUIESCE = (Quiesce.NONE, Quiesce.TRY, Quiesce.REQUIRE)
 LEVEL = holds(OneOf(*Level))
 NAMES = holds(Several(Text("a name", least=1)))
 RESERVE = holds(Text("a part of a file system, or an amount", pattern="[0-9.]{1,20}(%| ?[A-Za-z]{1,5})?"))
@@ -224,7 +223,7 @@ class VmPlan:
     include_disks: tuple[str, ...] = field(default=(), metadata=NAMES)
     exclude_disks: tuple[str, ...] = field(default=(), metadata=NAMES)
     wanted: Level = field(default=Level.AUTO, metadata=LEVEL)
-    quiesce: str = field(default=Quiesce.NONE, metadata=holds(OneOf(*QUIESCE)))
+    quiesce: str = field(default=Quiesce.NONE, metadata=holds(OneOf(*Quiesce)))
     agent: str = field(default="", metadata=SOCKET)
     libvirt_uri: str = field(default="", metadata=LIBVIRT)
     unless: str = field(default="", metadata=holds(OneOf("", *UNLESS.values())))
@@ -277,13 +276,6 @@ class Plan:
     space: Space = field(metadata=holds(part(Space)))
     vms: tuple[VmPlan, ...] = field(metadata=holds(Several(part(VmPlan))))
     warnings: tuple[str, ...] = field(default=(), metadata=holds(Several(Text())))
-
-    def to_dict(self) -> dict[str, Any]:
-        found = asdict(self)
-        found["space"]["usable"] = self.space.usable
-        for plan, entry in zip(self.vms, found["vms"]):
-            entry["bytes"] = plan.bytes
-        return found
 
 
 def parse_plan(found: Mapping[str, Any]) -> Plan:

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 from .._common.device_names import lasting_names, qdev_id
 from .._common.errors import Refused
 from .._common.formats import Word
-from .._common.redaction import redact_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -167,11 +166,6 @@ class Job:
         return bool(self.error) or self.io_status != "ok"
 
     @property
-    def stuck(self) -> bool:
-        """Return whether an error has paused it (on-target-error or on-source-error is stop or enospc)."""
-        return self.paused and self.io_status != "ok" and not self.ended
-
-    @property
     def percent(self) -> float:
         """Return how much of its work is done."""
         if self.len == 0:
@@ -204,27 +198,6 @@ class Vm:
     """Paths of all image files that this VM has open, backing files included."""
     target_nodes: tuple[str, ...] = field(default=(), repr=False)
     """The nodes that backups of this collection write to, or have written to. None of them is a disk."""
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return this VM as a return value of a module."""
-        return {
-            "name": self.name,
-            "uuid": self.uuid,
-            "status": self.status,
-            "version": self.version,
-            "pid": self.process.pid if self.process else 0,
-            "disks": [asdict(disk) for disk in self.disks],
-            "empty": list(self.empty),
-            "jobs": [job.as_dict() for job in self.jobs],
-        }
-
-    @property
-    def hidden_files(self) -> tuple[str, ...]:
-        """Return the images whose names do not tell which files they are; none where /proc tells the files."""
-        if self.process is not None:
-            return ()
-        hidden = (path for path in self.files if not path.startswith("/") or path.startswith("/dev/fdset/"))
-        return tuple(redact_name(path) for path in hidden)
 
     def cannot_copy(self, disk: Disk) -> str:
         """Return why QEMU must not be told to copy this disk; empty where it may.

@@ -10,7 +10,7 @@ import os
 from typing import TYPE_CHECKING
 
 from .._common.errors import Refused
-from .._host import files, target_files
+from .._host import target_files
 from .._host.directory import WrongEntry
 from .._host.files import UNFINISHED
 from .._host.process import machine_id
@@ -111,9 +111,9 @@ async def _remove(repository: Repository, vm: str, path: str, pins: Sequence[Pin
     """Remove the files whose names are the path of an overlay with these suffixes, and its pins."""
     async with lock_target(path):
         for suffix in suffixes:
-            files.remove(path + suffix)
+            target_files.remove(path + suffix)
         if os.path.isdir(os.path.dirname(path)):
-            files.sync_directory(os.path.dirname(path))
+            target_files.sync_directory(os.path.dirname(path))
         own = [pin for pin in pins if pin.path in (path, path + PARTIAL)]
         if own:
             await remove_pins(repository, vm, own)

@@ -15,7 +15,7 @@ import os
 from typing import TYPE_CHECKING
 
 from .._common.errors import BackupError, Refused, after, in_words
-from .._host import files, preallocate, target_files
+from .._host import preallocate, target_files
 from .._host.directory import Directory
 from .._qemu import image_commands, qemu_img
 from .._repository.annotations import read_annotations
@@ -117,7 +117,7 @@ async def _write_file(
     except BaseException as error:
         with after(error):
             if target_files.identity(disk.partial) == made:
-                files.remove(disk.partial)
+                target_files.remove(disk.partial)
         raise
 
 
@@ -125,7 +125,7 @@ def _remove_partial(path: str) -> None:
     """Remove an unfinished copy. Refused where a process still writes it, perhaps on another machine."""
     if os.path.isfile(path):
         check_unused(path, "another process, such as a backup or a restore to the same place")
-    files.remove(path)
+    target_files.remove(path)
 
 
 def _take_name(repository: Repository, disk: DiskRestore, replaces: tuple[int, int]) -> None:
@@ -137,7 +137,7 @@ def _take_name(repository: Repository, disk: DiskRestore, replaces: tuple[int, i
         target_files.take_name(disk.partial, disk.target, replaces)
     except OSError as error:
         with after(error):
-            files.remove(disk.receipt)
+            target_files.remove(disk.receipt)
         raise
 
 

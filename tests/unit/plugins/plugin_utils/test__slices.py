@@ -6,11 +6,13 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._backup.outcome import (
+    DiskOutcome,
     Outcome,
     describe,
     diff,
@@ -19,7 +21,7 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._backup.outcome imp
     results,
     summarize,
 )
-from ansible_collections.vmfleet.backup.plugins.plugin_utils._slices import UNWATCHED, WATCHED, Slices
+from ansible_collections.vmfleet.backup.plugins.plugin_utils._slices import UNWATCHED, WATCHED, Slices, outcome_of
 
 PLAN = {
     "id": "s1",
@@ -168,3 +170,13 @@ def test_a_later_call_that_fails_as_a_whole_says_what_is_unfinished() -> None:
     )
     assert [vm["state"] for vm in result["vms"]] == ["running", "published", "queued"]
     assert (result["changed"], result["module_stderr"], result["summary"]["published"]) == (True, "trace", 1)
+
+
+def test_what_was_returned_can_be_read_back() -> None:
+    disks = (DiskOutcome("vda", "full", "why", None, 7),)
+    outcomes = [
+        Outcome("web01", "s1", "failed", error="target full", changed=True),
+        Outcome("db01", "s1", "published", "full", 3 << 20, 1.25, "crash", path="/srv/db01/s1", changed=True),
+        Outcome("db02", "s1", "running", warnings=("careful",), disks=disks, offset=1, len=2),
+    ]
+    assert [outcome_of(json.loads(json.dumps(found))) for found in results(outcomes)] == outcomes

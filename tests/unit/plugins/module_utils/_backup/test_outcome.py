@@ -6,8 +6,6 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._backup.outcome import (
@@ -108,12 +106,6 @@ def test_the_disks_of_a_set() -> None:
         DiskOutcome("vdb", "incremental", "changes", "s0", 0),
     )
     assert results([Outcome("a", "b", "published", disks=disk_outcomes([full]))])[0]["disks"][0]["reason"] == "why"
-
-
-def test_what_was_returned_can_be_read_back() -> None:
-    disks = (DiskOutcome("vda", "full", "why", None, 7),)
-    outcomes = [*OUTCOMES, Outcome("db02", "s1", "running", warnings=("careful",), disks=disks, offset=1, len=2)]
-    assert [Outcome.from_result(json.loads(json.dumps(found))) for found in results(outcomes)] == outcomes
 
 
 def test_failures_are_told_with_their_reasons_and_what_to_do() -> None:

@@ -15,6 +15,7 @@ import pytest
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import BackupError, CommandError
 from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup import receipt, start
+from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup.owners import read_owners
 from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup.receipt import ReceiptPhase
 from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup.request import (
     Drive,
@@ -29,7 +30,7 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup.steps
     digest,
 )
 from ansible_collections.vmfleet.backup.plugins.module_utils._host import lock as host_lock
-from ansible_collections.vmfleet.backup.plugins.module_utils._host.lock import host_lock_path, read_owners
+from ansible_collections.vmfleet.backup.plugins.module_utils._host.lock import host_lock_path
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.address import Address
 from ansible_collections.vmfleet.backup.tests.unit.plugins.builders import disk, job, record, vm
 from ansible_collections.vmfleet.backup.tests.unit.plugins.doubles import FakeMonitor, jobs, monitor, refusal

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 
-from ansible_collections.vmfleet.backup.plugins.module_utils._common.formats import seconds_since
 from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup import steps as drive_backup_status
 from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup.request import Drive
 from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup.steps import Copy, CopyState
@@ -48,6 +47,21 @@ def test_state_of_a_copy(found: str, with_job: Any, state: str, failure: str) ->
     looked_at = copy(found, job=with_job)
     assert (looked_at.state, looked_at.failure) == (state, failure)
     assert (looked_at.result()["state"], looked_at.result()["error"]) == (state, failure)
+
+
+@pytest.mark.parametrize(
+    ("status", "paused", "io_status", "stuck"),
+    [
+        ("paused", True, "nospace", True),
+        ("paused", True, "failed", True),
+        ("paused", True, "ok", False),
+        ("running", False, "nospace", False),
+        ("concluded", True, "nospace", False),
+    ],
+)
+def test_copy_is_stuck(status: str, paused: bool, io_status: str, stuck: bool) -> None:
+    assert copy(CopyState.RUNNING, job=job("j0", status, paused=paused, io_status=io_status)).stuck is stuck
+    assert not copy(CopyState.RUNNING, job=None).stuck
 
 
 def ago(seconds: float) -> str:
@@ -96,7 +110,7 @@ class TestResult:
         )
 
     def test_clock_that_was_set_back(self) -> None:
-        assert seconds_since(ago(-3600)) == 0.0
+        assert record(started=ago(-3600)).elapsed == 0.0
 
 
 @pytest.mark.parametrize(

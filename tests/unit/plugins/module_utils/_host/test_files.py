@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._common import errors
-from ansible_collections.vmfleet.backup.plugins.module_utils._host import checksum, files, lock, preallocate, texts
+from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup.owners import write_owners
+from ansible_collections.vmfleet.backup.plugins.module_utils._host import checksum, files, preallocate, texts
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu import target_image
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository import access
 from ansible_collections.vmfleet.backup.tests.unit.plugins.builders import write
@@ -39,7 +40,7 @@ def no_room() -> Iterator[None]:
 def owners(path: str) -> None:
     fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
     try:
-        lock.write_owners(fd, {"job": "a" * 8192})
+        write_owners(fd, {"job": "a" * 8192})
     finally:
         os.close(fd)
 
@@ -148,11 +149,3 @@ def test_scratch(nameless: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         os.write(fd, b"content")
         assert [name[:6] for name in os.listdir(tmp_path)] == ([] if nameless else [".mine."])
     assert os.listdir(tmp_path) == []
-
-
-def test_remove(tmp_path: Path) -> None:
-    image = tmp_path / "x"
-    image.touch()
-    assert files.remove(str(image))
-    assert not image.exists()
-    assert not files.remove(str(image))

@@ -2,27 +2,19 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""The lock of a VM on its hypervisor, and the owners of its jobs, which are kept there."""
+"""The lock of a VM on its hypervisor."""
 
 from __future__ import annotations
 
 import os
 import stat
 from types import SimpleNamespace
-from typing import TYPE_CHECKING
 
 import pytest
 
-from ansible_collections.vmfleet.backup.plugins.module_utils._host.lock import (
-    host_lock_path,
-    read_owners,
-    write_owners,
-)
+from ansible_collections.vmfleet.backup.plugins.module_utils._host.lock import host_lock_path
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.process import Process
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.address import Address
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 
 @pytest.mark.parametrize(
@@ -41,21 +33,3 @@ def test_lock_of_a_vm(
     monkeypatch.setattr(os, "geteuid", lambda: user)
     monkeypatch.setattr(os, "lstat", lambda _path: own)
     assert host_lock_path(process, address) == f"{directory}/{name}"
-
-
-class TestOwners:
-    def test_of_a_vm_that_nobody_has_locked(self, tmp_path: Path) -> None:
-        assert read_owners(str(tmp_path / "lock")) == {}
-
-    def test_of_a_vm_without_jobs_of_ours(self, tmp_path: Path) -> None:
-        (tmp_path / "lock").touch()
-        assert read_owners(str(tmp_path / "lock")) == {}
-
-    def test_are_read_as_they_were_written(self, tmp_path: Path) -> None:
-        path = tmp_path / "lock"
-        fd = os.open(path, os.O_RDWR | os.O_CREAT)
-        for owners in ({"a": "me", "bä": "you"}, {"a": "me"}, {}):
-            # A shorter text leaves nothing of the longer one before.
-            write_owners(fd, owners)
-            assert read_owners(str(path)) == owners
-        os.close(fd)

@@ -40,3 +40,11 @@ def test_a_device_that_nobody_has_claimed_may_be_used() -> None:
     # Whether one is claimed is looked at with a real device in the integration tests.
     assert target_files.unusable_device("/dev/null") == ""
     assert target_files.unusable_device("/dev/nowhere") == "cannot be written to: No such file or directory"
+
+
+def test_remove(tmp_path: Path) -> None:
+    image = tmp_path / "x"
+    image.touch()
+    assert target_files.remove(str(image))
+    assert not image.exists()
+    assert not target_files.remove(str(image))

@@ -22,6 +22,7 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._plan.model import 
     parse_plan,
 )
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.repository import VmRecords
+from ansible_collections.vmfleet.backup.plugins.modules.backup_plan import returned
 from ansible_collections.vmfleet.backup.tests.unit.plugins.today import MONDAY, REQUEST, TERMS, VDB, tracked, vm
 
 
@@ -29,7 +30,7 @@ def test_a_plan_survives_the_way_through_ansible() -> None:
     space = Space(free=100, reserve=10, promised=0, reservable=True)
     decided = decide(REQUEST, Observation(vm()), VmRecords(), TERMS).plan
     plan = Plan("/srv/backup", False, "run", "today", Policy(), space, (decided,), ("a warning",))
-    assert parse_plan(json.loads(json.dumps(plan.to_dict()))) == plan
+    assert parse_plan(json.loads(json.dumps(returned(plan)))) == plan
 
 
 def test_a_plan_of_increments_survives_the_way_through_ansible() -> None:
@@ -45,11 +46,11 @@ def test_a_plan_of_increments_survives_the_way_through_ansible() -> None:
         "zstd", 1 << 20, "20G", checksum=False, offline="skip", max_chain=7, tracking=False, encrypted_source="refuse"
     )
     plan = Plan("/srv/backup", True, "run", "today", policy, space, (decided, refused))
-    found = parse_plan(json.loads(json.dumps(plan.to_dict())))
+    found = parse_plan(json.loads(json.dumps(returned(plan))))
     assert found == plan
     assert [vm.request for vm in found.vms] == [request] * 2
     # What a later release adds to a plan is no obstacle.
-    later = json.loads(json.dumps(plan.to_dict()))
+    later = json.loads(json.dumps(returned(plan)))
     later["vms"][0]["colour"] = later["policy"]["colour"] = later["vms"][0]["disks"][0]["colour"] = "blue"
     assert parse_plan(later) == plan
 
@@ -62,6 +63,6 @@ def test_something_else_is_no_plan(found: dict[str, Any]) -> None:
 
 def test_a_plan_cannot_lead_out_of_the_repository() -> None:
     space = Space(free=100, reserve=10, promised=0, reservable=True)
-    plan = json.loads(json.dumps(Plan("/srv/backup", False, "run", "today", Policy(), space, ()).to_dict()))
+    plan = json.loads(json.dumps(returned(Plan("/srv/backup", False, "run", "today", Policy(), space, ()))))
     with pytest.raises(Refused, match=r"id: .* is not an id of a set"):
         parse_plan({**plan, "id": "../../etc"})

@@ -83,20 +83,6 @@ def test_job_has_ended(status: str, ended: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    ("status", "paused", "io_status", "stuck"),
-    [
-        ("paused", True, "nospace", True),
-        ("paused", True, "failed", True),
-        ("paused", True, "ok", False),
-        ("running", False, "nospace", False),
-        ("concluded", True, "nospace", False),
-    ],
-)
-def test_job_is_stuck(status: str, paused: bool, io_status: str, stuck: bool) -> None:
-    assert job("j0", status, paused=paused, io_status=io_status).stuck is stuck
-
-
-@pytest.mark.parametrize(
     ("status", "error", "failure", "said"),
     [
         ("running", "", "", ""),

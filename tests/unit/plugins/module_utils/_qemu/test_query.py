@@ -15,6 +15,7 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._host.process impor
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu import query
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.model import NO_UUID
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.query import inspect_vm
+from ansible_collections.vmfleet.backup.plugins.modules.vm_info import returned
 from ansible_collections.vmfleet.backup.tests.unit.plugins.builders import MIB, SIZE, UUID, bitmap, disk
 from ansible_collections.vmfleet.backup.tests.unit.plugins.doubles import (
     FakeMonitor,
@@ -228,7 +229,7 @@ def test_vm_as_a_return_value() -> None:
     )
     found = asyncio.run(inspect_vm(monitor(fake)))
     assert found.fdsets == {3: ("vmfleet:db:1", ""), 4: ()}
-    value = found.as_dict()
+    value = returned(found)
     assert (value["pid"], value["status"], value["version"]) == (4711, "running", "7.2.22")
     assert [entry["node"] for entry in value["disks"]] == ["n0"]
     assert [(entry["stable_name"], entry["keeps_bitmaps"]) for entry in value["disks"]] == [(True, True)]
