@@ -2,7 +2,7 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Attributes that every module of the collection declares."""
+"""Attributes that the modules of the collection declare."""
 
 from __future__ import annotations
 
@@ -43,6 +43,21 @@ attributes:
     description: Target operating systems that can be operated against.
     support: full
     platforms: Linux
+"""
+
+    ACTION = r"""
+options: {}
+attributes:
+  action:
+    description: Has an action plugin of the same name, which runs on the controller.
+    support: full
+    details:
+      - It calls the module again and again while O(state=completed) waits, and shows what has happened.
+  async:
+    description: Supports being used with the C(async) keyword.
+    support: full
+    details:
+      - The module is called once then, and nothing is shown.
 """
 
     ACTIONGROUP_BACKUP = r"""

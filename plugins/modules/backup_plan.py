@@ -12,7 +12,8 @@ version_added: 0.1.0
 description:
   - Asks every VM that is listed, or whose socket matches a pattern, for its disks and jobs, looks into the repository,
     and says for each VM what M(vmfleet.backup.backup_set) would do and why.
-  - Changes nothing, in check mode or out of it.
+  - Changes nothing, in check mode or out of it. O(takeover), O(supersede) and O(adopt) are orders for
+    M(vmfleet.backup.backup_set), and the plan says what becomes of them.
   - A VM that cannot be backed up is in the plan with RV(plan.vms[].action=fail) and the reason. It never stops the
     others. M(vmfleet.backup.backup_set) fails when it is through with them.
   - CD-ROMs, empty drives and other read-only drives are left out, and named in the plan. UEFI variables (pflash) are
@@ -23,6 +24,7 @@ extends_documentation_fragment:
   - vmfleet.backup.attributes
   - vmfleet.backup.attributes.actiongroup_backup
   - vmfleet.backup.libvirt
+  - vmfleet.backup.orders
   - vmfleet.backup.trust_others
 attributes:
   check_mode:
@@ -164,18 +166,6 @@ options:
     description: Take the SHA-256 of every image, reading it back from the disk.
     type: bool
     default: true
-  takeover:
-    description: Plan as for O(vmfleet.backup.backup_set#module:takeover).
-    type: bool
-    default: false
-  supersede:
-    description: Plan as for O(vmfleet.backup.backup_set#module:supersede).
-    type: bool
-    default: false
-  adopt:
-    description: Plan as for O(vmfleet.backup.backup_set#module:adopt).
-    type: bool
-    default: false
   offline:
     description:
       - What a VM is that is not there, because nobody listens on its monitor. With V(fail), the default, it counts as
@@ -190,7 +180,6 @@ options:
         the image in the set is not encrypted.
       - With V(warn) it is copied, and the plan, the result and the manifest say so. With V(refuse) its VM counts as not
         backed up, and nothing is started on it.
-
     type: str
     choices: [warn, refuse]
     default: warn

@@ -23,19 +23,10 @@ author:
   - vmfleet contributors (@vmfleet)
 extends_documentation_fragment:
   - vmfleet.backup.attributes
+  - vmfleet.backup.attributes.action
   - vmfleet.backup.attributes.actiongroup_backup
+  - vmfleet.backup.orders
   - vmfleet.backup.trust_others
-attributes:
-  action:
-    description: Has an action plugin of the same name, which runs on the controller.
-    support: full
-    details:
-      - It calls the module again and again while O(state=completed) waits, and shows what has happened.
-  async:
-    description: Supports being used with the C(async) keyword.
-    support: full
-    details:
-      - The module is called once then, and nothing is shown.
 requirements:
   - qemu.qmp >= 0.0.4 (Python library) on the hypervisor
   - qemu-img on the hypervisor
@@ -75,9 +66,8 @@ options:
     description:
       - What all copies of this call may take together, in bytes per second, or with a unit as in V(200M). V(0) sets no
         limit.
-      - It is shared out equally among the running jobs, anew whenever one starts or ends. A job gets no more than
-        O(vmfleet.backup.backup_plan#module:speed). Copies that run faster than that already are slowed down, so that
-        the limit also holds for those that an earlier call has started.
+      - It is shared out equally among the running jobs, also those that an earlier call has started. A job gets no more
+        than O(vmfleet.backup.backup_plan#module:speed).
       - With O(state=started), copies keep what they have when the call is over.
     type: bytes
     default: "0"
@@ -85,17 +75,15 @@ options:
     description:
       - Seconds after which O(state=completed) comes back even though sets are still being made. RV(vms[].state) is
         V(running) or V(queued) for those, and the same call goes on with them. V(0) waits for the end.
-      - Used in a playbook, the module is called in such slices anyway, and what has happened is shown between them.
-        Give it only to wait bit by bit yourself.
+      - A playbook shows what has happened without it. Give it only to wait bit by bit yourself.
       - A call takes longer where it is in the middle of something, such as the checksum of an image.
     type: float
     default: 0
   progress:
     description:
       - What is shown while O(state=completed) waits.
-      - On a terminal, V(auto) shows how many VMs are done, how much is copied and how long it will still take, with a
-        bar for each VM that is copied where these are few. Elsewhere it is as V(quiet).
-      - V(quiet) shows one line a minute for each hypervisor, without bars. V(none) shows nothing.
+      - On a terminal, V(auto) shows bars and the time that is left. Elsewhere it is as V(quiet), which shows one line a
+        minute for each hypervisor. V(none) shows nothing.
       - With C(async), in check mode and with O(slice), nothing is shown.
     type: str
     choices: [auto, quiet, none]
@@ -123,23 +111,6 @@ options:
     description:
       - With O(state=started), start copies even if no space can be reserved for them in the repository.
       - While nobody watches such a copy, a file system that fills up makes the writes of the guest fail.
-    type: bool
-    default: false
-  takeover:
-    description:
-      - Remove what another hypervisor, or another VM of the same name, is making under the VM's name, and go on.
-      - Only for one that is gone for good. What still runs elsewhere is not stopped by this, but its work is lost.
-    type: bool
-    default: false
-  supersede:
-    description:
-      - Cancel a set of another id of the same VM that is unfinished. Otherwise it is brought to its end first.
-    type: bool
-    default: false
-  adopt:
-    description:
-      - Go on in the directory of a VM of the same name that had another uuid, with a full set. This is for a VM that
-        has taken the place of the one before, such as one that was built anew.
     type: bool
     default: false
 seealso:
