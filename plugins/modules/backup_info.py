@@ -157,7 +157,7 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._repository.reposit
 if TYPE_CHECKING:
     from typing import Any
 
-    from ansible_collections.vmfleet.backup.plugins.module_utils._repository.annotation_documents import Verification
+    from ansible_collections.vmfleet.backup.plugins.module_utils._repository.annotations import Verification
     from ansible_collections.vmfleet.backup.plugins.module_utils._repository.catalog import VmCatalog
     from ansible_collections.vmfleet.backup.plugins.module_utils._repository.documents import Manifest
 

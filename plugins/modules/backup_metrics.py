@@ -118,8 +118,7 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._report.status impo
     status_from_result,
     status_of_absent,
 )
-from ansible_collections.vmfleet.backup.plugins.module_utils._repository.names import check_set_id
-from ansible_collections.vmfleet.backup.plugins.module_utils._repository.places import refuse_inside
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository.names import check_set_id, refuse_inside
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.repository import open_repository
 
 if TYPE_CHECKING:

@@ -113,8 +113,7 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._report.html import
 from ansible_collections.vmfleet.backup.plugins.module_utils._report.html_charts import BARS
 from ansible_collections.vmfleet.backup.plugins.module_utils._report.record import LARGEST_REPORT, parse_report
 from ansible_collections.vmfleet.backup.plugins.module_utils._report.run import Run, collect
-from ansible_collections.vmfleet.backup.plugins.module_utils._repository.names import check_set_id
-from ansible_collections.vmfleet.backup.plugins.module_utils._repository.places import refuse_inside
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository.names import check_set_id, refuse_inside
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -222,8 +222,7 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._repository.catalog
     require_newest,
     require_sets,
 )
-from ansible_collections.vmfleet.backup.plugins.module_utils._repository.names import image_files
-from ansible_collections.vmfleet.backup.plugins.module_utils._repository.places import refuse_inside
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository.names import image_files, refuse_inside
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.repository import open_repository
 from ansible_collections.vmfleet.backup.plugins.module_utils._restore.model import (
     FORMATS,

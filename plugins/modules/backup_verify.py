@@ -228,7 +228,7 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._common.module impo
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.probe import probe_if_there
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.worker import run_in_worker
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.qemu_img import require_qemu_img
-from ansible_collections.vmfleet.backup.plugins.module_utils._repository.annotation_documents import DEPTHS, Depth
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository.annotations import DEPTHS, Depth
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.names import check_set_id, unknown_vms
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.repository import open_repository
 from ansible_collections.vmfleet.backup.plugins.module_utils._verify.boot import find_qemu

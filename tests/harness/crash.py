@@ -63,10 +63,12 @@ STEPS = {
     "_qemu/qemu_img": {"run": "run"},
     "_qemu/target_image": {"_make_file": "make file", "create": "make image", "reserve": "reserve"},
     "_repository/access": {"create_repository": "create repository"},
-    "_repository/annotations": {"remove_annotations": "remove annotations", "write_annotation": "write annotation"},
-    "_repository/consolidation": {
+    "_repository/published": {
+        "remove_annotations": "remove annotations",
         "remove_note": "remove note",
+        "remove_set": "remove set",
         "rewrite_manifest": "rewrite manifest",
+        "write_annotation": "write annotation",
         "write_note": "write note",
     },
     "_repository/staging": {
@@ -76,7 +78,7 @@ STEPS = {
         "discard_images": "discard images",
         "publish": "publish",
         "record_failure": "record failure",
-        "remove_set": "remove set",
+        "remove_directory": "remove directory",
         "tidy": "tidy",
         "update": "update intent",
         "write_description": "write description",

@@ -10,8 +10,8 @@ import contextlib
 import hashlib
 import typing as t
 
-from ansible_collections.vmfleet.backup.plugins.module_utils._repository.annotation_documents import Verification
-from ansible_collections.vmfleet.backup.plugins.module_utils._repository.annotations import write_annotation
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository.annotations import Verification
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository.published import write_annotation
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.repository import open_repository
 from ansible_collections.vmfleet.backup.tests.harness.images import identical, info, sound
 from ansible_collections.vmfleet.backup.tests.harness.library import LOCKS, NAME, prepared

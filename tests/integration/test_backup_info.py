@@ -14,11 +14,8 @@ from datetime import UTC, datetime
 
 import pytest
 
-from ansible_collections.vmfleet.backup.plugins.module_utils._repository.annotation_documents import (
-    Protection,
-    Verification,
-)
-from ansible_collections.vmfleet.backup.plugins.module_utils._repository.annotations import write_annotation
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository.annotations import Protection, Verification
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository.published import write_annotation
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.repository import open_repository
 from ansible_collections.vmfleet.backup.tests.harness.backup import release
 from ansible_collections.vmfleet.backup.tests.harness.library import NAME, SIZE, Chain, Library

@@ -21,7 +21,7 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._prune import conso
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu import qemu_img
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.image_chain import open_chain
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.catalog import read_catalog
-from ansible_collections.vmfleet.backup.plugins.module_utils._repository.chain import layers
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository.images import layers
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.repository import open_repository
 from ansible_collections.vmfleet.backup.tests.harness.images import MIB, identical, info, sound
 from ansible_collections.vmfleet.backup.tests.harness.library import NAME, Chain, Library, gate

@@ -14,8 +14,8 @@ from dataclasses import replace
 
 import pytest
 
-from ansible_collections.vmfleet.backup.plugins.module_utils._repository.annotation_documents import Pin
-from ansible_collections.vmfleet.backup.plugins.module_utils._repository.annotations import write_annotation
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository.annotations import Pin
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository.published import write_annotation
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.repository import open_repository
 from ansible_collections.vmfleet.backup.tests.harness.images import MIB, identical, info, qemu_img
 from ansible_collections.vmfleet.backup.tests.harness.library import NAME, Chain, before_converting, restored_to

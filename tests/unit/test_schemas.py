@@ -30,10 +30,9 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._common.fields impo
     Time,
     Whole,
 )
-from ansible_collections.vmfleet.backup.plugins.module_utils._host.process import Hypervisor
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.vm_config import describe_vm
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.access import create_repository
-from ansible_collections.vmfleet.backup.plugins.module_utils._repository.annotation_documents import (
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository.annotations import (
     Pin,
     Protection,
     Verification,
@@ -42,6 +41,7 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._repository.documen
     Consolidation,
     DiskImage,
     Failure,
+    Hypervisor,
     Intent,
     Level,
     Manifest,

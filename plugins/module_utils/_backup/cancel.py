@@ -8,12 +8,13 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from .._host.process import this_hypervisor
+from .._host.process import this_machine
 from .._plan import decide
 from .._plan.model import Action, Plan, Policy, VmPlan
 from .._plan.observe import space_in
 from .._qemu.bitmaps import remove_bitmaps
 from .._repository.catalog import vm_names
+from .._repository.documents import Hypervisor
 from .._repository.names import unknown_vms
 from . import cleanup, results
 from .outcome import VmState
@@ -22,7 +23,6 @@ from .session import hold_now, observe
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
 
-    from .._host.process import Hypervisor
     from .._repository.documents import Intent, Manifest
     from .._repository.repository import Repository, VmRecords
     from .outcome import Outcome
@@ -36,7 +36,7 @@ def plan_of_names(repository: Repository, names: Collection[str] | None) -> Plan
     Without names it is for those whose sets this hypervisor is making. Refused where it knows nothing of one of them.
     """
     policy = Policy()
-    here = this_hypervisor()
+    here = Hypervisor(*this_machine())
     unknown = [name for name in names or () if not repository.has(name)]
     if unknown:
         raise unknown_vms(unknown, vm_names(repository), repository.path)

@@ -13,9 +13,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from .._host import preallocate
-from .._host.process import this_hypervisor
+from .._host.process import this_machine
 from .._plan.model import RunContext
 from .._qemu import block_jobs
+from .._repository.documents import Hypervisor
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -279,7 +280,7 @@ class BackupRun:
             plan.id,
             plan.run,
             repository.tag,
-            this_hypervisor(),
+            Hypervisor(*this_machine()),
             plan.policy,
             takeover=settings.takeover,
             supersede=settings.supersede,

@@ -15,7 +15,7 @@ from .._common.formats import Word
 from .._common.options import check_path, check_text
 from .._host.target_files import check_length, is_block_device
 from .._qemu.model import EncryptedSource
-from .._repository.places import refuse_inside
+from .._repository.names import refuse_inside
 
 if TYPE_CHECKING:
     from typing import Any

@@ -1,5 +1,4 @@
 # Copyright (c) 2026, vmfleet contributors
-# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
 """Work with the entries of a directory by its descriptor: what a link points to is never read, changed or removed.

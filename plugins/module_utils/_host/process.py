@@ -12,11 +12,9 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
-
-from .._common.fields import TEXT
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -156,25 +154,6 @@ def machine_id() -> str:
     return os.uname().nodename
 
 
-@dataclass(frozen=True)
-class Hypervisor:
-    """The machine that makes a set, and its boot: no QEMU outlives that."""
-
-    name: str = field(metadata=TEXT)
-    machine_id: str = field(metadata=TEXT)
-    boot_id: str = field(metadata=TEXT)
-
-    def is_same(self, other: Hypervisor) -> bool:
-        """Return whether both are one machine, maybe booted again.
-
-        Containers on a machine may have a machine-id of their own, but have its boot. Images of machines and of
-        containers are cloned with their machine-id, which therefore has to come with the same name.
-        """
-        if self.boot_id == other.boot_id:
-            return True
-        return (self.machine_id, self.name) == (other.machine_id, other.name)
-
-
 @lru_cache(maxsize=None)
 def boot_id() -> str:
     """Return the boot of the kernel that runs this process, which is one for all containers of a machine."""
@@ -182,6 +161,6 @@ def boot_id() -> str:
         return source.read().strip()
 
 
-def this_hypervisor() -> Hypervisor:
-    """Return the machine that this process runs on."""
-    return Hypervisor(os.uname().nodename, machine_id(), boot_id())
+def this_machine() -> tuple[str, str, str]:
+    """Return the name of the machine that this process runs on, its identity and its boot."""
+    return os.uname().nodename, machine_id(), boot_id()

@@ -13,9 +13,8 @@ from .disks import READ_ONLY, choose_disks, disks_of_intent, link_disks, plan_di
 from .model import PUBLISHED_ALREADY, UNLESS, Action, Case, Choice, Decision, VmPlan
 
 if TYPE_CHECKING:
-    from .._host.process import Hypervisor
     from .._qemu.model import Job, Vm
-    from .._repository.documents import Intent, Manifest
+    from .._repository.documents import Hypervisor, Intent, Manifest
     from .._repository.repository import VmRecords
     from .model import Observation, Request, RunContext
 

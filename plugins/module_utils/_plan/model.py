@@ -21,10 +21,10 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from typing import Any
 
-    from .._host.process import Hypervisor, Process
+    from .._host.process import Process
     from .._qemu.address import Address
     from .._qemu.model import Disk, Vm
-    from .._repository.documents import Intent, Manifest
+    from .._repository.documents import Hypervisor, Intent, Manifest
     from .disks import ChainLink
 
 

@@ -23,8 +23,7 @@ from .._qemu.address import Origin
 from .._qemu.jobs import query_jobs
 from .._qemu.monitor import Monitor
 from .._qemu.query import inspect_vm
-from .._repository.annotation_documents import Depth
-from .._repository.annotations import failed_sets, read_annotations
+from .._repository.annotations import Depth, failed_sets, read_annotations
 from .._repository.chain import newest_full, walk
 from .._repository.documents import Level
 from .._repository.names import REPOSITORY_FILE
@@ -35,9 +34,9 @@ from .model import Observation, Space
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 
-    from .._host.process import Hypervisor, Process
+    from .._host.process import Process
     from .._qemu.model import Disk, Vm
-    from .._repository.documents import Intent, Manifest
+    from .._repository.documents import Hypervisor, Intent, Manifest
     from .._repository.repository import Repository, VmRecords
     from .disks import ChainLink
     from .model import DiskPlan, Policy, Request

@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING
 
 from .._common.errors import BackupError, Refused, RepositoryHangs, in_words, internal
 from .._common.formats import human
-from .._host.process import this_hypervisor
+from .._host.process import this_machine
 from .._qemu.address import parse_address
 from .._qemu.layer_tables import held_bytes
 from .._qemu.losses import lost_in_copy
+from .._repository.documents import Hypervisor
 from .._repository.names import column
 from . import decide
 from .model import Action, Plan, RunContext, VmPlan
@@ -158,7 +159,8 @@ async def draw_up(
 
     C(orders) are takeover, supersede and adopt, as RunContext has them.
     """
-    context = RunContext(set_id, secrets.token_hex(8), repository.tag, this_hypervisor(), policy, **(orders or {}))
+    here = Hypervisor(*this_machine())
+    context = RunContext(set_id, secrets.token_hex(8), repository.tag, here, policy, **(orders or {}))
     turns = asyncio.Semaphore(AT_ONCE)
     processes: dict[str, tuple[int, ...]] = {}
     losses: dict[str, tuple[str, ...]] = {}

@@ -18,9 +18,9 @@ from .._qemu import image_commands, qemu_img
 from .._qemu.image_chain import FORMAT, checked_image, open_chain
 from .._repository import chain
 from .._repository.catalog import CONSOLIDATING_SUFFIX, consolidating_files, read_catalog
-from .._repository.checksums import check_all
-from .._repository.consolidation import remove_note, rewrite_manifest, write_note
 from .._repository.documents import Consolidation, Level
+from .._repository.images import check_all, layers
+from .._repository.published import remove_note, rewrite_manifest, write_note
 from .._repository.repository import PUBLISHED_MODE
 from .._repository.staging import outstanding, remove_file, tidy
 from .retention import read_constraints
@@ -77,14 +77,14 @@ async def _make_full(repository: Repository, catalog: VmCatalog, manifest: Manif
     if errors:
         # Otherwise a damaged image would get a new checksum that fits.
         raise BackupError("; ".join(errors.values()))
-    with open_chain(chain.layers(repository, images)) as source:
+    with open_chain(layers(repository, images)) as source:
         _check_free(repository, await _most_bytes(source, images))
     name = f".{manifest.id}.{image.image}{CONSOLIDATING_SUFFIX}"
     # All is done by what is opened here, whatever has these names by then.
     with repository.opened(catalog.name) as directory, directory.directory(manifest.id) as place:
         fd = directory.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL)
         try:
-            with open_chain(chain.layers(repository, images)) as source:
+            with open_chain(layers(repository, images)) as source:
                 full = await _copy_full(source, directory.join(name), fd, image)
             async with repository.lock(catalog.name):
                 there = _unchanged(repository, manifest, image, directory, place)

@@ -18,17 +18,17 @@ from typing import TYPE_CHECKING
 from .._common.errors import BackupError, Refused
 from .._common.formats import amount, utc_now
 from .._host.lock import LockHeld, locked
-from .._repository.annotation_documents import Protection
-from .._repository.annotations import is_read, remove_annotations, write_annotation
+from .._repository.annotations import Protection
 from .._repository.catalog import read_catalog
-from .._repository.staging import remove_failure, remove_set
+from .._repository.pins import is_read
+from .._repository.published import remove_annotations, remove_failure, remove_set, write_annotation
 from .consolidate import consolidate, finish_consolidation
 from .retention import decide, read_constraints
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from .._repository.annotation_documents import Verification
+    from .._repository.annotations import Verification
     from .._repository.catalog import VmCatalog
     from .._repository.repository import Repository
     from .retention import RetentionDecision, Rules

@@ -15,9 +15,9 @@ from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from .._common.errors import BackupError
-from .._repository.annotations import is_read
 from .._repository.catalog import start_time
 from .._repository.documents import Level
+from .._repository.pins import is_read
 from .._repository.repository import FAILED, REMOVED
 
 if TYPE_CHECKING:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 from .._backup.outcome import STATES
 from .._common.fields import Fields, Flag, Maybe, Newer, Number, OneOf, Several, Text, Time, Whole, check_schema
 from .._common.formats import Word
-from .._repository.documents import ID_PATTERN, Level
+from .._repository.documents import Level
+from .._repository.names import ID_PATTERN
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

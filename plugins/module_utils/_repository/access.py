@@ -19,8 +19,7 @@ from .._host.files import claim
 from . import staging
 from .documents import Marker
 from .json_file import write_document
-from .names import REPOSITORY_FILE
-from .places import refuse_inside
+from .names import REPOSITORY_FILE, refuse_inside
 from .repository import HARMLESS, Repository, check_owner, open_repository
 
 if TYPE_CHECKING:

@@ -1,24 +1,24 @@
 # Copyright (c) 2026, vmfleet contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Annotate published sets, which stay as they are: protected, in use by an overlay, verified.
+"""Read what is said of published sets, which stay as they are: protected, in use by an overlay, verified.
 
 C(.<set id>.protected.json), C(.<set id>.pin-<8 hex>.json) and C(.<set id>.verified.json) stand in the VM's directory.
-What changes something here is called with the VM's lock held.
+They have the fields of the classes here. C(published.py) writes them.
 """
 
 from __future__ import annotations
 
-import hashlib
-import os
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
+from .._common.fields import NAME, NUMBER_OF_SCHEMA, TEXT, TIME, Document, Newer, Several, Text, holds
+from .._common.formats import SCHEMA, Word
 from .._host.directory import WrongEntry
-from .._host.process import machine_id
-from .annotation_documents import DEPTHS, Depth, Pin, Protection, Verification
-from .json_file import read_document, warn_of, write_document
+from .documents import ATTEMPT, LARGE, SET_ID
+from .json_file import read_document, warn_of
+from .names import mark
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -32,8 +32,60 @@ SUFFIX = ".json"
 PROTECTED = ".protected"
 VERIFIED = ".verified"
 PIN = ".pin-"
-PARTIAL = ".partial"
-"""What the name of a restored disk ends with until it is complete."""
+
+
+class Depth(Word):
+    """How deep a verification looks. Each depth includes those before it."""
+
+    MANIFEST = "manifest"
+    CHECKSUM = "checksum"
+    IMAGE = "image"
+    BOOT = "boot"
+    """That a guest does not start says nothing of the sets that build on its own."""
+
+
+DEPTHS = tuple(Depth)
+"""From the least deep to the deepest."""
+
+
+@dataclass(frozen=True)
+class Protection(Document):
+    """A set that is not to be removed, whatever the rules say."""
+
+    id: str = field(metadata=SET_ID)
+    since: str = field(metadata=TIME)
+    schema: int = field(default=SCHEMA, metadata=NUMBER_OF_SCHEMA)
+
+
+@dataclass(frozen=True)
+class Pin(Document):
+    """Somebody's overlay on an image of a set: C(path) on the machine C(host), made by which that image is read."""
+
+    id: str = field(metadata=SET_ID)
+    disk: str = field(metadata=NAME)
+    path: str = field(metadata=NAME)
+    host: str = field(metadata=TEXT)
+    machine_id: str = field(metadata=TEXT)
+    since: str = field(metadata=TIME)
+    schema: int = field(default=SCHEMA, metadata=NUMBER_OF_SCHEMA)
+
+
+@dataclass(frozen=True)
+class Verification(Document):
+    """How the last look at a set of this C(attempt) ended. C(errors) are empty where all was well."""
+
+    MOST: ClassVar[int] = LARGE
+
+    id: str = field(metadata=SET_ID)
+    attempt: str = field(metadata=ATTEMPT)
+    depth: Depth = field(metadata=holds(Newer(Depth)))
+    when: str = field(metadata=TIME)
+    errors: tuple[str, ...] = field(default=(), metadata=holds(Several(Text())))
+    schema: int = field(default=SCHEMA, metadata=NUMBER_OF_SCHEMA)
+
+    @property
+    def ok(self) -> bool:
+        return not self.errors
 
 
 @dataclass(frozen=True)
@@ -95,42 +147,11 @@ def _kind(stem: str) -> Any:
     return Pin if PIN in stem else None
 
 
-def is_read(pin: Pin) -> bool:
-    """Return whether what a pin stands for is still there. Only the machine that it is on can say that it is gone."""
-    return pin.machine_id != machine_id() or any(may_be_there(pin.path + end) for end in ("", PARTIAL))
-
-
-def may_be_there(path: str) -> bool:
-    """Return False only where there is certainly nothing. A path that this user may not look up may be there."""
-    try:
-        os.lstat(path)
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-    except OSError:
-        return True
-    return True
-
-
-def write_annotation(repository: Repository, vm: str, annotation: Protection | Pin | Verification) -> None:
-    """Write an annotation, in place of the one of its kind."""
-    with repository.opened(vm) as directory:
-        write_document(directory, annotation_name(annotation), annotation)
-
-
-def remove_annotations(repository: Repository, vm: str, annotations: Iterable[Protection | Pin | Verification]) -> None:
-    """Remove annotations."""
-    with repository.opened(vm) as directory:
-        for annotation in annotations:
-            directory.remove(annotation_name(annotation))
-        directory.sync()
-
-
 def annotation_name(annotation: Protection | Pin | Verification) -> str:
     """Return the name of an annotation in its VM's directory."""
     if isinstance(annotation, Pin):
         # One overlay has one pin, however often it is made.
-        place = f"{annotation.machine_id}:{annotation.path}".encode("utf-8", "surrogateescape")
-        suffix = PIN + hashlib.sha256(place).hexdigest()[:8]
+        suffix = PIN + mark(f"{annotation.machine_id}:{annotation.path}")
     else:
         suffix = PROTECTED if isinstance(annotation, Protection) else VERIFIED
     return f".{annotation.id}{suffix}{SUFFIX}"

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING
 from .._common.errors import BackupError, Refused
 from .._common.formats import parse_time
 from .._host.directory import Directory, LinkedEntry, WrongEntry
-from .annotations import annotation_name, failed_sets, is_read, read_annotations
+from .annotations import annotation_name, failed_sets, read_annotations
 from .chain import broken_below, walk
 from .names import MAX_NAMES, vm_directory
+from .pins import is_read
 from .repository import DESCRIPTION, FAILED, HARMLESS, LOCK, MANIFEST, STAGING, failure_name, note_name, staging_name
 from .staging import litter
 
@@ -22,8 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from datetime import datetime
 
-    from .annotation_documents import Pin, Protection, Verification
-    from .annotations import SetAnnotations
+    from .annotations import Pin, Protection, SetAnnotations, Verification
     from .documents import DiskImage, Manifest
     from .repository import Repository, VmRecords
 

@@ -12,13 +12,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from .documents import Level
-from .names import vm_directory
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     from .documents import DiskImage, Intent, Manifest, Parent
-    from .repository import Repository
 
 
 def newest_full(sets: Sequence[Manifest], names: Sequence[str]) -> tuple[Manifest, DiskImage] | None:
@@ -46,17 +44,6 @@ def walk(sets: Sequence[Manifest], start: Manifest, disk: str) -> tuple[list[tup
             return steps, broken
         manifest, image = by_id[image.parent.id], by_id[image.parent.id].disk(image.name_in_parent)
     return steps, f"set {start.id} has no disk {disk}"
-
-
-def layers(
-    repository: Repository, steps: Sequence[tuple[Manifest, DiskImage]]
-) -> list[tuple[tuple[str, ...], int, str | None]]:
-    """Return of each image of a chain where it is, the size of its disk, and what its header has to name."""
-    names = [f"../{manifest.id}/{image.image}" for manifest, image in steps[1:]]
-    return [
-        ((repository.path, vm_directory(manifest.vm.name), manifest.id, image.image), image.virtual_size, name)
-        for (manifest, image), name in zip(steps, [*names, None])
-    ]
 
 
 def broken_below(by_id: Mapping[str, Manifest], manifest: Manifest, image: DiskImage) -> str:

@@ -36,7 +36,7 @@ from .._common.fields import (
     part,
 )
 from .._common.formats import COLLECTION_VERSION, SCHEMA, Word
-from .._host.process import Hypervisor
+from .names import ID_PATTERN
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -64,7 +64,6 @@ class Phase(Word):
 
 LARGE = 1 << 22
 """Bytes of the largest document that speaks of disks: of sixty with a hundred layers each."""
-ID_PATTERN = r"(?!.*\.\.)[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 SET_ID = holds(Text("an id of a set", pattern=ID_PATTERN))
 ATTEMPT = holds(Text("the name of an attempt", pattern=TOKEN))
 ATTEMPT_OR_NONE = holds(Text("the name of an attempt", pattern=f"({TOKEN})?"))
@@ -158,6 +157,25 @@ class VmName:
 
 
 VM = holds(part(VmName))
+
+
+@dataclass(frozen=True)
+class Hypervisor:
+    """The machine that makes a set, and its boot: no QEMU outlives that."""
+
+    name: str = field(metadata=TEXT)
+    machine_id: str = field(metadata=TEXT)
+    boot_id: str = field(metadata=TEXT)
+
+    def is_same(self, other: Hypervisor) -> bool:
+        """Return whether both are one machine, maybe booted again.
+
+        Containers on a machine may have a machine-id of their own, but have its boot. Images of machines and of
+        containers are cloned with their machine-id, which therefore has to come with the same name.
+        """
+        if self.boot_id == other.boot_id:
+            return True
+        return (self.machine_id, self.name) == (other.machine_id, other.name)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 # Copyright (c) 2026, vmfleet contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Make a set: claim its id, write down how far it has come, publish it with one rename, or take it back. Remove sets.
+"""Make a set: claim its id, write down how far it has come, publish it with one rename, or take it back.
 
 What changes something here is called with the VM's lock held.
 """
@@ -145,12 +145,6 @@ def record_failure(repository: Repository, vm: str, failure: Failure) -> None:
         write_document(directory, failure_name(failure.id), replace(failure, error=failure.error[:LONG]))
 
 
-def remove_failure(repository: Repository, vm: str, failure: Failure) -> None:
-    """Forget how an attempt has ended."""
-    with repository.opened(vm) as directory:
-        directory.remove(failure_name(failure.id))
-
-
 def discard_images(repository: Repository, intent: Intent) -> None:
     """Give back the space that an attempt has taken; its intent stays."""
     with contextlib.suppress(FileNotFoundError), opened(repository, intent) as staging:
@@ -241,25 +235,6 @@ def _is_claimed(directory: Directory, name: str) -> bool:
     except FileNotFoundError:
         # Another process has removed it meanwhile.
         return True
-
-
-def remove_set(repository: Repository, vm: str, set_id: str) -> str:
-    """Remove a set, and return what could not be removed and why; empty where all could.
-
-    It is not listed any more from the first moment on. tidy() removes later what a crash, or an error, leaves of it.
-    """
-    with repository.opened(vm) as directory:
-        going = f".{set_id}{REMOVED}"
-        number = 1
-        while directory.status(going):
-            # Another set of this id was removed before, and not all of it could be.
-            number += 1
-            going = f".{set_id}.{number}{REMOVED}"
-        directory.rename(set_id, going)
-        directory.sync()
-        left = remove_directory(directory, going)
-        directory.sync()
-    return left
 
 
 def remove_directory(directory: Directory, name: str) -> str:

@@ -20,12 +20,11 @@ from .._host.lock import lock_directory, locked
 from .._host.open_files import refuse_used
 from .._qemu import image_lock
 from .._qemu.image_chain import ImageRefused, open_chain
-from .._repository.annotations import PARTIAL
 from .._repository.catalog import read_catalog
-from .._repository.chain import layers
-from .._repository.checksums import check_all
+from .._repository.images import check_all, layers
 from .._repository.json_file import OddDocument, read_document
-from .._repository.places import refuse_inside
+from .._repository.names import refuse_inside
+from .._repository.pins import PARTIAL
 from .model import RECEIPT
 from .receipt import Restoration
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from .._common.formats import Word, human
 from .._host import target_files
-from .._repository.annotations import PARTIAL
+from .._repository.pins import PARTIAL
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence

@@ -15,7 +15,7 @@ from .._host.directory import WrongEntry
 from .._host.files import UNFINISHED
 from .._host.process import machine_id
 from .._qemu.qcow2 import read_header
-from .._repository.annotations import PARTIAL
+from .._repository.pins import PARTIAL
 from .checks import check_unused, lock_target, read_receipt
 from .model import RECEIPT, RestoreMethod
 from .pins import remove_pins
@@ -23,7 +23,7 @@ from .pins import remove_pins
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from .._repository.annotation_documents import Pin
+    from .._repository.annotations import Pin
     from .._repository.catalog import VmCatalog
     from .._repository.repository import Repository
 

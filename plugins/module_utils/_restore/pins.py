@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 from .._common.errors import BackupError, in_words
 from .._common.formats import utc_now
 from .._host.process import machine_id
-from .._repository.annotation_documents import Pin
-from .._repository.annotations import read_annotations, remove_annotations, write_annotation
+from .._repository.annotations import Pin, read_annotations
+from .._repository.published import remove_annotations, write_annotation
 from .checks import images
 
 if TYPE_CHECKING:

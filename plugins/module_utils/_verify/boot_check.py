@@ -13,8 +13,8 @@ from .._common.formats import utc_now
 from .._host.process import machine_id
 from .._qemu import qemu_img
 from .._qemu.image_chain import FORMAT, open_chain
-from .._repository.annotation_documents import Depth, Pin
-from .._repository.chain import layers
+from .._repository.annotations import Depth, Pin
+from .._repository.images import layers
 from . import boot
 from .boot_files import BootFiles
 from .boot_options import BootDisk, Handed, flash_chips, named_files, qemu_options

@@ -16,7 +16,7 @@ from .._common.errors import BackupError, Refused
 from .._common.formats import human
 from .._qemu.firmware import FLASH
 from .._qemu.image_chain import FORMAT
-from .._repository.places import refuse_inside
+from .._repository.names import refuse_inside
 from .boot_values import checked
 from .cage import SANDBOX
 from .command_line import option_keys, pairs, properties

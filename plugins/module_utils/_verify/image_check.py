@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING
 from .._common.errors import BackupError, ToolError, in_words
 from .._qemu import image_commands, qemu_img
 from .._qemu.image_chain import Layer, open_chain
-from .._repository.annotation_documents import Depth
-from .._repository.chain import layers
-from .._repository.checksums import check_all
+from .._repository.annotations import Depth
+from .._repository.images import check_all, layers
 from .model import REMEDY
 
 if TYPE_CHECKING:

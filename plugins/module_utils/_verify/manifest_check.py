@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from .._common.errors import BackupError
 from .._host.directory import WrongEntry
 from .._host.files import UNFINISHED
-from .._repository.annotation_documents import Depth
+from .._repository.annotations import Depth
 from .._repository.documents import LARGE
 from .._repository.repository import DESCRIPTION, INTENT, MANIFEST
 from .description import parse_description

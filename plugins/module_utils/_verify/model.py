@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from .._repository.annotation_documents import DEPTHS, Depth
+from .._repository.annotations import DEPTHS, Depth
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

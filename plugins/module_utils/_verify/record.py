@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 
 from .._common.errors import BackupError, in_words
 from .._common.formats import utc_now
-from .._repository.annotation_documents import DEPTHS, Depth, Pin, Verification
-from .._repository.annotations import remove_annotations, write_annotation
+from .._repository.annotations import DEPTHS, Depth, Pin, Verification
 from .._repository.catalog import read_catalog
+from .._repository.published import remove_annotations, write_annotation
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from .._common.errors import BackupError, in_words
 from .._host.directory import Directory
-from .._repository.annotation_documents import Depth
+from .._repository.annotations import Depth
 from .._repository.catalog import lost_sets, read_catalog, require_sets, vm_names
 from .._repository.names import vm_directory
 from .._repository.repository import HARMLESS

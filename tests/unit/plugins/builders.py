@@ -18,12 +18,13 @@ from typing import Any
 from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup.receipt import ReceiptPhase, Record
 from ansible_collections.vmfleet.backup.plugins.module_utils._drive_backup.request import BitmapMode, Sync
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.directory import Directory
-from ansible_collections.vmfleet.backup.plugins.module_utils._host.process import Hypervisor, Process, machine_id
+from ansible_collections.vmfleet.backup.plugins.module_utils._host.process import Process, machine_id
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.model import Bitmap, Disk, Job, Vm
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository import staging
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.chain import set_level
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.documents import (
     DiskImage,
+    Hypervisor,
     Intent,
     Manifest,
     Parent,

@@ -10,7 +10,7 @@ import asyncio
 import json
 from typing import TYPE_CHECKING, Any
 
-from ansible_collections.vmfleet.backup.plugins.module_utils._repository.annotation_documents import Depth
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository.annotations import Depth
 from ansible_collections.vmfleet.backup.plugins.module_utils._verify.boot_options import BootOptions
 from ansible_collections.vmfleet.backup.plugins.module_utils._verify.model import VerifyOptions
 from ansible_collections.vmfleet.backup.plugins.module_utils._verify.verify import verify_all

@@ -72,7 +72,7 @@ PURE = {
     "_prune": ("retention",),
     "_qemu": ("domain_xml", "firmware"),
     "_report": ("html", "html_charts", "html_style", "html_text", "prometheus", "run", "status"),
-    "_repository": ("annotation_documents", "chain", "documents"),
+    "_repository": ("chain", "documents"),
     "_verify": ("command_line", "model"),
 }
 """Files that compute and do nothing else, so that their tests need neither files nor processes."""

@@ -18,8 +18,8 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._host.process impor
 from ansible_collections.vmfleet.backup.plugins.module_utils._plan.model import Observation, Request
 from ansible_collections.vmfleet.backup.plugins.module_utils._plan.observe import observe, with_damage, with_ends
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository import staging
-from ansible_collections.vmfleet.backup.plugins.module_utils._repository.annotation_documents import Verification
-from ansible_collections.vmfleet.backup.plugins.module_utils._repository.annotations import write_annotation
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository.annotations import Verification
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository.published import write_annotation
 from ansible_collections.vmfleet.backup.tests.unit.plugins import builders
 from ansible_collections.vmfleet.backup.tests.unit.plugins.builders import (
     ELSEWHERE,

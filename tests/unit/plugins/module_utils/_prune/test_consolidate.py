@@ -17,8 +17,8 @@ import pytest
 from ansible_collections.vmfleet.backup.plugins.module_utils._prune.consolidate import consolidate, finish_consolidation
 from ansible_collections.vmfleet.backup.plugins.module_utils._prune.retention import RetentionDecision
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.catalog import read_catalog
-from ansible_collections.vmfleet.backup.plugins.module_utils._repository.consolidation import write_note
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.documents import Consolidation, Level
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository.published import write_note
 from ansible_collections.vmfleet.backup.tests.unit.plugins.builders import (
     IMAGE_BYTES,
     begin,

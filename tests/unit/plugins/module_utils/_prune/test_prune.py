@@ -16,8 +16,7 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._prune.prune import
     headline,
 )
 from ansible_collections.vmfleet.backup.plugins.module_utils._prune.retention import RetentionDecision, Rules
-from ansible_collections.vmfleet.backup.plugins.module_utils._repository.annotation_documents import Protection
-from ansible_collections.vmfleet.backup.plugins.module_utils._repository.annotations import SetAnnotations
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository.annotations import Protection, SetAnnotations
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.catalog import VmCatalog
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.repository import VmRecords
 from ansible_collections.vmfleet.backup.tests.unit.plugins.builders import manifest

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.process import machine_id
 from ansible_collections.vmfleet.backup.plugins.module_utils._prune.retention import read_constraints
-from ansible_collections.vmfleet.backup.plugins.module_utils._repository.annotation_documents import (
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository.annotations import (
     Pin,
     Protection,
+    SetAnnotations,
     Verification,
 )
-from ansible_collections.vmfleet.backup.plugins.module_utils._repository.annotations import SetAnnotations
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.catalog import VmCatalog
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.repository import VmRecords
 from ansible_collections.vmfleet.backup.tests.unit.plugins import builders

@@ -12,7 +12,7 @@ import pytest
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._backup.outcome import Outcome, VmState, results
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import Refused
-from ansible_collections.vmfleet.backup.plugins.module_utils._host.process import this_hypervisor
+from ansible_collections.vmfleet.backup.plugins.module_utils._host.process import this_machine
 from ansible_collections.vmfleet.backup.plugins.module_utils._report.status import (
     ABSENT,
     made_here,
@@ -20,8 +20,9 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._report.status impo
     status_from_result,
     status_of_absent,
 )
-from ansible_collections.vmfleet.backup.plugins.module_utils._repository.annotation_documents import Depth, Verification
-from ansible_collections.vmfleet.backup.plugins.module_utils._repository.annotations import write_annotation
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository.annotations import Depth, Verification
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository.documents import Hypervisor
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository.published import write_annotation
 from ansible_collections.vmfleet.backup.tests.unit.plugins.builders import ELSEWHERE, image, manifest, put
 
 if TYPE_CHECKING:
@@ -114,7 +115,7 @@ class TestSets:
 
 def test_the_maker_of_the_newest_set_counts(repository: Repository) -> None:
     assert not made_here(repository, VM)
-    publish(repository, 1, hypervisor=this_hypervisor())
+    publish(repository, 1, hypervisor=Hypervisor(*this_machine()))
     assert made_here(repository, VM)
     publish(repository, 2, hypervisor=ELSEWHERE)
     assert not made_here(repository, VM)

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 from dataclasses import asdict, replace
@@ -17,22 +16,19 @@ import pytest
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import kept_warnings
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.formats import SCHEMA
-from ansible_collections.vmfleet.backup.plugins.module_utils._host.process import machine_id
-from ansible_collections.vmfleet.backup.plugins.module_utils._repository.annotation_documents import (
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository.annotations import (
     Pin,
     Protection,
-    Verification,
-)
-from ansible_collections.vmfleet.backup.plugins.module_utils._repository.annotations import (
-    PARTIAL,
     SetAnnotations,
+    Verification,
     annotation_name,
-    is_read,
     read_annotations,
+)
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository.documents import Failure
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository.published import (
     remove_annotations,
     write_annotation,
 )
-from ansible_collections.vmfleet.backup.plugins.module_utils._repository.documents import Failure
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.repository import failure_name
 from ansible_collections.vmfleet.backup.tests.unit.plugins.builders import TIME, manifest, write
 
@@ -111,39 +107,3 @@ def test_marks_that_cannot_be_used_are_told(repository: Repository, content: str
     assert replace(found, odd={}) == SetAnnotations()
     assert reason in found.odd[name]
     assert kept_warnings() == [f"VM web01: 1 entries cannot be used: {found.odd[name]}"]
-
-
-def test_a_pin_of_this_machine_ends_with_its_file_and_that_of_another_never(tmp_path: Path) -> None:
-    path = tmp_path / "vda.qcow2"
-    pin = replace(PIN, path=str(path), machine_id=machine_id())
-    assert not is_read(pin)
-    assert is_read(replace(pin, machine_id="another"))
-    # It grows, under another name.
-    partial = path.with_name(path.name + PARTIAL)
-    partial.touch()
-    assert is_read(pin)
-    partial.rename(path)
-    assert is_read(pin)
-    path.unlink()
-    path.symlink_to("nowhere")
-    assert is_read(pin)
-
-
-@pytest.mark.parametrize("error", [errno.EACCES, errno.ESTALE, errno.EIO])
-def test_a_pin_whose_file_cannot_be_looked_up_stays(monkeypatch: pytest.MonkeyPatch, error: int) -> None:
-    def refuse(_path: str) -> None:
-        raise OSError(error, os.strerror(error))
-
-    pin = replace(PIN, machine_id=machine_id())
-    monkeypatch.setattr(os, "lstat", refuse)
-    assert is_read(pin)
-
-
-def test_a_pin_below_what_cannot_be_entered(tmp_path: Path) -> None:
-    loop, file = tmp_path / "loop", tmp_path / "file"
-    loop.symlink_to(loop)
-    file.touch()
-    pin = replace(PIN, machine_id=machine_id())
-    assert is_read(replace(pin, path=str(loop / "vda.qcow2")))
-    # Below a file there is nothing, for certain.
-    assert not is_read(replace(pin, path=str(file / "vda.qcow2")))

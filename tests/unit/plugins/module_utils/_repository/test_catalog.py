@@ -17,12 +17,11 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors impo
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.formats import SCHEMA, parse_time
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.process import machine_id
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository import staging
-from ansible_collections.vmfleet.backup.plugins.module_utils._repository.annotation_documents import (
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository.annotations import (
     Pin,
     Protection,
     Verification,
 )
-from ansible_collections.vmfleet.backup.plugins.module_utils._repository.annotations import write_annotation
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.catalog import (
     CONSOLIDATING_SUFFIX,
     leftovers,
@@ -30,6 +29,7 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._repository.catalog
     vm_names,
 )
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.documents import Failure, Manifest, VmName
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository.published import write_annotation
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.repository import failure_name
 from ansible_collections.vmfleet.backup.tests.unit.plugins import builders
 from ansible_collections.vmfleet.backup.tests.unit.plugins.builders import TIME, UUID, image, intent, manifest, write

@@ -16,7 +16,7 @@ import yaml
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.fields import DocumentError, NewerSchema
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.formats import COLLECTION_VERSION
-from ansible_collections.vmfleet.backup.plugins.module_utils._repository.annotation_documents import Depth, Verification
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository.annotations import Depth, Verification
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.documents import Intent, Level, Manifest, Phase
 from ansible_collections.vmfleet.backup.tests.unit.plugins import builders
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import BackupError
-from ansible_collections.vmfleet.backup.plugins.module_utils._repository import consolidation, staging
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository import published, staging
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository import repository as repository_repository
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.documents import Consolidation, Parent
 from ansible_collections.vmfleet.backup.tests.unit.plugins.module_utils._repository.attempts import (
@@ -88,7 +88,7 @@ class TestNotes:
             with open(image, "wb") as file:
                 file.write(content)
         with repository.opened("web01") as directory:
-            consolidation.write_note(directory, Consolidation("s1", "a1", replace(IMAGE, bytes=5)))
+            published.write_note(directory, Consolidation("s1", "a1", replace(IMAGE, bytes=5)))
         [found] = repository.records("web01").sets
         assert (found.disks[0].level, found.disks[0].parent is None) == (level, level == "full")
 
@@ -160,7 +160,7 @@ class TestManifestsAreReadOnce:
     def test_one_that_takes_the_place_of_a_removed_one(self, repository: Repository) -> None:
         publish(repository, intent())
         repository.records("web01")
-        staging.remove_set(repository, "web01", "s1")
+        published.remove_set(repository, "web01", "s1")
         assert repository.records("web01").sets == ()
         publish(repository, intent(attempt="a2"))
         assert [found.attempt for found in repository.records("web01").sets] == ["a2"]

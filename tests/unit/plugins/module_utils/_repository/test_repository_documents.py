@@ -17,7 +17,7 @@ import pytest
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import BackupError
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.fields import LONG
-from ansible_collections.vmfleet.backup.plugins.module_utils._repository.annotation_documents import (
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository.annotations import (
     Depth,
     Protection,
     Verification,

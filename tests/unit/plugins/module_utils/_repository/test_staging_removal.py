@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import BackupError
-from ansible_collections.vmfleet.backup.plugins.module_utils._repository import staging
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository import published, staging
 from ansible_collections.vmfleet.backup.tests.unit.plugins.module_utils._repository.attempts import (
     FAILURE,
     begin,
@@ -106,7 +106,8 @@ class TestLitterThatStays:
         monkeypatch.setattr(os, "unlink", busy)
         left = os.path.join(repository.directory("web01"), ".s1.removed")
         assert (
-            staging.remove_set(repository, "web01", "s1") == f"{left}/.nfs0001 cannot be removed ({os.strerror(code)})"
+            published.remove_set(repository, "web01", "s1")
+            == f"{left}/.nfs0001 cannot be removed ({os.strerror(code)})"
         )
         assert os.listdir(left) == [".nfs0001"]
         staging.tidy(repository, "web01", "s2")
@@ -136,4 +137,4 @@ class TestLitterThatStays:
 
         monkeypatch.setattr(os, "unlink", broken)
         with pytest.raises(OSError, match="Input/output error"):
-            staging.remove_set(repository, "web01", "s1")
+            published.remove_set(repository, "web01", "s1")

@@ -14,11 +14,9 @@ from typing import TYPE_CHECKING
 import pytest
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import Refused
-from ansible_collections.vmfleet.backup.plugins.module_utils._repository.annotations import (
-    read_annotations,
-    write_annotation,
-)
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository.annotations import read_annotations
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.catalog import read_catalog
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository.published import write_annotation
 from ansible_collections.vmfleet.backup.plugins.module_utils._restore.checks import make_receipt
 from ansible_collections.vmfleet.backup.plugins.module_utils._restore.model import RestoreMethod
 from ansible_collections.vmfleet.backup.plugins.module_utils._restore.overlays import find_overlays, remove_overlays

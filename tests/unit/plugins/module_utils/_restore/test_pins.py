@@ -13,10 +13,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import BackupError
-from ansible_collections.vmfleet.backup.plugins.module_utils._repository.annotations import (
-    read_annotations,
-    write_annotation,
-)
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository.annotations import read_annotations
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository.published import write_annotation
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.repository import Repository
 from ansible_collections.vmfleet.backup.plugins.module_utils._restore.model import DiskRestore, RestoreMethod
 from ansible_collections.vmfleet.backup.plugins.module_utils._restore.pins import (

@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ansible_collections.vmfleet.backup.plugins.module_utils._repository.annotation_documents import Depth
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository.annotations import Depth
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.catalog import read_catalog
 from ansible_collections.vmfleet.backup.plugins.module_utils._verify.boot_check import check_boot
 from ansible_collections.vmfleet.backup.plugins.module_utils._verify.boot_options import BootOptions

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from ansible_collections.vmfleet.backup.plugins.module_utils._repository.annotation_documents import Depth
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository.annotations import Depth
 from ansible_collections.vmfleet.backup.plugins.module_utils._verify.model import Finding, bad_sets, describe, headline
 from ansible_collections.vmfleet.backup.tests.unit.plugins.verifying import VM
 

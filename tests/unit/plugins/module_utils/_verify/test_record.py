@@ -15,13 +15,16 @@ import pytest
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._prune.prune import PruneOptions, prune
 from ansible_collections.vmfleet.backup.plugins.module_utils._prune.retention import Rules
-from ansible_collections.vmfleet.backup.plugins.module_utils._repository.annotation_documents import Depth, Verification
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.annotations import (
+    Depth,
+    Verification,
     read_annotations,
+)
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository.catalog import read_catalog
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository.published import (
     remove_annotations,
     write_annotation,
 )
-from ansible_collections.vmfleet.backup.plugins.module_utils._repository.catalog import read_catalog
 from ansible_collections.vmfleet.backup.plugins.module_utils._verify.model import SetCheck, VerifyOptions
 from ansible_collections.vmfleet.backup.plugins.module_utils._verify.record import record
 from ansible_collections.vmfleet.backup.plugins.module_utils._verify.run import VerifyRun

@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from ansible_collections.vmfleet.backup.plugins.module_utils._repository.annotation_documents import Depth
-from ansible_collections.vmfleet.backup.plugins.module_utils._repository.annotations import read_annotations
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository.annotations import Depth, read_annotations
 from ansible_collections.vmfleet.backup.plugins.module_utils._verify.model import Finding, VerifyOptions
 from ansible_collections.vmfleet.backup.plugins.module_utils._verify.verify import known_vms, verify_all
 from ansible_collections.vmfleet.backup.tests.unit.plugins.verifying import VM, image, publish, verify

@@ -13,7 +13,7 @@ import pytest
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import Refused
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.access import find_repository
-from ansible_collections.vmfleet.backup.plugins.module_utils._repository.places import refuse_inside
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository.names import refuse_inside
 
 if TYPE_CHECKING:
     from pathlib import Path

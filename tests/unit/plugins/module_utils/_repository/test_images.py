@@ -12,7 +12,7 @@ import os
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from ansible_collections.vmfleet.backup.plugins.module_utils._repository.checksums import check_all
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository.images import check_all
 from ansible_collections.vmfleet.backup.tests.unit.plugins.builders import image, manifest, put
 
 if TYPE_CHECKING:

@@ -1,7 +1,7 @@
 # Copyright (c) 2026, vmfleet contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Compare the checksums of images with their manifests."""
+"""Find the image files of published sets, and compare their checksums with the manifests."""
 
 from __future__ import annotations
 
@@ -13,12 +13,24 @@ from typing import TYPE_CHECKING
 from .._host.checksum import sha256
 from .._host.directory import WrongEntry
 from .._host.files import step
+from .names import vm_directory
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     from .documents import DiskImage, Manifest
     from .repository import Repository
+
+
+def layers(
+    repository: Repository, steps: Sequence[tuple[Manifest, DiskImage]]
+) -> list[tuple[tuple[str, ...], int, str | None]]:
+    """Return of each image of a chain where it is, the size of its disk, and what its header has to name."""
+    names = [f"../{manifest.id}/{image.image}" for manifest, image in steps[1:]]
+    return [
+        ((repository.path, vm_directory(manifest.vm.name), manifest.id, image.image), image.virtual_size, name)
+        for (manifest, image), name in zip(steps, [*names, None])
+    ]
 
 
 async def check_all(repository: Repository, images: Iterable[tuple[Manifest, DiskImage]]) -> dict[tuple[str, str], str]:
