@@ -10,6 +10,8 @@ import re
 PERIPHERAL = "/machine/peripheral/"
 ON_BOARD = re.compile(r"/machine/system\.flash[0-9]")
 """Devices without an id whose path is the same at each start: the flash chips of a machine."""
+FLASH = re.compile(r"/machine/[^/]*\bflash\d+")
+"""The flash chips of a VM's firmware, such as C(/machine/system.flash0)."""
 
 
 def qdev_id(qdev: str) -> str:

@@ -13,10 +13,10 @@ import os
 import re
 from typing import TYPE_CHECKING
 
+from .._common.device_names import FLASH
 from .._common.errors import CommandError
 from .._common.formats import COLLECTION_VERSION, SCHEMA, utc_now
 from .._common.redaction import Redaction, redact
-from .firmware import FLASH
 
 if TYPE_CHECKING:
     from typing import Any

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
+from .._common.device_names import FLASH
 from .._common.errors import BackupError, Refused
 from .._common.formats import human
-from .._qemu.firmware import FLASH
 from .._qemu.image_chain import FORMAT
 from .._repository.names import refuse_inside
 from .boot_values import checked

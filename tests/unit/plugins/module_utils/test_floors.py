@@ -66,11 +66,11 @@ TOPS = {
 
 PURE = {
     "_backup": ("outcome", "results", "steps"),
-    "_common": ("argument_specs", "fields", "formats"),
+    "_common": ("argument_specs", "device_names", "fields", "formats"),
     "_drive_backup": ("steps",),
     "_plan": ("decide", "disks", "model"),
     "_prune": ("retention",),
-    "_qemu": ("domain_xml", "firmware"),
+    "_qemu": ("domain_xml",),
     "_report": ("html", "html_charts", "html_style", "html_text", "prometheus", "run", "status"),
     "_repository": ("chain", "documents"),
     "_verify": ("command_line", "model"),
