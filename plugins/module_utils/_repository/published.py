@@ -1,9 +1,9 @@
 # Copyright (c) 2026, vmfleet contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Change what stands of published sets: say something of them, note that an increment becomes full, remove them.
+"""Change published sets: say something of them, note that an increment becomes full, remove them.
 
-What changes something here is called with the VM's lock held.
+Called with the VM's lock held.
 """
 
 from __future__ import annotations
