@@ -149,10 +149,9 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._repository.catalog
     leftovers,
     read_catalog,
     start_time,
-    vm_names,
 )
-from ansible_collections.vmfleet.backup.plugins.module_utils._repository.names import unknown_vms
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.repository import open_repository
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository.vm_names import unknown_vms, vm_names
 
 if TYPE_CHECKING:
     from typing import Any

@@ -171,9 +171,9 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._prune.prune import
 from ansible_collections.vmfleet.backup.plugins.module_utils._prune.retention import PERIODS, Rules, describe
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.qemu_img import require_qemu_img
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.access import check_writable
-from ansible_collections.vmfleet.backup.plugins.module_utils._repository.catalog import read_catalog, vm_names
-from ansible_collections.vmfleet.backup.plugins.module_utils._repository.names import unknown_vms
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository.catalog import read_catalog
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.repository import open_repository
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository.vm_names import unknown_vms, vm_names
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -229,8 +229,9 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._host.probe import 
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.worker import run_in_worker
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.qemu_img import require_qemu_img
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.annotations import DEPTHS, Depth
-from ansible_collections.vmfleet.backup.plugins.module_utils._repository.names import check_set_id, unknown_vms
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository.names import check_set_id
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.repository import open_repository
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository.vm_names import unknown_vms
 from ansible_collections.vmfleet.backup.plugins.module_utils._verify.boot import find_qemu
 from ansible_collections.vmfleet.backup.plugins.module_utils._verify.boot_options import BootOptions
 from ansible_collections.vmfleet.backup.plugins.module_utils._verify.cage import find_user

@@ -13,9 +13,8 @@ from .._plan import decide
 from .._plan.model import Action, Plan, Policy, VmPlan
 from .._plan.observe import space_in
 from .._qemu.bitmaps import remove_bitmaps
-from .._repository.catalog import vm_names
 from .._repository.documents import Hypervisor
-from .._repository.names import unknown_vms
+from .._repository.vm_names import unknown_vms, vm_names
 from . import cleanup, results
 from .outcome import VmState
 from .session import hold_now, observe

@@ -14,10 +14,10 @@ from .._common.formats import parse_time
 from .._host.directory import Directory, LinkedEntry, WrongEntry
 from .annotations import annotation_name, failed_sets, read_annotations
 from .chain import broken_below, walk
-from .names import MAX_NAMES, vm_directory
 from .pins import is_read
-from .repository import DESCRIPTION, FAILED, HARMLESS, LOCK, MANIFEST, STAGING, failure_name, note_name, staging_name
+from .repository import DESCRIPTION, MANIFEST, failure_name, note_name, staging_name
 from .staging import litter
+from .vm_names import MAX_NAMES, vm_names
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -202,64 +202,6 @@ def lost_sets(repository: Repository, vm: str, records: VmRecords) -> list[str]:
         return any(name in (MANIFEST, DESCRIPTION) or name.endswith(".qcow2") for name in names)
 
     return [stray for stray in sorted(records.strays) if was_set(stray)]
-
-
-def vm_names(repository: Repository) -> list[str]:
-    """Return the VMs that a repository has sets of, is getting some, or was to, by the names in their documents."""
-    names = set()
-    with Directory.at(repository.path) as root:
-        for entry in root.entries():
-            name = entry.name
-            if name.startswith(".") or name in HARMLESS or not (entry.is_symlink() or entry.is_dir()):
-                continue
-            try:
-                with root.directory(name) as directory:
-                    found = _any_name(repository, directory)
-                    used = not found and _was_used(directory)
-            except (BackupError, OSError):
-                # Whoever reads this VM tells why it cannot be read.
-                found, used = None, True
-            if found:
-                names.add(found)
-            elif used and vm_directory(name) == name:
-                names.add(name)
-    return sorted(names)
-
-
-def _any_name(repository: Repository, directory: Directory) -> str | None:
-    """Return the name of the VM whose directory this is; None where no document of it tells."""
-    found = _any_manifest(repository, directory) or next(iter(repository.intents_in(directory)), None)
-    return found.vm.name if found else None
-
-
-def _any_manifest(repository: Repository, directory: Directory) -> Manifest | None:
-    """Return some manifest in a VM's directory, whose name does not always tell the VM's.
-
-    WrongEntry where there is none, but something else in the place of one.
-    """
-    odd: WrongEntry | None = None
-    for entry in reversed(directory.entries()):
-        if not entry.name.startswith(".") and entry.is_dir(follow_symlinks=False):
-            try:
-                found = repository.manifest(directory, entry)
-            except FileNotFoundError:
-                continue
-            except WrongEntry as error:
-                odd = error
-            else:
-                if found:
-                    return found
-    if odd:
-        raise odd
-    return None
-
-
-def _was_used(directory: Directory) -> bool:
-    """Return whether there are traces of sets of a VM that has none."""
-    hidden = [name for name in directory.names() if name.startswith(".")]
-    # Sets may have been moved away, with links in their places. Whatever else is a link, is no set where no lock is.
-    moved = LOCK in hidden and any(entry.is_symlink() for entry in directory.entries())
-    return moved or any(name.endswith((FAILED, STAGING)) for name in hidden) or bool(litter(directory))
 
 
 def start_time(manifest: Manifest) -> datetime:

@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING
 from .._common.errors import Refused
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
-    from typing import Any
+    from collections.abc import Iterable
 
 
 ID_PATTERN = r"(?!.*\.\.)[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
@@ -45,20 +44,6 @@ def refuse_inside(option: str, path: str) -> None:
             return
         place = above
     raise Refused(option, f"{path} is inside of the repository {place}; name a place outside of repositories")
-
-
-MAX_NAMES = 30
-"""VMs that are listed where one is not found."""
-
-
-def unknown_vms(unknown: Sequence[str], known: Sequence[str], path: str, **details: Any) -> Refused:
-    """Return what is said of VMs that the repository at C(path) does not know, and which there are.
-
-    Mostly a name is misspelt.
-    """
-    more = f" and {len(known) - MAX_NAMES} others" if len(known) > MAX_NAMES else ""
-    there = ", ".join(known[:MAX_NAMES]) or "none"
-    return Refused("names", f"no sets of {', '.join(unknown)} in {path}; there are: {there}{more}", **details)
 
 
 COLUMN = 32

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING
 from .._common.errors import BackupError, in_words
 from .._host.directory import Directory
 from .._repository.annotations import Depth
-from .._repository.catalog import lost_sets, read_catalog, require_sets, vm_names
+from .._repository.catalog import lost_sets, read_catalog, require_sets
 from .._repository.names import vm_directory
 from .._repository.repository import HARMLESS
+from .._repository.vm_names import vm_names
 from .boot_check import check_boot
 from .image_check import check_checksums, check_images
 from .manifest_check import check_manifest, lost_set

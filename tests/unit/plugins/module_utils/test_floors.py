@@ -64,6 +64,17 @@ TOPS = {
 }
 """Each module, and the package that it is made of."""
 
+SPARED = {
+    "_common/fields": ("block_job", "block_job_info", "vm_info"),
+    "_common/redaction": ("backup_info", "backup_metrics", "backup_report"),
+    "_drive_backup/owners": ("backup_set",),
+    "_repository/catalog": ("backup_plan", "backup_set"),
+    "_repository/images": ("backup_plan", "backup_set"),
+    "_repository/pins": ("backup_plan", "backup_set"),
+    "_repository/published": ("backup_info", "backup_metrics", "backup_plan", "backup_set"),
+}
+"""Files, and modules that need nothing of them: what is packed is sent with every task, and compiled at every start."""
+
 PURE = {
     "_backup": ("outcome", "results", "steps"),
     "_common": ("argument_specs", "device_names", "fields", "formats"),
@@ -141,11 +152,14 @@ def loaded() -> dict[str, Loaded]:
 
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
-    """The packages that Ansible packs for each module."""
+    """The files in module_utils that Ansible packs for each module, by package and name."""
     own = f"{COLLECTION}/plugins/module_utils/"
     payloads = pack(ROOT, tmp_path_factory.mktemp("payloads"))
     found = {name: [file for file in packed_files(path) if file.startswith(own)] for name, path in payloads.items()}
-    return {name: {file[len(own) :].split("/")[0] for file in files} - {"__init__.py"} for name, files in found.items()}
+    return {
+        name: {file[len(own) : -len(".py")] for file in files if not file.endswith("/__init__.py")}
+        for name, files in found.items()
+    }
 
 
 def test_every_package_has_its_floor() -> None:
@@ -172,8 +186,17 @@ def test_report_stands_on_the_outcome_alone() -> None:
 def test_module_loads_and_packs_what_it_stands_on(module: str, packed: dict[str, set[str]]) -> None:
     allowed = {TOPS[module], *FLOORS[TOPS[module]]}
     assert loaded()[f"modules.{module}"].packages <= allowed
-    assert packed[module] <= allowed
-    assert TOPS[module] in packed[module]
+    packages = {file.split("/")[0] for file in packed[module]}
+    assert packages <= allowed
+    assert TOPS[module] in packages
+
+
+@pytest.mark.parametrize(("file", "modules"), SPARED.items())
+def test_a_file_is_packed_only_for_those_that_need_it(
+    file: str, modules: tuple[str, ...], packed: dict[str, set[str]]
+) -> None:
+    assert any(file in files for files in packed.values())
+    assert not [module for module in modules if file in packed[module]]
 
 
 @pytest.mark.parametrize(("package", "file"), [(package, file) for package, files in PURE.items() for file in files])

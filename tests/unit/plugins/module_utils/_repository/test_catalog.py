@@ -26,11 +26,11 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._repository.catalog
     CONSOLIDATING_SUFFIX,
     leftovers,
     read_catalog,
-    vm_names,
 )
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.documents import Failure, Manifest, VmName
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.published import write_annotation
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.repository import failure_name
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository.vm_names import vm_names
 from ansible_collections.vmfleet.backup.tests.unit.plugins import builders
 from ansible_collections.vmfleet.backup.tests.unit.plugins.builders import TIME, UUID, image, intent, manifest, write
 
