@@ -23,6 +23,7 @@ if t.TYPE_CHECKING:
 FIRMWARE = "/usr/share/OVMF/OVMF_CODE_4M.fd"
 VARIABLES = "/usr/share/OVMF/OVMF_VARS_4M.fd"
 
+SCSI = "<controller type='scsi' model='virtio-scsi'/>"
 TPM = "<tpm model='tpm-tis'><backend type='emulator' version='2.0'/></tpm>"
 
 
@@ -63,12 +64,14 @@ def domain_xml(
     if nvram:
         loader = f"<loader readonly='yes' type='pflash'>{FIRMWARE}</loader>"
         os = f"{loader}<nvram template='{VARIABLES}'/>{os}"
+    if any(disk.bus == "scsi" for disk in disks):
+        devices = SCSI + devices
     return (
         f"<domain type='qemu'><name>{escape(name)}</name>{f'<uuid>{uuid}</uuid>' if uuid else ''}"
         f"<memory unit='MiB'>{memory}</memory>"
         f"<os><type arch='x86_64' machine='{machine}'>hvm</type>{os}</os><features><acpi/></features>"
-        "<devices><controller type='scsi' model='virtio-scsi'/><controller type='usb' model='none'/>"
-        f"<memballoon model='none'/>{''.join(disk.xml for disk in disks)}{TPM * tpm}{devices}</devices>{more}</domain>"
+        "<devices><controller type='usb' model='none'/><memballoon model='none'/>"
+        f"{''.join(disk.xml for disk in disks)}{TPM * tpm}{devices}</devices>{more}</domain>"
     )
 
 

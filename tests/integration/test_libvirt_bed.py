@@ -10,15 +10,18 @@ import os
 import signal
 import subprocess
 import sys
+import time
 import typing as t
 from pathlib import Path
 
 import pytest
 
 from ansible_collections.vmfleet.backup.tests.harness.forks import Fork
+from ansible_collections.vmfleet.backup.tests.harness.guest import file_in, file_system
 from ansible_collections.vmfleet.backup.tests.harness.images import MIB, identical, patterned, unlocked
 from ansible_collections.vmfleet.backup.tests.harness.libvirt import Libvirt
 from ansible_collections.vmfleet.backup.tests.harness.libvirt_domains import DomainDisk
+from ansible_collections.vmfleet.backup.tests.harness.libvirt_guest import TARGETS, GuestDomain
 from ansible_collections.vmfleet.backup.tests.harness.modules import ROOT, succeed
 from ansible_collections.vmfleet.backup.tests.harness.playbooks import HYPERVISOR_PYTHON, Hypervisor, python_path
 from ansible_collections.vmfleet.backup.tests.harness.qemu import PATIENCE, wait_until
@@ -218,3 +221,27 @@ def test_nothing_is_left_of_a_test_that_is_killed(directory: Path) -> None:
     assert not set(spaces()) - set(before)
     assert unlocked(image)
     assert Path("/proc/self/mounts").read_text() == mounts
+
+
+@pytest.mark.slow
+def test_guest_is_frozen(libvirt: Libvirt, directory: Path) -> None:
+    guest = GuestDomain(libvirt, directory)
+    guest.start()
+    assert guest.agent("guest-fsfreeze-status") == "thawed"
+    guest.virsh("domfsfreeze")
+    assert guest.agent("guest-fsfreeze-status") == "frozen"
+    # The round that the freeze has met.
+    wait_until(lambda: not guest_writes(guest), "the end of the guest's writes")
+    copies = [guest.freeze(target, directory / f"{target}.qcow2") for target in TARGETS]
+    guest.virsh("domfsthaw")
+    rounds = guest.rounds
+    wait_until(lambda: guest.rounds > rounds + 1, "the guest's next writes")
+    found = [int(file_in(file_system(copy, copy.with_suffix(".raw")), "round")) for copy in copies]
+    assert found[0] - found[1] in (0, 1)
+
+
+def guest_writes(guest: GuestDomain) -> bool:
+    """Return whether the guest writes within a second."""
+    before = [guest.virsh("domblkstat", target) for target in TARGETS]
+    time.sleep(1)
+    return before != [guest.virsh("domblkstat", target) for target in TARGETS]
