@@ -192,7 +192,8 @@ from ansible_collections.vmfleet.backup.tests.harness.libvirt_domains import Dom
 from ansible_collections.vmfleet.backup.tests.harness.libvirt import Libvirt
 from pathlib import Path
 bed = Libvirt()
-domain = bed.start("web01", DomainDisk(Path(sys.argv[1])))
+domain = bed.start(sys.argv[2], DomainDisk(Path(sys.argv[1])), nvram=True, memory=64)
+assert domain.nvram.exists() and domain.log
 print(bed.inside.pid, flush=True)
 time.sleep(600)
 """
@@ -200,10 +201,11 @@ time.sleep(600)
 
 def test_nothing_is_left_of_a_test_that_is_killed(directory: Path) -> None:
     image = patterned(directory / "disk.qcow2")
+    name = f"left-{os.getpid()}"
     mounts = Path("/proc/self/mounts").read_text()
     before = spaces()
     test = subprocess.Popen(
-        [sys.executable, "-c", KILLED, str(image)],
+        [sys.executable, "-c", KILLED, str(image), name],
         stdout=subprocess.PIPE,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         text=True,
@@ -216,6 +218,8 @@ def test_nothing_is_left_of_a_test_that_is_killed(directory: Path) -> None:
         assert {"libvirtd", "virtlogd", "qemu-system-x86", "sleep"} <= programs
         assert init in inside
         assert not unlocked(image)
+        left = [path for place in ("/etc", "/run", "/var") for path in Path(place).rglob(f"*{name}*")]
+        assert not left
         test.kill()
     wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in inside), "the end of all")
     assert not set(spaces()) - set(before)
