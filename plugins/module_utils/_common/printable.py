@@ -42,17 +42,15 @@ NESTED = (dict, list, tuple)
 
 def printable_result(found: Any) -> Any:
     """Return the result of a module with what people read in it made printable."""
-    # Of thousands of sets, nearly all members stay as they are: a call for each takes longer than to read the sets.
     if isinstance(found, dict):
-        return {
-            name: _texts(value, MADE[name])
-            if name in MADE
-            else printable_result(value)
-            if isinstance(value, NESTED)
-            else value
+        # Of thousands of sets, nearly all members stay as they are: a call for each takes longer than to read the sets.
+        changed = {
+            name: _texts(value, MADE[name]) if name in MADE else printable_result(value)
             for name, value in found.items()
+            if value and (name in MADE or isinstance(value, NESTED))
         }
-    return [printable_result(one) for one in found] if isinstance(found, (list, tuple)) else found
+        return {**found, **changed} if changed else found
+    return [printable_result(one) if isinstance(one, NESTED) else one for one in found]
 
 
 def _texts(found: Any, make: Any) -> Any:

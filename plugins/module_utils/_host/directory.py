@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 FLAGS = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY
 """Nothing that is opened here is waited for: a named pipe may have stood there a moment ago."""
+PLACE = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 KINDS = {
     stat.S_IFREG: "a file",
     stat.S_IFDIR: "a directory",
@@ -123,8 +124,7 @@ class Directory:
     def directory(self, name: str) -> Directory:
         """Open a directory in this one. WrongEntry where something else stands there."""
         try:
-            flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-            return Directory(self.join(name), os.open(_checked(self, name), flags, dir_fd=self.fd))
+            return Directory(self.join(name), os.open(_checked(self, name), PLACE, dir_fd=self.fd))
         except OSError as error:
             if error.errno in (errno.ENOTDIR, errno.ELOOP):
                 raise self.wrong(name, "a directory") from None
