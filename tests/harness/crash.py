@@ -60,7 +60,7 @@ STEPS = {
     },
     "_qemu/guest_agent": {"freeze": "freeze", "thaw": "thaw"},
     "_qemu/guest_freeze": {"Freezer": "hold guest", "thaw": "thaw guest"},
-    "_qemu/qemu_img": {"run": "run"},
+    "_qemu/qemu_img": {"run": "run", "run_long": "run"},
     "_qemu/target_image": {"_make_file": "make file", "create": "make image", "reserve": "reserve"},
     "_repository/access": {"create_repository": "create repository"},
     "_repository/published": {

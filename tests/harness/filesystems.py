@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import signal
 import subprocess
 import typing as t
 from pathlib import Path
@@ -135,6 +136,76 @@ class PassThrough:
 
     def __exit__(self, *exc: object) -> None:
         _run("umount", self.path)
+
+
+class Mirror:
+    """Another view of a directory, through FUSE, by a server that can be slow (see bindfs(1)), or stopped."""
+
+    def __init__(self, path: Path, below: Path, *options: str) -> None:
+        self.path = path
+        self._command = ["bindfs", "-f", *options, str(below), str(path)]
+
+    def __enter__(self) -> Mirror:
+        self.path.mkdir()
+        self._server = subprocess.Popen(self._command, stdin=subprocess.DEVNULL)
+        wait_until(self.path.is_mount, "the mount of bindfs")
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.go_on()
+        _run("umount", self.path)
+        self._server.wait()
+
+    @property
+    def pid(self) -> int:
+        """The server's process id. Stopped (SIGSTOP), it keeps all waiting who ask it for something."""
+        return self._server.pid
+
+    def go_on(self) -> None:
+        """Let a server go on that was stopped."""
+        self._server.send_signal(signal.SIGCONT)
+
+
+class NbdServer:
+    """An image behind the UNIX socket C(path), as the guest sees it or, for the format raw, as it stands there."""
+
+    def __init__(self, path: Path, image: Path, fmt: str = "raw", export: str = "") -> None:
+        self.path = path
+        self.export = export
+        self._pid = path.with_name(path.name + ".pid")
+        names = ["-x", export] if export else []
+        self._command = [
+            "qemu-nbd",
+            "-t",
+            "-e",
+            "8",
+            "-f",
+            fmt,
+            *names,
+            "-k",
+            str(path),
+            "--pid-file",
+            str(self._pid),
+            str(image),
+        ]
+
+    def __enter__(self) -> NbdServer:
+        self._server = subprocess.Popen(self._command, stdin=subprocess.DEVNULL)
+        wait_until(lambda: self._pid.exists() or self._server.poll() is not None, "the start of qemu-nbd")
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._server.kill()
+        self._server.wait()
+
+    @property
+    def url(self) -> str:
+        """The name by which QEMU finds it."""
+        return f"nbd+unix:///{self.export}?socket={self.path}"
+
+    def stop(self) -> None:
+        """Keep all waiting who ask it for something."""
+        self._server.send_signal(signal.SIGSTOP)
 
 
 class LoopDevice:

@@ -111,7 +111,7 @@ class TestConsolidation:
         assert manifest
         new = directory / "new"
         done: list[str] = []
-        run, advise = qemu_img.run, os.posix_fadvise
+        run, advise = qemu_img.run_long, os.posix_fadvise
 
         async def told_run(command: list[str], *arguments: t.Any, **options: t.Any) -> str:
             done.append(command[1])
@@ -122,7 +122,7 @@ class TestConsolidation:
                 done.append("forget")
             advise(fd, *arguments)
 
-        monkeypatch.setattr(qemu_img, "run", told_run)
+        monkeypatch.setattr(qemu_img, "run_long", told_run)
         monkeypatch.setattr(os, "posix_fadvise", told_advise)
         self.make_full(library, new, manifest.disks[0])
         assert done[:3] == ["convert", "forget", "compare"]

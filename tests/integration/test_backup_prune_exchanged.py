@@ -30,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("clean")
 
 MOMENTS: dict[str, tuple[t.Any, str]] = {
     "before the new image is made": (consolidate, "_check_free"),
-    "before it is filled": (qemu_img, "run"),
+    "before it is filled": (qemu_img, "run_long"),
     "before it is flushed": (preallocate, "flush_open"),
     "before it is compared": (image_commands, "compare_command"),
     "before the lock is held": (Repository, "lock"),
@@ -115,7 +115,7 @@ def test_it_is_exchanged_for_a_link(
 
     def call(*arguments: t.Any, **options: t.Any) -> t.Any:
         # The lock is held for a moment before, too.
-        if exchanged or (name == "run" and arguments[0][1] != "convert") or (name == "lock" and not new.exists()):
+        if exchanged or (name == "run_long" and arguments[0][1] != "convert") or (name == "lock" and not new.exists()):
             return real(*arguments, **options)
         exchanged.append(moment)
         exchange.begin()

@@ -99,6 +99,15 @@ async def probe(path: str, timeout: float | None = None, writing: bool = False) 
         question.close()
 
 
+async def answers(path: str) -> bool:
+    """Return whether the file system of C(path) answers, be it with an error."""
+    question = Probe(path)
+    try:
+        return await question.answered(TIMEOUT)
+    finally:
+        question.close()
+
+
 async def probe_if_there(path: str, writing: bool = False) -> None:
     """Do as probe() does for a directory that may be missing: then the nearest one above it is asked.
 

@@ -55,7 +55,7 @@ class Process:
     @classmethod
     def of(cls, pid: int) -> Process | None:
         """Return the process of this id; None where there is none, or where it is out of sight, as from a container."""
-        stat = _process_stat(pid) if proc_is_ours() else []
+        stat = process_stat(pid) if proc_is_ours() else []
         return cls(pid, int(stat[19])) if stat else None
 
     @classmethod
@@ -81,13 +81,13 @@ class Process:
     def alive(self) -> bool:
         """Return whether it has not ended."""
         # A zombie has closed its files and ended its jobs: only its exit status is still there.
-        stat = _process_stat(self.pid)
+        stat = process_stat(self.pid)
         return bool(stat) and int(stat[19]) == self.start and stat[0] != "Z"
 
     @property
     def stopped(self) -> bool:
         """Return whether a signal or a debugger has stopped it."""
-        return _process_stat(self.pid)[:1] in (["T"], ["t"])
+        return process_stat(self.pid)[:1] in (["T"], ["t"])
 
 
 def proc_is_ours() -> bool:
@@ -101,7 +101,7 @@ def proc_is_ours() -> bool:
     return len(ids) == 1
 
 
-def _process_stat(pid: int) -> list[str]:
+def process_stat(pid: int) -> list[str]:
     """Return the fields of /proc/PID/stat from the state on (proc(5)); empty where there is no such process."""
     try:
         with open(f"/proc/{pid}/stat", encoding="ascii", errors="replace") as stat:

@@ -172,12 +172,12 @@ async def _copy_full(source: Chain, path: str, fd: int, image: DiskImage) -> Dis
     name = qemu_img.by_descriptor(fd)
     fds = (*source.fds, fd)
     command = image_commands.convert_command(source.name, name, FORMAT, compression=image.compression)
-    await qemu_img.run(command, image_commands.LONG_TIMEOUT, fds, is_long=True)
+    await qemu_img.run_long(command, fds)
     preallocate.flush_open(path, fd)
     # It is to be read back from stable storage.
     os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
     command = image_commands.compare_command(source.name, checked_image(fd, path, image.virtual_size).name)
-    await qemu_img.run(command, image_commands.LONG_TIMEOUT, fds, is_long=True)
+    await qemu_img.run_long(command, fds)
     if os.fstat(fd).st_size == image.bytes:
         # Their sizes must differ: they tell the two apart after a crash. QEMU ignores what follows its clusters.
         os.ftruncate(fd, image.bytes + qemu_img.CLUSTER)

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 FORMAT = "qcow2"
 MEASURE_TIMEOUT = 600.0
-"""Seconds for measuring a chain: for that the tables of all its images are read."""
+"""Seconds for measuring a chain: for that the tables of all its images are read. Without it, the sizes of files do."""
 
 
 class ImageRefused(BackupError):

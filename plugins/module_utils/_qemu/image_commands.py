@@ -8,9 +8,6 @@ Reference: QEMU 7.2, docs/tools/qemu-img.rst.
 
 from __future__ import annotations
 
-LONG_TIMEOUT = 7 * 24 * 3600.0
-"""Seconds for reading an image to its end: no sensible one takes as long."""
-
 
 def info_command(path: str, image_format: str = "", shared: bool = False) -> list[str]:
     """Return C(qemu-img info). If not C(shared), it fails on an image that somebody else has open for writing."""

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from .._common.errors import ToolError
 from .._common.redaction import redact_text
 from .._host.process import die_with_parent
+from .._host.progress import Patience
 
 if TYPE_CHECKING:
     from typing import Any
@@ -29,6 +30,8 @@ class NotInstalled(ToolError):
 
 TIMEOUT = 60.0
 """Seconds for one qemu-img command that looks at metadata only; a hung file system is what comes near it."""
+LOOK_INTERVAL = 10.0
+"""Seconds between two looks whether a long command goes on."""
 MAX_LINES = 3
 """Lines of an error that are told; C(qemu-img check) may have one for each cluster."""
 CLUSTER = 65536
@@ -67,18 +70,31 @@ def _format(option: str, image_format: str) -> list[str]:
     return [option, image_format] if image_format else []
 
 
-async def run(
-    command: list[str], timeout: float = TIMEOUT, pass_fds: tuple[int, ...] = (), is_long: bool = False
-) -> str:
+async def run(command: list[str], timeout: float = TIMEOUT, pass_fds: tuple[int, ...] = ()) -> str:
     """Run a command and return what it printed; raises ToolError with the command's own words.
 
     C(pass_fds) are inherited: the images of a chain, or a lock, which lasts until a command that writes has ended, even
-    where its parent is killed before. A command that C(is_long) ends with its parent instead: nobody needs what it
-    would go on to write.
+    where its parent is killed before.
+    """
+    return await _run(command, command, timeout, pass_fds)
+
+
+async def run_long(command: list[str], pass_fds: tuple[int, ...] = ()) -> str:
+    """Do as run() does with a command that reads or writes whole images, for as long as it goes on.
+
+    It ends with this process: nobody needs what it would go on to write.
     """
     try:
+        return await _run(command, die_with_parent(command), 0, pass_fds)
+    except FileNotFoundError:
+        raise _not_installed(command) from None
+
+
+async def _run(command: list[str], started: list[str], timeout: float, pass_fds: tuple[int, ...]) -> str:
+    """Run a command, which is started as C(started). Without a C(timeout) it is given up where it stands still."""
+    try:
         process = await asyncio.create_subprocess_exec(
-            *(die_with_parent(command) if is_long else command),
+            *started,
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
@@ -86,26 +102,45 @@ async def run(
             env={**os.environ, "LC_ALL": "C"},
         )
     except FileNotFoundError:
-        raise NotInstalled(
-            f"{command[0]} is not installed on this hypervisor (Debian: qemu-utils, Red Hat and SUSE: qemu-img)"
-        ) from None
+        raise _not_installed(command) from None
+    said = asyncio.ensure_future(process.communicate())
+    reason = "it is not waited for"
     try:
-        output, errors = await asyncio.wait_for(process.communicate(), timeout)
-    except BaseException as error:
-        with contextlib.suppress(ProcessLookupError):
-            process.kill()
-        if not isinstance(error, asyncio.TimeoutError):
-            raise
+        reason = await _wait(said, process.pid, timeout)
+    finally:
+        if reason:
+            said.cancel()
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+    if reason:
         # A process that hangs in the kernel does not end.
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(process.wait(), 1)
-        text = "{}: no end within {:g} s; does its file system hang?".format(" ".join(command), timeout)
-        raise ToolError(_readable(command, text, pass_fds)) from None
+        text = "{}: {}; does its file system hang?".format(" ".join(command), reason)
+        raise ToolError(_readable(command, text, pass_fds))
+    output, errors = await said
     if process.returncode != 0:
         raise ToolError(
             _readable(command, "{}: {}".format(" ".join(command), errors.decode("utf-8", "replace").strip()), pass_fds)
         )
     return output.decode("utf-8", "replace")
+
+
+async def _wait(said: asyncio.Future[Any], pid: int, timeout: float) -> str:
+    """Wait for the end of a process; return why it will not come, or is not waited for any longer."""
+    if timeout:
+        return "" if (await asyncio.wait([said], timeout=timeout))[0] else f"no end within {timeout:g} s"
+    patience = Patience(pid)
+    reason = ""
+    while not reason and not (await asyncio.wait([said], timeout=LOOK_INTERVAL))[0]:
+        reason = patience.ends()
+    return reason
+
+
+def _not_installed(command: list[str]) -> NotInstalled:
+    return NotInstalled(
+        f"{command[0]} is not installed on this hypervisor (Debian: qemu-utils, Red Hat and SUSE: qemu-img)"
+    )
 
 
 def by_descriptor(fd: int) -> str:
@@ -147,4 +182,4 @@ async def run_json(command: list[str], timeout: float = TIMEOUT, pass_fds: tuple
 def require_qemu_img() -> None:
     """Raise ToolError where there is no qemu-img: better now than after the first VM."""
     if shutil.which("qemu-img") is None:
-        raise ToolError("qemu-img is not installed on this hypervisor (Debian: qemu-utils, Red Hat and SUSE: qemu-img)")
+        raise _not_installed(["qemu-img"])

@@ -34,12 +34,14 @@ def make_pin(disk: DiskRestore) -> Pin:
 @asynccontextmanager
 async def pinned(repository: Repository, vm: str, disk: DiskRestore, warnings: list[str]) -> AsyncIterator[None]:
     """Keep a chain from being pruned while it is read: until the copy is complete, or as long as the overlay exists."""
+    # When something goes wrong, the file system of the target may answer no more.
+    pin = make_pin(disk)
     is_new = await put_pin(repository, vm, disk, warnings)
     try:
         yield
     except BaseException:
         if is_new:
-            await _remove_or_warn(repository, vm, [make_pin(disk)], warnings)
+            await _remove_or_warn(repository, vm, [pin], warnings)
         raise
     await remove_other_pins(repository, vm, disk, warnings)
 

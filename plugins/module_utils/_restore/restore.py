@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from .._common.errors import BackupError, Refused, after, in_words
 from .._host import preallocate, target_files
 from .._host.directory import Directory
+from .._host.probe import answers
 from .._qemu import image_commands, qemu_img
 from .._repository.annotations import read_annotations
 from .._repository.json_file import write_document
@@ -116,6 +117,9 @@ async def _write_file(
             _take_name(repository, disk, replaces)
     except BaseException as error:
         with after(error):
+            # A call on one that hangs would never return.
+            if not await answers(os.path.dirname(disk.partial)):
+                raise BackupError(f"{disk.partial} is left there: its file system does not answer") from None
             if target_files.identity(disk.partial) == made:
                 target_files.remove(disk.partial)
         raise
@@ -147,7 +151,7 @@ async def _copy(repository: Repository, disk: DiskRestore, path: str) -> None:
         if qemu_img.is_aligned(disk.format, disk.image.virtual_size) and _takes_direct(path):
             # All of it has to reach stable storage anyway, and others need the page cache.
             command[2:2] = ["-t", "none"]
-        await qemu_img.run(command, image_commands.LONG_TIMEOUT, chain.fds, is_long=True)
+        await qemu_img.run_long(command, chain.fds)
 
 
 def _takes_direct(path: str) -> bool:

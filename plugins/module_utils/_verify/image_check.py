@@ -75,7 +75,7 @@ async def _check_image(run: VerifyRun, layer: Layer) -> str:
             with open_chain([layer]) as image:
                 # The QEMU that has made a published image may still have it open: all commands ignore locks (-U).
                 command = ["qemu-img", "check", "-q", "-U", "--", image.name]
-                await qemu_img.run(command, image_commands.LONG_TIMEOUT, image.fds)
+                await qemu_img.run_long(command, image.fds)
     except ToolError as error:
         return f"image {layer.path} is damaged: {error}; {REMEDY}"
     except (BackupError, OSError) as error:
@@ -89,7 +89,7 @@ async def _read_disk(run: VerifyRun, steps: Sequence[SetImage]) -> str:
         async with run.processors:
             with open_chain(layers(run.repository, steps)) as chain:
                 command = image_commands.read_command(chain.name, steps[0][1].virtual_size)
-                await qemu_img.run(command, image_commands.LONG_TIMEOUT, chain.fds)
+                await qemu_img.run_long(command, chain.fds)
     except ToolError as error:
         path = run.repository.set_image_path(*steps[0])
         return f"image {path} cannot be read whole: {error}; {REMEDY}"

@@ -46,7 +46,7 @@ def child(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
 
 def wait_for_state(pid: int, state: str) -> None:
     deadline = time.monotonic() + 10
-    while host_process._process_stat(pid)[0] != state:
+    while host_process.process_stat(pid)[0] != state:
         assert time.monotonic() < deadline
         time.sleep(0.01)
 

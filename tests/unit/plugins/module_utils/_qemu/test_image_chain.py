@@ -64,7 +64,7 @@ def test_a_chain_reads_as_qemu_reads_it(layers: list[Layer], tmp_path: Path) -> 
             os.unlink(layer.path)
             create(tmp_path / "other", SIZE).rename(layer.path)
         command = image_commands.convert_command(chain.name, str(tmp_path / "again"), "raw")
-        asyncio.run(commands.run(command, pass_fds=chain.fds, is_long=True))
+        asyncio.run(commands.run_long(command, chain.fds))
     assert (tmp_path / "again").read_bytes() == wanted
 
 

@@ -136,6 +136,27 @@ class TestRun:
 
         asyncio.run(hang())
 
+    def test_long_command_that_stands_still_is_killed(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(qemu_img, "LOOK_INTERVAL", 0.01)
+        monkeypatch.setattr(qemu_img, "Patience", lambda pid: Patient(tmp_path / "pid", pid))
+
+        class Patient:
+            def __init__(self, place: Path, pid: int) -> None:
+                self._place = place
+                self._pid = pid
+
+            def ends(self) -> str:
+                return f"process {self._pid} sleeps" if self._place.exists() and self._place.read_text() else ""
+
+        async def hang() -> None:
+            with pytest.raises(ToolError) as failed:
+                await qemu_img.run_long(shell(f"echo $$ > {tmp_path}/pid; exec sleep 60"))
+            pid = (tmp_path / "pid").read_text().strip()
+            assert str(failed.value).endswith(f"sleep 60: process {pid} sleeps; does its file system hang?")
+            await gone(tmp_path / "pid")
+
+        asyncio.run(hang())
+
     def test_command_of_a_task_that_is_cancelled_is_killed(self, tmp_path: Path) -> None:
         async def cancel() -> None:
             task = asyncio.ensure_future(qemu_img.run(shell(f"echo $$ > {tmp_path}/pid; exec sleep 60")))
@@ -149,7 +170,7 @@ class TestRun:
 
     def test_long_command_dies_with_its_parent(self, tmp_path: Path) -> None:
         def work() -> None:
-            asyncio.run(qemu_img.run(shell(f"echo $$ > {tmp_path}/pid; exec sleep 60"), is_long=True))
+            asyncio.run(qemu_img.run_long(shell(f"echo $$ > {tmp_path}/pid; exec sleep 60")))
 
         async def kill() -> None:
             parent = multiprocessing.get_context("fork").Process(target=work)
@@ -162,11 +183,11 @@ class TestRun:
         asyncio.run(kill())
 
     def test_long_command_is_like_any_other(self, tmp_path: Path) -> None:
-        assert asyncio.run(qemu_img.run(shell("echo said; echo noise >&2"), is_long=True)) == "said\n"
+        assert asyncio.run(qemu_img.run_long(shell("echo said; echo noise >&2"))) == "said\n"
         with pytest.raises(ToolError, match=r"^sh -c echo no >&2; exit 3: no$"):
-            asyncio.run(qemu_img.run(shell("echo no >&2; exit 3"), is_long=True))
+            asyncio.run(qemu_img.run_long(shell("echo no >&2; exit 3")))
         with pytest.raises(qemu_img.NotInstalled, match="is not installed on this hypervisor"):
-            asyncio.run(qemu_img.run([str(tmp_path / "qemu-img")], is_long=True))
+            asyncio.run(qemu_img.run_long([str(tmp_path / "qemu-img")]))
 
     def test_locks_are_inherited(self, tmp_path: Path) -> None:
         with open(tmp_path / "lock", "w", encoding="ascii") as lock:
