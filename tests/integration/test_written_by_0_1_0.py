@@ -15,8 +15,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
 import typing as t
 from pathlib import Path
 
@@ -25,7 +23,8 @@ import pytest
 from ansible_collections.vmfleet.backup.tests.harness.backup import release, snapshot
 from ansible_collections.vmfleet.backup.tests.harness.images import MIB, identical
 from ansible_collections.vmfleet.backup.tests.harness.library import NAME, Chain, Library, restored_to
-from ansible_collections.vmfleet.backup.tests.harness.modules import PACKAGE, fail, module_input, succeed
+from ansible_collections.vmfleet.backup.tests.harness.modules import fail, succeed
+from ansible_collections.vmfleet.backup.tests.harness.old_version import WRITTEN, OldVersion
 from ansible_collections.vmfleet.backup.tests.harness.qemu import Disk, Qemu
 from ansible_collections.vmfleet.backup.tests.harness.sets import SLOW, result_of
 
@@ -34,7 +33,6 @@ if t.TYPE_CHECKING:
 
 pytestmark = pytest.mark.usefixtures("clean")
 
-WRITTEN = Path(__file__).parents[1] / "data" / "written_by_0.1.0"
 SETS = {"db04": ["s1"], "db05": ["s2", "s1"], "web01": ["s2", "s1"]}
 """The sets of each VM, newest first."""
 
@@ -95,45 +93,6 @@ class Written:
 @pytest.fixture
 def written(directory: Path) -> Written:
     return Written(directory)
-
-
-ELSEWHERE = """
-set -e
-hostname hv2
-mount --bind "$1/machine-id" /etc/machine-id
-mount --bind "$1/boot-id" /proc/sys/kernel/random/boot_id
-shift
-exec "$@"
-"""
-"""Be another machine, for one command."""
-
-
-class OldVersion:
-    """The modules of version 0.1.0, on this machine or on another one."""
-
-    def __init__(self, root: Path, elsewhere: bool = False) -> None:
-        shutil.unpack_archive(WRITTEN / "collection.tar.xz", root, filter="tar")
-        self._root = root
-        self._way: list[str] = []
-        if elsewhere:
-            (root / "machine-id").write_text("0f1e2d3c4b5a69788796a5b4c3d2e1f0\n")
-            (root / "boot-id").write_text("5b0e7a52-3c1d-4e8f-9a6b-7c8d9e0f1a2b\n")
-            self._way = ["unshare", "--mount", "--uts", "sh", "-c", ELSEWHERE, "sh", str(root)]
-
-    def run(self, module: str, **arguments: t.Any) -> dict[str, t.Any]:
-        """Run a module that has to succeed."""
-        done = subprocess.run(
-            [*self._way, sys.executable, "-m", f"{PACKAGE}.{module}"],
-            input=module_input(arguments),
-            capture_output=True,
-            text=True,
-            cwd=self._root,
-            env={**os.environ, "PYTHONPATH": str(self._root)},
-            check=False,
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        result: dict[str, t.Any] = json.loads(done.stdout)
-        return result
 
 
 @pytest.fixture

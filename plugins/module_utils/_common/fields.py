@@ -17,6 +17,7 @@ from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 from .formats import SCHEMA, Word
+from .redaction import redact_text
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -79,6 +80,13 @@ class Text(FieldRule):
         if isinstance(value, str) and self.least <= len(value) <= self.most and (not self.fits or self.fits(value)):
             return value
         raise self.refuse(value)
+
+
+class Said(Text):
+    """What others have said, such as QEMU's reason for an error. Version 0.1.0 has left secrets in that."""
+
+    def read(self, value: Any) -> str:
+        return redact_text(super().read(value))
 
 
 TIME_PATTERN = r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}(\.[0-9]{3})?Z"
@@ -299,7 +307,7 @@ def _default(entry: dataclasses.Field[Any]) -> Any:
 def _text(rule: FieldRule) -> Text | None:
     """Return the rule of the texts that a rule takes as they are."""
     rule = rule.rule if isinstance(rule, Maybe) else rule
-    return rule if isinstance(rule, Text) else None
+    return rule if isinstance(rule, Text) and not isinstance(rule, Said) else None
 
 
 def holds(rule: FieldRule) -> Mapping[str, Any]:
@@ -316,6 +324,7 @@ def part(cls: type[Any]) -> Part:
 TOKEN = "[A-Za-z0-9][A-Za-z0-9-]{0,63}"
 """What is drawn by lot, such as an attempt: it becomes a part of names."""
 TEXT = holds(Text())
+SAID = holds(Said())
 NAME = holds(Text("a name", least=1))
 TIME = holds(Time())
 SIZE = holds(Whole())

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from .._backup.outcome import STATES
-from .._common.fields import Fields, Flag, Maybe, Newer, Number, OneOf, Several, Text, Time, Whole, check_schema
+from .._common.fields import Fields, Flag, Maybe, Newer, Number, OneOf, Said, Several, Text, Time, Whole, check_schema
 from .._common.formats import Word
 from .._repository.documents import Level
 from .._repository.names import ID_PATTERN
@@ -49,22 +49,22 @@ VM = Fields(
     name=Text("a name", least=1),
     state=OneOf(*STATES, "absent"),
     changed=Flag(),
-    error=Text(),
+    error=Said(),
     reason=Text(),
-    warnings=Several(Text(), plain=True),
+    warnings=Several(Said(), plain=True),
     consistency_reason=Text(),
     frozen_ms=Whole(),
     path=Text(),
     set=Maybe(SET),
     last=Maybe(SET),
-    damage=Text(),
+    damage=Said(),
     verified_at=Time(empty=True),
 )
 TOLD: dict[str, Any] = {
     "repository": Text(),
     "id": ID_OR_NONE,
     "written": Time(empty=True),
-    "error": Text(),
+    "error": Said(),
     "vms": Several(VM, most=FLEET, plain=True),
 }
 RECORD = Fields(**TOLD)

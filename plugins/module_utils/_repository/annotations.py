@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar
 
-from .._common.fields import NAME, NUMBER_OF_SCHEMA, TEXT, TIME, Document, Newer, Several, Text, holds
+from .._common.fields import NAME, NUMBER_OF_SCHEMA, TEXT, TIME, Document, Newer, Said, Several, holds
 from .._common.formats import SCHEMA, Word
 from .._host.directory import WrongEntry
 from .documents import ATTEMPT, LARGE, SET_ID
@@ -80,7 +80,7 @@ class Verification(Document):
     attempt: str = field(metadata=ATTEMPT)
     depth: Depth = field(metadata=holds(Newer(Depth)))
     when: str = field(metadata=TIME)
-    errors: tuple[str, ...] = field(default=(), metadata=holds(Several(Text())))
+    errors: tuple[str, ...] = field(default=(), metadata=holds(Several(Said())))
     schema: int = field(default=SCHEMA, metadata=NUMBER_OF_SCHEMA)
 
     @property

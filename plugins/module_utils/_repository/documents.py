@@ -17,6 +17,7 @@ from .._common.fields import (
     INODE,
     NAME,
     NUMBER_OF_SCHEMA,
+    SAID,
     SECONDS,
     SIZE,
     TEXT,
@@ -311,7 +312,7 @@ class Failure(Document):
     attempt: str = field(metadata=ATTEMPT_OR_NONE)
     id: str = field(metadata=SET_ID)
     state: str = field(metadata=holds(OneOf("failed", "cancelled")))
-    error: str = field(metadata=TEXT)
+    error: str = field(metadata=SAID)
     started: str = field(metadata=TIME)
     ended: str = field(metadata=TIME)
     schema: int = field(default=SCHEMA, metadata=NUMBER_OF_SCHEMA)

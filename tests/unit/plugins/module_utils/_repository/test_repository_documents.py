@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING
 import pytest
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import BackupError
-from ansible_collections.vmfleet.backup.plugins.module_utils._common.fields import LONG
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.annotations import (
     Depth,
     Protection,
@@ -43,7 +42,7 @@ def test_it_is_read_as_it_was_written(tmp_path: Path) -> None:
 
 
 def test_one_of_many_bytes(tmp_path: Path) -> None:
-    large = Verification("s1", "a1", Depth.IMAGE, TIME, ("ä" * LONG,) * 3)
+    large = Verification("s1", "a1", Depth.IMAGE, TIME, ("ä" * 16384,) * 12)
     write(tmp_path / "document", asdict(large))
     assert read(tmp_path / "document", Verification) == large
 
