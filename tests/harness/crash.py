@@ -26,6 +26,7 @@ import sys
 import typing as t
 from pathlib import Path
 
+from ansible_collections.vmfleet.backup.plugins.module_utils._qemu import libvirt_client
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu import monitor as qemu_monitor
 
 if t.TYPE_CHECKING:
@@ -112,6 +113,8 @@ PASSED_THROUGH = frozenset(
         "_host/texts",
         "_host/worker",
         "_qemu/connection",
+        "_qemu/libvirt_client",
+        "_qemu/libvirt_domain",
         "_qemu/monitor",
         "_qemu/qmp_client",
         "_repository/json_file",
@@ -188,6 +191,7 @@ class _Watch:
         for name in ("fsync", "pwrite"):
             self._announce(os, name)
         self._announce_commands()
+        self._announce_calls()
         self._announce_messages("send")
         self._announce_messages("sendall")
         self._announce_programs()
@@ -228,6 +232,22 @@ class _Watch:
             return await execute(monitor, command, arguments, fd)
 
         qemu_monitor.Monitor.execute = announced
+
+    def _announce_calls(self) -> None:
+        """What is said to QEMU through libvirt. It is a thread of its own that says it."""
+        ask = libvirt_client.LibvirtClient._ask
+
+        def announced(client: t.Any, request: str, file: int | None) -> str:
+            command = _command(request.encode())
+            if not command:
+                return ask(client, request, file)
+            place = self._askers.get(command)
+            self._step(command, place=place)
+            said = ask(client, request, file)
+            self._step(command, AFTER, place)
+            return said
+
+        libvirt_client.LibvirtClient._ask = announced  # type: ignore[method-assign]
 
     def _announce_messages(self, name: str) -> None:
         """What is said to QEMU and to agents. Behind the message, they do as told, whoever lives to hear the answer."""

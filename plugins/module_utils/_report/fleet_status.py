@@ -119,19 +119,26 @@ class StatusRow:
 def expected_vms(
     listed: Iterable[Mapping[str, Any]], sockets: Iterable[str], running: Sequence[Mapping[str, Any]]
 ) -> list[str]:
-    """Return the VMs that a hypervisor should back up; one that does not answer is called after its socket."""
+    """Return the VMs that a hypervisor should back up; one that does not answer is called after its monitor."""
     named = {_address(vm["monitor"]): vm["name"] for vm in listed if "name" in vm}
     others = [vm for vm in running if vm["monitor"] not in named]
     answering = [vm["monitor"] for vm in running]
     exact = [_address(path) for path in sockets if not re.search(r"[*?[]", path)]
     silent = [vm["monitor"] for vm in others if "name" not in vm] + [one for one in exact if one not in answering]
     names = [vm["name"] for vm in listed if "name" in vm] + [vm["name"] for vm in others if "name" in vm]
-    return list(dict.fromkeys([*names, *(re.sub(r"[.][^.]*$", "", monitor.rpartition("/")[2]) for monitor in silent)]))
+    return list(dict.fromkeys([*names, *map(_stem, silent)]))
 
 
 def _address(monitor: str) -> str:
     """Return a monitor's address as vm_info tells it."""
     return f"unix:{monitor}" if monitor.startswith("/") else monitor
+
+
+def _stem(monitor: str) -> str:
+    """Return what a backup calls a VM of which only its monitor is known."""
+    if monitor.startswith("libvirt:"):
+        return monitor[len("libvirt:") :]
+    return monitor if monitor.startswith("tcp:") else re.sub(r"[.][^.]*$", "", monitor.rpartition("/")[2])
 
 
 def fleet_status(heres: Sequence[Mapping[str, Any]], max_age: str = "", silent: Sequence[str] = ()) -> dict[str, Any]:

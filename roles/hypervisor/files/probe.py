@@ -2,13 +2,14 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Print, as JSON, what the interpreter that runs this has to do with qemu.qmp."""
+"""Print, as JSON, what the interpreter that runs this has to do with qemu.qmp, and with libvirt."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
 import json
+import os
 import site
 import sys
 
@@ -30,6 +31,8 @@ print(
             "path": path,
             "pip": importlib.util.find_spec("pip") is not None,
             "distribution": sys.prefix == "/usr",
+            "libvirt": importlib.util.find_spec("libvirt_qemu") is not None,
+            "has_libvirt": os.path.isdir("/run/libvirt"),
             "site": site.getsitepackages()[0],
         },
     ),

@@ -165,6 +165,13 @@ def test_a_long_name_moves_its_own_line_only() -> None:
         ([("tcp:[::1]:4444", "web01")], [], [("tcp:[::1]:4444", "other")], ["web01"]),
         # One that does not answer is called after its socket; a pattern is no VM.
         ([], ["/run/*.qmp"], [("unix:/run/a.b.qmp", None)], ["a.b"]),
+        (
+            [("libvirt:web.01", None), ("tcp:h:4444", None)],
+            [],
+            [("libvirt:web.01", None), ("tcp:h:4444", None)],
+            ["web.01", "tcp:h:4444"],
+        ),
+        ([("libvirt:web01", None)], [], [("libvirt:web01", "web01")], ["web01"]),
         ([], ["/run/*.qmp", "/run/off.qmp", "/run/[ab]"], [("unix:/run/a.qmp", "web01")], ["web01", "off"]),
         ([], ["/run/a.qmp"], [("unix:/run/a.qmp", "web01")], ["web01"]),
         # Each once.
