@@ -47,8 +47,8 @@ POINTS = {
     "consolidate > remove note > sync directory: fsync",
     "remove set: rename",
     "remove set > sync directory: fsync",
-    "remove set > remove: remove",
-    "remove set: rmdir",
+    "remove set > remove directory > remove: remove",
+    "remove set > remove directory: rmdir",
     "remove annotations > sync directory: fsync",
 }
 

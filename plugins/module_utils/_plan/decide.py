@@ -56,6 +56,7 @@ def decide(request: Request, seen: Observation, records: VmRecords, context: Run
         wanted=request.wanted,
         quiesce=request.quiesce,
         agent=request.agent,
+        libvirt_uri=request.libvirt_uri,
         unless=UNLESS.get(case, ""),
         disks=disks,
         left_out=choice.left_out,

@@ -192,7 +192,7 @@ async def draw_up(
             # A defect of ours that shows with one VM is not to take the others along.
             defects.append(f"{request.monitor}: {traceback.format_exc()}")
             reason = internal(error)
-        return VmPlan(named.name, named.monitor, Action.FAIL, reason)
+        return VmPlan(named.name, named.monitor, Action.FAIL, reason, libvirt_uri=named.libvirt_uri)
 
     async def in_turn(request: Request) -> VmPlan:
         async with turns:

@@ -14,8 +14,8 @@ import pytest
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._backup.cancel import plan_of_names
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import Refused
-from ansible_collections.vmfleet.backup.plugins.module_utils._host.process import this_hypervisor
-from ansible_collections.vmfleet.backup.plugins.module_utils._repository.documents import VmName
+from ansible_collections.vmfleet.backup.plugins.module_utils._host.process import this_machine
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository.documents import Hypervisor, VmName
 from ansible_collections.vmfleet.backup.tests.unit.plugins.builders import WEB01, begin, intent, manifest, put
 
 if TYPE_CHECKING:
@@ -38,6 +38,6 @@ def test_a_name_that_is_not_known_is_refused_with_those_that_are(repository: Rep
 
 def test_without_names_those_are_meant_whose_sets_are_being_made_here(repository: Repository) -> None:
     put(repository, manifest("s1"))
-    begin(repository, intent("s2", hypervisor=this_hypervisor()))
+    begin(repository, intent("s2", hypervisor=Hypervisor(*this_machine())))
     begin(repository, intent("s2", vm=replace(WEB01, name="web02")))
     assert [planned.name for planned in plan_of_names(repository, None).vms] == ["web01"]

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 
@@ -14,11 +14,12 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._host.confinement i
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.process import Process
 from ansible_collections.vmfleet.backup.plugins.module_utils._plan.decide import decide
 from ansible_collections.vmfleet.backup.plugins.module_utils._plan.disks import ChainLink
-from ansible_collections.vmfleet.backup.plugins.module_utils._plan.model import Observation, Policy
+from ansible_collections.vmfleet.backup.plugins.module_utils._plan.model import Observation, Policy, Request
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.model import Job
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.documents import (
     Failure,
     Intent,
+    Level,
     Parent,
     VmName,
 )
@@ -170,6 +171,22 @@ def test_decide(facts: Observation, records: VmRecords, action: str, reason: str
     plan = decide(REQUEST, facts, records, TERMS).plan
     assert plan.action == action
     assert reason in plan.reason
+
+
+def test_all_that_is_asked_for_is_in_the_plan() -> None:
+    request = Request(
+        "web01",
+        "libvirt:web01",
+        include_disks=("vda",),
+        exclude_disks=("vdb",),
+        wanted=Level.DIFFERENTIAL,
+        quiesce="try",
+        agent="/agent",
+        libvirt_uri="qemu:///session",
+    )
+    defaults = Request("", "")
+    assert all(getattr(request, entry.name) != getattr(defaults, entry.name) for entry in fields(Request))
+    assert decide(request, OFF, VmRecords(), TERMS).plan.request == request
 
 
 def test_a_vm_that_is_off_may_be_skipped_but_one_that_is_silent_never() -> None:
