@@ -31,6 +31,7 @@ if t.TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
     from pathlib import Path
 
+    from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.libvirt_client import LibvirtClient
     from ansible_collections.vmfleet.backup.tests.harness.libvirt import Libvirt
     from ansible_collections.vmfleet.backup.tests.harness.libvirt_domains import Domain
 
@@ -242,14 +243,19 @@ def test_domain_that_hangs_costs_itself_only(libvirt: Libvirt, sets: Sets, direc
 
 
 @pytest.mark.usefixtures("impatient")
-def test_after_a_time_out_nothing_more_is_asked(domain: Domain) -> None:
+def test_after_a_time_out_nothing_more_is_asked(domain: Domain, monkeypatch: pytest.MonkeyPatch) -> None:
     async def hang(monitor: Monitor) -> None:
         assert monitor.process
+        thread = t.cast("LibvirtClient", monitor._client)._domain._thread
+        assert thread
+        calls, call = [], thread.call
+        monkeypatch.setattr(thread, "call", lambda *args: calls.append(args) or call(*args))
         os.kill(monitor.process.pid, signal.SIGSTOP)
         try:
             questions = (monitor.execute("query-status") for _number in range(9))
             found = await asyncio.gather(*questions, return_exceptions=True)
             assert {str(error) for error in found} == {str(found[0])}
+            assert len(calls) == 1
             raise t.cast("Exception", found[0])
         finally:
             os.kill(monitor.process.pid, signal.SIGCONT)
