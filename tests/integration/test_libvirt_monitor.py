@@ -9,13 +9,16 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import subprocess
 import typing as t
+from pathlib import Path
 
 import pytest
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._common import errors
-from ansible_collections.vmfleet.backup.plugins.module_utils._qemu import libvirt_domain
+from ansible_collections.vmfleet.backup.plugins.module_utils._qemu import block_jobs, libvirt_domain
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.address import parse_address
+from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.jobs import query_jobs
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.libvirt_connection import load_binding
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.monitor import Monitor
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.names import vm_directory
@@ -29,7 +32,6 @@ from ansible_collections.vmfleet.backup.tests.harness.sets import Sets, result_o
 
 if t.TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
-    from pathlib import Path
 
     from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.libvirt_client import LibvirtClient
     from ansible_collections.vmfleet.backup.tests.harness.libvirt import Libvirt
@@ -216,6 +218,30 @@ def test_libvirtd_is_restarted_in_the_middle_of_a_set(domain: Domain, sets: Sets
     domain.libvirt.restart_daemon()
     assert result_of(process.result(), "web01")["state"] == "published"
     sets.assert_good("web01", {"virtio-disk0": copy})
+
+
+@pytest.mark.parametrize("module", ["drive_backup", "backup_set"])
+def test_libvirtd_is_restarted_in_the_middle_of_the_last_step(
+    domain: Domain, sets: Sets, target: Path, monkeypatch: pytest.MonkeyPatch, module: str
+) -> None:
+    dismiss_jobs = block_jobs.dismiss_jobs
+    restarted: list[int] = []
+
+    async def restart_and_dismiss(*args: t.Any) -> None:
+        if not restarted and any(job.ended for job in await query_jobs(args[0])):
+            restarted.append(int(Path("/run/libvirtd.pid").read_text()))
+            os.kill(restarted[0], signal.SIGKILL)
+            environment = os.environ | {"PATH": os.environ["PATH"] + ":/usr/sbin:/sbin"}
+            subprocess.run(["libvirtd", "--daemon"], check=True, env=environment)
+        await dismiss_jobs(*args)
+
+    monkeypatch.setattr(block_jobs, "dismiss_jobs", restart_and_dismiss)
+    asked: dict[str, t.Any] = {"monitor": ADDRESS, "device": "virtio-disk0", "target": str(target)}
+    if module == "backup_set":
+        asked = {"plan": sets.plan(ADDRESS)["plan"]}
+    pid = int(domain.libvirt.seen_here("/run/libvirtd.pid").read_text())
+    succeed(module, asked, inside=domain.libvirt.inside)
+    assert int(domain.libvirt.seen_here("/run/libvirtd.pid").read_text()) != pid
 
 
 @pytest.mark.usefixtures("impatient")

@@ -15,7 +15,7 @@ import time
 import traceback
 from typing import TYPE_CHECKING
 
-from .._common.errors import BackupError, RepositoryHangs, in_words, internal
+from .._common.errors import BackupError, MonitorLost, RepositoryHangs, in_words, internal
 from .._common.formats import boottime
 from .._plan.model import PUBLISHED_ALREADY, Action, Case
 from .._plan.observe import find_process
@@ -151,7 +151,7 @@ async def _bring_to_state(run: BackupRun, task: VmTask) -> Outcome:
     while True:
         with run.slice.busy():
             hanging = await watch.ask() if watch else ""
-            found = await (cleanup.abandon(run, task, hanging) if hanging else _take_step(run, task))
+            found = await (cleanup.abandon(run, task, hanging) if hanging else _take_step_with_libvirt(run, task))
         run.slots.arrive(task.name)
         outcome = found if isinstance(found, Outcome) else await _wait(run, task, found)
         if outcome:
@@ -159,6 +159,14 @@ async def _bring_to_state(run: BackupRun, task: VmTask) -> Outcome:
 
 
 # One step
+
+
+async def _take_step_with_libvirt(run: BackupRun, task: VmTask) -> Outcome | Pending:
+    """Take the next step. It is taken again where libvirt was restarted in its middle: nothing has happened to QEMU."""
+    try:
+        return await _take_step(run, task)
+    except MonitorLost as error:
+        return Pending(WaitFor.MONITOR, str(error))
 
 
 async def _take_step(run: BackupRun, task: VmTask) -> Outcome | Pending:

@@ -13,7 +13,7 @@ import asyncio
 import time
 from typing import TYPE_CHECKING
 
-from .._common.errors import JobFailed, MonitorError, MonitorGone
+from .._common.errors import JobFailed, MonitorError, MonitorGone, MonitorLost
 from .._qemu import block_jobs
 from .._qemu.jobs import StallClock, has_stopped
 from . import preflight, receipt
@@ -161,6 +161,10 @@ async def back_up(session: Session) -> list[dict[str, Any]]:
             if followed:
                 raise lost(session.request, followed, str(error)) from error
             raise
+        except MonitorLost:
+            # What has begun goes on without libvirt, and every step can be taken again.
+            if not followed:
+                raise
         if not followed:
             return jobs
         await wait(session, process, began, followed, jobs)
