@@ -55,6 +55,7 @@ def test_case_36_each_set_holds_what_there_was_then(history: History, sets: Sets
             "id": "s2",
             "sha256": sets.manifest("web01", "s2")["disks"][0]["sha256"],
             "attempt": sets.manifest("web01", "s2")["attempt"],
+            "disk": "",
         },
     ]
 
