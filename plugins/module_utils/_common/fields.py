@@ -31,8 +31,6 @@ LONG = 1 << 16
 """Characters of the longest text."""
 MANY = 4096
 """Entries of the longest list."""
-DIGITS = 20
-"""More than a number has."""
 MISSING = dataclasses.MISSING
 RULE = "rule"
 """The key of a rule in the metadata of a field."""
@@ -122,7 +120,6 @@ class Whole(FieldRule):
         self.what = f"a whole number from {least} on"
 
     def read(self, value: Any) -> int:
-        # True is an int, too.
         if isinstance(value, int) and value is not True and value is not False and self.least <= value < self.below:
             return value
         raise self.refuse(value)
@@ -388,7 +385,7 @@ def _check_texts(found: Any) -> None:
 
 
 def _whole(digits: str) -> int:
-    if len(digits) > DIGITS:
+    if len(digits) > 20:  # more than a number has
         raise DocumentError("it has a number that is too large")
     return int(digits)
 
@@ -397,7 +394,7 @@ def _refuse_constant(text: str) -> None:
     raise DocumentError(f"it has a number {text}")
 
 
+BLANKS = " \t\n\r"
 # Other releases of Python refuse a number of thousands of digits, which takes them long, by themselves.
 LIMITED = hasattr(sys, "set_int_max_str_digits")
-BLANKS = " \t\n\r"
 JSON = json.JSONDecoder(parse_int=None if LIMITED else _whole, parse_constant=_refuse_constant)

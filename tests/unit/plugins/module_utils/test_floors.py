@@ -66,7 +66,6 @@ TOPS = {
 
 SPARED = {
     "_common/fields": ("block_job", "block_job_info", "vm_info"),
-    "_common/redaction": ("backup_info", "backup_metrics", "backup_report"),
     "_drive_backup/owners": ("backup_set",),
     "_repository/catalog": ("backup_plan", "backup_set"),
     "_repository/images": ("backup_plan", "backup_set"),
