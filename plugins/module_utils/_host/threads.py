@@ -24,7 +24,12 @@ class CallThread:
 
     def __init__(self) -> None:
         self._queue: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
-        threading.Thread(target=self._work, daemon=True).start()
+        self._thread = threading.Thread(target=self._work, daemon=True)
+        self._thread.start()
+
+    def put(self, work: Callable[[], None]) -> None:
+        """Have C(work), which raises nothing, done after the calls before it."""
+        self._queue.put(work)
 
     def call(self, function: Callable[[], Any], instead: Callable[[], None] | None = None) -> asyncio.Future[Any]:
         """Have C(function) called after the calls before it.
@@ -39,12 +44,16 @@ class CallThread:
             elif instead:
                 instead()
 
-        self._queue.put(work)
+        self.put(work)
         return answer
 
     def end(self) -> None:
         """Let the thread end after the calls before this."""
         self._queue.put(None)
+
+    def join(self) -> None:
+        """Wait for its end."""
+        self._thread.join()
 
     def _work(self) -> None:
         for work in iter(self._queue.get, None):

@@ -22,7 +22,6 @@ import signal
 import sys
 import threading
 import traceback
-from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
 from .._common.errors import RepositoryHangs
@@ -30,7 +29,7 @@ from .._common.module import run_module
 from .._common.printable import printable
 from .files import DirectCalls
 from .probe import Watch
-from .threads import answer_in_thread, settle
+from .threads import CallThread, answer_in_thread, settle
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
@@ -64,19 +63,19 @@ class ThreadedCalls(DirectCalls):
         self._hangs = ""
         self._awaited: set[asyncio.Future[Any]] = set()
         self._asking: asyncio.Task[None] | None = None
-        self._queue: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
-        self._worker: threading.Thread | None = None
+        self._thread: CallThread | None = None
         self._places = asyncio.Semaphore(LONG_AT_ONCE)
 
     async def __aenter__(self) -> ThreadedCalls:
         return self
 
     async def __aexit__(self, *exc: object) -> None:
+        if self._thread is None:
+            return
         # To close a file can hang as well, and nobody has waited for that.
         with contextlib.suppress(RepositoryHangs):
-            await self.run(self._queue.put, None)
-            if self._worker:
-                self._worker.join()
+            await self.run(self._thread.end)
+            self._thread.join()
 
     async def run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Call C(function) after the calls before it, and return what it returns; RepositoryHangs where it hangs."""
@@ -98,14 +97,9 @@ class ThreadedCalls(DirectCalls):
         self._put(lambda: _close(fd))
 
     def _put(self, work: Callable[[], None]) -> None:
-        if self._worker is None:
-            self._worker = threading.Thread(target=self._work, daemon=True)
-            self._worker.start()
-        self._queue.put(work)
-
-    def _work(self) -> None:
-        for work in iter(self._queue.get, None):
-            work()
+        if self._thread is None:
+            self._thread = CallThread()
+        self._thread.put(work)
 
     def _call(self, answer: asyncio.Future[Any], function: Callable[[], Any]) -> None:
         # Where it hangs, its caller was told already.
