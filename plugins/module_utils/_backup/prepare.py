@@ -190,7 +190,7 @@ async def _make_images(locked: LockedVm, intent: Intent, links: Sequence[ChainLi
             if admission.label:
                 await calls.run(set_file_label, target.path, admission.label, fd)
             reserved = await calls.run(target_image.reserve, replace(target, fd=fd)) and reserved
-            grown.append(replace(disk, inode=inode, label=admission.before if admission.label else ""))
+            grown.append(replace(disk, inode=inode, label=admission.former_label))
     finally:
         calls.close(staging.fd)
     if not reserved and not run.watched:

@@ -57,8 +57,9 @@ async def prepare_target(vm: Vm, copy: Copy, overwrite: bool, may_label: bool = 
         _refuse_hidden(copy, vm)
     await _refuse_used(drive, image_format)
     admission = _admission(vm, drive, image_format)
-    if admission.reason and not (admission.label and may_label):
-        raise Refused("target", admission.reason)
+    refusal = admission.refusal(may_label)
+    if refusal:
+        raise Refused("target", refusal)
     return target_image.Target(
         path=drive.image_path,
         format=image_format,
@@ -67,7 +68,7 @@ async def prepare_target(vm: Vm, copy: Copy, overwrite: bool, may_label: bool = 
         compress=drive.compress,
         block_device=target_files.is_block_device(drive.target),
         label=admission.label,
-        former_label=admission.before if admission.label else "",
+        former_label=admission.former_label,
     )
 
 

@@ -190,6 +190,15 @@ class Admission:
     before: str = ""
     label: str = ""
 
+    def refusal(self, may_label: bool) -> str:
+        """Return why QEMU cannot be given such a file; empty where it can, be it with another label, if that may be."""
+        return "" if self.label and may_label else self.reason
+
+    @property
+    def former_label(self) -> str:
+        """Return what a file that got C(label) is given back; empty where it keeps its own."""
+        return self.before if self.label else ""
+
 
 ADMITTED = Admission()
 

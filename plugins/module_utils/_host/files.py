@@ -95,6 +95,13 @@ def claim(source: str, name: str) -> None:
         os.rename(source, name)
 
 
+def nearest_directory(path: str) -> str:
+    """Return a path, or the nearest one above it where there is a directory: in that one it is going to be made."""
+    while not os.path.isdir(path):
+        path = os.path.dirname(path)
+    return path
+
+
 @contextlib.contextmanager
 def scratch(directory: str, stem: str) -> Iterator[int]:
     """Open a file that nobody sees, and of which nothing is left, whatever ends this process.

@@ -5,24 +5,19 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from .._host.confinement import ADMITTED, Sample, admit, label_of, open_labels
 from .._host.directory import Directory
-from .._host.files import scratch
-from .._repository.names import REPOSITORY_FILE
+from .._host.files import nearest_directory, scratch
+from .._host.probe import PREFIX
 
 if TYPE_CHECKING:
     from .._host.confinement import Admission
     from .._qemu.model import Vm
     from .._repository.repository import Repository
     from .model import Observation
-
-
-STEM = f".{REPOSITORY_FILE}."
-"""What the name of the file begins with, where it has one for a moment."""
 
 
 def with_admission(seen: Observation, repository: Repository, name: str) -> Observation:
@@ -38,7 +33,7 @@ def _admission(vm: Vm, process: int, repository: Repository, name: str) -> Admis
     if not (qemu.is_held or qemu.context):
         return ADMITTED
     try:
-        with _nearest(repository, name) as directory, scratch(f"/proc/self/fd/{directory.fd}", STEM) as fd:
+        with _nearest(repository, name) as directory, scratch(f"/proc/self/fd/{directory.fd}", PREFIX) as fd:
             # The directory in which a set grows, and the images in it, get the label that this has got.
             sample = Sample(fd, repository.path, spare=True)
             return admit(qemu, sample, open_labels(process, vm.files) if qemu.context else ())
@@ -52,7 +47,4 @@ def _nearest(repository: Repository, name: str) -> Directory:
     try:
         return repository.opened(name)
     except FileNotFoundError:
-        path = repository.path
-        while not os.path.isdir(path):
-            path = os.path.dirname(path)
-        return Directory.at(path)
+        return Directory.at(nearest_directory(repository.path))

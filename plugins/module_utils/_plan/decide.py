@@ -124,8 +124,9 @@ def _not_begun(seen: Observation, records: VmRecords, context: RunContext, choic
             f"encrypted_source: disk {encrypted} is encrypted at rest, and its copy would not be; exclude it"
             " (exclude_disks), or let it be copied with encrypted_source: warn (vm_backup_encrypted_source)"
         )
-    if seen.admission.reason and not (seen.admission.label and context.policy.selinux_label):
-        return Case.CONFINED, seen.admission.reason
+    refusal = seen.admission.refusal(context.policy.selinux_label)
+    if refusal:
+        return Case.CONFINED, refusal
     return Case.NOT_BEGUN, f"there is no set {context.id} of this VM"
 
 

@@ -16,7 +16,8 @@ from ansible.module_utils.common.text.formatters import human_to_bytes
 from .._common.errors import BackupError, MonitorGone, Refused
 from .._common.formats import human
 from .._host import preallocate
-from .._host.files import scratch
+from .._host.files import nearest_directory, scratch
+from .._host.probe import PREFIX
 from .._host.process import machine_id
 from .._qemu import estimate, qemu_img
 from .._qemu.address import Origin
@@ -26,7 +27,6 @@ from .._qemu.query import inspect_vm
 from .._repository.annotations import Depth, failed_sets, read_annotations
 from .._repository.chain import newest_full, walk
 from .._repository.documents import Level
-from .._repository.names import REPOSITORY_FILE
 from .._repository.staging import outstanding
 from .admission import with_admission
 from .model import Observation, Space
@@ -235,9 +235,7 @@ class SpaceTracker:
     def __init__(self, repository: Repository, policy: Policy) -> None:
         self._repository = repository
         self._policy = policy
-        self._path = repository.path
-        while not os.path.isdir(self._path):
-            self._path = os.path.dirname(self._path)
+        self._path = nearest_directory(repository.path)
         self._reservable = _reservable(self._path)
         self._growing: dict[str, Intent] = {}
         self._seen = -self.RESCAN
@@ -282,7 +280,7 @@ def short_of_space(repository: Repository, policy: Policy) -> str:
 def _reservable(directory: str) -> bool:
     """Tell whether space can be reserved here, tried on a file of which nothing is left, whatever happens."""
     try:
-        with scratch(directory, f".{REPOSITORY_FILE}.") as probe:
+        with scratch(directory, PREFIX) as probe:
             return preallocate.allocate(probe, qemu_img.CLUSTER)
     except OSError:
         return False
