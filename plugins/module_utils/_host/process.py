@@ -72,10 +72,12 @@ class Process:
     def arguments(self) -> list[str]:
         """Return its command line; an empty one where it has ended, or is none of our business."""
         try:
-            with open(f"/proc/{self.pid}/cmdline", encoding="utf-8", errors="surrogateescape") as command_line:
-                return command_line.read().split("\0")
+            with open(f"/proc/{self.pid}/cmdline", "rb") as command_line:
+                content = command_line.read()
         except OSError:
             return []
+        # It lives after the reading, so the pid was its own all the time.
+        return [os.fsdecode(argument) for argument in content.split(b"\0")[:-1]] if self.alive else []
 
     @property
     def alive(self) -> bool:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from .._common.errors import AgentError, MonitorError, MonitorGone
 from .answers import quoted
 from .guest_agent import AgentGone, AgentRefusal, GuestAgent
-from .libvirt_connection import LibvirtConnection
+from .libvirt_connection import OPERATION_INVALID, SYSTEM_ERROR, LibvirtConnection
 from .libvirt_domain import LibvirtDomain
 
 if TYPE_CHECKING:
@@ -30,8 +30,6 @@ if TYPE_CHECKING:
 
 # virErrorNumber
 INTERNAL_ERROR = 1
-SYSTEM_ERROR = 38
-OPERATION_INVALID = 55
 ARGUMENT_UNSUPPORTED = 74
 AGENT_UNRESPONSIVE = 86
 AGENT_COMMAND_TIMEOUT = 112

@@ -40,17 +40,21 @@ class LibvirtClient:
         await self._domain.open()
         try:
             await self._domain.wait_until_free()
+            await self._meet()
+        except BaseException:
+            await self.close()
+            raise
+        return self._process
+
+    async def _meet(self) -> None:
+        """Ask which QEMU this is."""
+        try:
             self.version = version_text(await self.execute("query-version"))
             cpus = await self.execute("query-cpus-fast")
             check_answer("query-cpus-fast", cpus)
             self._process = _qemu_of(cpus, self._domain.connection.uuid)
         except ValueError as odd:
-            await self.close()
             raise senseless(self.address, "query-version or query-cpus-fast", odd) from odd
-        except BaseException:
-            await self.close()
-            raise
-        return self._process
 
     async def close(self, _is_told: bool = True) -> None:
         """End the conversation."""

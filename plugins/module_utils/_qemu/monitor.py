@@ -70,7 +70,7 @@ class Monitor:
 
     @property
     def passes_fds(self) -> bool:
-        """Return whether file descriptors can be handed to this QEMU."""
+        """Return whether file descriptors can be handed to this QEMU (SCM_RIGHTS exists on UNIX sockets only)."""
         return not self.address.port
 
     async def execute(self, command: str, arguments: dict[str, Any] | None = None, fd: int | None = None) -> Any:

@@ -149,11 +149,6 @@ class QmpClient:
         except ValueError as error:
             raise self._bad_greeting(QMPError("its greeting tells no version of QEMU")) from error
 
-    @property
-    def passes_fds(self) -> bool:
-        """Return whether file descriptors can be handed to this QEMU (SCM_RIGHTS exists on UNIX sockets only)."""
-        return bool(self.address.path)
-
     async def execute(self, command: str, arguments: dict[str, Any] | None, fd: int | None = None) -> Any:
         """Run one QMP command and return its C(return) member. The open file C(fd) goes with it."""
         client = self._require_client()

@@ -9,7 +9,6 @@ Secrets are taken out: a backup is read by more people than a hypervisor's proce
 from __future__ import annotations
 
 import asyncio
-import os
 import re
 from typing import TYPE_CHECKING
 
@@ -21,7 +20,6 @@ from .._common.redaction import Redaction, redact
 if TYPE_CHECKING:
     from typing import Any
 
-    from .._host.process import Process
     from .model import Disk, Vm
     from .monitor import Monitor
 
@@ -48,8 +46,9 @@ async def describe_vm(monitor: Monitor, vm: Vm) -> dict[str, Any]:
             _ask(monitor, "query-chardev"),
         )
     )
-    arguments = _command_line(vm.process)
-    command_line, removed = redact(arguments or [])
+    # Nobody knows it over TCP, and the process may be none that can be seen.
+    arguments = vm.process.arguments if vm.process else []
+    command_line, removed = redact(arguments)
     return {
         "schema": SCHEMA,
         "collection": COLLECTION_VERSION,
@@ -89,21 +88,6 @@ async def _devices(monitor: Monitor, container: str) -> list[dict[str, str]]:
     entries = await _ask(monitor, "qom-list", path=container) or []
     children = ((entry["name"], CHILD.fullmatch(entry["type"])) for entry in entries)
     return [{"id": name, "type": child[1]} for name, child in children if child]
-
-
-def _command_line(process: Process | None) -> list[str] | None:
-    """Return what QEMU was started with; None where nobody knows (over TCP), or the process may not be seen."""
-    if process is None:
-        return None
-    try:
-        with open(f"/proc/{process.pid}/cmdline", "rb") as source:
-            content = source.read()
-    except OSError:
-        return None
-    # The process lives after the reading, so the pid was its own all the time.
-    if not process.alive or not content:
-        return None
-    return [os.fsdecode(argument) for argument in content.split(b"\0")[:-1]]
 
 
 def _disk(disk: Disk, removed: list[str]) -> dict[str, Any]:
