@@ -160,7 +160,7 @@ def parse_domain(text: str) -> DomainXml:
         name=_text(root.find("name"), "domain.name"),
         uuid=uuid,
         kind=_value(root, "type", "domain"),
-        machine="" if kind is None else _value(kind, "machine", "domain.os.type"),
+        machine=_value(kind, "machine", "domain.os.type"),
         firmware=_firmware(root),
         tpm=_tpm(root),
         disks=disks,
@@ -201,12 +201,12 @@ def _disk(element: Element, place: str) -> DomainDisk:
     if device not in DEVICES:
         raise Odd(f"is a device of a kind that nobody knows: {device[:60]!r}", place)
     driver, alias = element.find("driver"), element.find("alias")
-    own_format = "" if driver is None else _value(driver, "type", f"{place}.driver")
+    own_format = _value(driver, "type", f"{place}.driver")
     return DomainDisk(
         target=name,
         bus=_value(target, "bus", f"{place}.target"),
         device=device,
-        alias="" if alias is None else _value(alias, "name", f"{place}.alias"),
+        alias=_value(alias, "name", f"{place}.alias"),
         source=_source(element, place, own_format),
         read_only=element.find("readonly") is not None,
         shareable=element.find("shareable") is not None,
@@ -222,7 +222,7 @@ def _layers(element: Element, place: str) -> Iterator[Source]:
     while layer is not None and layer.get("type"):
         place += ".backingStore"
         form = layer.find("format")
-        yield _source(layer, place, "" if form is None else _value(form, "type", f"{place}.format"))
+        yield _source(layer, place, _value(form, "type", f"{place}.format"))
         layer = layer.find("backingStore")
 
 
@@ -273,8 +273,8 @@ def _firmware(root: Element) -> Firmware:
         template = _value(nvram, "template", "domain.os.nvram")
     return Firmware(
         auto=_value(element, "firmware", "domain.os"),
-        loader="" if loader is None else _optional(loader, "domain.os.loader"),
-        loader_type="" if loader is None else _value(loader, "type", "domain.os.loader"),
+        loader=_optional(loader, "domain.os.loader"),
+        loader_type=_value(loader, "type", "domain.os.loader"),
         nvram=variables,
         template=template,
     )
@@ -288,9 +288,9 @@ def _tpm(root: Element) -> Tpm | None:
     backend, secret = element.find("backend"), element.find("backend/encryption")
     return Tpm(
         model=_value(element, "model", place),
-        backend="" if backend is None else _value(backend, "type", f"{place}.backend"),
-        version="" if backend is None else _value(backend, "version", f"{place}.backend"),
-        secret="" if secret is None else _value(secret, "secret", f"{place}.backend.encryption"),
+        backend=_value(backend, "type", f"{place}.backend"),
+        version=_value(backend, "version", f"{place}.backend"),
+        secret=_value(secret, "secret", f"{place}.backend.encryption"),
     )
 
 
@@ -303,13 +303,14 @@ def _note(element: Element) -> Note:
     )
 
 
-def _value(element: Element, name: str, place: str) -> str:
-    """Return an attribute; empty where it is not there."""
-    return _bounded(element.get(name, ""), f"{place}@{name}")
+def _value(element: Element | None, name: str, place: str) -> str:
+    """Return an attribute; empty where it, or the element, is not there."""
+    return "" if element is None else _bounded(element.get(name, ""), f"{place}@{name}")
 
 
-def _optional(element: Element, place: str) -> str:
-    return _bounded((element.text or "").strip(), place)
+def _optional(element: Element | None, place: str) -> str:
+    """Return the text of an element; empty where it is not there."""
+    return "" if element is None else _bounded((element.text or "").strip(), place)
 
 
 def _text(element: Element | None, place: str) -> str:

@@ -76,7 +76,7 @@ async def run(command: list[str], timeout: float = TIMEOUT, pass_fds: tuple[int,
     C(pass_fds) are inherited: the images of a chain, or a lock, which lasts until a command that writes has ended, even
     where its parent is killed before.
     """
-    return await _run(command, command, timeout, pass_fds)
+    return await _run(command, timeout, pass_fds)
 
 
 async def run_long(command: list[str], pass_fds: tuple[int, ...] = ()) -> str:
@@ -84,17 +84,14 @@ async def run_long(command: list[str], pass_fds: tuple[int, ...] = ()) -> str:
 
     It ends with this process: nobody needs what it would go on to write.
     """
-    try:
-        return await _run(command, die_with_parent(command), 0, pass_fds)
-    except FileNotFoundError:
-        raise _not_installed(command) from None
+    return await _run(command, None, pass_fds)
 
 
-async def _run(command: list[str], started: list[str], timeout: float, pass_fds: tuple[int, ...]) -> str:
-    """Run a command, which is started as C(started). Without a C(timeout) it is given up where it stands still."""
+async def _run(command: list[str], timeout: float | None, pass_fds: tuple[int, ...]) -> str:
+    """Run a command; without a C(timeout) a long one."""
     try:
         process = await asyncio.create_subprocess_exec(
-            *started,
+            *(command if timeout else die_with_parent(command)),
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
@@ -126,7 +123,7 @@ async def _run(command: list[str], started: list[str], timeout: float, pass_fds:
     return output.decode("utf-8", "replace")
 
 
-async def _wait(said: asyncio.Future[Any], pid: int, timeout: float) -> str:
+async def _wait(said: asyncio.Future[Any], pid: int, timeout: float | None) -> str:
     """Wait for the end of a process; return why it will not come, or is not waited for any longer."""
     if timeout:
         return "" if (await asyncio.wait([said], timeout=timeout))[0] else f"no end within {timeout:g} s"
