@@ -147,8 +147,11 @@ def _within(good: Sequence[Manifest], span: timedelta, now: datetime) -> Iterato
 def _newest_of_each(good: Iterable[Manifest], form: str, count: int) -> list[tuple[Manifest, str]]:
     found: list[tuple[Manifest, str]] = []
     for manifest in good:
+        # Most periods are not asked for, and to write the times of thousands of sets takes long.
+        if len(found) >= count:
+            break
         when = start_time(manifest).strftime(form)
-        if len(found) < count and when not in [before for _other, before in found]:
+        if when not in [before for _other, before in found]:
             found.append((manifest, when))
     return found
 
