@@ -109,6 +109,7 @@ options:
       - The user that throwaway VMs run as. The default is V(nobody) for root, and for all others themselves.
       - All images are handed over as open files, so that this user needs no right to read them. It has to be able to
         start QEMU.
+      - In a container that has no user but V(root), name that one. Outside it is the user whose container it is.
     type: str
   qemu:
     description: The path of QEMU. The default is the C(qemu-system-) of this machine's architecture.

@@ -70,11 +70,24 @@ def _fault(directory: str, user: int) -> str:
 def _checked(directory: str, user: int) -> str:
     fault = _fault(directory, user) if os.path.lexists(directory) else ""
     if fault:
+        remedy = "Move it away; it is made anew"
+        if user == 0 and _is_root_by_name():
+            place = os.path.dirname(directory)
+            remedy = f"It is that of the machine, and this is root of a container: mount a {place} of its own there"
         raise BackupError(
             f"{fault}. It is for this collection's locks, and has to be a directory of user {user} that nobody else can"
-            " write to: a lock in it would hold nobody off. Move it away; it is made anew"
+            f" write to: a lock in it would hold nobody off. {remedy}"
         )
     return directory
+
+
+def _is_root_by_name() -> bool:
+    """Return whether user 0 is another one outside (user_namespaces(7))."""
+    try:
+        with open("/proc/self/uid_map", encoding="ascii") as users:
+            return users.readline().split()[:2] != ["0", "0"]
+    except OSError:
+        return False
 
 
 @contextlib.asynccontextmanager

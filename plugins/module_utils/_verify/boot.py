@@ -30,7 +30,7 @@ from .._host.target_files import free_bytes
 from .._qemu.guest_agent import Agent
 from .boot_files import MIN_FREE
 from .boot_options import Host
-from .cage import KVM, caged, may_use_kvm
+from .cage import KVM, NOT_STARTED, caged, may_use_kvm
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -201,7 +201,10 @@ def _early_end(status: int, log: str, tail: tuple[str, ...]) -> BootResult:
             "the guest switched off or restarted before it gave a sign of life; its console tells more", tail
         )
     reason = "; ".join(log.splitlines()[-3:]) or f"status {status}"
-    error = f"QEMU ended before the guest gave a sign of life: {reason}; give boot_options that fit this machine"
+    remedy = "give boot_options that fit this machine"
+    if NOT_STARTED in reason:
+        remedy = "name a user that can start it, such as root in a container that has no other"
+    error = f"QEMU ended before the guest gave a sign of life: {reason}; {remedy}"
     return BootResult(error, tail, is_backup_fault=False)
 
 

@@ -47,6 +47,8 @@ except OSError as error:
     sys.exit(f"{program} cannot be started as user {user or os.geteuid()} (boot_user): {error.strerror}")
 """
 """CLONE_NEWNET, PR_SET_NO_NEW_PRIVS, PR_SET_PDEATHSIG."""
+NOT_STARTED = "(boot_user)"
+"""Stands in what it says where that user cannot be had, or cannot start the program."""
 
 
 class User(NamedTuple):
