@@ -104,8 +104,8 @@ options:
     elements: str
   include_disks:
     description:
-      - Back up these disks only, by backend name, node name or device id. A name that a VM does not have is an error
-        for that VM.
+      - Back up these disks only, by backend name, node name, device id, or target (V(vda)) of a domain of libvirt. A
+        name that a VM does not have is an error for that VM.
       - A read-only disk that is named here is backed up too.
     type: list
     elements: str

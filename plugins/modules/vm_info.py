@@ -85,7 +85,9 @@ vms:
       elements: dict
       contains:
         name:
-          description: The name that the collection uses. The backend's, else the device's id, else the node's.
+          description:
+            - The name that the collection uses. The backend's, else the device's id, else the node's; for a domain of
+              libvirt its target, such as V(vda).
           type: str
         node:
           description: The block node's name.
@@ -149,6 +151,9 @@ vms:
         data_file:
           description: The external file that holds the data of the image, empty where the image does.
           type: str
+        shared:
+          description: Whether libvirt lets other VMs write to it (C(<shareable/>)).
+          type: bool
         bitmaps:
           description: Its dirty bitmaps.
           type: list

@@ -81,7 +81,7 @@ def _examine_whole(copy: Copy, record: Record) -> Copy:
 def _refuse_other_request(copy: Copy, record: Record) -> None:
     """Refuse to go on with what is not what is asked for: it is left to the call that has begun it."""
     drive = copy.drive
-    asked = (plain_path(drive.target), copy.disk.name, drive.sync, drive.bitmap, drive.bitmap_mode)
+    asked = (plain_path(drive.target), copy.disk.qemu_name, drive.sync, drive.bitmap, drive.bitmap_mode)
     begun = (plain_path(record.target), record.device, record.sync, record.bitmap, record.bitmap_mode)
     if asked != begun or drive.format not in ("", record.format):
         raise BackupError(
@@ -181,7 +181,7 @@ def _difference(drive: Drive, vm: Vm, disk: Disk, receipt: Record) -> str:
     """Return how a finished target differs from what is asked for; empty where it does not."""
     asked = {
         "VM": (vm.identity, receipt.identity),
-        "disk": (disk.name, receipt.device),
+        "disk": (disk.qemu_name, receipt.device),
         "sync": (drive.sync, receipt.sync),
         "bitmap": (drive.bitmap, receipt.bitmap),
         "format": (drive.format or receipt.format, receipt.format),

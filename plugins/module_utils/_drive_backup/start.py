@@ -185,7 +185,7 @@ def _new_record(copy: Copy, vm: Vm, attempt: str, target: target_image.Target) -
         identity=vm.identity,
         hypervisor=machine_id(),
         process=(vm.process.pid, vm.process.start) if vm.process else (),
-        device=copy.disk.name,
+        device=copy.disk.qemu_name,
         sync=copy.drive.sync,
         bitmap=copy.drive.bitmap,
         bitmap_mode=copy.drive.bitmap_mode,

@@ -114,6 +114,10 @@ def _not_begun(seen: Observation, records: VmRecords, context: RunContext, choic
     busy = ", ".join(f"job {job.id} ({job.type}, {job.status})" for job in _foreign_jobs(seen.vm, context.tag))
     if busy:
         return Case.BUSY, f"busy: {busy}; wait for its end, or cancel it with block_job"
+    if seen.vm.domain and seen.vm.domain.job:
+        return Case.BUSY, (
+            f"busy: libvirt is at work on the domain: {seen.vm.domain.job}; wait for its end (virsh domjobinfo)"
+        )
     if seen.vm.status in MIGRATING:
         return Case.MIGRATING, f"migrating ({seen.vm.status})"
     if not choice.disks:

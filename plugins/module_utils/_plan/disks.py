@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from .._common.errors import Refused
 from .._common.redaction import redact_name
+from .._qemu.domain_disks import NO_MEDIUM, passed_through, unseen
 from .._qemu.model import chain_of
 from .._repository.chain import newest_full, walk
 from .._repository.documents import Level, Parent
@@ -27,25 +28,33 @@ if TYPE_CHECKING:
 
 IMAGE_SUFFIX = ".qcow2"
 READ_ONLY = "is read-only"
+EXCLUDED = "is excluded"
 LONGEST_NAME = 3000
 """Bytes of a chain's backing file names, joined: QEMU opens C(b/../a/...) and is refused beyond PATH_MAX (4096)."""
 
 
 def choose_disks(vm: Vm, request: Request) -> Choice:
     """Choose all disks that can be written to, or those that are named; a name that no disk has is an error."""
+    absent = {**dict.fromkeys(vm.empty, NO_MEDIUM), **unseen(vm)}
     try:
-        included = [vm.disk(name, "include_disks") for name in request.include_disks if name not in vm.empty]
-        excluded = [vm.disk(name, "exclude_disks") for name in request.exclude_disks if name not in vm.empty]
+        included = [vm.disk(name, "include_disks") for name in request.include_disks if name not in absent]
+        excluded = [vm.disk(name, "exclude_disks") for name in request.exclude_disks if name not in absent]
     except Refused as error:
         return Choice(error=str(error))
-    without_medium = [name for name in request.include_disks if name in vm.empty]
-    if without_medium:
-        return Choice(error=f"include_disks: drive {without_medium[0]} of VM {vm.name} has no medium")
+    impossible = {**absent, **passed_through(vm)}
+    wrong = next((name for name in request.include_disks if name in impossible), "")
+    if wrong:
+        return Choice(error=f"include_disks: drive {wrong} of VM {vm.name} {impossible[wrong]}")
     chosen: list[Disk] = []
-    left_out = [LeftOut(name, "has no medium") for name in vm.empty]
+    left_out = [
+        LeftOut(name, EXCLUDED if name in request.exclude_disks and reason != NO_MEDIUM else reason)
+        for name, reason in absent.items()
+    ]
     for disk in dict.fromkeys([*vm.disks, *included]):
         if disk in excluded:
-            left_out.append(LeftOut(disk.name, "is excluded"))
+            left_out.append(LeftOut(disk.name, EXCLUDED))
+        elif disk.name in impossible:
+            left_out.append(LeftOut(disk.name, impossible[disk.name]))
         elif included and disk not in included:
             left_out.append(LeftOut(disk.name, "is not in include_disks"))
         elif disk.read_only and disk not in included:
@@ -207,6 +216,8 @@ def _other_disk(base: Manifest, below: DiskImage, disk: Disk, identity: str) -> 
 
 def written_elsewhere(disk: Disk, disks: Iterable[Disk]) -> str:
     """Return why no bitmap of C(disk) holds all writes to its file; empty where one does."""
+    if disk.shared:
+        return "it is shareable: what other VMs write to it is not recorded"
     twin = next((other for other in disks if other.shares_file(disk) and not other.read_only), None)
     return f"disk {twin.name} is on the same file, and what is written through that one is not recorded" if twin else ""
 

@@ -23,6 +23,7 @@ from .._qemu.losses import lost_in_copy
 from .._repository.documents import Hypervisor
 from .._repository.names import column
 from . import decide
+from .domain_warnings import domain_warnings
 from .model import Action, Plan, RunContext, VmPlan
 from .observe import measure, no_room, observe, space_in, with_records
 
@@ -182,7 +183,8 @@ async def draw_up(
             expected = await measure(copied, links, counted=await count_layers(seen.vm, copied, links))
             disks = tuple(replace(disk, bytes=expected[disk.name]) for disk in decision.plan.disks)
             if seen.vm:
-                losses[request.monitor] = lost_in_copy(copied, seen.vm.disks)
+                warned = domain_warnings(seen.vm, copied, decision.choice.left_out, policy.tracking)
+                losses[request.monitor] = (*lost_in_copy(copied, seen.vm.disks), *warned)
             return replace(decision.plan, disks=disks)
         except RepositoryHangs:
             raise

@@ -43,7 +43,9 @@ async def expected_bytes(
     else:
         held = disk.actual_size
         is_known = counted is not None and held is not None and counted <= held
-        measured = None if before or is_known else await _measured(disk)
+        # Of what QEMU cannot tell the size, as on the network, the measure would be of no use; and a server that takes
+        # one client only would let it wait.
+        measured = None if before or is_known or held is None else await _measured(disk)
         if measured and held is not None:
             # All tables are in that: QEMU gives them to the image of a full backup, however little is on the disk.
             before = min(measured["fully-allocated"], _with_spare(measured["required"]) + _metadata(0))

@@ -35,6 +35,11 @@ class LibvirtClient:
         self._domain = LibvirtDomain(address)
         self._process: Process | None = None
 
+    @property
+    def domain(self) -> LibvirtDomain:
+        """The domain, for questions that are not for its QEMU."""
+        return self._domain
+
     async def open(self) -> Process | None:
         """Begin the conversation; return the domain's QEMU. None where its processes are out of sight."""
         await self._domain.open()

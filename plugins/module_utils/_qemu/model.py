@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from .._host.process import Process
+    from .domain_disks import Domain
 
 
 NO_UUID = "00000000-0000-0000-0000-000000000000"
@@ -33,6 +34,8 @@ IO_ERROR = "io-error"
 TARGET_NODES = "vmf."
 """What the names of all nodes begin with that backups of this collection write to."""
 TARGET_NODE = re.compile(re.escape(TARGET_NODES) + r"(db|[0-9a-f]{8})\.[0-9a-f]{12}(\.\d+)?")
+LIBVIRT_NODE = re.compile(r"libvirt-([0-9]{1,9})-(?:format|storage|filter)")
+"""The nodes that libvirt makes of the images of disks. The number is the index of the image in the domain's XML."""
 TEMPORARY = re.compile(r"/vl\.[A-Za-z0-9]{6}(?:\"|$)")
 """The file that QEMU makes for a temporary disk, in /var/tmp or in TMPDIR (block.c, create_tmp_file)."""
 IN_THE_CLEAR = "is encrypted at rest, and its copy is not: whoever can read the copy can read the disk"
@@ -78,7 +81,8 @@ class Disk:
     files, top first, without filters between them. C(stable_name) is false of a name that another disk can have after a
     restart of QEMU. C(keeps_bitmaps) tells whether a bitmap can be stored in the image. C(encrypted) says that it or a
     layer below is, C(snapshots) how many internal ones it holds. C(file) is where it stands, C(data_file) where its
-    data are if elsewhere; both as QEMU names them. No name has a secret in it.
+    data are if elsewhere; both as QEMU names them. No name has a secret in it. C(shared) is true where libvirt lets
+    other VMs write to it.
     """
 
     name: str
@@ -102,6 +106,7 @@ class Disk:
     snapshots: int = 0
     file: str = ""
     data_file: str = ""
+    shared: bool = False
     bitmaps: tuple[Bitmap, ...] = ()
 
     @property
@@ -114,6 +119,11 @@ class Disk:
     def names(self) -> tuple[str, ...]:
         """Return the names by which sets may know this disk, its own first."""
         return lasting_names(self.name, self.qdev)
+
+    @property
+    def qemu_name(self) -> str:
+        """Return its name where QEMU itself is asked, which may not be that which libvirt has for it."""
+        return self.device or qdev_id(self.qdev) or self.name
 
     def shares_file(self, other: Disk) -> bool:
         """Return whether another disk is on the same file."""
@@ -198,6 +208,8 @@ class Vm:
     """Paths of all image files that this VM has open, backing files included."""
     target_nodes: tuple[str, ...] = field(default=(), repr=False)
     """The nodes that backups of this collection write to, or have written to. None of them is a disk."""
+    domain: Domain | None = field(default=None, repr=False)
+    """The domain of libvirt that this VM was reached as."""
 
     def cannot_copy(self, disk: Disk) -> str:
         """Return why QEMU must not be told to copy this disk; empty where it may.

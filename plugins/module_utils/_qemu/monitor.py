@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from .._host.process import Process
     from .address import Address
+    from .libvirt_domain import LibvirtDomain
 
     Client = QmpClient | LibvirtClient
     T = TypeVar("T")
@@ -67,6 +68,12 @@ class Monitor:
     def version(self) -> str:
         """Return QEMU's version, such as C(7.2.22)."""
         return self._require_client().version
+
+    @property
+    def libvirt(self) -> LibvirtDomain | None:
+        """The domain of libvirt through which QEMU is reached; None where it is reached itself."""
+        client = self._require_client()
+        return client.domain if isinstance(client, LibvirtClient) else None
 
     @property
     def passes_fds(self) -> bool:

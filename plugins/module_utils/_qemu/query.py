@@ -18,8 +18,10 @@ from .._common.device_names import qdev_id
 from .._common.redaction import redact_name
 from .._host.process import machine_id
 from .answers import STATISTICS, Odd
+from .domain import read_domain
+from .domain_disks import with_domain
 from .jobs import merge_jobs
-from .model import NO_UUID, TARGET_NODE, Bitmap, Disk, Vm
+from .model import LIBVIRT_NODE, NO_UUID, TARGET_NODE, Bitmap, Disk, Vm
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -48,9 +50,10 @@ GRAPH_ATTEMPTS = 20
 async def inspect_vm(monitor: Monitor, name: str = "") -> Vm:
     """Ask a VM for everything that a backup needs to know. C(name) overrules the VM's own name."""
     try:
-        return await monitor.within(_inspect_vm(monitor, name))
+        vm = await monitor.within(_inspect_vm(monitor, name))
     except Odd as odd:
         raise monitor.senseless("query-named-block-nodes", str(odd)) from None
+    return with_domain(vm, await read_domain(monitor.libvirt)) if monitor.libvirt else vm
 
 
 async def _inspect_vm(monitor: Monitor, name: str) -> Vm:
@@ -303,8 +306,9 @@ def _disks(graph: _Graph) -> tuple[tuple[Disk, ...], tuple[Disk, ...]]:
     # A bare -blockdev that nothing reads through is a disk as well, below the filter of its job where there is one.
     for top in graph.nodes:
         *filters, node_name = graph.filter_path(top)
-        ours = node_name.startswith("#") or TARGET_NODE.fullmatch(node_name)
-        if top not in graph.used and top not in taken and not ours:
+        # What libvirt has made for no device is the rest of a detached disk, or what it copies to.
+        is_none = node_name.startswith("#") or TARGET_NODE.fullmatch(node_name) or LIBVIRT_NODE.fullmatch(node_name)
+        if top not in graph.used and top not in taken and not is_none:
             disks.setdefault(node_name, disk_of(node_name, node_name, filters=tuple(filters)))
             taken.update((*filters, node_name))
     if len(disks) > MOST_DISKS:

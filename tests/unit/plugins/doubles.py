@@ -56,6 +56,8 @@ class FakeMonitor:
     async def __aexit__(self, *_error: object) -> None:
         return None
 
+    libvirt = None
+
     @property
     def passes_fds(self) -> bool:
         return bool(self.address.path)

@@ -15,6 +15,8 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._host.process impor
 from ansible_collections.vmfleet.backup.plugins.module_utils._plan.decide import decide
 from ansible_collections.vmfleet.backup.plugins.module_utils._plan.disks import ChainLink
 from ansible_collections.vmfleet.backup.plugins.module_utils._plan.model import Observation, Policy, Request
+from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.domain_disks import Domain
+from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.domain_xml import DomainXml
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.model import Job
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.documents import (
     Failure,
@@ -135,6 +137,13 @@ DECISIONS = {
     "something in the way": (Observation(vm()), VmRecords(strays=frozenset({"today"})), "fail", "move it away"),
     "off": (OFF, VmRecords(), "fail", "no such socket"),
     "busy": (Observation(vm(jobs=(job("job7"),))), VmRecords(), "fail", "busy: job job7"),
+    "busy with a job of libvirt's": (
+        Observation(vm(domain=Domain(DomainXml("web01", UUID), "a save"))),
+        VmRecords(),
+        "fail",
+        "busy: libvirt is at work on the domain: a save; wait for its end",
+    ),
+    "a domain": (Observation(vm(domain=Domain(DomainXml("web01", UUID)))), VmRecords(), "start", "no set"),
     "somebody's ended job": (Observation(vm(jobs=(job("job7", "concluded"),))), VmRecords(), "start", "no set"),
     "our own leftover": (
         Observation(vm(jobs=(Job("vmfleet.12345678.a9.0", "backup", "running"),))),

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -53,10 +54,22 @@ def test_a_differential_builds_on_the_newest_full() -> None:
     assert decide(disk("b-s1"), S1, wish=wish).level == Level.DIFFERENTIAL
 
 
+def test_a_chain_goes_on_under_another_name_of_the_device() -> None:
+    found = decide(disk("b-s1", qdev="/machine/peripheral/virtio-disk0/virtio-backend"), OLD)
+    assert (found.level, found.bitmap, found.image) == (Level.INCREMENTAL, "b-s1", "virtio-disk0.qcow2")
+    assert found.parent == replace(parent("s1"), disk="virtio-disk0")
+    # The record that has to be there is that of the image.
+    assert "is gone" in decide(disk(qdev="/machine/peripheral/virtio-disk0/virtio-backend"), OLD).reason
+    # Whose device it was is not known of a disk without one.
+    assert decide(disk("b-s1"), OLD).reason == "it is not in set s1"
+
+
+OLD = manifest("s1", 1, image("s1", name="virtio-disk0", qdev="virtio-disk0", bitmap="b-s1"))
 FULLS: dict[str, tuple[ChainLink, str]] = {
     "asked for": (decide(disk("b-s1"), S1, wish=LevelPolicy("full")), "a full image is asked for"),
     "not tracked": (decide(disk("b-s1"), S1, wish=LevelPolicy(tracking=False)), "changes are not tracked"),
     "no lasting name": (decide(disk("b-s1", stable_name=False), S1), "no name that holds beyond a restart"),
+    "shareable": (decide(disk("b-s1", shared=True), S1), "it is shareable: what other VMs write to it is not recorded"),
     "first set": (decide(disk("b-s1")), "the VM's first set"),
     "new disk": (decide(disk("b-s1", name="vdb"), S1), "it is not in set s1"),
     "new disk, differential": (
