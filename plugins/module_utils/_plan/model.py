@@ -14,6 +14,7 @@ from .._common.formats import Word
 from .._common.options import LIBVIRT_URI
 from .._host.confinement import ADMITTED, Admission
 from .._qemu.address import parse_address
+from .._qemu.image_files import DiskFile
 from .._qemu.model import EncryptedSource
 from .._repository.documents import COMPRESSION, IMAGE, SET_ID, Level
 
@@ -109,6 +110,14 @@ class Quiesce(Word):
     REQUIRE = "require"
 
 
+class Offline(Word):
+    """What becomes of a VM that is off."""
+
+    BACKUP = "backup"
+    FAIL = "fail"
+    SKIP = "skip"
+
+
 LEVEL = holds(OneOf(*Level))
 NAMES = holds(Several(Text("a name", least=1)))
 RESERVE = holds(Text("a part of a file system, or an amount", pattern="[0-9.]{1,20}(%| ?[A-Za-z]{1,5})?"))
@@ -127,7 +136,7 @@ class Policy:
     speed: int = field(default=0, metadata=SIZE)
     reserve: str = field(default="5%", metadata=RESERVE)
     checksum: bool = field(default=True, metadata=FLAG)
-    offline: str = field(default="fail", metadata=holds(OneOf("fail", "skip")))
+    offline: str = field(default=Offline.FAIL, metadata=holds(OneOf(*Offline)))
     max_chain: int = field(default=30, metadata=holds(Whole(1)))
     tracking: bool = field(default=True, metadata=FLAG)
     encrypted_source: str = field(default=EncryptedSource.WARN, metadata=holds(OneOf(*EncryptedSource)))
@@ -139,7 +148,8 @@ class Request:
     """A VM to back up. C(name) is what the set is called after; the lists name disks by any of their names.
 
     C(wanted) is the level that is asked for; C(agent) the guest agent's socket, empty for the one that QEMU knows.
-    C(libvirt_uri) is which libvirt the domain C(monitor) is of; empty for a monitor that is none.
+    C(libvirt_uri) is which libvirt the domain C(monitor) is of; empty for a monitor that is none. C(files) are its
+    disks for when it is off, and is to be backed up then; C(uuid) is its own, where it is told.
     """
 
     name: str
@@ -150,6 +160,8 @@ class Request:
     quiesce: str = Quiesce.NONE
     agent: str = ""
     libvirt_uri: str = ""
+    files: tuple[DiskFile, ...] = ()
+    uuid: str = ""
 
     @property
     def address(self) -> Address:
@@ -178,8 +190,13 @@ class Observation:
 
     @property
     def process(self) -> Process | None:
-        """The QEMU that has answered, where it is known."""
+        """The QEMU that has answered, or the storage daemon, where it is known."""
         return self.vm.process if self.vm else None
+
+    @property
+    def alone(self) -> bool:
+        """Whether there is nobody to ask about the VM, nor to be told what to do with it."""
+        return self.vm is None or (self.vm.is_off and not self.vm.daemon)
 
     def shows(self, intent: Intent) -> bool:
         """Tell whether the QEMU that has answered has a job of this attempt, and so is the one that makes its set."""
@@ -229,6 +246,8 @@ class VmPlan:
     unless: str = field(default="", metadata=holds(OneOf("", *UNLESS.values())))
     disks: tuple[DiskPlan, ...] = field(default=(), metadata=holds(Several(part(DiskPlan))))
     left_out: tuple[LeftOut, ...] = field(default=(), metadata=holds(Several(part(LeftOut))))
+    files: tuple[DiskFile, ...] = field(default=(), metadata=holds(Several(part(DiskFile))))
+    uuid: str = field(default="", metadata=TEXT)
 
     @property
     def request(self) -> Request:
@@ -241,6 +260,8 @@ class VmPlan:
             self.quiesce,
             self.agent,
             self.libvirt_uri,
+            self.files,
+            self.uuid,
         )
 
     @property

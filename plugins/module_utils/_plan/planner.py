@@ -23,6 +23,7 @@ from .._qemu.losses import lost_in_copy
 from .._repository.documents import Hypervisor
 from .._repository.names import column
 from . import decide
+from .disks import listed_otherwise
 from .domain_warnings import domain_warnings
 from .model import Action, Plan, RunContext, VmPlan
 from .observe import measure, no_room, observe, space_in, with_records
@@ -170,7 +171,7 @@ async def draw_up(
     async def plan_vm(request: Request) -> VmPlan:
         named = replace(request, name=request.name or request.address.stem)
         try:
-            seen = await observe(request)
+            seen = await observe(request, repository.tag)
             named = replace(request, name=await _name(request, seen.vm, repository))
             if seen.vm and seen.vm.process:
                 processes[request.monitor] = (seen.vm.process.pid, seen.vm.process.start)
@@ -183,7 +184,10 @@ async def draw_up(
             expected = await measure(copied, links, counted=await count_layers(seen.vm, copied, links))
             disks = tuple(replace(disk, bytes=expected[disk.name]) for disk in decision.plan.disks)
             if seen.vm:
-                warned = domain_warnings(seen.vm, copied, decision.choice.left_out, policy.tracking)
+                warned = (
+                    *domain_warnings(seen.vm, copied, decision.choice.left_out, policy.tracking),
+                    *listed_otherwise(request.files, seen.vm),
+                )
                 losses[request.monitor] = (*lost_in_copy(copied, seen.vm.disks), *warned)
             return replace(decision.plan, disks=disks)
         except RepositoryHangs:

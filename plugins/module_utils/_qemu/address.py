@@ -26,13 +26,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Address:
-    """Where a monitor is: a UNIX socket's path, a TCP host and port, or a domain of the libvirt at C(uri)."""
+    """Where a monitor is: a UNIX socket's path, a TCP host and port, or a domain of the libvirt at C(uri).
+
+    C(daemon) says that the socket is that of a storage daemon.
+    """
 
     path: str = ""
     host: str = ""
     port: int = 0
     domain: str = ""
     uri: str = ""
+    daemon: bool = False
 
     def __str__(self) -> str:
         if self.domain:

@@ -50,12 +50,7 @@ async def describe_vm(monitor: Monitor, vm: Vm) -> dict[str, Any]:
     arguments = vm.process.arguments if vm.process else []
     command_line, removed = redact(arguments)
     return {
-        "schema": SCHEMA,
-        "collection": COLLECTION_VERSION,
-        "taken": utc_now(),
-        "name": vm.name,
-        "uuid": vm.uuid,
-        "qemu": vm.version,
+        **_head(vm),
         "machine": machine[: -len(MACHINE)] if machine and machine.endswith(MACHINE) else machine,
         # Without KVM it may be TCG or Xen.
         "accelerator": "kvm" if kvm and kvm["enabled"] else None,
@@ -67,6 +62,32 @@ async def describe_vm(monitor: Monitor, vm: Vm) -> dict[str, Any]:
         "devices": named + [{**device, "id": ""} for device in unnamed],
         "chardevs": [_chardev(entry, removed) for entry in chardevs or []],
         "removed": removed,
+    }
+
+
+def describe_files(vm: Vm) -> dict[str, Any]:
+    """Describe a VM that is off, of which only the disks are known."""
+    removed: list[str] = []
+    return {
+        **_head(vm),
+        **dict.fromkeys(("machine", "accelerator", "memory", "command_line")),
+        "cpus": {"count": 0, "type": None},
+        "firmware": {"bios": None, "flash": []},
+        "disks": [_disk(disk, removed) for disk in vm.disks],
+        "devices": [],
+        "chardevs": [],
+        "removed": removed,
+    }
+
+
+def _head(vm: Vm) -> dict[str, Any]:
+    return {
+        "schema": SCHEMA,
+        "collection": COLLECTION_VERSION,
+        "taken": utc_now(),
+        "name": vm.name,
+        "uuid": vm.uuid,
+        "qemu": vm.version,
     }
 
 
