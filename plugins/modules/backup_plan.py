@@ -337,6 +337,7 @@ text:
   elements: str
 """
 
+import re
 from dataclasses import asdict, fields
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING
@@ -355,7 +356,7 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.qemu_img impo
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.qmp_client import require_qmp
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.storage_daemon import require_storage_daemon
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.access import AsyncRepository, find_repository
-from ansible_collections.vmfleet.backup.plugins.module_utils._repository.documents import Level
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository.documents import UUID_PATTERN, Level
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.names import check_set_id
 
 if TYPE_CHECKING:
@@ -399,10 +400,12 @@ def _files(vm: dict[str, Any]) -> tuple[DiskFile, ...]:
     return tuple(DiskFile(**disk) for disk in vm.get("disks") or ())
 
 
-def check_disks(vms: Iterable[dict[str, Any]]) -> None:
-    """Refuse lists of disks that cannot be meant. Each may be copied in the name of its VM while that is off."""
+def check_listed(vms: Iterable[dict[str, Any]]) -> None:
+    """Refuse what cannot be meant of a VM that is off. Each disk may be copied in the name of its VM then."""
     owners: dict[str, str] = {}
     for vm in vms:
+        if vm["uuid"] and not re.fullmatch(UUID_PATTERN, vm["uuid"].lower()):
+            raise Refused("vms", f"{vm['monitor']} is listed with uuid {vm['uuid']!r}, which is none")
         for disk in vm.get("disks") or ():
             if not vm["name"]:
                 raise Refused(
@@ -435,7 +438,7 @@ async def main_task(module: AnsibleModule) -> dict[str, Any]:
     set_id = check_set_id(params["id"] or datetime.now(timezone.utc).strftime("%Y-%m-%d"))
     if not params["vms"] and not params["sockets"]:
         raise Refused("vms", "nothing is to be backed up; list VMs, or name patterns of their sockets (sockets)")
-    check_disks(params["vms"] or ())
+    check_listed(params["vms"] or ())
     how = policy(params)
     wanted, warnings = discover(requests(params), params["sockets"] or (), _request(params, {}))
     require_qemu_img()

@@ -195,7 +195,8 @@ class Daemon:
     def end(self) -> None:
         """End it, however the test has ended."""
         for pid in self.pids:
-            os.kill(pid, signal.SIGTERM)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
         wait_until(lambda: not self.alive, "the end of the storage daemon")
         for path in self.place.glob("*"):
             path.unlink()

@@ -70,7 +70,8 @@ LARGE = 1 << 22
 SET_ID = holds(Text("an id of a set", pattern=ID_PATTERN))
 ATTEMPT = holds(Text("the name of an attempt", pattern=TOKEN))
 ATTEMPT_OR_NONE = holds(Text("the name of an attempt", pattern=f"({TOKEN})?"))
-UUID = holds(Text("a uuid", pattern="[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}"))
+UUID_PATTERN = "[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}"
+UUID = holds(Text("a uuid", pattern=UUID_PATTERN))
 SHA256 = holds(Maybe(Text("a checksum", pattern="[0-9a-f]{64}")))
 IMAGE = holds(Text("the name of an image file", pattern=r"[A-Za-z0-9][A-Za-z0-9_-]{0,127}\.qcow2"))
 BITMAP = holds(Maybe(Text("the name of a bitmap of ours", pattern="vmfleet-[0-9a-f]{8}-[0-9a-z]{1,32}")))

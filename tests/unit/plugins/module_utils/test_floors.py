@@ -67,6 +67,7 @@ TOPS = {
 SPARED = {
     "_common/fields": ("block_job", "block_job_info", "vm_info"),
     "_drive_backup/owners": ("backup_set",),
+    "_qemu/image_files": ("drive_backup", "vm_info"),
     "_repository/catalog": ("backup_plan", "backup_set"),
     "_repository/images": ("backup_plan", "backup_set"),
     "_repository/pins": ("backup_plan", "backup_set"),

@@ -17,6 +17,7 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._plan.disks import 
 from ansible_collections.vmfleet.backup.plugins.module_utils._plan.model import Observation, Policy, Request
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.domain_disks import Domain
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.domain_xml import DomainXml
+from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.image_files import DiskFile
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.model import Job
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.documents import (
     Failure,
@@ -192,6 +193,8 @@ def test_all_that_is_asked_for_is_in_the_plan() -> None:
         quiesce="try",
         agent="/agent",
         libvirt_uri="qemu:///session",
+        files=(DiskFile("vda", "/vms/a.qcow2", "qcow2"),),
+        uuid=UUID,
     )
     defaults = Request("", "")
     assert all(getattr(request, entry.name) != getattr(defaults, entry.name) for entry in fields(Request))
