@@ -22,6 +22,7 @@ from .._plan.model import Quiesce
 from .._plan.observe import SpaceTracker, measure, no_room
 from .._qemu import guest_freeze, target_image
 from .._qemu.agent_channel import find_agent
+from .._qemu.tpm import renewed
 from .._qemu.vm_config import describe_vm
 from .._repository.documents import DiskImage, Intent, StagedDisk, VmName
 from .._repository.staging import opened
@@ -213,6 +214,16 @@ async def _make_images(locked: LockedVm, intent: Intent, links: Sequence[ChainLi
             " fail; use state: completed, or unattended: true"
         )
     return replace(intent, disks=tuple(grown), reserved=reserved)
+
+
+async def renew_description(run: BackupRun, intent: Intent, draft: AttemptDraft) -> None:
+    """Write down the state of the TPM once more where it has changed before the jobs were started.
+
+    Where it has not, what is written already is the state of that moment.
+    """
+    newer = renewed(draft.description)
+    if newer:
+        await run.repository.write_description(intent, newer)
 
 
 def target_of(run: BackupRun, intent: Intent, disk: StagedDisk) -> target_image.Target:

@@ -11,17 +11,21 @@ from typing import TYPE_CHECKING
 from .._common.errors import BackupError, MonitorError, MonitorGone, MonitorLost, RepositoryHangs, after, in_words
 from .._common.formats import utc_now
 from .._plan.observe import observe
+from .._qemu.tpm import losses
 from .._repository.documents import Failure, Phase
 from . import cleanup, start_offline
 from .launch import launch
 from .outcome import VmState
-from .prepare import draft_attempt, prepare_attempt
+from .prepare import draft_attempt, prepare_attempt, renew_description
 from .session import AGAIN, Pending, WaitFor
 from .steps import changes, keep_planned_fulls
 
 if TYPE_CHECKING:
+    from .._plan.model import Decision
+    from .._qemu.model import Vm
     from .._qemu.monitor import Monitor
     from .._repository.documents import Intent
+    from .prepare import AttemptDraft
     from .session import LockedVm
 
 
@@ -36,9 +40,7 @@ async def start(locked: LockedVm, _reason: str) -> Pending:
     task.changed = True
     await cleanup.clear(locked)
     try:
-        draft = await draft_attempt(run, monitor, task.request, vm, decision)
-        if monitor is None:
-            draft = replace(draft, description=await start_offline.describe(locked, vm))
+        draft = await _draft(locked, vm, decision)
     except BackupError as error:
         return await _refuse(locked, str(error))
     try:
@@ -49,6 +51,7 @@ async def start(locked: LockedVm, _reason: str) -> Pending:
             intent = await launch(locked, monitor, draft, intent, speed)
         else:
             intent = await start_offline.launch(locked, vm, draft, intent, speed)
+        await renew_description(run, intent, draft)
     except MonitorError as error:
         if task.reconnected or not isinstance(error, (MonitorGone, MonitorLost)):
             raise
@@ -61,6 +64,16 @@ async def start(locked: LockedVm, _reason: str) -> Pending:
         return await _undo(locked, monitor, draft.intent, in_words(error))
     task.last_seen = vm, intent
     return AGAIN if intent.phase == Phase.COPIED else Pending(WaitFor.JOBS)
+
+
+async def _draft(locked: LockedVm, vm: Vm, decision: Decision) -> AttemptDraft:
+    """Draft an attempt, and warn of what its set will not have."""
+    draft = await draft_attempt(locked.run, locked.monitor, locked.task.request, vm, decision)
+    if locked.monitor is None:
+        draft = replace(draft, description=await start_offline.describe(locked, vm))
+    for loss in losses(draft.description):
+        locked.task.warn(loss)
+    return draft
 
 
 async def _refuse(locked: LockedVm, error: str) -> Pending:

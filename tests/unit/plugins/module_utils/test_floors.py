@@ -69,6 +69,7 @@ SPARED = {
     "_drive_backup/owners": ("backup_set",),
     "_qemu/image_files": ("drive_backup", "vm_info"),
     "_repository/catalog": ("backup_plan", "backup_set"),
+    "_repository/description": ("backup_info", "backup_metrics", "backup_plan", "backup_prune", "backup_set"),
     "_repository/images": ("backup_plan", "backup_set"),
     "_repository/pins": ("backup_plan", "backup_set"),
     "_repository/published": ("backup_info", "backup_metrics", "backup_plan", "backup_set"),
