@@ -39,6 +39,7 @@ attributes:
 requirements:
   - qemu.qmp >= 0.0.4 (Python library) on the hypervisor
   - qemu-img on the hypervisor
+  - qemu-storage-daemon and timeout (coreutils) on the hypervisor, with O(offline=backup)
 options:
   repository:
     description:
@@ -95,27 +96,41 @@ options:
           - The socket of the VM's guest agent, such as V(/run/vmfleet-monitors/web01.agent).
           - The default is the one that QEMU itself has for the channel C(org.qemu.guest_agent.0).
         type: path
+      disks:
+        description:
+          - All disks of the VM, for when it is off and O(offline=backup). Needs O(vms[].name).
+          - O(include_disks) and O(exclude_disks) choose among them by these names. Those that are left out are opened
+            too while others are copied, but only so that the VM fails to start at its first disk, and no other disk is
+            harmed.
+        type: list
+        elements: dict
+        suboptions:
+          name:
+            description:
+              - What the disk is called in the VM's sets, which is its name while the VM is on. The plan warns where the
+                VM has another disk under this name.
+            type: str
+            required: true
+          file:
+            description: Its file or block device.
+            type: path
+            required: true
+          format:
+            description: What that holds. Only the changes of a V(qcow2) disk are recorded while its VM is off.
+            type: str
+            choices: [qcow2, raw]
+            required: true
+      uuid:
+        description:
+          - The VM's uuid (C(-uuid) of QEMU). If it has one, its first set is made while it is off, and O(vms[].disks)
+            are listed, it has to be told. Otherwise it is taken from the sets that this machine has made of the VM.
+          - A VM that answers at the monitor with another uuid is not backed up.
+        type: str
   sockets:
     description:
       - Patterns of the QMP sockets of further VMs, such as V(/run/vmfleet-monitors/*.qmp).
       - A pattern that matches nothing gives a warning. A path without wildcards stands for a VM that should be
         there.
-    type: list
-    elements: str
-  domains:
-    description:
-      - Patterns of the names of domains of libvirt, such as V(*) or V(web*). Domains that run and domains that are shut
-        off are found alike; what becomes of these, O(offline) says.
-      - A pattern that matches nothing gives a warning. A name without wildcards stands for a domain that should be
-        there.
-      - A domain that is found by its socket as well is one VM. It is reached as it is listed in O(vms), else through
-        libvirt.
-      - What a domain says of its own backup, in its C(<metadata>), stands above the options of this module, and what
-        is said of it in O(vms) stands above that.
-    type: list
-    elements: str
-  exclude_domains:
-    description: Patterns of the names of domains that O(domains) does not stand for.
     type: list
     elements: str
   include_disks:
@@ -186,9 +201,11 @@ options:
     description:
       - What a VM is that is not there, because nobody listens on its monitor. With V(fail), the default, it counts as
         not backed up. With V(skip) it is left out, and the plan says so.
+      - With V(backup) its disks are copied by C(qemu-storage-daemon), if O(vms[].disks) lists them. The VM cannot be
+        started while that lasts. If none of its disks has changed since its newest set, nothing is copied.
       - A VM that is there and does not answer always counts as not backed up.
     type: str
-    choices: [fail, skip]
+    choices: [backup, fail, skip]
     default: fail
   encrypted_source:
     description:
@@ -213,6 +230,8 @@ seealso:
     description: The levels, and each reason for a full image.
   - ref: ansible_collections.vmfleet.backup.docsite.consistency
     description: How a guest is frozen, and why that may fail.
+  - ref: ansible_collections.vmfleet.backup.docsite.powered_off
+    description: How a VM is backed up that is off.
 """
 
 EXAMPLES = r"""
@@ -232,6 +251,19 @@ EXAMPLES = r"""
 - name: Do it
   vmfleet.backup.backup_set:
     plan: "{{ planned.plan }}"
+
+- name: Plan the backup of a VM that may be off
+  vmfleet.backup.backup_plan:
+    repository: /srv/backup
+    offline: backup
+    vms:
+      - name: web01
+        monitor: unix:/run/vmfleet-monitors/web01.qmp
+        disks:
+          - name: drive0
+            file: /var/lib/vms/web01.qcow2
+            format: qcow2
+  register: planned
 """
 
 RETURN = r"""
@@ -305,6 +337,7 @@ text:
   elements: str
 """
 
+import re
 from dataclasses import asdict, fields
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING
@@ -314,27 +347,26 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors impo
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.module import make_module
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.probe import Watch, probe_if_there
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.worker import ThreadedCalls, run_in_worker
-from ansible_collections.vmfleet.backup.plugins.module_utils._plan.model import Policy, Quiesce, Request
+from ansible_collections.vmfleet.backup.plugins.module_utils._plan.model import Offline, Policy, Quiesce, Request
 from ansible_collections.vmfleet.backup.plugins.module_utils._plan.observe import reserve_bytes
-from ansible_collections.vmfleet.backup.plugins.module_utils._plan.planner import describe, draw_up
-from ansible_collections.vmfleet.backup.plugins.module_utils._plan.requests import requests_for
-from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.discovery import PATTERNS, discover
-from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.model import EncryptedSource
+from ansible_collections.vmfleet.backup.plugins.module_utils._plan.planner import describe, discover, draw_up
+from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.image_files import FORMATS, DiskFile
+from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.model import EncryptedSource, plain_path
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.qemu_img import require_qemu_img
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.qmp_client import require_qmp
+from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.storage_daemon import require_storage_daemon
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.access import AsyncRepository, find_repository
-from ansible_collections.vmfleet.backup.plugins.module_utils._repository.documents import Level
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository.documents import UUID_PATTERN, Level
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.names import check_set_id
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from typing import Any
 
     from ansible.module_utils.basic import AnsibleModule
 
     from ansible_collections.vmfleet.backup.plugins.module_utils._plan.model import Plan
 
-OWN = {"level": "wanted", "quiesce": "quiesce", "exclude_disks": "exclude_disks"}
-"""The options of a VM that stand above what its domain says itself, and what they are called in a request."""
 ORDERS = ("takeover", "supersede", "adopt")
 POLICY = tuple(field.name for field in fields(Policy))
 """The options that say how sets are made."""
@@ -354,13 +386,37 @@ def _request(params: dict[str, Any], vm: dict[str, Any]) -> Request:
         name=vm.get("name") or "",
         monitor=vm.get("monitor") or "",
         libvirt_uri=params["libvirt_uri"],
-        given=frozenset(field for option, field in OWN.items() if vm.get(option) is not None),
         include_disks=tuple(given("include_disks")),
         exclude_disks=tuple(given("exclude_disks")),
         wanted=given("level"),
         quiesce=given("quiesce"),
         agent=vm.get("agent") or "",
+        files=_files(vm) if params["offline"] == Offline.BACKUP else (),
+        uuid=(vm.get("uuid") or "").lower(),
     )
+
+
+def _files(vm: dict[str, Any]) -> tuple[DiskFile, ...]:
+    return tuple(DiskFile(**disk) for disk in vm.get("disks") or ())
+
+
+def check_listed(vms: Iterable[dict[str, Any]]) -> None:
+    """Refuse what cannot be meant of a VM that is off. Each disk may be copied in the name of its VM then."""
+    owners: dict[str, str] = {}
+    for vm in vms:
+        if vm["uuid"] and not re.fullmatch(UUID_PATTERN, vm["uuid"].lower()):
+            raise Refused("vms", f"{vm['monitor']} is listed with uuid {vm['uuid']!r}, which is none")
+        for disk in vm.get("disks") or ():
+            if not vm["name"]:
+                raise Refused(
+                    "vms", f"{vm['monitor']} has a list of disks, and a VM that is off tells no name; add name"
+                )
+            if [other["name"] for other in vm["disks"]].count(disk["name"]) > 1:
+                raise Refused("vms", f"disk {disk['name']} of {vm['name']} is listed twice")
+            path = plain_path(disk["file"])
+            if path in owners:
+                raise Refused("vms", f"{path} is listed as a disk of {owners[path]}, and of {vm['name']}")
+            owners[path] = f"{vm['name']} ({disk['name']})"
 
 
 def policy(params: dict[str, Any]) -> Policy:
@@ -380,19 +436,20 @@ def returned(plan: Plan) -> dict[str, Any]:
 async def main_task(module: AnsibleModule) -> dict[str, Any]:
     params = module.params
     set_id = check_set_id(params["id"] or datetime.now(timezone.utc).strftime("%Y-%m-%d"))
-    if not params["vms"] and not params["sockets"] and not params["domains"]:
-        raise Refused("vms", "nothing is to be backed up; list VMs, or name patterns of domains or of sockets")
+    if not params["vms"] and not params["sockets"]:
+        raise Refused("vms", "nothing is to be backed up; list VMs, or name patterns of their sockets (sockets)")
+    check_listed(params["vms"] or ())
     how = policy(params)
-    listed = requests(params)
-    found = await discover((request.address for request in listed), params)
-    wanted = requests_for(listed, _request(params, {}), found)
+    wanted, warnings = discover(requests(params), params["sockets"] or (), _request(params, {}))
     require_qemu_img()
+    if any(request.files for request in wanted):
+        require_storage_daemon()
     await probe_if_there(params["repository"], writing=True)
     orders = {name: params[name] for name in ORDERS}
     async with ThreadedCalls(Watch(params["repository"], writing=True)) as calls:
         places = (params["repository"], params["create_repository"], params["trust_others"])
         repository = await calls.run(find_repository, *places)
-        plan = await draw_up(AsyncRepository(repository, calls), wanted, found, set_id, how, orders)
+        plan = await draw_up(AsyncRepository(repository, calls), wanted, set_id, how, warnings, orders)
     for warning in plan.warnings:
         warn(module, warning)
     text = describe(plan)
@@ -418,9 +475,19 @@ def argument_spec() -> dict[str, Any]:
                 "level": {"type": "str", "choices": list(Level)},
                 "quiesce": {"type": "str", "choices": list(Quiesce)},
                 "agent": {"type": "path"},
+                "uuid": {"type": "str"},
+                "disks": {
+                    "type": "list",
+                    "elements": "dict",
+                    "options": {
+                        "name": {"type": "str", "required": True},
+                        "file": {"type": "path", "required": True},
+                        "format": {"type": "str", "required": True, "choices": list(FORMATS)},
+                    },
+                },
             },
         },
-        **dict.fromkeys(PATTERNS, names),
+        "sockets": names,
         **libvirt_argument_spec(),
         "include_disks": {**names, "default": []},
         "exclude_disks": {**names, "default": []},
@@ -433,16 +500,14 @@ def argument_spec() -> dict[str, Any]:
         "reserve": {"type": "str", "default": "5%"},
         "checksum": {"type": "bool", "default": True},
         **{name: {"type": "bool", "default": False} for name in ORDERS},
-        "offline": {"type": "str", "choices": ["fail", "skip"], "default": "fail"},
+        "offline": {"type": "str", "choices": list(Offline), "default": Offline.FAIL},
         "encrypted_source": {"type": "str", "choices": list(EncryptedSource), "default": EncryptedSource.WARN},
         "selinux_label": {"type": "bool", "default": True},
     }
 
 
 def main() -> None:
-    module = make_module(
-        argument_spec=argument_spec(), required_one_of=[("vms", "sockets", "domains")], supports_check_mode=True
-    )
+    module = make_module(argument_spec=argument_spec(), required_one_of=[("vms", "sockets")], supports_check_mode=True)
     require_qmp(module)
     run_in_worker(module, main_task)
 

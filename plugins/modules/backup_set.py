@@ -94,6 +94,13 @@ options:
         failed, in seconds or with V(s), V(m), V(h) or V(d), such as V(90m). V(0) waits without end.
     type: str
     default: "0"
+  offline_timeout:
+    description:
+      - The most time that a VM that is off can be kept from starting by the copy of its disks, given like O(timeout).
+        After it the set is cancelled, and counts as failed. V(0) sets no limit.
+      - It holds where nobody looks after the copy any more, too.
+    type: str
+    default: 4h
   stall_timeout:
     description:
       - The time without any progress after which a set is cancelled, and counts as failed, given like O(timeout). V(0)
@@ -343,6 +350,7 @@ async def main_task(module: AnsibleModule) -> dict[str, Any]:
     settings = Settings(
         check_mode=module.check_mode,
         timeout=duration("timeout", module.params["timeout"]),
+        offline_timeout=duration("offline_timeout", module.params["offline_timeout"]),
         stall_timeout=duration("stall_timeout", module.params["stall_timeout"]),
         **{name: module.params[name] for name in names},
     )
@@ -384,6 +392,7 @@ def main() -> None:
             # For the action plugin.
             "progress": {"type": "str", "choices": ["auto", "quiet", "none"], "default": "auto"},
             "timeout": {"type": "str", "default": "0"},
+            "offline_timeout": {"type": "str", "default": "4h"},
             "stall_timeout": {"type": "str", "default": "600"},
             "begin": {"type": "bool", "default": True},
             "unattended": {"type": "bool", "default": False},

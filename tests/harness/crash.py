@@ -61,7 +61,9 @@ STEPS = {
     },
     "_qemu/guest_agent": {"freeze": "freeze", "thaw": "thaw"},
     "_qemu/guest_freeze": {"Freezer": "hold guest", "thaw": "thaw guest"},
+    "_qemu/image_files": {"add_bitmap": "add bitmap", "remove_bitmaps": "remove stored bitmaps"},
     "_qemu/qemu_img": {"run": "run", "run_long": "run"},
+    "_qemu/storage_daemon": {"end": "end daemon", "open_disks": "open disks", "start": "start daemon"},
     "_qemu/target_image": {"_make_file": "make file", "create": "make image", "reserve": "reserve"},
     "_repository/access": {"create_repository": "create repository"},
     "_repository/published": {
@@ -150,8 +152,10 @@ class Point:
         return f"{self.moment} {self.name}" + (f" (hit {self.hit})" if self.hit > 1 else "")
 
 
-def arm(at: int | Point = 0, victims: t.Sequence[int] = (MODULE,), record: Path | None = None) -> None:
+def arm(at: int | Point = 0, victims: t.Sequence[int | Path] = (MODULE,), record: Path | None = None) -> None:
     """Kill the victims right before the n-th step of this process, or at a point; write down every point in `record`.
+
+    A victim that is not there yet is given by the file that will have its process id.
 
     From asyncio.run on: before, there are only imports and the reading of arguments.
     """
@@ -171,7 +175,7 @@ def read(record: Path) -> list[Point]:
 
 
 class _Watch:
-    def __init__(self, at: int | Point, victims: t.Sequence[int], record: Path | None) -> None:
+    def __init__(self, at: int | Point, victims: t.Sequence[int | Path], record: Path | None) -> None:
         self._at = at
         self._victims = victims
         self._record = str(record) if record else ""
@@ -303,7 +307,8 @@ class _Watch:
 
     def _strike(self) -> None:
         me = os.getpid()
-        pids = {me if victim == ASKER else self._module if victim == MODULE else victim for victim in self._victims}
+        meant = {ASKER: me, MODULE: self._module}
+        pids = {int(one.read_text()) if isinstance(one, Path) else meant.get(one, one) for one in self._victims}
         for pid in pids - {me}:
             _kill(pid)
         if me in pids:

@@ -52,7 +52,7 @@ class ModuleProcess:
         check: bool = False,
         diff: bool = False,
         crash_at: int | crash.Point = 0,
-        victims: t.Sequence[int] = (crash.MODULE,),
+        victims: t.Sequence[int | Path] = (crash.MODULE,),
         record: Path | None = None,
         inside: NameSpaces | None = None,
     ) -> None:

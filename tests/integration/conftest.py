@@ -33,6 +33,7 @@ from ansible_collections.vmfleet.backup.tests.harness.history import SIZE, Histo
 from ansible_collections.vmfleet.backup.tests.harness.hostile import Canary, Pair
 from ansible_collections.vmfleet.backup.tests.harness.images import MIB
 from ansible_collections.vmfleet.backup.tests.harness.library import Chain, Library, prepared
+from ansible_collections.vmfleet.backup.tests.harness.offline import OffHistory
 from ansible_collections.vmfleet.backup.tests.harness.sets import Sets
 
 if t.TYPE_CHECKING:
@@ -51,6 +52,20 @@ def sets(directory: Path) -> Sets:
 def history(vms: Vms, sets: Sets, directory: Path) -> History:
     """A VM of one disk of 8 MiB, `drive0`, node `n0`, without a set."""
     return History(vms.start(vms.disk(size=SIZE), name="web01"), sets, directory)
+
+
+@pytest.fixture
+def off(vms: Vms, sets: Sets, directory: Path) -> t.Iterator[OffHistory]:
+    """A VM of two disks of 8 MiB, `drive0` and `drive1`, that is off and has no set. No storage daemon outlives it."""
+    vm = vms.start(vms.disk(0, size=SIZE), vms.disk(1, size=SIZE), name="web01")
+    vm.quit()
+    found = OffHistory(vm, sets, directory)
+    yield found
+    if (sets.path / "vmfleet.json").exists():
+        try:
+            found.daemon.assert_gone()
+        finally:
+            found.daemon.end()
 
 
 @pytest.fixture(scope="module")

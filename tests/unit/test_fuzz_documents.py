@@ -19,7 +19,7 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._common.fields impo
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.formats import parse_time
 from ansible_collections.vmfleet.backup.plugins.module_utils._report.record import parse_report
 from ansible_collections.vmfleet.backup.plugins.module_utils._report.run import collect
-from ansible_collections.vmfleet.backup.plugins.module_utils._verify.description import parse_description
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository.description import parse_description
 from ansible_collections.vmfleet.backup.tests.harness.fuzzing import as_bytes, changed, damaged, examples
 from ansible_collections.vmfleet.backup.tests.harness.reports import ID, NOW, a_vm, of_a_fleet, told
 from ansible_collections.vmfleet.backup.tests.unit import test_schemas as honest

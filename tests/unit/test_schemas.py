@@ -38,6 +38,7 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._repository.annotat
     Protection,
     Verification,
 )
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository.description import parse_description
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.documents import (
     Consolidation,
     DiskImage,
@@ -53,7 +54,6 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._repository.documen
     VmName,
 )
 from ansible_collections.vmfleet.backup.plugins.module_utils._restore.receipt import Restoration
-from ansible_collections.vmfleet.backup.plugins.module_utils._verify.description import parse_description
 from ansible_collections.vmfleet.backup.tests.harness.reports import a_vm, failed, report, told
 from ansible_collections.vmfleet.backup.tests.unit.plugins.builders import UUID, disk, vm
 from ansible_collections.vmfleet.backup.tests.unit.plugins.doubles import FakeMonitor, monitor, refusal
@@ -199,8 +199,16 @@ def strict(schema: dict[str, Any]) -> jsonschema.Draft202012Validator:
 
 
 def describe(**answers: Any) -> dict[str, Any]:
-    commands = ("query-kvm", "query-memory-size-summary", "query-cpus-fast", "query-chardev", "qom-get", "qom-list")
-    fake = FakeMonitor({**dict.fromkeys(commands, refusal()), **answers})
+    commands = (
+        "query-kvm",
+        "query-memory-size-summary",
+        "query-cpus-fast",
+        "query-chardev",
+        "qom-get",
+        "qom-list",
+        "query-tpm",
+    )
+    fake = FakeMonitor({**dict.fromkeys((*commands, "qom-list"), refusal()), **answers})
     return asyncio.run(describe_vm(monitor(fake), vm(disk(), process=None)))
 
 
@@ -350,8 +358,10 @@ def test_vm_of_which_qemu_tells_all() -> None:
             "query-chardev": [{"label": "agent", "filename": "unix:/run/web01.qga,server=on", "frontend-open": True}],
             "qom-get": "pc-q35-7.2-machine",
             "qom-list": [{"name": "vd0", "type": "child<virtio-blk-pci>"}],
+            "query-tpm": [{"model": "tpm-crb", "options": {"type": "passthrough", "data": {}}}],
         }
     )
+    told["domain"] = {"uri": "qemu:///system", "xml": "<domain/>", "snapshots": ["s1"], "checkpoints": []}
     strict(load("vm")).validate(told)
     assert parse_description(json.dumps(told).encode()) == told
 

@@ -12,7 +12,6 @@ from .._host.process import this_machine
 from .._plan import decide
 from .._plan.model import Action, Plan, Policy, VmPlan
 from .._plan.observe import space_in
-from .._qemu.bitmaps import remove_bitmaps
 from .._repository.documents import Hypervisor
 from .._repository.vm_names import unknown_vms, vm_names
 from . import cleanup, results
@@ -109,8 +108,8 @@ async def untrack(run: BackupRun, task: VmTask) -> Outcome:
     if found and not error and not run.settings.check_mode:
         async with hold_now(session) as locked:
             error, found = await _tracked(locked)
-            if locked.monitor and not error:
-                await remove_bitmaps(locked.monitor, found)
+            if not error:
+                await cleanup.remove_bitmaps(locked, found)
     if error:
         return results.outcome(run, task, VmState.FAILED, error=error)
     task.changed = bool(found)

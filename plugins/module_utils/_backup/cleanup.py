@@ -8,14 +8,16 @@ Where the repository does not answer, or is gone, nothing there can be touched: 
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from .._common.errors import AgentError, BackupError, CommandError, after
+from .._common.errors import AgentError, BackupError, CommandError, ToolError, after
 from .._common.formats import utc_now
 from .._host import probe
 from .._plan.model import Case
-from .._qemu import bitmaps, block_jobs, guest_freeze
+from .._plan.observe import address_of
+from .._qemu import bitmaps, block_jobs, guest_freeze, image_files, storage_daemon
 from .._qemu.address import parse_address
 from .._qemu.jobs import query_jobs
 from .._qemu.model import IO_ERROR
@@ -27,6 +29,8 @@ from .outcome import VmState
 from .session import AGAIN, jobs_of
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from .._qemu.model import Vm
     from .._repository.documents import Intent
     from .outcome import Outcome
@@ -126,7 +130,10 @@ async def _record(locked: LockedVm, intent: Intent, failure: Failure) -> None:
 async def _remove_attempt(locked: LockedVm, intent: Intent) -> None:
     """Remove every trace of an attempt, in QEMU first."""
     run, seen, monitor = locked.run, locked.seen, locked.monitor
-    if monitor and seen.vm:
+    await end_daemon(locked)
+    if seen.vm and seen.vm.is_off:
+        await image_files.remove_bitmaps(seen.vm, _bitmaps_of(intent, seen.vm))
+    elif monitor and seen.vm:
         # A guest that stands still for another reason only tries its write again, and stops again.
         is_our_fault = any(job.error or not job.ended for job in jobs_of(intent, seen.vm))
         await _remove_jobs(run, monitor, seen.vm, intent.attempt)
@@ -145,25 +152,46 @@ async def remove_leftovers(locked: LockedVm, *ended: str) -> None:
 
     C(ended) is an attempt that has come to a good end.
     """
-    monitor, vm = locked.monitor, locked.seen.vm
-    if not monitor or not vm:
+    await end_daemon(locked)
+    if locked.seen.vm is None:
         return
-    for attempt in {*ended, *await leftover_attempts(locked)}:
-        await _remove_jobs(locked.run, monitor, vm, attempt)
+    await _remove_attempts(locked, {*ended, *await leftover_attempts(locked)})
     try:
-        await bitmaps.remove_bitmaps(monitor, await leftover_bitmaps(locked))
-    except CommandError as error:
+        await remove_bitmaps(locked, await leftover_bitmaps(locked))
+    except (CommandError, ToolError) as error:
         locked.task.warn(f"a bitmap that is needed no more could not be removed: {error}")
 
 
-async def clear(locked: LockedVm, monitor: Monitor, vm: Vm) -> None:
+async def clear(locked: LockedVm) -> None:
     """Remove from a VM what is this repository's, before a start, except what the next set may build on."""
     other = await other_name(locked)
     if other:
         raise BackupError(other)
-    for attempt in await leftover_attempts(locked):
-        await _remove_jobs(locked.run, monitor, vm, attempt)
-    await bitmaps.remove_bitmaps(monitor, await leftover_bitmaps(locked))
+    await _remove_attempts(locked, await leftover_attempts(locked))
+    await remove_bitmaps(locked, await leftover_bitmaps(locked))
+
+
+async def end_daemon(locked: LockedVm) -> None:
+    """End the storage daemon of a VM that is off, and remove what one has left that was killed."""
+    if os.path.lexists(locked.place):
+        held = locked.seen.vm is not None and locked.seen.vm.daemon
+        await storage_daemon.end(locked.place, locked.monitor if held else None)
+
+
+async def remove_bitmaps(locked: LockedVm, found: Iterable[tuple[str, str]]) -> None:
+    """Remove bitmaps from a VM, be it on or off; each is given as node and name."""
+    vm = locked.seen.vm
+    if vm and vm.is_off:
+        await image_files.remove_bitmaps(vm, found)
+    elif locked.monitor:
+        await bitmaps.remove_bitmaps(locked.monitor, found)
+
+
+async def _remove_attempts(locked: LockedVm, attempts: Iterable[str]) -> None:
+    """Remove from QEMU what it has of these attempts. A VM that is off has nothing of them."""
+    if locked.monitor and locked.seen.vm:
+        for attempt in attempts:
+            await _remove_jobs(locked.run, locked.monitor, locked.seen.vm, attempt)
 
 
 async def _remove_jobs(run: BackupRun, monitor: Monitor, vm: Vm, attempt: str) -> None:
@@ -267,8 +295,10 @@ async def abandon(run: BackupRun, task: VmTask, reason: str) -> Outcome:
     intent = task.last_attempt
     if intent is None:
         return results.outcome(run, task, VmState.FAILED, error=reason)
+    monitor_address = parse_address(intent.monitor, libvirt_uri=intent.libvirt_uri)
+    address = address_of(task.name, monitor_address, run.repository.tag)
     try:
-        async with Monitor(parse_address(intent.monitor, libvirt_uri=intent.libvirt_uri), run.commands) as monitor:
+        async with Monitor(address, run.commands) as monitor:
             fate = await _cancel_jobs(monitor, intent)
             if intent.guest != IO_ERROR:
                 await block_jobs.resume(monitor)

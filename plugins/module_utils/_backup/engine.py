@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from .._host.process import Process
     from .._plan.model import Observation, VmPlan
+    from .._qemu.address import Address
     from .._qemu.model import Vm
     from .._repository.documents import Intent
     from .run import BackupRun
@@ -95,6 +96,7 @@ CHANGES: dict[Step, Change] = {
     Step.PUBLISH: finish.publish,
     Step.STOP: finish.stop,
     Step.THAW: finish.thaw,
+    Step.RELEASE: finish.release,
     Step.START: start.start,
 }
 """What is done with the VM's locks."""
@@ -173,7 +175,7 @@ async def _take_step(run: BackupRun, task: VmTask) -> Outcome | Pending:
     """Observe a VM, and do what is to be done next."""
     process = await _process_to_start_on(run, task)
     if process:
-        return await _change(run, task, process)
+        return await _change(run, task, task.request.address, process)
     session = await observe(run, task)
     _note_attempt(session)
     while True:
@@ -183,9 +185,9 @@ async def _take_step(run: BackupRun, task: VmTask) -> Outcome | Pending:
         if step in SHARING:
             await finish.share_bandwidth(session)
         if step in CHANGES:
-            absent = None if session.seen.vm else session.seen
+            absent = session.seen if session.seen.alone else None
             flushed = _flushed(session) if step == Step.PUBLISH else None
-            return await _change(run, task, session.seen.process, absent, flushed)
+            return await _change(run, task, session.address, session.seen.process, absent, flushed)
         found = await LOOKS[step](session, reason)
         if found is not None:
             return found
@@ -208,6 +210,7 @@ async def _process_to_start_on(run: BackupRun, task: VmTask) -> Process | None:
 async def _change(
     run: BackupRun,
     task: VmTask,
+    address: Address,
     process: Process | None,
     absent: Observation | None = None,
     flushed: tuple[Vm, Intent] | None = None,
@@ -216,7 +219,7 @@ async def _change(
 
     For a set that is C(flushed), that is to publish it. Whatever else is found then is looked at once more, in full.
     """
-    async with hold(run, task, process, absent, flushed) as held:
+    async with hold(run, task, address, process, absent, flushed) as held:
         if isinstance(held, Pending):
             return held
         _note_attempt(held)
@@ -230,7 +233,7 @@ def _flushed(session: VmSession) -> tuple[Vm, Intent] | None:
     """Return what is known of a VM whose set is to be published; None where it is to be looked at in full."""
     vm = session.seen.vm
     # Targets that are nodes have been closed since.
-    return (vm, session.intent) if vm and not vm.target_nodes else None
+    return (vm, session.intent) if vm and not vm.is_off and not vm.target_nodes else None
 
 
 def _note_attempt(session: VmSession) -> None:
@@ -258,6 +261,8 @@ async def _situation(session: VmSession) -> VmSituation:
         flushed=intent is not None and intent.attempt in session.records.described.union(task.flushed),
         alarm=alarm,
         frozen=intent is not None and intent.frozen,
+        held=session.seen.vm is not None and bool(session.seen.vm.daemon),
+        kept=_is_kept(session),
         time_over=run.slice.over.is_set(),
         planned=Action.read(planned.action),
         planned_reason=planned.reason,
@@ -289,6 +294,13 @@ async def _has_remains(session: VmSession) -> bool:
             or await run.repository.untidy(session.task.name, run.plan.id)
         )
     return case.action == Action.FAIL and not run.settings.check_mode and bool(await cleanup.leftover_attempts(session))
+
+
+def _is_kept(session: VmSession) -> bool:
+    """Tell whether a storage daemon has the disks of a VM open for a set that nobody makes any more."""
+    records = session.records
+    held = session.seen.vm.daemon if session.seen.vm else ""
+    return bool(held) and not records.barred and held not in {intent.attempt for intent in records.intents}
 
 
 def _is_refused(run: BackupRun, planned: VmPlan) -> bool:

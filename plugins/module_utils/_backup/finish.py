@@ -18,7 +18,7 @@ from .._plan.observe import short_of_space
 from .._qemu import block_jobs
 from .._qemu.jobs import StallClock
 from .._qemu.monitor import Monitor
-from .._repository.documents import Manifest
+from .._repository.documents import Manifest, Phase
 from .._repository.staging import opened
 from . import cleanup, results
 from .session import AGAIN, Pending, WaitFor, jobs_of
@@ -50,7 +50,7 @@ async def share_bandwidth(session: VmSession) -> None:
     late = [job for job in jobs if job.speed != share]
     try:
         if late:
-            async with Monitor(task.request.address, run.commands) as monitor:
+            async with Monitor(session.address, run.commands) as monitor:
                 for job in late:
                     await block_jobs.set_speed(monitor, job.id, share)
     except MonitorError:
@@ -100,6 +100,16 @@ async def thaw(locked: LockedVm, _reason: str) -> Pending:
     """Thaw a guest whose jobs run already."""
     await cleanup.thaw(locked, locked.intent)
     return _wait_for_jobs(locked)
+
+
+async def release(locked: LockedVm, _reason: str) -> Pending:
+    """End a storage daemon whose jobs have all ended well, or are nobody's: before that, its VM cannot be started."""
+    intent, vm = locked.decision.intent, locked.seen.vm
+    locked.task.changed = True
+    if intent and vm and vm.daemon == intent.attempt:
+        await locked.run.repository.update(replace(intent, phase=Phase.COPIED))
+    await cleanup.end_daemon(locked)
+    return AGAIN
 
 
 def _wait_for_jobs(session: VmSession) -> Pending:
@@ -173,7 +183,7 @@ async def _close_targets(session: VmSession) -> None:
     is_stopped = guest_stopped_by(intent, session.seen)
     if vm is None or not (is_stopped or as_nodes):
         return
-    async with Monitor(session.task.request.address, session.run.commands) as monitor:
+    async with Monitor(session.address, session.run.commands) as monitor:
         if is_stopped:
             # The target failed while nobody looked. The copy is good: the guest's write failed instead.
             await block_jobs.resume(monitor)

@@ -22,6 +22,7 @@ from .._plan.model import Quiesce
 from .._plan.observe import SpaceTracker, measure, no_room
 from .._qemu import guest_freeze, target_image
 from .._qemu.agent_channel import find_agent
+from .._qemu.tpm import renewed
 from .._qemu.vm_config import describe_vm
 from .._repository.documents import DiskImage, Intent, StagedDisk, VmName
 from .._repository.staging import opened
@@ -45,6 +46,7 @@ class Consistency(Word):
     FILESYSTEM = "filesystem"
 
 
+WAS_OFF = "the VM was off: its file systems are as its last end has left them"
 NOT_ASKED = "freezing the guest was not asked for when the set was made"
 
 
@@ -58,20 +60,25 @@ class AttemptDraft:
     description: dict[str, Any]
 
 
-async def draft_attempt(run: BackupRun, monitor: Monitor, request: Request, vm: Vm, decision: Decision) -> AttemptDraft:
-    """Decide on every name. Raises BackupError where the guest must be frozen and cannot be."""
+async def draft_attempt(
+    run: BackupRun, monitor: Monitor | None, request: Request, vm: Vm, decision: Decision
+) -> AttemptDraft:
+    """Decide on every name. Raises BackupError where the guest must be frozen and cannot be.
+
+    A VM without a C(monitor) is off, and is not described here.
+    """
     agent, reason = await _agent(monitor, request, vm)
     attempt = secrets.token_hex(6)
     begun = boottime()
     disks = tuple(
         StagedDisk(
             image=_image(run, vm, disk, planned, link),
-            job=f"vmfleet.{run.repository.tag}.{attempt}.{number}",
+            job="" if link.unchanged else f"vmfleet.{run.repository.tag}.{attempt}.{number}",
             expected=0,
         )
         for number, (disk, planned, link) in enumerate(zip(decision.choice.disks, decision.plan.disks, decision.links))
     )
-    timeout = run.settings.timeout
+    timeout = run.settings.time_for(vm)
     intent = Intent(
         run=run.plan.run,
         attempt=attempt,
@@ -95,11 +102,15 @@ async def draft_attempt(run: BackupRun, monitor: Monitor, request: Request, vm: 
         agent=agent,
         spaces=spaces(),
     )
-    return AttemptDraft(intent, decision.choice.disks, decision.links, await describe_vm(monitor, vm))
+    description = await describe_vm(monitor, vm) if monitor else {}
+    return AttemptDraft(intent, decision.choice.disks, decision.links, description)
 
 
-async def _agent(monitor: Monitor, request: Request, vm: Vm) -> tuple[str, str]:
+async def _agent(monitor: Monitor | None, request: Request, vm: Vm) -> tuple[str, str]:
     """Return the socket of an agent that can freeze, or why the set will be crash-consistent only."""
+    if monitor is None:
+        # Nothing writes: there is nothing to freeze, whatever is asked for.
+        return "", WAS_OFF
     if request.quiesce == Quiesce.NONE:
         return "", NOT_ASKED
     try:
@@ -131,6 +142,9 @@ def _image(run: BackupRun, vm: Vm, disk: Disk, planned: DiskPlan, link: ChainLin
     tracked = policy.tracking and disk.stable_name and not disk.read_only
     # A record with gaps would look whole as soon as the other disk has gone.
     tracked = tracked and not written_elsewhere(disk, vm.disks)
+    # One in memory would end with the storage daemon.
+    tracked = tracked and (disk.keeps_bitmaps or not vm.is_off)
+    bitmap = f"{run.bitmap_prefix}{secrets.token_hex(8)}" if tracked else None
     return DiskImage(
         name=disk.name,
         node=disk.node,
@@ -144,7 +158,8 @@ def _image(run: BackupRun, vm: Vm, disk: Disk, planned: DiskPlan, link: ChainLin
         image=planned.target,
         format="qcow2",
         compression=policy.compression,
-        bitmap=f"{run.bitmap_prefix}{secrets.token_hex(8)}" if tracked else None,
+        # Where nothing has changed, the record since the image below is that since this one.
+        bitmap=link.bitmap if link.unchanged else bitmap,
         layers=tuple(layer.filename for layer in vm.chain(disk)[1:]),
         source_encrypted=disk.encrypted,
     )
@@ -199,6 +214,16 @@ async def _make_images(locked: LockedVm, intent: Intent, links: Sequence[ChainLi
             " fail; use state: completed, or unattended: true"
         )
     return replace(intent, disks=tuple(grown), reserved=reserved)
+
+
+async def renew_description(run: BackupRun, intent: Intent, draft: AttemptDraft) -> None:
+    """Write down the state of the TPM once more where it has changed before the jobs were started.
+
+    Where it has not, what is written already is the state of that moment.
+    """
+    newer = renewed(draft.description)
+    if newer:
+        await run.repository.write_description(intent, newer)
 
 
 def target_of(run: BackupRun, intent: Intent, disk: StagedDisk) -> target_image.Target:

@@ -11,7 +11,7 @@ from .._plan.model import Action, Quiesce
 from .._qemu.model import IN_THE_CLEAR
 from .._repository.documents import Level
 from .outcome import DiskOutcome, Outcome, VmState
-from .prepare import NOT_ASKED
+from .prepare import NOT_ASKED, WAS_OFF
 from .session import jobs_of
 
 if TYPE_CHECKING:
@@ -65,7 +65,8 @@ def predicted(session: VmSession) -> Outcome:
 
 
 def published(run: BackupRun, task: VmTask, manifest: Manifest) -> Outcome:
-    if manifest.consistency_reason and task.request.quiesce != Quiesce.NONE:
+    was_running = manifest.consistency_reason not in ("", WAS_OFF)
+    if was_running and task.request.quiesce != Quiesce.NONE:
         advice = "; for a set of a frozen guest use another id" if manifest.consistency_reason == NOT_ASKED else ""
         task.warn(f"the guest's file systems were not frozen: {manifest.consistency_reason}{advice}")
     for disk in manifest.disks:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .._host.files import DirectCalls
     from .._plan.model import Plan
     from .._plan.observe import SpaceTracker
+    from .._qemu.model import Vm
     from .._repository.access import AsyncRepository
     from .._repository.documents import Intent
 
@@ -34,7 +35,8 @@ class Settings:
     """How a run goes. Times are seconds; 0 waits without end. The last three are those of RunContext.
 
     C(bandwidth) is bytes/s for all jobs together, 0 for no limit; C(slice) is when to come back, done or not. Without
-    C(begin), what is being made is gone on with, and nothing else.
+    C(begin), what is being made is gone on with, and nothing else. C(offline_timeout) is how long a VM that is off can
+    be kept from starting.
     """
 
     state: str = "completed"
@@ -42,6 +44,7 @@ class Settings:
     bandwidth: int = 0
     slice: float = 0
     timeout: float = 0
+    offline_timeout: float = 0
     stall_timeout: float = 600
     unattended: bool = False
     begin: bool = True
@@ -49,6 +52,11 @@ class Settings:
     takeover: bool = False
     supersede: bool = False
     adopt: bool = False
+
+    def time_for(self, vm: Vm) -> float:
+        """Return the seconds in which the set of a VM has to be copied; 0 for no limit."""
+        limits = [self.timeout, self.offline_timeout if vm.is_off else 0]
+        return min(filter(None, limits), default=0.0)
 
 
 class VmSlots:

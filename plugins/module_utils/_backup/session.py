@@ -18,6 +18,7 @@ from .._common.errors import BackupError, MonitorError
 from .._host.lock import host_lock_path, locked
 from .._plan import decide
 from .._plan import observe as observing
+from .._qemu import storage_daemon
 from .._qemu.jobs import StallClock
 from .._qemu.monitor import Monitor
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
     from .._host.process import Process
     from .._plan.model import Decision, Observation, Request, VmPlan
+    from .._qemu.address import Address
     from .._qemu.model import Job, Vm
     from .._repository.documents import DiskImage, Intent, Manifest
     from .._repository.repository import VmRecords
@@ -120,6 +122,17 @@ class VmSession:
     seen: Observation
     records: VmRecords
 
+    @property
+    def place(self) -> str:
+        """Where a storage daemon belongs that copies the disks of the VM while it is off."""
+        return storage_daemon.place_of(self.run.repository.tag, self.task.name)
+
+    @property
+    def address(self) -> Address:
+        """Where the VM is asked."""
+        held = self.seen.vm is not None and self.seen.vm.daemon
+        return storage_daemon.monitor_in(self.place) if held else self.task.request.address
+
     @cached_property
     def decision(self) -> Decision:
         return decide.decide(self.task.request, self.seen, self.records, self.run.context)
@@ -154,9 +167,9 @@ async def observe(run: BackupRun, task: VmTask) -> VmSession:
     """Look at a VM without its locks; while its jobs are known to run, only at what changes."""
     seen, task.last_seen = task.last_seen, None
     if seen is None:
-        found = await observing.observe(task.request)
+        found = await observing.observe(task.request, run.repository.tag)
     else:
-        found = await observing.refresh(task.request, seen[0], seen[1].jobs)
+        found = await observing.refresh(task.request, run.repository.tag, seen[0], seen[1].jobs)
     # No new set is begun on what a refreshed look shows of a VM.
     return VmSession(run, task, *await _with_records(run, task, found, damage=seen is None))
 
@@ -165,22 +178,29 @@ async def observe(run: BackupRun, task: VmTask) -> VmSession:
 async def hold(
     run: BackupRun,
     task: VmTask,
+    address: Address,
     process: Process | None,
     absent: Observation | None = None,
     flushed: tuple[Vm, Intent] | None = None,
 ) -> AsyncIterator[LockedVm | Pending]:
     """Take a VM's locks and look at it once more; give what there is to wait for where that cannot be done.
 
-    C(process) is the QEMU that has just answered, where it is known; where none has, C(absent) is what was found.
+    C(process) is the QEMU that has just answered at C(address), where it is known; where none has, C(absent) is what
+    was found.
     C(flushed) is the VM as it was when the jobs of an attempt were judged whose images are flushed since: as nothing
     that QEMU shows by now can make that set a bad one, only its jobs are looked at.
     """
-    address = task.request.address
+    request, tag = task.request, run.repository.tag
     async with AsyncExitStack() as stack:
         await stack.enter_async_context(locked(host_lock_path(process, address), f"VM {task.name}"))
         lock = await stack.enter_async_context(run.repository.lock(task.name))
         if absent:
-            yield LockedVm(run, task, *await _with_records(run, task, absent), None, lock)
+            # The files of a VM that is off can have changed.
+            found = await observing.observe(request, tag) if absent.vm else absent
+            if not found.alone:
+                yield AGAIN
+                return
+            yield LockedVm(run, task, *await _with_records(run, task, found, damage=bool(absent.vm)), None, lock)
             return
         try:
             monitor = await stack.enter_async_context(Monitor(address, run.commands))
@@ -194,9 +214,9 @@ async def hold(
             return
         if flushed:
             vm, intent = flushed
-            found = await observing.refresh(task.request, vm, intent.jobs, monitor, judged=True)
+            found = await observing.refresh(request, tag, vm, intent.jobs, monitor, judged=True)
         else:
-            found = await observing.observe(task.request, monitor)
+            found = await observing.observe(request, tag, monitor)
         yield LockedVm(run, task, *await _with_records(run, task, found, damage=not flushed), monitor, lock)
 
 
@@ -205,7 +225,7 @@ async def hold_now(session: VmSession) -> AsyncIterator[LockedVm]:
     """Take the locks of a VM that was looked at; BackupError where that cannot be done now."""
     seen = session.seen
     async with AsyncExitStack() as stack:
-        found = hold(session.run, session.task, seen.process, None if seen.vm else seen)
+        found = hold(session.run, session.task, session.address, seen.process, seen if seen.alone else None)
         held = await stack.enter_async_context(found)
         if isinstance(held, Pending):
             raise BackupError(held.reason or "another QEMU has taken the VM's place; call again")

@@ -1,70 +1,57 @@
 # Copyright (c) 2026, vmfleet contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Start the backup jobs of all disks of a VM in one transaction, with the guest frozen where that is asked for."""
+"""Begin the set of a VM: remove what dead attempts have left, prepare an attempt, and have its jobs started."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from .._common.errors import (
-    AgentError,
-    BackupError,
-    MonitorError,
-    MonitorGone,
-    MonitorLost,
-    RepositoryHangs,
-    after,
-    in_words,
-)
+from .._common.errors import BackupError, MonitorError, MonitorGone, MonitorLost, RepositoryHangs, after, in_words
 from .._common.formats import utc_now
-from .._host import preallocate
-from .._plan.model import Quiesce
 from .._plan.observe import observe
-from .._qemu import block_jobs, guest_freeze
-from .._qemu.bitmaps import bitmap_add, bitmap_merge
-from .._qemu.jobs import query_jobs
+from .._qemu.tpm import losses
 from .._repository.documents import Failure, Phase
-from . import cleanup
+from . import cleanup, start_offline
+from .launch import launch
 from .outcome import VmState
-from .prepare import Consistency, draft_attempt, prepare_attempt, target_of
+from .prepare import draft_attempt, prepare_attempt, renew_description
 from .session import AGAIN, Pending, WaitFor
 from .steps import changes, keep_planned_fulls
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-    from typing import Any
-
-    from .._plan.disks import ChainLink
-    from .._plan.model import Policy
-    from .._qemu.model import Disk
+    from .._plan.model import Decision
+    from .._qemu.model import Vm
     from .._qemu.monitor import Monitor
-    from .._repository.documents import DiskImage, Intent
+    from .._repository.documents import Intent
     from .prepare import AttemptDraft
-    from .run import BackupRun
     from .session import LockedVm
 
 
 async def start(locked: LockedVm, _reason: str) -> Pending:
     """Remove what dead attempts have left, prepare an attempt, and start its jobs."""
     run, task, monitor, vm = locked.run, locked.task, locked.monitor, locked.seen.vm
-    if not monitor or not vm:
+    if vm is None or not (monitor or vm.is_off):
         return AGAIN
     decision = keep_planned_fulls(locked.decision, task.planned)
     for change in changes(task.planned, decision.plan.disks):
         task.warn(change)
     task.changed = True
-    await cleanup.clear(locked, monitor, vm)
+    await cleanup.clear(locked)
     try:
-        draft = await draft_attempt(run, monitor, task.request, vm, decision)
+        draft = await _draft(locked, vm, decision)
     except BackupError as error:
         return await _refuse(locked, str(error))
     try:
         task.last_attempt = draft.intent
         intent = await prepare_attempt(locked, draft)
-        speed = await run.bandwidth.reserve_share(task.name, len(intent.disks))
-        intent = await _launch(locked, monitor, draft, intent, speed)
+        speed = await run.bandwidth.reserve_share(task.name, len(intent.jobs))
+        if monitor:
+            intent = await launch(locked, monitor, draft, intent, speed)
+        else:
+            intent = await start_offline.launch(locked, vm, draft, intent, speed)
+        await renew_description(run, intent, draft)
     except MonitorError as error:
         if task.reconnected or not isinstance(error, (MonitorGone, MonitorLost)):
             raise
@@ -76,7 +63,17 @@ async def start(locked: LockedVm, _reason: str) -> Pending:
     except (BackupError, OSError) as error:
         return await _undo(locked, monitor, draft.intent, in_words(error))
     task.last_seen = vm, intent
-    return Pending(WaitFor.JOBS)
+    return AGAIN if intent.phase == Phase.COPIED else Pending(WaitFor.JOBS)
+
+
+async def _draft(locked: LockedVm, vm: Vm, decision: Decision) -> AttemptDraft:
+    """Draft an attempt, and warn of what its set will not have."""
+    draft = await draft_attempt(locked.run, locked.monitor, locked.task.request, vm, decision)
+    if locked.monitor is None:
+        draft = replace(draft, description=await start_offline.describe(locked, vm))
+    for loss in losses(draft.description):
+        locked.task.warn(loss)
+    return draft
 
 
 async def _refuse(locked: LockedVm, error: str) -> Pending:
@@ -89,136 +86,15 @@ async def _refuse(locked: LockedVm, error: str) -> Pending:
     return AGAIN
 
 
-async def _undo(locked: LockedVm, monitor: Monitor, drafted: Intent, error: str) -> Pending:
+async def _undo(locked: LockedVm, monitor: Monitor | None, drafted: Intent, error: str) -> Pending:
     """Put an end to an attempt that came to nothing while it was begun.
 
     How far it got, the repository and QEMU tell.
     """
     with after(error):
-        now = replace(locked, seen=await observe(locked.task.request, monitor))
+        now = replace(locked, seen=await observe(locked.task.request, locked.run.repository.tag, monitor))
         there = await locked.run.repository.intent(drafted.vm.name, drafted.id)
         intent = there if there and there.attempt == drafted.attempt else drafted
         await cleanup.thaw(now, intent)
     await cleanup.fail_attempt(now, intent, error)
     return AGAIN
-
-
-# Launch
-
-
-async def _launch(locked: LockedVm, monitor: Monitor, draft: AttemptDraft, intent: Intent, speed: int) -> Intent:
-    """Start all jobs of an attempt that is prepared. C(speed) is bytes/s for each job, 0 for no limit."""
-    run = locked.run
-    starts = [
-        block_jobs.BackupStart(
-            job_id=disk.job,
-            node=disk.image.node,
-            target=target_of(run, intent, disk),
-            opaque=f"{run.fdset_tag(intent.attempt)}{number}",
-            arguments=_arguments(run.plan.policy, link, _record(disk.image, link), speed),
-            calls=run.repository.calls,
-            place=run.repository.path,
-        )
-        for number, (disk, link) in enumerate(zip(intent.disks, draft.links))
-    ]
-    bitmaps = [
-        action
-        for disk, staged, link in zip(draft.disks, intent.disks, draft.links)
-        for action in _bitmap_actions(disk, staged.image, link)
-    ]
-    if intent.agent:
-        intent = await _start_frozen(run, monitor, intent, starts, bitmaps, locked.task.request.quiesce)
-    else:
-        await block_jobs.start_backups(monitor, starts, "individual", bitmaps)
-    intent = replace(intent, phase=Phase.COPYING)
-    await run.repository.update(intent)
-    return await _top_up(run, monitor, draft, intent)
-
-
-async def _start_frozen(
-    run: BackupRun,
-    monitor: Monitor,
-    intent: Intent,
-    starts: Sequence[block_jobs.BackupStart],
-    bitmaps: Sequence[dict[str, Any]],
-    quiesce: str,
-) -> Intent:
-    """Start the jobs while the guest is frozen. The intent says so before."""
-    # What QEMU would refuse, it is to refuse before the guest is touched.
-    way = await block_jobs.rehearse_backups(monitor, starts, bitmaps)
-    await run.repository.update(replace(intent, frozen=True))
-    freezer = guest_freeze.Freezer(guest_freeze.AgentPlace(intent.agent, intent.libvirt_uri))
-    reason = ""
-    try:
-        try:
-            if way is None:
-                raise AgentError("the VM has stopped, and its guest agent with it")
-            await block_jobs.start_backups(monitor, starts, "individual", bitmaps, freezer, way)
-            if not freezer.held:
-                reason = freezer.thaw_error or "the guest was thawed by others before all jobs had started"
-        except AgentError as error:
-            reason = str(error)
-            if quiesce == Quiesce.TRY:
-                await block_jobs.start_backups(monitor, starts, "individual", bitmaps)
-        if reason and quiesce == Quiesce.REQUIRE:
-            raise BackupError(f"VM {intent.vm.name}: quiesce: {reason}")
-    except (BackupError, OSError) as error:
-        # Whoever undoes this is not to thaw what was seen thawed, or what others have frozen.
-        with after(error):
-            await run.repository.update(replace(intent, frozen=bool(freezer.thaw_error)))
-        raise
-    return replace(
-        intent,
-        frozen=bool(freezer.thaw_error),
-        frozen_ms=freezer.frozen_ms,
-        consistency=Consistency.CRASH if reason else Consistency.FILESYSTEM,
-        consistency_reason=reason,
-    )
-
-
-async def _top_up(run: BackupRun, monitor: Monitor, draft: AttemptDraft, intent: Intent) -> Intent:
-    """Reserve what an increment takes beyond its estimate: the guest has written since that was made."""
-    if not intent.reserved or not any(link.bitmap for link in draft.links):
-        return intent
-    lengths = {job.id: job.len for job in await query_jobs(monitor)}
-    for link, staged in zip(draft.links, intent.disks):
-        more = lengths.get(staged.job, 0) - sum(bitmap.count for bitmap in link.records)
-        if link.bitmap and more > 0:
-            target = target_of(run, intent, staged)
-            expected = staged.expected + more + more // 8
-            try:
-                await run.repository.calls.run(preallocate.top_up, target.path, expected, target.fd)
-            except BackupError:
-                # Without it, this set has to be watched like one on a file system that cannot reserve.
-                intent = replace(intent, reserved=False)
-                await run.repository.update(intent)
-    return intent
-
-
-def _record(image: DiskImage, link: ChainLink) -> str:
-    """Return the name of the bitmap that an increment is made from; empty where it is none."""
-    return image.merged if link.below else link.bitmap
-
-
-def _bitmap_actions(disk: Disk, image: DiskImage, link: ChainLink) -> list[dict[str, Any]]:
-    """Return what a set's transaction does to the bitmaps of a disk before the copy begins."""
-    actions = [bitmap_add(disk.node, image.bitmap, disk.keeps_bitmaps)] if image.bitmap else []
-    if link.below:
-        merged = _record(image, link)
-        actions += [
-            bitmap_add(disk.node, merged, persistent=False),
-            bitmap_merge(disk.node, merged, link.bitmap, link.below),
-        ]
-    return actions
-
-
-def _arguments(policy: Policy, link: ChainLink, bitmap: str, speed: int) -> dict[str, Any]:
-    arguments: dict[str, Any] = {"sync": "full"}
-    if link.bitmap:
-        # Never cleared: what goes wrong later can take no change away.
-        arguments = {"sync": "bitmap", "bitmap": bitmap, "bitmap-mode": "never"}
-    if speed:
-        arguments["speed"] = speed
-    if policy.compression != "none":
-        arguments["compress"] = True
-    return arguments

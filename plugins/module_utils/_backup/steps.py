@@ -117,13 +117,15 @@ def judge(intent: Intent, seen: Observation, records: VmRecords, now: float) -> 
         if intent.phase == Phase.PREPARING:
             return AttemptState(AttemptStatus.INTERRUPTED)
         return AttemptState(AttemptStatus.BROKEN, "QEMU ended, or was restarted, while the set was made")
+    if intent.phase == Phase.COPIED:
+        return AttemptState(AttemptStatus.COPIED)
     if seen.vm is None:
         return AttemptState(AttemptStatus.UNREACHABLE, seen.error)
     return _judge_jobs(intent, seen.vm, now)
 
 
 def _judge_jobs(intent: Intent, vm: Vm, now: float) -> AttemptState:
-    jobs = {disk.image.name: vm.job(disk.job) for disk in intent.disks}
+    jobs = {disk.image.name: vm.job(disk.job) for disk in intent.disks if disk.job}
     if intent.phase == Phase.PREPARING and not any(jobs.values()):
         return AttemptState(AttemptStatus.INTERRUPTED)
     errors = [f"disk {disk}: {_job_error(job)}" for disk, job in jobs.items() if _job_error(job)]
@@ -200,6 +202,8 @@ class Step(Enum):
     """If it is still so, the attempt ends as if a job had failed, and the guest goes on."""
     THAW = "thaw"
     """The guest is thawed."""
+    RELEASE = "release"
+    """If the copies are good, that is written down. The storage daemon ends, and the VM can be started again."""
     START = "start"
     """What dead attempts have left is removed, the images are made, and the jobs are started."""
 
@@ -222,6 +226,10 @@ class VmSituation:
     """Why it must end though it runs."""
     frozen: bool = False
     """Whether it may have left the guest's file systems frozen."""
+    held: bool = False
+    """Whether a storage daemon has the disks of the VM open for it, which is off."""
+    kept: bool = False
+    """Whether one has them open for a set that nobody makes any more."""
     time_over: bool = False
     """Whether this call has worked as long as it was to."""
     planned: Action = Action.START
@@ -263,13 +271,22 @@ NONE = "there is no set"
 WAITS = "at most {max_vms} VMs copy at a time"
 
 RULES = (
+    Rule(
+        "a storage daemon has the disks of a VM open that is off, and is needed no more",
+        lambda seen: seen.kept,
+        Step.RELEASE,
+    ),
     # What others have to do with it.
     Rule(
         "the set that the VM's jobs make was taken over or removed by others",
         lambda seen: seen.action == Action.FAIL and seen.remains,
         Step.DISOWN,
     ),
-    Rule("the lists of disks name one that is not there", _is(Case.WRONG_DISKS), Step.FAIL),
+    Rule(
+        "the lists of disks name one that is not there, or the VM has another uuid than is listed",
+        _is(Case.WRONG_DISKS),
+        Step.FAIL,
+    ),
     Rule("the set is published, of another VM of this name", _is(Case.OTHER_VM), Step.FAIL),
     Rule("the set is published, without a disk that is chosen now", _is(Case.WITHOUT_DISK), Step.FAIL),
     Rule("the set is published, and something is left of its making", _is(Case.PUBLISHED, remains=True), Step.TIDY),
@@ -301,6 +318,11 @@ RULES = (
         "{error}",
     ),
     Rule(
+        f"{OURS}: all jobs have ended well, and a storage daemon has the disks of the VM open",
+        _attempt(AttemptStatus.COPIED, held=True),
+        Step.RELEASE,
+    ),
+    Rule(
         f"{OURS}: all jobs have ended well, and the time of this call is over",
         _attempt(AttemptStatus.COPIED, time_over=True),
         Step.COME_BACK,
@@ -324,7 +346,6 @@ RULES = (
     ),
     Rule(f"{OURS}: a job runs", _attempt(AttemptStatus.RUNNING), Step.FOLLOW),
     # What is not begun.
-    Rule(f"{NONE}, and the domain's own metadata say that there is to be none", _is(Case.EXCLUDED), Step.SKIP),
     Rule("the VM's other sets are of another VM of this name, without ``adopt``", _is(Case.OTHER_DIRECTORY), Step.FAIL),
     Rule("something that is no set stands in its place", _is(Case.IN_THE_WAY), Step.FAIL),
     Rule(f"{NONE}, and the VM is off, with ``offline: skip``", _is(Case.OFF), Step.SKIP),

@@ -16,7 +16,10 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from typing import Any
+    from typing import Any, ParamSpec, TypeVar
+
+    P = ParamSpec("P")
+    T = TypeVar("T")
 
 
 class CallThread:
@@ -58,6 +61,14 @@ class CallThread:
     def _work(self) -> None:
         for work in iter(self._queue.get, None):
             work()
+
+
+async def within(seconds: float, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Call C(function) in a thread, and return what it returns; asyncio.TimeoutError where that takes longer."""
+    answer: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+    call = (answer, lambda: function(*args, **kwargs))
+    threading.Thread(target=answer_in_thread, args=call, daemon=True).start()
+    return await asyncio.wait_for(answer, seconds)
 
 
 def answer_in_thread(answer: asyncio.Future[Any], function: Callable[[], Any]) -> None:

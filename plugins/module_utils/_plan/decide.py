@@ -10,16 +10,19 @@ from typing import TYPE_CHECKING
 from .._qemu.model import EncryptedSource
 from .._repository import chain
 from .disks import READ_ONLY, choose_disks, disks_of_intent, link_disks, plan_disks
-from .model import PUBLISHED_ALREADY, UNLESS, Action, Case, Choice, Decision, VmPlan
+from .model import PUBLISHED_ALREADY, UNLESS, Action, Case, Choice, Decision, Offline, VmPlan
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from .._qemu.model import Job, Vm
     from .._repository.documents import Hypervisor, Intent, Manifest
     from .._repository.repository import VmRecords
+    from .disks import ChainLink
     from .model import Observation, Request, RunContext
 
 
-SKIPPED = "its own metadata say that it is not backed up (skip='yes')"
+UNTOLD = ". It is off, and nobody has told its uuid: if it has one, list it (vms: uuid)"
 MIGRATING = frozenset({"inmigrate", "postmigrate", "finish-migrate"})
 
 
@@ -27,8 +30,8 @@ def decide(request: Request, seen: Observation, records: VmRecords, context: Run
     """Decide what to do with one VM; the first case that holds wins."""
     choice = choose_disks(seen.vm, request) if seen.vm else Choice()
     intent, removal = None, ""
-    if choice.error and not request.skip:
-        case, reason = Case.WRONG_DISKS, choice.error
+    if choice.error or _has_other_uuid(request, seen):
+        case, reason = Case.WRONG_DISKS, choice.error or _has_other_uuid(request, seen)
     elif records.published(context.id):
         case, reason = _already_published(seen, records, context, choice)
     elif _has_given_up(records, context):
@@ -36,14 +39,12 @@ def decide(request: Request, seen: Observation, records: VmRecords, context: Run
     elif records.intents:
         intent = _next_intent(records.intents, context.id)
         case, reason, removal = _being_made(intent, seen, context)
-    elif request.skip:
-        case, reason = Case.EXCLUDED, SKIPPED
     elif records.barred:
         case, reason = Case.IN_THE_WAY, records.barred
     elif _belongs_to_another(seen, records) and not context.adopt:
         case, reason = Case.OTHER_DIRECTORY, _belongs_to_another(seen, records)
     else:
-        case, reason = _not_begun(seen, records, context, choice)
+        case, reason = _not_begun(request, seen, records, context, choice)
     action = case.action
     links = link_disks(request, seen, records, context, choice) if action in (Action.START, Action.FINISH) else ()
     disks = plan_disks(choice.disks, links) if links else disks_of_intent(intent)
@@ -51,7 +52,7 @@ def decide(request: Request, seen: Observation, records: VmRecords, context: Run
         name=request.name,
         monitor=request.monitor,
         action=action,
-        reason=reason,
+        reason=f"{reason}{_while_off(seen, links)}",
         identity=seen.vm.identity if seen.vm else "",
         level=chain.set_level(disk.level for disk in disks),
         include_disks=request.include_disks,
@@ -60,10 +61,11 @@ def decide(request: Request, seen: Observation, records: VmRecords, context: Run
         quiesce=request.quiesce,
         agent=request.agent,
         libvirt_uri=request.libvirt_uri,
-        skip=request.skip,
         unless=UNLESS.get(case, ""),
         disks=disks,
         left_out=choice.left_out,
+        files=request.files,
+        uuid=request.uuid,
     )
     return Decision(case, plan, choice, links, intent, records.published(context.id), removal)
 
@@ -107,17 +109,16 @@ def _being_made(intent: Intent, seen: Observation, context: RunContext) -> tuple
     return Case.BEING_MADE, f"the set is being made since {intent.started}", ""
 
 
-def _not_begun(seen: Observation, records: VmRecords, context: RunContext, choice: Choice) -> tuple[Case, str]:
+def _not_begun(
+    request: Request, seen: Observation, records: VmRecords, context: RunContext, choice: Choice
+) -> tuple[Case, str]:
     if context.id in records.strays:
         return (
             Case.IN_THE_WAY,
             f"in the place of set {context.id} stands something that is no set (no valid manifest); move it away",
         )
-    if seen.off and context.policy.offline == "skip":
-        return Case.OFF, seen.error
     if seen.vm is None:
-        remedy = "; start it, or leave out such VMs with offline: skip (vm_backup_offline)" if seen.off else ""
-        return Case.SILENT, f"{seen.error}{remedy}"
+        return _silent(request, seen, context)
     busy = ", ".join(f"job {job.id} ({job.type}, {job.status})" for job in _foreign_jobs(seen.vm, context.tag))
     if busy:
         return Case.BUSY, f"busy: {busy}; wait for its end, or cancel it with block_job"
@@ -130,6 +131,11 @@ def _not_begun(seen: Observation, records: VmRecords, context: RunContext, choic
     if not choice.disks:
         return Case.NO_DISKS, _nothing_to_back_up(choice)
     encrypted = ", ".join(disk.name for disk in choice.disks if disk.encrypted)
+    if encrypted and seen.vm.is_off:
+        return Case.ENCRYPTED, (
+            f"disk {encrypted} is encrypted at rest, and only its VM has the key: it cannot be copied while the VM is"
+            " off; start the VM, or exclude the disk (exclude_disks)"
+        )
     if encrypted and context.policy.encrypted_source == EncryptedSource.REFUSE:
         return Case.ENCRYPTED, (
             f"encrypted_source: disk {encrypted} is encrypted at rest, and its copy would not be; exclude it"
@@ -139,6 +145,33 @@ def _not_begun(seen: Observation, records: VmRecords, context: RunContext, choic
     if refusal:
         return Case.CONFINED, refusal
     return Case.NOT_BEGUN, f"there is no set {context.id} of this VM"
+
+
+def _silent(request: Request, seen: Observation, context: RunContext) -> tuple[Case, str]:
+    """Return the case, and the reason, of a VM of which nothing is seen."""
+    if seen.off and context.policy.offline == Offline.SKIP:
+        return Case.OFF, seen.error
+    if seen.off and context.policy.offline == Offline.BACKUP and not request.files:
+        return Case.SILENT, f"{seen.error}. To back it up while it is off, list its disks (vms: disks)"
+    return Case.SILENT, seen.error
+
+
+def _while_off(seen: Observation, links: Iterable[ChainLink]) -> str:
+    """Return what is to be known of a set that is made while its VM is off; empty for others."""
+    copied = [not link.unchanged for link in links]
+    if seen.vm is None or not seen.vm.is_off or not copied:
+        return ""
+    return (
+        "; it is off, and cannot be started while it is copied" if any(copied) else "; it is off, and has not changed"
+    )
+
+
+def _has_other_uuid(request: Request, seen: Observation) -> str:
+    """Return what is said of a VM that has another uuid than the one that it is listed with."""
+    if seen.vm is None or not request.uuid or seen.vm.uuid == request.uuid:
+        return ""
+    has = f"uuid {seen.vm.uuid}" if seen.vm.uuid else "no uuid"
+    return f"vms: {request.name} is listed with uuid {request.uuid}, and the VM at {request.monitor} has {has}"
 
 
 def _nothing_to_back_up(choice: Choice) -> str:
@@ -160,7 +193,7 @@ def _belongs_to_another(seen: Observation, records: VmRecords) -> str:
     return (
         f"the directory belongs to another VM of this name ({newest.vm.identity}, set {newest.id}; this one is"
         f" {seen.vm.identity}). Give one of them another name; if this VM has taken the other's place, adopt: true"
-        " goes on there, with a full set"
+        f" goes on there, with a full set{UNTOLD if seen.vm.is_off and not seen.vm.uuid else ''}"
     )
 
 

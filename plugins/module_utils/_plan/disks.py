@@ -5,13 +5,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from .._common.errors import Refused
 from .._common.redaction import redact_name
 from .._qemu.domain_disks import NO_MEDIUM, passed_through, unseen
-from .._qemu.model import chain_of
+from .._qemu.model import chain_of, plain_path
 from .._repository.chain import newest_full, walk
 from .._repository.documents import Level, Parent
 from .._repository.names import image_files
@@ -20,6 +20,7 @@ from .model import Choice, DiskPlan, LeftOut
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
+    from .._qemu.image_files import DiskFile
     from .._qemu.model import Bitmap, Disk, Vm
     from .._repository.documents import DiskImage, Intent, Manifest
     from .._repository.repository import VmRecords
@@ -83,9 +84,11 @@ def link_disks(
         return ()
     vm = seen.vm
     wish = LevelPolicy(request.wanted, context.policy.tracking, context.policy.max_chain)
-    return tuple(
+    links = (
         link(disk, vm.disks, vm.identity, records.sets, wish, seen.damage, vm.other_nodes) for disk in choice.disks
     )
+    # Of a VM that runs, nobody knows what it has just written.
+    return tuple(_noting_no_change(one) if vm.is_off else one for one in links)
 
 
 def plan_disks(disks: Iterable[Disk], links: Iterable[ChainLink]) -> tuple[DiskPlan, ...]:
@@ -122,6 +125,26 @@ def disks_of_intent(intent: Intent | None) -> tuple[DiskPlan, ...]:
     )
 
 
+def listed_otherwise(files: Iterable[DiskFile], vm: Vm) -> tuple[str, ...]:
+    """Return what a VM that is on has otherwise than it is listed for when it is off, one sentence for each disk."""
+    if vm.is_off:
+        return ()
+    disks = {disk.name: disk for disk in vm.disks}
+    return tuple(filter(None, (_otherwise(file, disks.get(file.name)) for file in files)))
+
+
+def _otherwise(file: DiskFile, disk: Disk | None) -> str:
+    if disk is None:
+        return f"disk {file.name} is listed (vms: disks), and the VM has none of that name"
+    is_same = plain_path(disk.file) == plain_path(file.file) and disk.driver == file.format
+    return (
+        ""
+        if is_same
+        else f"disk {file.name} is listed as {file.file} ({file.format}), and the VM has it in {disk.file}"
+        f" ({disk.driver}); while it is off, another disk would be backed up in its place"
+    )
+
+
 @dataclass(frozen=True)
 class LevelPolicy:
     """What sort of images is asked for. C(max_chain) is the most images that a chain may have."""
@@ -137,6 +160,7 @@ class ChainLink:
 
     C(below) are the nodes under the disk's own that have a bitmap of this name too, each with a part of these writes:
     external snapshots lie between. C(records) are all these bitmaps as they were seen, the disk's own first.
+    C(unchanged) says that there was no such write, and that there can be none while the VM is off.
     """
 
     level: Level
@@ -146,6 +170,7 @@ class ChainLink:
     bitmap: str = ""
     below: tuple[str, ...] = ()
     records: tuple[Bitmap, ...] = ()
+    unchanged: bool = False
 
     @property
     def backing(self) -> tuple[str, str] | None:
@@ -193,7 +218,7 @@ def link(
         return ChainLink(Level.FULL, doubt)
     level = Level.DIFFERENTIAL if wish.level == Level.DIFFERENTIAL else Level.INCREMENTAL
     name = below.bitmap or ""
-    records = {layer.node: bitmap for layer in chain for bitmap in layer.bitmaps if bitmap.name == name}
+    records = records_of(chain, name)
     snapshots = f", recorded in {len(records)} layers (external snapshots)" if len(records) > 1 else ""
     return ChainLink(
         level,
@@ -204,6 +229,17 @@ def link(
         tuple(records)[1:],
         tuple(records.values()),
     )
+
+
+def records_of(chain: Iterable[Disk], name: str) -> dict[str, Bitmap]:
+    """Return the bitmaps of this name in the layers of a disk, by node, from the top to the bottom."""
+    return {layer.node: bitmap for layer in chain for bitmap in layer.bitmaps if bitmap.name == name}
+
+
+def _noting_no_change(link: ChainLink) -> ChainLink:
+    if link.parent is None or any(record.count for record in link.records):
+        return link
+    return replace(link, reason=f"it has not changed since set {link.parent.id}", unchanged=True)
 
 
 def _other_disk(base: Manifest, below: DiskImage, disk: Disk, identity: str) -> str:

@@ -13,7 +13,8 @@ from .._common.fields import FLAG, NAME, SIZE, TEXT, DocumentError, Maybe, OneOf
 from .._common.formats import Word
 from .._common.options import LIBVIRT_URI
 from .._host.confinement import ADMITTED, Admission
-from .._qemu.address import FoundBy, parse_address
+from .._qemu.address import parse_address
+from .._qemu.image_files import DiskFile
 from .._qemu.model import EncryptedSource
 from .._repository.documents import COMPRESSION, IMAGE, SET_ID, Level
 
@@ -61,8 +62,6 @@ class Case(Word):
     OTHER_SET = "other set"
     """A set of another id is unfinished, and comes first."""
     BEING_MADE = "being made"
-    EXCLUDED = "excluded"
-    """The domain itself says that it is not backed up."""
     OTHER_DIRECTORY = "other directory"
     """The newest set in the VM's directory is of another VM."""
     IN_THE_WAY = "in the way"
@@ -93,7 +92,6 @@ ACTIONS = {
     Case.SUPERSEDED: Action.FINISH,
     Case.OTHER_SET: Action.FINISH,
     Case.BEING_MADE: Action.ATTACH,
-    Case.EXCLUDED: Action.SKIP,
     Case.OFF: Action.SKIP,
     Case.MIGRATING: Action.SKIP,
     Case.NO_DISKS: Action.SKIP,
@@ -110,6 +108,14 @@ class Quiesce(Word):
     NONE = "none"
     TRY = "try"
     REQUIRE = "require"
+
+
+class Offline(Word):
+    """What becomes of a VM that is off."""
+
+    BACKUP = "backup"
+    FAIL = "fail"
+    SKIP = "skip"
 
 
 LEVEL = holds(OneOf(*Level))
@@ -130,7 +136,7 @@ class Policy:
     speed: int = field(default=0, metadata=SIZE)
     reserve: str = field(default="5%", metadata=RESERVE)
     checksum: bool = field(default=True, metadata=FLAG)
-    offline: str = field(default="fail", metadata=holds(OneOf("fail", "skip")))
+    offline: str = field(default=Offline.FAIL, metadata=holds(OneOf(*Offline)))
     max_chain: int = field(default=30, metadata=holds(Whole(1)))
     tracking: bool = field(default=True, metadata=FLAG)
     encrypted_source: str = field(default=EncryptedSource.WARN, metadata=holds(OneOf(*EncryptedSource)))
@@ -142,9 +148,8 @@ class Request:
     """A VM to back up. C(name) is what the set is called after; the lists name disks by any of their names.
 
     C(wanted) is the level that is asked for; C(agent) the guest agent's socket, empty for the one that QEMU knows.
-    C(libvirt_uri) is which libvirt the domain C(monitor) is of; empty for a monitor that is none. C(skip) says that no
-    set is to be begun. C(found_by) is how its monitor was found, and C(given) names the fields that are said of this
-    very VM.
+    C(libvirt_uri) is which libvirt the domain C(monitor) is of; empty for a monitor that is none. C(files) are its
+    disks for when it is off, and is to be backed up then; C(uuid) is its own, where it is told.
     """
 
     name: str
@@ -155,9 +160,8 @@ class Request:
     quiesce: str = Quiesce.NONE
     agent: str = ""
     libvirt_uri: str = ""
-    skip: bool = False
-    found_by: FoundBy = FoundBy.LISTED
-    given: frozenset[str] = frozenset()
+    files: tuple[DiskFile, ...] = ()
+    uuid: str = ""
 
     @property
     def address(self) -> Address:
@@ -186,8 +190,13 @@ class Observation:
 
     @property
     def process(self) -> Process | None:
-        """The QEMU that has answered, where it is known."""
+        """The QEMU that has answered, or the storage daemon, where it is known."""
         return self.vm.process if self.vm else None
+
+    @property
+    def alone(self) -> bool:
+        """Whether there is nobody to ask about the VM, nor to be told what to do with it."""
+        return self.vm is None or (self.vm.is_off and not self.vm.daemon)
 
     def shows(self, intent: Intent) -> bool:
         """Tell whether the QEMU that has answered has a job of this attempt, and so is the one that makes its set."""
@@ -234,10 +243,11 @@ class VmPlan:
     quiesce: str = field(default=Quiesce.NONE, metadata=holds(OneOf(*Quiesce)))
     agent: str = field(default="", metadata=SOCKET)
     libvirt_uri: str = field(default="", metadata=LIBVIRT)
-    skip: bool = field(default=False, metadata=FLAG)
     unless: str = field(default="", metadata=holds(OneOf("", *UNLESS.values())))
     disks: tuple[DiskPlan, ...] = field(default=(), metadata=holds(Several(part(DiskPlan))))
     left_out: tuple[LeftOut, ...] = field(default=(), metadata=holds(Several(part(LeftOut))))
+    files: tuple[DiskFile, ...] = field(default=(), metadata=holds(Several(part(DiskFile))))
+    uuid: str = field(default="", metadata=TEXT)
 
     @property
     def request(self) -> Request:
@@ -250,7 +260,8 @@ class VmPlan:
             self.quiesce,
             self.agent,
             self.libvirt_uri,
-            self.skip,
+            self.files,
+            self.uuid,
         )
 
     @property

@@ -19,14 +19,15 @@ from .._host import preallocate
 from .._host.files import nearest_directory, scratch
 from .._host.probe import PREFIX
 from .._host.process import machine_id
-from .._qemu import estimate, qemu_img
+from .._qemu import estimate, qemu_img, storage_daemon
 from .._qemu.address import Origin
-from .._qemu.jobs import query_jobs
+from .._qemu.image_files import inspect_files
+from .._qemu.jobs import query_jobs, query_status
 from .._qemu.monitor import Monitor
 from .._qemu.query import inspect_vm
 from .._repository.annotations import Depth, failed_sets, read_annotations
 from .._repository.chain import newest_full, walk
-from .._repository.documents import Level
+from .._repository.documents import Level, Phase, VmName
 from .._repository.staging import outstanding
 from .admission import with_admission
 from .model import Observation, Space
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 
     from .._host.process import Process
+    from .._qemu.address import Address
     from .._qemu.model import Disk, Vm
     from .._repository.documents import Hypervisor, Intent, Manifest
     from .._repository.repository import Repository, VmRecords
@@ -57,13 +59,21 @@ async def find_process(request: Request) -> Process | None:
         return None
 
 
-async def observe(request: Request, monitor: Monitor | None = None) -> Observation:
+def address_of(name: str, monitor: Address, tag: str) -> Address:
+    """Return where a VM is asked: at the storage daemon that copies its disks for this repository, where one does.
+
+    C(tag) is the repository's.
+    """
+    return (storage_daemon.find(tag, name) if name else None) or monitor
+
+
+async def observe(request: Request, tag: str, monitor: Monitor | None = None) -> Observation:
     """Ask one VM for everything; C(monitor) is a connection that is open already."""
-    return await _ask(request, lambda asked: _inspect(asked, request.name), monitor)
+    return await _ask(request, tag, lambda asked: _inspect(asked, request), monitor)
 
 
 async def refresh(
-    request: Request, last: Vm, wanted: Collection[str], monitor: Monitor | None = None, judged: bool = False
+    request: Request, tag: str, last: Vm, wanted: Collection[str], monitor: Monitor | None = None, judged: bool = False
 ) -> Observation:
     """Ask one VM for what changes while the jobs C(wanted) run; C(last) is what a look has shown.
 
@@ -73,32 +83,53 @@ async def refresh(
 
     async def question(monitor: Monitor) -> Vm:
         if monitor.process != last.process:
-            return await _inspect(monitor, request.name)
-        status, jobs = await asyncio.gather(monitor.execute("query-status"), query_jobs(monitor))
+            return await _inspect(monitor, request)
+        status, jobs = await asyncio.gather(query_status(monitor), query_jobs(monitor))
         there = [job for job in jobs if job.id in wanted]
         if not there or (not judged and all(job.ended for job in there)):
-            return await _inspect(monitor, request.name)
-        return replace(last, status=status["status"], jobs=jobs)
+            return await _inspect(monitor, request)
+        return replace(last, status=status, jobs=jobs)
 
-    return await _ask(request, question, monitor)
+    return await _ask(request, tag, question, monitor)
 
 
 async def _ask(
-    request: Request, question: Callable[[Monitor], Awaitable[Vm]], monitor: Monitor | None = None
+    request: Request, tag: str, question: Callable[[Monitor], Awaitable[Vm]], monitor: Monitor | None = None
 ) -> Observation:
     try:
         if monitor is not None:
             return Observation(await question(monitor))
-        async with Monitor(request.address) as own:
-            return Observation(await question(own))
+        return Observation(await _ask_whoever_is_there(request, tag, question))
     except MonitorGone as error:
-        return Observation(error=str(error), off=True)
+        gone = str(error)
     except BackupError as error:
         return Observation(error=str(error))
+    if not request.files:
+        return Observation(error=gone, off=True)
+    try:
+        return Observation(await inspect_files(request.files, request.name, request.uuid, request.monitor), off=True)
+    except BackupError as error:
+        return Observation(error=f"{gone}; and {error}")
 
 
-async def _inspect(monitor: Monitor, name: str) -> Vm:
-    vm = await inspect_vm(monitor, name)
+async def _ask_whoever_is_there(request: Request, tag: str, question: Callable[[Monitor], Awaitable[Vm]]) -> Vm:
+    address = address_of(request.name, request.address, tag)
+    if address.daemon:
+        # The set that it makes comes to its end first, whatever has become of the VM.
+        try:
+            async with Monitor(address) as daemon:
+                return await question(daemon)
+        except MonitorGone:
+            # It was killed, or has just ended.
+            address = request.address
+    async with Monitor(address) as own:
+        return await question(own)
+
+
+async def _inspect(monitor: Monitor, request: Request) -> Vm:
+    if monitor.address.daemon:
+        return await storage_daemon.inspect(monitor, request.name, request.uuid, request.monitor)
+    vm = await inspect_vm(monitor, request.name)
     # In a repository a VM without a uuid is known by its name there, wherever that name comes from.
     return vm if vm.uuid else replace(vm, identity=f"{machine_id()}:{vm.name}")
 
@@ -113,12 +144,23 @@ def with_records(
     Raises BackupError as Repository.records() does.
     """
     records = repository.records(name)
+    seen = with_identity(seen, records, name, hypervisor)
     seen = with_ends(seen, records.intents, hypervisor)
     if damage:
         seen = with_damage(seen, repository, records.sets)
     if damage and not records.intents:
         seen = with_admission(seen, repository, name)
     return seen, records
+
+
+def with_identity(seen: Observation, records: VmRecords, name: str, hypervisor: Hypervisor) -> Observation:
+    """Add who a VM is that is off, and whose uuid nobody has told: the one that this machine has made its sets of."""
+    if seen.vm is None or seen.vm.identity:
+        return seen
+    makers: list[Intent | Manifest] = [*reversed(records.intents), *reversed(records.sets)]
+    ours = next((one.vm for one in makers if one.hypervisor and one.hypervisor.is_same(hypervisor)), None)
+    who = ours or VmName(name, f"{machine_id()}:{name}", "")
+    return replace(seen, vm=replace(seen.vm, name=name, uuid=who.uuid, identity=who.identity))
 
 
 def with_damage(seen: Observation, repository: Repository, sets: Sequence[Manifest]) -> Observation:
@@ -154,7 +196,9 @@ def with_ends(seen: Observation, intents: Iterable[Intent], hypervisor: Hypervis
         dead=frozenset(attempt for attempt, fate in ended.items() if fate),
         doubtful=frozenset(attempt for attempt, fate in ended.items() if fate is None),
         elsewhere=frozenset(
-            intent.attempt for intent in found if seen.vm and _origin(intent).is_other_process(seen.vm)
+            intent.attempt
+            for intent in found
+            if seen.vm and intent.phase != Phase.COPIED and _origin(intent).is_other_process(seen.vm)
         ),
     )
 
@@ -164,6 +208,9 @@ def _has_ended(intent: Intent, seen: Observation, hypervisor: Hypervisor) -> boo
         return False
     if intent.hypervisor.boot_id != hypervisor.boot_id:
         return True
+    if intent.phase == Phase.COPIED:
+        # It needs no QEMU any more.
+        return False
     return _origin(intent).has_ended(seen.vm, seen.off, seen.shows(intent))
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass, field
-from enum import IntEnum
 from typing import TYPE_CHECKING
 
 from .._common.errors import Refused
@@ -27,13 +26,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Address:
-    """Where a monitor is: a UNIX socket's path, a TCP host and port, or a domain of the libvirt at C(uri)."""
+    """Where a monitor is: a UNIX socket's path, a TCP host and port, or a domain of the libvirt at C(uri).
+
+    C(daemon) says that the socket is that of a storage daemon.
+    """
 
     path: str = ""
     host: str = ""
     port: int = 0
     domain: str = ""
     uri: str = ""
+    daemon: bool = False
 
     def __str__(self) -> str:
         if self.domain:
@@ -51,17 +54,6 @@ class Address:
     def kind(self) -> str:
         """Which name spaces it belongs to. How libvirt is found, and what a name means to it, is a matter of paths."""
         return PORTS if self.port else PATHS
-
-
-class FoundBy(IntEnum):
-    """How a monitor has come to be asked for. What is less stands above what is more."""
-
-    LISTED = 0
-    """It is listed itself."""
-    DOMAIN = 1
-    """It is that of a domain of libvirt whose name matches a pattern."""
-    SOCKET = 2
-    """Its socket matches a pattern."""
 
 
 LIBVIRT = "libvirt:"

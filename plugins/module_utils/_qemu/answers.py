@@ -138,6 +138,7 @@ _NODE = record(
     },
 )
 _JOB = {"status": text}
+_TPM = record({"model": text, "options": record({"type": text, "data": record({}, {"chardev": text})})})
 STATISTICS = record({}, {"node-name": text, "parent": record({}, {"node-name": text}), "backing": record({})})
 """The entry of one node in query-blockstats. That of its backing file stands within it, and is checked on its own."""
 VERSION = record({"major": size, "minor": size, "micro": size})
@@ -169,6 +170,9 @@ ANSWERS = {
     "query-name": record({}, {"name": text}),
     "query-named-block-nodes": listed(_NODE),
     "query-status": record({"status": text, "running": flag}),
+    "query-tpm": listed(
+        record({"model": text, "options": record({"type": text, "data": record({}, {"chardev": text})})})
+    ),
     "query-uuid": record({"UUID": text}),
 }
 """The answers that are read. All we ask qom-get for is text."""

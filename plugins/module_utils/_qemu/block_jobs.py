@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from .._common.errors import BackupError, CommandError, JobFailed
 from .._host.confinement import NO_DESCRIPTOR, not_given
 from .._host.files import AT_ONCE
-from .jobs import query_jobs
+from .jobs import query_jobs, query_status
 from .model import IO_ERROR, TARGET_NODES
 from .target_image import open_pair
 
@@ -187,7 +187,8 @@ async def _with_open_targets(
     started = False
     try:
         for start, is_direct in zip(starts, way.direct):
-            filename = start.target.path
+            # A storage daemon has the target under the number that it has here; over TCP there is the path only.
+            filename = start.target.name if monitor.address.daemon else start.target.path
             if monitor.passes_fds:
                 fdsets.append(await _pass_target(monitor, start, is_direct))
                 filename = f"/dev/fdset/{fdsets[-1]}"
@@ -313,5 +314,5 @@ async def remove_fdsets(monitor: Monitor, vm: Vm, prefix: str) -> None:
 
 async def resume(monitor: Monitor) -> None:
     """Let a guest go on that a failed write has stopped: the write is tried again."""
-    if (await monitor.execute("query-status"))["status"] == IO_ERROR:
+    if await query_status(monitor) == IO_ERROR:
         await monitor.execute("cont")

@@ -9,11 +9,16 @@ Reference: QEMU 7.2, docs/tools/qemu-img.rst.
 from __future__ import annotations
 
 
-def info_command(path: str, image_format: str = "", shared: bool = False) -> list[str]:
-    """Return C(qemu-img info). If not C(shared), it fails on an image that somebody else has open for writing."""
+def info_command(path: str, image_format: str = "", shared: bool = False, layers: bool = False) -> list[str]:
+    """Return C(qemu-img info). If not C(shared), it fails on an image that somebody else has open for writing.
+
+    With C(layers) it tells of all that the image is made of.
+    """
     command = ["qemu-img", "info", "--output=json"]
     if shared:
         command.append("-U")
+    if layers:
+        command.append("--backing-chain")
     if image_format:
         command += ["-f", image_format]
     return [*command, "--", path]
@@ -56,3 +61,8 @@ def map_command(path: str, image_format: str) -> list[str]:
 def options_command(image_format: str) -> list[str]:
     """Return the command that lists a format's creation options. It succeeds only for formats that can be created."""
     return ["qemu-img", "create", "-f", image_format, "-o", "help"]
+
+
+def bitmap_command(change: str, path: str, image_format: str, name: str) -> list[str]:
+    """Return C(qemu-img bitmap), which adds or removes one in an image that nobody else has open."""
+    return ["qemu-img", "bitmap", f"--{change}", "-f", image_format, "--", path, name]

@@ -13,13 +13,21 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from .._common.redaction import redact_text
-from .model import IO_ERROR, Job
+from .model import IO_ERROR, OFF, Job
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
     from typing import Any
 
     from .monitor import Monitor
+
+
+async def query_status(monitor: Monitor) -> str:
+    """Ask a VM for its status. One whose disks a storage daemon has open is off."""
+    if monitor.address.daemon:
+        return OFF
+    found: str = (await monitor.execute("query-status"))["status"]
+    return found
 
 
 async def query_jobs(monitor: Monitor) -> tuple[Job, ...]:

@@ -23,6 +23,7 @@ from functools import reduce
 from operator import or_
 from typing import TYPE_CHECKING
 
+from .._host.threads import within
 from .qcow2 import HARMLESS, read_header
 from .qemu_img import CLUSTER, TIMEOUT
 
@@ -72,19 +73,9 @@ async def held_bytes(chain: Sequence[Disk]) -> int | None:
     is_plain = all(layer.driver == "qcow2" and layer.filename.startswith("/") for layer in chain)
     if not is_plain or chain[-1].backing_file or _hangs.is_set():
         return None
-    loop = asyncio.get_running_loop()
-    answer: asyncio.Future[int | None] = loop.create_future()
-
-    def count() -> None:
-        found = _count([(layer.filename, layer.virtual_size) for layer in chain])
-        # The file system may come back after the loop has ended.
-        with contextlib.suppress(RuntimeError):
-            loop.call_soon_threadsafe(lambda: None if answer.done() else answer.set_result(found))
-
-    # A call on a file system that hangs never returns: only this thread may wait for it.
-    threading.Thread(target=count, daemon=True).start()
+    images = [(layer.filename, layer.virtual_size) for layer in chain]
     try:
-        return await asyncio.wait_for(answer, TIMEOUT)
+        return await within(TIMEOUT, _count, images)
     except asyncio.TimeoutError:
         _hangs.set()
         return None

@@ -31,6 +31,8 @@ CANCELLED = "Operation canceled"
 """QEMU's words for a cancelled job."""
 IO_ERROR = "io-error"
 """QEMU's status of a VM that was stopped because a read or a write of its guest failed."""
+OFF = "off"
+"""Our word for the status of a VM that has no QEMU."""
 TARGET_NODES = "vmf."
 """What the names of all nodes begin with that backups of this collection write to."""
 TARGET_NODE = re.compile(re.escape(TARGET_NODES) + r"(db|[0-9a-f]{8})\.[0-9a-f]{12}(\.\d+)?")
@@ -210,6 +212,13 @@ class Vm:
     """The nodes that backups of this collection write to, or have written to. None of them is a disk."""
     domain: Domain | None = field(default=None, repr=False)
     """The domain of libvirt that this VM was reached as."""
+    daemon: str = ""
+    """The attempt for which a storage daemon has the disks of a VM open that is off; empty where none has."""
+
+    @property
+    def is_off(self) -> bool:
+        """Return whether there is no QEMU: what is known of the disks comes from their files, or a storage daemon."""
+        return self.status == OFF
 
     def cannot_copy(self, disk: Disk) -> str:
         """Return why QEMU must not be told to copy this disk; empty where it may.

@@ -77,8 +77,8 @@ class Monitor:
 
     @property
     def passes_fds(self) -> bool:
-        """Return whether file descriptors can be handed to this QEMU (SCM_RIGHTS exists on UNIX sockets only)."""
-        return not self.address.port
+        """Return whether file descriptors can be handed to this QEMU. A storage daemon has them from its start on."""
+        return not self.address.port and not self.address.daemon
 
     async def execute(self, command: str, arguments: dict[str, Any] | None = None, fd: int | None = None) -> Any:
         """Run one QMP command and return its C(return) member. The open file C(fd) goes with it.

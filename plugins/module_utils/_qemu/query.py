@@ -62,7 +62,7 @@ async def _inspect_vm(monitor: Monitor, name: str) -> Vm:
         monitor.execute("query-name"),
         monitor.execute("query-uuid"),
         monitor.execute("query-status"),
-        _query_graph(monitor),
+        query_graph(monitor),
         monitor.execute("query-block-jobs"),
         monitor.execute("query-jobs"),
         monitor.execute("query-fdsets"),
@@ -70,7 +70,7 @@ async def _inspect_vm(monitor: Monitor, name: str) -> Vm:
     own_name = name or named.get("name")
     vm_name = own_name or monitor.address.stem
     vm_uuid = "" if uuid["UUID"] == NO_UUID else uuid["UUID"]
-    disks, other_nodes = _disks(graph)
+    disks, other_nodes = disks_of(graph)
     return Vm(
         name=vm_name,
         uuid=vm_uuid,
@@ -91,7 +91,7 @@ async def _inspect_vm(monitor: Monitor, name: str) -> Vm:
 
 
 @dataclass
-class _Graph:
+class Graph:
     """The block graph of one moment: C(devices) of query-block, C(nodes) by name.
 
     C(below) is the node that a node reads its data from: its file, or what it filters. C(backing) is that of its
@@ -153,7 +153,7 @@ class _Graph:
         return [self.filter_path(name)[-1] for name in backing if name in self.nodes]
 
 
-async def _query_graph(monitor: Monitor) -> _Graph:
+async def query_graph(monitor: Monitor) -> Graph:
     """Return the block graph, from answers that grow with the number of its nodes and no faster.
 
     A job that ends takes its filter node along. Where that happens between two queries, their answers do not fit
@@ -170,14 +170,14 @@ async def _query_graph(monitor: Monitor) -> _Graph:
     return graph
 
 
-async def _query_children(monitor: Monitor, devices_asked: dict[str, Any]) -> tuple[_Graph, bool]:
+async def _query_children(monitor: Monitor, devices_asked: dict[str, Any]) -> tuple[Graph, bool]:
     """Return the graph as QEMU tells it, and whether its parts fit together."""
     before, nodes, devices = await asyncio.gather(
         monitor.execute("query-block", devices_asked),
         monitor.execute("query-named-block-nodes", {"flat": True}),
         monitor.execute("query-block", devices_asked),
     )
-    graph = _Graph(devices, {node["node-name"]: node for node in nodes})
+    graph = Graph(devices, {node["node-name"]: node for node in nodes})
     for name, node in graph.nodes.items():
         if "children" not in node:
             raise Odd(f"tells no children of {name}")
@@ -190,7 +190,7 @@ async def _query_children(monitor: Monitor, devices_asked: dict[str, Any]) -> tu
     return graph, _shown(before) == _shown(devices) and _shown(devices) <= set(graph.nodes)
 
 
-async def _query_file_names(monitor: Monitor, devices_asked: dict[str, Any]) -> tuple[_Graph, bool]:
+async def _query_file_names(monitor: Monitor, devices_asked: dict[str, Any]) -> tuple[Graph, bool]:
     """Return the graph as far as an older QEMU tells it, and whether its parts fit together.
 
     It tells the names of files only. Where they are not enough, statistics name the nodes: of the whole answer, these
@@ -207,7 +207,7 @@ async def _query_file_names(monitor: Monitor, devices_asked: dict[str, Any]) -> 
         named = {entry.get("node-name", ""): entry.get("parent", {}).get("node-name", "") for entry in stats}
         below = {name: lower for name, lower in named.items() if lower}
         known = set(named)
-    graph = _Graph(devices, {node["node-name"]: node for node in nodes}, below, _backing_by_file_name(nodes, below))
+    graph = Graph(devices, {node["node-name"]: node for node in nodes}, below, _backing_by_file_name(nodes, below))
     if any(len(found) != 1 for found in graph.backing.values()):
         # This answer doubles with each filter on the way down, and so is asked for only where it is needed.
         for device in await monitor.execute("query-blockstats"):
@@ -265,7 +265,7 @@ def _backing_by_file_name(nodes: list[dict[str, Any]], below: dict[str, str]) ->
     return backing
 
 
-def _disks(graph: _Graph) -> tuple[tuple[Disk, ...], tuple[Disk, ...]]:
+def disks_of(graph: Graph) -> tuple[tuple[Disk, ...], tuple[Disk, ...]]:
     """Return the VM's disks (those of devices first, in QEMU's order), and the nodes that others are made of."""
     layers = graph.layers()
     sizes = {name: node["image"].get("actual-size") for name, node in graph.nodes.items()}
@@ -274,7 +274,7 @@ def _disks(graph: _Graph) -> tuple[tuple[Disk, ...], tuple[Disk, ...]]:
     def disk_of(node_name: str, name: str, **others: Any) -> Disk:
         lower = layers[node_name]
         held = [sizes[layer] for layer in (node_name, *lower)]
-        return _disk(
+        return read_disk(
             graph.nodes[node_name],
             name,
             layers=lower,
@@ -322,7 +322,8 @@ def _disks(graph: _Graph) -> tuple[tuple[Disk, ...], tuple[Disk, ...]]:
     return tuple(disks.values()), tuple(others)
 
 
-def _disk(node: dict[str, Any], name: str, **others: Any) -> Disk:
+def read_disk(node: dict[str, Any], name: str, **others: Any) -> Disk:
+    """Return the disk of a node. C(others) are fields of it that the node alone does not tell."""
     image = node["image"]
     return Disk(
         name=name,

@@ -16,6 +16,8 @@ from .._common.device_names import FLASH
 from .._common.errors import CommandError
 from .._common.formats import COLLECTION_VERSION, SCHEMA, utc_now
 from .._common.redaction import Redaction, redact
+from .domain_config import describe_domain
+from .tpm import describe_tpm
 
 if TYPE_CHECKING:
     from typing import Any
@@ -33,6 +35,7 @@ async def describe_vm(monitor: Monitor, vm: Vm) -> dict[str, Any]:
 
     C(removed) lists what has been taken out, and so has to be set again by whoever builds the VM again.
     C(command_line) is what QEMU was started with, C(devices) what there is now; null where the process is unknown.
+    C(domain) is what libvirt knows of it, where it was reached through libvirt.
     """
     machine, bios, kvm, memory, cpus, named, unnamed, chardevs = await monitor.within(
         asyncio.gather(
@@ -49,13 +52,11 @@ async def describe_vm(monitor: Monitor, vm: Vm) -> dict[str, Any]:
     # Nobody knows it over TCP, and the process may be none that can be seen.
     arguments = vm.process.arguments if vm.process else []
     command_line, removed = redact(arguments)
+    # A few of its questions are for libvirt, which answers one at a time.
+    domain = await describe_domain(monitor.libvirt, removed) if monitor.libvirt else None
+    tpm = await describe_tpm(monitor, vm, removed)
     return {
-        "schema": SCHEMA,
-        "collection": COLLECTION_VERSION,
-        "taken": utc_now(),
-        "name": vm.name,
-        "uuid": vm.uuid,
-        "qemu": vm.version,
+        **_head(vm),
         "machine": machine[: -len(MACHINE)] if machine and machine.endswith(MACHINE) else machine,
         # Without KVM it may be TCG or Xen.
         "accelerator": "kvm" if kvm and kvm["enabled"] else None,
@@ -63,10 +64,38 @@ async def describe_vm(monitor: Monitor, vm: Vm) -> dict[str, Any]:
         "cpus": cpus,
         "firmware": {"bios": bios or None, "flash": [disk.name for disk in vm.disks if FLASH.match(disk.qdev)]},
         "command_line": command_line if arguments else None,
-        "disks": [_disk(disk, removed) for disk in vm.disks],
+        "disks": [_disk(disk, vm, removed) for disk in vm.disks],
         "devices": named + [{**device, "id": ""} for device in unnamed],
         "chardevs": [_chardev(entry, removed) for entry in chardevs or []],
+        "domain": domain,
+        "tpm": tpm,
         "removed": removed,
+    }
+
+
+def describe_files(vm: Vm) -> dict[str, Any]:
+    """Describe a VM that is off, of which only the disks are known."""
+    removed: list[str] = []
+    return {
+        **_head(vm),
+        **dict.fromkeys(("machine", "accelerator", "memory", "command_line", "domain", "tpm")),
+        "cpus": {"count": 0, "type": None},
+        "firmware": {"bios": None, "flash": []},
+        "disks": [_disk(disk, vm, removed) for disk in vm.disks],
+        "devices": [],
+        "chardevs": [],
+        "removed": removed,
+    }
+
+
+def _head(vm: Vm) -> dict[str, Any]:
+    return {
+        "schema": SCHEMA,
+        "collection": COLLECTION_VERSION,
+        "taken": utc_now(),
+        "name": vm.name,
+        "uuid": vm.uuid,
+        "qemu": vm.version,
     }
 
 
@@ -90,7 +119,7 @@ async def _devices(monitor: Monitor, container: str) -> list[dict[str, str]]:
     return [{"id": name, "type": child[1]} for name, child in children if child]
 
 
-def _disk(disk: Disk, removed: list[str]) -> dict[str, Any]:
+def _disk(disk: Disk, vm: Vm, removed: list[str]) -> dict[str, Any]:
     redaction = Redaction(f"disk {disk.name}", removed)
     return {
         "name": disk.name,
@@ -100,6 +129,7 @@ def _disk(disk: Disk, removed: list[str]) -> dict[str, Any]:
         "driver": disk.driver,
         "file": redaction.name("file", disk.filename),
         "backing_file": redaction.name("backing_file", disk.backing_file),
+        "layers": [redaction.name("layers", layer.filename) for layer in vm.chain(disk)[1:]],
         "virtual_size": disk.virtual_size,
         "read_only": disk.read_only,
         "removable": disk.removable,

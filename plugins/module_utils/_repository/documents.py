@@ -61,6 +61,8 @@ class Phase(Word):
     """Images may exist, and the jobs may have been started a moment ago."""
     COPYING = "copying"
     """QEMU has started the jobs."""
+    COPIED = "copied"
+    """All jobs have ended well, and the storage daemon that had them was ended; or there was nothing to copy."""
 
 
 LARGE = 1 << 22
@@ -68,11 +70,12 @@ LARGE = 1 << 22
 SET_ID = holds(Text("an id of a set", pattern=ID_PATTERN))
 ATTEMPT = holds(Text("the name of an attempt", pattern=TOKEN))
 ATTEMPT_OR_NONE = holds(Text("the name of an attempt", pattern=f"({TOKEN})?"))
-UUID = holds(Text("a uuid", pattern="[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}"))
+UUID_PATTERN = "[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}"
+UUID = holds(Text("a uuid", pattern=UUID_PATTERN))
 SHA256 = holds(Maybe(Text("a checksum", pattern="[0-9a-f]{64}")))
 IMAGE = holds(Text("the name of an image file", pattern=r"[A-Za-z0-9][A-Za-z0-9_-]{0,127}\.qcow2"))
 BITMAP = holds(Maybe(Text("the name of a bitmap of ours", pattern="vmfleet-[0-9a-f]{8}-[0-9a-z]{1,32}")))
-JOB = holds(Text("the id of a job of ours", pattern=rf"vmfleet\.[0-9a-f]{{8}}\.{TOKEN}\.[0-9]{{1,4}}"))
+JOB = holds(Text("the id of a job of ours, or nothing", pattern=rf"(vmfleet\.[0-9a-f]{{8}}\.{TOKEN}\.[0-9]{{1,4}})?"))
 COMPRESSION = holds(Text("a type of compression", pattern="[a-z0-9]{1,16}"))
 CONSISTENCY = holds(OneOf("crash", "filesystem"))
 LEVEL = holds(Newer(Level))
@@ -233,6 +236,8 @@ class StagedDisk:
     """One disk of a set that grows: what the manifest will say of it, its job, and the bytes that the job may write.
 
     C(label) is the SELinux context that the image gets back when its job has ended; empty where it has kept its own.
+    A disk of a VM that is off, and has not changed since the set that its image builds on, has no job: nothing is
+    copied, and the bitmap of the image below goes on for this one.
     """
 
     image: DiskImage = field(metadata=holds(part(DiskImage)))
@@ -285,19 +290,19 @@ class Intent(Document):
 
     @property
     def jobs(self) -> tuple[str, ...]:
-        return tuple(disk.job for disk in self.disks)
+        return tuple(disk.job for disk in self.disks if disk.job)
 
     @property
     def bitmaps(self) -> frozenset[str]:
         """Return the bitmaps that this attempt may have added."""
-        names = (name for disk in self.disks for name in (disk.image.bitmap, disk.image.merged))
+        names = (name for disk in self.disks if disk.job for name in (disk.image.bitmap, disk.image.merged))
         return frozenset(name for name in names if name)
 
     def fault(self) -> str:
         """Return what does not go together."""
         if 1 in (len(self.process), len(self.progress)):
             return "process, progress: half of it is missing"
-        if not all(f".{self.attempt}." in disk.job for disk in self.disks):
+        if not all(f".{self.attempt}." in job for job in self.jobs):
             return "disks: a job is not of this attempt"
         return _twice([disk.image for disk in self.disks])
 

@@ -179,7 +179,7 @@ class Repository:
         """Read the intent of a set that grows in the directory C(staging), which has this name."""
 
         def misplaced(intent: Intent) -> str:
-            ours = all(disk.job.startswith(f"vmfleet.{self.tag}.{intent.attempt}.") for disk in intent.disks)
+            ours = all(job.startswith(f"vmfleet.{self.tag}.{intent.attempt}.") for job in intent.jobs)
             ours = ours and all(bitmap.startswith(f"vmfleet-{self.tag}-") for bitmap in intent.bitmaps)
             reason = _misplaced(intent, directory, staging_name(intent.id), name)
             return reason or ("" if ours else "its jobs or bitmaps are not of this repository")

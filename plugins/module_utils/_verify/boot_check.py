@@ -14,12 +14,12 @@ from .._host.process import machine_id
 from .._qemu import qemu_img
 from .._qemu.image_chain import FORMAT, open_chain
 from .._repository.annotations import Depth, Pin
+from .._repository.description import read_description
 from .._repository.images import layers
 from . import boot
 from .boot_files import BootFiles
 from .boot_options import BootDisk, Handed, flash_chips, named_files, qemu_options
 from .boot_values import checked
-from .manifest_check import read_description
 from .record import annotate, remove_pins
 
 if TYPE_CHECKING:

@@ -12,14 +12,11 @@ from .._common.errors import BackupError
 from .._host.directory import WrongEntry
 from .._host.files import UNFINISHED
 from .._repository.annotations import Depth
-from .._repository.documents import LARGE
+from .._repository.description import read_description
 from .._repository.repository import DESCRIPTION, INTENT, MANIFEST
-from .description import parse_description
 from .model import REMEDY, Finding
 
 if TYPE_CHECKING:
-    from typing import Any
-
     from .._repository.catalog import VmCatalog
     from .._repository.documents import Manifest
     from .._repository.repository import Repository, VmRecords
@@ -68,12 +65,6 @@ def _bad_description(repository: Repository, manifest: Manifest) -> list[str]:
         why = error.strerror if isinstance(error, OSError) else error
         return [f"{path} cannot be read ({why}), and nothing else tells how the VM was built; {REMEDY}"]
     return []
-
-
-def read_description(repository: Repository, manifest: Manifest) -> dict[str, Any]:
-    """Return what C(vm.json) of a set says. OSError, ValueError or WrongEntry where it cannot be read."""
-    with repository.opened(manifest.vm.name, manifest.id) as place:
-        return parse_description(place.read(DESCRIPTION, LARGE))
 
 
 def lost_set(repository: Repository, vm: str, set_id: str, records: VmRecords) -> Finding:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from ansible_collections.vmfleet.backup.plugins.module_utils._backup import prepare, start
+from ansible_collections.vmfleet.backup.plugins.module_utils._backup import launch, prepare, start
 from ansible_collections.vmfleet.backup.plugins.module_utils._backup.prepare import AttemptDraft
 from ansible_collections.vmfleet.backup.plugins.module_utils._backup.session import AGAIN, VmTask, WaitFor
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import MonitorGone
@@ -60,7 +60,7 @@ DRAFT = AttemptDraft(MADE, (VDA, VDB), LINKS, {})
 def launched(repository: Repository, fake: FakeMonitor, there: Intent = MADE, policy: Policy | None = None) -> Intent:
     async def begin(run: BackupRun) -> Intent:
         held = await locked(run, Observation(vm(VDA, VDB)), fake)
-        return await start._launch(held, monitor(fake), replace(DRAFT, intent=there), there, 1000)
+        return await launch.launch(held, monitor(fake), replace(DRAFT, intent=there), there, 1000)
 
     put_intent(repository, there)
     return in_run(repository, begin, policy=policy)

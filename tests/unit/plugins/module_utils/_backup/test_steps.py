@@ -76,6 +76,7 @@ def ours(attempt: AttemptStatus, **more: Any) -> VmSituation:
 
 
 ROWS: list[tuple[VmSituation, str, Step, str]] = [
+    (seen(Case.PUBLISHED, held=True, kept=True, remains=True), "needed no more", Step.RELEASE, "why: published"),
     (seen(Case.FOREIGN, remains=True), "taken over or removed by others", Step.DISOWN, "why: foreign"),
     (seen(Case.WRONG_DISKS), "lists of disks", Step.FAIL, "why: wrong disks"),
     (seen(Case.OTHER_VM), "published, of another VM", Step.FAIL, "why: other VM"),
@@ -92,13 +93,13 @@ ROWS: list[tuple[VmSituation, str, Step, str]] = [
     (ours(AttemptStatus.INTERRUPTED), "were not started", Step.WITHDRAW, "why: being made"),
     (ours(AttemptStatus.GIVEN_UP), "failure is written down", Step.WITHDRAW, "why: being made"),
     (ours(AttemptStatus.BROKEN), "a job has failed", Step.GIVE_UP, "what is wrong"),
+    (ours(AttemptStatus.COPIED, held=True, time_over=True), "a storage daemon", Step.RELEASE, "why: being made"),
     (ours(AttemptStatus.COPIED, flushed=True, time_over=True), "time of this call", Step.COME_BACK, "why: being made"),
     (ours(AttemptStatus.COPIED, flushed=True), "on stable storage", Step.PUBLISH, "why: being made"),
     (ours(AttemptStatus.COPIED), "have ended well", Step.FLUSH, "why: being made"),
     (ours(AttemptStatus.RUNNING, alarm="it is full", frozen=True), "has stopped the guest", Step.STOP, "it is full"),
     (ours(AttemptStatus.RUNNING, frozen=True), "still be frozen", Step.THAW, "why: being made"),
     (ours(AttemptStatus.RUNNING, time_over=True), f"{OURS}: a job runs", Step.FOLLOW, "why: being made"),
-    (seen(Case.EXCLUDED), "own metadata", Step.SKIP, "why: excluded"),
     (seen(Case.OTHER_DIRECTORY), "without ``adopt``", Step.FAIL, "why: other directory"),
     (seen(Case.IN_THE_WAY), "in its place", Step.FAIL, "why: in the way"),
     (seen(Case.OFF), "the VM is off", Step.SKIP, "why: off"),
@@ -186,6 +187,10 @@ QEMU = {
     "another's job": Observation(vm(jobs=(job("job7"),))),
     "jobs of an unknown attempt": Observation(vm(fdsets={3: (f"vmfleet:{TAG}:a9:0",)})),
     "migrating": Observation(vm(status="inmigrate")),
+    "off, and its disks are listed": Observation(vm(status="off"), off=True),
+    "off, and its jobs run": Observation(vm(status="off", jobs=RUNNING, daemon="a1")),
+    "off, and all its jobs have ended": Observation(vm(status="off", jobs=ENDED, daemon="a1")),
+    "off, and copied for an unknown attempt": Observation(vm(status="off", jobs=ENDED, daemon="a9")),
     "no disk": Observation(vm(GOLDEN)),
     "an encrypted disk": Observation(vm(disk("vda", encrypted=True), VDB)),
 }
@@ -203,6 +208,7 @@ REPOSITORY = {
     "an intent whose deadline is over": VmRecords(intents=(intent(deadline=0.0),)),
     "an intent that is described": VmRecords(intents=(intent(),), described=DEAD),
     "an intent that has failed": VmRecords(intents=(intent(),), failures=(FAILED,)),
+    "an intent of what is copied": VmRecords(intents=(intent(phase=Phase.COPIED),)),
     "an intent whose parent is gone": VmRecords(
         intents=(builders.intent("today", image("vda", "monday"), attempt="a1"),)
     ),
@@ -224,7 +230,6 @@ PLANS = [
     replace(PLANNED, action="skip", reason="it migrates"),
     replace(PLANNED, action="fail", reason="no greeting"),
     replace(PLANNED, include_disks=("vdx",)),
-    replace(PLANNED, skip=True),
     # An action that only a later release knows.
     replace(PLANNED, action="postpone"),
 ]
@@ -250,6 +255,9 @@ def is_safe(session: VmSession, step: Step) -> bool:
     first = session.decision.intent
     jobs = [at.vm.job(name) for name in first.jobs] if at.vm and first else []
     all_well = bool(jobs) and all(found and found.ended and not found.error for found in jobs)
+    all_well = all_well or (first is not None and first.phase == Phase.COPIED)
+    described = first is not None and first.attempt in session.records.described
+    held = at.vm.daemon if at.vm else ""
     published = session.records.published("today")
     ours = [job.id.startswith(f"vmfleet.{TAG}.") for job in at.vm.jobs] if at.vm else []
     left = bool(at.vm and at.vm.fdsets) or any(ours)
@@ -258,9 +266,10 @@ def is_safe(session: VmSession, step: Step) -> bool:
         Step.DONE: published is not None and not left,
         Step.TIDY: published is not None and left,
         # What dead attempts have left is removed by it first.
-        Step.START: at.vm is not None and not intents and not published and not foreign,
-        Step.PUBLISH: first is not None and first.attempt in session.records.described,
-        Step.FLUSH: all_well,
+        Step.START: at.vm is not None and not intents and not published and not foreign and not held,
+        Step.RELEASE: bool(held) and (all_well or described or held not in {intent.attempt for intent in intents}),
+        Step.PUBLISH: described,
+        Step.FLUSH: all_well and not held,
         Step.FOLLOW: not all_well and any(jobs),
         Step.REMOVE: run.settings.takeover or run.settings.supersede,
         Step.GIVE_UP: first is not None and run.is_ours(first),

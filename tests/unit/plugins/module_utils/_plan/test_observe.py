@@ -161,6 +161,6 @@ class TestDead:
 
 
 def test_a_vm_that_is_off_is_told_from_one_that_is_silent(tmp_path: Path) -> None:
-    facts = asyncio.run(observe(Request("web01", f"unix:{tmp_path}/none.qmp")))
+    facts = asyncio.run(observe(Request("web01", f"unix:{tmp_path}/none.qmp"), ""))
     assert (facts.vm, facts.off) == (None, True)
     assert str(tmp_path) in facts.error

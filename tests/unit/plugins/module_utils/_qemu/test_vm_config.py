@@ -42,6 +42,7 @@ Q35: dict[str, Any] = {
         "/machine/peripheral": [{"name": "type", "type": "string"}, {"name": "vd0", "type": "child<virtio-blk-pci>"}],
         "/machine/peripheral-anon": [{"name": "device[0]", "type": "child<virtio-rng-pci>"}],
     }[arguments["path"]],
+    "query-tpm": [],
 }
 
 
@@ -79,6 +80,7 @@ def test_description() -> None:
                 "driver": "raw",
                 "file": "/usr/share/OVMF.fd",
                 "backing_file": "",
+                "layers": [],
                 "virtual_size": SIZE,
                 "read_only": False,
                 "removable": False,
@@ -91,6 +93,7 @@ def test_description() -> None:
                 "driver": "qcow2",
                 "file": f'json:{{"driver": "https", "password": "{REMOVED}"}}',
                 "backing_file": f"ftp://me:{REMOVED}@host/base",
+                "layers": [],
                 "virtual_size": SIZE,
                 "read_only": False,
                 "removable": True,
@@ -101,6 +104,8 @@ def test_description() -> None:
             {"label": "agent", "filename": "unix:/run/web01.qga,server=on"},
             {"label": "odd", "filename": f"ws://me:{REMOVED}@host/"},
         ],
+        "domain": None,
+        "tpm": None,
         "removed": ["disk drive0: file.password", "disk drive0: backing_file", "chardev odd: filename"],
     }
 
@@ -108,7 +113,7 @@ def test_description() -> None:
 def test_description_asks_little() -> None:
     fake = FakeMonitor(Q35)
     describe(fake)
-    assert len(fake.sent) <= 10
+    assert len(fake.sent) <= 11
     # Queries are no part of what a module reports to have sent.
     assert not fake.commands
 

@@ -7,15 +7,22 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .._common.fields import Fields, Flag, Maybe, OneOf, Several, Text, Time, Whole, check_schema, load
+from .._common.fields import Fields, Flag, Maybe, Names, OneOf, Several, Text, Time, Whole, check_schema, load
+from .documents import LARGE
+from .repository import DESCRIPTION
 
 if TYPE_CHECKING:
     from typing import Any
+
+    from .documents import Manifest
+    from .repository import Repository
 
 
 LONG_ARGUMENT = 1 << 18
 """Characters: the kernel takes arguments of 128 KiB (execve(2)), and secrets leave something longer behind."""
 ARGUMENTS = 1 << 16
+LONG_XML = 1 << 19
+"""Characters of the XML of a domain: no more than half of it is written."""
 DISK = Fields(
     needed=False,
     name=Text(),
@@ -25,6 +32,7 @@ DISK = Fields(
     driver=Text(),
     file=Text(),
     backing_file=Text(),
+    layers=Several(Text(), plain=True),
     virtual_size=Whole(),
     read_only=Flag(),
     removable=Flag(),
@@ -46,6 +54,16 @@ VM = Fields(
     disks=Several(DISK, plain=True),
     devices=Several(Fields(needed=False, id=Text(), type=Text()), plain=True),
     chardevs=Several(Fields(needed=False, label=Text(), filename=Text()), plain=True),
+    domain=Maybe(
+        Fields(
+            needed=False,
+            uri=Text(),
+            xml=Text(most=LONG_XML),
+            snapshots=Several(Text(), plain=True),
+            checkpoints=Several(Text(), plain=True),
+        )
+    ),
+    tpm=Maybe(Fields(needed=False, model=Text(), backend=Text(), directory=Text(), state=Names())),
     removed=Several(Text(), plain=True),
     schema=Whole(1),
 )
@@ -56,3 +74,9 @@ def parse_description(content: bytes) -> dict[str, Any]:
     found = load(content)
     check_schema(found)
     return VM.read(found)
+
+
+def read_description(repository: Repository, manifest: Manifest) -> dict[str, Any]:
+    """Return what C(vm.json) of a set says. OSError, ValueError or WrongEntry where it cannot be read."""
+    with repository.opened(manifest.vm.name, manifest.id) as place:
+        return parse_description(place.read(DESCRIPTION, LARGE))

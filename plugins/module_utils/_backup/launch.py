@@ -1,0 +1,154 @@
+# Copyright (c) 2026, vmfleet contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Start the backup jobs of all disks of a VM in one transaction, with the guest frozen where that is asked for."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from .._common.errors import AgentError, BackupError, after
+from .._host import preallocate
+from .._plan.model import Quiesce
+from .._qemu import block_jobs, guest_freeze
+from .._qemu.bitmaps import bitmap_add, bitmap_merge
+from .._qemu.jobs import query_jobs
+from .._qemu.model import OFF
+from .._repository.documents import Phase
+from .prepare import Consistency, target_of
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from typing import Any
+
+    from .._plan.disks import ChainLink
+    from .._plan.model import Policy
+    from .._qemu.model import Disk
+    from .._qemu.monitor import Monitor
+    from .._repository.documents import DiskImage, Intent
+    from .prepare import AttemptDraft
+    from .run import BackupRun
+    from .session import LockedVm
+
+
+async def launch(locked: LockedVm, monitor: Monitor, draft: AttemptDraft, intent: Intent, speed: int) -> Intent:
+    """Start all jobs of an attempt that is prepared. C(speed) is bytes/s for each job, 0 for no limit."""
+    run = locked.run
+    copied = [each for each in zip(draft.disks, intent.disks, draft.links) if each[1].job]
+    starts = [
+        block_jobs.BackupStart(
+            job_id=disk.job,
+            node=disk.image.node,
+            target=target_of(run, intent, disk),
+            opaque=f"{run.fdset_tag(intent.attempt)}{number}",
+            arguments=_arguments(run.plan.policy, link, _record(disk.image, link), speed),
+            calls=run.repository.calls,
+            place=run.repository.path,
+        )
+        for number, (_source, disk, link) in enumerate(copied)
+    ]
+    bitmaps = [
+        action for source, disk, link in copied for action in _bitmap_actions(source, disk.image, link, intent.guest)
+    ]
+    if intent.agent:
+        intent = await _start_frozen(run, monitor, intent, starts, bitmaps, locked.task.request.quiesce)
+    else:
+        await block_jobs.start_backups(monitor, starts, "individual", bitmaps)
+    intent = replace(intent, phase=Phase.COPYING)
+    await run.repository.update(intent)
+    return await _top_up(run, monitor, draft, intent)
+
+
+async def _start_frozen(
+    run: BackupRun,
+    monitor: Monitor,
+    intent: Intent,
+    starts: Sequence[block_jobs.BackupStart],
+    bitmaps: Sequence[dict[str, Any]],
+    quiesce: str,
+) -> Intent:
+    """Start the jobs while the guest is frozen. The intent says so before."""
+    # What QEMU would refuse, it is to refuse before the guest is touched.
+    way = await block_jobs.rehearse_backups(monitor, starts, bitmaps)
+    await run.repository.update(replace(intent, frozen=True))
+    freezer = guest_freeze.Freezer(guest_freeze.AgentPlace(intent.agent, intent.libvirt_uri))
+    reason = ""
+    try:
+        try:
+            if way is None:
+                raise AgentError("the VM has stopped, and its guest agent with it")
+            await block_jobs.start_backups(monitor, starts, "individual", bitmaps, freezer, way)
+            if not freezer.held:
+                reason = freezer.thaw_error or "the guest was thawed by others before all jobs had started"
+        except AgentError as error:
+            reason = str(error)
+            if quiesce == Quiesce.TRY:
+                await block_jobs.start_backups(monitor, starts, "individual", bitmaps)
+        if reason and quiesce == Quiesce.REQUIRE:
+            raise BackupError(f"VM {intent.vm.name}: quiesce: {reason}")
+    except (BackupError, OSError) as error:
+        # Whoever undoes this is not to thaw what was seen thawed, or what others have frozen.
+        with after(error):
+            await run.repository.update(replace(intent, frozen=bool(freezer.thaw_error)))
+        raise
+    return replace(
+        intent,
+        frozen=bool(freezer.thaw_error),
+        frozen_ms=freezer.frozen_ms,
+        consistency=Consistency.CRASH if reason else Consistency.FILESYSTEM,
+        consistency_reason=reason,
+    )
+
+
+async def _top_up(run: BackupRun, monitor: Monitor, draft: AttemptDraft, intent: Intent) -> Intent:
+    """Reserve what an increment takes beyond its estimate: the guest has written since that was made."""
+    if not intent.reserved or not any(link.bitmap for link in draft.links):
+        return intent
+    lengths = {job.id: job.len for job in await query_jobs(monitor)}
+    for link, staged in zip(draft.links, intent.disks):
+        more = lengths.get(staged.job, 0) - sum(bitmap.count for bitmap in link.records)
+        if link.bitmap and more > 0:
+            target = target_of(run, intent, staged)
+            expected = staged.expected + more + more // 8
+            try:
+                await run.repository.calls.run(preallocate.top_up, target.path, expected, target.fd)
+            except BackupError:
+                # Without it, this set has to be watched like one on a file system that cannot reserve.
+                intent = replace(intent, reserved=False)
+                await run.repository.update(intent)
+    return intent
+
+
+def _record(image: DiskImage, link: ChainLink) -> str:
+    """Return the name of the bitmap that an increment is made from; empty where it is none."""
+    return image.merged if link.below else link.bitmap
+
+
+def _bitmap_actions(disk: Disk, image: DiskImage, link: ChainLink, status: str) -> list[dict[str, Any]]:
+    """Return what a set's transaction does to the bitmaps of a disk before the copy begins.
+
+    C(status) is that of the VM: while it is off, the new bitmap is in its image already.
+    """
+    actions = []
+    if image.bitmap and status != OFF:
+        actions.append(bitmap_add(disk.node, image.bitmap, disk.keeps_bitmaps))
+    if link.below:
+        merged = _record(image, link)
+        actions += [
+            bitmap_add(disk.node, merged, persistent=False),
+            bitmap_merge(disk.node, merged, link.bitmap, link.below),
+        ]
+    return actions
+
+
+def _arguments(policy: Policy, link: ChainLink, bitmap: str, speed: int) -> dict[str, Any]:
+    arguments: dict[str, Any] = {"sync": "full"}
+    if link.bitmap:
+        # Never cleared: what goes wrong later can take no change away.
+        arguments = {"sync": "bitmap", "bitmap": bitmap, "bitmap-mode": "never"}
+    if speed:
+        arguments["speed"] = speed
+    if policy.compression != "none":
+        arguments["compress"] = True
+    return arguments

@@ -1,0 +1,121 @@
+# Copyright (c) 2026, vmfleet contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Read the state of a VM's TPM: what the guest has sealed with it cannot be opened without.
+
+It belongs to swtpm, a process of its own that QEMU talks to over a socket. Its directory is on the command line of
+that process; else it is taken to be that of the socket. swtpm replaces a file of its state by a rename: whoever reads
+it reads a whole one.
+Reference: swtpm(8).
+"""
+
+from __future__ import annotations
+
+import base64
+import os
+import re
+from typing import TYPE_CHECKING
+
+from .._common.errors import CommandError
+from .._host.directory import Directory, WrongEntry
+from .._host.process import Process
+
+if TYPE_CHECKING:
+    from typing import Any
+
+    from .model import Vm
+    from .monitor import Monitor
+
+
+STATE = re.compile(r"tpm2?-00\.permall")
+"""The files that hold the state of a TPM 2.0 and of a TPM 1.2."""
+LARGEST = 1 << 18
+"""Bytes of the largest state: 6 KiB are the rule, and swtpm has no more than some 128 KiB."""
+LOST = "TPM state: "
+"""What an entry of C(removed) begins with where the state could not be read."""
+
+
+async def describe_tpm(monitor: Monitor, vm: Vm, removed: list[str]) -> dict[str, Any] | None:
+    """Return the TPM of a VM, and its state; None where it has none. Why there is no state is added to C(removed)."""
+    try:
+        found = await monitor.execute("query-tpm")
+    except CommandError:
+        # This QEMU knows of no TPM.
+        return None
+    if not found:
+        return None
+    backend = found[0]["options"]
+    directory = ""
+    state: dict[str, str] = {}
+    reason = "it is in a chip of the hypervisor, which keeps it"
+    if backend["type"] == "emulator":
+        directory = _directory(vm.process.arguments if vm.process else [], backend["data"].get("chardev", ""))
+        state, reason = read_state(directory)
+    if not state:
+        removed.append(LOST + reason)
+    return {"model": found[0]["model"], "backend": backend["type"], "directory": directory, "state": state}
+
+
+def read_state(directory: str) -> tuple[dict[str, str], str]:
+    """Return the files of a TPM's state in Base64 by their names, or why there are none."""
+    if not directory:
+        return {}, "the socket of its swtpm is not on the command line of QEMU"
+    try:
+        with Directory.at(directory) as place:
+            names = [name for name in place.names() if STATE.fullmatch(name)]
+            found = {name: base64.b64encode(place.read(name, LARGEST)).decode() for name in names}
+    except (OSError, WrongEntry) as error:
+        return {}, f"{directory} cannot be read: {error}"
+    return found, f"there is none in {directory}"
+
+
+def losses(description: dict[str, Any]) -> list[str]:
+    """Return what is to be told of a set whose VM has a TPM, and which does not have its state."""
+    found = (entry[len(LOST) :] for entry in description.get("removed", ()) if entry.startswith(LOST))
+    return [f"the state of the TPM is not in the set: {reason}" for reason in found]
+
+
+def renewed(description: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the description of a VM with the state that its TPM has now; None where that is still the same."""
+    # An earlier release may have written it, of a VM that is off since.
+    tpm = description.get("tpm")
+    if not tpm or not tpm["state"]:
+        return None
+    state = read_state(tpm["directory"])[0]
+    return {**description, "tpm": {**tpm, "state": state}} if state not in ({}, tpm["state"]) else None
+
+
+def _directory(arguments: list[str], chardev: str) -> str:
+    """Return the directory of the state of a TPM whose swtpm is at the other end of a character device."""
+    values = [value for option, value in zip(arguments, arguments[1:]) if option.lstrip("-") == "chardev"]
+    found = (_properties(value) for value in values)
+    socket = next((one["path"] for one in found if one.get("id") == chardev and one.get("path")), "")
+    return _told_by_swtpm(socket) or os.path.dirname(socket)
+
+
+def _told_by_swtpm(socket: str) -> str:
+    """Return the directory that the process at a socket was started with; empty where it is not seen."""
+    for entry in os.listdir("/proc") if socket else ():
+        if entry.isdigit() and _name(entry) == "swtpm":
+            process = Process.of(int(entry))
+            words = process.arguments if process else []
+            options = {option: _properties(value) for option, value in zip(words, words[1:])}
+            if options.get("--ctrl", {}).get("path") == socket:
+                state = options.get("--tpmstate", {})
+                uri = state.get("backend-uri", "")
+                return uri[len("dir://") :] if uri.startswith("dir://") else state.get("dir", "")
+    return ""
+
+
+def _name(pid: str) -> str:
+    try:
+        with open(f"/proc/{pid}/comm", encoding="utf-8", errors="replace") as source:
+            return source.read().strip()
+    except OSError:
+        # It has ended.
+        return ""
+
+
+def _properties(value: str) -> dict[str, str]:
+    """Return C(key=value,...) as a dict."""
+    return {key: text for key, _equals, text in (item.partition("=") for item in value.split(","))}
