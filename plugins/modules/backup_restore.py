@@ -7,7 +7,7 @@ from __future__ import annotations
 
 DOCUMENTATION = r"""
 module: backup_restore
-short_description: Bring disks of a virtual machine back from its backup sets
+short_description: Bring disks of a virtual machine back from its backup sets, or all of a domain of libvirt
 version_added: 0.1.0
 description:
   - Copies disks out of a set to image files or block devices, or lays images over them that can be used at once.
@@ -19,12 +19,15 @@ description:
   - A file C(TARGET.restored.json) beside each target says what it is. As long as target and file belong together and
     nobody has written to the target, the same restore changes nothing.
   - Needs no QEMU and no virtual machine, and no more than read access to the repository.
+  - With O(domain=define), the domain of libvirt that the set was made of is defined when its disks are in place. It is
+    not started.
 author:
   - vmfleet contributors (@vmfleet)
 extends_documentation_fragment:
   - vmfleet.backup.attributes
   - vmfleet.backup.attributes.actiongroup_backup
   - vmfleet.backup.trust_others
+  - vmfleet.backup.libvirt
 attributes:
   idempotent:
     support: partial
@@ -32,6 +35,7 @@ attributes:
       - A block device has nothing beside it that could tell. It is written every time.
 requirements:
   - qemu-img on the machine
+  - libvirt with python3-libvirt on the machine, for O(domain=define)
 options:
   repository:
     description: The directory of the repository.
@@ -84,7 +88,10 @@ options:
     choices: [copy, overlay]
     default: copy
   overwrite:
-    description: Replace targets that exist. Block devices are always such targets.
+    description:
+      - Replace targets that exist. Block devices are always such targets.
+      - With O(domain=define), also define a domain of the same name and uuid anew. It has to be off, without a saved
+        state, snapshots and checkpoints.
     type: bool
     default: false
   checksum:
@@ -94,6 +101,39 @@ options:
       - What the headers of the images say is compared with the manifests in any case.
     type: bool
     default: true
+  domain:
+    description:
+      - V(define) defines the domain that the set was made of, on copies of all its disks. The set has to be of a VM
+        that was reached as V(libvirt:NAME).
+      - UEFI variables are restored as C(nvram.fd), in format V(raw), and the state of the TPM is put where libvirt
+        looks for it. libvirt gives all files to the users of QEMU and of swtpm when the domain is started.
+      - Disks that are not in the set are taken out of the domain, and CD-ROM drives are empty. Passwords and secrets of
+        libvirt are not in the set. All of this is told, in RV(notes).
+      - All that stands in the way is found before anything is written. That is a domain of this name or uuid, a machine
+        type that this libvirt cannot run, or a firmware that is not here.
+      - A domain does what its XML says, be it with files and devices of the machine. So the repository must be one that
+        no others can write to, unless O(trust_others=true).
+    type: str
+    choices: [none, define]
+    default: none
+  domain_name:
+    description: What the domain is called. The default is the old name.
+    type: str
+  domain_uuid:
+    description:
+      - V(keep) gives it the uuid of the old domain, by which the next backup knows it again. That one must not be here
+        any more.
+      - V(new) gives it one of its own, which is the same each time that this set is restored under this name here.
+    type: str
+    choices: [keep, new]
+    default: keep
+  domain_mac:
+    description:
+      - V(new) has libvirt draw new addresses for its network cards. Two domains with one address in one network disturb
+        each other.
+    type: str
+    choices: [keep, new]
+    default: keep
   state:
     description:
       - V(absent) removes overlays that were made here, and says that their sets are not in use any more.
@@ -142,6 +182,16 @@ EXAMPLES = r"""
     method: overlay
     directory: /var/tmp/look
     state: absent
+
+- name: Restore web01 as a domain beside the one that runs
+  vmfleet.backup.backup_restore:
+    repository: /srv/backup
+    vm: web01
+    directory: /var/lib/libvirt/images/web01-yesterday
+    domain: define
+    domain_name: web01-yesterday
+    domain_uuid: new
+    domain_mac: new
 """
 
 RETURN = r"""
@@ -176,6 +226,28 @@ restored:
     changed:
       description: Whether this call has made it.
       type: bool
+domain:
+  description: The domain, also where it was defined already.
+  returned: with O(domain=define)
+  type: dict
+  contains:
+    name:
+      description: Its name.
+      type: str
+    uuid:
+      description: Its uuid.
+      type: str
+    libvirt_uri:
+      description: The libvirt that it is defined in.
+      type: str
+    changed:
+      description: Whether this call has defined it.
+      type: bool
+notes:
+  description: What is to be known of the domain before it is started, such as disks and secrets that it lacks.
+  returned: with O(domain=define)
+  type: list
+  elements: str
 id:
   description: The id of the set.
   returned: with O(state=present)
@@ -211,6 +283,7 @@ from typing import TYPE_CHECKING
 
 from ansible.module_utils.basic import AnsibleModule
 
+from ansible_collections.vmfleet.backup.plugins.module_utils._common.argument_specs import libvirt_argument_spec
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import Refused, warn
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.formats import parse_time
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.probe import probe_if_there
@@ -224,6 +297,14 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._repository.catalog
 )
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.names import image_files, refuse_inside
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.repository import open_repository
+from ansible_collections.vmfleet.backup.plugins.module_utils._restore.definition import is_nvram
+from ansible_collections.vmfleet.backup.plugins.module_utils._restore.domain import (
+    IDENTITIES,
+    DomainRequest,
+    Identity,
+    define_domain,
+    plan_domain,
+)
 from ansible_collections.vmfleet.backup.plugins.module_utils._restore.model import (
     FORMATS,
     METHODS,
@@ -245,12 +326,21 @@ if TYPE_CHECKING:
     from ansible_collections.vmfleet.backup.plugins.module_utils._repository.repository import Repository
 
 
+DEFINE = "define"
+"""The value of the option C(domain) with which one is defined."""
+
+
 def latest_time(params: dict[str, Any]) -> datetime | None:
     """Return the time that the set has to be from at the latest."""
     try:
         return None if params["before"] is None else parse_time(params["before"])
     except ValueError:
         raise Refused("before", "{!r} is no time like 2026-11-22T03:00:00Z".format(params["before"])) from None
+
+
+def nvram_names(params: dict[str, Any], manifest: Manifest) -> set[str]:
+    """Return the disks that are the UEFI variables of a domain: libvirt wants them as they are in the chip."""
+    return {image.name for image in manifest.disks if params["domain"] == DEFINE and is_nvram(image)}
 
 
 def chosen_disks(params: dict[str, Any], catalog: VmCatalog, manifest: Manifest) -> list[dict[str, Any]]:
@@ -260,9 +350,14 @@ def chosen_disks(params: dict[str, Any], catalog: VmCatalog, manifest: Manifest)
         refuse_inside("directory", params["directory"])
         if not os.path.isdir(params["directory"]):
             raise Refused("directory", "there is no directory {}; make it first".format(params["directory"]))
-        files = image_files(names, ".qcow2")
+        files = image_files(names, "")
+        nvram = nvram_names(params, manifest)
         return [
-            {"name": name, "target": os.path.join(params["directory"], files[name]), "format": "qcow2"}
+            {
+                "name": name,
+                "target": os.path.join(params["directory"], files[name] + (".fd" if name in nvram else ".qcow2")),
+                "format": "raw" if name in nvram else "qcow2",
+            }
             for name in names
         ]
     asked = []
@@ -281,7 +376,8 @@ def disk_restores(params: dict[str, Any], catalog: VmCatalog, manifest: Manifest
     found = []
     for asked in chosen_disks(params, catalog, manifest):
         target = asked["target"]
-        default = "raw" if is_block_device(target) else "qcow2"
+        is_raw = is_block_device(target) or asked["name"] in nvram_names(params, manifest)
+        default = "raw" if is_raw else "qcow2"
         chain = tuple(catalog.chain(manifest, asked["name"]))
         method = RestoreMethod(params["method"])
         disk = DiskRestore(asked["name"], chain, target, asked["format"] or default, method)
@@ -317,9 +413,38 @@ async def restore_disks(module: AnsibleModule, repository: Repository, catalog: 
         require_newest(repository, catalog)
     manifest = catalog.find(params["id"] or "", latest_time(params))
     options = RestoreOptions(params["overwrite"], params["checksum"], module.check_mode)
-    restored, warnings = await restore(repository, catalog, disk_restores(params, catalog, manifest), options)
+    disks = disk_restores(params, catalog, manifest)
+    domain = (
+        await plan_domain(repository, manifest, disks, domain_request(params)) if params["domain"] == DEFINE else None
+    )
+    restored, warnings = await restore(repository, catalog, disks, options)
     for warning in warnings:
         warn(module, warning)
+    found = restored_disks(module, catalog, manifest, restored)
+    if domain:
+        if not module.check_mode:
+            await define_domain(domain, restored)
+        found["domain"], found["notes"] = domain.result(), list(domain.notes)
+        found["text"] += domain.describe(module.check_mode)
+        found["changed"] = found["changed"] or domain.is_needed
+    return found
+
+
+def domain_request(params: dict[str, Any]) -> DomainRequest:
+    """Return what is asked for of the domain."""
+    return DomainRequest(
+        params["libvirt_uri"],
+        params["domain_name"] or "",
+        Identity(params["domain_uuid"]),
+        Identity(params["domain_mac"]),
+        params["overwrite"],
+    )
+
+
+def restored_disks(
+    module: AnsibleModule, catalog: VmCatalog, manifest: Manifest, restored: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """Return the result of the restore of the disks."""
     lines = ["{target}: {disk} of set ".format(**disk) + f"{manifest.id}\n" for disk in restored]
     return {
         "changed": any(disk["changed"] for disk in restored),
@@ -334,8 +459,20 @@ async def restore_disks(module: AnsibleModule, repository: Repository, catalog: 
     }
 
 
+def check_domain(params: dict[str, Any]) -> None:
+    """Refuse options that do not go together with a domain, or without one."""
+    if params["domain"] != DEFINE:
+        if params["domain_name"] is not None:
+            raise Refused("domain_name", "nothing is defined; with domain: define it is what the domain is called")
+    elif params["state"] == "absent":
+        raise Refused("domain", "state: absent removes overlays, and no domain stands on one; use virsh undefine")
+    elif params["method"] != RestoreMethod.COPY:
+        raise Refused("method", "a domain is defined on copies: libvirt would give the images of the set to QEMU")
+
+
 async def main_task(module: AnsibleModule) -> dict[str, Any]:
     params = module.params
+    check_domain(params)
     require_qemu_img()
     await probe_if_there(params["repository"], writing=not module.check_mode)
     repository = open_repository(params["repository"], params["trust_others"])
@@ -367,6 +504,11 @@ def main() -> None:
             "method": {"type": "str", "choices": list(METHODS), "default": "copy"},
             "overwrite": {"type": "bool", "default": False},
             "checksum": {"type": "bool", "default": True},
+            **libvirt_argument_spec(),
+            "domain": {"type": "str", "choices": ["none", DEFINE], "default": "none"},
+            "domain_name": {"type": "str"},
+            "domain_uuid": {"type": "str", "choices": list(IDENTITIES), "default": "keep"},
+            "domain_mac": {"type": "str", "choices": list(IDENTITIES), "default": "keep"},
             "state": {"type": "str", "choices": ["present", "absent"], "default": "present"},
         },
         mutually_exclusive=[("id", "before"), ("directory", "disks")],

@@ -1,0 +1,281 @@
+# Copyright (c) 2026, vmfleet contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Restore the domain of a set: check what stands in its way, and define it when its disks are in place.
+
+A process that dies in between leaves disks that are complete, and maybe the state of a TPM, but no domain: the next
+call finds them, and goes on. A new uuid is made of the set, the machine and the name, so that it is the same one then.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import os
+import uuid as uuids
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from .._common.errors import BackupError, Refused, in_words
+from .._common.formats import Word
+from .._host.directory import Directory, WrongEntry
+from .._host.process import machine_id
+from .._qemu.address import parse_address
+from .._qemu.answers import Odd
+from .._qemu.domain_xml import parse_domain, parse_xml
+from .._qemu.tpm import STATE, losses, read_state
+from .._repository.description import read_description
+from .._repository.repository import check_owner
+from . import libvirt_host
+from .checks import lock_target
+from .definition import RestoredFrom, Wanted, is_nvram, needed_files, origin_of, redefine
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from typing import Any
+    from xml.etree.ElementTree import Element
+
+    from .._qemu.address import Address
+    from .._repository.documents import Manifest
+    from .._repository.repository import Repository
+    from .libvirt_host import Look
+    from .model import DiskRestore
+
+
+class Identity(Word):
+    """Whether a restored domain goes on under what the old one was known by."""
+
+    KEEP = "keep"
+    NEW = "new"
+
+
+IDENTITIES = tuple(Identity)
+TPM_PLACE = "/var/lib/libvirt/swtpm"
+"""Where the libvirt of a machine keeps the states of TPMs, each under the uuid of its domain."""
+SYSTEM = ("qemu:///system", "qemu+unix:///system")
+
+
+@dataclass(frozen=True)
+class DomainRequest:
+    """What is asked for. C(name) is empty for the old one. With C(overwrite), an old domain is defined anew."""
+
+    libvirt_uri: str
+    name: str = ""
+    uuid: Identity = Identity.KEEP
+    mac: Identity = Identity.KEEP
+    overwrite: bool = False
+
+
+@dataclass(frozen=True)
+class DomainRestore:
+    """A domain that is restored: its definition, and the files of its TPM, by their paths.
+
+    C(is_defined) says that libvirt has it already, from this set and with these disks. C(notes) is what is to be known
+    before it is started.
+    """
+
+    address: Address
+    uuid: str
+    xml: str = field(repr=False)
+    tpm: Mapping[str, bytes] = field(repr=False)
+    is_defined: bool
+    is_placed: bool
+    notes: tuple[str, ...] = ()
+
+    @property
+    def is_needed(self) -> bool:
+        """Return whether something is to be done for it."""
+        return not (self.is_defined and self.is_placed)
+
+    def result(self) -> dict[str, Any]:
+        """Return the module's return value C(domain)."""
+        where = {"name": self.address.domain, "uuid": self.uuid, "libvirt_uri": self.address.uri}
+        return {**where, "changed": self.is_needed}
+
+    def describe(self, check_mode: bool) -> list[str]:
+        """Return what has become of it, for people to read."""
+        done = "is defined already" if self.is_defined else "would be defined" if check_mode else "was defined"
+        return [f"domain {self.address.domain} ({self.uuid}) {done} at {self.address.uri}", *self.notes]
+
+
+async def plan_domain(
+    repository: Repository, manifest: Manifest, disks: Sequence[DiskRestore], request: DomainRequest
+) -> DomainRestore:
+    """Return the domain that is to be defined. Refused, BackupError for what stands in its way."""
+    # Whoever can write its XML can have the domain do anything.
+    check_owner(repository, manifest.vm.name)
+    _check_disks(manifest, disks)
+    description = _read(repository, manifest)
+    root = _parse(manifest, description)
+    old = parse_domain(description["domain"]["xml"])
+    address = parse_address(f"libvirt:{request.name or old.name}", "domain_name", request.libvirt_uri)
+    missing = [path for path in needed_files(root) if not os.path.exists(path)]
+    if missing:
+        raise Refused("domain", f"it starts from {missing[0]}, which is not on this machine; bring it there first")
+    system = root.find("os/type")
+    arch = "" if system is None else system.get("arch", "")
+    look = await libvirt_host.ask(
+        address, "the look at its domains", lambda host: host.look(root.get("type", ""), arch, old.machine)
+    )
+    if look.unfit:
+        raise Refused("domain", f"libvirt at {address.uri} cannot run such a VM: {look.unfit}")
+    origin = RestoredFrom(repository.uuid, manifest.id, manifest.attempt)
+    uuid = old.uuid if request.uuid == Identity.KEEP else _drawn(origin, address)
+    is_defined = _is_defined(look, origin, uuid, disks)
+    _check_names(look, address, uuid, is_defined, request.overwrite)
+    files, notes = _tpm_files(description, address, uuid)
+    for path, content in files.items():
+        if _content(path) not in (None, content) and not request.overwrite:
+            raise Refused("domain", f"{path} exists, and is not of this set; with overwrite: true it is replaced")
+    wanted = Wanted(address.domain, uuid, request.mac == Identity.NEW)
+    xml, more = redefine(root, wanted, disks, origin, look.emulators)
+    absent = [entry for entry in description.get("removed", ()) if entry.startswith("domain")]
+    if absent:
+        notes.append("not in the set, and to be given again: {}".format("; ".join(absent)))
+    is_placed = all(_content(path) == content for path, content in files.items())
+    return DomainRestore(address, uuid, xml, files, is_defined, is_placed, (*notes, *more))
+
+
+async def define_domain(domain: DomainRestore, restored: Sequence[Mapping[str, Any]]) -> None:
+    """Put the state of the TPM in its place, and define the domain, whose disks are complete."""
+    address = domain.address
+    async with lock_target(f"/{address.uri}/{address}"):
+        try:
+            for path, content in domain.tpm.items():
+                if _content(path) != content:
+                    _place(path, content)
+            if not domain.is_defined:
+                await libvirt_host.ask(address, "the definition of the domain", lambda host: host.define(domain.xml))
+        except (BackupError, OSError) as error:
+            raise BackupError(
+                f"{address}: the disks are restored, and the domain is not defined: {in_words(error)}. Call again",
+                restored=list(restored),
+            ) from error
+
+
+def _check_disks(manifest: Manifest, disks: Sequence[DiskRestore]) -> None:
+    """Refuse disks that a domain cannot be defined with."""
+    names = {disk.name for disk in disks}
+    left_out = [image.name for image in manifest.disks if image.name not in names]
+    if left_out:
+        raise Refused(
+            "disks", f"disk {left_out[0]} of set {manifest.id} is missing; a domain is defined with all of them"
+        )
+    for disk in disks:
+        if not os.path.isabs(disk.target):
+            raise Refused("target", f"{disk.target} is no absolute path, as libvirt needs it")
+        if is_nvram(disk.image) and disk.format != "raw":
+            raise Refused("format", f"{disk.target}: UEFI variables are restored in format raw")
+
+
+def _read(repository: Repository, manifest: Manifest) -> dict[str, Any]:
+    try:
+        return read_description(repository, manifest)
+    except (OSError, ValueError, WrongEntry) as error:
+        raise BackupError(
+            f"VM {manifest.vm.name}: vm.json of set {manifest.id} cannot be read ({in_words(error)}), and nothing else"
+            " tells how the domain was defined"
+        ) from error
+
+
+def _parse(manifest: Manifest, description: dict[str, Any]) -> Element:
+    """Return the XML of the old domain."""
+    domain = description.get("domain") or {}
+    if not domain.get("xml"):
+        raise Refused(
+            "domain",
+            f"set {manifest.id} does not say how a domain was defined: its VM was not reached through libvirt"
+            " (libvirt:NAME), or an earlier release has made it. Restore the disks, and define the domain by hand",
+        )
+    try:
+        parse_domain(domain["xml"])
+        return parse_xml(domain["xml"])
+    except Odd as odd:
+        raise BackupError(f"VM {manifest.vm.name}: vm.json of set {manifest.id}: {odd}") from None
+
+
+def _drawn(origin: RestoredFrom, address: Address) -> str:
+    """Return a new uuid for a domain."""
+    place = f"{origin.repository}/{origin.attempt}/{machine_id()}/{address.uri}/{address.domain}"
+    return str(uuids.uuid5(uuids.NAMESPACE_URL, place))
+
+
+def _is_defined(look: Look, origin: RestoredFrom, uuid: str, disks: Sequence[DiskRestore]) -> bool:
+    """Return whether libvirt has the domain already."""
+    if not look.xml:
+        return False
+    try:
+        there = parse_domain(look.xml)
+        is_ours = origin_of(parse_xml(look.xml)) == origin and there.uuid == uuid
+    except Odd:
+        return False
+    places = {disk.target: disk.source.path for disk in there.disks}
+    is_same = all(
+        (there.firmware.nvram if is_nvram(disk.image) else places.get(disk.name, disk.target)) == disk.target
+        for disk in disks
+    )
+    return is_ours and is_same
+
+
+def _check_names(look: Look, address: Address, uuid: str, is_defined: bool, overwrite: bool) -> None:
+    """Refuse a name or a uuid that another domain has, and an old domain that must not get other disks."""
+    name = address.domain
+    other = next((one for one, known in look.uuids.items() if known == uuid and one != name), "")
+    if other:
+        raise Refused(
+            "domain_uuid",
+            f"domain {other} has the uuid {uuid}; domain_uuid: new gives the restored one its own, or undefine {other}",
+        )
+    known = look.uuids.get(name)
+    if known is None or (is_defined and not overwrite):
+        return
+    if not overwrite:
+        raise Refused(
+            "domain_name",
+            f"there is a domain {name}, which is not this restore; give another name, or with overwrite: true it is"
+            " defined anew",
+        )
+    if known != uuid:
+        raise Refused(
+            "domain_name", f"domain {name} is another one, of uuid {known}; undefine it, or give another name"
+        )
+    if look.held:
+        raise Refused("domain_name", f"domain {name} {look.held}; it was left as it is")
+
+
+def _tpm_files(description: dict[str, Any], address: Address, uuid: str) -> tuple[dict[str, bytes], list[str]]:
+    """Return the files of the TPM's state by the paths that libvirt has for them, and what is to be known of it."""
+    tpm = description.get("tpm") or {}
+    state = tpm.get("state") or {}
+    if not state:
+        return {}, losses(description)
+    if not address.uri.startswith(SYSTEM):
+        return {}, [f"the state of its TPM is not put in place: the libvirt at {address.uri} keeps it elsewhere"]
+    files = {}
+    for name, text in state.items():
+        if not STATE.fullmatch(name):
+            raise BackupError(f"vm.json: {name[:60]!r} is no file of a TPM")
+        kind = "tpm2" if name.startswith("tpm2") else "tpm1.2"
+        try:
+            files[os.path.join(TPM_PLACE, uuid, kind, name)] = base64.b64decode(text, validate=True)
+        except binascii.Error as error:
+            raise BackupError(f"vm.json: the state of the TPM is damaged: {error}") from None
+    return files, []
+
+
+def _content(path: str) -> bytes | None:
+    """Return what stands in a file of a TPM; None where there is none."""
+    found = read_state(os.path.dirname(path))[0].get(os.path.basename(path))
+    return None if found is None else base64.b64decode(found)
+
+
+def _place(path: str, content: bytes) -> None:
+    """Write a file of a TPM. libvirt gives it, with its directory, to the user of swtpm when the domain is started."""
+    place = os.path.dirname(path)
+    for directory, mode in ((TPM_PLACE, 0o711), (os.path.dirname(place), 0o711), (place, 0o700)):
+        if not os.path.isdir(directory):
+            os.mkdir(directory)
+            os.chmod(directory, mode)
+    with Directory.at(place) as directory_of_state:
+        directory_of_state.write(os.path.basename(path), content)
+        directory_of_state.sync()

@@ -1,0 +1,108 @@
+# Copyright (c) 2026, vmfleet contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Ask the libvirt of this machine what it has and can run, and define a domain there.
+
+Calls block for as long as libvirt does: each is made in a thread, for a time that has an end.
+Reference: libvirt 9.0, virConnectGetDomainCapabilities() and virDomainDefineXML().
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from .._common.errors import BackupError, MonitorGone
+from .._host.threads import within
+from .._qemu.answers import Odd, quoted
+from .._qemu.domain_xml import parse_xml
+from .._qemu.libvirt_connection import LibvirtConnection
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from typing import Any, TypeVar
+
+    from .._qemu.address import Address
+
+    T = TypeVar("T")
+
+
+HOST_TIMEOUT = 60.0
+"""Seconds for what is asked of libvirt at one time: it takes milliseconds, and seconds where a QEMU is new to it."""
+
+
+@dataclass(frozen=True)
+class Look:
+    """What libvirt has. C(unfit) says why it cannot run such a VM; C(uuids) are those of all domains, by their names.
+
+    C(xml) is how the domain of the name that is asked for is defined, and C(held) why it must not be defined anew.
+    """
+
+    unfit: str
+    uuids: Mapping[str, str]
+    emulators: frozenset[str]
+    xml: str = ""
+    held: str = field(default="")
+
+
+class LibvirtHost(LibvirtConnection):
+    """A connection to the libvirt of this machine, and to a domain that it may have."""
+
+    def is_active(self) -> bool:
+        """Return true: an error of libvirt is not taken for the end of a QEMU."""
+        return True
+
+    def look(self, kind: str, arch: str, machine: str) -> Look:
+        """Look at what there is, and whether a VM of this kind can run here."""
+        connection = self._connection
+        uuids = {domain.name(): domain.UUIDString() for domain in connection.listAllDomains(0)}
+        try:
+            told = connection.getDomainCapabilities(None, arch or None, machine or None, kind or None, 0)
+            unfit, default = "", parse_xml(told).findtext("path", "")
+            emulators = {element.text or "" for element in parse_xml(connection.getCapabilities()).iter("emulator")}
+        except (self.libvirt.libvirtError, Odd) as error:
+            return Look(quoted(error), uuids, frozenset())
+        found = frozenset({default, *emulators})
+        if self.domain is None:
+            return Look(unfit, uuids, found)
+        xml = self.domain.XMLDesc(self.libvirt.VIR_DOMAIN_XML_INACTIVE)
+        return Look(unfit, uuids, found, xml, self._held())
+
+    def define(self, xml: str) -> str:
+        """Define a domain, and return its uuid."""
+        return str(self._connection.defineXML(xml).UUIDString())
+
+    def _held(self) -> str:
+        """Return why the domain must not be defined anew with other disks."""
+        if self.domain.isActive():
+            return "runs"
+        if self.domain.hasManagedSaveImage():
+            return "has a saved state (virsh managedsave), which belongs to its old disks"
+        if self.domain.snapshotNum() or self.domain.listAllCheckpoints(0):
+            return "has snapshots or checkpoints, which belong to its old disks"
+        return ""
+
+    def _find(self) -> None:
+        try:
+            super()._find()
+        except MonitorGone:
+            self.domain = None
+
+
+async def ask(address: Address, what: str, question: Callable[[LibvirtHost], T]) -> T:
+    """Connect to libvirt, and return its answer to a question. C(what) is asked is told where that goes wrong."""
+
+    def call() -> Any:
+        host = LibvirtHost(address)
+        try:
+            host.open()
+            return host.call(what, lambda: question(host))
+        finally:
+            host.close()
+
+    try:
+        found: T = await within(HOST_TIMEOUT, call)
+    except asyncio.TimeoutError:
+        raise BackupError(f"{address}: no answer of libvirt to {what} within {HOST_TIMEOUT:g} s: it hangs") from None
+    return found

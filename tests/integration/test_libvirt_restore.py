@@ -1,0 +1,254 @@
+# Copyright (c) 2026, vmfleet contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Domains that are restored from their sets: defined, started, and with what they had."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import typing as t
+
+import pytest
+
+from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import BackupError
+from ansible_collections.vmfleet.backup.plugins.module_utils._restore import domain as restored_domain
+from ansible_collections.vmfleet.backup.plugins.module_utils._restore.libvirt_host import LibvirtHost
+from ansible_collections.vmfleet.backup.tests.harness.images import MIB, identical, patterned, qemu_img
+from ansible_collections.vmfleet.backup.tests.harness.libvirt import Libvirt
+from ansible_collections.vmfleet.backup.tests.harness.libvirt_domains import FIRMWARE, Domain, DomainDisk
+from ansible_collections.vmfleet.backup.tests.harness.modules import ModuleProcess, fail, run_module, succeed
+from ansible_collections.vmfleet.backup.tests.harness.playbooks import Hypervisor
+from ansible_collections.vmfleet.backup.tests.harness.sets import Sets
+
+if t.TYPE_CHECKING:
+    from pathlib import Path
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="name spaces need root")
+
+HARDWARE: dict[str, t.Any] = {"memory": 64, "nvram": True, "tpm": True}
+DEVICES = (
+    "<graphics type='vnc' passwd='hunter2'/><interface type='user'/>"
+    "<disk type='file' device='cdrom'><source file='{}'/><target dev='sdc' bus='sata'/><readonly/></disk>"
+)
+STATE = "tpm2-00.permall"
+
+
+class Backup:
+    """A domain with two disks, UEFI variables and a TPM, of which there is a set without its second disk."""
+
+    def __init__(self, libvirt: Libvirt, directory: Path) -> None:
+        self.libvirt = libvirt
+        self.directory = directory
+        (directory / "restored").mkdir()
+        disks = [DomainDisk(patterned(directory / f"{name}.qcow2"), name) for name in ("vda", "vdb")]
+        medium = patterned(directory / "medium.iso", "raw", size=MIB)
+        self.domain = libvirt.start("web01", *disks, devices=DEVICES.format(medium), **HARDWARE)
+        self.sets = Sets(directory / "repository", libvirt.inside)
+        self.domain.write("vda", 0x51, 5 * MIB, 65536)
+        self.disk = self.domain.freeze("vda", directory / "frozen.qcow2")
+        self.sets.back_up("libvirt:web01", exclude_disks=["vdb"])
+        self.nvram = self.domain.nvram.read_bytes()
+        self.state = (self.domain.tpm / STATE).read_bytes()
+
+    def asked(self, **options: t.Any) -> dict[str, t.Any]:
+        place = str(self.directory / "restored")
+        asked = {"repository": str(self.sets.path), "vm": "web01", "directory": place, "domain": "define"}
+        return {name: value for name, value in {**asked, **options}.items() if value is not None}
+
+    def restore(self, libvirt: Libvirt | None = None, **options: t.Any) -> dict[str, t.Any]:
+        return succeed("backup_restore", self.asked(**options), inside=(libvirt or self.libvirt).inside)
+
+    def refuse(self, **options: t.Any) -> str:
+        """Return why it is refused, after it was seen that nothing was done."""
+        before = self.seen()
+        told: str = fail("backup_restore", self.asked(**options), inside=self.libvirt.inside)["msg"]
+        assert self.seen() == before
+        return told
+
+    def seen(self) -> tuple[list[Path], str]:
+        files = sorted([*self.directory.rglob("*"), *self.libvirt.seen_here("/var/lib/libvirt/swtpm").rglob("*")])
+        return files, self.libvirt.virsh("list", "--all", "--name", "--uuid")
+
+    def assert_restored(self, domain: Domain) -> None:
+        """See that a domain that is off has all of it, and that it starts with that."""
+        assert domain.state == "shut off"
+        place = self.directory / "restored"
+        assert identical(place / "vda.qcow2", self.disk)
+        assert (place / "nvram.fd").read_bytes() == self.nvram
+        assert (domain.tpm / STATE).read_bytes() == self.state
+        assert domain.xml("--inactive").findtext("os/nvram") == str(place / "nvram.fd")
+        # The state of a TPM is swtpm's to accept.
+        domain.start()
+        assert domain.state == "running"
+        assert domain.image("vda") == (place / "vda.qcow2", "qcow2")
+        assert identical(domain.freeze("vda", self.directory / "started.qcow2"), self.disk)
+
+
+@pytest.fixture
+def backup(libvirt: Libvirt, directory: Path) -> Backup:
+    return Backup(libvirt, directory)
+
+
+def addresses(domain: Domain) -> list[str]:
+    return [mac.attrib["address"] for mac in domain.xml("--inactive").iterfind("devices/interface/mac")]
+
+
+def test_beside_the_old_domain(backup: Backup, libvirt: Libvirt) -> None:
+    wanted = {"domain_name": "web02", "domain_uuid": "new", "domain_mac": "new"}
+    planned = run_module("backup_restore", backup.asked(**wanted), check=True, inside=libvirt.inside)
+    assert planned["changed"]
+    assert libvirt.virsh("list", "--all", "--name") == "web01"
+    done = backup.restore(**wanted)
+    assert done["changed"]
+    assert done["domain"]["changed"]
+    restored = Domain(libvirt, "web02")
+    assert (done["domain"]["name"], done["domain"]["uuid"]) == ("web02", restored.uuid)
+    assert restored.uuid != backup.domain.uuid
+    assert len(addresses(restored)) == 1
+    assert addresses(restored) != addresses(backup.domain)
+    assert done["notes"] == [
+        "not in the set, and to be given again: domain: devices/graphics@passwd",
+        "disk vdb is not in the set, and was taken out of the domain",
+        "drive sdc is empty: what was in it is not in the set",
+        f"it uses of this machine: {FIRMWARE}",
+    ]
+    assert [disk.attrib["dev"] for disk in restored.xml().iterfind("devices/disk/target")] == ["vda", "sdc"]
+    assert planned["domain"] == done["domain"]
+    again = backup.restore(**wanted)
+    assert (again["changed"], again["domain"]["changed"]) == (False, False)
+    backup.assert_restored(restored)
+    # It is another VM to the next backup, and can be restored in its turn.
+    backup.sets.back_up("libvirt:web02", id="s2")
+    found = json.loads((backup.sets.directory("web02") / "s2" / "vm.json").read_text())
+    assert found["uuid"] == restored.uuid
+
+
+def test_on_another_machine_when_the_old_one_is_gone(directory: Path) -> None:
+    with Libvirt() as old:
+        backup = Backup(old, directory)
+        uuid, macs = backup.domain.uuid, addresses(backup.domain)
+    with Libvirt() as new:
+        # Somebody may need it: undefine keeps it with --keep-tpm.
+        state = new.seen_here(f"/var/lib/libvirt/swtpm/{uuid}/tpm2/{STATE}")
+        state.parent.mkdir(parents=True)
+        state.write_bytes(b"another")
+        told = fail("backup_restore", backup.asked(), inside=new.inside)["msg"]
+        assert told.endswith(f"{STATE} exists, and is not of this set; with overwrite: true it is replaced")
+        state.unlink()
+        hypervisor = Hypervisor(directory, inside=new.inside)
+        wanted = {"restore_vm": "web01", "restore_directory": f"{directory}/restored", "restore_domain": "define"}
+        for changes in (1, 0):
+            play = hypervisor.play("restore", **wanted)
+            assert play.rc == 0, play.output
+            assert play.recap()["changed"] == changes
+        assert f"domain web01 ({uuid}) is defined already at qemu:///system" in play.output
+        assert "not in the set, and to be given again: domain: devices/graphics@passwd" in play.output
+        restored = Domain(new, "web01")
+        assert addresses(restored) == macs
+        backup.assert_restored(restored)
+        # Its next set goes on in the repository.
+        frozen = directory / "nvram.qcow2"
+        qemu_img("convert", "-U", "-f", "raw", "-O", "qcow2", directory / "restored" / "nvram.fd", frozen)
+        sets = Sets(backup.sets.path, new.inside)
+        sets.back_up("libvirt:web01", id="s2")
+        sets.assert_good("web01", {"vda": backup.disk, "nvram": frozen}, "s2")
+
+
+def test_what_stands_in_the_way_is_found_before_anything_is_written(
+    backup: Backup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uuid = backup.domain.uuid
+    assert backup.refuse() == (
+        "domain_name: there is a domain web01, which is not this restore; give another name, or with overwrite: true it"
+        " is defined anew"
+    )
+    assert backup.refuse(overwrite=True) == "domain_name: domain web01 runs; it was left as it is"
+    assert backup.refuse(domain_name="web02").startswith(f"domain_uuid: domain web01 has the uuid {uuid}; domain_uuid")
+    new = {"domain_name": "web02", "domain_uuid": "new"}
+    assert backup.refuse(**new, method="overlay").startswith("method: a domain is defined on copies")
+    some = {**new, "directory": None, "disks": [{"name": "vda", "target": str(backup.directory / "x.qcow2")}]}
+    assert backup.refuse(**some) == "disks: disk nvram of set s1 is missing; a domain is defined with all of them"
+    assert "names no domain" in backup.refuse(domain_name="a/b", domain_uuid="new")
+    assert backup.refuse(**new, libvirt_uri="qemu+ssh://host/system").startswith("libvirt_uri: ")
+    assert backup.refuse(**{**new, "domain": "none"}).startswith("domain_name: nothing is defined")
+    assert backup.refuse(**{**new, "directory": "restored"}).startswith("directory: ")
+    # Others could have written what is going to be defined.
+    backup.sets.path.chmod(0o777)
+    assert backup.refuse(**new).startswith("repository: ")
+    backup.sets.path.chmod(0o700)
+    # What the description asks for is not here.
+    path = backup.sets.directory("web01") / "s1" / "vm.json"
+    whole = path.read_text()
+    for old, other, told in (
+        (
+            "/usr/share/OVMF/OVMF_CODE_4M.fd",
+            "/usr/share/OVMF/NONE.fd",
+            "domain: it starts from /usr/share/OVMF/NONE.fd",
+        ),
+        ("machine='pc-q35", "machine='pc-q99", "domain: libvirt at qemu:///system cannot run such a VM"),
+        ("<domain type", "<!DOCTYPE d><domain type", "VM web01: vm.json of set s1: the XML has a document type"),
+        ('"xml": "<', '"xml": "", "x": "<', "domain: set s1 does not say how a domain was defined"),
+        (STATE, "../../x", "vm.json: '../../x' is no file of a TPM"),
+    ):
+        assert old in whole
+        path.write_text(whole.replace(old, other))
+        assert told in backup.refuse(**new)
+    path.write_text(whole)
+    # No word is lost of what libvirt is missing for.
+    monkeypatch.setitem(__import__("sys").modules, "libvirt", None)
+    assert "python3-libvirt" in backup.refuse(**new)
+
+
+def test_a_killed_process_leaves_what_the_next_one_finds(
+    backup: Backup, libvirt: Libvirt, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = {"domain_name": "web02", "domain_uuid": "new"}
+    # libvirt leaves the directories of domains that the tests before have had.
+    known = {path.name for path in libvirt.seen_here("/var/lib/libvirt/swtpm").iterdir()} - {backup.domain.uuid}
+
+    def die(*_args: object) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    for place in ((restored_domain, "_place"), (LibvirtHost, "define")):
+        with monkeypatch.context() as patched:
+            patched.setattr(*place, die)
+            ModuleProcess("backup_restore", backup.asked(**wanted), inside=libvirt.inside).wait()
+        assert libvirt.virsh("list", "--all", "--name") == "web01"
+
+    def refuse(*_args: object) -> None:
+        raise BackupError("libvirt refused it")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(LibvirtHost, "define", refuse)
+        told = fail("backup_restore", backup.asked(**wanted), inside=libvirt.inside)
+    reason = "libvirt:web02: the disks are restored, and the domain is not defined: libvirt refused it"
+    assert told["msg"].startswith(reason)
+    assert [disk["changed"] for disk in told["restored"]] == [False, False]
+    done = backup.restore(**wanted)
+    assert [disk["changed"] for disk in done["restored"]] == [False, False]
+    assert done["domain"]["changed"]
+    # No state is left of those that came to nothing.
+    places = {path.name for path in libvirt.seen_here("/var/lib/libvirt/swtpm").iterdir()}
+    assert {backup.domain.uuid, done["domain"]["uuid"]} == places - known
+    backup.assert_restored(Domain(libvirt, "web02"))
+
+
+def test_the_old_domain_is_defined_anew(backup: Backup) -> None:
+    domain = backup.domain
+    uuid = domain.uuid
+    domain.virsh("snapshot-create-as", "s", "--disk-only", "--diskspec", "vda,snapshot=no")
+    domain.destroy()
+    assert backup.refuse().startswith("domain_name: there is a domain web01")
+    told = f"domain_name: domain web01 is another one, of uuid {uuid}"
+    assert backup.refuse(overwrite=True, domain_uuid="new").startswith(told)
+    assert "has snapshots or checkpoints" in backup.refuse(overwrite=True)
+    domain.virsh("snapshot-delete", "s", "--metadata")
+    (domain.tpm / STATE).write_bytes(b"of today")
+    done = backup.restore(overwrite=True)
+    assert done["domain"] == {"name": "web01", "uuid": uuid, "libvirt_uri": "qemu:///system", "changed": True}
+    backup.assert_restored(domain)
+    # By now it is in use.
+    assert "domain web01 runs" in backup.refuse(overwrite=True)
