@@ -20,6 +20,8 @@ import time
 import typing as t
 from pathlib import Path
 
+from ansible_collections.vmfleet.backup.tests.harness.payload import COLLECTION
+
 MODULES = "ansible_collections.vmfleet.backup.plugins.modules"
 
 
@@ -34,11 +36,11 @@ class Execution:
     """The most memory that it had in use, in bytes."""
 
 
-def execute(module: str, **options: t.Any) -> Execution:
-    """Run a module that has to succeed."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", f"{MODULES}.{module}"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
+def execute(module: str, root: Path | None = None, **options: t.Any) -> Execution:
+    """Run a module that has to succeed, of the collection below `root` where that is given."""
+    environment = {**os.environ, "PYTHONPATH": str(root)} if root else None
+    command = [sys.executable, "-m", f"{MODULES}.{module}"]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
     assert process.stdin
     assert process.stdout
     process.stdin.write(json.dumps({"ANSIBLE_MODULE_ARGS": options}, default=str))
@@ -47,6 +49,15 @@ def execute(module: str, **options: t.Any) -> Execution:
     _pid, status, usage = os.wait4(process.pid, 0)
     assert os.waitstatus_to_exitcode(status) == 0, result
     return Execution(result, usage.ru_utime + usage.ru_stime, usage.ru_maxrss << 10)
+
+
+def export(revision: str, root: Path) -> None:
+    """Write the collection as it is in a revision of this work tree."""
+    place = root / COLLECTION
+    place.mkdir(parents=True)
+    checkout = os.environ.get("CHECKOUT", ".")
+    archive = subprocess.run(["git", "-C", checkout, "archive", revision], stdout=subprocess.PIPE, check=True).stdout
+    subprocess.run(["tar", "-x", "-C", place], input=archive, check=True)
 
 
 def options(description: str | None) -> argparse.Namespace:
@@ -64,7 +75,7 @@ def options(description: str | None) -> argparse.Namespace:
     parser.add_argument("--svg", type=Path, help="fleet: where to write the plot")
     parser.add_argument("--sets", type=int, default=10_000, help="info: sets in the repository")
     parser.add_argument("--runs", type=int, default=25, help="start: how often each module is started")
-    parser.add_argument("--against", metavar="REV", help="start: the revision of this work tree to compare with")
+    parser.add_argument("--against", metavar="REV", help="info, start: the revision of this work tree to compare with")
     return parser.parse_args()
 
 

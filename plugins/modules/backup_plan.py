@@ -133,6 +133,22 @@ options:
         there.
     type: list
     elements: str
+  domains:
+    description:
+      - Patterns of the names of domains of libvirt, such as V(*) or V(web*). Domains that run and domains that are shut
+        off are found alike; what becomes of these, O(offline) says.
+      - A pattern that matches nothing gives a warning. A name without wildcards stands for a domain that should be
+        there.
+      - A domain that is found by its socket as well is one VM. It is reached as it is listed in O(vms), else through
+        libvirt.
+      - What a domain says of its own backup, in its C(<metadata>), stands above the options of this module, and what
+        is said of it in O(vms) stands above that.
+    type: list
+    elements: str
+  exclude_domains:
+    description: Patterns of the names of domains that O(domains) does not stand for.
+    type: list
+    elements: str
   include_disks:
     description:
       - Back up these disks only, by backend name, node name, device id, or target (V(vda)) of a domain of libvirt. A
@@ -349,7 +365,9 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._host.probe import 
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.worker import ThreadedCalls, run_in_worker
 from ansible_collections.vmfleet.backup.plugins.module_utils._plan.model import Offline, Policy, Quiesce, Request
 from ansible_collections.vmfleet.backup.plugins.module_utils._plan.observe import reserve_bytes
-from ansible_collections.vmfleet.backup.plugins.module_utils._plan.planner import describe, discover, draw_up
+from ansible_collections.vmfleet.backup.plugins.module_utils._plan.planner import describe, draw_up
+from ansible_collections.vmfleet.backup.plugins.module_utils._plan.requests import requests_for
+from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.discovery import PATTERNS, discover
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.image_files import FORMATS, DiskFile
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.model import EncryptedSource, plain_path
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.qemu_img import require_qemu_img
@@ -367,6 +385,8 @@ if TYPE_CHECKING:
 
     from ansible_collections.vmfleet.backup.plugins.module_utils._plan.model import Plan
 
+OWN = {"level": "wanted", "quiesce": "quiesce", "exclude_disks": "exclude_disks"}
+"""The options of a VM that stand above what its domain says itself, and what they are called in a request."""
 ORDERS = ("takeover", "supersede", "adopt")
 POLICY = tuple(field.name for field in fields(Policy))
 """The options that say how sets are made."""
@@ -386,6 +406,7 @@ def _request(params: dict[str, Any], vm: dict[str, Any]) -> Request:
         name=vm.get("name") or "",
         monitor=vm.get("monitor") or "",
         libvirt_uri=params["libvirt_uri"],
+        given=frozenset(field for option, field in OWN.items() if vm.get(option) is not None),
         include_disks=tuple(given("include_disks")),
         exclude_disks=tuple(given("exclude_disks")),
         wanted=given("level"),
@@ -436,11 +457,13 @@ def returned(plan: Plan) -> dict[str, Any]:
 async def main_task(module: AnsibleModule) -> dict[str, Any]:
     params = module.params
     set_id = check_set_id(params["id"] or datetime.now(timezone.utc).strftime("%Y-%m-%d"))
-    if not params["vms"] and not params["sockets"]:
-        raise Refused("vms", "nothing is to be backed up; list VMs, or name patterns of their sockets (sockets)")
+    if not params["vms"] and not params["sockets"] and not params["domains"]:
+        raise Refused("vms", "nothing is to be backed up; list VMs, or name patterns of domains or of sockets")
     check_listed(params["vms"] or ())
     how = policy(params)
-    wanted, warnings = discover(requests(params), params["sockets"] or (), _request(params, {}))
+    listed = requests(params)
+    found = await discover((request.address for request in listed), params)
+    wanted = requests_for(listed, _request(params, {}), found)
     require_qemu_img()
     if any(request.files for request in wanted):
         require_storage_daemon()
@@ -449,7 +472,7 @@ async def main_task(module: AnsibleModule) -> dict[str, Any]:
     async with ThreadedCalls(Watch(params["repository"], writing=True)) as calls:
         places = (params["repository"], params["create_repository"], params["trust_others"])
         repository = await calls.run(find_repository, *places)
-        plan = await draw_up(AsyncRepository(repository, calls), wanted, set_id, how, warnings, orders)
+        plan = await draw_up(AsyncRepository(repository, calls), wanted, found, set_id, how, orders)
     for warning in plan.warnings:
         warn(module, warning)
     text = describe(plan)
@@ -487,7 +510,7 @@ def argument_spec() -> dict[str, Any]:
                 },
             },
         },
-        "sockets": names,
+        **dict.fromkeys(PATTERNS, names),
         **libvirt_argument_spec(),
         "include_disks": {**names, "default": []},
         "exclude_disks": {**names, "default": []},
@@ -507,7 +530,9 @@ def argument_spec() -> dict[str, Any]:
 
 
 def main() -> None:
-    module = make_module(argument_spec=argument_spec(), required_one_of=[("vms", "sockets")], supports_check_mode=True)
+    module = make_module(
+        argument_spec=argument_spec(), required_one_of=[("vms", "sockets", "domains")], supports_check_mode=True
+    )
     require_qmp(module)
     run_in_worker(module, main_task)
 

@@ -31,6 +31,19 @@ options:
       - A pattern that matches nothing gives a warning. A path without wildcards stands for a VM that should be there.
     type: list
     elements: str
+  domains:
+    description:
+      - Patterns of the names of domains of libvirt, such as V(*). One that is shut off is listed with its
+        RV(vms[].error).
+      - A pattern that matches nothing gives a warning. A name without wildcards stands for a domain that should be
+        there.
+      - A domain that is found by its socket as well is listed once.
+    type: list
+    elements: str
+  exclude_domains:
+    description: Patterns of the names of domains that O(domains) does not stand for.
+    type: list
+    elements: str
 requirements:
   - qemu.qmp >= 0.0.4 (Python library) on the hypervisor
 seealso:
@@ -52,7 +65,7 @@ EXAMPLES = r"""
 
 RETURN = r"""
 vms:
-  description: One entry for each monitor, in the order of their addresses.
+  description: One entry for each VM, in the order of their monitors' addresses.
   returned: success
   type: list
   elements: dict
@@ -62,8 +75,14 @@ vms:
       type: str
     error:
       description:
-        - Why this VM did not answer, empty where it did. Of the other keys only RV(vms[].monitor) is there then.
+        - Why this VM did not answer, empty where it did. Of the other keys only RV(vms[].monitor) and
+          RV(vms[].excluded) are there then.
       type: str
+    excluded:
+      description:
+        - Whether this is a domain of libvirt that O(domains) has found, and whose C(<metadata>) say that it is not
+          backed up.
+      type: bool
     name:
       description: The VM's name (C(query-name)), else the socket's without its ending.
       type: str
@@ -202,7 +221,6 @@ vms:
 """
 
 import asyncio
-import glob
 import traceback
 from dataclasses import asdict
 from typing import TYPE_CHECKING
@@ -212,14 +230,15 @@ from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.argument_specs import libvirt_argument_spec
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import BackupError, Refused, internal, warn
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.module import run_module
-from ansible_collections.vmfleet.backup.plugins.module_utils._common.options import check_path
-from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.address import parse_address
+from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.address import FoundBy, parse_address
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.agent_channel import find_agent
+from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.discovery import PATTERNS, discover
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.monitor import Monitor
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.qmp_client import require_qmp
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.query import inspect_vm
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from typing import Any
 
     from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.address import Address
@@ -259,34 +278,39 @@ async def describe(address: Address, places: asyncio.Semaphore, warnings: list[s
             return {"monitor": str(address), "error": f"{address}: {internal(error)}"}
 
 
+def told_once(vms: Sequence[dict[str, Any]], ways: Sequence[FoundBy]) -> list[dict[str, Any]]:
+    """Return the VMs without those that were found in a better way, too: it is the same QEMU that has answered."""
+    best: dict[int, FoundBy] = {}
+    for vm, way in zip(vms, ways):
+        best[vm.get("pid", 0)] = min(best.get(vm.get("pid", 0), way), way)
+    return [vm for vm, way in zip(vms, ways) if not vm.get("pid") or way == best[vm["pid"]]]
+
+
 async def main_task(module: AnsibleModule) -> dict[str, Any]:
-    monitors, sockets = (module.params[name] or [] for name in ("monitors", "sockets"))
-    if not monitors and not sockets:
-        raise Refused("monitors", "no VM is named; list monitors, or patterns of their sockets (sockets)")
-    addresses = {parse_address(text, "monitors", module.params["libvirt_uri"]) for text in monitors}
-    for pattern in sockets:
-        check_path("sockets", pattern)
-        # A path that is spelled out is meant, be there a socket or not.
-        found = glob.glob(pattern) if glob.has_magic(pattern) else [pattern]
-        if not found:
-            warn(module, f"no socket matches {pattern}")
-        addresses.update(parse_address(path, "sockets") for path in found)
+    params = module.params
+    if not params["monitors"] and not params["sockets"] and not params["domains"]:
+        raise Refused("monitors", "no VM is named; list monitors, or patterns of domains or of sockets")
+    listed = [parse_address(text, "monitors", params["libvirt_uri"]) for text in params["monitors"] or ()]
+    found = await discover(listed, params)
     places = asyncio.Semaphore(AT_ONCE)
-    warnings: list[str] = []
-    vms = await asyncio.gather(*(describe(address, places, warnings) for address in sorted(addresses, key=str)))
-    for warning in warnings:
+    addresses = sorted(found.ways, key=str)
+    vms = await asyncio.gather(*(describe(address, places, found.warnings) for address in addresses))
+    for vm, address in zip(vms, addresses):
+        entry = found.domains.get(address)
+        vm["excluded"] = found.ways[address] == FoundBy.DOMAIN and entry is not None and entry.is_excluded
+    for warning in found.warnings:
         warn(module, warning)
-    return {"changed": False, "vms": list(vms)}
+    return {"changed": False, "vms": told_once(vms, [found.ways[address] for address in addresses])}
 
 
 def main() -> None:
     module = AnsibleModule(
         argument_spec={
             "monitors": {"type": "list", "elements": "str"},
-            "sockets": {"type": "list", "elements": "str"},
+            **{option: {"type": "list", "elements": "str"} for option in PATTERNS},
             **libvirt_argument_spec(),
         },
-        required_one_of=[("monitors", "sockets")],
+        required_one_of=[("monitors", "sockets", "domains")],
         supports_check_mode=True,
     )
     require_qmp(module)

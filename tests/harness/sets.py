@@ -32,11 +32,11 @@ class Sets:
     def __init__(self, path: Path, inside: NameSpaces | None = None) -> None:
         """The modules run in the name spaces `inside`, or where the tests run."""
         self.path = path
-        self._inside = inside
+        self.inside = inside
 
     def plan(self, *vms: Qemu | str, check: bool = False, **options: t.Any) -> dict[str, t.Any]:
         """Plan the backup of these VMs, or of those in `options`."""
-        return succeed("backup_plan", self.arguments(*vms, **options), check=check, inside=self._inside)
+        return succeed("backup_plan", self.arguments(*vms, **options), check=check, inside=self.inside)
 
     def arguments(self, *vms: Qemu | str, **options: t.Any) -> dict[str, t.Any]:
         """Arguments of backup_plan."""
@@ -46,20 +46,20 @@ class Sets:
 
     def back_up(self, *vms: Qemu | str, state: str = "completed", **options: t.Any) -> dict[str, t.Any]:
         """Plan, and bring the plan to its end; both have to succeed."""
-        return succeed("backup_set", {"plan": self.plan(*vms, **options)["plan"], "state": state}, inside=self._inside)
+        return succeed("backup_set", {"plan": self.plan(*vms, **options)["plan"], "state": state}, inside=self.inside)
 
     def fail(self, *vms: Qemu | str, state: str = "completed", **options: t.Any) -> dict[str, t.Any]:
         """Plan, and try in vain to bring the plan to its end."""
-        return fail("backup_set", {"plan": self.plan(*vms, **options)["plan"], "state": state}, inside=self._inside)
+        return fail("backup_set", {"plan": self.plan(*vms, **options)["plan"], "state": state}, inside=self.inside)
 
     def attempt(self, *vms: Qemu | str, **options: t.Any) -> dict[str, t.Any]:
         """Plan, and bring the plan to whatever end."""
-        return run_module("backup_set", {"plan": self.plan(*vms, **options)["plan"]}, inside=self._inside)
+        return run_module("backup_set", {"plan": self.plan(*vms, **options)["plan"]}, inside=self.inside)
 
     def start(self, *vms: Qemu | str, **options: t.Any) -> dict[str, t.Any]:
         """Start copies that run until the test takes the brake off; returns the plan."""
         plan: dict[str, t.Any] = self.plan(*vms, **{"speed": SLOW, **options})["plan"]
-        result = succeed("backup_set", {"plan": plan, "state": "started"}, inside=self._inside)
+        result = succeed("backup_set", {"plan": plan, "state": "started"}, inside=self.inside)
         assert [vm["state"] for vm in result["vms"]] == ["running"] * len(vms), result["vms"]
         return plan
 

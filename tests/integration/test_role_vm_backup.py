@@ -137,7 +137,7 @@ def test_tag_plan_only_plans(vms: Vms, hypervisor: Hypervisor) -> None:
     [
         ({"repository": "backup"}, "vm_backup_repository is 'backup'"),
         ({"repository_create": False}, "vm_backup_repository_create: true"),
-        ({"sockets": []}, "vm_backup_vms and vm_backup_sockets are both empty"),
+        ({"sockets": []}, "vm_backup_vms, vm_backup_domains and vm_backup_sockets are all empty"),
         ({"id": "../up"}, "no id of a set"),
         ({"speed": "fast"}, "speed"),
         ({"max_chain": 0}, "max_chain: 0 is not from 1 to"),

@@ -346,6 +346,7 @@ RULES = (
     ),
     Rule(f"{OURS}: a job runs", _attempt(AttemptStatus.RUNNING), Step.FOLLOW),
     # What is not begun.
+    Rule(f"{NONE}, and the domain's own metadata say that there is to be none", _is(Case.EXCLUDED), Step.SKIP),
     Rule("the VM's other sets are of another VM of this name, without ``adopt``", _is(Case.OTHER_DIRECTORY), Step.FAIL),
     Rule("something that is no set stands in its place", _is(Case.IN_THE_WAY), Step.FAIL),
     Rule(f"{NONE}, and the VM is off, with ``offline: skip``", _is(Case.OFF), Step.SKIP),

@@ -22,7 +22,9 @@ ODD = re.compile(
 )
 IN_LINES = frozenset({"msg", "headline", "diff", "warnings"})
 """Members of a result that may have several lines."""
-FOR_PEOPLE = frozenset({"text", "error", "errors", "reason", "damage", "consistency_reason", "console"})
+FOR_PEOPLE = frozenset(
+    {"text", "error", "errors", "reason", "broken", "what", "damage", "consistency_reason", "console"}
+)
 """Members of a result that people read, each text of which is one line."""
 
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 
 UNTOLD = ". It is off, and nobody has told its uuid: if it has one, list it (vms: uuid)"
+SKIPPED = "its own metadata say that it is not backed up (skip='yes')"
 MIGRATING = frozenset({"inmigrate", "postmigrate", "finish-migrate"})
 
 
@@ -30,8 +31,9 @@ def decide(request: Request, seen: Observation, records: VmRecords, context: Run
     """Decide what to do with one VM; the first case that holds wins."""
     choice = choose_disks(seen.vm, request) if seen.vm else Choice()
     intent, removal = None, ""
-    if choice.error or _has_other_uuid(request, seen):
-        case, reason = Case.WRONG_DISKS, choice.error or _has_other_uuid(request, seen)
+    wrong = choice.error or _has_other_uuid(request, seen)
+    if wrong and not request.skip:
+        case, reason = Case.WRONG_DISKS, wrong
     elif records.published(context.id):
         case, reason = _already_published(seen, records, context, choice)
     elif _has_given_up(records, context):
@@ -39,6 +41,8 @@ def decide(request: Request, seen: Observation, records: VmRecords, context: Run
     elif records.intents:
         intent = _next_intent(records.intents, context.id)
         case, reason, removal = _being_made(intent, seen, context)
+    elif request.skip:
+        case, reason = Case.EXCLUDED, SKIPPED
     elif records.barred:
         case, reason = Case.IN_THE_WAY, records.barred
     elif _belongs_to_another(seen, records) and not context.adopt:
@@ -61,6 +65,7 @@ def decide(request: Request, seen: Observation, records: VmRecords, context: Run
         quiesce=request.quiesce,
         agent=request.agent,
         libvirt_uri=request.libvirt_uri,
+        skip=request.skip,
         unless=UNLESS.get(case, ""),
         disks=disks,
         left_out=choice.left_out,

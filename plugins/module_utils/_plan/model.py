@@ -13,7 +13,7 @@ from .._common.fields import FLAG, NAME, SIZE, TEXT, DocumentError, Maybe, OneOf
 from .._common.formats import Word
 from .._common.options import LIBVIRT_URI
 from .._host.confinement import ADMITTED, Admission
-from .._qemu.address import parse_address
+from .._qemu.address import FoundBy, parse_address
 from .._qemu.image_files import DiskFile
 from .._qemu.model import EncryptedSource
 from .._repository.documents import COMPRESSION, IMAGE, SET_ID, Level
@@ -62,6 +62,8 @@ class Case(Word):
     OTHER_SET = "other set"
     """A set of another id is unfinished, and comes first."""
     BEING_MADE = "being made"
+    EXCLUDED = "excluded"
+    """The domain itself says that it is not backed up."""
     OTHER_DIRECTORY = "other directory"
     """The newest set in the VM's directory is of another VM."""
     IN_THE_WAY = "in the way"
@@ -92,6 +94,7 @@ ACTIONS = {
     Case.SUPERSEDED: Action.FINISH,
     Case.OTHER_SET: Action.FINISH,
     Case.BEING_MADE: Action.ATTACH,
+    Case.EXCLUDED: Action.SKIP,
     Case.OFF: Action.SKIP,
     Case.MIGRATING: Action.SKIP,
     Case.NO_DISKS: Action.SKIP,
@@ -149,7 +152,9 @@ class Request:
 
     C(wanted) is the level that is asked for; C(agent) the guest agent's socket, empty for the one that QEMU knows.
     C(libvirt_uri) is which libvirt the domain C(monitor) is of; empty for a monitor that is none. C(files) are its
-    disks for when it is off, and is to be backed up then; C(uuid) is its own, where it is told.
+    disks for when it is off, and is to be backed up then; C(uuid) is its own, where it is told. C(skip) says that no
+    set is to be begun. C(found_by) is how its monitor was found, and C(given) names the fields that are said of this
+    very VM.
     """
 
     name: str
@@ -162,6 +167,9 @@ class Request:
     libvirt_uri: str = ""
     files: tuple[DiskFile, ...] = ()
     uuid: str = ""
+    skip: bool = False
+    found_by: FoundBy = FoundBy.LISTED
+    given: frozenset[str] = frozenset()
 
     @property
     def address(self) -> Address:
@@ -243,6 +251,7 @@ class VmPlan:
     quiesce: str = field(default=Quiesce.NONE, metadata=holds(OneOf(*Quiesce)))
     agent: str = field(default="", metadata=SOCKET)
     libvirt_uri: str = field(default="", metadata=LIBVIRT)
+    skip: bool = field(default=False, metadata=FLAG)
     unless: str = field(default="", metadata=holds(OneOf("", *UNLESS.values())))
     disks: tuple[DiskPlan, ...] = field(default=(), metadata=holds(Several(part(DiskPlan))))
     left_out: tuple[LeftOut, ...] = field(default=(), metadata=holds(Several(part(LeftOut))))
@@ -262,6 +271,7 @@ class VmPlan:
             self.libvirt_uri,
             self.files,
             self.uuid,
+            self.skip,
         )
 
     @property

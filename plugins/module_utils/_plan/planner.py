@@ -6,18 +6,14 @@
 from __future__ import annotations
 
 import asyncio
-import glob
-import os
 import secrets
-import stat
 import traceback
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from .._common.errors import BackupError, Refused, RepositoryHangs, in_words, internal
+from .._common.errors import BackupError, RepositoryHangs, in_words, internal
 from .._common.formats import human
 from .._host.process import this_machine
-from .._qemu.address import parse_address
 from .._qemu.layer_tables import held_bytes
 from .._qemu.losses import lost_in_copy
 from .._repository.documents import Hypervisor
@@ -27,10 +23,12 @@ from .disks import listed_otherwise
 from .domain_warnings import domain_warnings
 from .model import Action, Plan, RunContext, VmPlan
 from .observe import measure, no_room, observe, space_in, with_records
+from .requests import reached_once, with_policy
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
 
+    from .._qemu.discovery import Discovery
     from .._qemu.model import Disk, Vm
     from .._repository.access import AsyncRepository
     from .disks import ChainLink
@@ -114,52 +112,17 @@ AT_ONCE = 32
 """How many VMs are asked at the same time."""
 
 
-def discover(listed: Iterable[Request], patterns: Iterable[str], general: Request) -> tuple[list[Request], list[str]]:
-    """Return the VMs that are listed, and one like C(general) for each further socket of the patterns; and warnings."""
-    requests = [_normal(request) for request in listed]
-    known = {request.monitor for request in requests}
-    warnings = []
-    for pattern in patterns:
-        if not pattern.startswith("/"):
-            raise Refused("sockets", f"{pattern!r} is not an absolute path or pattern")
-        if not glob.has_magic(pattern):
-            # A path that is spelled out is meant, be there a socket or not.
-            found = [pattern]
-        else:
-            found = [path for path in sorted(glob.glob(pattern)) if _is_socket(path)]
-            if not found:
-                warnings.append(f"no socket matches {pattern}")
-        for path in found:
-            monitor = str(parse_address(path, "sockets"))
-            if monitor not in known:
-                known.add(monitor)
-                requests.append(_normal(replace(general, monitor=monitor)))
-    return requests, warnings
-
-
-def _normal(request: Request) -> Request:
-    """Return a request with the one spelling of its monitor."""
-    return replace(request, monitor=str(request.address), libvirt_uri=request.address.uri)
-
-
-def _is_socket(path: str) -> bool:
-    try:
-        return stat.S_ISSOCK(os.stat(path).st_mode)
-    except OSError:
-        return False
-
-
 async def draw_up(
     repository: AsyncRepository,
-    requests: Iterable[Request],
+    requests: Sequence[Request],
+    found: Discovery,
     set_id: str,
     policy: Policy,
-    warnings: Iterable[str] = (),
     orders: Mapping[str, bool] | None = None,
 ) -> Plan:
     """Draw up the plan for these VMs: every one of them is in it, whatever its state.
 
-    C(orders) are takeover, supersede and adopt, as RunContext has them.
+    C(found) is what libvirt knows of them. C(orders) are takeover, supersede and adopt, as RunContext has them.
     """
     here = Hypervisor(*this_machine())
     context = RunContext(set_id, secrets.token_hex(8), repository.tag, here, policy, **(orders or {}))
@@ -172,6 +135,7 @@ async def draw_up(
         named = replace(request, name=request.name or request.address.stem)
         try:
             seen = await observe(request, repository.tag)
+            request = with_policy(request, found, seen)
             named = replace(request, name=await _name(request, seen.vm, repository))
             if seen.vm and seen.vm.process:
                 processes[request.monitor] = (seen.vm.process.pid, seen.vm.process.start)
@@ -204,7 +168,8 @@ async def draw_up(
         async with turns:
             return await plan_vm(request)
 
-    plans = refuse_duplicates(await asyncio.gather(*(in_turn(request) for request in requests)), processes)
+    drawn = await asyncio.gather(*(in_turn(request) for request in requests))
+    plans = refuse_duplicates(reached_once(requests, drawn, processes), processes)
     space, plans = fit_into(await repository.run(space_in, policy), plans)
     copied = [plan for plan in plans if plan.action in (Action.START, Action.FINISH)]
     said = [f"VM {plan.name}: {loss}" for plan in copied for loss in losses.get(plan.monitor, ())]
@@ -216,7 +181,7 @@ async def draw_up(
         policy=policy,
         space=space,
         vms=plans,
-        warnings=(*warnings, *said, *defects),
+        warnings=(*found.warnings, *said, *defects),
     )
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass, field
+from enum import IntEnum
 from typing import TYPE_CHECKING
 
 from .._common.errors import Refused
@@ -54,6 +55,17 @@ class Address:
     def kind(self) -> str:
         """Which name spaces it belongs to. How libvirt is found, and what a name means to it, is a matter of paths."""
         return PORTS if self.port else PATHS
+
+
+class FoundBy(IntEnum):
+    """How a monitor has come to be asked for. What is less stands above what is more."""
+
+    LISTED = 0
+    """It is listed itself."""
+    DOMAIN = 1
+    """It is that of a domain of libvirt whose name matches a pattern."""
+    SOCKET = 2
+    """Its socket matches a pattern."""
 
 
 LIBVIRT = "libvirt:"

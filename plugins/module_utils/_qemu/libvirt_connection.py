@@ -41,7 +41,7 @@ ACCESS_DENIED = 88
 NO_RIGHTS = (OPERATION_DENIED, AUTH_FAILED, AUTH_CANCELLED, AUTH_UNAVAILABLE, ACCESS_DENIED)
 
 
-def load_binding(address: Address) -> tuple[Any, Any]:
+def load_binding(address: Address | str) -> tuple[Any, Any]:
     """Return the modules libvirt and libvirt_qemu. MonitorError where they are missing, or too old to pass files."""
     try:
         libvirt, libvirt_qemu = (importlib.import_module(name) for name in ("libvirt", "libvirt_qemu"))
@@ -59,6 +59,20 @@ def load_binding(address: Address) -> tuple[Any, Any]:
     # The library would print each error, which it also raises.
     libvirt.registerErrorHandler(_keep_silent, None)
     return libvirt, libvirt_qemu
+
+
+def unreachable(address: Address | str, uri: str, error: Any) -> MonitorError:
+    """Return why there is no connection to libvirt."""
+    said = quoted(error.get_error_message())
+    if error.get_error_code() in NO_RIGHTS or "Permission denied" in said or "system bus" in said:
+        return MonitorError(
+            f"{address}: no right to use libvirt at {uri} ({said}): let Ansible become root, or name the libvirt of"
+            " this user (libvirt_uri: qemu:///session)"
+        )
+    return MonitorLost(
+        f"{address}: cannot connect to libvirt at {uri} ({said}): its daemon (libvirtd or virtqemud) does not run, or"
+        " its socket is elsewhere (libvirt_uri)"
+    )
 
 
 def _keep_silent(_context: object, _error: object) -> None:
@@ -81,7 +95,7 @@ class LibvirtConnection:
         try:
             self._connection = self.libvirt.open(self.address.uri)
         except self.libvirt.libvirtError as error:
-            raise self._unreachable(error) from error
+            raise unreachable(self.address, self.address.uri, error) from error
         self.call("the look for the domain", self._find)
 
     def close(self) -> None:
@@ -131,19 +145,6 @@ class LibvirtConnection:
             return f"is {' or '.join(found)} meant?"
         count = f"{len(names)} others" if names else "none at all"
         return f"it has {count} at {self.address.uri}; see `virsh -c {self.address.uri} list --all`"
-
-    def _unreachable(self, error: Any) -> MonitorError:
-        """Return why there is no connection."""
-        said = quoted(error.get_error_message())
-        if error.get_error_code() in NO_RIGHTS or "Permission denied" in said or "system bus" in said:
-            return MonitorError(
-                f"{self.address}: no right to use libvirt at {self.address.uri} ({said}): let Ansible become root, or"
-                " name the libvirt of this user (libvirt_uri: qemu:///session)"
-            )
-        return MonitorLost(
-            f"{self.address}: cannot connect to libvirt at {self.address.uri} ({said}): its daemon (libvirtd or"
-            " virtqemud) does not run, or its socket is elsewhere (libvirt_uri)"
-        )
 
     def _error(self, what: str, error: Any) -> MonitorError:
         code, said = error.get_error_code(), quoted(error.get_error_message())

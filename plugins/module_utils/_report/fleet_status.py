@@ -121,7 +121,7 @@ def expected_vms(
 ) -> list[str]:
     """Return the VMs that a hypervisor should back up; one that does not answer is called after its monitor."""
     named = {_address(vm["monitor"]): vm["name"] for vm in listed if "name" in vm}
-    others = [vm for vm in running if vm["monitor"] not in named]
+    others = [vm for vm in running if vm["monitor"] not in named and not vm.get("excluded")]
     answering = [vm["monitor"] for vm in running]
     exact = [_address(path) for path in sockets if not re.search(r"[*?[]", path)]
     silent = [vm["monitor"] for vm in others if "name" not in vm] + [one for one in exact if one not in answering]

@@ -67,6 +67,8 @@ TOPS = {
 SPARED = {
     "_common/fields": ("block_job", "block_job_info", "vm_info"),
     "_drive_backup/owners": ("backup_set",),
+    "_plan/requests": ("backup_set",),
+    "_qemu/domain_list": ("backup_set", "drive_backup"),
     "_qemu/image_files": ("drive_backup", "vm_info"),
     "_repository/catalog": ("backup_plan", "backup_set"),
     "_repository/description": ("backup_info", "backup_metrics", "backup_plan", "backup_prune", "backup_set"),

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -40,7 +41,7 @@ def run(monkeypatch: pytest.MonkeyPatch, warnings: list[str]) -> Any:
             return fake
 
         monkeypatch.setattr(vm_info, "Monitor", connect)
-        given = {"monitors": [], "sockets": [], "libvirt_uri": "", **params}
+        given = {"monitors": [], "sockets": [], "domains": [], "exclude_domains": [], "libvirt_uri": "", **params}
         module = SimpleNamespace(params=given, warn=warnings.append)
         result = asyncio.run(vm_info.main_task(module))  # type: ignore[arg-type]
         assert not result["changed"]
@@ -52,7 +53,8 @@ def run(monkeypatch: pytest.MonkeyPatch, warnings: list[str]) -> Any:
 
 def test_each_monitor_is_asked_once_in_the_order_of_addresses(run: Any, tmp_path: Path) -> None:
     for name in ("b.qmp", "a.qmp", "c.sock"):
-        (tmp_path / name).touch()
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(str(tmp_path / name))
     found = run(monitors=[f"unix:{tmp_path}/b.qmp", "tcp:127.0.0.1:1"], sockets=[f"{tmp_path}/*.qmp", "/nowhere/*"])
     assert [vm["monitor"] for vm in found] == [
         "tcp:127.0.0.1:1",
@@ -70,14 +72,14 @@ def test_what_is_told_of_a_vm(run: Any) -> None:
 @pytest.mark.parametrize("error", [MonitorGone("nobody listens"), refusal("Command query-name not found")])
 def test_vm_that_does_not_answer_hides_no_other(error: BackupError, run: Any) -> None:
     dead, alive = run({"unix:/run/a.qmp": error}, monitors=["/run/b.qmp", "/run/a.qmp"])
-    assert dead == {"monitor": "unix:/run/a.qmp", "error": str(error)}
+    assert dead == {"monitor": "unix:/run/a.qmp", "error": str(error), "excluded": False}
     assert (alive["monitor"], alive["error"]) == ("unix:/run/b.qmp", "")
 
 
 def test_a_defect_that_shows_with_one_vm_hides_no_other(run: Any, warnings: list[str]) -> None:
     odd, alive = run({"unix:/run/a.qmp": KeyError("node-name")}, monitors=["/run/b.qmp", "/run/a.qmp"])
     said = "unix:/run/a.qmp: internal error: KeyError('node-name'); report it with the warning"
-    assert odd == {"monitor": "unix:/run/a.qmp", "error": said}
+    assert odd == {"monitor": "unix:/run/a.qmp", "error": said, "excluded": False}
     assert (alive["monitor"], alive["error"], alive["name"]) == ("unix:/run/b.qmp", "", "web01")
     (warning,) = warnings
     assert warning.startswith("unix:/run/a.qmp: Traceback")
@@ -111,7 +113,8 @@ def test_many_vms_are_not_asked_all_at_once(monkeypatch: pytest.MonkeyPatch) -> 
             asked -= 1
 
     monkeypatch.setattr(vm_info, "Monitor", lambda _address: Monitor({**answers([], []), "qom-list": []}))
-    params = {"monitors": [f"/run/{number}.qmp" for number in range(100)], "sockets": [], "libvirt_uri": ""}
+    nothing = dict.fromkeys(("sockets", "domains", "exclude_domains"), ())
+    params = {"monitors": [f"/run/{number}.qmp" for number in range(100)], **nothing, "libvirt_uri": ""}
     result = asyncio.run(vm_info.main_task(SimpleNamespace(params=params)))  # type: ignore[arg-type]
     assert len(result["vms"]) == 100
     assert most == vm_info.AT_ONCE

@@ -100,6 +100,7 @@ ROWS: list[tuple[VmSituation, str, Step, str]] = [
     (ours(AttemptStatus.RUNNING, alarm="it is full", frozen=True), "has stopped the guest", Step.STOP, "it is full"),
     (ours(AttemptStatus.RUNNING, frozen=True), "still be frozen", Step.THAW, "why: being made"),
     (ours(AttemptStatus.RUNNING, time_over=True), f"{OURS}: a job runs", Step.FOLLOW, "why: being made"),
+    (seen(Case.EXCLUDED), "own metadata", Step.SKIP, "why: excluded"),
     (seen(Case.OTHER_DIRECTORY), "without ``adopt``", Step.FAIL, "why: other directory"),
     (seen(Case.IN_THE_WAY), "in its place", Step.FAIL, "why: in the way"),
     (seen(Case.OFF), "the VM is off", Step.SKIP, "why: off"),
@@ -230,6 +231,7 @@ PLANS = [
     replace(PLANNED, action="skip", reason="it migrates"),
     replace(PLANNED, action="fail", reason="no greeting"),
     replace(PLANNED, include_disks=("vdx",)),
+    replace(PLANNED, skip=True),
     # An action that only a later release knows.
     replace(PLANNED, action="postpone"),
 ]

@@ -74,6 +74,8 @@ def test_a_result() -> None:
         "text": [odd],
         "diff": {"before": odd, "after": [odd, 1]},
         "vms": [{"name": odd, "error": odd, "warnings": (odd,), "bytes": 7, "agent": None, "path": odd}],
+        "sets": [{"broken": odd}, {"broken": ""}],
+        "leftovers": [{"path": odd, "what": odd}],
         "changed": True,
     }
     told = "a\n\\x1b"
@@ -84,6 +86,8 @@ def test_a_result() -> None:
         "diff": {"before": told, "after": [told, 1]},
         # What is compared stays as it is.
         "vms": [{"name": odd, "error": line, "warnings": [told], "bytes": 7, "agent": None, "path": odd}],
+        "sets": [{"broken": line}, {"broken": ""}],
+        "leftovers": [{"path": odd, "what": line}],
         "changed": True,
     }
 

@@ -31,6 +31,8 @@ from ansible_collections.vmfleet.backup.tests.unit.plugins.builders import ELSEW
 from ansible_collections.vmfleet.backup.tests.unit.plugins.today import (
     FAILED,
     GOLDEN,
+    JOB0,
+    JOB1,
     MONDAY,
     OFF,
     REQUEST,
@@ -195,9 +197,12 @@ def test_all_that_is_asked_for_is_in_the_plan() -> None:
         libvirt_uri="qemu:///session",
         files=(DiskFile("vda", "/vms/a.qcow2", "qcow2"),),
         uuid=UUID,
+        skip=True,
     )
     defaults = Request("", "")
-    assert all(getattr(request, entry.name) != getattr(defaults, entry.name) for entry in fields(Request))
+    # How it has come to be asked for is of no matter any more.
+    names = {entry.name for entry in fields(Request)} - {"found_by", "given"}
+    assert all(getattr(request, name) != getattr(defaults, name) for name in names)
     assert decide(request, OFF, VmRecords(), TERMS).plan.request == request
 
 
@@ -205,6 +210,14 @@ def test_a_vm_that_is_off_may_be_skipped_but_one_that_is_silent_never() -> None:
     terms = replace(TERMS, policy=Policy(offline="skip"))
     assert decide(REQUEST, OFF, VmRecords(), terms).plan.action == "skip"
     assert decide(REQUEST, Observation(error="no greeting"), VmRecords(), terms).plan.action == "fail"
+
+
+def test_of_a_vm_that_wants_no_set_the_one_that_is_being_made_comes_to_its_end() -> None:
+    skipped = replace(REQUEST, skip=True, exclude_disks=("vdz",))
+    plan = decide(skipped, Observation(vm()), VmRecords(), TERMS).plan
+    assert (plan.action, plan.reason) == ("skip", "its own metadata say that it is not backed up (skip='yes')")
+    seen = Observation(vm(jobs=(job(JOB0), job(JOB1))))
+    assert decide(skipped, seen, VmRecords(intents=(intent(),)), TERMS).plan.action == "attach"
 
 
 def test_a_wrong_list_of_disks_comes_before_everything_else() -> None:

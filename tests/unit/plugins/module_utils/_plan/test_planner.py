@@ -25,6 +25,7 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._plan.model import 
     Space,
 )
 from ansible_collections.vmfleet.backup.plugins.module_utils._plan.planner import draw_up, refuse_duplicates
+from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.discovery import Discovery
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.access import AsyncRepository
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.repository import Repository, VmRecords
 from ansible_collections.vmfleet.backup.tests.unit.plugins.builders import UUID
@@ -79,7 +80,7 @@ class TestOneVm:
         async def draw() -> Plan:
             async with ThreadedCalls(Watch(repository.path, writing=True)) as calls:
                 requests = [Request(name, f"unix:/run/{monitor}.qmp") for name, monitor in (("", "web"), ("db", "b"))]
-                return await draw_up(AsyncRepository(repository, calls), requests, "s1", POLICY)
+                return await draw_up(AsyncRepository(repository, calls), requests, Discovery(), "s1", POLICY)
 
         monkeypatch.setattr(planner, "observe", ask)
         return asyncio.run(draw())

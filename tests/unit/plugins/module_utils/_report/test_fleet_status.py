@@ -187,6 +187,13 @@ def test_the_vms_that_there_should_be(
     assert expected_vms(entries(listed), sockets, entries(running)) == expected
 
 
+def test_domains_that_want_no_backup() -> None:
+    running = [{"monitor": "libvirt:a", "name": "a", "excluded": True}, {"monitor": "libvirt:b", "excluded": True}]
+    assert expected_vms([], [], running) == []
+    # What is listed is meant to have sets.
+    assert expected_vms([{"monitor": "libvirt:a", "name": "a"}], [], running) == ["a"]
+
+
 @pytest.mark.parametrize(
     "odd",
     [
