@@ -64,6 +64,9 @@ def test_while_it_is_saved(domain: Domain, sets: Sets, directory: Path) -> None:
         # Also where it has begun since the plan.
         result = fail("backup_set", {"plan": before}, inside=domain.libvirt.inside)
         assert result_of(result, "web01")["error"] == SAVE
+        asked = {"monitor": WEB01, "device": "vda", "target": str(directory / "target.qcow2")}
+        told = fail("drive_backup", asked, inside=domain.libvirt.inside)["msg"]
+        assert told.startswith("VM web01 is busy: libvirt is at work on the domain: a save (virsh save, managedsave)")
     assert not sets.directory("web01").exists() or sets.assert_absent("web01") is None
     wait_until(lambda: domain.state == "shut off", "the end of the save")
     domain.start()

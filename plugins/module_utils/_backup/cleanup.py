@@ -19,6 +19,7 @@ from .._plan.model import Case
 from .._plan.observe import address_of
 from .._qemu import bitmaps, block_jobs, guest_freeze, image_files, storage_daemon
 from .._qemu.address import parse_address
+from .._qemu.detached import close_detached
 from .._qemu.jobs import query_jobs
 from .._qemu.model import IO_ERROR
 from .._qemu.monitor import Monitor
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
     from .._qemu.model import Vm
     from .._repository.documents import Intent
+    from .._repository.repository import VmRecords
     from .outcome import Outcome
     from .run import BackupRun
     from .session import LockedVm, Pending, VmSession, VmTask
@@ -136,7 +138,7 @@ async def _remove_attempt(locked: LockedVm, intent: Intent) -> None:
     elif monitor and seen.vm:
         # A guest that stands still for another reason only tries its write again, and stops again.
         is_our_fault = any(job.error or not job.ended for job in jobs_of(intent, seen.vm))
-        await _remove_jobs(run, monitor, seen.vm, intent.attempt)
+        await _remove_jobs(locked, monitor, seen.vm, intent.attempt)
         await bitmaps.remove_bitmaps(monitor, _bitmaps_of(intent, seen.vm))
         if is_our_fault and intent.guest != IO_ERROR:
             await block_jobs.resume(monitor)
@@ -191,17 +193,22 @@ async def _remove_attempts(locked: LockedVm, attempts: Iterable[str]) -> None:
     """Remove from QEMU what it has of these attempts. A VM that is off has nothing of them."""
     if locked.monitor and locked.seen.vm:
         for attempt in attempts:
-            await _remove_jobs(locked.run, locked.monitor, locked.seen.vm, attempt)
+            await _remove_jobs(locked, locked.monitor, locked.seen.vm, attempt)
 
 
-async def _remove_jobs(run: BackupRun, monitor: Monitor, vm: Vm, attempt: str) -> None:
+async def _remove_jobs(locked: LockedVm, monitor: Monitor, vm: Vm, attempt: str) -> None:
     """Remove the jobs of an attempt, and the files that were handed over for it."""
+    run = locked.run
     tag = run.fdset_tag(attempt)
     jobs = [job for job in vm.jobs if job.id.startswith(f"vmfleet.{run.repository.tag}.{attempt}.")]
     active = [job.id for job in jobs if not job.ended]
     if active:
         await block_jobs.stop_jobs(monitor, active)
     await block_jobs.close_targets(monitor, vm, tag)
+    # As long as its jobs are listed, a later call comes here again.
+    refusal = await close_detached(monitor, _nodes_of(locked.records, attempt))
+    if refusal:
+        locked.task.warn(f"a disk was detached while it was copied, and QEMU keeps its image open: {refusal}")
     await block_jobs.dismiss_jobs(monitor, (job.id for job in jobs))
     await block_jobs.remove_fdsets(monitor, vm, tag)
 
@@ -236,6 +243,13 @@ async def other_name(session: VmSession) -> str:
 def own_bitmaps(run: BackupRun, vm: Vm) -> list[tuple[str, str]]:
     """Return all bitmaps of the repository on a VM, as node and name."""
     return [(node, name) for node, name in _removable_bitmaps(vm) if name.startswith(run.bitmap_prefix)]
+
+
+def _nodes_of(records: VmRecords, attempt: str) -> list[str]:
+    """Return the nodes of the disks that an attempt copies, or has copied."""
+    growing = [disk.image for intent in records.intents if intent.attempt == attempt for disk in intent.disks]
+    done = [image for manifest in records.sets if manifest.attempt == attempt for image in manifest.disks]
+    return [image.node for image in (*growing, *done)]
 
 
 def _bitmaps_of(intent: Intent, vm: Vm) -> list[tuple[str, str]]:

@@ -108,6 +108,11 @@ def refuse_busy(vm: Vm, starting: list[Copy]) -> None:
                 ", ".join(copy.who for copy in starting),
             )
         )
+    if vm.domain and vm.domain.job:
+        raise BackupError(
+            f"VM {vm.name} is busy: libvirt is at work on the domain: {vm.domain.job}; wait for its end"
+            f" (virsh domjobinfo), then repeat the backup of {', '.join(copy.who for copy in starting)}"
+        )
     for copy in starting:
         if copy.drive.job_id and vm.job(copy.drive.job_id):
             raise Refused(

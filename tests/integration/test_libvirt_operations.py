@@ -1,0 +1,210 @@
+# Copyright (c) 2026, vmfleet contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""What libvirt itself does with a domain, between our sets and while one is made: each set is right, and libvirt's work
+is done, or refused by QEMU without harm."""
+
+from __future__ import annotations
+
+import re
+import typing as t
+
+import pytest
+
+from ansible_collections.vmfleet.backup.tests.harness.images import MIB, identical, patterned
+from ansible_collections.vmfleet.backup.tests.harness.libvirt_domains import DomainDisk
+from ansible_collections.vmfleet.backup.tests.harness.modules import succeed
+from ansible_collections.vmfleet.backup.tests.harness.qemu import wait_until
+from ansible_collections.vmfleet.backup.tests.harness.sets import Sets, result_of
+
+if t.TYPE_CHECKING:
+    from pathlib import Path
+
+    from ansible_collections.vmfleet.backup.tests.harness.libvirt import Libvirt
+    from ansible_collections.vmfleet.backup.tests.harness.libvirt_domains import Domain
+
+SIZE = 8 * MIB
+WEB01 = "libvirt:web01"
+TARGETS = ("vda", "sda")
+
+
+class Story:
+    """A domain with two disks, its sets, and what its disks held at the moment of each."""
+
+    def __init__(self, libvirt: Libvirt, directory: Path) -> None:
+        self.sets = Sets(directory / "repository", libvirt.inside)
+        self.directory = directory
+        self.frozen: dict[str, dict[str, Path]] = {}
+        # A disk on SCSI can be detached without the guest's consent.
+        self.domain: Domain = libvirt.start(
+            "web01",
+            DomainDisk(patterned(directory / "a.qcow2", size=SIZE)),
+            DomainDisk(patterned(directory / "b.qcow2", size=SIZE, seed=32), "sda", "scsi"),
+        )
+
+    def write(self, number: int) -> None:
+        """Write to both disks, in other places for each number."""
+        for target in TARGETS:
+            self.domain.write(target, number, number * 196608, 65536)
+
+    def freeze(self, set_id: str) -> None:
+        """Remember what the disks hold."""
+        self.frozen[set_id] = {
+            target: self.domain.freeze(target, self.directory / f"{set_id}-{target}") for target in TARGETS
+        }
+
+    def back_up(self, number: int) -> dict[str, str]:
+        """Write, and make a set; returns its levels."""
+        self.write(number)
+        self.freeze(f"s{number}")
+        self.sets.back_up(WEB01, id=f"s{number}")
+        return self.sets.levels("web01", f"s{number}")
+
+    def begin(self, number: int) -> dict[str, t.Any]:
+        """Write, and start a set whose copies rest; returns the plan."""
+        self.write(number)
+        self.freeze(f"s{number}")
+        return self.sets.start(WEB01, id=f"s{number}", level="full")
+
+    def finish(self, plan: dict[str, t.Any], state: str = "completed") -> dict[str, t.Any]:
+        """Bring a set to its end."""
+        for job in self.domain.qmp("query-block-jobs"):
+            self.domain.qmp("block-job-set-speed", device=job["device"], speed=0)
+        return result_of(succeed("backup_set", {"plan": plan, "state": state}, inside=self.sets.inside), "web01")
+
+    def assert_good(self) -> None:
+        """Every set holds what the disks held at its moment, and nothing of ours is left."""
+        for set_id, copies in self.frozen.items():
+            images = self.sets.images("web01", set_id)
+            for target, copy in copies.items():
+                assert identical(copy, images[target]), (set_id, target)
+        assert self.domain.qmp("query-jobs") == []
+        assert self.domain.qmp("query-fdsets") == []
+
+    def snapshot(self, name: str, but: str = "") -> None:
+        """Take an external snapshot of all disks, or of all but one."""
+        specs = [
+            f"{target},snapshot=no" if target == but else f"{target},file={self.directory}/{name}-{target}"
+            for target in TARGETS
+        ]
+        words = [word for spec in specs for word in ("--diskspec", spec)]
+        self.domain.virsh("snapshot-create-as", "--no-metadata", "--disk-only", "--name", name, *words)
+
+    def refused(self, command: str, *words: str | Path) -> str:
+        """Try a command of virsh that has to fail; returns what it says."""
+        told = self.domain.libvirt.attempt("virsh", command, "--domain", "web01", *words)
+        assert told.returncode != 0, told.stdout
+        return told.stderr
+
+    @property
+    def nodes(self) -> set[str]:
+        """The nodes that libvirt has made in QEMU for disks."""
+        found = {node["node-name"] for node in self.domain.qmp("query-named-block-nodes", flat=True)}
+        return {name for name in found if re.match(r"libvirt-\d+-", name)}
+
+
+@pytest.fixture
+def story(libvirt: Libvirt, directory: Path) -> Story:
+    directory.chmod(0o777)
+    return Story(libvirt, directory)
+
+
+def test_between_sets(story: Story, directory: Path) -> None:
+    domain = story.domain
+    incremental = dict.fromkeys(TARGETS, "incremental")
+    assert story.back_up(1) == dict.fromkeys(TARGETS, "full")
+    # What leaves the disks alone, and libvirt's own ways to back up.
+    domain.virsh("checkpoint-create-as", "--name", "c1")
+    (directory / "backup.xml").write_text(
+        "<domainbackup><disks>"
+        + "".join(f"<disk name='{one}' type='file'><target file='{directory}/pushed-{one}'/></disk>" for one in TARGETS)
+        + "</disks></domainbackup>"
+    )
+    domain.virsh("backup-begin", directory / "backup.xml")
+    wait_until(lambda: "Completed" in domain.virsh("domjobinfo", "--completed"), "the backup by libvirt")
+    domain.virsh("checkpoint-delete", "--checkpointname", "c1")
+    domain.virsh("suspend")
+    domain.virsh("blkdeviotune", "vda", "--total-bytes-sec", "100000000")
+    assert story.back_up(2) == incremental
+    domain.virsh("resume")
+    # What changes the layers of a disk.
+    story.snapshot("over")
+    assert story.back_up(3) == incremental
+    domain.virsh("blockcommit", "vda", "--active")
+    wait_until(lambda: domain.disk("vda").find("mirror[@ready='yes']") is not None, "the commit")
+    [planned] = story.sets.plan(WEB01, id="s4")["plan"]["vms"]
+    assert (planned["action"], planned["reason"][:9]) == ("fail", "busy: job")
+    domain.virsh("blockjob", "vda", "--pivot")
+    domain.virsh("blockpull", "sda", "--wait")
+    assert story.back_up(4) == incremental
+    domain.virsh("blockcopy", "vda", directory / "moved.qcow2", "--pivot", "--wait", "--transient-job")
+    assert story.back_up(5) == incremental
+    domain.virsh("blockresize", "vda", "12M")
+    assert story.back_up(6) == {"vda": "full", "sda": "incremental"}
+    # What ends QEMU, and what only seems to.
+    domain.virsh("managedsave")
+    domain.start()
+    assert story.back_up(7) == incremental
+    domain.virsh("save", directory / "state")
+    domain.libvirt.virsh("restore", directory / "state")
+    definition = domain.virsh("dumpxml", "--inactive")
+    domain.virsh("undefine")
+    assert story.back_up(8) == incremental
+    domain.libvirt.virsh("define", "/dev/stdin", stdin=definition)
+    domain.destroy()
+    domain.start()
+    assert story.back_up(9) == incremental
+    story.assert_good()
+
+
+def test_while_a_set_is_made(story: Story, directory: Path) -> None:
+    domain = story.domain
+    plan = story.begin(1)
+    # libvirt sees no job, and QEMU keeps its own.
+    assert "Need a root block node" in story.refused("blockcopy", "vda", directory / "moved.qcow2", "--transient-job")
+    assert "resize" in story.refused("blockresize", "vda", "12M")
+    story.refused("managedsave")
+    assert domain.state == "running"
+    story.snapshot("over", but="sda")
+    assert "Need a root block node" in story.refused("blockcommit", "vda", "--active", "--pivot", "--wait")
+    domain.virsh("checkpoint-create-as", "--name", "c1")
+    domain.virsh("checkpoint-delete", "--checkpointname", "c1")
+    definition = domain.virsh("dumpxml", "--inactive")
+    for command in ("suspend", "resume", "undefine"):
+        domain.virsh(command)
+    domain.libvirt.virsh("define", "/dev/stdin", stdin=definition)
+    story.write(2)
+    assert story.finish(plan)["state"] == "published"
+    # What was refused works afterwards.
+    domain.virsh("blockcommit", "vda", "--active", "--pivot", "--wait")
+    assert story.back_up(3) == dict.fromkeys(TARGETS, "incremental")
+    # The end of QEMU ends a set, and costs the next one nothing.
+    story.begin(4)
+    del story.frozen["s4"]
+    domain.destroy()
+    domain.start()
+    assert story.back_up(5) == dict.fromkeys(TARGETS, "incremental")
+    story.assert_good()
+    found = [node.get("dirty-bitmaps", ()) for node in domain.qmp("query-named-block-nodes", flat=True)]
+    assert sum(len(bitmaps) for bitmaps in found) == len(TARGETS)
+
+
+def test_a_disk_is_detached_while_it_is_copied(story: Story, directory: Path) -> None:
+    """libvirt cannot close its image then, and never tries again."""
+    domain = story.domain
+    story.snapshot("over", but="vda")
+    vda = {name for name in story.nodes if name.startswith("libvirt-2-")}
+    for number, state in enumerate(("completed", "cancelled"), 1):
+        plan = story.begin(number)
+        domain.virsh("detach-disk", "sda", "--live")
+        assert len(story.nodes) == 6
+        told = story.finish(plan, state)
+        assert (told["state"], told["warnings"]) == ({"completed": "published"}.get(state, state), [])
+        assert story.nodes == vda
+        domain.virsh(
+            "attach-disk", directory / "over-sda", "sda", "--targetbus", "scsi", "--subdriver", "qcow2", "--live"
+        )
+    del story.frozen["s2"]
+    assert story.back_up(3) == dict.fromkeys(TARGETS, "incremental")
+    story.assert_good()
