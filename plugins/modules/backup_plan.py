@@ -39,7 +39,7 @@ attributes:
 requirements:
   - qemu.qmp >= 0.0.4 (Python library) on the hypervisor
   - qemu-img on the hypervisor
-  - qemu-storage-daemon and timeout (coreutils) on the hypervisor, with O(offline=backup)
+  - qemu-storage-daemon and timeout (coreutils) on the hypervisor, for VMs that are off
 options:
   repository:
     description:
@@ -215,14 +215,15 @@ options:
     default: true
   offline:
     description:
-      - What a VM is that is not there, because nobody listens on its monitor. With V(fail), the default, it counts as
-        not backed up. With V(skip) it is left out, and the plan says so.
-      - With V(backup) its disks are copied by C(qemu-storage-daemon), if O(vms[].disks) lists them. The VM cannot be
-        started while that lasts. If none of its disks has changed since its newest set, nothing is copied.
+      - What becomes of a VM that is off. With V(backup) its disks are copied by C(qemu-storage-daemon). Those of a
+        domain libvirt tells, and those of another VM O(vms[].disks) lists; without that list it counts as not backed
+        up. The VM cannot be started while it is copied. If none of its disks has changed since its newest set, nothing
+        is copied.
+      - With V(fail) such a VM counts as not backed up. With V(skip) it is left out, and the plan says so.
       - A VM that is there and does not answer always counts as not backed up.
     type: str
     choices: [backup, fail, skip]
-    default: fail
+    default: backup
   encrypted_source:
     description:
       - What becomes of a disk whose image, or one below it, is encrypted (LUKS). QEMU decrypts what it copies, and so
@@ -367,12 +368,12 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._plan.model import 
 from ansible_collections.vmfleet.backup.plugins.module_utils._plan.observe import reserve_bytes
 from ansible_collections.vmfleet.backup.plugins.module_utils._plan.planner import describe, draw_up
 from ansible_collections.vmfleet.backup.plugins.module_utils._plan.requests import requests_for
+from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.address import LIBVIRT
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.discovery import PATTERNS, discover
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.image_files import FORMATS, DiskFile
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.model import EncryptedSource, plain_path
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.qemu_img import require_qemu_img
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.qmp_client import require_qmp
-from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.storage_daemon import require_storage_daemon
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.access import AsyncRepository, find_repository
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.documents import UUID_PATTERN, Level
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.names import check_set_id
@@ -412,7 +413,7 @@ def _request(params: dict[str, Any], vm: dict[str, Any]) -> Request:
         wanted=given("level"),
         quiesce=given("quiesce"),
         agent=vm.get("agent") or "",
-        files=_files(vm) if params["offline"] == Offline.BACKUP else (),
+        files=_files(vm),
         uuid=(vm.get("uuid") or "").lower(),
     )
 
@@ -427,7 +428,9 @@ def check_listed(vms: Iterable[dict[str, Any]]) -> None:
     for vm in vms:
         if vm["uuid"] and not re.fullmatch(UUID_PATTERN, vm["uuid"].lower()):
             raise Refused("vms", f"{vm['monitor']} is listed with uuid {vm['uuid']!r}, which is none")
-        for disk in vm.get("disks") or ():
+        if vm["disks"] and vm["monitor"].startswith(LIBVIRT):
+            raise Refused("vms", f"{vm['monitor']} has a list of disks; take it out: libvirt tells those of a domain")
+        for disk in vm["disks"] or ():
             if not vm["name"]:
                 raise Refused(
                     "vms", f"{vm['monitor']} has a list of disks, and a VM that is off tells no name; add name"
@@ -465,8 +468,6 @@ async def main_task(module: AnsibleModule) -> dict[str, Any]:
     found = await discover((request.address for request in listed), params)
     wanted = requests_for(listed, _request(params, {}), found)
     require_qemu_img()
-    if any(request.files for request in wanted):
-        require_storage_daemon()
     await probe_if_there(params["repository"], writing=True)
     orders = {name: params[name] for name in ORDERS}
     async with ThreadedCalls(Watch(params["repository"], writing=True)) as calls:
@@ -523,7 +524,7 @@ def argument_spec() -> dict[str, Any]:
         "reserve": {"type": "str", "default": "5%"},
         "checksum": {"type": "bool", "default": True},
         **{name: {"type": "bool", "default": False} for name in ORDERS},
-        "offline": {"type": "str", "choices": list(Offline), "default": Offline.FAIL},
+        "offline": {"type": "str", "choices": list(Offline), "default": Offline.BACKUP},
         "encrypted_source": {"type": "str", "choices": list(EncryptedSource), "default": EncryptedSource.WARN},
         "selinux_label": {"type": "bool", "default": True},
     }

@@ -87,7 +87,7 @@ def test_a_disk_that_is_none(off: OffHistory, change: t.Callable[[Path], t.Any],
 
 def test_an_encrypted_disk(off: OffHistory, directory: Path) -> None:
     path = directory / "source1.qcow2"
-    secret = ("--object", "secret,id=s,data=abc", "-o", "encrypt.format=luks,encrypt.key-secret=s")
+    secret = ("--object", "secret,id=s,data=abc", "-o", "encrypt.format=aes,encrypt.key-secret=s")
     qemu_img("create", "-q", "-f", "qcow2", *secret, path, "8M")
     assert "disk drive1 is encrypted at rest, and only its VM has the key" in planned(off)
     # Without it, the other one is copied.
@@ -145,5 +145,4 @@ def test_no_storage_daemon(off: OffHistory, monkeypatch: pytest.MonkeyPatch, dir
     for name in ("qemu-img", "timeout"):
         (tools / name).symlink_to(f"/usr/bin/{name}")
     monkeypatch.setenv("PATH", str(tools))
-    result = fail("backup_plan", off.arguments("s1"))
-    assert "qemu-storage-daemon is not installed on this hypervisor" in result["msg"]
+    assert "qemu-storage-daemon is not installed on this hypervisor" in planned(off)

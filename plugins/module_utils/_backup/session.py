@@ -167,9 +167,9 @@ async def observe(run: BackupRun, task: VmTask) -> VmSession:
     """Look at a VM without its locks; while its jobs are known to run, only at what changes."""
     seen, task.last_seen = task.last_seen, None
     if seen is None:
-        found = await observing.observe(task.request, run.repository.tag)
+        found = await observing.observe(task.request, run.context)
     else:
-        found = await observing.refresh(task.request, run.repository.tag, seen[0], seen[1].jobs)
+        found = await observing.refresh(task.request, run.context, seen[0], seen[1].jobs)
     # No new set is begun on what a refreshed look shows of a VM.
     return VmSession(run, task, *await _with_records(run, task, found, damage=seen is None))
 
@@ -190,13 +190,13 @@ async def hold(
     C(flushed) is the VM as it was when the jobs of an attempt were judged whose images are flushed since: as nothing
     that QEMU shows by now can make that set a bad one, only its jobs are looked at.
     """
-    request, tag = task.request, run.repository.tag
+    request, context = task.request, run.context
     async with AsyncExitStack() as stack:
         await stack.enter_async_context(locked(host_lock_path(process, address), f"VM {task.name}"))
         lock = await stack.enter_async_context(run.repository.lock(task.name))
         if absent:
             # The files of a VM that is off can have changed.
-            found = await observing.observe(request, tag) if absent.vm else absent
+            found = await observing.observe(request, context) if absent.vm else absent
             if not found.alone:
                 yield AGAIN
                 return
@@ -214,9 +214,9 @@ async def hold(
             return
         if flushed:
             vm, intent = flushed
-            found = await observing.refresh(request, tag, vm, intent.jobs, monitor, judged=True)
+            found = await observing.refresh(request, context, vm, intent.jobs, monitor, judged=True)
         else:
-            found = await observing.observe(request, tag, monitor)
+            found = await observing.observe(request, context, monitor)
         yield LockedVm(run, task, *await _with_records(run, task, found, damage=not flushed), monitor, lock)
 
 

@@ -92,9 +92,15 @@ async def _undo(locked: LockedVm, monitor: Monitor | None, drafted: Intent, erro
     How far it got, the repository and QEMU tell.
     """
     with after(error):
-        now = replace(locked, seen=await observe(locked.task.request, locked.run.repository.tag, monitor))
+        if monitor is None:
+            await cleanup.end_daemon(locked)
+        now = replace(locked, seen=await observe(locked.task.request, locked.run.context, monitor))
         there = await locked.run.repository.intent(drafted.vm.name, drafted.id)
         intent = there if there and there.attempt == drafted.attempt else drafted
         await cleanup.thaw(now, intent)
+    if monitor is None and now.seen.vm and not now.seen.vm.is_off:
+        # The next look finds an attempt without jobs, which is withdrawn, and begins another.
+        locked.task.warn(f"the VM was started while its copies were prepared, and is backed up as it runs ({error})")
+        return AGAIN
     await cleanup.fail_attempt(now, intent, error)
     return AGAIN

@@ -5,18 +5,20 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from .._common.errors import BackupError
+from .._host.directory import WrongEntry
 from .._host.open_files import refuse_used
 from .._host.threads import within
 from .._plan.disks import records_of
 from .._qemu import image_files, qemu_img, storage_daemon
 from .._qemu.monitor import Monitor
-from .._qemu.vm_config import describe_files
+from .._qemu.vm_config import describe_files, describe_shut_off
+from .._repository.description import read_description
 from .._repository.documents import Phase
-from .._repository.staging import read_description
 from .launch import launch as launch_jobs
 
 if TYPE_CHECKING:
@@ -31,22 +33,26 @@ if TYPE_CHECKING:
 
 async def describe(locked: LockedVm, vm: Vm) -> dict[str, Any]:
     """Describe a VM that is off: as it was when it was seen last, where a set of it tells that."""
+    last: dict[str, Any] = {}
     newest = locked.records.sets[-1] if locked.records.sets else None
     if newest and newest.vm.identity == vm.identity:
-        found = await locked.run.repository.run(read_description, newest)
-        if found:
-            return found
-    return describe_files(vm)
+        # One without a description that can be read is none to go on from.
+        with suppress(OSError, ValueError, WrongEntry):
+            last = await locked.run.repository.run(read_description, newest)
+    if vm.domain:
+        return await describe_shut_off(locked.task.request.address, vm, last)
+    return last or describe_files(vm)
 
 
 async def launch(locked: LockedVm, vm: Vm, draft: AttemptDraft, intent: Intent, speed: int) -> Intent:
     """Start all jobs of an attempt that is prepared. C(speed) is bytes/s for each job, 0 for no limit."""
-    run, request = locked.run, locked.task.request
+    run = locked.run
+    files = tuple(image_files.DiskFile(disk.name, disk.file, disk.driver) for disk in vm.disks if disk.node)
     if not intent.jobs:
         intent = replace(intent, phase=Phase.COPIED)
         await run.repository.update(intent)
         return intent
-    for file in request.files:
+    for file in files:
         # Not every program that writes to an image takes QEMU's lock.
         await within(qemu_img.TIMEOUT, refuse_used, "disks", file.file)
     # From here on the new bitmaps mark what is written: before the copies begin, and so they mark no less than that.
@@ -55,11 +61,11 @@ async def launch(locked: LockedVm, vm: Vm, draft: AttemptDraft, intent: Intent, 
             await image_files.add_bitmap(disk, staged.image.bitmap)
     paths = [run.repository.image_path(intent, disk.image.image) for disk in intent.disks if disk.job]
     targets = [fd for fd in map(run.images.fd, paths) if fd is not None]
-    note = storage_daemon.DaemonNote(intent.attempt, intent.vm.name, request.files)
+    note = storage_daemon.DaemonNote(intent.attempt, intent.vm.name, files)
     address = await storage_daemon.start(locked.place, note, targets, run.settings.time_for(vm))
     async with Monitor(address, run.commands) as monitor:
         encrypted = {disk.node for disk in vm.disks if disk.encrypted}
-        await storage_daemon.open_disks(monitor, request.files, encrypted)
+        await storage_daemon.open_disks(monitor, files, encrypted)
         held = await storage_daemon.inspect(monitor, vm.name, vm.uuid, vm.monitor)
         process = monitor.process
         intent = replace(intent, qemu=monitor.version, process=(process.pid, process.start) if process else ())

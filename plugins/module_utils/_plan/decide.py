@@ -156,7 +156,7 @@ def _silent(request: Request, seen: Observation, context: RunContext) -> tuple[C
     """Return the case, and the reason, of a VM of which nothing is seen."""
     if seen.off and context.policy.offline == Offline.SKIP:
         return Case.OFF, seen.error
-    if seen.off and context.policy.offline == Offline.BACKUP and not request.files:
+    if seen.off and context.policy.offline == Offline.BACKUP and not (request.files or request.address.domain):
         return Case.SILENT, f"{seen.error}. To back it up while it is off, list its disks (vms: disks)"
     return Case.SILENT, seen.error
 

@@ -20,6 +20,11 @@ def domain_warnings(vm: Vm, copied: Iterable[Disk], left_out: Iterable[LeftOut],
     """Return what is to be known of a domain of which a set is made, with these disks."""
     if vm.domain is None:
         return
+    if vm.domain.saved:
+        yield (
+            "its memory was saved (virsh managedsave), and is not in the set: what the guest had not written to its"
+            " disks by then is not, either"
+        )
     lost = {reason for reason in (*unseen(vm).values(), *passed_through(vm).values()) if reason != NO_MEDIUM}
     for drive in left_out:
         if drive.reason in lost:

@@ -139,7 +139,7 @@ class Policy:
     speed: int = field(default=0, metadata=SIZE)
     reserve: str = field(default="5%", metadata=RESERVE)
     checksum: bool = field(default=True, metadata=FLAG)
-    offline: str = field(default=Offline.FAIL, metadata=holds(OneOf(*Offline)))
+    offline: str = field(default=Offline.BACKUP, metadata=holds(OneOf(*Offline)))
     max_chain: int = field(default=30, metadata=holds(Whole(1)))
     tracking: bool = field(default=True, metadata=FLAG)
     encrypted_source: str = field(default=EncryptedSource.WARN, metadata=holds(OneOf(*EncryptedSource)))

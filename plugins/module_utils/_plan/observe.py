@@ -21,6 +21,7 @@ from .._host.probe import PREFIX
 from .._host.process import machine_id
 from .._qemu import estimate, qemu_img, storage_daemon
 from .._qemu.address import Origin
+from .._qemu.domain_files import inspect_domain, with_other_drives
 from .._qemu.image_files import inspect_files
 from .._qemu.jobs import query_jobs, query_status
 from .._qemu.monitor import Monitor
@@ -30,7 +31,7 @@ from .._repository.chain import newest_full, walk
 from .._repository.documents import Level, Phase, VmName
 from .._repository.staging import outstanding
 from .admission import with_admission
-from .model import Observation, Space
+from .model import Observation, Offline, Space
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
     from .._repository.documents import Hypervisor, Intent, Manifest
     from .._repository.repository import Repository, VmRecords
     from .disks import ChainLink
-    from .model import DiskPlan, Policy, Request
+    from .model import DiskPlan, Policy, Request, RunContext
 
 
 MOST = 1 << 63
@@ -67,13 +68,18 @@ def address_of(name: str, monitor: Address, tag: str) -> Address:
     return (storage_daemon.find(tag, name) if name else None) or monitor
 
 
-async def observe(request: Request, tag: str, monitor: Monitor | None = None) -> Observation:
+async def observe(request: Request, context: RunContext, monitor: Monitor | None = None) -> Observation:
     """Ask one VM for everything; C(monitor) is a connection that is open already."""
-    return await _ask(request, tag, lambda asked: _inspect(asked, request), monitor)
+    return await _ask(request, context, lambda asked: _inspect(asked, request), monitor)
 
 
 async def refresh(
-    request: Request, tag: str, last: Vm, wanted: Collection[str], monitor: Monitor | None = None, judged: bool = False
+    request: Request,
+    context: RunContext,
+    last: Vm,
+    wanted: Collection[str],
+    monitor: Monitor | None = None,
+    judged: bool = False,
 ) -> Observation:
     """Ask one VM for what changes while the jobs C(wanted) run; C(last) is what a look has shown.
 
@@ -90,30 +96,40 @@ async def refresh(
             return await _inspect(monitor, request)
         return replace(last, status=status, jobs=jobs)
 
-    return await _ask(request, tag, question, monitor)
+    return await _ask(request, context, question, monitor)
 
 
 async def _ask(
-    request: Request, tag: str, question: Callable[[Monitor], Awaitable[Vm]], monitor: Monitor | None = None
+    request: Request, context: RunContext, question: Callable[[Monitor], Awaitable[Vm]], monitor: Monitor | None = None
 ) -> Observation:
     try:
         if monitor is not None:
             return Observation(await question(monitor))
-        return Observation(await _ask_whoever_is_there(request, tag, question))
+        return Observation(await _ask_whoever_is_there(request, context.tag, question))
     except MonitorGone as error:
         gone = str(error)
     except BackupError as error:
         return Observation(error=str(error))
-    if not request.files:
+    if context.policy.offline != Offline.BACKUP or not (request.files or request.address.domain):
         return Observation(error=gone, off=True)
     try:
-        return Observation(await inspect_files(request.files, request.name, request.uuid, request.monitor), off=True)
+        return Observation(await _inspect_off(request), off=True)
+    except MonitorGone:
+        return Observation(error=gone, off=True)
     except BackupError as error:
         return Observation(error=f"{gone}; and {error}")
 
 
+async def _inspect_off(request: Request) -> Vm:
+    """Look at a VM that is off. MonitorGone where libvirt does not know it, or has just started it."""
+    storage_daemon.require_storage_daemon()
+    if request.address.domain:
+        return await inspect_domain(request.address, request.name)
+    return await inspect_files(request.files, request.name, request.uuid, request.monitor)
+
+
 async def _ask_whoever_is_there(request: Request, tag: str, question: Callable[[Monitor], Awaitable[Vm]]) -> Vm:
-    address = address_of(request.name, request.address, tag)
+    address = address_of(request.name or request.address.domain, request.address, tag)
     if address.daemon:
         # The set that it makes comes to its end first, whatever has become of the VM.
         try:
@@ -128,7 +144,8 @@ async def _ask_whoever_is_there(request: Request, tag: str, question: Callable[[
 
 async def _inspect(monitor: Monitor, request: Request) -> Vm:
     if monitor.address.daemon:
-        return await storage_daemon.inspect(monitor, request.name, request.uuid, request.monitor)
+        held = await storage_daemon.inspect(monitor, request.name, request.uuid, request.monitor)
+        return await with_other_drives(held, request.address) if request.address.domain else held
     vm = await inspect_vm(monitor, request.name)
     # In a repository a VM without a uuid is known by its name there, wherever that name comes from.
     return vm if vm.uuid else replace(vm, identity=f"{machine_id()}:{vm.name}")

@@ -134,7 +134,7 @@ async def draw_up(
     async def plan_vm(request: Request) -> VmPlan:
         named = replace(request, name=request.name or request.address.stem)
         try:
-            seen = await observe(request, repository.tag)
+            seen = await observe(request, context)
             request = with_policy(request, found, seen)
             named = replace(request, name=await _name(request, seen.vm, repository))
             if seen.vm and seen.vm.process:

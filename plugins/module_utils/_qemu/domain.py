@@ -1,24 +1,27 @@
 # Copyright (c) 2026, vmfleet contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Ask libvirt about a domain that runs: its XML, and what libvirt does with it at the moment.
+"""Ask libvirt about a domain: its XML, and what libvirt does with it at the moment.
 
-Reference: libvirt 9.0, virDomainJobOperation in libvirt-domain.h.
+Reference: libvirt 9.0, libvirt-domain.h and libvirt-storage.h.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from .._common.errors import MonitorError
 from .answers import Odd, quoted
 from .domain_disks import Domain
 from .domain_xml import parse_domain
+from .libvirt_domain import LibvirtDomain
 
 if TYPE_CHECKING:
     from typing import Any
 
-    from .libvirt_domain import LibvirtDomain
+    from .address import Address
+    from .domain_xml import DomainXml, Source
 
 
 OPERATIONS = (
@@ -35,6 +38,10 @@ OPERATIONS = (
     "the removal of a snapshot",
 )
 """What a job of libvirt's does, by virDomainJobOperation."""
+INACTIVE = 2
+"""VIR_DOMAIN_XML_INACTIVE: a domain as it will be started next time."""
+VOLUMES = {0: "file", 1: "block"}
+"""The types of volumes that stand on this machine, by virStorageVolType."""
 
 
 async def read_domain(libvirt: LibvirtDomain) -> Domain:
@@ -46,11 +53,44 @@ async def read_domain(libvirt: LibvirtDomain) -> Domain:
         return domain.XMLDesc(0), kind, domain.jobStats() if kind else {}
 
     text, kind, told = await libvirt.call("the look at its XML and its job", ask)
+    return Domain(_read(libvirt.address, text), _operation(told) if kind else "")
+
+
+async def read_definition(address: Address) -> Domain:
+    """Ask libvirt how a domain is defined that is shut off. MonitorError where it is not."""
+    libvirt = LibvirtDomain(address)
+    await libvirt.open()
+
+    def ask() -> Domain:
+        domain = libvirt.connection.domain
+        if domain.isActive():
+            raise MonitorError(f"{address}: the domain has just been started")
+        xml = _read(address, domain.XMLDesc(INACTIVE))
+        disks = tuple(replace(disk, source=_file_of(domain, disk.source)) for disk in xml.disks)
+        return Domain(replace(xml, disks=disks), saved=bool(domain.hasManagedSaveImage(0)))
+
     try:
-        xml = parse_domain(text)
+        found: Domain = await libvirt.call("the look at its definition", ask)
+    finally:
+        await libvirt.close()
+    return found
+
+
+def _file_of(domain: Any, source: Source) -> Source:
+    """Return where an image stands that is a volume of a storage pool."""
+    if source.kind != "volume":
+        return source
+    pool, _slash, name = source.path.partition("/")
+    volume = domain.connect().storagePoolLookupByName(pool).storageVolLookupByName(name)
+    kind = VOLUMES.get(volume.info()[0])
+    return replace(source, kind=kind, path=volume.path()) if kind else source
+
+
+def _read(address: Address, text: str) -> DomainXml:
+    try:
+        return parse_domain(text)
     except Odd as odd:
-        raise MonitorError(f"{libvirt.address}: the XML of the domain makes no sense: {quoted(odd)}") from None
-    return Domain(xml, _operation(told) if kind else "")
+        raise MonitorError(f"{address}: the XML of the domain makes no sense: {quoted(odd)}") from None
 
 
 def _operation(told: dict[str, Any]) -> str:

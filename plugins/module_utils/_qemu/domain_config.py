@@ -31,6 +31,8 @@ LONGEST_KEPT = 1 << 18
 """Characters of the longest XML that is kept: what is larger holds something else than a domain."""
 MOST_NAMES = 1000
 """How many snapshots, or checkpoints, are named."""
+DOMAIN = "domain"
+"""What entries of C(removed) begin with that are about the XML of a domain."""
 QEMU = "http://libvirt.org/schemas/domain/qemu/1.0"
 """The name space of what libvirt hands on to QEMU as it is."""
 PAYLOADS = ("sysinfo[@type='fwcfg']/entry", "devices/disk/source/cookies/cookie")

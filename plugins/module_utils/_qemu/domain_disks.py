@@ -26,16 +26,22 @@ NO_MEDIUM = "has no medium"
 PASSED_THROUGH = "is passed through (device='lun'): the guest writes to it past QEMU"
 ELSEWHERE = frozenset({"vhostuser", "vhostvdpa"})
 """The kinds of sources that other programs serve to the guest."""
-CHIPS = {"/machine/system.flash0": "loader", "/machine/system.flash1": "nvram"}
+NVRAM = "nvram"
+CHIPS = {"/machine/system.flash0": "loader", "/machine/system.flash1": NVRAM}
 """What the flash chips of a machine are called, which are no disks to libvirt: code, and UEFI variables."""
 
 
 @dataclass(frozen=True)
 class Domain:
-    """What libvirt says of a domain that runs. C(job) is what libvirt does with it at the moment, in words."""
+    """What libvirt says of a domain, as it runs or as it is defined.
+
+    C(job) is what libvirt does with it at the moment, in words. C(saved) says that its memory was saved, and that it
+    goes on from there when it is started.
+    """
 
     xml: DomainXml
     job: str = ""
+    saved: bool = False
 
 
 def with_domain(vm: Vm, domain: Domain) -> Vm:

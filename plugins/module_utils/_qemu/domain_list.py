@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from .._common.errors import MonitorTimeout
 from .._host.threads import CallThread
 from .answers import Odd, quoted
+from .domain import INACTIVE
 from .domain_xml import parse_domain
 from .libvirt_connection import NO_DOMAIN, load_binding, unreachable
 from .libvirt_domain import CALL_TIMEOUT
@@ -24,10 +25,6 @@ if TYPE_CHECKING:
     from typing import Any
 
     from .domain_xml import DomainXml, Note
-
-
-INACTIVE = 2
-"""VIR_DOMAIN_XML_INACTIVE: a domain as it will be started next time."""
 
 
 @dataclass(frozen=True)

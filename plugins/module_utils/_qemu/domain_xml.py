@@ -82,6 +82,7 @@ class Firmware:
     loader_type: str = ""
     nvram: str = ""
     template: str = ""
+    nvram_format: str = "raw"
 
 
 @dataclass(frozen=True)
@@ -277,6 +278,7 @@ def _firmware(root: Element) -> Firmware:
         loader_type=_value(loader, "type", "domain.os.loader"),
         nvram=variables,
         template=template,
+        nvram_format=_value(nvram, "format", "domain.os.nvram") or "raw",
     )
 
 

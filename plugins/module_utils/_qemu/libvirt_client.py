@@ -44,6 +44,8 @@ class LibvirtClient:
         """Begin the conversation; return the domain's QEMU. None where its processes are out of sight."""
         await self._domain.open()
         try:
+            if not await self._domain.call("the look for the domain", self._domain.connection.domain.isActive):
+                raise MonitorGone(f"{self.address}: the domain is shut off")
             await self._domain.wait_until_free()
             await self._meet()
         except BaseException:

@@ -16,7 +16,7 @@ import asyncio
 import time
 from typing import TYPE_CHECKING
 
-from .._common.errors import MonitorError, MonitorGone, MonitorTimeout
+from .._common.errors import MonitorError, MonitorTimeout
 from .._host.threads import CallThread
 from .libvirt_connection import LibvirtConnection
 
@@ -55,8 +55,6 @@ class LibvirtDomain:
         self._thread = CallThread()
         try:
             await self._in_turn("the look for the domain", self.connection.open)
-            if not await self.call("the look for the domain", self.connection.domain.isActive):
-                raise MonitorGone(f"{self.address}: the domain is shut off")
         except BaseException:
             await self.close()
             raise

@@ -221,11 +221,16 @@ class Vm:
         return self.status == OFF
 
     def cannot_copy(self, disk: Disk) -> str:
-        """Return why QEMU must not be told to copy this disk; empty where it may.
+        """Return why QEMU must not be told to copy this disk, or cannot be; empty where it may.
 
         QEMU hands the mark "temporary" of such a disk on to whatever it opens for it, and deletes the file of that name
         (7.2 to 11.1). A file that was handed over open has no name that it could delete.
         """
+        if self.is_off and not disk.node:
+            return (
+                f"disk {disk.name} of VM {self.name} ({disk.driver} {disk.filename}) cannot be copied while the VM is"
+                " off: that can only be done with qcow2 and raw images that it writes to; start it"
+            )
         names = [name for layer in self.chain(disk) for name in (layer.filename, layer.backing_file)]
         if not self.monitor.startswith("tcp:") or not any(TEMPORARY.search(name) for name in names):
             return ""

@@ -31,6 +31,9 @@ STATE = re.compile(r"tpm2?-00\.permall")
 """The files that hold the state of a TPM 2.0 and of a TPM 1.2."""
 LARGEST = 1 << 18
 """Bytes of the largest state: 6 KiB are the rule, and swtpm has no more than some 128 KiB."""
+STORE = "/var/lib/libvirt/swtpm/{}/{}"
+"""Where libvirt of the system has the state of a domain's TPM, by the uuid of the domain and the kind of TPM."""
+CHIP = "it is in a chip of the hypervisor, which keeps it"
 LOST = "TPM state: "
 """What an entry of C(removed) begins with where the state could not be read."""
 
@@ -47,13 +50,32 @@ async def describe_tpm(monitor: Monitor, vm: Vm, removed: list[str]) -> dict[str
     backend = found[0]["options"]
     directory = ""
     state: dict[str, str] = {}
-    reason = "it is in a chip of the hypervisor, which keeps it"
+    reason = CHIP
     if backend["type"] == "emulator":
         directory = _directory(vm.process.arguments if vm.process else [], backend["data"].get("chardev", ""))
         state, reason = read_state(directory)
     if not state:
         removed.append(LOST + reason)
     return {"model": found[0]["model"], "backend": backend["type"], "directory": directory, "state": state}
+
+
+def describe_stored(vm: Vm, last: dict[str, Any] | None, removed: list[str]) -> dict[str, Any] | None:
+    """Return the TPM of a domain that is shut off, and its state; None where it has none.
+
+    Its swtpm does not run, but C(last) may say where the state is: what a set has of it.
+    """
+    tpm = vm.domain.xml.tpm if vm.domain else None
+    if tpm is None:
+        return None
+    directory = ""
+    state: dict[str, str] = {}
+    reason = CHIP
+    if tpm.backend == "emulator":
+        directory = (last or {}).get("directory") or STORE.format(vm.uuid, "tpm1.2" if tpm.version == "1.2" else "tpm2")
+        state, reason = read_state(directory)
+    if not state:
+        removed.append(LOST + reason)
+    return {"model": tpm.model, "backend": tpm.backend, "directory": directory, "state": state}
 
 
 def read_state(directory: str) -> tuple[dict[str, str], str]:

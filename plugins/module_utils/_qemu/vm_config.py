@@ -16,12 +16,14 @@ from .._common.device_names import FLASH
 from .._common.errors import CommandError
 from .._common.formats import COLLECTION_VERSION, SCHEMA, utc_now
 from .._common.redaction import Redaction, redact
-from .domain_config import describe_domain
-from .tpm import describe_tpm
+from .domain_config import DOMAIN, describe_domain
+from .libvirt_domain import LibvirtDomain
+from .tpm import LOST, describe_stored, describe_tpm
 
 if TYPE_CHECKING:
     from typing import Any
 
+    from .address import Address
     from .model import Disk, Vm
     from .monitor import Monitor
 
@@ -86,6 +88,20 @@ def describe_files(vm: Vm) -> dict[str, Any]:
         "chardevs": [],
         "removed": removed,
     }
+
+
+async def describe_shut_off(address: Address, vm: Vm, last: dict[str, Any]) -> dict[str, Any]:
+    """Describe a domain that is shut off: as C(last) says that it was, but as it is defined now."""
+    known = last or describe_files(vm)
+    removed = [entry for entry in known.get("removed", ()) if not entry.startswith((DOMAIN, LOST))]
+    libvirt = LibvirtDomain(address)
+    await libvirt.open()
+    try:
+        domain = await describe_domain(libvirt, removed)
+    finally:
+        await libvirt.close()
+    tpm = describe_stored(vm, known.get("tpm"), removed)
+    return {**known, "domain": domain, "tpm": tpm, "removed": removed}
 
 
 def _head(vm: Vm) -> dict[str, Any]:

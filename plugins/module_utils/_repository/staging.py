@@ -15,11 +15,11 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from .._common.errors import BackupError
-from .._common.fields import LONG, DocumentError, check_schema, load
+from .._common.fields import LONG
 from .._host.confinement import set_file_label
 from .._host.directory import WrongEntry
 from .._host.files import UNFINISHED, set_mode
-from .documents import LARGE, Manifest
+from .documents import Manifest
 from .json_file import dump, read_document, write_document
 from .repository import (
     DESCRIPTION,
@@ -84,17 +84,6 @@ def write_description(repository: Repository, intent: Intent, description: dict[
     """Write down how the VM was built."""
     with opened(repository, intent) as staging:
         staging.write(DESCRIPTION, dump(description), PUBLISHED_MODE)
-
-
-def read_description(repository: Repository, manifest: Manifest) -> dict[str, Any]:
-    """Return how the VM was built when a set was made; empty where nobody can tell."""
-    try:
-        with repository.opened(manifest.vm.name, manifest.id) as place:
-            found: dict[str, Any] = load(place.read(DESCRIPTION, LARGE))
-        check_schema(found)
-    except (OSError, DocumentError, WrongEntry):
-        return {}
-    return found
 
 
 def describe(repository: Repository, intent: Intent, manifest: Manifest) -> None:

@@ -71,7 +71,7 @@ SPARED = {
     "_qemu/domain_list": ("backup_set", "drive_backup"),
     "_qemu/image_files": ("drive_backup", "vm_info"),
     "_repository/catalog": ("backup_plan", "backup_set"),
-    "_repository/description": ("backup_info", "backup_metrics", "backup_plan", "backup_prune", "backup_set"),
+    "_repository/description": ("backup_info", "backup_metrics", "backup_plan", "backup_prune"),
     "_repository/images": ("backup_plan", "backup_set"),
     "_repository/pins": ("backup_plan", "backup_set"),
     "_repository/published": ("backup_info", "backup_metrics", "backup_plan", "backup_set"),

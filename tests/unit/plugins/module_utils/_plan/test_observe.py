@@ -32,6 +32,7 @@ from ansible_collections.vmfleet.backup.tests.unit.plugins.builders import (
     manifest,
     own_process,
 )
+from ansible_collections.vmfleet.backup.tests.unit.plugins.today import TERMS
 
 if TYPE_CHECKING:
     from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.model import Vm
@@ -161,6 +162,6 @@ class TestDead:
 
 
 def test_a_vm_that_is_off_is_told_from_one_that_is_silent(tmp_path: Path) -> None:
-    facts = asyncio.run(observe(Request("web01", f"unix:{tmp_path}/none.qmp"), ""))
+    facts = asyncio.run(observe(Request("web01", f"unix:{tmp_path}/none.qmp"), TERMS))
     assert (facts.vm, facts.off) == (None, True)
     assert str(tmp_path) in facts.error

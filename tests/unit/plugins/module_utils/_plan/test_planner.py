@@ -61,7 +61,7 @@ def test_the_plan_reads_well() -> None:
         "               vda: full, about 0 B: it is the VM's first set",
         "               cd: left out, has no medium",
         "               golden: left out, is read-only",
-        "fail    db     there is no such socket",
+        "fail    db     there is no such socket. To back it up while it is off, list its disks (vms: disks)",
     ]
 
 

@@ -88,7 +88,7 @@ def test_firmware_and_tpm() -> None:
     assert parse_domain(domain_xml("defined")).firmware == Firmware(auto="efi")
     # As libvirt 8.5 and later write variables that are no raw file.
     other = parse_domain(domain(os="<nvram type='file' format='qcow2'><source file='/srv/vars.qcow2'/></nvram>"))
-    assert other.firmware.nvram == "/srv/vars.qcow2"
+    assert (other.firmware.nvram, other.firmware.nvram_format) == ("/srv/vars.qcow2", "qcow2")
     locked = "<tpm model='tpm-tis'><backend type='emulator'><encryption secret='s'/></backend></tpm>"
     assert parse_domain(domain(locked)).tpm == Tpm("tpm-tis", "emulator", secret="s")
 

@@ -1,0 +1,104 @@
+# Copyright (c) 2026, vmfleet contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Look at a domain of libvirt that is shut off: by its definition, and by the files of its disks.
+
+Its disks have the names that they have while it runs. So have the variables of its firmware, which are no disk to
+libvirt.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from .._common.errors import MonitorError
+from .._host.threads import within
+from .domain import read_definition
+from .domain_disks import ELSEWHERE, NVRAM
+from .image_files import FORMATS, DiskFile, inspect_files
+from .model import Disk
+from .qemu_img import TIMEOUT
+
+if TYPE_CHECKING:
+    from .address import Address
+    from .domain_disks import Domain
+    from .domain_xml import DomainDisk, DomainXml
+    from .model import Vm
+
+
+async def inspect_domain(address: Address, name: str) -> Vm:
+    """Return a domain that is shut off, as its definition and its files show it. InUse where it is not.
+
+    MonitorGone where there is no such domain, MonitorError where libvirt does not tell how it is defined.
+    """
+    domain = await read_definition(address)
+    files = await files_of(domain.xml)
+    vm = await inspect_files(files, name or domain.xml.name, domain.xml.uuid, str(address))
+    return _as_defined(vm, domain)
+
+
+async def with_other_drives(vm: Vm, address: Address) -> Vm:
+    """Return a domain whose disks a storage daemon has open, with the drives that are not copied."""
+    try:
+        return _as_defined(vm, await read_definition(address))
+    except MonitorError:
+        # What is copied comes to its end without libvirt.
+        return vm
+
+
+async def files_of(xml: DomainXml) -> tuple[DiskFile, ...]:
+    """Return the files that a domain writes to, and that can be copied while it is off."""
+    files = [DiskFile(disk.target, disk.source.path, disk.source.format) for disk in xml.disks if _is_copied(disk)]
+    variables = xml.firmware.nvram
+    # Before its first start, a domain has none.
+    if variables and await _is_there(variables):
+        files.append(DiskFile(NVRAM, variables, xml.firmware.nvram_format))
+    return tuple(files)
+
+
+async def _is_there(path: str) -> bool:
+    try:
+        return await within(TIMEOUT, os.path.exists, path)
+    except asyncio.TimeoutError:
+        # Whoever looks at it then tells that.
+        return True
+
+
+def _is_copied(disk: DomainDisk) -> bool:
+    return (
+        disk.device in ("disk", "floppy")
+        and not disk.read_only
+        and disk.source.kind in ("file", "block")
+        and disk.source.format in FORMATS
+    )
+
+
+def _as_defined(vm: Vm, domain: Domain) -> Vm:
+    """Return a domain with all drives that its definition has, those that cannot be copied among them."""
+    known = {disk.target: disk for disk in domain.xml.disks}
+    disks = tuple(replace(disk, shared=disk.name in known and known[disk.name].shareable) for disk in vm.disks)
+    names = {disk.name for disk in disks}
+    others = [disk for target, disk in known.items() if target not in names and disk.source.kind not in ELSEWHERE]
+    return replace(
+        vm,
+        disks=(*disks, *(_drive(disk) for disk in others if disk.source.kind != "none")),
+        empty=tuple(disk.target for disk in others if disk.source.kind == "none"),
+        domain=domain,
+    )
+
+
+def _drive(disk: DomainDisk) -> Disk:
+    """Return a drive of which no file is looked at: it has no node."""
+    source = disk.source
+    is_local = source.kind in ("file", "block")
+    return Disk(
+        name=disk.target,
+        node="",
+        driver=source.format if is_local else source.kind,
+        read_only=disk.read_only or disk.device == "cdrom",
+        filename=source.path,
+        file=source.path if is_local else "",
+    )

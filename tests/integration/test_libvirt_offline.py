@@ -1,0 +1,251 @@
+# Copyright (c) 2026, vmfleet contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Domains that are shut off: their sets, and those of the same domains while they run, are one chain."""
+
+from __future__ import annotations
+
+import base64
+import signal
+import subprocess
+import typing as t
+from xml.etree.ElementTree import canonicalize
+
+import pytest
+
+from ansible_collections.vmfleet.backup.plugins.module_utils._qemu import storage_daemon
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository.description import parse_description
+from ansible_collections.vmfleet.backup.tests.harness.backup import sent
+from ansible_collections.vmfleet.backup.tests.harness.images import MIB, identical, patterned, qemu_img, write
+from ansible_collections.vmfleet.backup.tests.harness.libvirt_domains import DomainDisk
+from ansible_collections.vmfleet.backup.tests.harness.modules import fail, succeed
+from ansible_collections.vmfleet.backup.tests.harness.offline import Daemon
+from ansible_collections.vmfleet.backup.tests.harness.sets import Sets, result_of
+
+if t.TYPE_CHECKING:
+    from pathlib import Path
+
+    from ansible_collections.vmfleet.backup.tests.harness.libvirt import Libvirt
+    from ansible_collections.vmfleet.backup.tests.harness.libvirt_domains import Domain
+
+ADDRESS = "libvirt:web"
+STATE = "tpm2-00.permall"
+STAYS_OFF = "it is off, and cannot be started while it is copied"
+
+
+class Turns:
+    """A domain of two disks that is backed up while it runs, and while it is shut off."""
+
+    def __init__(self, libvirt: Libvirt, directory: Path, **hardware: t.Any) -> None:
+        self.sets = Sets(directory / "repository", libvirt.inside)
+        self.inside = libvirt.inside
+        self._directory = directory
+        self.disks = {
+            target: patterned(directory / f"{target}.qcow2", size=8 * MIB, seed=seed)
+            for seed, target in enumerate(("vda", "vdb"))
+        }
+        found = (DomainDisk(path, target) for target, path in self.disks.items())
+        self.domain: Domain = libvirt.define("web", *found, **hardware)
+        self.frozen: dict[str, dict[str, Path]] = {}
+
+    def write(self, pattern: int, offset: int, target: str = "vda") -> None:
+        """Change a disk, as the guest or as an admin does."""
+        if self.domain.state == "running":
+            self.domain.write(target, pattern, offset, 65536)
+        else:
+            write(self.disks[target], f"write -P {pattern} {offset} 65536")
+
+    def freeze(self, set_id: str) -> None:
+        """Remember what the disks hold now."""
+        if self.domain.state == "running":
+            for target in self.disks:
+                self.domain.io(target, "flush")
+        copies = {target: self._directory / f"{set_id}-{target}" for target in self.disks}
+        for target, copy in copies.items():
+            qemu_img("convert", "-U", "-f", "qcow2", "-O", "qcow2", self.disks[target], copy)
+        self.frozen[set_id] = copies
+
+    def plan(self, set_id: str, **options: t.Any) -> dict[str, t.Any]:
+        return dict(self.sets.plan(ADDRESS, id=set_id, **options)["plan"])
+
+    def make(self, plan: dict[str, t.Any]) -> dict[str, t.Any]:
+        """Bring a plan to its end; returns the result."""
+        result = succeed("backup_set", {"plan": plan}, inside=self.inside)
+        assert result_of(result, "web")["state"] == "published", result
+        return result
+
+    def back_up(self, set_id: str, **options: t.Any) -> dict[str, t.Any]:
+        """Make a set of what the disks hold now; returns the result."""
+        self.freeze(set_id)
+        return self.make(self.plan(set_id, **options))
+
+    def check(self) -> None:
+        """Every set holds what the disks held at its moment."""
+        for set_id, copies in self.frozen.items():
+            images = self.sets.images("web", set_id)
+            for target, copy in copies.items():
+                assert identical(copy, images[target]), (set_id, target)
+
+    def assert_released(self) -> None:
+        assert not list(self.domain.libvirt.seen_here("/run/vmfleet-locks").glob(f"{storage_daemon.PLACE}*"))
+        assert not [name for name in self.domain.libvirt.processes.values() if name.startswith("qemu-storage")]
+
+
+@pytest.fixture
+def turns(libvirt: Libvirt, directory: Path) -> Turns:
+    return Turns(libvirt, directory)
+
+
+def test_on_and_off_in_turns(turns: Turns) -> None:
+    [planned] = turns.plan("s1")["vms"]
+    assert (planned["name"], planned["identity"], planned["level"]) == ("web", turns.domain.uuid, "full")
+    assert planned["reason"].endswith(STAYS_OFF)
+    turns.back_up("s1")
+    turns.domain.start()
+    turns.write(0xA1, MIB)
+    turns.back_up("s2")
+    turns.domain.destroy()
+    turns.write(0xB1, 2 * MIB)
+    third = turns.back_up("s3")
+    # Only what has changed is opened for a copy.
+    assert [copy["device"] for copy in sent(third, "drive-backup")] == ["off0"]
+    turns.assert_released()
+    before = {path: path.stat().st_mtime_ns for path in turns.disks.values()}
+    fourth = turns.back_up("s4")
+    assert not fourth["qmp"]
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    turns.domain.start()
+    turns.write(0xC1, 3 * MIB, "vdb")
+    turns.back_up("s5")
+    for number in range(2, 6):
+        assert turns.sets.levels("web", f"s{number}") == dict.fromkeys(turns.disks, "incremental")
+        assert turns.sets.manifest("web", f"s{number}")["vm"]["uuid"] == turns.domain.uuid
+    turns.check()
+
+
+def test_started_while_it_is_copied(turns: Turns) -> None:
+    turns.freeze("s1")
+    plan = turns.plan("s1", speed="64K")
+    succeed("backup_set", {"plan": plan, "state": "started"}, inside=turns.inside)
+    said = turns.domain.libvirt.attempt("virsh", "start", "web")
+    assert 'Failed to get "write" lock' in said.stderr
+    assert turns.domain.state == "shut off"
+    # The name of a domain tells of which set it is, also where it is found by a pattern.
+    assert turns.plan("s1")["vms"][0]["action"] == "attach"
+    succeed("backup_set", {"plan": plan, "state": "cancelled"}, inside=turns.inside)
+    turns.assert_released()
+    turns.frozen.clear()
+    turns.domain.start()
+    turns.back_up("s2")
+    # It goes on from there, and so do its records of changes.
+    turns.write(0xA1, MIB)
+    turns.domain.virsh("managedsave")
+    assert "its memory was saved (virsh managedsave)" in str(turns.sets.plan(ADDRESS, id="s3")["warnings"])
+    turns.back_up("s3")
+    turns.domain.start()
+    turns.write(0xB1, 2 * MIB)
+    turns.back_up("s4")
+    for set_id in ("s3", "s4"):
+        assert turns.sets.levels("web", set_id) == dict.fromkeys(turns.disks, "incremental")
+    turns.check()
+
+
+def test_libvirt_is_killed_while_it_is_copied(turns: Turns) -> None:
+    libvirt = turns.domain.libvirt
+    turns.freeze("s1")
+    plan = turns.plan("s1", speed="64K")
+    succeed("backup_set", {"plan": plan, "state": "started"}, inside=turns.inside)
+    libvirt.stop_daemon(signal.SIGKILL)
+    [place] = libvirt.seen_here("/run/vmfleet-locks").glob(f"{storage_daemon.PLACE}*")
+    Daemon(place).release()
+    turns.make(plan)
+    libvirt.start_daemon()
+    turns.assert_released()
+    turns.domain.start()
+    turns.write(0xA1, MIB)
+    turns.back_up("s2")
+    assert turns.sets.levels("web", "s2") == dict.fromkeys(turns.disks, "incremental")
+    turns.check()
+
+
+def test_started_while_its_copies_are_prepared(turns: Turns, monkeypatch: pytest.MonkeyPatch) -> None:
+    turns.back_up("s1")
+    turns.write(0xA1, MIB)
+    turns.freeze("s2")
+    start = storage_daemon.start
+
+    async def start_late(*args: t.Any) -> t.Any:
+        # In the module, which is inside already.
+        subprocess.run(["virsh", "start", "web"], check=True, capture_output=True)
+        return await start(*args)
+
+    monkeypatch.setattr(storage_daemon, "start", start_late)
+    made = turns.make(turns.plan("s2"))
+    monkeypatch.undo()
+    assert "the VM was started while its copies were prepared, and is backed up as it runs" in str(made["warnings"])
+    assert turns.sets.levels("web", "s2") == dict.fromkeys(turns.disks, "incremental")
+    turns.assert_released()
+    turns.domain.destroy()
+    turns.write(0xB1, 2 * MIB)
+    turns.back_up("s3")
+    assert turns.sets.levels("web", "s3") == dict.fromkeys(turns.disks, "incremental")
+    turns.check()
+
+
+CDROM = (
+    "<disk type='file' device='cdrom'><driver name='qemu' type='raw'/><source file='/nowhere.iso'/>"
+    "<target dev='sda' bus='sata'/><readonly/></disk>"
+)
+EMPTY = "<disk type='file' device='cdrom'><target dev='sdb' bus='sata'/><readonly/></disk>"
+NETWORK = (
+    "<disk type='network' device='disk'><driver name='qemu' type='raw'/><source protocol='nbd' name='x'>"
+    "<host name='127.0.0.1' port='1'/></source><target dev='vdc' bus='virtio'/></disk>"
+)
+VOLUME = (
+    "<disk type='volume' device='disk'><driver name='qemu' type='qcow2'/><source pool='images' volume='vdd.qcow2'/>"
+    "<target dev='vdd' bus='virtio'/></disk>"
+)
+
+
+def test_all_kinds_of_disks(libvirt: Libvirt, directory: Path) -> None:
+    (directory / "pool").mkdir()
+    patterned(directory / "pool" / "vdd.qcow2", size=8 * MIB, seed=7)
+    libvirt.virsh("pool-create-as", "images", "dir", "--target", directory / "pool")
+    turns = Turns(libvirt, directory, devices=CDROM + EMPTY + NETWORK + VOLUME, nvram=True, tpm=True)
+    turns.domain.nvram.write_bytes(bytes(range(256)) * 2112)
+    turns.domain.tpm.mkdir(parents=True)
+    (turns.domain.tpm / STATE).write_bytes(b"sealed")
+    [planned] = turns.plan("s1")["vms"]
+    assert planned["action"] == "fail"
+    assert planned["reason"] == (
+        "disk vdc of VM web (network nbd:x) cannot be copied while the VM is off: that can only be done with qcow2 and"
+        " raw images that it writes to; start it, or leave the disk out (exclude_disks)"
+    )
+    turns.freeze("s1")
+    plan = turns.plan("s1", exclude_disks=["vdc"])
+    [planned] = plan["vms"]
+    assert {drive["name"]: drive["reason"] for drive in planned["left_out"]} == {
+        "sda": "is read-only",
+        "sdb": "has no medium",
+        "vdc": "is excluded",
+    }
+    turns.make(plan)
+    images = turns.sets.images("web", "s1")
+    assert list(images) == ["vda", "vdb", "vdd", "nvram"]
+    assert identical(turns.domain.nvram, images["nvram"], "raw")
+    assert identical(directory / "pool" / "vdd.qcow2", images["vdd"])
+    turns.check()
+    # And how it is built, though nobody has seen it run.
+    found = parse_description((turns.sets.directory("web") / "s1" / "vm.json").read_bytes())
+    assert canonicalize(found["domain"]["xml"]) == canonicalize(turns.domain.virsh("dumpxml", "--inactive"))
+    assert found["tpm"]["state"] == {STATE: base64.b64encode(b"sealed").decode()}
+
+
+def test_other_policies_leave_it_alone(turns: Turns) -> None:
+    for offline in ("fail", "skip"):
+        [planned] = turns.plan("s1", offline=offline)["vms"]
+        assert planned["action"] == offline
+    listed = [{"name": "web", "monitor": ADDRESS, "disks": [{"name": "vda", "file": "/a", "format": "raw"}]}]
+    said = fail("backup_plan", turns.sets.arguments(vms=listed), inside=turns.inside)["msg"]
+    assert said == "vms: libvirt:web has a list of disks; take it out: libvirt tells those of a domain"
