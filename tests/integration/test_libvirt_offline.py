@@ -18,7 +18,7 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._qemu import storag
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.description import parse_description
 from ansible_collections.vmfleet.backup.tests.harness.backup import sent
 from ansible_collections.vmfleet.backup.tests.harness.images import MIB, identical, patterned, qemu_img, write
-from ansible_collections.vmfleet.backup.tests.harness.libvirt_domains import DomainDisk
+from ansible_collections.vmfleet.backup.tests.harness.libvirt_domains import Domain, DomainDisk
 from ansible_collections.vmfleet.backup.tests.harness.modules import fail, succeed
 from ansible_collections.vmfleet.backup.tests.harness.offline import Daemon
 from ansible_collections.vmfleet.backup.tests.harness.sets import Sets, result_of
@@ -27,7 +27,6 @@ if t.TYPE_CHECKING:
     from pathlib import Path
 
     from ansible_collections.vmfleet.backup.tests.harness.libvirt import Libvirt
-    from ansible_collections.vmfleet.backup.tests.harness.libvirt_domains import Domain
 
 ADDRESS = "libvirt:web"
 STATE = "tpm2-00.permall"
@@ -46,7 +45,7 @@ class Turns:
             for seed, target in enumerate(("vda", "vdb"))
         }
         found = (DomainDisk(path, target) for target, path in self.disks.items())
-        self.domain: Domain = libvirt.define("web", *found, **hardware)
+        self.domain = libvirt.define("web", *found, **hardware)
         self.frozen: dict[str, dict[str, Path]] = {}
 
     def write(self, pattern: int, offset: int, target: str = "vda") -> None:
@@ -240,6 +239,18 @@ def test_all_kinds_of_disks(libvirt: Libvirt, directory: Path) -> None:
     found = parse_description((turns.sets.directory("web") / "s1" / "vm.json").read_bytes())
     assert canonicalize(found["domain"]["xml"]) == canonicalize(turns.domain.virsh("dumpxml", "--inactive"))
     assert found["tpm"]["state"] == {STATE: base64.b64encode(b"sealed").decode()}
+    # It can be defined again from that.
+    (directory / "restored").mkdir()
+    wanted = {
+        "directory": str(directory / "restored"),
+        "domain": "define",
+        "domain_name": "web02",
+        "domain_uuid": "new",
+    }
+    succeed("backup_restore", {"repository": str(turns.sets.path), "vm": "web", **wanted}, inside=turns.inside)
+    assert (directory / "restored" / "nvram.fd").read_bytes() == turns.domain.nvram.read_bytes()
+    targets = [target.attrib["dev"] for target in Domain(libvirt, "web02").xml().iterfind("devices/disk/target")]
+    assert targets == ["vda", "vdb", "vdd", "sda", "sdb"]
 
 
 def test_other_policies_leave_it_alone(turns: Turns) -> None:

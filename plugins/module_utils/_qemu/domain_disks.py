@@ -26,8 +26,8 @@ NO_MEDIUM = "has no medium"
 PASSED_THROUGH = "is passed through (device='lun'): the guest writes to it past QEMU"
 ELSEWHERE = frozenset({"vhostuser", "vhostvdpa"})
 """The kinds of sources that other programs serve to the guest."""
-NVRAM = "nvram"
-CHIPS = {"/machine/system.flash0": "loader", "/machine/system.flash1": NVRAM}
+NVRAM, NVRAM_CHIP = "nvram", "/machine/system.flash1"
+CHIPS = {"/machine/system.flash0": "loader", NVRAM_CHIP: NVRAM}
 """What the flash chips of a machine are called, which are no disks to libvirt: code, and UEFI variables."""
 
 

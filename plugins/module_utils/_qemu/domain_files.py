@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from .._common.errors import MonitorError
 from .._host.threads import within
 from .domain import read_definition
-from .domain_disks import ELSEWHERE, NVRAM
+from .domain_disks import ELSEWHERE, NVRAM, NVRAM_CHIP
 from .image_files import FORMATS, DiskFile, inspect_files
 from .model import Disk
 from .qemu_img import TIMEOUT
@@ -79,7 +79,14 @@ def _is_copied(disk: DomainDisk) -> bool:
 def _as_defined(vm: Vm, domain: Domain) -> Vm:
     """Return a domain with all drives that its definition has, those that cannot be copied among them."""
     known = {disk.target: disk for disk in domain.xml.disks}
-    disks = tuple(replace(disk, shared=disk.name in known and known[disk.name].shareable) for disk in vm.disks)
+    disks = tuple(
+        replace(
+            disk,
+            qdev=NVRAM_CHIP if disk.name == NVRAM else "",
+            shared=disk.name in known and known[disk.name].shareable,
+        )
+        for disk in vm.disks
+    )
     names = {disk.name for disk in disks}
     others = [disk for target, disk in known.items() if target not in names and disk.source.kind not in ELSEWHERE]
     return replace(
