@@ -67,10 +67,19 @@ class Story:
         self.freeze(f"s{number}")
         return self.sets.start(WEB01, id=f"s{number}", level="full")
 
-    def finish(self, plan: dict[str, t.Any], state: str = "completed") -> dict[str, t.Any]:
-        """Bring a set to its end."""
+    def release(self) -> None:
+        """Take the brake off all jobs."""
         for job in self.domain.qmp("query-block-jobs"):
             self.domain.qmp("block-job-set-speed", device=job["device"], speed=0)
+
+    def attach(self) -> None:
+        """Attach the overlay of the second disk again."""
+        image = self.directory / "over-sda"
+        self.domain.virsh("attach-disk", image, "sda", "--targetbus", "scsi", "--subdriver", "qcow2", "--live")
+
+    def finish(self, plan: dict[str, t.Any], state: str = "completed") -> dict[str, t.Any]:
+        """Bring a set to its end."""
+        self.release()
         return result_of(succeed("backup_set", {"plan": plan, "state": state}, inside=self.sets.inside), "web01")
 
     def assert_good(self) -> None:
@@ -202,9 +211,20 @@ def test_a_disk_is_detached_while_it_is_copied(story: Story, directory: Path) ->
         told = story.finish(plan, state)
         assert (told["state"], told["warnings"]) == ({"completed": "published"}.get(state, state), [])
         assert story.nodes == vda
-        domain.virsh(
-            "attach-disk", directory / "over-sda", "sda", "--targetbus", "scsi", "--subdriver", "qcow2", "--live"
-        )
+        story.attach()
     del story.frozen["s2"]
+    # drive_backup finds its copy again, too.
+    inside = domain.libvirt.inside
+    for state in ("completed", "cancelled"):
+        copy, target = domain.freeze("sda", directory / f"{state}-frozen"), directory / f"{state}.qcow2"
+        asked = {"monitor": WEB01, "device": "sda", "target": str(target), "speed": "1M"}
+        succeed("drive_backup", {**asked, "state": "started"}, inside=inside)
+        domain.virsh("detach-disk", "sda", "--live")
+        if state == "completed":
+            story.release()
+        succeed("drive_backup", {**asked, "state": state}, inside=inside)
+        assert identical(copy, target) if state == "completed" else not target.exists()
+        assert story.nodes == vda
+        story.attach()
     assert story.back_up(3) == dict.fromkeys(TARGETS, "incremental")
     story.assert_good()

@@ -15,6 +15,7 @@ from .._common.formats import utc_now
 from .._host import preallocate, target_files
 from .._host.confinement import set_file_label
 from .._qemu import block_jobs
+from .._qemu.detached import close_detached
 from .._qemu.jobs import query_jobs
 from .._qemu.model import IO_ERROR
 from . import preflight, receipt
@@ -52,9 +53,20 @@ async def finish(locked: Locked, copies: Sequence[Copy]) -> list[Copy]:
             " is gone",
             jobs=[copy.result(JobState.FAILED if copy in unfinished else None, in_words(error)) for copy in copies],
         ) from error
-    await resume_guest(locked, [copy for copy in copies if copy.job])
-    await block_jobs.dismiss_jobs(monitor, [copy.job_id for copy in copies if copy.job])
+    ended = [copy for copy in copies if copy.job]
+    await resume_guest(locked, ended)
+    await _dismiss(locked, ended)
     return done
+
+
+async def _dismiss(locked: Locked, copies: Sequence[Copy]) -> None:
+    """Remove ended jobs from QEMU, and before that what a detached disk has left: a later call would not know of it."""
+    refusal = await close_detached(locked.monitor, [copy.disk.node for copy in copies])
+    if refusal:
+        locked.session.warnings.append(
+            f"a disk was detached while it was copied, and QEMU keeps its image open: {refusal}"
+        )
+    await block_jobs.dismiss_jobs(locked.monitor, [copy.job_id for copy in copies])
 
 
 async def resume_guest(locked: Locked, copies: Sequence[Copy]) -> None:
@@ -124,7 +136,7 @@ async def clean(locked: Locked, copies: Sequence[Copy]) -> list[Copy]:
         # The mark only tells the next call what to think of a cancelled job: without it that one says a word more.
         with contextlib.suppress(OSError):
             receipt.set_phase(copy.record_path, copy.record, ReceiptPhase.CANCELLING)
-    await block_jobs.dismiss_jobs(monitor, [copy.job_id for copy in lost if copy.job_id in job_ids])
+    await _dismiss(locked, [copy for copy in lost if copy.job_id in job_ids])
     for copy in lost:
         _remove_files(locked.session, copy)
     return await finish(locked, kept)

@@ -102,6 +102,8 @@ class Record(Document):
     """The name spaces in which C(process) and C(monitor) mean what they say."""
     label: str = field(default="", metadata=TEXT)
     """The SELinux context that the image is given back when its job has ended; empty where it has kept its own."""
+    node: str = field(default="", metadata=TEXT)
+    """What is copied, by the name that QEMU has for it until it ends."""
     schema: int = field(default=SCHEMA, metadata=NUMBER_OF_SCHEMA)
 
     def fault(self) -> str:

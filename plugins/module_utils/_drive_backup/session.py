@@ -44,8 +44,8 @@ def examine(drive: Drive, vm: Vm, owners: dict[str, str]) -> Copy:
 
 
 def _examine(drive: Drive, vm: Vm, owners: dict[str, str]) -> Copy:
-    disk = vm.disk(drive.device)
     record = read(record_path(drive.receipt_path)) if drive.receipt_path else None
+    disk = (_detached(drive, vm, record) if record else None) or vm.disk(drive.device)
     if record is None:
         return _examine_unrecorded(drive, vm, disk, owners)
     _refuse_foreign(drive, vm, record, owners)
@@ -67,6 +67,14 @@ def _examine(drive: Drive, vm: Vm, owners: dict[str, str]) -> Copy:
     if not copy.job.error and not record.wrote(drive.image_path):
         return replace(copy, reason=f"{drive.image_path} is gone, or another file stands there")
     return replace(copy, found=CopyState.ENDED)
+
+
+def _detached(drive: Drive, vm: Vm, record: Record) -> Disk | None:
+    """Return a disk that was detached while it is copied: QEMU has it for as long as its job is listed."""
+    if not vm.job(record.job) or record.origin.is_other_process(vm) or vm.find_disk(drive.device):
+        return None
+    left = next((disk for disk in vm.other_nodes if disk.node == record.node), None)
+    return replace(left, name=drive.device, qdev=record.device) if left else None
 
 
 def _examine_whole(copy: Copy, record: Record) -> Copy:

@@ -186,6 +186,7 @@ def _new_record(copy: Copy, vm: Vm, attempt: str, target: target_image.Target) -
         hypervisor=machine_id(),
         process=(vm.process.pid, vm.process.start) if vm.process else (),
         device=copy.disk.qemu_name,
+        node=copy.disk.node,
         sync=copy.drive.sync,
         bitmap=copy.drive.bitmap,
         bitmap_mode=copy.drive.bitmap_mode,

@@ -250,15 +250,19 @@ class Vm:
         """Return the jobs that have not ended, except those named."""
         return tuple(job for job in self.jobs if not job.ended and job.id not in set(besides))
 
-    def disk(self, name: str, option: str = "device") -> Disk:
-        """Return the disk of this backend name, node name or qdev id. Raises Refused with the names there are."""
+    def find_disk(self, name: str) -> Disk | None:
+        """Return the disk of this backend name, node name or qdev id; None where there is none."""
         # QEMU itself prefers a backend's name to a node's.
         for disk in self.disks:
             if name and name == disk.device:
                 return disk
-        for disk in (*self.disks, *self.other_nodes):
-            if name in disk.aliases:
-                return disk
+        return next((disk for disk in (*self.disks, *self.other_nodes) if name in disk.aliases), None)
+
+    def disk(self, name: str, option: str = "device") -> Disk:
+        """Return the disk of this backend name, node name or qdev id. Raises Refused with the names there are."""
+        found = self.find_disk(name)
+        if found:
+            return found
         known = "; ".join(" = ".join(disk.aliases) for disk in self.disks) or "none"
         empty = " (without medium: {})".format(", ".join(self.empty)) if self.empty else ""
         raise Refused(option, f"VM {self.name} has no device {name!r}; it has: {known}{empty}")
