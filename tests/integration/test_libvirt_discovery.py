@@ -216,14 +216,17 @@ class TestPolicy:
 
 
 def test_role(web: Domain, db: Domain, directory: Path) -> None:
-    say(db, "<backup skip='yes'/>", "--config")
+    """Every domain has its set, be it on or off, but for one that wants none."""
+    mail = web.libvirt.define("mail", disk(directory, "mail"))
+    say(mail, "<backup skip='yes'/>", "--config")
     play = Hypervisor(directory, inside=web.libvirt.inside)
     done = play.run(domains=["*"], sockets=[], exclude_domains=["x*"])
     assert done.rc == 0, done.output
     assert "no domain matches x*" in done.output
     assert list(play.sets.images("web")) == ["vda", "vdb"]
+    assert identical(directory / "db.qcow2", play.sets.images("db")["vda"])
     status = play.play("status", domains=["*"], sockets=[])
     assert status.rc == 0, status.output
-    # It wants none, and so it lacks none.
-    assert "db" not in status.output.replace("vm_backup", "")
-    assert db.state == "shut off"
+    # What wants none lacks none.
+    assert "mail" not in status.output
+    assert (db.state, mail.state) == ("shut off", "shut off")

@@ -1,7 +1,7 @@
 # Copyright (c) 2026, vmfleet contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Ask libvirt which domains there are, running and shut off, how they are defined, and what they say of their backup.
+"""Ask libvirt which domains there are, running and shut off, and what they say of their own backup.
 
 None of these questions goes to a QEMU, so that a domain that hangs is no matter.
 Reference: libvirt 9.0, libvirt-host.h and libvirt-domain.h.
@@ -24,19 +24,14 @@ from .libvirt_domain import CALL_TIMEOUT
 if TYPE_CHECKING:
     from typing import Any
 
-    from .domain_xml import DomainXml, Note
+    from .domain_xml import Note
 
 
 @dataclass(frozen=True)
 class DomainEntry:
-    """A domain that libvirt knows. C(defined) is how it will be started next time.
-
-    C(policies) is what it says of its backup; C(error) why none of this can be read.
-    """
+    """A domain that libvirt knows. C(policies) is what it says of its backup, C(error) why that cannot be read."""
 
     name: str
-    active: bool = False
-    defined: DomainXml | None = None
     policies: tuple[Note, ...] = ()
     error: str = ""
 
@@ -85,15 +80,14 @@ def _entry(libvirt: Any, domain: Any) -> DomainEntry | None:
     """Return what is told of a domain; None for one that has gone meanwhile."""
     name = domain.name()
     try:
-        active = bool(domain.isActive())
-        inactive, live = domain.XMLDesc(INACTIVE), domain.XMLDesc(0)
+        texts = domain.XMLDesc(0), domain.XMLDesc(INACTIVE)
     except libvirt.libvirtError as error:
         if error.get_error_code() == NO_DOMAIN:
             return None
         return DomainEntry(name, error=f"libvirt does not tell its XML: {quoted(error)}")
     try:
-        defined, runs = parse_domain(inactive), parse_domain(live)
+        live, defined = map(parse_domain, texts)
     except Odd as odd:
-        return DomainEntry(name, active, error=f"the XML of the domain makes no sense: {quoted(odd)}")
+        return DomainEntry(name, error=f"the XML of the domain makes no sense: {quoted(odd)}")
     # A policy may have been set for the domain as it runs only, or for its next start.
-    return DomainEntry(name, active, defined, runs.policies or defined.policies)
+    return DomainEntry(name, live.policies or defined.policies)
