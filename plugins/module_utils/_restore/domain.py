@@ -129,6 +129,9 @@ async def plan_domain(
             raise Refused("domain", f"{path} exists, and is not of this set; with overwrite: true it is replaced")
     wanted = Wanted(address.domain, uuid, request.mac == Identity.NEW)
     xml, more = redefine(root, wanted, disks, origin, look.emulators)
+    closed = _closed_directory(disks, look.user)
+    if closed:
+        notes.append(f"it cannot be started yet: the user that QEMU runs as ({look.user[0]}) cannot enter {closed}")
     absent = [entry for entry in description.get("removed", ()) if entry.startswith("domain")]
     if absent:
         notes.append("not in the set, and to be given again: {}".format("; ".join(absent)))
@@ -241,6 +244,21 @@ def _check_names(look: Look, address: Address, uuid: str, is_defined: bool, over
         )
     if look.held:
         raise Refused("domain_name", f"domain {name} {look.held}; it was left as it is")
+
+
+def _closed_directory(disks: Sequence[DiskRestore], user: tuple[int, ...]) -> str:
+    """Return a directory on the way to a disk that a user cannot pass, by its mode; empty where there is none."""
+    if not user:
+        return ""
+    places = dict.fromkeys(os.path.dirname(os.path.realpath(disk.target)) for disk in disks)
+    for place in places:
+        parts = place.split("/")
+        for path in ("/".join(parts[:number]) or "/" for number in range(1, len(parts) + 1)):
+            status = os.stat(path)
+            mine = 0o100 if status.st_uid == user[0] else 0o010 if status.st_gid == user[1] else 0o001
+            if user[0] and not status.st_mode & mine:
+                return path
+    return ""
 
 
 def _tpm_files(description: dict[str, Any], address: Address, uuid: str) -> tuple[dict[str, bytes], list[str]]:

@@ -10,7 +10,8 @@ Reference: libvirt 9.0, virConnectGetDomainCapabilities() and virDomainDefineXML
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass, field
+import re
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from .._common.errors import BackupError, MonitorGone
@@ -22,6 +23,7 @@ from .._qemu.libvirt_connection import LibvirtConnection
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from typing import Any, TypeVar
+    from xml.etree.ElementTree import Element
 
     from .._qemu.address import Address
 
@@ -36,14 +38,16 @@ HOST_TIMEOUT = 60.0
 class Look:
     """What libvirt has. C(unfit) says why it cannot run such a VM; C(uuids) are those of all domains, by their names.
 
-    C(xml) is how the domain of the name that is asked for is defined, and C(held) why it must not be defined anew.
+    C(user) is who its QEMUs run as, by numbers, where libvirt tells that. C(xml) is how the domain of the name that is
+    asked for is defined, and C(held) why it must not be defined anew.
     """
 
     unfit: str
     uuids: Mapping[str, str]
-    emulators: frozenset[str]
+    emulators: frozenset[str] = frozenset()
+    user: tuple[int, ...] = ()
     xml: str = ""
-    held: str = field(default="")
+    held: str = ""
 
 
 class LibvirtHost(LibvirtConnection):
@@ -59,15 +63,15 @@ class LibvirtHost(LibvirtConnection):
         uuids = {domain.name(): domain.UUIDString() for domain in connection.listAllDomains(0)}
         try:
             told = connection.getDomainCapabilities(None, arch or None, machine or None, kind or None, 0)
-            unfit, default = "", parse_xml(told).findtext("path", "")
-            emulators = {element.text or "" for element in parse_xml(connection.getCapabilities()).iter("emulator")}
+            default = parse_xml(told).findtext("path", "")
+            known = parse_xml(connection.getCapabilities())
         except (self.libvirt.libvirtError, Odd) as error:
-            return Look(quoted(error), uuids, frozenset())
-        found = frozenset({default, *emulators})
+            return Look(quoted(error), uuids)
+        emulators = frozenset({default, *(element.text or "" for element in known.iter("emulator"))})
+        look = Look("", uuids, emulators, _user(known, kind))
         if self.domain is None:
-            return Look(unfit, uuids, found)
-        xml = self.domain.XMLDesc(self.libvirt.VIR_DOMAIN_XML_INACTIVE)
-        return Look(unfit, uuids, found, xml, self._held())
+            return look
+        return replace(look, xml=self.domain.XMLDesc(self.libvirt.VIR_DOMAIN_XML_INACTIVE), held=self._held())
 
     def define(self, xml: str) -> str:
         """Define a domain, and return its uuid."""
@@ -88,6 +92,15 @@ class LibvirtHost(LibvirtConnection):
             super()._find()
         except MonitorGone:
             self.domain = None
+
+
+def _user(capabilities: Element, kind: str) -> tuple[int, ...]:
+    """Return the user and the group that QEMUs run as; nothing where that is not told."""
+    for model in capabilities.iterfind("host/secmodel[model='dac']"):
+        found = re.fullmatch(r"\+(\d{1,9}):\+(\d{1,9})", model.findtext(f"baselabel[@type='{kind}']", ""))
+        if found:
+            return int(found[1]), int(found[2])
+    return ()
 
 
 async def ask(address: Address, what: str, question: Callable[[LibvirtHost], T]) -> T:
