@@ -45,7 +45,9 @@ class Backup:
         (directory / "restored").mkdir()
         disks = [DomainDisk(patterned(directory / f"{name}.qcow2"), name) for name in ("vda", "vdb")]
         medium = patterned(directory / "medium.iso", "raw", size=MIB)
-        self.domain = libvirt.start("web01", *disks, devices=DEVICES.format(medium), **HARDWARE)
+        self.domain = libvirt.define("web01", *disks, devices=DEVICES.format(medium), **HARDWARE)
+        # Its firmware would write its variables at any moment.
+        self.domain.start("--paused")
         self.sets = Sets(directory / "repository", libvirt.inside)
         self.domain.write("vda", 0x51, 5 * MIB, 65536)
         self.disk = self.domain.freeze("vda", directory / "frozen.qcow2")
@@ -246,6 +248,8 @@ def test_the_old_domain_is_defined_anew(backup: Backup) -> None:
     uuid = domain.uuid
     domain.virsh("snapshot-create-as", "s", "--disk-only", "--diskspec", "vda,snapshot=no")
     domain.destroy()
+    # The newest set is that of a domain that is off.
+    backup.sets.back_up("libvirt:web01", id="s2", exclude_disks=["vdb"])
     assert backup.refuse().startswith("domain_name: there is a domain web01")
     told = f"domain_name: domain web01 is another one, of uuid {uuid}"
     assert backup.refuse(overwrite=True, domain_uuid="new").startswith(told)
@@ -253,6 +257,7 @@ def test_the_old_domain_is_defined_anew(backup: Backup) -> None:
     domain.virsh("snapshot-delete", "s", "--metadata")
     (domain.tpm / STATE).write_bytes(b"of today")
     done = backup.restore(overwrite=True)
+    assert done["id"] == "s2"
     assert done["domain"] == {"name": "web01", "uuid": uuid, "libvirt_uri": "qemu:///system", "changed": True}
     backup.assert_restored(domain)
     # By now it is in use.

@@ -22,7 +22,7 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._repository.descrip
 from ansible_collections.vmfleet.backup.tests.harness.booting import boot
 from ansible_collections.vmfleet.backup.tests.harness.images import identical, patterned
 from ansible_collections.vmfleet.backup.tests.harness.libvirt_domains import DomainDisk
-from ansible_collections.vmfleet.backup.tests.harness.modules import succeed
+from ansible_collections.vmfleet.backup.tests.harness.modules import run_module
 from ansible_collections.vmfleet.backup.tests.harness.old_version import OldVersion
 from ansible_collections.vmfleet.backup.tests.harness.qemu import wait_until
 from ansible_collections.vmfleet.backup.tests.harness.sets import Sets, result_of
@@ -50,7 +50,7 @@ def described(sets: Sets, set_id: str = "s1") -> dict[str, t.Any]:
 
 @as_root
 def test_all_of_a_domain_is_in_its_set(libvirt: Libvirt, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    domain = libvirt.start(
+    domain = libvirt.define(
         "web01",
         DomainDisk(patterned(directory / "a.qcow2")),
         memory=64,
@@ -59,6 +59,8 @@ def test_all_of_a_domain_is_in_its_set(libvirt: Libvirt, directory: Path, monkey
         devices="<graphics type='vnc' passwd='hunter2'/>",
         more=QEMU.format("<qemu:env name='API_TOKEN' value='hunter2'/>"),
     )
+    # Its firmware would write its variables at any moment.
+    domain.start("--paused")
     domain.virsh("snapshot-create-as", "before", "--disk-only", "--diskspec", f"vda,file={directory}/b.qcow2")
     domain.virsh("checkpoint-create-as", "mark")
     sets = Sets(directory / "repository", libvirt.inside)
@@ -98,8 +100,10 @@ def test_all_of_a_domain_is_in_its_set(libvirt: Libvirt, directory: Path, monkey
     assert {**described(sets, "s2"), "tpm": None, "taken": ""} == {**found, "tpm": None, "taken": ""}
     # A throwaway VM has its firmware and its variables; there is nothing on its disk to boot.
     with tempfile.TemporaryDirectory(prefix="vt-") as place:
-        asked = {"repository": str(sets.path), "names": ["web01"], **boot(Path(place), boot_pattern="BdsDxe")}
-        succeed("backup_verify", asked, inside=libvirt.inside)
+        asked = {"repository": str(sets.path), "names": ["web01"]}
+        asked |= boot(Path(place), boot_pattern="BdsDxe", boot_timeout=200)
+        verified = run_module("backup_verify", asked, inside=libvirt.inside, timeout=240)
+    assert verified["rc"] == 0, verified
 
 
 def test_state_of_the_tpm_of_a_vm_without_libvirt(vms: Vms, directory: Path, tmp_path: Path) -> None:

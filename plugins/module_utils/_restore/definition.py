@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 from xml.etree import ElementTree
 
-from .._common.device_names import FLASH
 from .._qemu.domain_config import QEMU
+from .._qemu.domain_disks import NVRAM
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -53,8 +53,8 @@ class RestoredFrom:
 
 
 def is_nvram(image: DiskImage) -> bool:
-    """Return whether an image is that of UEFI variables."""
-    return bool(FLASH.match(image.qdev)) and image.qdev.endswith("1")
+    """Return whether an image is that of the UEFI variables of a domain."""
+    return image.name == NVRAM
 
 
 def needed_files(root: Element) -> Iterator[str]:

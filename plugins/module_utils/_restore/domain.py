@@ -22,8 +22,9 @@ from .._host.directory import Directory, WrongEntry
 from .._host.process import machine_id
 from .._qemu.address import parse_address
 from .._qemu.answers import Odd
+from .._qemu.domain_config import DOMAIN
 from .._qemu.domain_xml import parse_domain, parse_xml
-from .._qemu.tpm import STATE, losses, read_state
+from .._qemu.tpm import STATE, STORE, losses, read_state
 from .._repository.description import read_description
 from .._repository.repository import check_owner
 from . import libvirt_host
@@ -50,8 +51,6 @@ class Identity(Word):
 
 
 IDENTITIES = tuple(Identity)
-TPM_PLACE = "/var/lib/libvirt/swtpm"
-"""Where the libvirt of a machine keeps the states of TPMs, each under the uuid of its domain."""
 SYSTEM = ("qemu:///system", "qemu+unix:///system")
 
 
@@ -132,7 +131,7 @@ async def plan_domain(
     closed = _closed_directory(disks, look.user)
     if closed:
         notes.append(f"it cannot be started yet: the user that QEMU runs as ({look.user[0]}) cannot enter {closed}")
-    absent = [entry for entry in description.get("removed", ()) if entry.startswith("domain")]
+    absent = [entry for entry in description.get("removed", ()) if entry.startswith(DOMAIN)]
     if absent:
         notes.append("not in the set, and to be given again: {}".format("; ".join(absent)))
     is_placed = all(_content(path) == content for path, content in files.items())
@@ -275,7 +274,7 @@ def _tpm_files(description: dict[str, Any], address: Address, uuid: str) -> tupl
             raise BackupError(f"vm.json: {name[:60]!r} is no file of a TPM")
         kind = "tpm2" if name.startswith("tpm2") else "tpm1.2"
         try:
-            files[os.path.join(TPM_PLACE, uuid, kind, name)] = base64.b64decode(text, validate=True)
+            files[os.path.join(STORE.format(uuid, kind), name)] = base64.b64decode(text, validate=True)
         except binascii.Error as error:
             raise BackupError(f"vm.json: the state of the TPM is damaged: {error}") from None
     return files, []
@@ -290,7 +289,8 @@ def _content(path: str) -> bytes | None:
 def _place(path: str, content: bytes) -> None:
     """Write a file of a TPM. libvirt gives it, with its directory, to the user of swtpm when the domain is started."""
     place = os.path.dirname(path)
-    for directory, mode in ((TPM_PLACE, 0o711), (os.path.dirname(place), 0o711), (place, 0o700)):
+    above = os.path.dirname(place)
+    for directory, mode in ((os.path.dirname(above), 0o711), (above, 0o711), (place, 0o700)):
         if not os.path.isdir(directory):
             os.mkdir(directory)
             os.chmod(directory, mode)
