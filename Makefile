@@ -6,7 +6,7 @@
 # ARGS goes to the program behind a target, as in: make unit ARGS="-k plan"
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format sanity unit fuzz integration molecule system torture crashes package versions matrix docs bench lock clean
+.PHONY: help demo test lint format sanity unit fuzz integration molecule system thorough torture crashes package versions matrix docs bench lock clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -31,12 +31,13 @@ lint sanity unit fuzz docs:
 integration: ## Run every module against real QEMU (root)
 molecule: ## Run the roles over several hypervisors (root)
 system: ## Run the tests of crashes and of real guests (root)
+thorough: ## Run the tests of both that take too long for `make test` (root)
 torture: ## Drive 200 random chains of sets, where `make system` drives 25 (root)
 crashes: ## Kill modules, QEMU or both at every hit of every point, where `make test` kills at some (root)
 package: ## Build the tarball into dist, install it elsewhere and run its playbook (root)
 versions: ## Run the most telling tests with the newest QEMU, and the oldest and newest Ansible and Python (root)
 matrix: ## Run the tests with all versions of QEMU, Ansible and Python, or the cells in ARGS; write the table in the guides (root)
-integration molecule system torture crashes package versions matrix:
+integration molecule system thorough torture crashes package versions matrix:
 	@tools/setup vm
 	@.venv/bin/python tools/check $@ --arguments="$(ARGS)"
 

@@ -426,7 +426,7 @@ def test_every_step_has_its_place(stage: t.Callable[..., Stage], name: str) -> N
 def test_module_killed(stage: t.Callable[..., Stage], name: str, hand: int) -> None:
     chance = dice()
     play = stage(name, chance)
-    for point in deal(play.rehearse(), chance, hand, HANDS[name]):
+    for point in deal(play.rehearse(), chance, hand, HANDS[name], share=0.4):
         play.strike(point, crash.MODULE)
 
 

@@ -25,6 +25,7 @@ from ansible_collections.vmfleet.backup.tests.harness.backup import (
     release,
     start_slowly,
 )
+from ansible_collections.vmfleet.backup.tests.harness.choice import first
 from ansible_collections.vmfleet.backup.tests.harness.images import MIB
 from ansible_collections.vmfleet.backup.tests.harness.modules import fail, succeed
 from ansible_collections.vmfleet.backup.tests.harness.qemu import Qmp, wait_until
@@ -84,7 +85,7 @@ def _arguments(module: str, monitor: Path, target: Path) -> dict[str, t.Any]:
     return given
 
 
-@pytest.mark.parametrize("module", MODULES)
+@pytest.mark.parametrize("module", first(1, MODULES))
 def test_case_33_monitor_held_by_somebody_else(vm: Qemu, target: Path, module: str) -> None:
     holder = Qmp(vm.monitor)
     result = fail(module, _arguments(module, vm.monitor, target))
@@ -129,7 +130,7 @@ def _waiting(path: Path) -> bool:
         return any(line.split()[6:] == ["0", str(path)] for line in table)
 
 
-@pytest.mark.parametrize("module", MODULES)
+@pytest.mark.parametrize("module", first(1, MODULES))
 def test_monitor_that_never_answers(vm: Qemu, target: Path, module: str) -> None:
     vm.hang()
     result = fail(module, _arguments(module, vm.monitor, target))

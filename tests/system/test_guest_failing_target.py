@@ -56,6 +56,7 @@ def goes_on(guest: Guest, mount: FileSystem) -> Iterator[None]:
     wait_until(lambda: guest.rounds > rounds + 2, "the guest's next writes")
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("ended", [False, True], ids=["while it is copied", "after its end"])
 def test_image(guest: Guest, mount: FileSystem, directory: Path, ended: bool) -> None:
     target = mount.path / "system.qcow2"

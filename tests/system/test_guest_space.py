@@ -19,6 +19,7 @@ from ansible_collections.vmfleet.backup.tests.harness.backup import (
     release,
     start_slowly,
 )
+from ansible_collections.vmfleet.backup.tests.harness.choice import first
 from ansible_collections.vmfleet.backup.tests.harness.fixtures import leftovers
 from ansible_collections.vmfleet.backup.tests.harness.guest import Guest, file_in, file_system
 from ansible_collections.vmfleet.backup.tests.harness.images import MIB
@@ -69,7 +70,7 @@ def test_reserved_and_filled_in_mid_job(guest: Guest, storage: Storage, director
     assert system - data in (0, 1)
 
 
-@pytest.mark.parametrize("policy", ["report", "stop"])
+@pytest.mark.parametrize("policy", first(1, ["stop", "report"]))
 def test_unreservable_and_filled_while_watched(
     guest: Guest, storage: Storage, directory: Path, start_module: t.Callable[..., ModuleProcess], policy: str
 ) -> None:
@@ -107,6 +108,7 @@ def test_unreservable_and_filled_while_nobody_watched(guest: Guest, storage: Sto
     _writes_on(guest)
 
 
+@pytest.mark.thorough
 def test_job_that_failed_beside_a_stopped_guest(guest: Guest, storage: Storage, directory: Path) -> None:
     mount = storage.mount("ext2", 96 * MIB)
     target = mount.path / "system.qcow2"
