@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from ansible_collections.vmfleet.backup.plugins.module_utils._host import target_files
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.domain_xml import parse_domain, parse_xml
 from ansible_collections.vmfleet.backup.plugins.module_utils._restore.definition import (
     RestoredFrom,
@@ -21,6 +22,8 @@ from ansible_collections.vmfleet.backup.tests.unit.plugins.restoring import IMAG
 
 if TYPE_CHECKING:
     from xml.etree.ElementTree import Element
+
+    import pytest
 
     from ansible_collections.vmfleet.backup.plugins.module_utils._restore.model import DiskRestore
 
@@ -89,6 +92,18 @@ def test_restored_disks_take_the_places_of_the_old_ones() -> None:
         "disk vdx was restored, but belongs to no disk of the domain as it was defined; attach it",
         "libvirt does not know the emulator /opt/evil here, and takes its own",
         f"it uses of this machine: {USES}",
+    ]
+
+
+def test_a_disk_on_a_volume(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(target_files, "is_block_device", lambda path: path.startswith("/dev/vg0/"))
+    root, _notes = defined(replace(restored("vdb", "/dev/vg0/b"), format="raw"))
+    [disk, *_drives] = root.findall("devices/disk")
+    assert disk.attrib == {"type": "block"}
+    assert [(one.tag, one.attrib) for one in disk] == [
+        ("driver", {"name": "qemu", "type": "raw"}),
+        ("source", {"dev": "/dev/vg0/b"}),
+        ("target", {"dev": "vdb"}),
     ]
 
 
