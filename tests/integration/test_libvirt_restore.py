@@ -251,6 +251,8 @@ def test_the_old_domain_is_defined_anew(backup: Backup) -> None:
     # The newest set is that of a domain that is off.
     backup.sets.back_up("libvirt:web01", id="s2", exclude_disks=["vdb"])
     assert backup.refuse().startswith("domain_name: there is a domain web01")
+    beside = {"domain_name": "web02", "domain_uuid": "new", "overwrite": True, "directory": str(backup.directory)}
+    assert backup.refuse(**beside).startswith(f"target: {backup.directory}/vda.qcow2 is a file of domain web01")
     told = f"domain_name: domain web01 is another one, of uuid {uuid}"
     assert backup.refuse(overwrite=True, domain_uuid="new").startswith(told)
     assert "has snapshots or checkpoints" in backup.refuse(overwrite=True)

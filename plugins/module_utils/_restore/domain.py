@@ -122,6 +122,7 @@ async def plan_domain(
     uuid = old.uuid if request.uuid == Identity.KEEP else _drawn(origin, address)
     is_defined = _is_defined(look, origin, uuid, disks)
     _check_names(look, address, uuid, is_defined, request.overwrite)
+    _check_owners(look, disks)
     files, notes = _tpm_files(description, address, uuid)
     for path, content in files.items():
         if _content(path) not in (None, content) and not request.overwrite:
@@ -258,6 +259,14 @@ def _closed_directory(disks: Sequence[DiskRestore], user: tuple[int, ...]) -> st
             if user[0] and not status.st_mode & mine:
                 return path
     return ""
+
+
+def _check_owners(look: Look, disks: Sequence[DiskRestore]) -> None:
+    """Refuse to write to a disk of another domain, which may be off."""
+    for disk in disks:
+        owner = look.owners.get(os.path.realpath(disk.target))
+        if owner:
+            raise Refused("target", f"{disk.target} is a file of domain {owner}; restore to another place")
 
 
 def _tpm_files(description: dict[str, Any], address: Address, uuid: str) -> tuple[dict[str, bytes], list[str]]:

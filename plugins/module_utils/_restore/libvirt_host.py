@@ -10,14 +10,15 @@ Reference: libvirt 9.0, virConnectGetDomainCapabilities() and virDomainDefineXML
 from __future__ import annotations
 
 import asyncio
+import os
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from .._common.errors import BackupError, MonitorGone
 from .._host.threads import within
 from .._qemu.answers import Odd, quoted
-from .._qemu.domain_xml import parse_xml
+from .._qemu.domain_xml import parse_domain, parse_xml
 from .._qemu.libvirt_connection import LibvirtConnection
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ class Look:
     """What libvirt has. C(unfit) says why it cannot run such a VM; C(uuids) are those of all domains, by their names.
 
     C(user) is who its QEMUs run as, by numbers, where libvirt tells that. C(xml) is how the domain of the name that is
-    asked for is defined, and C(held) why it must not be defined anew.
+    asked for is defined, and C(held) why it must not be defined anew. C(owners) are the other domains, by their files.
     """
 
     unfit: str
@@ -48,6 +49,7 @@ class Look:
     user: tuple[int, ...] = ()
     xml: str = ""
     held: str = ""
+    owners: Mapping[str, str] = field(default_factory=dict)
 
 
 class LibvirtHost(LibvirtConnection):
@@ -68,7 +70,7 @@ class LibvirtHost(LibvirtConnection):
         except (self.libvirt.libvirtError, Odd) as error:
             return Look(quoted(error), uuids)
         emulators = frozenset({default, *(element.text or "" for element in known.iter("emulator"))})
-        look = Look("", uuids, emulators, _user(known, kind))
+        look = Look("", uuids, emulators, _user(known, kind), owners=self._owners())
         if self.domain is None:
             return look
         return replace(look, xml=self.domain.XMLDesc(self.libvirt.VIR_DOMAIN_XML_INACTIVE), held=self._held())
@@ -76,6 +78,20 @@ class LibvirtHost(LibvirtConnection):
     def define(self, xml: str) -> str:
         """Define a domain, and return its uuid."""
         return str(self._connection.defineXML(xml).UUIDString())
+
+    def _owners(self) -> dict[str, str]:
+        """Return which other domain each file belongs to, as they are defined: one that is off holds no lock on it."""
+        found = {}
+        for domain in self._connection.listAllDomains(0):
+            try:
+                name, xml = domain.name(), parse_domain(domain.XMLDesc(self.libvirt.VIR_DOMAIN_XML_INACTIVE))
+            except (self.libvirt.libvirtError, Odd):
+                # It has gone at this moment, or is none that anybody could start.
+                continue
+            if name != self.address.domain:
+                paths = [disk.source.path for disk in xml.disks if disk.source.kind in ("file", "block")]
+                found.update({os.path.realpath(path): name for path in (*paths, xml.firmware.nvram) if path})
+        return found
 
     def _held(self) -> str:
         """Return why the domain must not be defined anew with other disks."""
