@@ -251,6 +251,9 @@ def test_all_kinds_of_disks(libvirt: Libvirt, directory: Path) -> None:
     assert (directory / "restored" / "nvram.fd").read_bytes() == turns.domain.nvram.read_bytes()
     targets = [target.attrib["dev"] for target in Domain(libvirt, "web02").xml().iterfind("devices/disk/target")]
     assert targets == ["vda", "vdb", "vdd", "sda", "sdb"]
+    libvirt.virsh("pool-destroy", "images")
+    [planned] = turns.plan("s2", exclude_disks=["vdc"])["vms"]
+    assert "disk vdd of VM web (volume images/vdd.qcow2) cannot be copied while the VM is off" in planned["reason"]
 
 
 def test_other_policies_leave_it_alone(turns: Turns) -> None:
