@@ -11,9 +11,9 @@
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
 
-demo: ## Back up a real Linux guest while it writes, and look into the backup
+demo: ## Back up a real Linux guest while it writes, and look into the backup; with LIBVIRT=1 a domain of libvirt (root)
 	@tools/setup vm
-	@tools/tree demo/run $(ARGS)
+	@tools/tree demo/$(if $(LIBVIRT),libvirt,run) $(ARGS)
 
 test: ## Run all the checks below and show a summary
 	@tools/setup vm

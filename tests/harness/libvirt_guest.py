@@ -31,8 +31,8 @@ TARGETS = ("vda", "vdb")
 AGENT = "org.qemu.guest_agent.0"
 
 
-class GuestDomain(Domain):
-    """A guest whose disks are `system.qcow2` (vda) and `data.qcow2` (vdb) in `directory`: old ones, or fresh ones."""
+class LinuxDomain(Domain):
+    """A domain that is defined, and in which that Linux runs when it is on. Its console is in `directory`."""
 
     def __init__(
         self, libvirt: Libvirt, directory: Path, *, name: str = "guest", writer: bool = True, agent: bool = True
@@ -41,22 +41,11 @@ class GuestDomain(Domain):
         self._writer = writer
         self._agent = agent
         self._console = Console(directory / "console")
-        # libvirt gives them to the user whom QEMU runs as.
-        for file in ("vmlinuz", "initrd.img"):
-            shutil.copy(built() / file, directory / file)
-        disks = [DomainDisk(path, target) for path, target in zip(lay_disks(directory), TARGETS, strict=True)]
-        boot = (
-            f"<kernel>{directory}/vmlinuz</kernel><initrd>{directory}/initrd.img</initrd>"
-            f"<cmdline>{escape(command_line(writer=writer, agent=agent))}</cmdline>"
-        )
-        devices = (
-            f"<serial type='file'><source path='{self._console.path}'/></serial>"
-            f"<channel type='unix'><target type='virtio' name='{AGENT}'/></channel>"
-        )
-        libvirt.define(name, *disks, memory=MEMORY, os=boot, devices=devices)
 
     def start(self, *options: str) -> None:
         """Start it, and wait for the guest, its first writes and its agent."""
+        # What another one has said, whose disks these were.
+        self._console.path.unlink(missing_ok=True)
         super().start(*options)
         wait_until(self._ready, "the guest's start", START_PATIENCE)
 
@@ -85,3 +74,25 @@ class GuestDomain(Domain):
         """Ask the guest's agent, past libvirt's own functions; returns its answer."""
         message = {"execute": command, **({"arguments": arguments} if arguments else {})}
         return json.loads(self.virsh("qemu-agent-command", json.dumps(message)))["return"]
+
+
+class GuestDomain(LinuxDomain):
+    """One whose disks are `system.qcow2` (vda) and `data.qcow2` (vdb) in `directory`: old ones, or fresh ones."""
+
+    def __init__(
+        self, libvirt: Libvirt, directory: Path, *, name: str = "guest", writer: bool = True, agent: bool = True
+    ) -> None:
+        super().__init__(libvirt, directory, name=name, writer=writer, agent=agent)
+        # libvirt gives them to the user whom QEMU runs as.
+        for file in ("vmlinuz", "initrd.img"):
+            shutil.copy(built() / file, directory / file)
+        disks = [DomainDisk(path, target) for path, target in zip(lay_disks(directory), TARGETS, strict=True)]
+        boot = (
+            f"<kernel>{directory}/vmlinuz</kernel><initrd>{directory}/initrd.img</initrd>"
+            f"<cmdline>{escape(command_line(writer=writer, agent=agent))}</cmdline>"
+        )
+        devices = (
+            f"<serial type='file'><source path='{self._console.path}'/></serial>"
+            f"<channel type='unix'><target type='virtio' name='{AGENT}'/></channel>"
+        )
+        libvirt.define(name, *disks, memory=MEMORY, os=boot, devices=devices)
