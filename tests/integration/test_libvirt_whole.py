@@ -20,7 +20,7 @@ import pytest
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu import block_jobs
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.description import parse_description
 from ansible_collections.vmfleet.backup.tests.harness.booting import boot
-from ansible_collections.vmfleet.backup.tests.harness.images import identical, patterned
+from ansible_collections.vmfleet.backup.tests.harness.images import MIB, identical, patterned
 from ansible_collections.vmfleet.backup.tests.harness.libvirt_domains import DomainDisk
 from ansible_collections.vmfleet.backup.tests.harness.modules import run_module
 from ansible_collections.vmfleet.backup.tests.harness.old_version import OldVersion
@@ -98,9 +98,17 @@ def test_all_of_a_domain_is_in_its_set(libvirt: Libvirt, directory: Path, monkey
     sets.back_up(ADDRESS, id="s2")
     assert base64.b64decode(described(sets, "s2")["tpm"]["state"][STATE]) == state + b"new"
     assert {**described(sets, "s2"), "tpm": None, "taken": ""} == {**found, "tpm": None, "taken": ""}
-    # A throwaway VM has its firmware and its variables; there is nothing on its disk to boot.
+
+
+@pytest.mark.thorough
+@as_root
+def test_a_throwaway_vm_has_the_firmware_and_the_variables_of_a_domain(libvirt: Libvirt, directory: Path) -> None:
+    libvirt.start("web01", DomainDisk(patterned(directory / "a.qcow2", size=MIB)), memory=64, nvram=True, tpm=True)
+    sets = Sets(directory / "repository", libvirt.inside)
+    sets.back_up(ADDRESS)
     with tempfile.TemporaryDirectory(prefix="vt-") as place:
         asked = {"repository": str(sets.path), "names": ["web01"]}
+        # There is nothing on its disk to boot, which the firmware says.
         asked |= boot(Path(place), boot_pattern="BdsDxe", boot_timeout=200)
         verified = run_module("backup_verify", asked, inside=libvirt.inside, timeout=240)
     assert verified["rc"] == 0, verified
