@@ -64,8 +64,8 @@ def options(description: str | None) -> argparse.Namespace:
     """What the command line says: all benchmarks take the same options, and each uses those that concern it."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--directory", type=Path, help="where to work; needs three times the data")
-    parser.add_argument("--pairs", type=int, default=5, help="copy: how often each opponent is met")
-    parser.add_argument("--gib", type=float, default=4, help="copy: data on the disk")
+    parser.add_argument("--pairs", type=int, default=5, help="copy, restore, libvirt: how often each opponent is met")
+    parser.add_argument("--gib", type=float, default=4, help="copy, restore, libvirt: data on the disk")
     parser.add_argument("--vms", type=int, default=200, help="control: VMs, of 30 MiB of memory each")
     parser.add_argument("--hypervisors", type=int, default=8, help="fleet: hypervisors")
     parser.add_argument("--each", type=int, default=10, help="fleet: VMs on each hypervisor")

@@ -24,4 +24,4 @@ def test_it_starts(benchmark: Path) -> None:
 
 
 def test_there_are_some() -> None:
-    assert {path.name for path in BENCHMARKS} >= {"control", "copy", "fleet", "info", "restore", "start"}
+    assert {path.name for path in BENCHMARKS} >= {"control", "copy", "fleet", "info", "libvirt", "restore", "start"}
