@@ -23,7 +23,7 @@ from .disks import listed_otherwise
 from .domain_warnings import domain_warnings
 from .model import Action, Plan, RunContext, VmPlan
 from .observe import measure, no_room, observe, space_in, with_records
-from .requests import reached_once, with_policy
+from .requests import reached_once, with_new_name, with_policy
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -140,6 +140,7 @@ async def draw_up(
             if seen.vm and seen.vm.process:
                 processes[request.monitor] = (seen.vm.process.pid, seen.vm.process.start)
             seen, records = await repository.run(with_records, seen, named.name, context.hypervisor)
+            seen = with_new_name(seen, named, found, records.sets)
             decision = decide.decide(named, seen, records, context)
             if not decision.links:
                 # Nothing is to be started, or the VM is off, and only what was begun is to be brought to its end.

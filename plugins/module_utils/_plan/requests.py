@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     from .._qemu.discovery import Discovery
+    from .._repository.documents import Manifest
     from .model import Observation, Request, VmPlan
 
 
@@ -46,6 +47,22 @@ def with_policy(request: Request, found: Discovery, seen: Observation) -> Reques
     if entry.error:
         raise BackupError(entry.error)
     return apply_policy(request, read_policy(entry.policies))
+
+
+def with_new_name(seen: Observation, request: Request, found: Discovery, sets: Sequence[Manifest]) -> Observation:
+    """Add what a domain is called now that has had C(sets) under a name of which libvirt has none any more."""
+    address = request.address
+    if seen.vm or not (address.domain and sets) or address in found.domains:
+        return seen
+    uuid = sets[-1].vm.uuid
+    name = next((entry.name for entry in found.domains.values() if uuid and entry.uuid == uuid), "")
+    if not name:
+        return seen
+    told = (
+        f"{address}: libvirt has no domain of this name, and the one that had it ({uuid}) is {name} now. To go on with"
+        f" its sets, list it as name: {request.name}, monitor: libvirt:{name}; to begin anew, name it {name}"
+    )
+    return replace(seen, error=told)
 
 
 def reached_once(

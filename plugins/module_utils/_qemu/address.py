@@ -101,7 +101,11 @@ def _domain(text: str, option: str, uri: str) -> Address:
     except UnicodeEncodeError:
         raise Refused(option, f"{text!r} is no text in Unicode, as names of libvirt are") from None
     if not name or "/" in name or name in NO_DOMAINS:
-        raise Refused(option, f"{text!r} names no domain: libvirt takes neither an empty name, nor one with '/'")
+        raise Refused(
+            option,
+            f"{text!r} names no domain: libvirt takes neither an empty name, nor one with '/'; which libvirt is meant"
+            " is said by libvirt_uri",
+        )
     return Address(domain=name, uri=check_libvirt_uri("libvirt_uri", uri or DEFAULT_URI))
 
 

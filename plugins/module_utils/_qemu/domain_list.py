@@ -32,6 +32,7 @@ class DomainEntry:
     """A domain that libvirt knows. C(policies) is what it says of its backup, C(error) why that cannot be read."""
 
     name: str
+    uuid: str = ""
     policies: tuple[Note, ...] = ()
     error: str = ""
 
@@ -78,16 +79,16 @@ def _ask(libvirt: Any, uri: str) -> tuple[DomainEntry, ...]:
 
 def _entry(libvirt: Any, domain: Any) -> DomainEntry | None:
     """Return what is told of a domain; None for one that has gone meanwhile."""
-    name = domain.name()
+    name, uuid = domain.name(), domain.UUIDString()
     try:
         texts = domain.XMLDesc(0), domain.XMLDesc(INACTIVE)
     except libvirt.libvirtError as error:
         if error.get_error_code() == NO_DOMAIN:
             return None
-        return DomainEntry(name, error=f"libvirt does not tell its XML: {quoted(error)}")
+        return DomainEntry(name, uuid, error=f"libvirt does not tell its XML: {quoted(error)}")
     try:
         live, defined = map(parse_domain, texts)
     except Odd as odd:
-        return DomainEntry(name, error=f"the XML of the domain makes no sense: {quoted(odd)}")
+        return DomainEntry(name, uuid, error=f"the XML of the domain makes no sense: {quoted(odd)}")
     # A policy may have been set for the domain as it runs only, or for its next start.
-    return DomainEntry(name, live.policies or defined.policies)
+    return DomainEntry(name, uuid, live.policies or defined.policies)

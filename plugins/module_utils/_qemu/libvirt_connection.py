@@ -143,7 +143,7 @@ class LibvirtConnection:
         found = difflib.get_close_matches(self.address.domain, names, MOST_NAMES)
         if found:
             return f"is {' or '.join(found)} meant?"
-        count = f"{len(names)} others" if names else "none at all"
+        count = f"{len(names)} of other names" if names else "none at all"
         return f"it has {count} at {self.address.uri}; see `virsh -c {self.address.uri} list --all`"
 
     def _error(self, what: str, error: Any) -> MonitorError:

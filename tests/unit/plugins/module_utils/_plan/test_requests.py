@@ -49,7 +49,7 @@ def test_a_domain_says_how_it_is_backed_up() -> None:
     request = Request("", "libvirt:web", libvirt_uri=URI, found_by=FoundBy.DOMAIN)
 
     def said(*policies: Note, error: str = "") -> Request:
-        known = Discovery(domains={WEB: DomainEntry("web", policies, error)})
+        known = Discovery(domains={WEB: DomainEntry("web", "", policies, error)})
         return with_policy(request, known, Observation())
 
     assert with_policy(request, Discovery(), Observation()) == said() == request

@@ -108,6 +108,8 @@ REMOTE = [
     "qemu:///embed?root=/x",
     "xen:///system",
     "test:///default",
+    "qemu:///system,qemu:///session",
+    "qemu:///system qemu:///session",
 ]
 
 
