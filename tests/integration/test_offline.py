@@ -12,6 +12,7 @@ import typing as t
 import pytest
 
 from ansible_collections.vmfleet.backup.tests.harness.backup import sent
+from ansible_collections.vmfleet.backup.tests.harness.choice import first
 from ansible_collections.vmfleet.backup.tests.harness.images import MIB, create, identical, qemu_img
 from ansible_collections.vmfleet.backup.tests.harness.modules import fail, succeed
 from ansible_collections.vmfleet.backup.tests.harness.offline import NAME, SIZE, OffHistory
@@ -27,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("clean")
 UUID = "6f9b16e4-7b8c-4a52-9df3-5c2b1f0c7a10"
 
 
-@pytest.mark.parametrize("uuid", ["", UUID], ids=["without uuid", "with uuid"])
+@pytest.mark.parametrize("uuid", first(1, [UUID, ""]))
 def test_on_and_off_in_turns(vms: Vms, off: OffHistory, uuid: str) -> None:
     if uuid:
         off.entry["uuid"] = uuid

@@ -207,6 +207,7 @@ def test_a_storage_daemon_that_nobody_needs_is_ended(off: OffHistory) -> None:
     off.check()
 
 
+@pytest.mark.thorough
 def test_two_repositories(off: OffHistory, directory: Path) -> None:
     """One after the other: whoever comes second while the first copies is told so."""
     plan = off.start("s1")
@@ -228,6 +229,7 @@ def test_two_repositories(off: OffHistory, directory: Path) -> None:
     other.check()
 
 
+@pytest.mark.thorough
 def test_it_stops_when_told_to_by_signal(off: OffHistory) -> None:
     """As when the machine is shut down."""
     off.make("s1")
