@@ -72,13 +72,20 @@ def say(domain: Domain, policy: str, *how: str) -> None:
 class TestPatterns:
     """What is found, and what is said where nothing is."""
 
-    def test_running_and_shut_off(self, sets: Sets) -> None:
+    def test_running_and_shut_off(self, sets: Sets, libvirt: Libvirt, directory: Path) -> None:
         start = ("libvirt:web", "start", "there is no set s1 of this VM")
         off = ("libvirt:db", "start", f"{start[2]}; it is off, and cannot be started while it is copied")
         assert found(sets, domains=["*"]) == {"db": off, "web": start}
         skipped = {"db": ("libvirt:db", "skip", SHUT_OFF), "web": start}
         assert found(sets, domains=["d*", "web"], offline="skip") == skipped
         assert found(sets, domains=["*"], exclude_domains=["db"]) == {"web": start}
+        # libvirt takes a name that nothing here can be called by.
+        libvirt.define("a\tb", disk(directory, "odd"))
+        result = sets.plan(vms=[], domains=["*"])
+        assert [vm["name"] for vm in result["plan"]["vms"]] == ["db", "web"]
+        told = "a domain cannot be backed up under its name: domains: 'libvirt:a\\tb' has control characters"
+        assert result["warnings"] == [told]
+        libvirt.virsh("undefine", "a\tb")
         # What is spelled out should be there.
         result = sets.plan(vms=[], domains=["wep", "web", "mail*"], exclude_domains=["x"])
         assert [(vm["name"], vm["action"]) for vm in result["plan"]["vms"]] == [("wep", "fail"), ("web", "start")]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import typing as t
 
 import pytest
@@ -141,9 +142,11 @@ def test_on_another_machine_when_the_old_one_is_gone(directory: Path) -> None:
         # Somebody may need it: undefine keeps it with --keep-tpm.
         state = new.seen_here(f"/var/lib/libvirt/swtpm/{uuid}/tpm2/{STATE}")
         state.parent.mkdir(parents=True)
-        state.write_bytes(b"another")
-        told = fail("backup_restore", backup.asked(), inside=new.inside)["msg"]
-        assert told.endswith(f"{STATE} exists, and is not of this set; with overwrite: true it is replaced")
+        for other in (b"another", bytes(1 << 19)):
+            # The second one is larger than any that is read.
+            state.write_bytes(other)
+            told = fail("backup_restore", backup.asked(), inside=new.inside)["msg"]
+            assert told.endswith(f"{STATE} exists, and is not of this set; with overwrite: true it is replaced")
         state.unlink()
         hypervisor = Hypervisor(directory, inside=new.inside)
         wanted = {"restore_vm": "web01", "restore_directory": f"{directory}/restored", "restore_domain": "define"}
@@ -178,6 +181,9 @@ def test_what_stands_in_the_way_is_found_before_anything_is_written(
     assert backup.refuse(**new, method="overlay").startswith("method: a domain is defined on copies")
     some = {**new, "directory": None, "disks": [{"name": "vda", "target": str(backup.directory / "x.qcow2")}]}
     assert backup.refuse(**some) == "disks: disk nvram of set s1 is missing; a domain is defined with all of them"
+    nowhere = [{"name": name, "target": f"/nowhere/{name}"} for name in ("vda", "nvram")]
+    told = backup.refuse(**new, directory=None, disks=nowhere)
+    assert told == "target: /nowhere/vda: there is no directory /nowhere"
     assert "names no domain" in backup.refuse(domain_name="a/b", domain_uuid="new")
     assert backup.refuse(**new, libvirt_uri="qemu+ssh://host/system").startswith("libvirt_uri: ")
     assert backup.refuse(**{**new, "domain": "none"}).startswith("domain_name: nothing is defined")
@@ -243,7 +249,7 @@ def test_a_killed_process_leaves_what_the_next_one_finds(
     backup.assert_restored(Domain(libvirt, "web02"))
 
 
-def test_the_old_domain_is_defined_anew(backup: Backup) -> None:
+def test_the_old_domain_is_defined_anew(backup: Backup, monkeypatch: pytest.MonkeyPatch) -> None:
     domain = backup.domain
     uuid = domain.uuid
     domain.virsh("snapshot-create-as", "s", "--disk-only", "--diskspec", "vda,snapshot=no")
@@ -257,6 +263,22 @@ def test_the_old_domain_is_defined_anew(backup: Backup) -> None:
     assert backup.refuse(overwrite=True, domain_uuid="new").startswith(told)
     assert "has snapshots or checkpoints" in backup.refuse(overwrite=True)
     domain.virsh("snapshot-delete", "s", "--metadata")
+    lock_target = restored_domain.lock_target
+
+    def start(target: str) -> object:
+        subprocess.run(["virsh", "start", "web01", "--paused"], check=True, capture_output=True)
+        return lock_target(target)
+
+    with monkeypatch.context() as patched:
+        # Somebody starts it while its disks are copied.
+        patched.setattr(restored_domain, "lock_target", start)
+        told = fail("backup_restore", backup.asked(overwrite=True), inside=backup.libvirt.inside)["msg"]
+    assert told == (
+        "libvirt:web01: the disks are restored, and the domain is not defined: the domain runs since the restore has"
+        " begun. Call again"
+    )
+    domain.destroy()
+    assert domain.xml("--inactive").findtext("os/nvram") != str(backup.directory / "restored" / "nvram.fd")
     (domain.tpm / STATE).write_bytes(b"of today")
     done = backup.restore(overwrite=True)
     assert done["id"] == "s2"

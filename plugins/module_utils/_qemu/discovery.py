@@ -12,7 +12,7 @@ import stat
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from .._common.errors import BackupError, MonitorError
+from .._common.errors import BackupError, MonitorError, Refused
 from .._common.options import check_path
 from .address import LIBVIRT, FoundBy, parse_address
 from .domain_list import list_domains
@@ -70,7 +70,12 @@ async def _ask_libvirt(found: Discovery, libvirt_uri: str, is_needed: bool) -> N
         # Each domain that is listed will most likely tell by itself what is wrong.
         found.failure = str(error)
         return
-    found.domains.update({parse_address(f"{LIBVIRT}{entry.name}", "domains", uri): entry for entry in entries})
+    for entry in entries:
+        try:
+            found.domains[parse_address(f"{LIBVIRT}{entry.name}", "domains", uri)] = entry
+        except Refused as refused:
+            # One such name is no matter to the other domains.
+            found.warnings.append(f"a domain cannot be backed up under its name: {refused}")
 
 
 def find_domains(

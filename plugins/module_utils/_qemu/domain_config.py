@@ -10,12 +10,13 @@ Reference: libvirt 9.0, virDomainXMLFlags in libvirt-domain.h.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from functools import partial
 from typing import TYPE_CHECKING
 from xml.etree import ElementTree
 
-from .._common.redaction import Redaction, redact
+from .._common.redaction import HARMLESS, REMOVED, Redaction, redact
 from .answers import Odd
 from .domain_xml import UUID, parse_xml
 
@@ -37,6 +38,10 @@ QEMU = "http://libvirt.org/schemas/domain/qemu/1.0"
 """The name space of what libvirt hands on to QEMU as it is."""
 PAYLOADS = ("sysinfo[@type='fwcfg']/entry", "devices/disk/source/cookies/cookie")
 """Elements whose text may be a secret, whatever it looks like."""
+SECRET_NAME = re.compile(
+    r"(?i).*(?:passw(?:or)?d|passphrase|passcode|pass|pwd|secret|token|credentials?|(?:api|access|private|secret)[-_]?key)"
+)
+"""What others call a secret in C(<metadata>), each in a way of their own."""
 
 
 async def describe_domain(libvirt: LibvirtDomain, removed: list[str]) -> dict[str, Any]:
@@ -127,6 +132,8 @@ def _redact(root: Element, removed: list[str]) -> None:
             tag = element.tag.rpartition("}")[2]
             redaction = Redaction(f"domain {tag}", removed, tag if element in payloads else "")
             _redact_element(element, tag, redaction)
+    for element in root.iterfind("metadata//*"):
+        _redact_metadata(element, removed)
 
 
 def _redact_element(element: Element, tag: str, redaction: Redaction) -> None:
@@ -136,3 +143,17 @@ def _redact_element(element: Element, tag: str, redaction: Redaction) -> None:
             element.set(name, redaction.text(name, value))
     if element.text and element.text.strip():
         element.text = redaction.text(tag, element.text)
+
+
+def _redact_metadata(element: Element, removed: list[str]) -> None:
+    """Take out what is called a secret: attributes, texts, and values of C(name='...' value='...')."""
+    tag = element.tag.rpartition("}")[2]
+    is_secret = any(map(SECRET_NAME.fullmatch, (tag, *(element.get(name, "") for name in ("name", "key")))))
+    for name, value in element.attrib.items():
+        if (SECRET_NAME.fullmatch(name) or (is_secret and name == "value")) and value not in (*HARMLESS, REMOVED):
+            element.set(name, REMOVED)
+            removed.append(f"domain {tag}: {name}")
+    text = (element.text or "").strip()
+    if is_secret and text not in (*HARMLESS, REMOVED):
+        element.text = REMOVED
+        removed.append(f"domain {tag}: {tag}")

@@ -62,7 +62,7 @@ async def describe_tpm(monitor: Monitor, vm: Vm, removed: list[str]) -> dict[str
 def describe_stored(vm: Vm, last: dict[str, Any] | None, removed: list[str]) -> dict[str, Any] | None:
     """Return the TPM of a domain that is shut off, and its state; None where it has none.
 
-    Its swtpm does not run, but C(last) may say where the state is: what a set has of it.
+    Its swtpm does not run, but C(last) may say where the state is: what a set has of it, if it was found there.
     """
     tpm = vm.domain.xml.tpm if vm.domain else None
     if tpm is None:
@@ -71,7 +71,9 @@ def describe_stored(vm: Vm, last: dict[str, Any] | None, removed: list[str]) -> 
     state: dict[str, str] = {}
     reason = CHIP
     if tpm.backend == "emulator":
-        directory = (last or {}).get("directory") or STORE.format(vm.uuid, "tpm1.2" if tpm.version == "1.2" else "tpm2")
+        known = last or {}
+        directory = known.get("directory", "") if known.get("state") else ""
+        directory = directory or STORE.format(vm.uuid, "tpm1.2" if tpm.version == "1.2" else "tpm2")
         state, reason = read_state(directory)
     if not state:
         removed.append(LOST + reason)

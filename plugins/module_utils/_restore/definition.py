@@ -30,6 +30,21 @@ RESTORED = "https://github.com/vmfleet/backup/restored/1"
 NEEDED = ("os/loader", "os/kernel", "os/initrd", "os/dtb")
 """Elements that name files without which a domain does not start, and which are not in the set."""
 REMOVABLE = ("cdrom", "floppy")
+OTHERS = (
+    "metadata",
+    "title",
+    "description",
+    "resource",
+    "loader",
+    "kernel",
+    "initrd",
+    "dtb",
+    "nvram",
+    "disk",
+    "emulator",
+)
+"""Elements whose paths are none of the machine's files, are replaced, or are told in another way."""
+ENTROPY = ("/dev/random", "/dev/urandom", "/dev/hwrng")
 OF_SOURCE = ("source", "backingStore", "mirror", "auth", "encryption", "reservations")
 """Elements of a disk that belong to where its image has stood, and how."""
 
@@ -178,13 +193,24 @@ def _tell_uses(root: Element) -> Iterator[str]:
         uses += [
             f"{kind} {interface.attrib[kind]}" for kind in ("network", "bridge", "dev") if kind in interface.attrib
         ]
-    uses += [f"directory {source.get('dir')}" for source in root.iterfind("devices/filesystem/source[@dir]")]
+    uses += _paths(root)
     counts = {"host devices": "devices/hostdev", "options for QEMU": f"{{{QEMU}}}commandline/{{{QEMU}}}arg"}
     for what, path in counts.items():
         number = len(root.findall(path))
         uses += [f"{what} ({number})"] if number else []
     if uses:
         yield "it uses of this machine: {}".format(", ".join(dict.fromkeys(uses)))
+
+
+def _paths(element: Element, owner: str = "") -> Iterator[str]:
+    """Return all other paths in a domain: shared directories, the memory of an NVDIMM, programs that libvirt starts."""
+    for child in element:
+        if child.tag not in OTHERS:
+            name = child.tag if owner in ("", "devices") else owner
+            for found in (*child.attrib.values(), (child.text or "").strip()):
+                if found.startswith("/") and found not in ENTROPY:
+                    yield f"{found} ({name})"
+            yield from _paths(child, name)
 
 
 def _child(parent: Element, tag: str) -> Element:

@@ -30,6 +30,7 @@ from .._repository.repository import check_owner
 from . import libvirt_host
 from .checks import lock_target
 from .definition import RestoredFrom, Wanted, is_nvram, needed_files, origin_of, redefine
+from .libvirt_host import LibvirtHost
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -69,8 +70,8 @@ class DomainRequest:
 class DomainRestore:
     """A domain that is restored: its definition, and the files of its TPM, by their paths.
 
-    C(is_defined) says that libvirt has it already, from this set and with these disks. C(notes) is what is to be known
-    before it is started.
+    C(is_defined) says that libvirt has it already, from this set and with these disks. C(found) is how the domain of
+    its name was defined when all was checked. C(notes) is what is to be known before it is started.
     """
 
     address: Address
@@ -79,6 +80,7 @@ class DomainRestore:
     tpm: Mapping[str, bytes] = field(repr=False)
     is_defined: bool
     is_placed: bool
+    found: str = field(default="", repr=False)
     notes: tuple[str, ...] = ()
 
     @property
@@ -125,7 +127,7 @@ async def plan_domain(
     _check_owners(look, disks)
     files, notes = _tpm_files(description, address, uuid)
     for path, content in files.items():
-        if _content(path) not in (None, content) and not request.overwrite:
+        if not request.overwrite and os.path.lexists(path) and _content(path) != content:
             raise Refused("domain", f"{path} exists, and is not of this set; with overwrite: true it is replaced")
     wanted = Wanted(address.domain, uuid, request.mac == Identity.NEW)
     xml, more = redefine(root, wanted, disks, origin, look.emulators)
@@ -136,7 +138,7 @@ async def plan_domain(
     if absent:
         notes.append("not in the set, and to be given again: {}".format("; ".join(absent)))
     is_placed = all(_content(path) == content for path, content in files.items())
-    return DomainRestore(address, uuid, xml, files, is_defined, is_placed, (*notes, *more))
+    return DomainRestore(address, uuid, xml, files, is_defined, is_placed, look.xml, (*notes, *more))
 
 
 async def define_domain(domain: DomainRestore, restored: Sequence[Mapping[str, Any]]) -> None:
@@ -144,6 +146,7 @@ async def define_domain(domain: DomainRestore, restored: Sequence[Mapping[str, A
     address = domain.address
     async with lock_target(f"/{address.uri}/{address}"):
         try:
+            await _check_again(domain)
             for path, content in domain.tpm.items():
                 if _content(path) != content:
                     _place(path, content)
@@ -154,6 +157,15 @@ async def define_domain(domain: DomainRestore, restored: Sequence[Mapping[str, A
                 f"{address}: the disks are restored, and the domain is not defined: {in_words(error)}. Call again",
                 restored=list(restored),
             ) from error
+
+
+async def _check_again(domain: DomainRestore) -> None:
+    """Raise BackupError where a domain must not be defined any more: the copy of its disks has taken long."""
+    if not domain.is_needed:
+        return
+    xml, held = await libvirt_host.ask(domain.address, "the look at the domain", LibvirtHost.look_again)
+    if xml != domain.found or held:
+        raise BackupError(f"the domain {held or 'was defined by others'} since the restore has begun")
 
 
 def _check_disks(manifest: Manifest, disks: Sequence[DiskRestore]) -> None:
@@ -254,6 +266,9 @@ def _closed_directory(disks: Sequence[DiskRestore], user: tuple[int, ...]) -> st
     for place in places:
         parts = place.split("/")
         for path in ("/".join(parts[:number]) or "/" for number in range(1, len(parts) + 1)):
+            if not os.path.isdir(path):
+                # That of a target has to be there: the restore itself tells that.
+                break
             status = os.stat(path)
             mine = 0o100 if status.st_uid == user[0] else 0o010 if status.st_gid == user[1] else 0o001
             if user[0] and not status.st_mode & mine:

@@ -71,9 +71,14 @@ class LibvirtHost(LibvirtConnection):
             return Look(quoted(error), uuids)
         emulators = frozenset({default, *(element.text or "" for element in known.iter("emulator"))})
         look = Look("", uuids, emulators, _user(known, kind), owners=self._owners())
+        xml, held = self.look_again()
+        return replace(look, xml=xml, held=held)
+
+    def look_again(self) -> tuple[str, str]:
+        """Return how the domain is defined, and why it must not be defined anew; nothing where there is none."""
         if self.domain is None:
-            return look
-        return replace(look, xml=self.domain.XMLDesc(self.libvirt.VIR_DOMAIN_XML_INACTIVE), held=self._held())
+            return "", ""
+        return self.domain.XMLDesc(self.libvirt.VIR_DOMAIN_XML_INACTIVE), self._held()
 
     def define(self, xml: str) -> str:
         """Define a domain, and return its uuid."""

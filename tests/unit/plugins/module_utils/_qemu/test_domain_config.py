@@ -69,6 +69,21 @@ def test_secrets_that_others_have_written_into_it() -> None:
         "domain source: query",
         "domain cookie: cookie",
     ]
+    # Whoever writes metadata has words of their own.
+    metadata = (
+        "<a rootPassword='hunter2'><adminPass>hunter2</adminPass><API_KEY>hunter2</API_KEY><passwordHint/>"
+        "<setting name='db_password' value='hunter2'/><policy password='yes' level='full'/></a>"
+    )
+    named: list[str] = []
+    text = without_secrets(PLAIN.replace("<os>", f"<metadata>{metadata}</metadata><os>"), "", named)
+    assert "hunter2" not in text
+    assert 'password="yes" level="full"' in text
+    assert named[1:] == [
+        "domain a: rootPassword",
+        "domain adminPass: adminPass",
+        "domain API_KEY: API_KEY",
+        "domain setting: value",
+    ]
     # All else is still there, and libvirt can read it.
     assert kept.count(REMOVED.replace("<", "&lt;").replace(">", "&gt;")) == 9
     assert '<qemu:env name="TZ" value="UTC"' in kept

@@ -13,9 +13,17 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.process import Process
-from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.tpm import describe_tpm, losses, renewed
+from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.domain_disks import Domain
+from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.domain_xml import DomainXml, Tpm
+from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.tpm import (
+    STORE,
+    describe_stored,
+    describe_tpm,
+    losses,
+    renewed,
+)
 from ansible_collections.vmfleet.backup.tests.harness.qemu import wait_until
-from ansible_collections.vmfleet.backup.tests.unit.plugins.builders import vm
+from ansible_collections.vmfleet.backup.tests.unit.plugins.builders import UUID, vm
 from ansible_collections.vmfleet.backup.tests.unit.plugins.doubles import FakeMonitor, monitor
 
 if TYPE_CHECKING:
@@ -62,6 +70,16 @@ def test_state_that_cannot_be_found(tmp_path: Path, arguments: list[str], reason
     found = describe(EMULATOR, *(word.format(tmp_path) for word in arguments))
     assert found["tpm"]["state"] == {}
     assert losses(found)[0].startswith(f"the state of the TPM is not in the set: {reason.format(tmp_path)}")
+
+
+def test_state_of_a_vm_that_is_off_is_where_it_was_found() -> None:
+    domain = Domain(DomainXml("a", UUID, tpm=Tpm("tpm-tis", "emulator", "2.0")))
+    found = vm(uuid=UUID, domain=domain)
+    for state, directory in (({"tpm2-00.permall": "AAE="}, "/gone"), ({}, STORE.format(UUID, "tpm2"))):
+        # Where there was none, the directory was a guess.
+        tpm = describe_stored(found, {"directory": "/gone", "state": state}, [])
+        assert tpm
+        assert tpm["directory"] == directory
 
 
 def test_state_is_read_again(tmp_path: Path) -> None:

@@ -35,6 +35,7 @@ OLD = f"""
   <name>web01</name><uuid>{UUID}</uuid><genid>{OTHER}</genid>
   <metadata><my:app xmlns:my='urn:my'/></metadata>
   <sysinfo type='smbios'><system><entry name='uuid'>{UUID}</entry><entry name='serial'>7</entry></system></sysinfo>
+  <sysinfo type='fwcfg'><entry name='opt/x' file='/old/table'/></sysinfo>
   <os><type arch='x86_64' machine='pc-q35-7.2'>hvm</type><kernel>/boot/vmlinuz</kernel>
     <nvram template='/usr/share/VARS.fd' format='qcow2'>/old/VARS.qcow2</nvram></os>
   <devices>
@@ -50,10 +51,17 @@ OLD = f"""
     <interface type='bridge'><mac address='52:54:00:00:00:02'/><source bridge='br0'/></interface>
     <filesystem type='mount'><source dir='/srv'/><target dir='srv'/></filesystem>
     <hostdev mode='subsystem' type='pci'/>
+    <memory model='nvdimm'><source><path>/old/nvdimm</path></source></memory>
+    <interface type='ethernet'><script path='/old/up'/></interface>
+    <serial type='file'><source path='/old/serial'/></serial>
+    <rng model='virtio'><backend model='random'>/dev/urandom</backend></rng>
   </devices>
   <qemu:commandline><qemu:arg value='-s'/></qemu:commandline>
 </domain>"""
-USES = "/boot/vmlinuz, network default, bridge br0, directory /srv, host devices (1), options for QEMU (1)"
+USES = (
+    "/boot/vmlinuz, network default, bridge br0, /old/table (sysinfo), /srv (filesystem), /old/nvdimm (memory),"
+    " /old/up (interface), /old/serial (serial), host devices (1), options for QEMU (1)"
+)
 NVRAM = replace(IMAGE, name="nvram", qdev="/machine/system.flash1")
 
 
@@ -126,9 +134,9 @@ def test_it_keeps_what_it_was_known_by() -> None:
 def test_it_becomes_another_one() -> None:
     root, _notes = defined(wanted=Wanted("web02", OTHER, new_mac=True))
     assert (root.findtext("name"), root.findtext("uuid")) == ("web02", OTHER)
-    assert [entry.text for entry in root.iter("entry")] == [OTHER, "7"]
+    assert [entry.text for entry in root.iter("entry")] == [OTHER, "7", None]
     assert not list(root.iter("mac"))
-    assert len(root.findall("devices/interface")) == 2
+    assert len(root.findall("devices/interface")) == 3
 
 
 def test_variables_that_are_not_in_the_set_are_not_those_of_the_old_domain() -> None:
