@@ -21,7 +21,8 @@ from ansible_collections.vmfleet.backup.tests.harness.qemu import Disk
 if t.TYPE_CHECKING:
     from pathlib import Path
 
-    from ansible_collections.vmfleet.backup.tests.harness.fixtures import Vms
+    from ansible_collections.vmfleet.backup.tests.harness.fixtures import Storage, Vms
+    from ansible_collections.vmfleet.backup.tests.harness.sets import Sets
 
 pytestmark = pytest.mark.usefixtures("clean")
 
@@ -53,6 +54,28 @@ def test_on_and_off_in_turns(vms: Vms, off: OffHistory, uuid: str) -> None:
     assert (manifest["vm"]["uuid"], manifest["consistency"]) == (uuid, "crash")
     assert manifest["consistency_reason"].startswith("the VM was off")
     assert manifest["vm"] == off.sets.manifest(NAME, "s4")["vm"]
+
+
+def test_a_block_device_is_only_read(vms: Vms, sets: Sets, storage: Storage, directory: Path) -> None:
+    """Its VM may run on another machine, and then whoever writes to its image ruins it."""
+    device = storage.loop(2 * SIZE)
+    qemu_img("create", "-q", "-f", "qcow2", device, str(SIZE))
+    off = OffHistory(
+        vms.start(Disk(device, file={"driver": "host_device", "filename": str(device)}), name=NAME), sets, directory
+    )
+    off.write(0xA1, MIB, 65536)
+    off.make("s1")
+    off.vm.quit()
+    before = device.read_bytes()
+    found = off.make("s2")
+    assert found["level"] == "full"
+    assert "keeps none" in off.sets.reasons(NAME, "s2")["drive0"]
+    assert device.read_bytes() == before
+    off.vm.restart()
+    assert off.make("s3")["level"] == "full"
+    off.write(0xA2, 3 * MIB, 65536)
+    assert off.make("s4")["level"] == "incremental"
+    off.check()
 
 
 def test_only_what_has_changed_is_copied(off: OffHistory) -> None:

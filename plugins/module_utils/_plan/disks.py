@@ -287,7 +287,9 @@ def _lost_record(
     if newest is not base and latest and latest.level == Level.INCREMENTAL:
         return f"{record} is gone: set {newest.id} was incremental, and the next differential one starts anew"
     if not disk.keeps_bitmaps:
-        return f"{record} is gone: a disk like this one ({disk.driver}) keeps none when QEMU ends"
+        return (
+            f"{record} is gone: a disk like this one ({disk.driver}) keeps none when QEMU ends, or while its VM is off"
+        )
     return f"{record} is gone: QEMU was killed, the disk was replaced or reverted, or somebody removed it"
 
 

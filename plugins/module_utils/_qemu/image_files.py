@@ -104,9 +104,10 @@ async def _inspect(number: int, file: DiskFile) -> list[Disk]:
         for name, layer in zip(names, chain)
     ]
     check_answer("query-named-block-nodes", nodes)
+    is_device = await within(qemu_img.TIMEOUT, _is_device, file.file)
     sizes = [layer.get("actual-size") for layer in chain]
     encrypted = [layer.get("encrypted", False) for layer in chain]
-    return [
+    disks = [
         replace(
             read_disk(
                 node,
@@ -122,6 +123,10 @@ async def _inspect(number: int, file: DiskFile) -> list[Disk]:
         )
         for place, node in enumerate(nodes)
     ]
+    if is_device:
+        # Another machine may have it in use, and no lock tells that: its metadata is nothing to write to.
+        disks[0] = replace(disks[0], keeps_bitmaps=False, bitmaps=())
+    return disks
 
 
 async def _check_unused(file: DiskFile) -> None:
@@ -136,6 +141,10 @@ def _is_in_use(path: str) -> bool:
     if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
         raise ValueError("it is neither a file nor a block device")
     return is_locked(path)
+
+
+def _is_device(path: str) -> bool:
+    return stat.S_ISBLK(os.stat(path).st_mode)
 
 
 async def _stored(layer: dict[str, Any]) -> tuple[Bitmap, ...]:
@@ -159,13 +168,12 @@ def options(file: DiskFile, node: str) -> dict[str, Any]:
 
     As long as it is open no VM can open it to write: QEMU's lock does not allow that.
     """
-    is_device = stat.S_ISBLK(os.stat(file.file).st_mode)
     return {
         "node-name": node,
         "driver": file.format,
         "read-only": True,
         "file": {
-            "driver": "host_device" if is_device else "file",
+            "driver": "host_device" if _is_device(file.file) else "file",
             "filename": file.file,
             "read-only": True,
             "locking": "on",
