@@ -183,9 +183,16 @@ class Libvirt:
         self.run(*self._programs.start("libvirtd"))
         self.virsh("list")
 
+    @property
+    def daemon(self) -> int:
+        """The process id that libvirtd has inside; 0 where it does not run."""
+        file = self.seen_here("/run/libvirtd.pid")
+        pid = int(file.read_text()) if file.exists() else 0
+        return pid if pid and self.seen_here(f"/proc/{pid}").exists() else 0
+
     def stop_daemon(self, how: signal.Signals = signal.SIGTERM) -> None:
         """End libvirtd, or kill it with SIGKILL; its domains run on."""
-        pid = int(self.seen_here("/run/libvirtd.pid").read_text())
+        pid = self.daemon
         self.send_signal(how, pid)
         wait_until(lambda: pid not in self.processes, "the end of libvirtd")
 
@@ -206,7 +213,12 @@ class Libvirt:
         return domain
 
     def clear(self) -> None:
-        """End all domains and forget them."""
+        """End all domains and forget them; nobody copies their disks any more."""
+        if not self.daemon:
+            self.start_daemon()
+        for pid, words in self.processes.items():
+            if words.startswith("qemu-storage-daemon"):
+                self.send_signal(signal.SIGTERM, pid)
         for name in self.virsh("list", "--name").splitlines():
             domain = Domain(self, name)
             domain.wake()

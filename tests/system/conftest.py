@@ -14,6 +14,8 @@ pytest.register_assert_rewrite("ansible_collections.vmfleet.backup.tests.harness
 from ansible_collections.vmfleet.backup.tests.harness.fixtures import (
     clean,
     directory,
+    libvirt,
+    libvirt_bed,
     start_module,
     storage,
     target,
@@ -21,4 +23,4 @@ from ansible_collections.vmfleet.backup.tests.harness.fixtures import (
     vms,
 )
 
-__all__ = ["clean", "directory", "start_module", "storage", "target", "vm", "vms"]
+__all__ = ["clean", "directory", "libvirt", "libvirt_bed", "start_module", "storage", "target", "vm", "vms"]

@@ -16,7 +16,7 @@ import typing as t
 
 import pytest
 
-from ansible_collections.vmfleet.backup.tests.harness.torture.sequence import Sequence
+from ansible_collections.vmfleet.backup.tests.harness.torture.sequence import of_qemu
 
 if t.TYPE_CHECKING:
     from pathlib import Path
@@ -34,4 +34,4 @@ def test_every_listed_set_is_right(
     first = os.environ.get("VMFLEET_TORTURE_SEED")
     seed = int(first) + number if first else random.SystemRandom().randrange(1 << 32)
     print(f"VMFLEET_TORTURE_SEED={seed} VMFLEET_TORTURE_SEQUENCES=1")
-    Sequence(str(seed), directory, storage, vms, start_module).run()
+    of_qemu(str(seed), directory, storage, vms, start_module).run()

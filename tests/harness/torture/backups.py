@@ -10,13 +10,10 @@ import json
 import time
 import typing as t
 
-from ansible_collections.vmfleet.backup.tests.harness.fixtures import leftovers
 from ansible_collections.vmfleet.backup.tests.harness.modules import run_module
 from ansible_collections.vmfleet.backup.tests.harness.torture.truth import NAME
 
 if t.TYPE_CHECKING:
-    from pathlib import Path
-
     from ansible_collections.vmfleet.backup.tests.harness.sets import Sets
     from ansible_collections.vmfleet.backup.tests.harness.torture.machine import Machine
     from ansible_collections.vmfleet.backup.tests.harness.torture.truth import Truth
@@ -31,18 +28,21 @@ IDS = (
 class Backups:
     """One VM's sets in one repository."""
 
-    def __init__(self, directory: Path, sets: Sets, machine: Machine, truth: Truth) -> None:
+    def __init__(self, sets: Sets, machine: Machine, truth: Truth) -> None:
         self.sets = sets
         self.machine = machine
         self.truth = truth
         self.vm = machine.vm
         self.ids = machine.chance.sample(IDS, len(IDS))
-        self._directory = directory
         self._wish: dict[str, t.Any] = {}
 
     def next_id(self) -> str:
         """Return an id that no set has yet."""
         return self.ids.pop() if self.ids else f"n{time.monotonic_ns()}"
+
+    def module(self, name: str, arguments: dict[str, t.Any]) -> dict[str, t.Any]:
+        """Run a module to its end, whatever that is."""
+        return run_module(name, arguments, inside=self.sets.inside)
 
     def draw_wish(self) -> None:
         """Draw what the next set is to be like."""
@@ -56,10 +56,9 @@ class Backups:
 
     def plan(self, set_id: str, **options: t.Any) -> dict[str, t.Any]:
         """Freeze the moment, and plan."""
-        if self.vm.alive:
-            self.truth.freeze(self.vm)
+        self.machine.freeze()
         arguments = self.sets.arguments(self.vm, id=set_id, **{**self._wish, **options})
-        return run_module("backup_plan", arguments)
+        return self.module("backup_plan", arguments)
 
     def execute(self, set_id: str, state: str = "completed", **options: t.Any) -> str:
         """Plan and make a set, with whatever end; returns the VM's state."""
@@ -67,7 +66,7 @@ class Backups:
         if planned["rc"]:
             print(f"    no plan: {planned['msg']}")
             return "failed"
-        result = run_module("backup_set", {"plan": planned["plan"], "state": state})
+        result = self.module("backup_set", {"plan": planned["plan"], "state": state})
         return self.told(result)
 
     def told(self, result: dict[str, t.Any]) -> str:
@@ -86,10 +85,10 @@ class Backups:
     def succeed(self, set_id: str) -> None:
         """A run that needs no hand: nothing but what went before stands in its way."""
         self.machine.release()
-        foreign = self._foreign()
+        foreign, alive = self._foreign(), self.vm.alive
         state = self.execute(set_id)
         assert state == "published", f"set {set_id} is {state}"
-        assert self.vm.alive
+        assert self.vm.alive == alive
         assert self._foreign() == foreign
         self._assert_tidy(set_id)
 
@@ -103,7 +102,7 @@ class Backups:
 
     def _assert_tidy(self, set_id: str) -> None:
         """Nothing is left but sets, what the next ones may build on, and what is known of other ids."""
-        assert not leftovers(self.vm, self._directory)
+        assert not self.machine.leftovers()
         hidden = {path.name for path in (self.sets.path / NAME).glob(".*")}
         assert {name for name in hidden if not name.endswith(".failed.json")} == {".lock"}
         assert f".{set_id}.failed.json" not in hidden
@@ -119,12 +118,13 @@ class Backups:
 
     def recover(self, set_id: str) -> None:
         """The next run, of the same id or another, or for now none at all."""
+        self.machine.settle()
         self.truth.check()
         if not self.vm.answers:
             self.truth.stale()
             if self.machine.chance.random() < 0.3:
                 print("  a run while the VM is off")
-                self.execute(set_id)
+                (self.succeed if self.machine.known_off else self.execute)(set_id)
                 self.truth.check()
             self.machine.begin()
         elif self.machine.chance.random() < 0.5:
@@ -133,6 +133,10 @@ class Backups:
         if what != "nothing":
             print(f"  and now the {what} id")
             self.succeed(set_id if what == "same" else self.next_id())
+
+    def bring_to(self, state: str) -> None:
+        """Have the set that is being made be cancelled, or the bitmaps be removed."""
+        self.module("backup_set", {"repository": str(self.sets.path), "names": [NAME], "state": state})
 
     def back_up(self) -> None:
         """A set is made, and nothing happens meanwhile."""
@@ -143,6 +147,6 @@ class Backups:
         """The bitmaps are not wanted any more."""
         self.draw_wish()
         self.succeed(self.next_id())
-        run_module("backup_set", {"repository": str(self.sets.path), "names": [NAME], "state": "untracked"})
+        self.bring_to("untracked")
         own = {disk.node for disk in self.vm.disks}
         assert not {name for node, name in self.machine.bitmaps() if name.startswith(self._prefix()) and node in own}

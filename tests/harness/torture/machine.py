@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import typing as t
 
+from ansible_collections.vmfleet.backup.tests.harness.fixtures import leftovers
 from ansible_collections.vmfleet.backup.tests.harness.images import MIB, qemu_img
 from ansible_collections.vmfleet.backup.tests.harness.qemu import Disk, QmpError
 from ansible_collections.vmfleet.backup.tests.harness.torture.truth import NAME
@@ -29,6 +30,9 @@ THROTTLE = 1 << 34
 
 class Machine:
     """A VM of small disks."""
+
+    known_off = False
+    """Whether its disks can be found while it is off."""
 
     def __init__(self, directory: Path, vms: Vms, truth: Truth, chance: random.Random) -> None:
         self.chance = chance
@@ -116,12 +120,28 @@ class Machine:
 
     # Its owner
 
+    def freeze(self) -> None:
+        """Remember the disks as they are now."""
+        if self.vm.alive:
+            self.truth.freeze(self.vm)
+
+    def leftovers(self) -> list[str]:
+        """Return what a set has left behind in QEMU and on disk."""
+        return leftovers(self.vm, self.directory)
+
+    def victims(self) -> dict[str, int]:
+        """Return the processes that a run needs beside its own."""
+        return {"QEMU": self.vm.pid}
+
     def release(self) -> None:
         """Jobs go as fast as they can."""
         for job in self.vm.block_jobs:
             # It may have ended.
             with contextlib.suppress(QmpError):
                 self.vm.qmp.execute("block-job-set-speed", device=job["device"], speed=0)
+
+    def settle(self) -> None:
+        """Whoever looks after what was killed notices it."""
 
     def restart(self) -> None:
         """The VM is switched off and on."""

@@ -10,7 +10,6 @@ import contextlib
 import typing as t
 
 from ansible_collections.vmfleet.backup.tests.harness.crash import MODULE
-from ansible_collections.vmfleet.backup.tests.harness.modules import run_module
 from ansible_collections.vmfleet.backup.tests.harness.qemu import QmpError, wait_until
 from ansible_collections.vmfleet.backup.tests.harness.torture.truth import NAME
 
@@ -20,8 +19,6 @@ if t.TYPE_CHECKING:
     from ansible_collections.vmfleet.backup.tests.harness.filesystems import FileSystem
     from ansible_collections.vmfleet.backup.tests.harness.modules import ModuleProcess
     from ansible_collections.vmfleet.backup.tests.harness.torture.backups import Backups
-    from ansible_collections.vmfleet.backup.tests.harness.torture.disks import Disks
-    from ansible_collections.vmfleet.backup.tests.harness.torture.layers import Layers
 
 ROOM = 1 << 30
 
@@ -38,17 +35,16 @@ class Trouble:
     def __init__(
         self,
         backups: Backups,
-        disks: Disks,
-        layers: Layers,
-        mount: FileSystem | None,
+        meanwhile: dict[Callable[[], None], int],
         start: Callable[..., ModuleProcess],
+        mount: FileSystem | None = None,
     ) -> None:
+        """`meanwhile` is what can happen to the VM while a set is made, and how often."""
         self.backups = backups
         self.machine = backups.machine
         self.truth = backups.truth
         self.vm = backups.machine.vm
-        self._disks = disks
-        self._layers = layers
+        self._meanwhile = meanwhile
         self._mount = mount
         self._start = start
 
@@ -57,33 +53,40 @@ class Trouble:
         self.backups.draw_wish()
         set_id = self.backups.next_id()
         process = self._begin_slowly(set_id)
-        actions = [self.machine.write_much, self._disks.resize, self._layers.snapshot]
-        for action in self.machine.chance.choices(actions, [6, 2, 1], k=2):
+        for action in self.machine.chance.choices(list(self._meanwhile), list(self._meanwhile.values()), k=2):
             print(f"  meanwhile {action.__name__}")
             action()
-        self.machine.chance.choice(
-            [self._let_go, self._let_go, self._cancel_jobs, self._dismiss_jobs, self._cancel, self._kill, self._kill]
-        )(process)
+        self.machine.chance.choice(self.endings())(process)
         if process:
-            process.wait()
+            self._wait(process)
             if not process.killed:
                 self.backups.told(process.result())
         self.truth.note()
         self.backups.recover(set_id)
 
+    def endings(self) -> list[Callable[[ModuleProcess | None], None]]:
+        """Return what may become of a set that is made slowly."""
+        return [self._let_go, self._let_go, self._cancel_jobs, self._dismiss_jobs, self._cancel, self._kill, self._kill]
+
     def _begin_slowly(self, set_id: str) -> ModuleProcess | None:
         """Start the jobs of a set, or those of an older one; returns the module that follows them, where one does."""
         quiet = not self.truth.unfinished()
-        if not quiet or self.machine.chance.random() < 0.5:
+        if not quiet or not self.vm.alive or self.machine.chance.random() < 0.5:
             # Where another set comes to its end first, ours would be of a moment that nobody knows.
             self.backups.execute(set_id, "started", speed=SLOW)
             return None
         planned = self.backups.plan(set_id, speed=SLOW)
         # A killed module may have left jobs of a set that it had published.
         left = self._jobs()
-        process = self._start("backup_set", {"plan": planned["plan"]})
+        process = self._run(planned)
         wait_until(lambda: self._jobs() - left or not process.running, "the jobs")
         return process
+
+    def _run(self, planned: dict[str, t.Any], **options: t.Any) -> ModuleProcess:
+        return self._start("backup_set", {"plan": planned["plan"]}, inside=self.backups.sets.inside, **options)
+
+    def _wait(self, process: ModuleProcess) -> None:
+        process.wait()
 
     def _jobs(self) -> set[str]:
         return {job["device"] for job in self.vm.block_jobs}
@@ -108,7 +111,7 @@ class Trouble:
 
     def _cancel(self, _process: ModuleProcess | None) -> None:
         print("  somebody cancels the set")
-        run_module("backup_set", {"repository": str(self.backups.sets.path), "names": [NAME], "state": "cancelled"})
+        self.backups.bring_to("cancelled")
         self.machine.release()
 
     def _kill(self, process: ModuleProcess | None) -> None:
@@ -125,11 +128,12 @@ class Trouble:
         set_id = self.backups.next_id()
         self.machine.release()
         step = self.machine.chance.randint(1, STEPS)
-        victim = self.vm.pid if self.machine.chance.random() < 0.3 else MODULE
-        print(f"  {'the module' if victim == MODULE else 'QEMU'} is killed at step {step}")
-        planned = self.backups.plan(set_id)
-        process = self._start("backup_set", {"plan": planned["plan"]}, crash_at=step, victims=[victim])
-        process.wait()
+        others = self.machine.victims()
+        name = self.machine.chance.choice(list(others)) if self.machine.chance.random() < 0.3 else "the module"
+        print(f"  {name} is killed at step {step}")
+        victim = others.get(name, MODULE)
+        process = self._run(self.backups.plan(set_id), crash_at=step, victims=[victim])
+        self._wait(process)
         if not process.killed:
             self.backups.told(process.result())
         self.truth.note()

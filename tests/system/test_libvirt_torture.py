@@ -1,0 +1,38 @@
+# Copyright (c) 2026, vmfleet contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Chain torture over libvirt: random sequences of all that happens to a domain and its sets, while it runs and while it
+is shut off. `make torture` runs many of them.
+
+Each prints its seed; VMFLEET_TORTURE_SEED with VMFLEET_TORTURE_SEQUENCES=1 repeats it, as far as the kernel's and
+QEMU's timing allow.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import typing as t
+
+import pytest
+
+from ansible_collections.vmfleet.backup.tests.harness.torture.sequence import of_domain
+
+if t.TYPE_CHECKING:
+    from pathlib import Path
+
+    from ansible_collections.vmfleet.backup.tests.harness.libvirt import Libvirt
+    from ansible_collections.vmfleet.backup.tests.harness.modules import ModuleProcess
+
+SEQUENCES = int(os.environ.get("VMFLEET_TORTURE_SEQUENCES", "6"))
+
+
+@pytest.mark.parametrize("number", range(SEQUENCES))
+def test_every_listed_set_is_right(
+    number: int, directory: Path, libvirt: Libvirt, start_module: t.Callable[..., ModuleProcess]
+) -> None:
+    first = os.environ.get("VMFLEET_TORTURE_SEED")
+    seed = int(first) + number if first else random.SystemRandom().randrange(1 << 32)
+    print(f"VMFLEET_TORTURE_SEED={seed} VMFLEET_TORTURE_SEQUENCES=1")
+    of_domain(str(seed), directory, libvirt, start_module).run()
