@@ -34,6 +34,7 @@ DEVICES = (
     "<graphics type='vnc' passwd='hunter2'/><interface type='user'/>"
     "<disk type='file' device='cdrom'><source file='{}'/><target dev='sdc' bus='sata'/><readonly/></disk>"
 )
+VOLUME = "<disk type='volume'><source pool='images' volume='v.qcow2'/><target dev='vda' bus='virtio'/></disk>"
 STATE = "tpm2-00.permall"
 
 
@@ -259,6 +260,17 @@ def test_the_old_domain_is_defined_anew(backup: Backup, monkeypatch: pytest.Monk
     assert backup.refuse().startswith("domain_name: there is a domain web01")
     beside = {"domain_name": "web02", "domain_uuid": "new", "overwrite": True, "directory": str(backup.directory)}
     assert backup.refuse(**beside).startswith(f"target: {backup.directory}/vda.qcow2 is a file of domain web01")
+    # A domain that is off may have its disk in a storage pool.
+    volume = backup.directory / "pool" / "v.qcow2"
+    volume.parent.mkdir()
+    patterned(volume, size=MIB)
+    backup.libvirt.virsh("pool-create-as", "images", "dir", "--target", volume.parent)
+    backup.libvirt.define("web03", devices=VOLUME)
+    targets = {"vda": volume, "nvram": backup.directory / "restored" / "x.fd"}
+    disks = [{"name": name, "target": str(target)} for name, target in targets.items()]
+    told = backup.refuse(**{**beside, "directory": None, "disks": disks})
+    assert told == f"target: {volume} is a file of domain web03; restore to another place"
+    backup.libvirt.virsh("pool-destroy", "images")
     told = f"domain_name: domain web01 is another one, of uuid {uuid}"
     assert backup.refuse(overwrite=True, domain_uuid="new").startswith(told)
     assert "has snapshots or checkpoints" in backup.refuse(overwrite=True)

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from .._common.errors import BackupError
 from .._host.directory import WrongEntry
 from .._host.open_files import refuse_used
-from .._host.threads import within
 from .._plan.disks import records_of
-from .._qemu import image_files, qemu_img, storage_daemon
+from .._qemu import image_files, storage_daemon
 from .._qemu.monitor import Monitor
 from .._qemu.vm_config import describe_files, describe_shut_off
 from .._repository.description import read_description
@@ -54,7 +54,7 @@ async def launch(locked: LockedVm, vm: Vm, draft: AttemptDraft, intent: Intent, 
         return intent
     for file in files:
         # Not every program that writes to an image takes QEMU's lock.
-        await within(qemu_img.TIMEOUT, refuse_used, "disks", file.file)
+        await image_files.ask(file, partial(refuse_used, "disks"), file.file)
     # From here on the new bitmaps mark what is written: before the copies begin, and so they mark no less than that.
     for disk, staged in zip(draft.disks, intent.disks):
         if staged.job and staged.image.bitmap:

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
     from .address import Address
     from .domain_xml import DomainXml, Source
-    from .libvirt_connection import LibvirtConnection
 
 
 OPERATIONS = (
@@ -67,7 +66,8 @@ async def read_definition(address: Address) -> Domain:
         if domain.isActive():
             raise MonitorError(f"{address}: the domain has just been started")
         xml = _read(address, domain.XMLDesc(INACTIVE))
-        disks = tuple(replace(disk, source=_file_of(libvirt.connection, disk.source)) for disk in xml.disks)
+        library, connection = libvirt.connection.libvirt, domain.connect()
+        disks = tuple(replace(disk, source=file_of(library, connection, disk.source)) for disk in xml.disks)
         return Domain(replace(xml, disks=disks), saved=bool(domain.hasManagedSaveImage(0)))
 
     try:
@@ -77,15 +77,15 @@ async def read_definition(address: Address) -> Domain:
     return found
 
 
-def _file_of(connection: LibvirtConnection, source: Source) -> Source:
+def file_of(library: Any, connection: Any, source: Source) -> Source:
     """Return where an image stands that is a volume of a storage pool. A pool that is not active tells nothing."""
     if source.kind != "volume":
         return source
     pool, _slash, name = source.path.partition("/")
     try:
-        volume = connection.domain.connect().storagePoolLookupByName(pool).storageVolLookupByName(name)
+        volume = connection.storagePoolLookupByName(pool).storageVolLookupByName(name)
         kind, path = VOLUMES.get(volume.info()[0]), volume.path()
-    except connection.libvirt.libvirtError:
+    except library.libvirtError:
         return source
     return replace(source, kind=kind, path=path) if kind else source
 

@@ -27,10 +27,12 @@ from .query import read_disk
 from .stored_bitmaps import read_bitmaps
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
-    from typing import Any
+    from collections.abc import Callable, Iterable, Sequence
+    from typing import Any, TypeVar
 
     from .model import Bitmap, Disk
+
+    T = TypeVar("T")
 
 
 QCOW2 = "qcow2"
@@ -88,14 +90,10 @@ async def _inspect(number: int, file: DiskFile) -> list[Disk]:
         await _check_unused(file)
         command = info_command(file.file, file.format, shared=True, layers=True)
         chain: list[dict[str, Any]] = await qemu_img.run_json(command)
-        records = [await _stored(layer) for layer in chain]
+        records = [await _stored(file, layer) for layer in chain]
+        is_device = await ask(file, _is_device, file.file)
         # Of an image that is being opened, and of one whose bitmaps are changed, no bitmaps are seen for a moment.
         await _check_unused(file)
-    except asyncio.TimeoutError:
-        raise BackupError(
-            f"disk {file.name}: {file.file} cannot be looked at: its file system has not answered within"
-            f" {qemu_img.TIMEOUT:g} s"
-        ) from None
     except (OSError, ToolError, ValueError) as error:
         raise BackupError(f"disk {file.name}: {file.file} cannot be looked at: {in_words(error)}") from error
     names = [node_name(number), *(f"{node_name(number)}.{place}" for place in range(1, len(chain)))]
@@ -104,7 +102,6 @@ async def _inspect(number: int, file: DiskFile) -> list[Disk]:
         for name, layer in zip(names, chain)
     ]
     check_answer("query-named-block-nodes", nodes)
-    is_device = await within(qemu_img.TIMEOUT, _is_device, file.file)
     sizes = [layer.get("actual-size") for layer in chain]
     encrypted = [layer.get("encrypted", False) for layer in chain]
     disks = [
@@ -130,8 +127,8 @@ async def _inspect(number: int, file: DiskFile) -> list[Disk]:
 
 
 async def _check_unused(file: DiskFile) -> None:
-    if await within(qemu_img.TIMEOUT, _is_in_use, file.file):
-        users = await within(qemu_img.TIMEOUT, users_of, file.file)
+    if await ask(file, _is_in_use, file.file):
+        users = await ask(file, users_of, file.file)
         who = ", ".join(users.names) or "a QEMU that cannot be seen from here"
         raise InUse(f"disk {file.name} ({file.file}) is in use by {who}")
 
@@ -147,11 +144,25 @@ def _is_device(path: str) -> bool:
     return stat.S_ISBLK(os.stat(path).st_mode)
 
 
-async def _stored(layer: dict[str, Any]) -> tuple[Bitmap, ...]:
+async def ask(disk: DiskFile | Disk, look: Callable[[str], T], path: str) -> T:
+    """Return what a look at the file of a disk, or of one of its layers, shows.
+
+    BackupError where its file system does not answer: the loop goes on without it.
+    """
+    try:
+        return await within(qemu_img.TIMEOUT, look, path)
+    except asyncio.TimeoutError:
+        raise BackupError(
+            f"disk {disk.name}: {path} cannot be looked at: its file system has not answered within"
+            f" {qemu_img.TIMEOUT:g} s"
+        ) from None
+
+
+async def _stored(file: DiskFile, layer: dict[str, Any]) -> tuple[Bitmap, ...]:
     """Return the bitmaps that a layer holds; none where its name does not tell its file."""
     if layer["format"] != QCOW2 or not layer["filename"].startswith("/"):
         return ()
-    return await within(qemu_img.TIMEOUT, _read, layer["filename"])
+    return await ask(file, _read, layer["filename"])
 
 
 def _read(path: str) -> tuple[Bitmap, ...]:
@@ -201,7 +212,7 @@ async def remove_bitmaps(vm: Vm, bitmaps: Iterable[tuple[str, str]]) -> None:
         try:
             await qemu_img.run(bitmap_command("remove", disk.file, disk.driver, name))
         except ToolError as error:
-            if any(bitmap.name == name for bitmap in await within(qemu_img.TIMEOUT, _read, disk.file)):
+            if any(bitmap.name == name for bitmap in await ask(disk, _read, disk.file)):
                 refused = refused or error
     if refused:
         raise refused

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from .._common.errors import BackupError, MonitorGone
 from .._host.threads import within
 from .._qemu.answers import Odd, quoted
+from .._qemu.domain import file_of
 from .._qemu.domain_xml import parse_domain, parse_xml
 from .._qemu.libvirt_connection import LibvirtConnection
 
@@ -94,7 +95,8 @@ class LibvirtHost(LibvirtConnection):
                 # It has gone at this moment, or is none that anybody could start.
                 continue
             if name != self.address.domain:
-                paths = [disk.source.path for disk in xml.disks if disk.source.kind in ("file", "block")]
+                sources = [file_of(self.libvirt, self._connection, disk.source) for disk in xml.disks]
+                paths = [source.path for source in sources if source.kind in ("file", "block")]
                 found.update({os.path.realpath(path): name for path in (*paths, xml.firmware.nvram) if path})
         return found
 
