@@ -26,8 +26,11 @@ if TYPE_CHECKING:
 
 LONGEST = 16 << 20
 """Characters of the longest XML that is read: libvirt's own messages have no more than 32 MiB."""
-DEEPEST = 512
-"""How deep elements may lie in each other. Each layer of a disk is one level, and libvirt opens 200 of them."""
+DEEPEST = 256
+"""How deep elements may lie in each other, as to libxml2, and so to libvirt.
+
+Each layer of a disk is one level, and libvirt opens 200 of them.
+"""
 MOST_DISKS = 1000
 LONGEST_VALUE = 4096
 """Characters of the longest name or path."""
