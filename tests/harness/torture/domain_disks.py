@@ -91,6 +91,8 @@ class DomainDisks:
         layer = info(disk.path)
         xml = self.vm.domain.xml("--inactive")
         [element] = [one for one in xml.iterfind("devices/disk") if one.find(f"target[@dev='{disk.id}']") is not None]
+        for store in element.findall("backingStore"):
+            element.remove(store)
         element.find("source").set("file", layer["full-backing-filename"])
         element.find("driver").set("type", layer["backing-filename-format"])
         qemu_img("commit", "-q", "-d", disk.path or "")

@@ -75,7 +75,7 @@ def of_domain(seed: str, directory: Path, libvirt: Libvirt, start: Callable[...,
     backups = Backups(sets, machine, truth)
     disks, life = DomainDisks(machine, backups.untrack), DomainLife(machine)
     meanwhile = {
-        machine.write_much: 10,
+        machine.write_much: 24,
         disks.snapshot: 4,
         disks.commit: 4,
         disks.pull: 2,
@@ -109,6 +109,9 @@ class Sequence:
 
     def run(self) -> None:
         """Live through it."""
+        if self.machine.chance.random() < 0.7:
+            # Most of what can go wrong does so with increments.
+            self._act(self.backups.back_up)
         for number in range(self._rounds):
             # Decisions of a round do not depend on how the one before has gone.
             self.machine.chance = random.Random(f"{self._seed}/{number}")
