@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import os
@@ -26,11 +27,10 @@ def main() -> int:
     begin = time.monotonic()
     status = subprocess.run(command, check=False).returncode
     seconds = time.monotonic() - begin
-    try:
+    with contextlib.suppress(ChildProcessError):
         while True:
             os.wait()
-    except ChildProcessError:
-        used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
     figures = {"seconds": seconds, "cpu": used.ru_utime + used.ru_stime, "memory": used.ru_maxrss << 10}
     Path(report).write_text(json.dumps(figures))
     return status

@@ -7,8 +7,10 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import os
+import shutil
 import subprocess
 import tempfile
 import typing as t
@@ -114,12 +116,27 @@ def test_a_throwaway_vm_has_the_firmware_and_the_variables_of_a_domain(libvirt: 
     assert verified["rc"] == 0, verified
 
 
+@contextlib.contextmanager
+def says_to_be_swtpm(socket: Path) -> t.Iterator[None]:
+    """Somebody without rights, whose state of a TPM is not that of a VM."""
+    with tempfile.TemporaryDirectory(prefix="vt-") as found:
+        place = Path(found)
+        place.chmod(0o755)
+        program = shutil.copy("/bin/sh", place / "swtpm")
+        (place / STATE).write_bytes(b"forged")
+        says = ["--tpmstate", f"dir={place}", "--ctrl", f"type=unixio,path={socket}"]
+        command = ["setpriv", "--reuid", "nobody", "--clear-groups", program, "-c", "read -r line", "swtpm", *says]
+        with subprocess.Popen(command, stdin=subprocess.PIPE) as process:
+            wait_until(lambda: Path(f"/proc/{process.pid}/comm").read_text() == "swtpm\n", "the process")
+            yield
+
+
 def test_state_of_the_tpm_of_a_vm_without_libvirt(vms: Vms, directory: Path, tmp_path: Path) -> None:
     place = directory / "tpm"
     place.mkdir()
     socket = place / "swtpm.sock"
     command = ["swtpm", "socket", "--tpm2", "--tpmstate", f"dir={place}", "--ctrl", f"type=unixio,path={socket}"]
-    with subprocess.Popen(command) as swtpm:
+    with says_to_be_swtpm(socket), subprocess.Popen(command) as swtpm:
         wait_until(socket.exists, "the socket of swtpm")
         vm = vms.start(
             name="web01",

@@ -118,7 +118,11 @@ def _directory(arguments: list[str], chardev: str) -> str:
 
 
 def _told_by_swtpm(socket: str) -> str:
-    """Return the directory that the process at a socket was started with; empty where it is not seen."""
+    """Return the directory that the process at a socket was started with; empty where it is not seen.
+
+    Anybody can start a process that says this. Where several do, none of them is believed.
+    """
+    found = set()
     for entry in os.listdir("/proc") if socket else ():
         if entry.isdigit() and _name(entry) == "swtpm":
             process = Process.of(int(entry))
@@ -127,8 +131,8 @@ def _told_by_swtpm(socket: str) -> str:
             if options.get("--ctrl", {}).get("path") == socket:
                 state = options.get("--tpmstate", {})
                 uri = state.get("backend-uri", "")
-                return uri[len("dir://") :] if uri.startswith("dir://") else state.get("dir", "")
-    return ""
+                found.add(uri[len("dir://") :] if uri.startswith("dir://") else state.get("dir", ""))
+    return found.pop() if len(found) == 1 else ""
 
 
 def _name(pid: str) -> str:

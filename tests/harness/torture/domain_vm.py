@@ -118,7 +118,7 @@ class DomainVm:
                 self._devices[target["dev"]] = element.find("alias").attrib["name"]
                 # libvirt 12.9 makes no format node for a raw image.
                 names = [f"libvirt-{source['index']}-{layer}" for layer in ("format", "storage")]
-                node = next(name for name in names if name in nodes)
+                node, *_others = (name for name in names if name in nodes)
             yield Disk(Path(source["file"]), id=target["dev"], node=node, format=driver["type"])
 
     def disk(self, name: str) -> Disk:
