@@ -130,9 +130,16 @@ class Backups:
         elif self.machine.chance.random() < 0.5:
             self.machine.write_much()
         what = self.machine.chance.choice(["same", "other", "nothing"])
+        if what == "same" and self._lacks_a_disk(set_id):
+            what = "other"
         if what != "nothing":
             print(f"  and now the {what} id")
             self.succeed(set_id if what == "same" else self.next_id())
+
+    def _lacks_a_disk(self, set_id: str) -> bool:
+        """Whether this set is there without a disk of the VM: one may have come back with a memory that was saved."""
+        found = [manifest["disks"] for manifest in self.truth.listed() if manifest["id"] == set_id]
+        return any({disk.name for disk in self.vm.disks} - {disk["name"] for disk in disks} for disks in found)
 
     def bring_to(self, state: str) -> None:
         """Have the set that is being made be cancelled, or the bitmaps be removed."""
