@@ -170,9 +170,7 @@ ANSWERS = {
     "query-name": record({}, {"name": text}),
     "query-named-block-nodes": listed(_NODE),
     "query-status": record({"status": text, "running": flag}),
-    "query-tpm": listed(
-        record({"model": text, "options": record({"type": text, "data": record({}, {"chardev": text})})})
-    ),
+    "query-tpm": listed(_TPM),
     "query-uuid": record({"UUID": text}),
 }
 """The answers that are read. All we ask qom-get for is text."""

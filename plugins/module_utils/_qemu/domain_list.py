@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from .._common.errors import MonitorTimeout
-from .._host.threads import CallThread
+from .._host.threads import within
 from .answers import Odd, quoted
 from .domain import INACTIVE
 from .domain_xml import parse_domain
@@ -45,25 +45,17 @@ class DomainEntry:
 async def list_domains(uri: str) -> tuple[DomainEntry, ...]:
     """Return all domains by their names. MonitorError where libvirt does not tell them."""
     libvirt = load_binding(uri)[0]
-    thread = CallThread()
-    answer = thread.call(lambda: _ask(libvirt, uri))
-    thread.end()
     try:
-        await asyncio.wait({answer}, timeout=CALL_TIMEOUT)
-    finally:
-        if not answer.done():
-            answer.cancel()
-    if answer.cancelled():
+        return await within(CALL_TIMEOUT, _ask, libvirt, uri)
+    except asyncio.TimeoutError:
         raise MonitorTimeout(
             f"libvirt at {uri} has not told its domains within {CALL_TIMEOUT:g} s: its daemon hangs, or has no worker"
             " left (see `virt-admin srv-threadpool-info libvirtd`)"
-        )
-    found: tuple[DomainEntry, ...] = answer.result()
-    return found
+        ) from None
 
 
 def _ask(libvirt: Any, uri: str) -> tuple[DomainEntry, ...]:
-    """Ask in the thread."""
+    """Ask, for as long as libvirt takes."""
     try:
         connection = libvirt.open(uri)
     except libvirt.libvirtError as error:

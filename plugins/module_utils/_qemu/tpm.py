@@ -33,6 +33,8 @@ LARGEST = 1 << 18
 """Bytes of the largest state: 6 KiB are the rule, and swtpm has no more than some 128 KiB."""
 STORE = "/var/lib/libvirt/swtpm/{}/{}"
 """Where libvirt of the system has the state of a domain's TPM, by the uuid of the domain and the kind of TPM."""
+EMULATOR = "emulator"
+"""The backend that is swtpm; with others, the state is not in a file."""
 CHIP = "it is in a chip of the hypervisor, which keeps it"
 LOST = "TPM state: "
 """What an entry of C(removed) begins with where the state could not be read."""
@@ -47,16 +49,11 @@ async def describe_tpm(monitor: Monitor, vm: Vm, removed: list[str]) -> dict[str
         return None
     if not found:
         return None
-    backend = found[0]["options"]
-    directory = ""
-    state: dict[str, str] = {}
-    reason = CHIP
-    if backend["type"] == "emulator":
-        directory = _directory(vm.process.arguments if vm.process else [], backend["data"].get("chardev", ""))
-        state, reason = read_state(directory)
-    if not state:
-        removed.append(LOST + reason)
-    return {"model": found[0]["model"], "backend": backend["type"], "directory": directory, "state": state}
+    model, backend = found[0]["model"], found[0]["options"]
+    if backend["type"] != EMULATOR:
+        return _described(model, backend["type"], "", removed)
+    directory = _directory(vm.process.arguments if vm.process else [], backend["data"].get("chardev", ""))
+    return _described(model, EMULATOR, directory, removed)
 
 
 def describe_stored(vm: Vm, last: dict[str, Any] | None, removed: list[str]) -> dict[str, Any] | None:
@@ -67,17 +64,20 @@ def describe_stored(vm: Vm, last: dict[str, Any] | None, removed: list[str]) -> 
     tpm = vm.domain.xml.tpm if vm.domain else None
     if tpm is None:
         return None
-    directory = ""
-    state: dict[str, str] = {}
-    reason = CHIP
-    if tpm.backend == "emulator":
-        known = last or {}
-        directory = known.get("directory", "") if known.get("state") else ""
-        directory = directory or STORE.format(vm.uuid, "tpm1.2" if tpm.version == "1.2" else "tpm2")
-        state, reason = read_state(directory)
+    if tpm.backend != EMULATOR:
+        return _described(tpm.model, tpm.backend, "", removed)
+    known = last or {}
+    directory = known.get("directory", "") if known.get("state") else ""
+    directory = directory or STORE.format(vm.uuid, "tpm1.2" if tpm.version == "1.2" else "tpm2")
+    return _described(tpm.model, EMULATOR, directory, removed)
+
+
+def _described(model: str, backend: str, directory: str, removed: list[str]) -> dict[str, Any]:
+    """Return what C(vm.json) says of a TPM, with its state where that can be read."""
+    state, reason = read_state(directory) if backend == EMULATOR else ({}, CHIP)
     if not state:
         removed.append(LOST + reason)
-    return {"model": tpm.model, "backend": tpm.backend, "directory": directory, "state": state}
+    return {"model": model, "backend": backend, "directory": directory, "state": state}
 
 
 def read_state(directory: str) -> tuple[dict[str, str], str]:
