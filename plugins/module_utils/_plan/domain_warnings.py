@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .._qemu.domain_disks import NO_MEDIUM, passed_through, unseen
+from .._qemu.domain_disks import NO_MEDIUM, for_next_start, passed_through, unseen
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -24,6 +24,12 @@ def domain_warnings(vm: Vm, copied: Iterable[Disk], left_out: Iterable[LeftOut],
         yield (
             "its memory was saved (virsh managedsave), and is not in the set: what the guest had not written to its"
             " disks by then is not, either"
+        )
+    for target in for_next_start(vm):
+        without = "was saved" if vm.domain.saved else "runs"
+        yield (
+            f"disk {target} is not in the set: the domain {without} without it, and has it when it is started anew, as"
+            " it is defined (virsh dumpxml --inactive)"
         )
     lost = {reason for reason in (*unseen(vm).values(), *passed_through(vm).values()) if reason != NO_MEDIUM}
     for drive in left_out:

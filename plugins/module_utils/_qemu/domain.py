@@ -15,6 +15,7 @@ from .._common.errors import MonitorError
 from .answers import Odd, quoted
 from .domain_disks import Domain
 from .domain_xml import parse_domain
+from .libvirt_connection import NO_RIGHTS, OPERATION_INVALID, OPERATION_TIMEOUT
 from .libvirt_domain import LibvirtDomain
 
 if TYPE_CHECKING:
@@ -47,34 +48,68 @@ VOLUMES = {0: "file", 1: "block"}
 async def read_domain(libvirt: LibvirtDomain) -> Domain:
     """Ask libvirt about a domain that runs. MonitorError where its XML cannot be read."""
 
-    def ask() -> tuple[str, int, dict[str, Any]]:
+    def ask() -> tuple[str, str, int, dict[str, Any]]:
         domain = libvirt.connection.domain
         kind = domain.jobInfo()[0]
-        return domain.XMLDesc(0), kind, domain.jobStats() if kind else {}
+        return domain.XMLDesc(0), domain.XMLDesc(INACTIVE), kind, domain.jobStats() if kind else {}
 
-    text, kind, told = await libvirt.call("the look at its XML and its job", ask)
-    return Domain(_read(libvirt.address, text), _operation(told) if kind else "")
+    text, defined, kind, told = await libvirt.call("the look at its XML and its job", ask)
+    xml, next_start = (_read(libvirt.address, one) for one in (text, defined))
+    return Domain(xml, _operation(told) if kind else "", defined=next_start.disks)
 
 
 async def read_definition(address: Address) -> Domain:
-    """Ask libvirt how a domain is defined that is shut off. MonitorError where it is not."""
+    """Ask libvirt what a domain that is shut off will be when it is started. MonitorError where it is not shut off.
+
+    That is its definition; where its memory was saved, it is what it was then.
+    """
     libvirt = LibvirtDomain(address)
     await libvirt.open()
 
     def ask() -> Domain:
-        domain = libvirt.connection.domain
+        domain, library = libvirt.connection.domain, libvirt.connection.libvirt
         if domain.isActive():
             raise MonitorError(f"{address}: the domain has just been started")
-        xml = _read(address, domain.XMLDesc(INACTIVE))
-        library, connection = libvirt.connection.libvirt, domain.connect()
-        disks = tuple(replace(disk, source=file_of(library, connection, disk.source)) for disk in xml.disks)
-        return Domain(replace(xml, disks=disks), saved=bool(domain.hasManagedSaveImage(0)))
+        defined = _read(address, domain.XMLDesc(INACTIVE))
+        saved = _saved_xml(libvirt)
+        xml = _read(address, saved) if saved else defined
+        disks = tuple(replace(disk, source=file_of(library, domain.connect(), disk.source)) for disk in xml.disks)
+        return Domain(replace(xml, disks=disks), saved=bool(saved), defined=defined.disks)
 
     try:
         found: Domain = await libvirt.call("the look at its definition", ask)
     finally:
         await libvirt.close()
     return found
+
+
+def _saved_xml(libvirt: LibvirtDomain) -> str:
+    """Return what a domain was when its memory was saved; empty where it was not. MonitorError where it is not told."""
+    library = libvirt.connection.libvirt
+    try:
+        return saved_xml(library, libvirt.connection.domain)
+    except library.libvirtError as error:
+        if error.get_error_code() in (OPERATION_TIMEOUT, *NO_RIGHTS) or not libvirt.connection.is_alive():
+            raise
+        name = libvirt.address.domain
+        raise MonitorError(
+            f"{libvirt.address}: its memory was saved (virsh managedsave), and libvirt cannot read that"
+            f" ({quoted(error.get_error_message())}), so that nobody knows which disks it goes on with. Start it, or"
+            f" remove what was saved (virsh managedsave-remove {name})"
+        ) from None
+
+
+def saved_xml(library: Any, domain: Any) -> str:
+    """Return what a domain was when its memory was saved (virsh managedsave); empty where it was not.
+
+    It will be that again. Unlike hasManagedSaveImage(), and like a start, this goes by the file, which may have gone.
+    """
+    try:
+        return str(domain.managedSaveGetXMLDesc(0))
+    except library.libvirtError as error:
+        if error.get_error_code() != OPERATION_INVALID:
+            raise
+        return ""
 
 
 def file_of(library: Any, connection: Any, source: Source) -> Source:

@@ -36,12 +36,14 @@ class Domain:
     """What libvirt says of a domain, as it runs or as it is defined.
 
     C(job) is what libvirt does with it at the moment, in words. C(saved) says that its memory was saved, and that it
-    goes on from there when it is started.
+    goes on from there when it is started: then C(xml) is what it was at that time. C(defined) are the disks that it is
+    started with when it has come to an end.
     """
 
     xml: DomainXml
     job: str = ""
     saved: bool = False
+    defined: tuple[DomainDisk, ...] = ()
 
 
 def with_domain(vm: Vm, domain: Domain) -> Vm:
@@ -76,6 +78,14 @@ def _why_unseen(disk: DomainDisk) -> str:
     if disk.source.kind == "none":
         return NO_MEDIUM
     return "is not shown by QEMU: it has been attached or detached at this moment"
+
+
+def for_next_start(vm: Vm) -> tuple[str, ...]:
+    """Return the disks that a domain writes to only when it is started anew: it was given them for then."""
+    if vm.domain is None:
+        return ()
+    defined = (disk for disk in vm.domain.defined if disk.device in ("disk", "lun") and not disk.read_only)
+    return tuple(disk.target for disk in defined if disk.source.kind != "none" and not vm.domain.xml.disk(disk.target))
 
 
 def passed_through(vm: Vm) -> dict[str, str]:

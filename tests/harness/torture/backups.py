@@ -122,7 +122,7 @@ class Backups:
         self.truth.check()
         if not self.vm.answers:
             self.truth.stale()
-            if self.machine.chance.random() < 0.3:
+            if self.machine.chance.random() < 0.3 and not self._lacks_a_disk(set_id):
                 print("  a run while the VM is off")
                 (self.succeed if self.machine.known_off else self.execute)(set_id)
                 self.truth.check()
@@ -137,9 +137,9 @@ class Backups:
             self.succeed(set_id if what == "same" else self.next_id())
 
     def _lacks_a_disk(self, set_id: str) -> bool:
-        """Whether this set is there without a disk of the VM: one may have come back with a memory that was saved."""
+        """Whether this set is there without a disk that comes back with a start: it was detached while the VM ran."""
         found = [manifest["disks"] for manifest in self.truth.listed() if manifest["id"] == set_id]
-        return any({disk.name for disk in self.vm.disks} - {disk["name"] for disk in disks} for disks in found)
+        return any(self.machine.defined() - {disk["name"] for disk in disks} for disks in found)
 
     def bring_to(self, state: str) -> None:
         """Have the set that is being made be cancelled, or the bitmaps be removed."""

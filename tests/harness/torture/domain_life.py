@@ -29,8 +29,8 @@ class DomainLife:
         self._number = 0
 
     def save(self) -> None:
-        """Save its memory into a file."""
-        if self.vm.alive:
+        """Save its memory into a file, of which libvirt forgets what disks belong to it."""
+        if self.vm.alive and self.machine.defined() == {disk.name for disk in self.vm.disks}:
             self._number += 1
             state = self.machine.directory / f"state{self._number}"
             if self.machine.virsh("save", NAME, state):

@@ -59,6 +59,10 @@ class DomainMachine(Machine):
         write(path, *writes, fmt=fmt)
         return DomainDisk(path, target, "virtio" if target.startswith("v") else "scsi", fmt)
 
+    def defined(self) -> set[str]:
+        """Return the disks that it is started anew with."""
+        return {target.attrib["dev"] for target in self.vm.domain.xml("--inactive").iterfind("devices/disk/target")}
+
     def virsh(self, command: str, *words: str | Path, may_fail: bool = False, stdin: str = "") -> bool:
         """Have libvirt do something to the domain; returns whether it was done. While there are jobs it may refuse."""
         busy = bool(self.vm.block_jobs)

@@ -16,6 +16,7 @@ import re
 import subprocess
 import typing as t
 from pathlib import Path
+from xml.etree import ElementTree
 
 from ansible_collections.vmfleet.backup.tests.harness.images import qemu_img
 from ansible_collections.vmfleet.backup.tests.harness.libvirt_domains import Domain
@@ -109,6 +110,9 @@ class DomainVm:
 
     def _read_disks(self) -> t.Iterator[Disk]:
         xml = self.domain.xml()
+        if "Managed save:   yes" in self.domain.virsh("dominfo"):
+            # It goes on with these disks.
+            xml = ElementTree.fromstring(self.domain.virsh("managedsave-dumpxml"))
         runs = xml.get("id") is not None
         nodes = {node["node-name"] for node in self.execute("query-named-block-nodes", flat=True)} if runs else set()
         for element in xml.iterfind("devices/disk"):

@@ -56,6 +56,10 @@ class Machine:
         for disk in self.vm.disks:
             self.fill(disk)
 
+    def defined(self) -> set[str]:
+        """Return the disks that it is started anew with, whatever it runs with; none where nobody has defined any."""
+        return set()
+
     def new_size(self, least: int = 8 * MIB, most: int = 16 * MIB) -> int:
         """Draw a size that no disk has had before: a shrunk disk that grows back to its old size cannot be told."""
         unit = self.chance.choice([SECTOR, 4096, 1 << 16])
