@@ -272,7 +272,9 @@ def _unknown(session: VmSession) -> set[str]:
 
 async def _elsewhere(session: VmSession) -> tuple[dict[str, Intent], str]:
     """Return the intents under other names of which QEMU knows, by attempt; and which that cannot be read may be it."""
-    unknown = _unknown(session)
+    # A set that is published is no intent any more, under whatever name: to read all of them again for each VM that has
+    # just got its set would take the longer, the more VMs there are.
+    unknown = _unknown(session) - {manifest.attempt for manifest in session.records.sets}
     odd: list[str] = []
     found = await session.run.repository.intents(odd) if unknown else ()
     known = {intent.attempt: intent for intent in found if intent.attempt in unknown}

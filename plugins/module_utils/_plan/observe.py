@@ -322,8 +322,15 @@ class SpaceTracker:
         if time.monotonic() - self._seen >= self.RESCAN:
             self._growing = {intent.attempt: intent for intent in self._repository.intents()}
             self._seen = time.monotonic()
-        others = (intent for intent in self._growing.values() if intent.vm.name != besides)
-        return sum(outstanding(self._repository, intent) for intent in others)
+        total = 0
+        for intent in [*self._growing.values()]:
+            if intent.vm.name != besides:
+                left = outstanding(self._repository, intent)
+                total += left
+                if not left:
+                    # All its space is reserved or written, or it has come to its end: it never takes more again.
+                    del self._growing[intent.attempt]
+        return total
 
 
 def space_in(repository: Repository, policy: Policy) -> Space:

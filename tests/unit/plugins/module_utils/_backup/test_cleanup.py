@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -35,8 +36,6 @@ from ansible_collections.vmfleet.backup.tests.unit.plugins.runs import (
 from ansible_collections.vmfleet.backup.tests.unit.plugins.today import OFF, intent, vm
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from ansible_collections.vmfleet.backup.plugins.module_utils._backup.run import BackupRun
     from ansible_collections.vmfleet.backup.plugins.module_utils._repository.documents import Intent
     from ansible_collections.vmfleet.backup.plugins.module_utils._repository.repository import Repository
@@ -203,6 +202,14 @@ class TestLeftovers:
     def test_are_not_those_of_a_set_under_another_name(self, repository: Repository) -> None:
         put_intent(repository, intent(attempt="ac", vm=replace(builders.WEB01, name="db01")))
         assert self.attempts(repository, VmRecords()) == {"aa", "ae"}
+
+    def test_of_a_published_set_are_no_attempt_under_another_name(self, repository: Repository) -> None:
+        put_intent(repository, intent(vm=replace(builders.WEB01, name="db01")))
+        Path(repository.staging_path("db01", "today"), "intent.json").write_text("nobody can read this")
+        # It may be any of the other two.
+        assert self.attempts(repository, VmRecords(sets=(builders.manifest("full", attempt="aa"),))) == set()
+        made = [builders.manifest(f"s{number}", attempt=attempt) for number, attempt in enumerate(("aa", "ac", "ae"))]
+        assert self.attempts(repository, VmRecords(sets=tuple(made))) == {"aa", "ac", "ae"}
 
     def bitmaps(self, repository: Repository, *wanted: str) -> list[tuple[str, str]]:
         names = (f"vmfleet-{TAG}-old", f"vmfleet-{TAG}-full", f"vmfleet-{TAG}-last", "vmfleet-87654321-x", "mine")

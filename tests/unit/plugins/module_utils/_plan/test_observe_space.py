@@ -116,6 +116,25 @@ class TestRoom:
         now[0] += 1
         assert room.space().promised == 2 * MIB
 
+    def test_what_takes_no_more_is_not_looked_at_for_each_vm(
+        self, repository: Repository, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        now = [1000.0]
+        monkeypatch.setattr(time, "monotonic", lambda: now[0])
+        begin(repository, intent())
+        begin(repository, intent("db01"))
+        paths = [repository.image_path(intent(), name) for name in ("vda.qcow2", "vdb.qcow2")]
+        for path in paths:
+            with open(path, "wb") as grown:
+                os.posix_fallocate(grown.fileno(), 0, 2 * MIB)
+        room = SpaceTracker(repository, POLICY)
+        assert room.space().promised == 2 * MIB
+        for path in paths:
+            os.truncate(path, 0)
+        assert room.space().promised == 2 * MIB
+        now[0] += SpaceTracker.RESCAN
+        assert room.space().promised == 4 * MIB
+
     def test_the_reserve_is_a_part_of_the_whole(self, repository: Repository) -> None:
         status = os.statvfs(repository.path)
         space = SpaceTracker(repository, Policy(reserve="10%")).space()
