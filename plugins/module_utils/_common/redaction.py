@@ -77,8 +77,27 @@ MEMBER = (
 """A secret within JSON that was cut off."""
 SETTING = rf"(?i)(?<![\w-])((?:[\w./-]{{0,64}}[-_./])?(?:{_WORD})=)(\"[^\"]*\"?|'[^']*'?|[^\s\"']+)"
 """A secret within a text as it is given to a kernel or to a program."""
+_NOTE = (
+    r"\w{0,32}pass(?:word|wd|phrase)|pass(?:code)?|pwd|pw|secret|\w{0,32}token|credentials?|psk"
+    r"|(?:api|access|private|secret|account|licen[cs]e)[-_ ]?key"
+)
+NOTE = (
+    rf"(?i)(?<![\w-])((?:[\w./-]{{0,64}}[-_./])?(?:{_NOTE})(?:[^\S\n]+(?:for|of)[^\S\n]+[\w.@-]{{1,64}})?"
+    r"[^\S\n]*[:=][^\S\n]*)(\"[^\"]*\"?|'[^']*'?|[^\s\"'][^\n]*)"
+)
+"""A secret that a person has noted (C(root password: ...)). It may have blanks, and ends with its line."""
+SECRET_NAME = re.compile(
+    r"(?i).*(?:passw(?:or)?d|passphrase|passcode|(?<!by)(?<!com)(?<!tres)(?<!sur)(?<!over)(?<!under)(?<!multi)pass|pwd"
+    r"|secret|token|credentials?|psk|(?:api|access|private|secret|account|encryption)[-_]?key)(?:[-_]?(?:hash|value))?"
+)
+"""What people call a secret, each in a way of their own, such as C(dbPassword) and C(ADMIN_PASS)."""
 SIGN = re.compile(r"[\s:=]")
 """What stands before each of these secrets, or right behind its key."""
+
+
+def is_secret_name(name: str) -> bool:
+    """Return whether what is called so is a secret: a variable, a setting, or an element of a document."""
+    return SECRET_NAME.fullmatch(name) is not None
 
 
 def redact_name(name: str) -> str:
@@ -235,6 +254,12 @@ class Redaction:
             return self.name(key, value)
         is_path = value.startswith("/") and not re.search(r"\s", value)
         return value if is_path else self._noted(key, value, _scrub(value))
+
+    def note(self, key: str, value: str) -> str:
+        """Return what a person may have written down, without its secrets."""
+        if self._secret(key) or value.startswith("json:"):
+            return self.text(key, value)
+        return self._noted(key, value, re.sub(NOTE, _hidden, _scrub(value)))
 
     def tree(self, key: str, value: Any) -> Any:
         """Return what was read of JSON without its secrets."""

@@ -10,17 +10,17 @@ Reference: libvirt 9.0, virDomainXMLFlags in libvirt-domain.h.
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from functools import partial
 from typing import TYPE_CHECKING
 from xml.etree import ElementTree
 
-from .._common.redaction import HARMLESS, REMOVED, Redaction, redact
+from .._common.redaction import HARMLESS, REMOVED, Redaction, is_secret_name, redact
 from .answers import Odd
 from .domain_xml import UUID, parse_xml
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import Any
     from xml.etree.ElementTree import Element
 
@@ -38,10 +38,10 @@ QEMU = "http://libvirt.org/schemas/domain/qemu/1.0"
 """The name space of what libvirt hands on to QEMU as it is."""
 PAYLOADS = ("sysinfo[@type='fwcfg']/entry", "devices/disk/source/cookies/cookie")
 """Elements whose text may be a secret, whatever it looks like."""
-SECRET_NAME = re.compile(
-    r"(?i).*(?:passw(?:or)?d|passphrase|passcode|pass|pwd|secret|token|credentials?|(?:api|access|private|secret)[-_]?key)"
-)
-"""What others call a secret in C(<metadata>), each in a way of their own."""
+NOTES = ("title", "description", "metadata//*")
+"""Elements with what people have written about a domain."""
+VALUES = ("value", "val", "content", "data")
+"""What an attribute is called that holds what another one names."""
 
 
 async def describe_domain(libvirt: LibvirtDomain, removed: list[str]) -> dict[str, Any]:
@@ -127,30 +127,31 @@ def _redact(root: Element, removed: list[str]) -> None:
         variable.set("value", cleaned_setting[len(name) + 1 :])
     payloads = {element for path in PAYLOADS for element in root.iterfind(path)}
     seen = {*arguments, *root.iterfind(f"{{{QEMU}}}commandline/{{{QEMU}}}env")}
+    notes = {element for path in NOTES for element in root.iterfind(path)}
     for element in root.iter():
         if element not in seen:
             tag = element.tag.rpartition("}")[2]
             redaction = Redaction(f"domain {tag}", removed, tag if element in payloads else "")
-            _redact_element(element, tag, redaction)
+            _redact_element(element, tag, redaction.note if element in notes else redaction.text)
     for element in root.iterfind("metadata//*"):
         _redact_metadata(element, removed)
 
 
-def _redact_element(element: Element, tag: str, redaction: Redaction) -> None:
+def _redact_element(element: Element, tag: str, cleaned: Callable[[str, str], str]) -> None:
     for name, value in element.attrib.items():
         if not UUID.fullmatch(value):
             # The uuid of a secret is none.
-            element.set(name, redaction.text(name, value))
+            element.set(name, cleaned(name, value))
     if element.text and element.text.strip():
-        element.text = redaction.text(tag, element.text)
+        element.text = cleaned(tag, element.text)
 
 
 def _redact_metadata(element: Element, removed: list[str]) -> None:
     """Take out what is called a secret: attributes, texts, and values of C(name='...' value='...')."""
     tag = element.tag.rpartition("}")[2]
-    is_secret = any(map(SECRET_NAME.fullmatch, (tag, *(element.get(name, "") for name in ("name", "key")))))
+    is_secret = any(map(is_secret_name, (tag, *(element.get(name, "") for name in ("name", "key")))))
     for name, value in element.attrib.items():
-        if (SECRET_NAME.fullmatch(name) or (is_secret and name == "value")) and value not in (*HARMLESS, REMOVED):
+        if (is_secret_name(name) or (is_secret and name in VALUES)) and value not in (*HARMLESS, REMOVED):
             element.set(name, REMOVED)
             removed.append(f"domain {tag}: {name}")
     text = (element.text or "").strip()

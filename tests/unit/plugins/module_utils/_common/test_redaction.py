@@ -13,6 +13,8 @@ import pytest
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.redaction import (
     REMOVED,
+    Redaction,
+    is_secret_name,
     redact,
     redact_name,
     redact_text,
@@ -391,3 +393,51 @@ def test_what_was_sent_to_qemu_is_told_without_secrets() -> None:
         "node-name": "n",
         "file": {"driver": "https", "url": f"https://u:{REMOVED}@h/x", "password": REMOVED},
     }
+
+
+@pytest.mark.parametrize(
+    ("written", "kept"),
+    [
+        ("password: hunter2", f"password: {R}"),
+        ("Root password: hunter2", f"Root password: {R}"),
+        ("Password for admin: hunter2", f"Password for admin: {R}"),
+        ("token=hunter2", f"token={R}"),
+        ("token = hunter2", f"token = {R}"),
+        ("apiToken: hunter2", f"apiToken: {R}"),
+        ("API key: hunter2", f"API key: {R}"),
+        ("db/pass: 'hunter2' of web", f"db/pass: {R} of web"),
+        # It may have blanks, and so all of its line is taken for it.
+        ("passphrase: correct horse", f"passphrase: {R}"),
+        ("pw: hunter2 # old\nowner: me", f"pw: {R}\nowner: me"),
+        ("token=hunter2 owner=me", f"token={R} owner=me"),
+        ("password:\nsee the vault", "password:\nsee the vault"),
+        ("password: none", "password: none"),
+        ("bypass: 10.0.0.1", "bypass: 10.0.0.1"),
+        ("compass=north", "compass=north"),
+        ("its tokens: three", "its tokens: three"),
+        ("pass through: yes", "pass through: yes"),
+        ("keyboard: de", "keyboard: de"),
+        ("the password is in the vault", "the password is in the vault"),
+    ],
+)
+def test_what_people_write_down(written: str, kept: str) -> None:
+    removed: list[str] = []
+    assert Redaction("x", removed).note("note", written) == kept
+    assert removed == ["x: note"] * (written != kept)
+    # What has been here stays as it is.
+    assert Redaction("x", []).note("note", kept) == kept
+
+
+@pytest.mark.parametrize(
+    ("name", "secret"),
+    [
+        *dict.fromkeys(("password", "rootPassword", "DB_PASS", "adminpass", "pass", "pwd", "vncPasswd"), True).items(),
+        *dict.fromkeys(("api_key", "API-KEY", "privateKey", "authToken", "clientSecret", "wifi_psk"), True).items(),
+        *dict.fromkeys(("password_hash", "passwordHash", "secret-value", "credentials"), True).items(),
+        *dict.fromkeys(("bypass", "proxyBypass", "compass", "encompass", "trespass", "surpass"), False).items(),
+        *dict.fromkeys(("overpass", "underpass", "multipass", "passthrough", "passwordHint"), False).items(),
+        *dict.fromkeys(("key", "keymap", "tokenizer", "secretary", "name", ""), False).items(),
+    ],
+)
+def test_names_of_secrets(name: str, secret: bool) -> None:
+    assert is_secret_name(name) == secret

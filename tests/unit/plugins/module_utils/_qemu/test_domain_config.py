@@ -84,6 +84,15 @@ def test_secrets_that_others_have_written_into_it() -> None:
         "domain API_KEY: API_KEY",
         "domain setting: value",
     ]
+    # And what they write down.
+    notes = (
+        "<title>web, password: hunter2</title><metadata><n>token = hunter2</n><s name='bypass' value='x'/></metadata>"
+    )
+    named.clear()
+    text = without_secrets(PLAIN.replace("<os>", f"{notes}<os>"), "", named)
+    assert "hunter2" not in text
+    assert 'name="bypass" value="x"' in text
+    assert named[1:] == ["domain title: title", "domain n: n"]
     # All else is still there, and libvirt can read it.
     assert kept.count(REMOVED.replace("<", "&lt;").replace(">", "&gt;")) == 9
     assert '<qemu:env name="TZ" value="UTC"' in kept
