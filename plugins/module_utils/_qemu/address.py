@@ -70,6 +70,8 @@ class FoundBy(IntEnum):
 
 LIBVIRT = "libvirt:"
 DEFAULT_URI = "qemu:///system"
+SYSTEM = (DEFAULT_URI, "qemu+unix:///system")
+"""What the address of the system's libvirt begins with."""
 NO_DOMAINS = (".", "..")
 
 
