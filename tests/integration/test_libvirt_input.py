@@ -60,7 +60,14 @@ def test_a_domain_that_was_renamed(domain: Domain, sets: Sets, disk: Path) -> No
     assert reason(sets, "libvirt:web", domains=["*"], id="s2") == ("fail", told)
     # Both of what is said there.
     sets.back_up(vms=[{"name": "web", "monitor": "libvirt:shop"}], domains=["*"], id="s2")
+    warned = (
+        f"VM shop: there are sets of this VM (uuid {uuid}) under the name web, and those under this name begin anew,"
+        " with full images. To go on with the old ones, list it as name: web, monitor: libvirt:shop; else remove them"
+        " when nobody needs them any more"
+    )
+    assert warned in sets.plan(vms=[], domains=["*"], id="s3")["warnings"]
     sets.back_up(vms=[], domains=["*"], id="s3")
+    assert warned not in sets.plan(vms=[], domains=["*"], id="s4")["warnings"]
     assert (sets.levels("web", "s2"), sets.levels("shop", "s3")) == ({"vda": "incremental"}, {"vda": "full"})
     for name, set_id in (("web", "s2"), ("shop", "s3")):
         assert identical(disk, sets.images(name, set_id)["vda"])

@@ -10,8 +10,9 @@ import typing as t
 
 import pytest
 
+from ansible_collections.vmfleet.backup.tests.harness.filesystems import LoopDevice
 from ansible_collections.vmfleet.backup.tests.harness.images import MIB, identical, patterned, qemu_img
-from ansible_collections.vmfleet.backup.tests.harness.libvirt_domains import DomainDisk
+from ansible_collections.vmfleet.backup.tests.harness.libvirt_domains import FIRMWARE, DomainDisk
 from ansible_collections.vmfleet.backup.tests.harness.modules import succeed
 from ansible_collections.vmfleet.backup.tests.harness.sets import Sets, result_of
 
@@ -25,6 +26,7 @@ WITHOUT = (
     "VM web: disk sdb is not in the set: the domain {} without it, and has it when it is started anew, as it is defined"
     " (virsh dumpxml --inactive)"
 )
+NBD = "<nvram type='network'><source protocol='nbd' name='vars'><host name='127.0.0.1' port='1'/></source></nvram>"
 MEMORY = (
     "VM web: its memory was saved (virsh managedsave), and is not in the set: what the guest had not written to its"
     " disks by then is not, either"
@@ -106,6 +108,27 @@ def test_a_saved_domain_has_the_disks_that_it_had_then(changed: Changed) -> None
     # When it has come to an end, it is as it is defined.
     changed.domain.destroy()
     assert changed.back_up("s4", "vda", "sdb") == []
+
+
+def test_variables_that_are_in_no_file(libvirt: Libvirt, directory: Path) -> None:
+    loader = f"<loader readonly='yes' type='pflash'>{FIRMWARE}</loader>"
+    disk = DomainDisk(patterned(directory / "vda.qcow2", size=8 * MIB), "vda")
+    sets = Sets(directory / "repository", libvirt.inside)
+    libvirt.define("web", disk, os=loader + NBD)
+    [planned] = sets.plan(ADDRESS, id="s1")["plan"]["vms"]
+    assert planned["action"] == "fail"
+    assert planned["reason"] == (
+        "disk nvram of VM web (network nbd:vars) cannot be copied while the VM is off: that can only be done with qcow2"
+        " and raw images that it writes to; start it, or leave the disk out (exclude_disks)"
+    )
+    [planned] = sets.plan(ADDRESS, id="s1", exclude_disks=["nvram"])["plan"]["vms"]
+    assert planned["left_out"] == [{"name": "nvram", "reason": "is excluded"}]
+    # Those on a block device are copied.
+    with LoopDevice(directory / "vars", 256 * 2112) as device:
+        device.path.write_bytes(bytes(range(256)) * 2112)
+        libvirt.define("db", disk, os=f"{loader}<nvram type='block'><source dev='{device.path}'/></nvram>")
+        sets.back_up("libvirt:db", id="s1")
+        assert identical(device.path, sets.images("db", "s1")["nvram"], "raw")
 
 
 def test_what_was_saved_cannot_be_read(changed: Changed) -> None:

@@ -221,7 +221,7 @@ async def renew_description(run: BackupRun, intent: Intent, draft: AttemptDraft)
 
     Where it has not, what is written already is the state of that moment.
     """
-    newer = renewed(draft.description)
+    newer = await renewed(draft.description)
     if newer:
         await run.repository.write_description(intent, newer)
 

@@ -12,6 +12,7 @@ from .._qemu.domain_disks import NO_MEDIUM, for_next_start, passed_through, unse
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
+    from .._qemu.domain_disks import Domain
     from .._qemu.model import Disk, Vm
     from .model import LeftOut
 
@@ -20,17 +21,7 @@ def domain_warnings(vm: Vm, copied: Iterable[Disk], left_out: Iterable[LeftOut],
     """Return what is to be known of a domain of which a set is made, with these disks."""
     if vm.domain is None:
         return
-    if vm.domain.saved:
-        yield (
-            "its memory was saved (virsh managedsave), and is not in the set: what the guest had not written to its"
-            " disks by then is not, either"
-        )
-    for target in for_next_start(vm):
-        without = "was saved" if vm.domain.saved else "runs"
-        yield (
-            f"disk {target} is not in the set: the domain {without} without it, and has it when it is started anew, as"
-            " it is defined (virsh dumpxml --inactive)"
-        )
+    yield from _not_in_the_set(vm, vm.domain)
     lost = {reason for reason in (*unseen(vm).values(), *passed_through(vm).values()) if reason != NO_MEDIUM}
     for drive in left_out:
         if drive.reason in lost:
@@ -56,3 +47,23 @@ def domain_warnings(vm: Vm, copied: Iterable[Disk], left_out: Iterable[LeftOut],
                 " them (virsh snapshot-revert) fails, and leaves the domain off. Take the bitmaps away before, with"
                 " backup_set and state=untracked; the set after that is a full one"
             )
+
+
+def _not_in_the_set(vm: Vm, domain: Domain) -> Iterator[str]:
+    """Return what belongs to a domain, and is no disk that it has now."""
+    if domain.saved:
+        yield (
+            "its memory was saved (virsh managedsave), and is not in the set: what the guest had not written to its"
+            " disks by then is not, either"
+        )
+    if domain.xml.firmware.varstore:
+        yield (
+            f"its UEFI variables are not in the set: they are in {domain.xml.firmware.varstore} (<varstore>), and in no"
+            " flash chip. Back that file up by other means"
+        )
+    for target in for_next_start(vm):
+        without = "was saved" if domain.saved else "runs"
+        yield (
+            f"disk {target} is not in the set: the domain {without} without it, and has it when it is started anew, as"
+            " it is defined (virsh dumpxml --inactive)"
+        )

@@ -16,6 +16,7 @@ from .._common.formats import human
 from .._host.process import this_machine
 from .._qemu.layer_tables import held_bytes
 from .._qemu.losses import lost_in_copy
+from .._qemu.tpm import tpm_warnings
 from .._repository.documents import Hypervisor
 from .._repository.names import column
 from . import decide
@@ -23,6 +24,7 @@ from .disks import listed_otherwise
 from .domain_warnings import domain_warnings
 from .model import Action, Plan, RunContext, VmPlan
 from .observe import measure, no_room, observe, space_in, with_records
+from .old_names import OldNames
 from .requests import reached_once, with_new_name, with_policy
 
 if TYPE_CHECKING:
@@ -130,6 +132,7 @@ async def draw_up(
     processes: dict[str, tuple[int, ...]] = {}
     losses: dict[str, tuple[str, ...]] = {}
     defects: list[str] = []
+    old_names = OldNames(repository)
 
     async def plan_vm(request: Request) -> VmPlan:
         named = replace(request, name=request.name or request.address.stem)
@@ -150,6 +153,8 @@ async def draw_up(
             disks = tuple(replace(disk, bytes=expected[disk.name]) for disk in decision.plan.disks)
             if seen.vm:
                 warned = (
+                    *([] if records.sets else await old_names.warnings(seen.vm, named)),
+                    *tpm_warnings(seen.vm, request.address.uri),
                     *domain_warnings(seen.vm, copied, decision.choice.left_out, policy.tracking),
                     *listed_otherwise(request.files, seen.vm),
                 )

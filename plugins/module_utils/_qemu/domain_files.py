@@ -29,6 +29,10 @@ if TYPE_CHECKING:
     from .model import Vm
 
 
+LOCAL = ("file", "block")
+"""The kinds of sources that are on this machine."""
+
+
 async def inspect_domain(address: Address, name: str) -> Vm:
     """Return a domain that is shut off, as its definition and its files show it. InUse where it is not.
 
@@ -52,9 +56,9 @@ async def with_other_drives(vm: Vm, address: Address) -> Vm:
 async def files_of(xml: DomainXml) -> tuple[DiskFile, ...]:
     """Return the files that a domain writes to, and that can be copied while it is off."""
     files = [DiskFile(disk.target, disk.source.path, disk.source.format) for disk in xml.disks if _is_copied(disk)]
-    variables = xml.firmware.nvram
-    # Before its first start, a domain has none.
-    if variables and await _is_there(variables):
+    variables, kind = xml.firmware.nvram, xml.firmware.nvram_kind
+    # Before its first start, a domain has no file of them.
+    if variables and (kind == "block" or (kind == "file" and await _is_there(variables))):
         files.append(DiskFile(NVRAM, variables, xml.firmware.nvram_format))
     return tuple(files)
 
@@ -71,7 +75,7 @@ def _is_copied(disk: DomainDisk) -> bool:
     return (
         disk.device in ("disk", "floppy")
         and not disk.read_only
-        and disk.source.kind in ("file", "block")
+        and disk.source.kind in LOCAL
         and disk.source.format in FORMATS
     )
 
@@ -88,10 +92,16 @@ def _as_defined(vm: Vm, domain: Domain) -> Vm:
         for disk in vm.disks
     )
     names = {disk.name for disk in disks}
+    firmware = domain.xml.firmware
+    far = Disk(NVRAM, "", firmware.nvram_kind, qdev=NVRAM_CHIP, filename=firmware.nvram)
     others = [disk for target, disk in known.items() if target not in names and disk.source.kind not in ELSEWHERE]
     return replace(
         vm,
-        disks=(*disks, *(_drive(disk) for disk in others if disk.source.kind != "none")),
+        disks=(
+            *disks,
+            *(_drive(disk) for disk in others if disk.source.kind != "none"),
+            *[far] * (firmware.nvram_kind not in LOCAL),
+        ),
         empty=tuple(disk.target for disk in others if disk.source.kind == "none"),
         domain=domain,
     )
@@ -100,7 +110,7 @@ def _as_defined(vm: Vm, domain: Domain) -> Vm:
 def _drive(disk: DomainDisk) -> Disk:
     """Return a drive of which no file is looked at: it has no node."""
     source = disk.source
-    is_local = source.kind in ("file", "block")
+    is_local = source.kind in LOCAL
     return Disk(
         name=disk.target,
         node="",

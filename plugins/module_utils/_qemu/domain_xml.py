@@ -78,7 +78,10 @@ class DomainDisk:
 
 @dataclass(frozen=True)
 class Firmware:
-    """What a domain boots with. C(auto) is what libvirt is to find (C(efi)), C(nvram) the file of UEFI variables."""
+    """What a domain boots with. C(auto) is what libvirt is to find (C(efi)), C(nvram) where its UEFI variables are.
+
+    C(nvram_kind) is libvirt's type of that source. C(varstore) is a file of variables that is no flash chip's.
+    """
 
     auto: str = ""
     loader: str = ""
@@ -86,16 +89,22 @@ class Firmware:
     nvram: str = ""
     template: str = ""
     nvram_format: str = "raw"
+    nvram_kind: str = "file"
+    varstore: str = ""
 
 
 @dataclass(frozen=True)
 class Tpm:
-    """A TPM. C(backend) is C(emulator) where swtpm keeps its state in a file, and C(secret) the uuid of its key."""
+    """A TPM. C(backend) is C(emulator) where swtpm keeps its state in a file, and C(secret) the uuid of its key.
+
+    C(place) is the directory of that state, or with C(file://) the file, where somebody has chosen it.
+    """
 
     model: str = ""
     backend: str = ""
     version: str = ""
     secret: str = ""
+    place: str = ""
 
 
 @dataclass(frozen=True)
@@ -270,10 +279,11 @@ def _firmware(root: Element) -> Firmware:
     if element is None:
         return Firmware()
     loader, nvram = element.find("loader"), element.find("nvram")
-    variables, template = "", ""
+    variables, template, kind = "", "", "file"
     if nvram is not None:
         source = nvram.find("source")
-        variables = _optional(nvram, "domain.os.nvram") if source is None else _value(source, "file", "domain.os.nvram")
+        kind = _value(nvram, "type", "domain.os.nvram") or kind
+        variables = _optional(nvram, "domain.os.nvram") if source is None else _path(source, kind, "domain.os.nvram")
         template = _value(nvram, "template", "domain.os.nvram")
     return Firmware(
         auto=_value(element, "firmware", "domain.os"),
@@ -282,6 +292,8 @@ def _firmware(root: Element) -> Firmware:
         nvram=variables,
         template=template,
         nvram_format=_value(nvram, "format", "domain.os.nvram") or "raw",
+        nvram_kind=kind,
+        varstore=_value(element.find("varstore"), "path", "domain.os.varstore"),
     )
 
 
@@ -290,12 +302,14 @@ def _tpm(root: Element) -> Tpm | None:
     if element is None:
         return None
     place = "domain.devices.tpm"
-    backend, secret = element.find("backend"), element.find("backend/encryption")
+    backend, secret, source = (element.find(path) for path in ("backend", "backend/encryption", "backend/source"))
+    kind, path = (_value(source, name, f"{place}.backend.source") for name in ("type", "path"))
     return Tpm(
         model=_value(element, "model", place),
         backend=_value(backend, "type", f"{place}.backend"),
         version=_value(backend, "version", f"{place}.backend"),
         secret=_value(secret, "secret", f"{place}.backend.encryption"),
+        place=f"file://{path}" if kind == "file" else path if kind == "dir" else "",
     )
 
 

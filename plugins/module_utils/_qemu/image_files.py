@@ -174,7 +174,7 @@ def _read(path: str) -> tuple[Bitmap, ...]:
         os.close(fd)
 
 
-def options(file: DiskFile, node: str) -> dict[str, Any]:
+async def options(file: DiskFile, node: str) -> dict[str, Any]:
     """Return the options with which a disk is opened to be copied: to read it only, so that its bitmaps are safe.
 
     As long as it is open no VM can open it to write: QEMU's lock does not allow that.
@@ -184,7 +184,7 @@ def options(file: DiskFile, node: str) -> dict[str, Any]:
         "driver": file.format,
         "read-only": True,
         "file": {
-            "driver": "host_device" if _is_device(file.file) else "file",
+            "driver": "host_device" if await ask(file, _is_device, file.file) else "file",
             "filename": file.file,
             "read-only": True,
             "locking": "on",

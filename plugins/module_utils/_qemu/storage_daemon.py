@@ -188,7 +188,7 @@ async def open_disks(monitor: Monitor, disks: Sequence[DiskFile], besides: Colle
     """
     for node, disk in zip(map(node_name, itertools.count()), disks):
         if node not in besides:
-            await monitor.execute("blockdev-add", options(disk, node))
+            await monitor.execute("blockdev-add", await options(disk, node))
 
 
 # To look

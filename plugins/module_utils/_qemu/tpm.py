@@ -5,12 +5,13 @@
 
 It belongs to swtpm, a process of its own that QEMU talks to over a socket. Its directory is on the command line of
 that process; else it is taken to be that of the socket. swtpm replaces a file of its state by a rename: whoever reads
-it reads a whole one.
+it reads a whole one. Where it has its state in one file (C(file://)), that is written in place, and is not read.
 Reference: swtpm(8).
 """
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import os
 import re
@@ -19,6 +20,8 @@ from typing import TYPE_CHECKING
 from .._common.errors import CommandError
 from .._host.directory import Directory, WrongEntry
 from .._host.process import Process
+from .._host.threads import within
+from .address import SYSTEM
 
 if TYPE_CHECKING:
     from typing import Any
@@ -29,13 +32,20 @@ if TYPE_CHECKING:
 
 STATE = re.compile(r"tpm2?-00\.permall")
 """The files that hold the state of a TPM 2.0 and of a TPM 1.2."""
-LARGEST = 1 << 18
+LARGEST = 1 << 20
 """Bytes of the largest state: 6 KiB are the rule, and swtpm has no more than some 128 KiB."""
+TIMEOUT = 5.0
+"""Seconds for reading it, which takes far less than a millisecond: the guest may be frozen meanwhile."""
 STORE = "/var/lib/libvirt/swtpm/{}/{}"
 """Where libvirt of the system has the state of a domain's TPM, by the uuid of the domain and the kind of TPM."""
-EMULATOR = "emulator"
-"""The backend that is swtpm; with others, the state is not in a file."""
+EMULATOR, EXTERNAL = "emulator", "external"
+"""The backends that are swtpm, started by libvirt or by somebody else; with others, the state is not in a file."""
 CHIP = "it is in a chip of the hypervisor, which keeps it"
+UNKNOWN = "somebody else than libvirt starts its swtpm, and only that one tells where it is; start the domain"
+FILE = "file://"
+"""What begins the place of a state that is one file."""
+IN_FILE = "swtpm has it in one file, {}, and not in a directory; back that up by other means, while the VM is off"
+NO_SOCKET = "the socket of its swtpm is not on the command line of QEMU"
 LOST = "TPM state: "
 """What an entry of C(removed) begins with where the state could not be read."""
 
@@ -51,12 +61,12 @@ async def describe_tpm(monitor: Monitor, vm: Vm, removed: list[str]) -> dict[str
         return None
     model, backend = found[0]["model"], found[0]["options"]
     if backend["type"] != EMULATOR:
-        return _described(model, backend["type"], "", removed)
+        return await _described(model, backend["type"], "", removed)
     directory = _directory(vm.process.arguments if vm.process else [], backend["data"].get("chardev", ""))
-    return _described(model, EMULATOR, directory, removed)
+    return await _described(model, EMULATOR, directory, removed)
 
 
-def describe_stored(vm: Vm, last: dict[str, Any] | None, removed: list[str]) -> dict[str, Any] | None:
+async def describe_stored(vm: Vm, uri: str, last: dict[str, Any] | None, removed: list[str]) -> dict[str, Any] | None:
     """Return the TPM of a domain that is shut off, and its state; None where it has none.
 
     Its swtpm does not run, but C(last) may say where the state is: what a set has of it, if it was found there.
@@ -64,26 +74,63 @@ def describe_stored(vm: Vm, last: dict[str, Any] | None, removed: list[str]) -> 
     tpm = vm.domain.xml.tpm if vm.domain else None
     if tpm is None:
         return None
-    if tpm.backend != EMULATOR:
-        return _described(tpm.model, tpm.backend, "", removed)
     known = last or {}
     directory = known.get("directory", "") if known.get("state") else ""
-    directory = directory or STORE.format(vm.uuid, "tpm1.2" if tpm.version == "1.2" else "tpm2")
-    return _described(tpm.model, EMULATOR, directory, removed)
+    directory = directory or tpm.place or store(uri, vm.uuid, "tpm1.2" if tpm.version == "1.2" else "tpm2")
+    return await _described(tpm.model, tpm.backend, directory, removed, f"the libvirt at {uri} keeps it elsewhere")
 
 
-def _described(model: str, backend: str, directory: str, removed: list[str]) -> dict[str, Any]:
+def store(uri: str, uuid: str, kind: str) -> str:
+    """Return where a libvirt has the state of a domain's TPM; empty where it is not that of the system."""
+    # For root, there is no libvirt of the session.
+    is_system = uri.startswith(SYSTEM) or (os.geteuid() == 0 and uri == "qemu:///session")
+    return STORE.format(uuid, kind) if is_system else ""
+
+
+def tpm_warnings(vm: Vm, uri: str) -> list[str]:
+    """Return what is to be known of the TPM of a domain, before a set of it is made: its state may not be in there."""
+    tpm = vm.domain.xml.tpm if vm.domain else None
+    if tpm is None:
+        return []
+    if tpm.place.startswith(FILE):
+        return [f"the state of the TPM is not in the set: {IN_FILE.format(tpm.place[len(FILE) :])}"]
+    if not vm.is_off:
+        return []
+    if tpm.backend == EXTERNAL:
+        return [f"the state of the TPM is not in the set: {UNKNOWN}"]
+    if tpm.backend == EMULATOR and not (tpm.place or store(uri, vm.uuid, "")):
+        told = (
+            f"the libvirt at {uri} keeps the state of the TPM elsewhere, and only a set that is made while the domain"
+        )
+        return [f"{told} runs tells where"]
+    return []
+
+
+async def _described(
+    model: str, backend: str, directory: str, removed: list[str], nowhere: str = NO_SOCKET
+) -> dict[str, Any]:
     """Return what C(vm.json) says of a TPM, with its state where that can be read."""
-    state, reason = read_state(directory) if backend == EMULATOR else ({}, CHIP)
+    state: dict[str, str] = {}
+    if backend == EMULATOR:
+        state, reason = await _read(directory) if directory else (state, nowhere)
+    else:
+        reason = UNKNOWN if backend == EXTERNAL else CHIP
     if not state:
         removed.append(LOST + reason)
     return {"model": model, "backend": backend, "directory": directory, "state": state}
 
 
+async def _read(directory: str) -> tuple[dict[str, str], str]:
+    try:
+        return await within(TIMEOUT, read_state, directory)
+    except asyncio.TimeoutError:
+        return {}, f"{directory} cannot be read: its file system has not answered within {TIMEOUT:g} s"
+
+
 def read_state(directory: str) -> tuple[dict[str, str], str]:
     """Return the files of a TPM's state in Base64 by their names, or why there are none."""
-    if not directory:
-        return {}, "the socket of its swtpm is not on the command line of QEMU"
+    if directory.startswith(FILE):
+        return {}, IN_FILE.format(directory[len(FILE) :])
     try:
         with Directory.at(directory) as place:
             names = [name for name in place.names() if STATE.fullmatch(name)]
@@ -99,13 +146,13 @@ def losses(description: dict[str, Any]) -> list[str]:
     return [f"the state of the TPM is not in the set: {reason}" for reason in found]
 
 
-def renewed(description: dict[str, Any]) -> dict[str, Any] | None:
+async def renewed(description: dict[str, Any]) -> dict[str, Any] | None:
     """Return the description of a VM with the state that its TPM has now; None where that is still the same."""
     # An earlier release may have written it, of a VM that is off since.
     tpm = description.get("tpm")
     if not tpm or not tpm["state"]:
         return None
-    state = read_state(tpm["directory"])[0]
+    state = (await _read(tpm["directory"]))[0]
     return {**description, "tpm": {**tpm, "state": state}} if state not in ({}, tpm["state"]) else None
 
 
@@ -118,7 +165,7 @@ def _directory(arguments: list[str], chardev: str) -> str:
 
 
 def _told_by_swtpm(socket: str) -> str:
-    """Return the directory that the process at a socket was started with; empty where it is not seen.
+    """Return the directory that the process at a socket was started with, or C(file://); empty where it is not seen.
 
     Anybody can start a process that says this. Where several do, none of them is believed.
     """
@@ -131,7 +178,8 @@ def _told_by_swtpm(socket: str) -> str:
             if options.get("--ctrl", {}).get("path") == socket:
                 state = options.get("--tpmstate", {})
                 uri = state.get("backend-uri", "")
-                found.add(uri[len("dir://") :] if uri.startswith("dir://") else state.get("dir", ""))
+                place = uri[len("dir://") :] if uri.startswith("dir://") else state.get("dir", "")
+                found.add(uri if uri.startswith(FILE) else place)
     return found.pop() if len(found) == 1 else ""
 
 

@@ -100,7 +100,7 @@ async def describe_shut_off(address: Address, vm: Vm, last: dict[str, Any]) -> d
         domain = await describe_domain(libvirt, removed)
     finally:
         await libvirt.close()
-    tpm = describe_stored(vm, known.get("tpm"), removed)
+    tpm = await describe_stored(vm, address.uri, known.get("tpm"), removed)
     return {**known, "domain": domain, "tpm": tpm, "removed": removed}
 
 

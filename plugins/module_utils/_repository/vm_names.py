@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING
 
 from .._common.errors import BackupError, Refused
@@ -55,6 +56,20 @@ def vm_names(repository: Repository) -> list[str]:
             elif used and vm_directory(name) == name:
                 names.add(name)
     return sorted(names)
+
+
+def names_by_identity(repository: Repository) -> dict[str, list[str]]:
+    """Return the names of the VMs that a repository has sets of, by the identity in one of their manifests."""
+    found: dict[str, list[str]] = {}
+    with contextlib.suppress(FileNotFoundError), Directory.at(repository.path) as root:
+        for entry in root.entries():
+            if not entry.name.startswith(".") and entry.is_dir(follow_symlinks=False):
+                # Whoever reads this VM tells why it cannot be read.
+                with contextlib.suppress(BackupError, OSError), root.directory(entry.name) as directory:
+                    manifest = _any_manifest(repository, directory)
+                    if manifest:
+                        found.setdefault(manifest.vm.identity, []).append(manifest.vm.name)
+    return found
 
 
 def _any_name(repository: Repository, directory: Directory) -> str | None:

@@ -96,6 +96,7 @@ def redefine(
     notes = [
         *_replace_disks(root, by_name),
         *_replace_nvram(root, nvram),
+        *_drop_varstore(root),
         *_check_emulator(root, emulators),
         *_tell_uses(root),
     ]
@@ -174,6 +175,13 @@ def _replace_nvram(root: Element, nvram: DiskRestore | None) -> Iterator[str]:
     if nvram is None and old is not None:
         # The file that it has named may be that of the old domain.
         yield "its UEFI variables are not in the set: the firmware begins without them"
+
+
+def _drop_varstore(root: Element) -> Iterator[str]:
+    """Let libvirt choose a new file for UEFI variables that are in no flash chip: the old one is the old domain's."""
+    for store in root.iterfind("os/varstore"):
+        if store.attrib.pop("path", ""):
+            yield "its UEFI variables (<varstore>) are not in the set: the firmware begins without them"
 
 
 def _check_emulator(root: Element, emulators: frozenset[str]) -> Iterator[str]:

@@ -11,7 +11,12 @@ from dataclasses import replace
 from ansible_collections.vmfleet.backup.plugins.module_utils._plan.disks import choose_disks
 from ansible_collections.vmfleet.backup.plugins.module_utils._plan.domain_warnings import domain_warnings
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.domain_disks import Domain, with_domain
-from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.domain_xml import DomainDisk, DomainXml, Source
+from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.domain_xml import (
+    DomainDisk,
+    DomainXml,
+    Firmware,
+    Source,
+)
 from ansible_collections.vmfleet.backup.tests.unit.plugins.builders import UUID, disk
 from ansible_collections.vmfleet.backup.tests.unit.plugins.today import REQUEST, vm
 
@@ -62,3 +67,14 @@ def test_what_is_copied_and_not_what_it_seems() -> None:
 
 def test_of_other_vms_nothing_is_said() -> None:
     assert list(domain_warnings(vm(), [disk(snapshots=2)], (), True)) == []
+
+
+def test_what_belongs_to_it_and_is_no_disk_of_it_now() -> None:
+    later = DomainDisk("vdz", source=Source("file", "/z", "raw"))
+    others = (replace(later, target="vdy", read_only=True), replace(later, target="sda", device="cdrom"))
+    xml = DomainXml("web01", UUID, disks=(PLAIN,), firmware=Firmware(varstore="/v.json"))
+    seen = replace(VM, domain=Domain(xml, saved=True, defined=(PLAIN, later, *others)))
+    memory, variables, disk_told = domain_warnings(seen, (), (), True)
+    assert memory.startswith("its memory was saved (virsh managedsave), and is not in the set")
+    assert variables.startswith("its UEFI variables are not in the set: they are in /v.json (<varstore>)")
+    assert disk_told.startswith("disk vdz is not in the set: the domain was saved without it")

@@ -89,6 +89,18 @@ def test_firmware_and_tpm() -> None:
     # As libvirt 8.5 and later write variables that are no raw file.
     other = parse_domain(domain(os="<nvram type='file' format='qcow2'><source file='/srv/vars.qcow2'/></nvram>"))
     assert (other.firmware.nvram, other.firmware.nvram_format) == ("/srv/vars.qcow2", "qcow2")
+    network = "<nvram type='network' format='raw'><source protocol='nbd' name='v'><host name='h'/></source></nvram>"
+    for kind, xml, where in (
+        ("network", network, "nbd:v"),
+        ("block", "<nvram type='block'><source dev='/dev/vg0/vars'/></nvram>", "/dev/vg0/vars"),
+    ):
+        elsewhere = parse_domain(domain(os=xml)).firmware
+        assert (elsewhere.nvram_kind, elsewhere.nvram) == (kind, where)
+    store = "<varstore template='/t.json' path='/v.json'/>"
+    assert parse_domain(domain(os=store)).firmware.varstore == "/v.json"
+    for kind, place in (("dir", "/srv/tpm"), ("file", "file:///srv/tpm"), ("unix", "")):
+        tpm = f"<tpm><backend type='emulator'><source type='{kind}' path='/srv/tpm'/></backend></tpm>"
+        assert parse_domain(domain(tpm)).tpm == Tpm("", "emulator", place=place)
     locked = "<tpm model='tpm-tis'><backend type='emulator'><encryption secret='s'/></backend></tpm>"
     assert parse_domain(domain(locked)).tpm == Tpm("tpm-tis", "emulator", secret="s")
 

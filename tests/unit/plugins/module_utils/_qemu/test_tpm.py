@@ -7,20 +7,28 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import subprocess
+import threading
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.process import Process
+from ansible_collections.vmfleet.backup.plugins.module_utils._qemu import tpm as module
+from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.address import SYSTEM
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.domain_disks import Domain
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.domain_xml import DomainXml, Tpm
+from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.model import OFF
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.tpm import (
+    LARGEST,
     STORE,
     describe_stored,
     describe_tpm,
     losses,
     renewed,
+    tpm_warnings,
 )
 from ansible_collections.vmfleet.backup.tests.harness.qemu import wait_until
 from ansible_collections.vmfleet.backup.tests.unit.plugins.builders import UUID, vm
@@ -55,7 +63,7 @@ def test_chip_of_the_hypervisor() -> None:
     assert losses(found) == [
         "the state of the TPM is not in the set: it is in a chip of the hypervisor, which keeps it"
     ]
-    assert renewed(found) is None
+    assert asyncio.run(renewed(found)) is None
 
 
 @pytest.mark.parametrize(
@@ -77,7 +85,7 @@ def test_state_of_a_vm_that_is_off_is_where_it_was_found() -> None:
     found = vm(uuid=UUID, domain=domain)
     for state, directory in (({"tpm2-00.permall": "AAE="}, "/gone"), ({}, STORE.format(UUID, "tpm2"))):
         # Where there was none, the directory was a guess.
-        tpm = describe_stored(found, {"directory": "/gone", "state": state}, [])
+        tpm = asyncio.run(describe_stored(found, SYSTEM[0], {"directory": "/gone", "state": state}, []))
         assert tpm
         assert tpm["directory"] == directory
 
@@ -87,9 +95,59 @@ def test_state_is_read_again(tmp_path: Path) -> None:
     (tmp_path / "tpm2-00.volatilestate").write_bytes(b"none of it")
     found = describe(EMULATOR, "-chardev", f"socket,id=tpm0,path={tmp_path}/s,server=off")
     assert found["tpm"]["state"] == {"tpm2-00.permall": "AAE="}
-    assert renewed(found) is None
+    assert asyncio.run(renewed(found)) is None
     (tmp_path / "tpm2-00.permall").write_bytes(b"\0\2")
-    assert renewed(found) == {**found, "tpm": {**found["tpm"], "state": {"tpm2-00.permall": "AAI="}}}
+    assert asyncio.run(renewed(found)) == {**found, "tpm": {**found["tpm"], "state": {"tpm2-00.permall": "AAI="}}}
     # What was read is not given up for nothing.
     (tmp_path / "tpm2-00.permall").unlink()
-    assert renewed(found) is None
+    assert asyncio.run(renewed(found)) is None
+
+
+def test_state_that_is_larger_than_any(tmp_path: Path) -> None:
+    (tmp_path / "tpm2-00.permall").write_bytes(bytes(LARGEST))
+    arguments = ("-chardev", f"socket,id=tpm0,path={tmp_path}/s")
+    found = describe(EMULATOR, *arguments)
+    assert len(base64.b64decode(found["tpm"]["state"]["tpm2-00.permall"])) == LARGEST
+    (tmp_path / "tpm2-00.permall").write_bytes(bytes(LARGEST + 1))
+    assert f"has more than {LARGEST} bytes" in losses(describe(EMULATOR, *arguments))[0]
+
+
+@pytest.mark.parametrize(
+    ("tpm", "uri", "told"),
+    [
+        (Tpm("tpm-tis", "emulator", place="file:///srv/tpm"), SYSTEM[0], "swtpm has it in one file, /srv/tpm, and"),
+        (Tpm("tpm-tis", "external"), SYSTEM[0], "somebody else than libvirt starts its swtpm"),
+        (
+            Tpm("tpm-tis", "emulator"),
+            "qemu+unix:///session?socket=/run/user/1/s",
+            "the libvirt at qemu+unix:///session",
+        ),
+        (Tpm("tpm-tis", "passthrough"), SYSTEM[0], "it is in a chip of the hypervisor"),
+    ],
+)
+def test_state_that_no_set_has(tpm: Tpm, uri: str, told: str) -> None:
+    found = replace(vm(uuid=UUID, domain=Domain(DomainXml("a", UUID, tpm=tpm))), status=OFF)
+    removed: list[str] = []
+    assert asyncio.run(describe_stored(found, uri, None, removed))
+    assert removed[0].startswith(f"TPM state: {told}")
+    # The plan says it, too, but of a chip: that stays where it is.
+    assert [told in warning for warning in tpm_warnings(found, uri)] == [True] * (tpm.backend != "passthrough")
+
+
+def test_state_at_a_place_of_its_own(tmp_path: Path) -> None:
+    (tmp_path / "tpm2-00.permall").write_bytes(b"\0\1")
+    found = vm(uuid=UUID, domain=Domain(DomainXml("a", UUID, tpm=Tpm("tpm-tis", "emulator", place=str(tmp_path)))))
+    stored = asyncio.run(describe_stored(found, "qemu+unix:///session", None, []))
+    assert stored
+    assert stored["state"] == {"tpm2-00.permall": "AAE="}
+    assert tpm_warnings(found, "qemu+unix:///session") == []
+
+
+def test_a_file_system_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def hang(_directory: str) -> None:
+        threading.Event().wait()
+
+    monkeypatch.setattr(module, "read_state", hang)
+    monkeypatch.setattr(module, "TIMEOUT", 0.01)
+    found = describe(EMULATOR, "-chardev", f"socket,id=tpm0,path={tmp_path}/s")
+    assert losses(found)[0].endswith(f"{tmp_path} cannot be read: its file system has not answered within 0.01 s")

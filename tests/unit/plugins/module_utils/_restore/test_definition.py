@@ -153,3 +153,11 @@ def test_variables_that_are_not_in_the_set_are_not_those_of_the_old_domain() -> 
     root, notes = defined(restored("nvram", "/new/nvram.fd"), text=without)
     assert root.findtext("os/nvram") == "/new/nvram.fd"
     assert told not in notes
+
+
+def test_variables_in_a_file_of_their_own_are_not_those_of_the_old_domain() -> None:
+    store = "<os><varstore template='/t.json' path='/old.json'/>"
+    root, notes = defined(restored("vda", "/new/a.qcow2"), text=OLD.replace("<os>", store, 1))
+    [found] = root.findall("os/varstore")
+    assert found.attrib == {"template": "/t.json"}
+    assert "its UEFI variables (<varstore>) are not in the set: the firmware begins without them" in notes
