@@ -270,6 +270,17 @@ def test_the_old_domain_is_defined_anew(backup: Backup, monkeypatch: pytest.Monk
     disks = [{"name": name, "target": str(target)} for name, target in targets.items()]
     told = backup.refuse(**{**beside, "directory": None, "disks": disks})
     assert told == f"target: {volume} is a file of domain web03; restore to another place"
+    # The definition of one that is off does not name what its disk builds on.
+    base, between, top = (backup.directory / f"{name}.qcow2" for name in ("base", "between", "top"))
+    patterned(base, size=MIB)
+    node = {"driver": "qcow2", "file": {"driver": "file", "filename": str(base)}}
+    qemu_img("create", "-q", "-f", "qcow2", "-b", f"json:{json.dumps(node)}", "-F", "qcow2", between)
+    qemu_img("create", "-q", "-f", "qcow2", "-b", between.name, "-F", "qcow2", top)
+    backup.libvirt.define("web04", DomainDisk(top))
+    for image in (between, base):
+        disks[0]["target"] = str(image)
+        told = backup.refuse(**{**beside, "directory": None, "disks": disks})
+        assert told == f"target: {image} is a file of domain web04; restore to another place"
     backup.libvirt.virsh("pool-destroy", "images")
     told = f"domain_name: domain web01 is another one, of uuid {uuid}"
     assert backup.refuse(overwrite=True, domain_uuid="new").startswith(told)

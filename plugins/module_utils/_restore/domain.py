@@ -9,6 +9,7 @@ call finds them, and goes on. A new uuid is made of the set, the machine and the
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import binascii
 import os
@@ -20,20 +21,22 @@ from .._common.errors import BackupError, Refused, in_words
 from .._common.formats import Word
 from .._host.directory import Directory, WrongEntry
 from .._host.process import machine_id
+from .._host.threads import within
 from .._qemu.address import parse_address
 from .._qemu.answers import Odd
 from .._qemu.domain_config import DOMAIN
 from .._qemu.domain_xml import parse_domain, parse_xml
-from .._qemu.tpm import STATE, STORE, losses, read_state
+from .._qemu.tpm import LARGEST, STATE, losses, read_state, store
 from .._repository.description import read_description
 from .._repository.repository import check_owner
 from . import libvirt_host
 from .checks import lock_target
 from .definition import RestoredFrom, Wanted, is_nvram, needed_files, origin_of, redefine
 from .libvirt_host import LibvirtHost
+from .owners import refuse_owned
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
     from typing import Any
     from xml.etree.ElementTree import Element
 
@@ -52,7 +55,8 @@ class Identity(Word):
 
 
 IDENTITIES = tuple(Identity)
-SYSTEM = ("qemu:///system", "qemu+unix:///system")
+LOOK_TIMEOUT = 60.0
+"""Seconds for a look at a few files."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +114,7 @@ async def plan_domain(
     root = _parse(manifest, description)
     old = parse_domain(description["domain"]["xml"])
     address = parse_address(f"libvirt:{request.name or old.name}", "domain_name", request.libvirt_uri)
-    missing = [path for path in needed_files(root) if not os.path.exists(path)]
+    missing = await _missing(needed_files(root))
     if missing:
         raise Refused("domain", f"it starts from {missing[0]}, which is not on this machine; bring it there first")
     system = root.find("os/type")
@@ -124,7 +128,7 @@ async def plan_domain(
     uuid = old.uuid if request.uuid == Identity.KEEP else _drawn(origin, address)
     is_defined = _is_defined(look, origin, uuid, disks)
     _check_names(look, address, uuid, is_defined, request.overwrite)
-    _check_owners(look, disks)
+    await refuse_owned(look.others, disks)
     files, notes = _tpm_files(description, address, uuid)
     for path, content in files.items():
         if not request.overwrite and os.path.lexists(path) and _content(path) != content:
@@ -209,6 +213,17 @@ def _parse(manifest: Manifest, description: dict[str, Any]) -> Element:
         raise BackupError(f"VM {manifest.vm.name}: vm.json of set {manifest.id}: {odd}") from None
 
 
+async def _missing(paths: Iterable[str]) -> list[str]:
+    """Return which of these files are not there."""
+    try:
+        return await within(LOOK_TIMEOUT, lambda: [path for path in paths if not os.path.exists(path)])
+    except asyncio.TimeoutError:
+        raise BackupError(
+            "domain: the files that it starts from (loader, kernel) have not been found within"
+            f" {LOOK_TIMEOUT:g} s: a file system hangs"
+        ) from None
+
+
 def _drawn(origin: RestoredFrom, address: Address) -> str:
     """Return a new uuid for a domain."""
     place = f"{origin.repository}/{origin.attempt}/{machine_id()}/{address.uri}/{address.domain}"
@@ -276,21 +291,13 @@ def _closed_directory(disks: Sequence[DiskRestore], user: tuple[int, ...]) -> st
     return ""
 
 
-def _check_owners(look: Look, disks: Sequence[DiskRestore]) -> None:
-    """Refuse to write to a disk of another domain, which may be off."""
-    for disk in disks:
-        owner = look.owners.get(os.path.realpath(disk.target))
-        if owner:
-            raise Refused("target", f"{disk.target} is a file of domain {owner}; restore to another place")
-
-
 def _tpm_files(description: dict[str, Any], address: Address, uuid: str) -> tuple[dict[str, bytes], list[str]]:
     """Return the files of the TPM's state by the paths that libvirt has for them, and what is to be known of it."""
     tpm = description.get("tpm") or {}
     state = tpm.get("state") or {}
     if not state:
         return {}, losses(description)
-    if not address.uri.startswith(SYSTEM):
+    if not store(address.uri, uuid, ""):
         return {}, [f"the state of its TPM is not put in place: the libvirt at {address.uri} keeps it elsewhere"]
     files = {}
     for name, text in state.items():
@@ -298,9 +305,12 @@ def _tpm_files(description: dict[str, Any], address: Address, uuid: str) -> tupl
             raise BackupError(f"vm.json: {name[:60]!r} is no file of a TPM")
         kind = "tpm2" if name.startswith("tpm2") else "tpm1.2"
         try:
-            files[os.path.join(STORE.format(uuid, kind), name)] = base64.b64decode(text, validate=True)
+            content = base64.b64decode(text, validate=True)
         except binascii.Error as error:
             raise BackupError(f"vm.json: the state of the TPM is damaged: {error}") from None
+        if len(content) > LARGEST:
+            raise BackupError(f"vm.json: the state of the TPM has {len(content)} bytes, as that of no TPM has")
+        files[os.path.join(store(address.uri, uuid, kind), name)] = content
     return files, []
 
 

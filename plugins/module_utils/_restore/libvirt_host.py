@@ -10,20 +10,20 @@ Reference: libvirt 9.0, virConnectGetDomainCapabilities() and virDomainDefineXML
 from __future__ import annotations
 
 import asyncio
-import os
 import re
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from .._common.errors import BackupError, MonitorGone
 from .._host.threads import within
 from .._qemu.answers import Odd, quoted
-from .._qemu.domain import file_of
-from .._qemu.domain_xml import parse_domain, parse_xml
+from .._qemu.domain import INACTIVE, file_of
+from .._qemu.domain_xml import Source, parse_domain, parse_xml
 from .._qemu.libvirt_connection import LibvirtConnection
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping
     from typing import Any, TypeVar
     from xml.etree.ElementTree import Element
 
@@ -41,7 +41,7 @@ class Look:
     """What libvirt has. C(unfit) says why it cannot run such a VM; C(uuids) are those of all domains, by their names.
 
     C(user) is who its QEMUs run as, by numbers, where libvirt tells that. C(xml) is how the domain of the name that is
-    asked for is defined, and C(held) why it must not be defined anew. C(owners) are the other domains, by their files.
+    asked for is defined, and C(held) why it must not be defined anew. C(others) are the images of each other domain.
     """
 
     unfit: str
@@ -50,7 +50,7 @@ class Look:
     user: tuple[int, ...] = ()
     xml: str = ""
     held: str = ""
-    owners: Mapping[str, str] = field(default_factory=dict)
+    others: Mapping[str, tuple[Source, ...]] = field(default_factory=dict)
 
 
 class LibvirtHost(LibvirtConnection):
@@ -71,7 +71,7 @@ class LibvirtHost(LibvirtConnection):
         except (self.libvirt.libvirtError, Odd) as error:
             return Look(quoted(error), uuids)
         emulators = frozenset({default, *(element.text or "" for element in known.iter("emulator"))})
-        look = Look("", uuids, emulators, _user(known, kind), owners=self._owners())
+        look = Look("", uuids, emulators, _user(known, kind), others=self._others_images())
         xml, held = self.look_again()
         return replace(look, xml=xml, held=held)
 
@@ -85,20 +85,35 @@ class LibvirtHost(LibvirtConnection):
         """Define a domain, and return its uuid."""
         return str(self._connection.defineXML(xml).UUIDString())
 
-    def _owners(self) -> dict[str, str]:
-        """Return which other domain each file belongs to, as they are defined: one that is off holds no lock on it."""
+    def _others_images(self) -> dict[str, tuple[Source, ...]]:
+        """Return the images of each other domain: as it is defined, as it runs, and as it was saved."""
         found = {}
         for domain in self._connection.listAllDomains(0):
-            try:
-                name, xml = domain.name(), parse_domain(domain.XMLDesc(self.libvirt.VIR_DOMAIN_XML_INACTIVE))
-            except (self.libvirt.libvirtError, Odd):
-                # It has gone at this moment, or is none that anybody could start.
-                continue
+            name = domain.name()
             if name != self.address.domain:
-                sources = [file_of(self.libvirt, self._connection, disk.source) for disk in xml.disks]
-                paths = [source.path for source in sources if source.kind in ("file", "block")]
-                found.update({os.path.realpath(path): name for path in (*paths, xml.firmware.nvram) if path})
+                looks = (
+                    partial(domain.XMLDesc, INACTIVE),
+                    partial(domain.XMLDesc, 0),
+                    partial(domain.managedSaveGetXMLDesc, 0),
+                )
+                found[name] = tuple(source for look in looks for source in self._images(look))
         return found
+
+    def _images(self, look: Callable[[], str]) -> Iterator[Source]:
+        """Return the files and block devices that an XML names."""
+        try:
+            xml = parse_domain(look())
+        except (self.libvirt.libvirtError, Odd):
+            # It has gone at this moment, was not saved, or is none that anybody could start.
+            return
+        firmware = xml.firmware
+        for source in (
+            *(file_of(self.libvirt, self._connection, disk.source) for disk in xml.disks),
+            *(layer for disk in xml.disks for layer in disk.chain),
+            Source(firmware.nvram_kind, firmware.nvram, firmware.nvram_format),
+        ):
+            if source.kind in ("file", "block") and source.path:
+                yield source
 
     def _held(self) -> str:
         """Return why the domain must not be defined anew with other disks."""

@@ -1,0 +1,125 @@
+# Copyright (c) 2026, vmfleet contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Find out which other domain a file belongs to: as a disk, or as an image that one of its disks builds on.
+
+A domain that is off holds no lock on its files, and its definition need not name those that its disks build on: the
+headers of the images do. Only images in format qcow2 are read for that; what is on others a guest has written.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import stat
+from typing import TYPE_CHECKING
+
+from .._common.errors import BackupError, Refused
+from .._host.threads import within
+from .._qemu.qcow2 import read_header
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from .._qemu.domain_xml import Source
+    from .model import DiskRestore
+
+
+LONGEST_CHAIN = 256
+"""Images of the longest chain that is followed: libvirt opens 200."""
+TIMEOUT = 60.0
+"""Seconds for all of them. One takes far less than a millisecond, unless its file system hangs."""
+QCOW2 = "qcow2"
+LOCAL = ("file", "block")
+
+
+async def refuse_owned(sources: Mapping[str, Sequence[Source]], disks: Sequence[DiskRestore]) -> None:
+    """Refuse to write to a file of another domain. C(sources) are the images that each one names.
+
+    BackupError where that cannot be told.
+    """
+    try:
+        found = await within(TIMEOUT, _owner, sources, [disk.target for disk in disks])
+    except asyncio.TimeoutError:
+        raise BackupError(
+            f"the disks of the other domains have not been looked at within {TIMEOUT:g} s, as a file system hangs, and"
+            " so nobody knows whether one of them builds on a file that would be replaced. Restore to other places,"
+            " where there is nothing yet"
+        ) from None
+    if found:
+        target, owner = found
+        raise Refused("target", f"{target} is a file of domain {owner}; restore to another place")
+
+
+def _owner(sources: Mapping[str, Sequence[Source]], targets: Sequence[str]) -> tuple[str, str] | None:
+    """Return a target that belongs to another domain, and that domain; None where there is none."""
+    by_path = {os.path.realpath(target): target for target in targets}
+    # What nobody has made yet, nothing builds on.
+    there = any(map(os.path.lexists, targets))
+    seen: set[str] = set()
+    for owner, named in sources.items():
+        for source in named:
+            for path in _files(source, seen) if there else [source.path]:
+                target = by_path.get(os.path.realpath(path))
+                if target:
+                    return target, owner
+    return None
+
+
+def _files(source: Source, seen: set[str]) -> Iterator[str]:
+    """Return the file of an image, and those that it builds on, without those that were C(seen) before."""
+    path, image_format = source.path, source.format
+    for _layer in range(LONGEST_CHAIN):
+        path = os.path.realpath(path)
+        if path in seen:
+            return
+        seen.add(path)
+        yield path
+        header = _header(path) if image_format == QCOW2 else None
+        if header is None:
+            return
+        backing, image_format, data = header
+        if data:
+            yield _beside(path, data)
+        if not backing:
+            return
+        path = _beside(path, backing)
+
+
+def _header(path: str) -> tuple[str, str, str] | None:
+    """Return what an image names: the file that it builds on and its format, and where its data are."""
+    try:
+        if not any(kind(os.stat(path).st_mode) for kind in (stat.S_ISREG, stat.S_ISBLK)):
+            return None
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except (OSError, ValueError):
+        # It has gone, or is elsewhere: json:, or a URL.
+        return None
+    try:
+        header = read_header(fd)
+    except (OSError, ValueError):
+        return None
+    finally:
+        os.close(fd)
+    return header.backing or "", header.backing_format or QCOW2, header.data_file or ""
+
+
+def _beside(path: str, name: str) -> str:
+    """Return the file that an image names, as seen from that image."""
+    if name.startswith("json:"):
+        name = _in_json(name[len("json:") :])
+    elif name.startswith("file:"):
+        name = name[len("file:") :]
+    return os.path.join(os.path.dirname(path), name)
+
+
+def _in_json(text: str) -> str:
+    """Return the file that is named in QEMU's JSON; empty where there is none."""
+    try:
+        tree = json.loads(text)
+        while isinstance(tree.get("file"), dict):
+            tree = tree["file"]
+        return str(tree.get("filename") or tree.get("file.filename") or "")
+    except (ValueError, AttributeError, RecursionError):
+        return ""

@@ -1,0 +1,67 @@
+# Copyright (c) 2026, vmfleet contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""What a domain would get that is not its own: files of other domains, and the state of a TPM that is none."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import threading
+from typing import TYPE_CHECKING
+
+import pytest
+
+from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import BackupError, Refused
+from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.address import parse_address
+from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.domain_xml import Source
+from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.tpm import LARGEST, STORE
+from ansible_collections.vmfleet.backup.plugins.module_utils._restore import domain, owners
+from ansible_collections.vmfleet.backup.tests.unit.plugins.builders import UUID
+from ansible_collections.vmfleet.backup.tests.unit.plugins.restoring import disk_restore
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+STATE = "tpm2-00.permall"
+
+
+def refuse(target: Path, path: str = "/srv/a.qcow2", image_format: str = "qcow2") -> None:
+    """Refuse a target that is a file of another domain, which has this image."""
+    sources = {"db": (Source("file", path, image_format),)}
+    asyncio.run(owners.refuse_owned(sources, [disk_restore(str(target))]))
+
+
+def test_a_file_that_is_named_need_not_be_there(tmp_path: Path) -> None:
+    with pytest.raises(Refused, match=r"a\.qcow2 is a file of domain db; restore to another place"):
+        refuse(tmp_path / "a.qcow2", f"{tmp_path}/b/../a.qcow2")
+    refuse(tmp_path / "a.qcow2", f"{tmp_path}/b.qcow2")
+
+
+def test_what_a_guest_has_written_names_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.qcow2").write_bytes(b"")
+    monkeypatch.setattr(owners, "_header", lambda _path: pytest.fail("it was read"))
+    refuse(tmp_path / "a.qcow2", image_format="raw")
+
+
+def test_a_file_system_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(owners, "_header", lambda _path: threading.Event().wait())
+    monkeypatch.setattr(owners, "TIMEOUT", 0.01)
+    # Nothing builds on what is not there.
+    refuse(tmp_path / "a.qcow2")
+    (tmp_path / "a.qcow2").write_bytes(b"")
+    with pytest.raises(BackupError, match=r"have not been looked at within 0\.01 s, as a file system hangs"):
+        refuse(tmp_path / "a.qcow2")
+
+
+def test_the_state_of_a_tpm_has_an_end() -> None:
+    address = parse_address("libvirt:web01", "domain_name", "qemu:///system")
+    for size in (LARGEST, LARGEST + 1):
+        description = {"tpm": {"state": {STATE: base64.b64encode(bytes(size)).decode()}}}
+        if size == LARGEST:
+            place = f"{STORE.format(UUID, 'tpm2')}/{STATE}"
+            assert domain._tpm_files(description, address, UUID) == ({place: bytes(size)}, [])
+            continue
+        with pytest.raises(BackupError, match=f"the state of the TPM has {size} bytes, as that of no TPM has"):
+            domain._tpm_files(description, address, UUID)
