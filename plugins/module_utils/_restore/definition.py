@@ -97,6 +97,7 @@ def redefine(
         *_replace_disks(root, by_name),
         *_replace_nvram(root, nvram),
         *_drop_varstore(root),
+        *_drop_tpm_place(root),
         *_check_emulator(root, emulators),
         *_tell_uses(root),
     ]
@@ -182,6 +183,14 @@ def _drop_varstore(root: Element) -> Iterator[str]:
     for store in root.iterfind("os/varstore"):
         if store.attrib.pop("path", ""):
             yield "its UEFI variables (<varstore>) are not in the set: the firmware begins without them"
+
+
+def _drop_tpm_place(root: Element) -> Iterator[str]:
+    """Let libvirt keep the state of the TPM where it keeps it by itself: the restored one is put there."""
+    for backend in root.iterfind("devices/tpm/backend[@type='emulator']"):
+        if backend.find("source") is not None:
+            _remove(backend, "source")
+            yield "the state of its TPM is where libvirt keeps it by itself, and not where the old domain has had it"
 
 
 def _check_emulator(root: Element, emulators: frozenset[str]) -> Iterator[str]:

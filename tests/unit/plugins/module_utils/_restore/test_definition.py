@@ -161,3 +161,11 @@ def test_variables_in_a_file_of_their_own_are_not_those_of_the_old_domain() -> N
     [found] = root.findall("os/varstore")
     assert found.attrib == {"template": "/t.json"}
     assert "its UEFI variables (<varstore>) are not in the set: the firmware begins without them" in notes
+
+
+def test_the_state_of_a_tpm_is_not_where_the_old_domain_has_it() -> None:
+    tpm = "<tpm model='tpm-tis'><backend type='emulator'><source type='dir' path='/old/tpm'/></backend></tpm>"
+    root, notes = defined(restored("vda", "/new/a.qcow2"), text=OLD.replace("<devices>", f"<devices>{tpm}", 1))
+    [backend] = root.findall("devices/tpm/backend[@type='emulator']")
+    assert list(backend) == []
+    assert "the state of its TPM is where libvirt keeps it by itself, and not where the old domain has had it" in notes
