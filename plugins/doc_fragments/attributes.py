@@ -69,3 +69,29 @@ attributes:
     membership:
       - vmfleet.backup.backup
 """
+
+    ACTIONGROUP_REPOSITORY = r"""
+options: {}
+attributes:
+  action_group:
+    description:
+      - Use C(group/vmfleet.backup.repository) in C(module_defaults) to set O(repository) for all modules that have
+        this option.
+    support: full
+    membership:
+      - vmfleet.backup.backup
+      - vmfleet.backup.repository
+"""
+
+    ACTIONGROUP_MONITOR = r"""
+options: {}
+attributes:
+  action_group:
+    description:
+      - Use C(group/vmfleet.backup.monitor) in C(module_defaults) to set O(monitor) for all modules that have
+        this option.
+    support: full
+    membership:
+      - vmfleet.backup.backup
+      - vmfleet.backup.monitor
+"""

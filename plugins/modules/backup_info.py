@@ -18,7 +18,7 @@ author:
   - vmfleet contributors (@vmfleet)
 extends_documentation_fragment:
   - vmfleet.backup.attributes
-  - vmfleet.backup.attributes.actiongroup_backup
+  - vmfleet.backup.attributes.actiongroup_repository
 attributes:
   check_mode:
     description: Can run in C(check_mode), with the same result.
@@ -57,6 +57,17 @@ EXAMPLES = r"""
   loop: "{{ found.vms }}"
   loop_control:
     label: "{{ item.name }}"
+
+- name: Name the repository once for all modules that have the option
+  module_defaults:
+    group/vmfleet.backup.repository:
+      repository: /srv/backup
+  block:
+    - name: Look whether the newest sets are good
+      vmfleet.backup.backup_verify:
+
+    - name: List what there is
+      vmfleet.backup.backup_info:
 """
 
 RETURN = r"""

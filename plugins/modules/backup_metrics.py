@@ -19,7 +19,7 @@ author:
   - vmfleet contributors (@vmfleet)
 extends_documentation_fragment:
   - vmfleet.backup.attributes
-  - vmfleet.backup.attributes.actiongroup_backup
+  - vmfleet.backup.attributes.actiongroup_repository
 attributes:
   idempotent:
     description: The file says when it was written.

@@ -22,7 +22,7 @@ author:
   - vmfleet contributors (@vmfleet)
 extends_documentation_fragment:
   - vmfleet.backup.attributes
-  - vmfleet.backup.attributes.actiongroup_backup
+  - vmfleet.backup.attributes.actiongroup_repository
   - vmfleet.backup.libvirt
   - vmfleet.backup.orders
   - vmfleet.backup.trust_others

@@ -24,7 +24,7 @@ author:
 extends_documentation_fragment:
   - vmfleet.backup.attributes
   - vmfleet.backup.attributes.action
-  - vmfleet.backup.attributes.actiongroup_backup
+  - vmfleet.backup.attributes.actiongroup_repository
   - vmfleet.backup.orders
   - vmfleet.backup.trust_others
 requirements:

@@ -24,7 +24,7 @@ author:
   - vmfleet contributors (@vmfleet)
 extends_documentation_fragment:
   - vmfleet.backup.attributes
-  - vmfleet.backup.attributes.actiongroup_backup
+  - vmfleet.backup.attributes.actiongroup_repository
   - vmfleet.backup.trust_others
 attributes:
   check_mode:

@@ -16,7 +16,7 @@ description:
   - Waits for a moment until the job has got there, and fails if it does not.
 extends_documentation_fragment:
   - vmfleet.backup.attributes
-  - vmfleet.backup.attributes.actiongroup_backup
+  - vmfleet.backup.attributes.actiongroup_monitor
   - vmfleet.backup.monitor
   - vmfleet.backup.libvirt
 options:

@@ -15,7 +15,7 @@ description:
   - Lists a VM's block jobs with what the QMP commands C(query-block-jobs) and C(query-jobs) tell of them.
 extends_documentation_fragment:
   - vmfleet.backup.attributes.info
-  - vmfleet.backup.attributes.actiongroup_backup
+  - vmfleet.backup.attributes.actiongroup_monitor
   - vmfleet.backup.monitor
   - vmfleet.backup.libvirt
 options:

@@ -27,7 +27,7 @@ description:
     ended, or by the next call.
 extends_documentation_fragment:
   - vmfleet.backup.attributes
-  - vmfleet.backup.attributes.actiongroup_backup
+  - vmfleet.backup.attributes.actiongroup_monitor
   - vmfleet.backup.monitor
   - vmfleet.backup.libvirt
 attributes:
