@@ -6,7 +6,7 @@
 # ARGS goes to the program behind a target, as in: make unit ARGS="-k plan"
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format sanity unit fuzz integration molecule system thorough torture crashes package versions matrix docs bench lock clean
+.PHONY: help demo test lint format sanity unit fuzz integration molecule system thorough torture crashes package versions matrix docs bench lock release clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -53,6 +53,10 @@ format: ## Bring the Python files into shape, mend what ruff can mend, and write
 
 lock: ## Renew requirements-lock.txt from requirements-dev.txt
 	@tools/lock
+
+release: ## Set the VERSION of a release, write the changelog, and say what is next, as in: make release VERSION=1.2.3
+	@tools/setup
+	@tools/release "$(VERSION)"
 
 clean: ## Remove all that these targets made here
 	rm -rf .venv .ansible .mypy_cache .pytest_cache .ruff_cache build dist tests/output
