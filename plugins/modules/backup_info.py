@@ -128,6 +128,25 @@ sets:
       description: The overlays that read it, as C(PATH on HOST).
       type: list
       elements: str
+  sample:
+    - vm: web01
+      id: "2026-11-29"
+      sequence: 2
+      level: incremental
+      created: "2026-11-30T10:48:07Z"
+      bytes: 589832
+      consistency: crash
+      disks:
+        vda: 393216
+        vdb: 196616
+      decrypted: []
+      parents:
+        - "2026-11-28"
+      chain: 2
+      broken: ""
+      verified: {}
+      protected: false
+      used_by: []
 vms:
   description: >-
     The VMs, each with C(name), C(sets) (how many), C(bytes), C(newest) (the id of the newest set), C(created), C(age)
@@ -136,15 +155,35 @@ vms:
   returned: always, also where a VM could not be read
   type: list
   elements: dict
+  sample:
+    - name: web01
+      sets: 3
+      bytes: 136118280
+      newest: "2026-11-30"
+      created: "2026-11-30T10:48:42Z"
+      age: 20
+      level: full
+      verified: ""
+      ok: true
 leftovers:
   description: What else is there, each with C(vm), C(path) and C(what).
   returned: always, also where a VM could not be read
   type: list
   elements: dict
+  sample:
+    - vm: web01
+      path: /srv/backup/web01/README
+      what: "no set: no valid manifest"
 totals:
   description: C(vms), C(sets), C(bytes), C(broken) sets and C(leftovers).
   returned: always, also where a VM could not be read
   type: dict
+  sample:
+    vms: 1
+    sets: 3
+    bytes: 136118280
+    broken: 0
+    leftovers: 1
 """
 
 import gc

@@ -93,10 +93,46 @@ hypervisor:
         wrong with the newest set of all, C(verified_at) when a set was last found to be good.
       type: list
       elements: dict
+  sample:
+    repository: /srv/backup
+    id: "2026-11-30"
+    written: "2026-11-30T10:49:04Z"
+    error: ""
+    vms:
+      - name: web01
+        state: published
+        changed: true
+        error: ""
+        reason: ""
+        warnings: []
+        consistency_reason: freezing the guest was not asked for when the set was made
+        frozen_ms: 0
+        path: /srv/backup/web01/2026-11-30
+        set:
+          id: "2026-11-30"
+          started: "2026-11-30T10:48:42Z"
+          duration: 9.058
+          bytes: 67764224
+          level: full
+          consistency: crash
+          chain: 1
+          verified: ""
+        last:
+          id: "2026-11-30"
+          started: "2026-11-30T10:48:42Z"
+          duration: 9.058
+          bytes: 67764224
+          level: full
+          consistency: crash
+          chain: 1
+          verified: ""
+        damage: ""
+        verified_at: ""
 path:
   description: The file. Empty where none is written.
   returned: success
   type: str
+  sample: /var/lib/node_exporter/vmfleet_backup_srv_backup_4f4dba3b.prom
 """
 
 import contextlib

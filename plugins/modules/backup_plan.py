@@ -347,11 +347,63 @@ plan:
         - What is odd about the request, and what the copies to be made will not keep of their disks.
       type: list
       elements: str
+  sample:
+    repository: /srv/backup
+    create_repository: false
+    run: 643b97ea3d6d22ca
+    id: "2026-11-29"
+    policy:
+      compression: none
+      speed: 0
+      reserve: "0"
+      checksum: true
+      offline: backup
+      max_chain: 30
+      tracking: true
+      encrypted_source: warn
+      selinux_label: true
+    space:
+      free: 78477996032
+      reserve: 0
+      promised: 0
+      reservable: true
+      needed: 4268057
+      usable: 78477996032
+    vms:
+      - name: web01
+        monitor: libvirt:web01
+        action: start
+        level: incremental
+        reason: there is no set 2026-11-29 of this VM
+        bytes: 4268057
+        disks:
+          - name: vda
+            node: libvirt-2-format
+            level: incremental
+            reason: changes since set 2026-11-28
+            parent: "2026-11-28"
+            target: vda.qcow2
+            bytes: 2170904
+          - name: vdb
+            node: libvirt-1-format
+            level: incremental
+            reason: changes since set 2026-11-28
+            parent: "2026-11-28"
+            target: vdb.qcow2
+            bytes: 2097153
+        left_out: []
+    warnings: []
 text:
   description: The plan, to be read by people.
   returned: success
   type: list
   elements: str
+  sample:
+    - Backup 2026-11-29 to /srv/backup
+    - "Space: 4.1 MiB needed, 73.1 GiB free, 0 B kept in reserve, 0 B promised to other sets"
+    - start   web01  there is no set 2026-11-29 of this VM
+    - "               vda: incremental, about 2.1 MiB: changes since set 2026-11-28"
+    - "               vdb: incremental, about 2.0 MiB: changes since set 2026-11-28"
 """
 
 import re

@@ -133,15 +133,27 @@ removed:
   returned: always
   type: list
   elements: dict
+  sample:
+    - vm: web01
+      id: "2026-11-29"
+      reason: no rule keeps it
+      bytes: 589832
 kept:
   description: The sets that are kept, each with C(vm), C(id), C(reason), C(bytes) and C(consolidated).
   returned: always
   type: list
   elements: dict
+  sample:
+    - vm: web01
+      id: "2026-11-30"
+      reason: last
+      bytes: 67764224
+      consolidated: false
 bytes:
   description: What the images of the sets took that are gone.
   returned: always
   type: int
+  sample: 589832
 headline:
   description: How many sets are gone, made full and kept, to be read by people.
   returned: always
@@ -152,6 +164,9 @@ text:
   returned: always
   type: list
   elements: str
+  sample:
+    - keep         web01/2026-11-30  last
+    - remove       web01/2026-11-29  no rule keeps it
 """
 
 import re

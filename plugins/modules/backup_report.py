@@ -79,10 +79,12 @@ page:
   description: The page.
   returned: success
   type: str
+  sample: /srv/reports/2026-11-30.html
 data:
   description: The same as data.
   returned: success
   type: str
+  sample: /srv/reports/2026-11-30.json
 summary:
   description: >-
     C(hypervisors), C(hypervisors_failed) and C(hypervisors_waiting), C(vms), of them C(published), C(failed),
@@ -91,6 +93,22 @@ summary:
     C(damaged).
   returned: success
   type: dict
+  sample:
+    hypervisors: 1
+    hypervisors_failed: 0
+    hypervisors_waiting: 0
+    vms: 1
+    published: 1
+    failed: 0
+    cancelled: 0
+    skipped: 0
+    new: 1
+    bytes: 67764224
+    seconds: 9.058
+    began: "2026-11-30T10:48:42Z"
+    frozen: 0
+    verified: 0
+    damaged: 0
 """
 
 import fcntl

@@ -226,6 +226,17 @@ restored:
     changed:
       description: Whether this call has made it.
       type: bool
+  sample:
+    - disk: vda
+      target: /var/lib/restored/vda.qcow2
+      format: qcow2
+      method: copy
+      virtual_size: 67108864
+      bytes: 33824768
+      chain:
+        - "2026-11-29"
+        - "2026-11-28"
+      changed: true
 domain:
   description: The domain, also where it was defined already.
   returned: with O(domain=define)
@@ -243,20 +254,30 @@ domain:
     changed:
       description: Whether this call has defined it.
       type: bool
+  sample:
+    name: web02
+    uuid: 23785441-807c-5d23-ac2b-6f1eb5d3a482
+    libvirt_uri: qemu:///system
+    changed: true
 notes:
   description: What is to be known of the domain before it is started, such as disks and secrets that it lacks.
   returned: with O(domain=define)
   type: list
   elements: str
+  sample:
+    - "it cannot be started yet: the user that QEMU runs as (64055) cannot enter /var/lib/images/web02"
 id:
   description: The id of the set.
   returned: with O(state=present)
   type: str
+  sample: "2026-11-29"
 removed:
   description: The overlays that were removed.
   returned: with O(state=absent)
   type: list
   elements: str
+  sample:
+    - /var/lib/restored/vda.qcow2
 independent:
   description:
     - The images that were overlays and were kept, because they read nothing from their sets any more, and the block
@@ -264,6 +285,8 @@ independent:
   returned: with O(state=absent)
   type: list
   elements: str
+  sample:
+    - /var/lib/restored/vdb.qcow2
 headline:
   description: How many disks were restored, or overlays removed, to be read by people.
   returned: success

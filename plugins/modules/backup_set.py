@@ -238,10 +238,48 @@ vms:
     len:
       description: How many bytes its jobs have to copy. Only of a VM that is V(running).
       type: int
+  sample:
+    - name: web01
+      id: "2026-11-29"
+      state: published
+      level: incremental
+      bytes: 589832
+      duration: 10.366
+      consistency: crash
+      consistency_reason: freezing the guest was not asked for when the set was made
+      frozen_ms: 0
+      path: /srv/backup/web01/2026-11-29
+      error: ""
+      reason: ""
+      warnings: []
+      disks:
+        - name: vda
+          level: incremental
+          reason: changes since set 2026-11-28
+          parent: "2026-11-28"
+          bytes: 393216
+        - name: vdb
+          level: incremental
+          reason: changes since set 2026-11-28
+          parent: "2026-11-28"
+          bytes: 196616
+      changed: true
+      offset: 0
+      len: 0
 summary:
   description: How many VMs are in each state, how many changed, and the bytes written.
   returned: always
   type: dict
+  sample:
+    published: 1
+    running: 0
+    queued: 0
+    failed: 0
+    cancelled: 0
+    skipped: 0
+    untracked: 0
+    changed: 1
+    bytes: 589832
 headline:
   description: >-
     What has become of all VMs, to be read by people. A second line says how many of the sets are of which level, and
@@ -256,6 +294,8 @@ text:
   returned: always
   type: list
   elements: str
+  sample:
+    - published  web01  incremental, crash consistent, 576.0 KiB in 10.4 s, /srv/backup/web01/2026-11-29
 qmp:
   description:
     - The commands that were sent to QEMU, queries left out.
@@ -263,6 +303,10 @@ qmp:
   returned: always
   type: list
   elements: dict
+  sample:
+    - execute: job-dismiss
+      arguments:
+        id: vmfleet.12794a23.49a1c2c3fed6.1
 """
 
 from typing import TYPE_CHECKING

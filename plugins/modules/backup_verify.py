@@ -209,6 +209,8 @@ bad:
   returned: always
   type: list
   elements: str
+  sample:
+    - web01/2026-11-22
 headline:
   description: How many sets are good, to be read by people.
   returned: always
@@ -219,6 +221,8 @@ text:
   returned: always
   type: list
   elements: str
+  sample:
+    - good      web01/2026-11-30  vda, vdb
 """
 
 import os

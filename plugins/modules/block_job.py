@@ -62,17 +62,34 @@ msg:
   description: That there is no such job.
   returned: with O(state=cancelled) and O(state=dismissed), where there is none
   type: str
+  sample: nightly is no job of this VM, and so there was nothing to do
 job:
   description:
     - The job afterwards (in check mode, now), with the keys of RV(vmfleet.backup.block_job_info#module:jobs).
     - Empty where it is not listed.
   returned: success
   type: dict
+  sample:
+    id: nightly
+    type: backup
+    status: paused
+    offset: 3145728
+    len: 67108864
+    speed: 1048576
+    paused: true
+    busy: false
+    io_status: ok
+    error: ""
+    percent: 4.7
 qmp:
   description: The QMP commands that were sent, in order, queries left out.
   returned: always
   type: list
   elements: dict
+  sample:
+    - execute: job-pause
+      arguments:
+        id: nightly
 """
 
 import asyncio

@@ -86,6 +86,18 @@ jobs:
     error:
       description: Why it failed, empty otherwise.
       type: str
+  sample:
+    - id: nightly
+      type: backup
+      status: running
+      offset: 2097152
+      len: 67108864
+      speed: 1048576
+      paused: false
+      busy: false
+      io_status: ok
+      error: ""
+      percent: 3.1
 """
 
 from typing import TYPE_CHECKING

@@ -310,6 +310,18 @@ jobs:
     error:
       description: Why it failed, empty otherwise.
       type: str
+  sample:
+    - id: vmfleet.db.a3ae5c81818a
+      device: drive0
+      node: n0
+      target: /srv/backup/web01.qcow2
+      state: completed
+      offset: 67108864
+      len: 67108864
+      percent: 100.0
+      speed: 0
+      duration: 4.081
+      error: ""
 qmp:
   description:
     - The QMP commands that were sent, in order, queries left out.

@@ -218,6 +218,47 @@ vms:
         connected:
           description: Whether an agent has opened the channel in the guest.
           type: bool
+  sample:
+    - monitor: libvirt:web01
+      error: ""
+      excluded: false
+      name: web01
+      uuid: ef50a7a0-fdc5-4186-b939-cf63ad10902d
+      status: prelaunch
+      version: 7.2.22
+      pid: 73
+      disks:
+        - name: vda
+          node: libvirt-2-format
+          driver: qcow2
+          filters: []
+          layers: []
+          device: ""
+          qdev: /machine/peripheral/virtio-disk0/virtio-backend
+          filename: /var/lib/images/vda.qcow2
+          backing_file: ""
+          virtual_size: 67108864
+          actual_size: 33824768
+          read_only: false
+          removable: false
+          stable_name: true
+          keeps_bitmaps: true
+          encrypted: false
+          snapshots: 0
+          file: /var/lib/images/vda.qcow2
+          data_file: ""
+          shared: false
+          bitmaps:
+            - name: vmfleet-12794a23-08ef4d2ea886cb29
+              count: 0
+              granularity: 65536
+              recording: true
+              busy: false
+              persistent: true
+              inconsistent: false
+      empty: []
+      jobs: []
+      agent: null
 """
 
 import asyncio

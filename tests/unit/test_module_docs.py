@@ -2,7 +2,7 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""The documentation of the modules, as ansible-doc has it: groups of module_defaults are what they are said to be."""
+"""The documentation of the modules, as ansible-doc has it: its samples, and the groups of module_defaults."""
 
 from __future__ import annotations
 
@@ -56,3 +56,41 @@ def test_modules_say_which_groups_they_are_in(documented: dict[str, t.Any]) -> N
     for name in NAMES:
         told = documented[name]["doc"].get("attributes", {}).get("action_group", {}).get("membership", [])
         assert sorted(told) == sorted(f"vmfleet.backup.{group}" for group, names in GROUPS.items() if name in names)
+
+
+TYPES: dict[str, type | tuple[type, ...]] = {
+    "bool": bool,
+    "dict": dict,
+    "float": (float, int),
+    "int": int,
+    "list": list,
+    "str": str,
+}
+
+
+def untrue(name: str, value: dict[str, t.Any], sample: t.Any) -> t.Iterator[str]:
+    """Say where a sample is not what the documentation of a return value says."""
+    if not isinstance(sample, TYPES[value["type"]]) or (value["type"] != "bool" and isinstance(sample, bool)):
+        yield f"{name}: {sample!r} is no {value['type']}"
+    elif value["type"] == "list":
+        if not sample:
+            yield f"{name}: the sample is empty"
+        element = {"type": value["elements"], "contains": value.get("contains")}
+        for each in sample:
+            yield from untrue(f"{name}[]", element, each)
+    elif value.get("contains"):
+        for key in sample.keys() - value["contains"].keys():
+            yield f"{name}.{key}: this is not documented"
+        for key, contained in value["contains"].items():
+            # What is not always returned need not be, and an empty list of things is one of the usual answers.
+            if sample.get(key, []) not in ([], None):
+                yield from untrue(f"{name}.{key}", contained, sample[key])
+            elif key not in sample and "returned" not in contained:
+                yield f"{name}.{key}: not in the sample"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_return_values_have_samples(documented: dict[str, t.Any], name: str) -> None:
+    returned: dict[str, t.Any] = documented[name]["return"] or {}
+    assert [key for key, value in returned.items() if "sample" not in value] == []
+    assert [text for key, value in returned.items() for text in untrue(key, value, value["sample"])] == []
