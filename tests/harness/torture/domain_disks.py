@@ -34,8 +34,6 @@ class DomainDisks:
         self._number = 0
         self._detached: list[Disk] = []
         """What can be attached again."""
-        self._inside: list[str] = []
-        """The internal snapshots."""
 
     def _any(self) -> Disk:
         return self.machine.chance.choice(self.vm.disks)
@@ -99,8 +97,12 @@ class DomainDisks:
         self.machine.virsh("define", "/dev/stdin", stdin=ElementTree.tostring(xml, encoding="unicode"))
 
     def pull(self) -> None:
-        """Copy what layers below hold into the active one."""
+        """Copy what layers below hold into the active one; where there are none, after an external snapshot."""
         disk, images = self._layered()
+        if not disk and self.vm.alive and not self.vm.block_jobs:
+            self.snapshot()
+            self.machine.write_much()
+            disk, images = self._layered()
         if disk and self.vm.alive and not self.vm.block_jobs:
             last = self.machine.chance.randrange(1, len(images))
             if self._mergeable(images[: last + 1]):
@@ -172,22 +174,37 @@ class DomainDisks:
         return [target.attrib["dev"] for target in self.vm.domain.xml(*which).iterfind("devices/disk/target")]
 
     def snapshot_inside(self) -> None:
-        """Take an internal snapshot, delete one, or revert to it: that needs the bitmaps to be gone."""
-        if self.machine.asleep or any(disk.format == "raw" for disk in self.vm.disks):
+        """Take an internal snapshot, or delete one."""
+        if self._can_be_inside():
+            inside = self._inside()
+            if inside and self.machine.chance.random() < 0.3:
+                self.machine.virsh("snapshot-delete", NAME, self.machine.chance.choice(inside), may_fail=True)
+            else:
+                self._take_inside()
+
+    def revert(self) -> None:
+        """Revert to an internal snapshot, perhaps to a new one: that needs the bitmaps to be gone."""
+        if not self._can_be_inside():
             return
-        what = self.machine.chance.choice(["take", "delete", "revert", "revert"])
-        if what == "take" or not self._inside:
-            name = self._next("inside")
-            if self.machine.virsh("snapshot-create-as", NAME, name, may_fail=True):
-                self._inside.append(name)
-            return
-        name = self.machine.chance.choice(self._inside)
-        if what == "delete":
-            self._inside.remove(name)
-            self.machine.virsh("snapshot-delete", NAME, name, may_fail=True)
+        if not self._inside():
+            self._take_inside()
+            self.machine.write_much()
+        inside = self._inside()
+        if not inside:
             return
         if self.machine.chance.random() < 0.6 and not self.vm.block_jobs:
             self._untrack()
-        self.machine.virsh("snapshot-revert", NAME, name, may_fail=True)
+        self.machine.virsh("snapshot-revert", NAME, self.machine.chance.choice(inside), may_fail=True)
         self.machine.settle()
         self.machine.truth.stale()
+
+    def _can_be_inside(self) -> bool:
+        """Whether internal snapshots can be taken of all disks."""
+        return not self.machine.asleep and not any(disk.format == "raw" for disk in self.vm.disks)
+
+    def _inside(self) -> list[str]:
+        """The internal snapshots that libvirt knows: the external ones are taken without metadata."""
+        return self.vm.domain.virsh("snapshot-list", "--name").split()
+
+    def _take_inside(self) -> None:
+        self.machine.virsh("snapshot-create-as", NAME, self._next("inside"), may_fail=True)

@@ -76,9 +76,9 @@ def of_domain(seed: str, directory: Path, libvirt: Libvirt, start: Callable[...,
     disks, life = DomainDisks(machine, backups.untrack), DomainLife(machine)
     meanwhile = {
         machine.write_much: 24,
-        disks.snapshot: 4,
+        disks.snapshot: 5,
         disks.commit: 4,
-        disks.pull: 2,
+        disks.pull: 5,
         disks.copy: 2,
         disks.resize: 2,
         disks.attach: 2,
@@ -90,7 +90,7 @@ def of_domain(seed: str, directory: Path, libvirt: Libvirt, start: Callable[...,
         machine.lose_bitmap: 1,
     }
     trouble = DomainTrouble(backups, meanwhile, start)
-    world = {**meanwhile, disks.snapshot_inside: 3, machine.end: 3, machine.begin: 3}
+    world = {**meanwhile, disks.snapshot_inside: 5, disks.revert: 8, machine.end: 3, machine.begin: 3}
     return Sequence(seed, DOMAIN_ROUNDS, backups, world, {trouble.disturb: 6, trouble.crash: 5})
 
 
