@@ -205,8 +205,12 @@ class Qemu:
 
     def _connect(self) -> Qmp | None:
         try:
+            # While QEMU starts, it hands its monitors from one thread to another. Whoever came before that may be heard
+            # by both, and was once told that a correct command was no JSON.
+            with contextlib.closing(Qmp(self._control)) as early:
+                early.execute("query-status")
             return Qmp(self._control)
-        except (FileNotFoundError, ConnectionError, TimeoutError):
+        except (FileNotFoundError, ConnectionError, TimeoutError, QmpError):
             assert self.alive, f"QEMU did not start: {self._log.read_text()}"
             return None
 
