@@ -88,7 +88,7 @@ async def _ask_each(libvirt: Any, uri: str) -> list[DomainEntry | None]:
     It does not while it holds one of them locked: for its start, say, which waits for a file system or a hook.
     MonitorTimeout where nobody else tells which domains there are, or libvirt answers for none of them.
     """
-    names = await within(CALL_TIMEOUT, _names_by_files) if uri.startswith(SYSTEM) else []
+    names = _names_by_files() if uri.startswith(SYSTEM) else []
     turns = asyncio.Semaphore(AT_ONCE)
 
     async def ask(name: str) -> DomainEntry | None:
