@@ -29,7 +29,7 @@ class Checkout:
             shutil.copy(HERE / name, path / name)
         (path / "changelogs" / "changelog.yaml").write_text("ancestor: null\nreleases: {}\n")
         (path / FRAGMENT).parent.mkdir()
-        (path / FRAGMENT).write_text("minor_changes:\n  - one thing.\n")
+        (path / FRAGMENT).write_text("minor_changes:\n  - >-\n    one C(thing\n    (too)).\n")
         self.set("0.1.0")
         self.git("init", "--quiet", "--initial-branch=main")
         self.commit()
@@ -82,7 +82,7 @@ def test_a_release(checkout: Checkout) -> None:
     assert not (checkout.path / FRAGMENT).exists()
     told = checkout.release("notes", "v1.2.3")
     assert told.returncode == 0, told.stderr
-    assert "* one thing\\." in told.stdout
+    assert "* one <code>thing \\(too\\)</code>\\." in told.stdout
     assert "## v1" not in told.stdout
 
 
