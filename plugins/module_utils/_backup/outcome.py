@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,7 @@ from .._common.formats import Word, human
 from .._repository.names import column
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Container, Iterable, Sequence
     from typing import Any
 
 
@@ -29,9 +30,12 @@ class VmState(Word):
 
 
 STATES = tuple(VmState)
+BAD = (VmState.FAILED, VmState.CANCELLED)
 UNFINISHED = (VmState.RUNNING, VmState.QUEUED)
 STOPPING = (VmState.CANCELLED, VmState.UNTRACKED)
 """What may be asked for instead of sets."""
+MANY = 4
+"""VMs of which the same warning is told in one line of its own."""
 
 
 @dataclass(frozen=True)
@@ -70,8 +74,11 @@ class Outcome:
     offset: int = 0
     len: int = 0
 
-    def describe(self, width: int) -> list[str]:
-        """Return it for people to read, with as much room for names as the longest one takes."""
+    def describe(self, width: int, told: Container[str] = ()) -> list[str]:
+        """Return it for people to read, with as much room for names as the longest one takes.
+
+        C(told) are warnings that are said of many VMs at once.
+        """
         said = self.error or self.reason
         if self.state == VmState.PUBLISHED:
             frozen = f" (frozen for {self.frozen_ms} ms)" if self.frozen_ms else ""
@@ -80,7 +87,10 @@ class Outcome:
             if not self.changed:
                 said += " (was there)"
         indent = " " * (9 + 2 + width + 2)
-        return [f"{self.state:9}  {self.name:{width}}  {said}", *(f"{indent}{warning}" for warning in self.warnings)]
+        return [
+            f"{self.state:9}  {self.name:{width}}  {said}",
+            *(f"{indent}{one}" for one in self.warnings if one not in told),
+        ]
 
 
 def results(outcomes: Iterable[Outcome]) -> list[dict[str, Any]]:
@@ -124,10 +134,16 @@ def _kinds(outcomes: Iterable[Outcome]) -> str:
 
 
 def describe(outcomes: Sequence[Outcome]) -> list[str]:
-    """Return the results for people to read, what went wrong last."""
+    """Return the results for people to read, what went wrong last. What many VMs are warned of is said once."""
     width = column(outcome.name for outcome in outcomes)
-    ordered = sorted(outcomes, key=lambda one: one.state in (VmState.FAILED, VmState.CANCELLED))
-    return [line for outcome in ordered for line in outcome.describe(width)]
+    counts = Counter(warning for outcome in outcomes for warning in set(outcome.warnings))
+    many = {warning: count for warning, count in counts.items() if count >= MANY}
+    kept, lost = ([one for one in outcomes if (one.state in BAD) is bad] for bad in (False, True))
+    return [
+        *(line for outcome in kept for line in outcome.describe(width, many)),
+        *(f"Warning: {count} of {len(outcomes)} VMs: {warning}" for warning, count in many.items()),
+        *(line for outcome in lost for line in outcome.describe(width, many)),
+    ]
 
 
 def diff(outcomes: Iterable[Outcome]) -> dict[str, str]:
@@ -142,7 +158,7 @@ def diff(outcomes: Iterable[Outcome]) -> dict[str, str]:
 
 def failure(outcomes: Sequence[Outcome], set_id: str, wanted: str) -> str:
     """Return what the module says when not every VM is where it should be; empty where all are."""
-    bad_states = (VmState.FAILED,) if wanted in STOPPING else (VmState.FAILED, VmState.CANCELLED)
+    bad_states = (VmState.FAILED,) if wanted in STOPPING else BAD
     bad = [outcome for outcome in outcomes if outcome.state in bad_states]
     if not bad:
         return ""

@@ -143,3 +143,20 @@ def test_a_long_name_has_a_long_line_alone() -> None:
 def test_names_of_like_length_stand_in_a_column() -> None:
     found = describe([Outcome(name, "s1", "skipped", reason="why") for name in ("a", "web01")])
     assert found == ["skipped    a      why", "skipped    web01  why"]
+
+
+@pytest.mark.parametrize(("number", "once"), [(2, False), (3, True), (300, True)])
+def test_what_many_are_warned_of_is_said_once(number: int, once: bool) -> None:
+    outcomes = [
+        Outcome(f"vm{count:03}", "s1", "published", warnings=("not frozen: no agent", f"of its own: {count}"))
+        for count in range(number)
+    ]
+    lost = Outcome("lost", "s1", "failed", error="target full", warnings=("not frozen: no agent",))
+    found = describe([lost, *outcomes])
+    assert sum("not frozen: no agent" in line for line in found) == (1 if once else number + 1)
+    assert sum("of its own" in line for line in found) == number
+    if once:
+        assert found[-2:] == [
+            f"Warning: {number + 1} of {number + 1} VMs: not frozen: no agent",
+            "failed     lost   target full",
+        ]
