@@ -109,7 +109,8 @@ class Hypervisor:
     @property
     def _environment(self) -> dict[str, str]:
         return {
-            **{name: value for name, value in os.environ.items() if not name.startswith("ANSIBLE_")},
+            # pytest-xdist gives its workers a width, to which lines would be wrapped.
+            **{name: value for name, value in os.environ.items() if not name.startswith(("ANSIBLE_", "COLUMNS"))},
             "ANSIBLE_COLLECTIONS_PATH": str(ROOT),
             "PYTHONPATH": os.pathsep.join(python_path()),
             "ANSIBLE_HOME": str(self.directory / "ansible"),

@@ -18,7 +18,6 @@ GOOD: dict[str, dict[str, Any]] = {"restore": {"restore_vm": "web01"}}
 MONITOR = "unix:/run/vmfleet-monitors/web01.qmp"
 
 BAD: list[tuple[str, str, list[Any]]] = [
-    ("main", "repository", [None]),
     ("main", "repository_create", ["perhaps", "", 5, [1]]),
     ("main", "vms", [{"a": 1}, [5], [{}], [{"name": "x"}], [{"monitor": MONITOR, "nosuch": 1}]]),
     ("main", "vms", [[{"monitor": MONITOR, "level": "most"}], [{"monitor": MONITOR, "quiesce": ""}]]),
@@ -38,7 +37,6 @@ BAD: list[tuple[str, str, list[Any]]] = [
     ("main", "takeover", ["perhaps"]),
     ("main", "supersede", [5]),
     ("main", "adopt", ["x"]),
-    ("restore", "restore_vm", [None]),
     ("restore", "restore_disks", ["", [5], [{}], [{"name": "d"}], [{"target": "/d"}]]),
     ("restore", "restore_disks", [[{"name": "d", "target": "/d", "format": "vmdk"}]]),
     ("restore", "restore_method", ["", "clone"]),
@@ -60,7 +58,7 @@ BAD: list[tuple[str, str, list[Any]]] = [
 def test_refused(verb: str, name: str, value: Any) -> None:
     options = SPECS["argument_specs"][verb]["options"]
     good = {"repository": "/srv/backup", **GOOD.get(verb, {})}
-    given = {f"vm_backup_{key}": each for key, each in {**good, name: value}.items() if each is not None}
+    given = {f"vm_backup_{key}": each for key, each in {**good, name: value}.items()}
     start = {f"vm_backup_{key}": each for key, each in good.items()}
     assert ArgumentSpecValidator(options).validate(start).error_messages == []
     said = ArgumentSpecValidator(options).validate(given).error_messages
