@@ -30,7 +30,8 @@ options:
       - For each hypervisor its C(name) and C(repository), the content of the C(file) V(vmfleet.json), and
         C(found), which is what M(vmfleet.backup.backup_info) has returned.
       - What VMs there should be is said by C(vms) and C(sockets), as M(vmfleet.backup.backup_plan) takes them, and by
-        C(running), which is RV(vmfleet.backup.vm_info#module:vms). C(names) limits it to some of them.
+        C(running), which is RV(vmfleet.backup.vm_info#module:vms). C(names) and
+        C(exclude_names) limit it to some of them.
     type: list
     elements: dict
     required: true

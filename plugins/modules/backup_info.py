@@ -19,6 +19,7 @@ author:
 extends_documentation_fragment:
   - vmfleet.backup.attributes
   - vmfleet.backup.attributes.actiongroup_repository
+  - vmfleet.backup.selection
 attributes:
   check_mode:
     description: Can run in C(check_mode), with the same result.
@@ -34,12 +35,6 @@ options:
     description: The directory of the repository.
     type: path
     required: true
-  names:
-    description:
-      - The VMs, as they are called in the repository. The default is all that have sets there, or were to get some.
-      - The module fails where the repository knows nothing of one of them, with the results of the others.
-    type: list
-    elements: str
 seealso:
   - module: vmfleet.backup.backup_verify
   - module: vmfleet.backup.backup_prune
@@ -193,6 +188,7 @@ from typing import TYPE_CHECKING
 from ansible.module_utils.basic import AnsibleModule
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import BackupError, in_words
+from ansible_collections.vmfleet.backup.plugins.module_utils._common.selection import Selection, selection_argument_spec
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.probe import probe_if_there
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.worker import run_in_worker
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.catalog import (
@@ -282,9 +278,9 @@ async def main_task(module: AnsibleModule) -> dict[str, Any]:
     vms: list[dict[str, Any]] = []
     left: list[dict[str, str]] = []
     errors: list[str] = []
-    asked = module.params["names"]
-    names = vm_names(repository) if asked is None else list(dict.fromkeys(asked))
-    unknown = [name for name in names if not repository.has(name)] if asked else []
+    selection = Selection.of(module.params)
+    names = selection.spelled_out(lambda: vm_names(repository))
+    unknown = [name for name in names if not repository.has(name)] if selection.names else []
     for name in names:
         try:
             catalog = read_catalog(repository, name)
@@ -320,7 +316,7 @@ def main() -> None:
     module = AnsibleModule(
         argument_spec={
             "repository": {"type": "path", "required": True},
-            "names": {"type": "list", "elements": "str"},
+            **selection_argument_spec(),
         },
         supports_check_mode=True,
     )

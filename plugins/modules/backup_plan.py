@@ -26,6 +26,7 @@ extends_documentation_fragment:
   - vmfleet.backup.libvirt
   - vmfleet.backup.orders
   - vmfleet.backup.trust_others
+  - vmfleet.backup.selection
 attributes:
   check_mode:
     description: Can run in C(check_mode), with the same result.
@@ -393,6 +394,13 @@ plan:
             bytes: 2097153
         left_out: []
     warnings: []
+unknown:
+  description: What in O(names) stands for no VM of this hypervisor.
+  returned: success
+  type: list
+  elements: str
+  sample:
+    - web9
 text:
   description: The plan, to be read by people.
   returned: success
@@ -414,6 +422,7 @@ from typing import TYPE_CHECKING
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.argument_specs import libvirt_argument_spec
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import Refused, warn
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.module import make_module
+from ansible_collections.vmfleet.backup.plugins.module_utils._common.selection import Selection, selection_argument_spec
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.probe import Watch, probe_if_there
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.worker import ThreadedCalls, run_in_worker
 from ansible_collections.vmfleet.backup.plugins.module_utils._plan.model import Offline, Policy, Quiesce, Request
@@ -525,12 +534,14 @@ async def main_task(module: AnsibleModule) -> dict[str, Any]:
     async with ThreadedCalls(Watch(params["repository"], writing=True)) as calls:
         places = (params["repository"], params["create_repository"], params["trust_others"])
         repository = await calls.run(find_repository, *places)
-        plan = await draw_up(AsyncRepository(repository, calls), wanted, found, set_id, how, orders)
+        plan, unknown = await draw_up(
+            AsyncRepository(repository, calls), wanted, found, set_id, how, orders, Selection.of(params)
+        )
     for warning in plan.warnings:
         warn(module, warning)
     text = describe(plan)
     diff = {"before": "", "after": "\n".join(text) + "\n"}
-    return {"changed": False, "plan": returned(plan), "text": text, "diff": diff}
+    return {"changed": False, "plan": returned(plan), "unknown": unknown, "text": text, "diff": diff}
 
 
 def argument_spec() -> dict[str, Any]:
@@ -564,6 +575,7 @@ def argument_spec() -> dict[str, Any]:
             },
         },
         **dict.fromkeys(PATTERNS, names),
+        **selection_argument_spec(),
         **libvirt_argument_spec(),
         "include_disks": {**names, "default": []},
         "exclude_disks": {**names, "default": []},

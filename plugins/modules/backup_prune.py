@@ -21,6 +21,7 @@ extends_documentation_fragment:
   - vmfleet.backup.attributes
   - vmfleet.backup.attributes.actiongroup_repository
   - vmfleet.backup.trust_others
+  - vmfleet.backup.selection
 requirements:
   - qemu-img on the machine, for O(consolidate)
 options:
@@ -28,10 +29,6 @@ options:
     description: The directory of the repository.
     type: path
     required: true
-  names:
-    description: The VMs, as they are called in the repository. The default is all that have sets there.
-    type: list
-    elements: str
   keep_last:
     description: Keep so many sets, the newest ones.
     type: int
@@ -169,12 +166,14 @@ text:
     - remove       web01/2026-11-29  no rule keeps it
 """
 
+import glob
 import re
 import sys
 from typing import TYPE_CHECKING
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import BackupError, Refused, in_words
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.module import make_module
+from ansible_collections.vmfleet.backup.plugins.module_utils._common.selection import Selection, selection_argument_spec
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.probe import probe_if_there
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.worker import run_in_worker
 from ansible_collections.vmfleet.backup.plugins.module_utils._prune.prune import (
@@ -217,6 +216,8 @@ def rules(params: dict[str, Any]) -> Rules:
     found = Rules(**counts, within=seconds(params["keep_within"]) if params["keep_within"] else 0)
     if params["forget"] and not params["names"]:
         raise Refused("forget", "names must say which VMs are to be forgotten")
+    if params["forget"] and any(map(glob.has_magic, params["names"])):
+        raise Refused("forget", "names has a pattern; write out the names of the VMs that are to be forgotten")
     both = sorted({*params["protect"]} & {*params["unprotect"]})
     if both:
         raise Refused("unprotect", "{} are to be protected as well".format(", ".join(both)))
@@ -230,9 +231,7 @@ def rules(params: dict[str, Any]) -> Rules:
 def chosen_vms(repository: Repository, params: dict[str, Any]) -> list[str]:
     """Return the VMs that are asked for. Of one that is to be forgotten there may be no more than its directory."""
     known = vm_names(repository)
-    if params["names"] is None:
-        return known
-    names = list(dict.fromkeys(params["names"]))
+    names = Selection.of(params).spelled_out(lambda: known)
     forgotten = [name for name in names if params["forget"] and repository.has(name)]
     unknown = [name for name in names if name not in known and name not in forgotten]
     if unknown:
@@ -314,7 +313,7 @@ def main() -> None:
     module = make_module(
         argument_spec={
             "repository": {"type": "path", "required": True},
-            "names": names,
+            **selection_argument_spec(),
             **counts,
             "keep_within": {"type": "str"},
             "consolidate": {"type": "bool", "default": False},

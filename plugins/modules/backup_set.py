@@ -40,9 +40,15 @@ options:
     type: path
   names:
     description:
-      - The VMs that O(state=cancelled) or O(state=untracked) is for, as they are called in the repository.
+      - The VMs that O(state=cancelled) or O(state=untracked) is for, as they are called in the repository, or patterns
+        such as V(web*).
       - The default for V(cancelled) is all VMs whose sets this hypervisor is making. With V(untracked) they must be
         named.
+    type: list
+    elements: str
+  exclude_names:
+    description:
+      - The VMs that O(state=cancelled) or O(state=untracked) is not for, or patterns of their names.
     type: list
     elements: str
   state:
@@ -327,6 +333,7 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._backup.run import 
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import BackupError, Refused, warn
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.module import make_module
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.options import duration
+from ansible_collections.vmfleet.backup.plugins.module_utils._common.selection import Selection, selection_argument_spec
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.probe import Watch, probe_if_there
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.worker import ThreadedCalls, run_in_worker
 from ansible_collections.vmfleet.backup.plugins.module_utils._plan.model import parse_plan
@@ -355,7 +362,7 @@ async def places(module: AnsibleModule, plan: Plan | None, calls: ThreadedCalls)
     await probe_if_there(path, writing=True)
     if plan is None:
         repository = await calls.run(open_repository, path, trust_others)
-        return repository, await calls.run(plan_of_names, repository, module.params["names"]), False
+        return repository, await calls.run(plan_of_names, repository, Selection.of(module.params)), False
     repository = await calls.run(find_repository, path, plan.create_repository, trust_others)
     if module.params["state"] in STOPPING:
         return repository, plan, False
@@ -371,8 +378,9 @@ async def places(module: AnsibleModule, plan: Plan | None, calls: ThreadedCalls)
 
 def check_options(params: dict[str, Any]) -> None:
     """Refuse options that contradict each other."""
-    if params["names"] and params["plan"]:
-        raise Refused("names", "the plan says which VMs are meant; give names with repository only")
+    chosen = [option for option in ("names", "exclude_names") if params[option]]
+    if chosen and params["plan"]:
+        raise Refused(chosen[0], "the plan says which VMs are meant; give names with repository only")
     if params["slice"] and params["state"] != "completed":
         raise Refused("slice", "only state: completed waits")
 
@@ -428,7 +436,7 @@ def main() -> None:
         argument_spec={
             "plan": {"type": "dict"},
             "repository": {"type": "path"},
-            "names": {"type": "list", "elements": "str"},
+            **selection_argument_spec(),
             "state": {"type": "str", "choices": ["completed", "started", *STOPPING], "default": "completed"},
             "max_vms": {"type": "int", "default": 4},
             "bandwidth": {"type": "bytes", "default": "0"},

@@ -26,6 +26,7 @@ extends_documentation_fragment:
   - vmfleet.backup.attributes
   - vmfleet.backup.attributes.actiongroup_repository
   - vmfleet.backup.trust_others
+  - vmfleet.backup.selection
 attributes:
   check_mode:
     description: Can run in C(check_mode). Verifies the same, and writes nothing beside the sets.
@@ -44,10 +45,6 @@ options:
     description: The directory of the repository.
     type: path
     required: true
-  names:
-    description: The VMs, as they are called in the repository. The default is all that have sets there.
-    type: list
-    elements: str
   id:
     description:
       - The set. The default is the newest one of each VM. Then directories beside it that were sets, and have no
@@ -230,6 +227,7 @@ from typing import TYPE_CHECKING
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import BackupError, warn
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.module import make_module
+from ansible_collections.vmfleet.backup.plugins.module_utils._common.selection import Selection, selection_argument_spec
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.probe import probe_if_there
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.worker import run_in_worker
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.qemu_img import require_qemu_img
@@ -276,14 +274,13 @@ def boot_options(params: dict[str, Any]) -> BootOptions:
     return options
 
 
-def chosen_vms(repository: Repository, names: list[str] | None) -> list[str]:
+def chosen_vms(repository: Repository, selection: Selection) -> list[str]:
     """Return the VMs that are asked for; Refused where one has no sets."""
-    if names is None:
-        return known_vms(repository)
-    unknown = [name for name in names if not has_sets(repository, name)]
+    names = selection.spelled_out(lambda: known_vms(repository))
+    unknown = [name for name in names if not has_sets(repository, name)] if selection.names else []
     if unknown:
         raise unknown_vms(unknown, known_vms(repository), repository.path)
-    return list(dict.fromkeys(names))
+    return names
 
 
 def error_message(bad: Sequence[Finding]) -> str:
@@ -301,7 +298,7 @@ async def main_task(module: AnsibleModule) -> dict[str, Any]:
     options = VerifyOptions(depth, boot_options(params) if depth == Depth.BOOT else None, module.check_mode)
     await probe_if_there(params["repository"], writing=not module.check_mode)
     repository = open_repository(params["repository"], params["trust_others"])
-    names = chosen_vms(repository, params["names"])
+    names = chosen_vms(repository, Selection.of(params))
     if not names:
         warn(module, f"there are no sets in {repository.path}, and so nothing was verified")
     findings, warnings = await verify_all(repository, names, set_id, options)
@@ -325,7 +322,7 @@ def main() -> None:
         argument_spec={
             "repository": {"type": "path", "required": True},
             "trust_others": {"type": "bool", "default": False},
-            "names": {"type": "list", "elements": "str"},
+            **selection_argument_spec(),
             "id": {"type": "str"},
             "depth": {"type": "str", "choices": list(DEPTHS), "default": "checksum"},
             "boot_timeout": {"type": "int", "default": 120},

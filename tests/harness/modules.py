@@ -32,7 +32,13 @@ sys.path.append(str(binding.directory()))
 ROOT = Path(__file__).parents[5]
 
 PACKAGE = "ansible_collections.vmfleet.backup.plugins.modules"
-NAMES = sorted(path.stem for path in (Path(__file__).parents[2] / "plugins" / "modules").glob("[a-z]*.py"))
+# What is an action plugin only has its documentation there.
+FILES = [
+    path
+    for path in sorted((Path(__file__).parents[2] / "plugins" / "modules").glob("[a-z]*.py"))
+    if "def main(" in path.read_text()
+]
+NAMES = [path.stem for path in FILES]
 
 
 def be_no_controller() -> None:

@@ -50,6 +50,9 @@ def _pack(root: Path, directory: Path) -> None:
 
     init_plugin_loader()
     for path in sorted((root / COLLECTION / "plugins" / "modules").glob("[a-z]*.py")):
+        if "def main(" not in path.read_text():
+            # Documentation of an action plugin.
+            continue
         built: t.Any = modify_module(
             module_name=path.stem,
             module_path=str(path),

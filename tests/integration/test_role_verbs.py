@@ -38,8 +38,9 @@ def hypervisor(directory: Path) -> Hypervisor:
 
 def rows(output: str) -> dict[str, list[str]]:
     """The lines of the status table, by VM: the mark and what follows the name."""
-    found = re.findall(r"^ +\"(.) (\S+) +(.*?)\",?$", output, re.MULTILINE)
-    return {name: [mark, *re.split(r"  +", rest)] for mark, name, rest in found if name != "VM"}
+    table = output.partition("  VM  ")[2].partition("\nok: ")[0]
+    found = re.findall(r"^([! ]) (\S+)  +(.*?) *$", table, re.MULTILINE)
+    return {name: [mark, *re.split(r"  +", rest)] for mark, name, rest in found}
 
 
 def test_restore(chain: Chain, directory: Path, hypervisor: Hypervisor) -> None:
@@ -92,7 +93,7 @@ def test_restore_on_one_machine_only(directory: Path) -> None:
             {"restore_vm": NAME, "restore_directory": "/x", "restore_before": "2026-11-22"},
             "Both say which set",
         ),
-        ("restore", {"restore_directory": "/x"}, "missing required arguments: vm_backup_restore_vm"),
+        ("restore", {"restore_directory": "/x"}, "vm_backup_restore_vm is missing"),
         ("prune", {}, "vm_backup_keep is empty"),
         ("status", {"max_age": "26"}, "vm_backup_max_age is '26'"),
         ("verify", {"verify": "deeply"}, "value of vm_backup_verify must be one of"),

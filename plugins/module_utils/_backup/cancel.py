@@ -19,8 +19,9 @@ from .outcome import VmState
 from .session import hold_now, observe
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Sequence
+    from collections.abc import Sequence
 
+    from .._common.selection import Selection
     from .._repository.documents import Intent, Manifest
     from .._repository.repository import Repository, VmRecords
     from .outcome import Outcome
@@ -28,18 +29,21 @@ if TYPE_CHECKING:
     from .session import VmSession, VmTask
 
 
-def plan_of_names(repository: Repository, names: Collection[str] | None) -> Plan:
-    """Return a plan for the states cancelled and untracked: what the repository knows of the VMs with these names.
+def plan_of_names(repository: Repository, selection: Selection) -> Plan:
+    """Return a plan for the states cancelled and untracked: what the repository knows of the VMs that are chosen.
 
     Without names it is for those whose sets this hypervisor is making. Refused where it knows nothing of one of them.
     """
     policy = Policy()
     here = Hypervisor(*this_machine())
-    unknown = [name for name in names or () if not repository.has(name)]
+
+    def making() -> list[str]:
+        return sorted(intent.vm.name for intent in repository.intents() if intent.hypervisor.is_same(here))
+
+    names = selection.spelled_out(making if selection.names is None else lambda: vm_names(repository))
+    unknown = [name for name in names if not repository.has(name)]
     if unknown:
         raise unknown_vms(unknown, vm_names(repository), repository.path)
-    if names is None:
-        names = sorted(intent.vm.name for intent in repository.intents() if intent.hypervisor.is_same(here))
     vms = tuple(_last_seen(name, repository.records(name), here) for name in dict.fromkeys(names))
     return Plan(repository.path, False, "", "", policy, space_in(repository, policy), vms)
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from .._common.errors import BackupError, RepositoryHangs, in_words, internal
 from .._common.formats import human
+from .._common.selection import EVERYTHING
 from .._host.process import this_machine
 from .._qemu.layer_tables import held_bytes
 from .._qemu.losses import lost_in_copy
@@ -25,11 +26,12 @@ from .domain_warnings import domain_warnings
 from .model import Action, Plan, RunContext, VmPlan
 from .observe import measure, no_room, observe, space_in, with_records
 from .old_names import OldNames
-from .requests import reached_once, with_new_name, with_policy
+from .requests import known_name, reached_once, with_new_name, with_policy
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
+    from .._common.selection import Selection
     from .._qemu.discovery import Discovery
     from .._qemu.model import Disk, Vm
     from .._repository.access import AsyncRepository
@@ -121,11 +123,15 @@ async def draw_up(
     set_id: str,
     policy: Policy,
     orders: Mapping[str, bool] | None = None,
-) -> Plan:
-    """Draw up the plan for these VMs: every one of them is in it, whatever its state.
+    selection: Selection = EVERYTHING,
+) -> tuple[Plan, list[str]]:
+    """Draw up the plan for the VMs that are chosen: every one of them is in it, whatever its state.
 
-    C(found) is what libvirt knows of them. C(orders) are takeover, supersede and adopt, as RunContext has them.
+    C(found) is what libvirt knows of them. C(orders) are takeover, supersede and adopt, as RunContext has them. Return
+    the names that stand for no VM, too.
     """
+    known = [name for name in map(known_name, requests) if name]
+    requests = [one for one in requests if not known_name(one) or selection.takes(known_name(one))]
     here = Hypervisor(*this_machine())
     context = RunContext(set_id, secrets.token_hex(8), repository.tag, here, policy, **(orders or {}))
     turns = asyncio.Semaphore(AT_ONCE)
@@ -176,10 +182,12 @@ async def draw_up(
 
     drawn = await asyncio.gather(*(in_turn(request) for request in requests))
     plans = refuse_duplicates(reached_once(requests, drawn, processes), processes)
+    known += [plan.name for plan in plans]
+    plans = tuple(plan for plan in plans if selection.takes(plan.name))
     space, plans = fit_into(await repository.run(space_in, policy), plans)
     copied = [plan for plan in plans if plan.action in (Action.START, Action.FINISH)]
     said = [f"VM {plan.name}: {loss}" for plan in copied for loss in losses.get(plan.monitor, ())]
-    return Plan(
+    plan = Plan(
         repository=repository.path,
         create_repository=not repository.uuid,
         run=context.run,
@@ -189,6 +197,7 @@ async def draw_up(
         vms=plans,
         warnings=(*found.warnings, *said, *defects),
     )
+    return plan, selection.unknown(known)
 
 
 async def count_layers(vm: Vm | None, disks: Iterable[Disk], links: Iterable[ChainLink]) -> dict[str, int | None]:

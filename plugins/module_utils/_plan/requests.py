@@ -37,6 +37,11 @@ def requests_for(listed: Iterable[Request], general: Request, found: Discovery) 
     ]
 
 
+def known_name(request: Request) -> str:
+    """Return what a VM is called, as far as that is known before it is asked."""
+    return request.name or request.address.domain or ""
+
+
 def with_policy(request: Request, found: Discovery, seen: Observation) -> Request:
     """Return a request with what its domain itself says of its backup; BackupError where that makes no sense."""
     entry = found.domains.get(request.address)

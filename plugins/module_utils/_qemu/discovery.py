@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import glob
 import os
 import stat
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from .._common.errors import BackupError, MonitorError, Refused
 from .._common.options import check_path
+from .._common.selection import matching
 from .address import LIBVIRT, FoundBy, parse_address
 from .domain_list import list_domains
 
@@ -83,21 +83,16 @@ def find_domains(
 ) -> Iterator[Address]:
     """Return the domains that patterns stand for, without those that are excluded."""
     known = {entry.name: address for address, entry in found.domains.items()}
-    found.warnings += [f"exclude_domains: no domain matches {one}" for one in excluded if not _matching(one, known)]
-    unwanted = {name for pattern in excluded for name in _matching(pattern, known)}
+    found.warnings += [f"exclude_domains: no domain matches {one}" for one in excluded if not matching(one, known)]
+    unwanted = {name for pattern in excluded for name in matching(pattern, known)}
     for pattern in patterns:
-        names = _matching(pattern, known)
+        names = matching(pattern, known)
         if not names and glob.has_magic(pattern):
             found.warnings.append(f"domains: no domain matches {pattern}")
         elif not names:
             # A name that is spelled out is meant, be there a domain or not.
             yield parse_address(f"{LIBVIRT}{pattern}", "domains", libvirt_uri)
         yield from (known[name] for name in names if name not in unwanted)
-
-
-def _matching(pattern: str, names: Iterable[str]) -> list[str]:
-    """Return the names that a pattern stands for. A name may have the signs of a pattern in it."""
-    return [name for name in names if name == pattern or fnmatch.fnmatchcase(name, pattern)]
 
 
 def find_sockets(found: Discovery, patterns: Iterable[str]) -> Iterator[Address]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from .._common.formats import amount
 from .._common.printable import printable
+from .._common.selection import Selection
 from .._repository.names import column
 from .told import fits
 
@@ -42,7 +43,7 @@ class HypervisorStatus:
     """What a hypervisor has found: the VMs that it should back up, and those in its repository.
 
     C(missing) are those that it should back up and that have no set; C(begun) those of which the repository has no set,
-    and something else; C(asked) the names of those that are asked for.
+    and something else; C(selection) says which are asked for.
     """
 
     name: str
@@ -51,7 +52,7 @@ class HypervisorStatus:
     expected: tuple[str, ...]
     missing: tuple[str, ...]
     begun: tuple[str, ...]
-    asked: tuple[str, ...]
+    selection: Selection
     found: Mapping[str, Any]
     odd: tuple[str, ...] = ()
     """What it has told that cannot be used: nothing of that is believed, and the others do not depend on it."""
@@ -68,7 +69,8 @@ class HypervisorStatus:
             odd.append("vm_info")
         expected = expected_vms(here["vms"], here["sockets"], running)
         there = {vm["name"] for vm in found["vms"]}
-        missing = [name for name in expected if name not in there and name in (here["names"] or expected)]
+        selection = Selection(tuple(here["names"]) or None, tuple(here.get("exclude_names", ())))
+        missing = [name for name in expected if name not in there and selection.takes(name)]
         begun = {left["vm"] for left in found["leftovers"]} - there
         return cls(
             name=here["name"],
@@ -77,7 +79,7 @@ class HypervisorStatus:
             expected=tuple(expected),
             missing=tuple(missing),
             begun=tuple(sorted(begun, key=str.lower)),
-            asked=tuple(here["names"]),
+            selection=selection,
             found=found,
             odd=tuple(odd),
         )
@@ -148,7 +150,7 @@ def fleet_status(heres: Sequence[Mapping[str, Any]], max_age: str = "", silent: 
     leaders = [one for place, one in enumerate(fleet) if not any(one.shares(other) for other in fleet[:place])]
     rows = [row for one in leaders for row in _rows(one, fleet, oldest)]
     known = {name for one in fleet for name in one.known}
-    unknown = sorted({name for one in fleet for name in one.asked} - known, key=str.lower)
+    unknown = sorted({name for one in fleet for name in one.selection.unknown(sorted(known))}, key=str.lower)
     missing = [(name, one.name) for one in fleet for name in sorted(one.missing, key=str.lower)]
     missing += [(name, f"({one.name})") for one in leaders for name in _begun(one, fleet)]
     missing += [(name, "") for name in unknown]

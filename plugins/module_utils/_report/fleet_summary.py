@@ -35,6 +35,8 @@ class HypervisorNotes:
     done: Mapping[str, Any]
     told: Mapping[str, Any]
     problem: str
+    unknown: frozenset[str] | None
+    """The names that its plan was asked for and that it has no VM of; None where there is no plan."""
 
     @classmethod
     def of(cls, name: str, variables: Mapping[str, Any]) -> HypervisorNotes:
@@ -44,7 +46,15 @@ class HypervisorNotes:
         if "vms" in done and not fits(done, DONE):
             # Nothing of it is believed, and the others do not depend on it.
             done, problem = {}, problem or "what backup_set has told of its VMs cannot be used"
-        return cls(name, use, done, told.get("hypervisor") or {}, problem)
+        unknown = (variables.get("__vm_backup_planned") or {}).get("unknown")
+        return cls(
+            name,
+            use,
+            done,
+            told.get("hypervisor") or {},
+            problem,
+            frozenset(map(str, unknown)) if isinstance(unknown, list) else None,
+        )
 
     @property
     def vms(self) -> Sequence[Mapping[str, Any]]:
@@ -77,6 +87,12 @@ class FleetRun:
         return [name for name in self.hosts if name not in names]
 
     @property
+    def unknown(self) -> list[str]:
+        """The names that no hypervisor has a VM of; none where one of them could not be asked."""
+        known = [one.unknown for one in self.members if one.unknown is not None]
+        return sorted(frozenset.intersection(*known)) if known and len(known) == len(self.hosts) else []
+
+    @property
     def again(self) -> list[str]:
         """The hosts for which the run is to be repeated."""
         good = [one.name for one in self.members if one.succeeded]
@@ -98,6 +114,7 @@ def fleet_summary(
     run = FleetRun(id, about, tuple(one for one in found if one.name in partners))
     return {
         "hosts": list(about),
+        "unknown": run.unknown,
         "text": describe(run, use is not None, inventories),
         **_for_report(found, run, active),
     }

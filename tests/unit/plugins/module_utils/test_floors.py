@@ -23,6 +23,7 @@ from pathlib import Path
 
 import pytest
 
+from ansible_collections.vmfleet.backup.tests.harness import modules
 from ansible_collections.vmfleet.backup.tests.harness.payload import COLLECTION, pack, packed_files
 
 CHECKOUT = Path(__file__).parents[4]
@@ -169,7 +170,7 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
 def test_every_package_has_its_floor() -> None:
     assert {path.parent.name for path in PLUGINS.glob("module_utils/*/*.py")} == set(FLOORS)
     assert not list(PLUGINS.glob("module_utils/*.py"))
-    assert {path.stem for path in PLUGINS.glob("modules/*.py")} == set(TOPS)
+    assert set(modules.NAMES) == set(TOPS)
 
 
 @pytest.mark.parametrize("package", FLOORS)

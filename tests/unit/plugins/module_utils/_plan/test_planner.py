@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import RepositoryHangs, ToolError
+from ansible_collections.vmfleet.backup.plugins.module_utils._common.selection import EVERYTHING, Selection
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.probe import Watch
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.worker import ThreadedCalls
 from ansible_collections.vmfleet.backup.plugins.module_utils._plan import planner
@@ -68,8 +69,19 @@ def test_the_plan_reads_well() -> None:
 class TestOneVm:
     """What goes wrong with one VM is told of that one, and the others are planned."""
 
-    def plan(self, repository: Repository, monkeypatch: pytest.MonkeyPatch, error: Exception) -> Plan:
+    def plan(
+        self,
+        repository: Repository,
+        monkeypatch: pytest.MonkeyPatch,
+        error: Exception,
+        selection: Selection = EVERYTHING,
+        unknown: list[str] | None = None,
+        asked: list[str] | None = None,
+    ) -> Plan:
         def ask(request: Request, *_others: Any) -> Any:
+            if asked is not None:
+                asked.append(request.monitor)
+
             async def answer() -> Observation:
                 if "web" in request.monitor:
                     raise error
@@ -80,7 +92,12 @@ class TestOneVm:
         async def draw() -> Plan:
             async with ThreadedCalls(Watch(repository.path, writing=True)) as calls:
                 requests = [Request(name, f"unix:/run/{monitor}.qmp") for name, monitor in (("", "web"), ("db", "b"))]
-                return await draw_up(AsyncRepository(repository, calls), requests, Discovery(), "s1", POLICY)
+                plan, names = await draw_up(
+                    AsyncRepository(repository, calls), requests, Discovery(), "s1", POLICY, selection=selection
+                )
+                if unknown is not None:
+                    unknown.extend(names)
+                return plan
 
         monkeypatch.setattr(planner, "observe", ask)
         return asyncio.run(draw())
@@ -94,6 +111,34 @@ class TestOneVm:
         (warning,) = plan.warnings
         assert warning.startswith("unix:/run/web.qmp: Traceback")
         assert "KeyError: 'node-name'" in warning
+
+    @pytest.mark.parametrize(
+        ("selection", "planned", "unknown"),
+        [
+            (Selection(("db", "web9", "w*")), ["web", "db"], ["web9"]),
+            (Selection(("db",)), ["db"], []),
+            (Selection(excluded=("d*",)), ["web"], []),
+            (Selection(("nosuch",)), [], ["nosuch"]),
+        ],
+    )
+    def test_those_that_are_chosen(
+        self,
+        repository: Repository,
+        monkeypatch: pytest.MonkeyPatch,
+        selection: Selection,
+        planned: list[str],
+        unknown: list[str],
+    ) -> None:
+        found: list[Any] = []
+        plan = self.plan(repository, monkeypatch, ToolError("it hangs"), selection, found)
+        assert ([vm.name for vm in plan.vms], found) == (planned, unknown)
+
+    def test_one_whose_name_is_known_is_not_asked_in_vain(
+        self, repository: Repository, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        asked: list[str] = []
+        self.plan(repository, monkeypatch, ToolError("it hangs"), Selection(excluded=("db",)), asked=asked)
+        assert asked == ["unix:/run/web.qmp"]
 
     @pytest.mark.parametrize("error", [ToolError("qemu-img took too long"), OSError(5, "Input/output error", "/a.img")])
     def test_what_can_be_told_plainly(

@@ -122,6 +122,12 @@ def test_names_limit_what_is_missing() -> None:
     assert found["bad"] == {"hv1": ["b"]}
 
 
+def test_names_are_patterns_and_some_are_left_out() -> None:
+    fleet = [{**here("hv1", vms=("web01", "web02", "db01"), names=["web*"]), "exclude_names": ["*2"]}]
+    found = fleet_status(fleet)
+    assert (found["bad"], found["unknown"]) == ({"hv1": ["web01"]}, [])
+
+
 def test_a_vm_without_a_set_is_missed_by_what_is_left_of_it() -> None:
     left = [{"vm": name, "what": "it failed"} for name in ("a", "gone", "new")]
     fleet = [here(name, row("a"), vms=vms, file="{uuid}", left=left) for name, vms in (("hv1", ()), ("hv2", ("new",)))]

@@ -174,3 +174,23 @@ def test_odd_notes_cost_their_own_hypervisor(odd: dict[str, Any]) -> None:
 def test_what_others_have_named_makes_no_line_of_its_own() -> None:
     found = summary(hv1=noted(**done(vm("a\nFAILED  hv2: b\x1b[2J", "failed", error="c\u2028d"))))
     assert found["text"][1] == r"FAILED  hv1, a\nFAILED  hv2: b\x1b[2J: c\u2028d"
+
+
+@pytest.mark.parametrize(
+    ("names", "unknown"),
+    [
+        ({"hv1": ["a", "b"], "hv2": ["b", "c"]}, ["b"]),
+        ({"hv1": ["a"], "hv2": []}, []),
+        # One that could not be asked may have it.
+        ({"hv1": ["a"], "hv2": None}, []),
+        ({"hv1": ["a"], "hv2": "odd"}, []),
+    ],
+)
+def test_a_name_that_no_hypervisor_knows(names: dict[str, Any], unknown: list[str]) -> None:
+    hosts = {name: {**noted(), "__vm_backup_planned": {"unknown": found}} for name, found in names.items()}
+    assert summary(**hosts)["unknown"] == unknown
+
+
+def test_one_that_was_lost_may_have_it() -> None:
+    hosts = {"hv1": {**noted(), "__vm_backup_planned": {"unknown": ["a"]}}, "hv2": {}}
+    assert summary(lost=("hv2",), **hosts)["unknown"] == []
