@@ -48,8 +48,8 @@ options:
 
 EXAMPLES = r"""
 - name: Show the VMs, those first that have no recent good set
-  ansible.builtin.debug:
-    msg: "{{ ([here] | vmfleet.backup.fleet_status(max_age='26h')).text }}"
+  vmfleet.backup.show:
+    text: "{{ ([here] | vmfleet.backup.fleet_status(max_age='26h')).text }}"
   vars:
     here:
       name: "{{ inventory_hostname }}"

@@ -54,8 +54,8 @@ options:
 
 EXAMPLES = r"""
 - name: Show how the fleet has fared
-  ansible.builtin.debug:
-    msg: "{{ found.text }}"
+  vmfleet.backup.show:
+    text: "{{ found.text }}"
   vars:
     found: "{{ hostvars | vmfleet.backup.fleet_summary(ansible_play_hosts_all, ansible_play_hosts, id='2026-11-22') }}"
   run_once: true
@@ -66,6 +66,10 @@ _value:
   description: The summary.
   type: dict
   contains:
+    unknown:
+      description: The names of VMs that were asked for and that no hypervisor knows.
+      type: list
+      elements: str
     hosts:
       description: The hypervisors that it is about.
       type: list

@@ -263,8 +263,8 @@ EXAMPLES = r"""
   register: planned
 
 - name: Show it
-  ansible.builtin.debug:
-    var: planned.text
+  vmfleet.backup.show:
+    text: "{{ planned.text }}"
 
 - name: Do it
   vmfleet.backup.backup_set:

@@ -16,6 +16,7 @@ if t.TYPE_CHECKING:
     from pathlib import Path
 
     from ansible_collections.vmfleet.backup.tests.harness.fixtures import Vms
+    from ansible_collections.vmfleet.backup.tests.harness.qemu import Qemu
 
 VERBS = ("backup", "status", "verify", "prune", "cancel", "restore")
 
@@ -87,3 +88,29 @@ def test_the_vm_that_is_to_be_restored_is_missing(hypervisor: Hypervisor) -> Non
     assert play.rc == 2, play.output
     assert "vm_backup_restore_vm is missing. Name the VM, as it is called in the repository" in play.output
     assert "argument_spec" not in play.output
+
+
+def test_names_choose_among_the_vms_of_all_hypervisors(vms: Vms, directory: Path) -> None:
+    one, two = vms.start(name="web01"), vms.start(vms.disk(1), name="db01")
+    both = Hypervisor(directory, hosts={"hv1": sockets(one), "hv2": sockets(two)})
+    play = both.run(names=["db*"])
+    assert play.rc == 0, play.output
+    assert both.sets.path.joinpath("db01", "s1").is_dir()
+    assert not both.sets.path.joinpath("web01").exists()
+    play = both.run(exclude_names=["db01"])
+    assert play.rc == 0, play.output
+    assert both.sets.path.joinpath("web01", "s1").is_dir()
+    play = both.run(names=["web01", "wbe02"])
+    assert play.rc == 2, play.output
+    assert "vm_backup_names: no hypervisor of this run has a VM of the name wbe02." in play.output
+    # The other verbs, whose hypervisors share the repository.
+    for verb, variables in (("verify", {"id": ""}), ("prune", {"keep": {"last": 1}}), ("status", {})):
+        play = both.play(verb, exclude_names=["web*"], **variables)
+        assert play.rc == 0, play.output
+        assert "web01" not in play.output
+    assert both.play("status", names=["web*", "db01"], max_age="52w").rc == 0
+    assert both.play("cancel", names=["nosuch"]).rc == 2
+
+
+def sockets(vm: Qemu) -> dict[str, t.Any]:
+    return {"vm_backup_sockets": [str(vm.monitor)]}
