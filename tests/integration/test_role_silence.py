@@ -65,6 +65,24 @@ def test_check_mode_with_a_vm_that_would_fail(vms: Vms, hypervisor: Hypervisor, 
     assert not hypervisor.sets.path.exists()
 
 
+@pytest.mark.parametrize("variable", ["metrics_dir", "report_dir"])
+def test_where_nothing_could_be_told_of_the_sets(
+    vms: Vms, hypervisor: Hypervisor, directory: Path, variable: str
+) -> None:
+    vm = vms.start(name="web01")
+    place = directory / "metrics"
+    place.write_text("a file")
+    play = hypervisor.run(**{"sockets": [str(vm.monitor)], variable: str(place)})
+    assert play.rc == 2, play.output
+    assert f"vm_backup_{variable} is '{place}'" in play.output
+    assert not hypervisor.sets.path.exists()
+    place.unlink()
+    place.mkdir()
+    play = hypervisor.run(**{"sockets": [str(vm.monitor)], variable: str(place)})
+    assert play.rc == 0, play.output
+    assert list(place.iterdir())
+
+
 @pytest.mark.parametrize("verb", VERBS)
 def test_a_variable_that_nobody_hears(hypervisor: Hypervisor, verb: str) -> None:
     play = hypervisor.play(verb, names=["web01"], exlude_disks=["vdb"], restore_vm="web01", sockets=["/nowhere/*"])
