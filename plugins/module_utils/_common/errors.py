@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import pwd
 from typing import TYPE_CHECKING
 
 from .printable import printable, printable_lines
@@ -103,7 +105,19 @@ def in_words(error: BaseException) -> str:
     """Return what an error says, in words: an OSError with the file first, and without its number."""
     if not isinstance(error, OSError) or not error.strerror:
         return printable(str(error))
-    return printable(f"{os.fsdecode(error.filename)}: {error.strerror}" if error.filename else error.strerror)
+    return printable(f"{os.fsdecode(error.filename)}: {why(error)}" if error.filename else why(error))
+
+
+def why(error: OSError) -> str:
+    """Return what the operating system says, and whom it has refused: mostly somebody has forgotten to become root."""
+    text = error.strerror or str(error)
+    if error.errno not in (errno.EACCES, errno.EPERM) or os.geteuid() == 0:
+        return text
+    try:
+        user = pwd.getpwuid(os.geteuid()).pw_name
+    except KeyError:
+        user = str(os.geteuid())
+    return f"{text} (the user is {user}; ansible_become: true makes it root)"
 
 
 def warn_once(subject: str, text: str) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from ansible.module_utils.basic import AnsibleModule
 
-from .errors import BackupError, kept_warnings, warn
+from .errors import BackupError, kept_warnings, warn, why
 from .options import check_options
 from .printable import printable, printable_result
 
@@ -42,7 +42,7 @@ def run_module(module: AnsibleModule, main: Callable[[AnsibleModule], Coroutine[
         module.fail_json(msg=str(error), **printable_result(error.details))
     except OSError as error:
         _warn(module)
-        said = "{}: the operating system refused: {}".format(error.filename or "I/O", error.strerror or error)
+        said = "{}: the operating system refused: {}".format(error.filename or "I/O", why(error))
         module.fail_json(msg=printable(said))
     _warn(module)
     module.exit_json(**printable_result(result))

@@ -17,7 +17,7 @@ import signal
 import time
 from typing import TYPE_CHECKING
 
-from .._common.errors import BackupError
+from .._common.errors import BackupError, why
 from .files import scratch
 
 if TYPE_CHECKING:
@@ -121,7 +121,7 @@ async def probe_if_there(path: str, writing: bool = False) -> None:
             await probe_if_there(above, writing)
     except OSError as error:
         if not writing or error.errno not in UNWRITABLE:
-            raise BackupError(f"repository: {path}: {error.strerror}") from error
+            raise BackupError(f"repository: {path}: {why(error)}") from error
 
 
 class Watch:
@@ -153,7 +153,7 @@ class Watch:
         try:
             question.check()
         except OSError as error:
-            return f"repository: {self.path}: {error.strerror}"
+            return f"repository: {self.path}: {why(error)}"
         except BackupError as error:
             return str(error)
         self._good_until = time.monotonic() + INTERVAL

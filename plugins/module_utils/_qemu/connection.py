@@ -12,7 +12,7 @@ import struct
 import time
 from typing import TYPE_CHECKING
 
-from .._common.errors import MonitorError, MonitorGone, MonitorTimeout
+from .._common.errors import MonitorError, MonitorGone, MonitorTimeout, why
 from .._host.process import Process
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def _unreachable(address: Address, error: OSError) -> MonitorError:
     if error.errno in (errno.ENOENT, errno.ECONNREFUSED):
         reason = "there is no such socket" if error.errno == errno.ENOENT else "nobody listens there"
         return MonitorGone(f"{address}: {reason}: the VM is off, or its monitor is elsewhere")
-    return MonitorError(f"{address}: cannot connect: {error.strerror or error}")
+    return MonitorError(f"{address}: cannot connect: {why(error)}")
 
 
 def no_greeting(address: Address, process: Process | None) -> str:

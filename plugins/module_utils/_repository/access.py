@@ -13,7 +13,7 @@ import os
 import uuid as uuids
 from typing import TYPE_CHECKING
 
-from .._common.errors import BackupError
+from .._common.errors import BackupError, why
 from .._host.directory import Directory
 from .._host.files import claim
 from . import staging
@@ -60,7 +60,7 @@ def check_creatable(path: str) -> None:
     except FileNotFoundError:
         return
     except OSError as error:
-        raise BackupError(f"repository: {path}: {error.strerror}") from error
+        raise BackupError(f"repository: {path}: {why(error)}") from error
     if found and REPOSITORY_FILE not in found:
         others = ", ".join(found[:3])
         raise BackupError(

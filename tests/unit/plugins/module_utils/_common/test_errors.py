@@ -20,6 +20,7 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors impo
     Refused,
     RepositoryHangs,
     after,
+    in_words,
 )
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.module import run_module
 
@@ -107,3 +108,18 @@ class TestAfter:
     def test_a_monitor_that_is_gone_is_the_matter_of_others(self) -> None:
         with pytest.raises(MonitorGone, match=r"^gone$"), after("first"):
             raise MonitorGone("gone")
+
+
+@pytest.mark.parametrize(
+    ("user", "code", "said"),
+    [
+        (0, errno.EACCES, "/a: Permission denied"),
+        (65534, errno.EACCES, "/a: Permission denied (the user is nobody; ansible_become: true makes it root)"),
+        (4000000, errno.EACCES, "/a: Permission denied (the user is 4000000; ansible_become: true makes it root)"),
+        (65534, errno.EPERM, "/a: Operation not permitted (the user is nobody; ansible_become: true makes it root)"),
+        (65534, errno.ENOSPC, "/a: No space left on device"),
+    ],
+)
+def test_who_was_refused(monkeypatch: pytest.MonkeyPatch, user: int, code: int, said: str) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: user)
+    assert in_words(OSError(code, os.strerror(code), "/a")) == said
