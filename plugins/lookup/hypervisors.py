@@ -44,6 +44,7 @@ _raw:
 
 from typing import TYPE_CHECKING
 
+from ansible import context
 from ansible.errors import AnsibleError
 from ansible.inventory.manager import InventoryManager, split_host_pattern
 from ansible.plugins.lookup import LookupBase
@@ -59,6 +60,9 @@ class LookupModule(LookupBase):  # type: ignore[misc]
     def run(self, terms: list[str], variables: Mapping[str, Any] | None = None, **kwargs: Any) -> list[str]:
         """Return the patterns as they are; AnsibleError where one matches no host."""
         self.set_options(var_options=variables, direct=kwargs)
+        if context.CLIARGS.get("syntax"):
+            # That needs no inventory.
+            return terms
         given = variables or {}
         inventory = InventoryManager(self._loader, parse=False)
         for group, hosts in given.get("groups", {}).items():
