@@ -172,6 +172,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import BackupError, Refused, in_words
+from ansible_collections.vmfleet.backup.plugins.module_utils._common.formats import counted
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.module import make_module
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.selection import Selection, selection_argument_spec
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.probe import probe_if_there
@@ -303,7 +304,7 @@ async def main_task(module: AnsibleModule) -> dict[str, Any]:
     }
     if errors:
         reasons = "; ".join(f"{name}: {error}" for name, error in errors.items())
-        raise BackupError(f"{len(errors)} VMs could not be pruned as asked: {reasons}", **result)
+        raise BackupError(f"{counted(len(errors), 'VM')} could not be pruned as asked: {reasons}", **result)
     return result
 
 

@@ -213,7 +213,7 @@ class TestRemoval:
         library.rewrite("s1", schema=99)
         # The newest manifest tells the VM's name.
         said = library.fail_prune(keep_last=2)
-        assert said["msg"].startswith("1 VMs could not be pruned as asked: web01: ")
+        assert said["msg"].startswith("1 VM could not be pruned as asked: web01: ")
         assert "schema 99 is newer" in said["msg"]
         assert {(one["vm"], one["id"]) for one in said["removed"]} == {("web02", f"s{number}") for number in (1, 2, 3)}
         assert library.listed("web02") == ["s5", "s4"]

@@ -145,7 +145,7 @@ def test_a_start_in_the_middle_says_what_is_missing(
         ("restore", {"restore_vm": NAME, "id": ""}, "Set s3 of web01"),
         ("verify", {"id": ""}, "1 of 1 sets are good"),
         ("prune", {"keep": {"last": 3}}, "nothing to remove"),
-        ("status", {}, "3 sets of 1 VMs"),
+        ("status", {}, "3 sets of 1 VM"),
         ("cancel", {}, "no set is being made"),
     ],
 )

@@ -153,7 +153,7 @@ def test_status(chain: Chain, vms: Vms, directory: Path, hypervisor: Hypervisor)
     monitors = [f"{chain.vm.directory}/*.qmp"]
     good = hypervisor.play("status", sockets=monitors, max_age=YEAR)
     assert (good.rc, good.recap()["changed"]) == (0, 0), good.output
-    assert f"{chain.library.path}: 3 sets of 1 VMs" in good.output
+    assert f"{chain.library.path}: 3 sets of 1 VM" in good.output
     assert f"without a good set that is at most {YEAR} old: 0" in good.output
     mark, newest, _age, level, sets, _size, verified, host = rows(good.output)[NAME]
     assert (mark, newest, level, sets, verified, host) == (" ", "s3", "incremental", "3", "no", "hv1")
@@ -181,11 +181,11 @@ def test_cancel(vms: Vms, directory: Path, hypervisor: Hypervisor) -> None:
     assert "web01: set s1 is being made by hypervisor" in status.output
     checked = hypervisor.play("cancel", "--check")
     assert (checked.rc, checked.recap()["changed"]) == (0, 1), checked.output
-    assert "1 sets would be cancelled" in checked.output
+    assert "1 set would be cancelled" in checked.output
     assert len(vm.block_jobs) == 1
     done = hypervisor.play("cancel")
     assert (done.rc, done.recap()["changed"]) == (0, 1), done.output
-    assert "1 sets cancelled" in done.output
+    assert "1 set cancelled" in done.output
     assert vm.block_jobs == []
     sets.assert_absent(NAME)
     again = hypervisor.play("cancel")

@@ -9,7 +9,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
-from .._common.formats import Word, human
+from .._common.formats import Word, counted, human
 from .._repository.names import column
 
 if TYPE_CHECKING:
@@ -112,10 +112,10 @@ def headline(outcomes: Sequence[Outcome], wanted: str, check_mode: bool = False)
     counts = summarize(outcomes)
     if wanted in STOPPING:
         stopped = len(outcomes) - counts[VmState.FAILED]
-        things = "sets" if wanted == VmState.CANCELLED else "VMs"
+        things = counted(stopped, "set" if wanted == VmState.CANCELLED else "VM")
         verb = "would be" if check_mode else ""
         nothing = "no set is being made" if wanted == VmState.CANCELLED else "no VM is named"
-        return " ".join(filter(None, (str(stopped), things, verb, wanted))) if outcomes else nothing
+        return " ".join(filter(None, (things, verb, wanted))) if outcomes else nothing
     written = human(counts["bytes"]) if counts["bytes"] else "nothing"
     failed = counts[VmState.FAILED] + counts[VmState.CANCELLED]
     first = (

@@ -70,6 +70,11 @@ def amount(size: int) -> str:
     return human(size) if size else "0 Bytes"
 
 
+def counted(number: int, thing: str) -> str:
+    """Return a number of things, such as C(1 set) or C(2 sets)."""
+    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
+
+
 class Word(str, Enum):
     """A word of a closed list. It stands in documents, results and messages as its value."""
 

@@ -16,7 +16,7 @@ from datetime import datetime, timezone
 from typing import TYPE_CHECKING
 
 from .._common.errors import BackupError, Refused
-from .._common.formats import amount, utc_now
+from .._common.formats import amount, counted, utc_now
 from .._host.lock import LockHeld, locked
 from .._repository.annotations import Protection
 from .._repository.catalog import read_catalog
@@ -73,7 +73,7 @@ def headline(pruned: Iterable[Pruned], check_mode: bool) -> str:
     if made_full:
         told.insert(0, f"{made_full} would be made full" if check_mode else f"{made_full} made full")
     would_be = "would be removed" if check_mode else "removed"
-    gone = f"{len(removed)} sets ({amount(sum(removed))}) {would_be}" if removed else "nothing to remove"
+    gone = f"{counted(len(removed), 'set')} ({amount(sum(removed))}) {would_be}" if removed else "nothing to remove"
     return ", ".join((gone, *told))
 
 

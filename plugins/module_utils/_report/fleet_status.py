@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .._common.formats import amount
+from .._common.formats import amount, counted
 from .._common.printable import printable
 from .._common.selection import Selection
 from .._repository.names import column
@@ -207,7 +207,7 @@ def _headline(
     size = amount(sum(row.vm["bytes"] for row in rows))
     limit = f" that is at most {max_age} old" if max_age else ""
     bad = sum(row.bad for row in rows) + missing
-    return f"{places}: {sets} sets of {len(rows)} VMs, {size}; without a good set{limit}: {bad}"
+    return f"{places}: {counted(sets, 'set')} of {counted(len(rows), 'VM')}, {size}; without a good set{limit}: {bad}"
 
 
 def _table(missing: Iterable[tuple[str, str]], rows: Sequence[StatusRow]) -> list[str]:

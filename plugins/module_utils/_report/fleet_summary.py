@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from .._backup.outcome import VmState
-from .._common.formats import amount
+from .._common.formats import amount, counted
 from .._common.printable import printable
 from .told import fits
 
@@ -167,7 +167,7 @@ def _headline(run: FleetRun) -> str:
     states = [vm["state"] for vm in vms]
     written = sum(one.done["summary"]["bytes"] for one in run.members if one.answered)
     return (
-        f"Backup {run.id} of {len(run.hosts)} hypervisors:"
+        f"Backup {run.id} of {counted(len(run.hosts), 'hypervisor')}:"
         f" {states.count(VmState.PUBLISHED)} of {len(vms)} VMs have their set, {sum(map(_is_bad, vms))} failed,"
         f" {states.count(VmState.SKIPPED)} skipped, {amount(written)} written"
     )

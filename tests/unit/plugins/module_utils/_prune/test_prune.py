@@ -70,7 +70,7 @@ KEPT, GONE, MADE_FULL = (
     [
         ([], "nothing to remove, 0 kept", "nothing to remove, 0 kept"),
         ([KEPT], "nothing to remove, 1 kept", "nothing to remove, 1 kept"),
-        ([KEPT, GONE], "1 sets (1.0 MiB) removed, 2 kept", "1 sets (1.0 MiB) would be removed, 2 kept"),
+        ([KEPT, GONE], "1 set (1.0 MiB) removed, 2 kept", "1 set (1.0 MiB) would be removed, 2 kept"),
         (
             [GONE, MADE_FULL],
             "2 sets (2.0 MiB) removed, 1 made full, 2 kept",
