@@ -1,0 +1,141 @@
+# Copyright (c) 2026, vmfleet contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""What README and guides show is there: playbooks, roles, modules with these options, and variables of these names."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+import re
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import yaml
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+CHECKOUT = Path(__file__).parents[2]
+PAGES = [
+    CHECKOUT / "README.md",
+    *sorted(CHECKOUT.glob("roles/*/README.md")),
+    *sorted(CHECKOUT.glob("docs/docsite/rst/*.rst")),
+]
+COLLECTION = "vmfleet.backup."
+
+
+def name(page: Path) -> str:
+    return str(page.relative_to(CHECKOUT))
+
+
+def blocks(page: Path, language: str) -> Iterator[str]:
+    """Yield the blocks of code in a page."""
+    text = page.read_text(encoding="utf-8")
+    if page.suffix == ".md":
+        yield from re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+        return
+    for match in re.finditer(rf"^( *)\.\. code-block:: {language}\n\n((?:\1 +.*\n|\n)+)", text, re.MULTILINE):
+        yield match.group(2)
+
+
+def commands(page: Path) -> Iterator[list[str]]:
+    """Yield the words of each command, without the prompt, what is piped elsewhere and comments."""
+    for block in blocks(page, "console"):
+        joined = block.replace("\\\n", " ")
+        for line in joined.splitlines():
+            command = line.strip().removeprefix("$ ").removeprefix("# ")
+            if command.startswith("ansible"):
+                words = shlex.split(command, comments=True)
+                yield words[: words.index("|")] if "|" in words else words
+
+
+@functools.cache
+def specs() -> dict[str, dict[str, Any]]:
+    """Return the options of each role, all its entry points together."""
+    found = {}
+    for path in CHECKOUT.glob("roles/*/meta/argument_specs.yml"):
+        entries = yaml.safe_load(path.read_text(encoding="utf-8"))["argument_specs"].values()
+        found[path.parents[1].name] = {key: value for entry in entries for key, value in entry["options"].items()}
+    return found
+
+
+@functools.cache
+def options(module: str) -> set[str]:
+    text = (CHECKOUT / "plugins" / "modules" / f"{module}.py").read_text(encoding="utf-8")
+    documentation = yaml.safe_load(re.findall(r'DOCUMENTATION = r"""(.*?)"""', text, re.DOTALL)[0])
+    found = set(documentation.get("options", {}))
+    for fragment in documentation.get("extends_documentation_fragment", ()):
+        file, _, part = fragment.removeprefix(COLLECTION).partition(".")
+        source = (CHECKOUT / "plugins" / "doc_fragments" / f"{file}.py").read_text(encoding="utf-8")
+        wanted = part.upper() or "DOCUMENTATION"
+        [content] = re.findall(rf'^    {wanted} = r"""(.*?)"""', source, re.MULTILINE | re.DOTALL)
+        found |= set(yaml.safe_load(content).get("options") or {})
+    return found
+
+
+def check_variables(names: set[str]) -> list[str]:
+    """Return the names that begin with that of a role, and are not its own."""
+    return sorted(
+        each
+        for each in names
+        for role, known in specs().items()
+        if each.startswith(f"{role}_") and each not in known and each != "schedule_hosts"
+    )
+
+
+def extra_variables(words: list[str]) -> set[str]:
+    """Return the names of the variables that a command gives."""
+    given = [after for before, after in itertools.pairwise(words) if before in ("-e", "--extra-vars")]
+    names: set[str] = set()
+    for each in given:
+        if each.startswith("{"):
+            names |= set(json.loads(each))
+        elif not each.startswith("@"):
+            names |= set(re.findall(r"(\w+)=", each))
+    return names
+
+
+def mappings(found: Any) -> Iterator[dict[str, Any]]:
+    """Yield all mappings within what a block of YAML holds."""
+    if isinstance(found, dict):
+        yield found
+    for each in found.values() if isinstance(found, dict) else found if isinstance(found, list) else ():
+        yield from mappings(each)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_commands(page: Path) -> None:
+    for words in commands(page):
+        playbooks = [word for word in words if word.startswith(COLLECTION)]
+        if words[0] == "ansible-playbook":
+            for playbook in playbooks:
+                assert (CHECKOUT / "playbooks" / f"{playbook.removeprefix(COLLECTION)}.yml").is_file(), words
+        assert check_variables(extra_variables(words)) == [], words
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_blocks_of_yaml(page: Path) -> None:
+    for language in ("yaml", "yaml\\+jinja"):
+        for block in blocks(page, language):
+            for found in mappings(yaml.safe_load(block)):
+                assert check_variables({key for key in found if isinstance(key, str)}) == [], block
+                for key, value in found.items():
+                    if isinstance(key, str) and key.startswith(COLLECTION):
+                        module = key.removeprefix(COLLECTION)
+                        assert set(value or {}) <= options(module), (page, key)
+                    if key == "name" and isinstance(value, str) and value.startswith(COLLECTION):
+                        role = value.removeprefix(COLLECTION)
+                        assert (CHECKOUT / "roles" / role).is_dir(), block
+
+
+def test_something_is_found() -> None:
+    # The patterns above may never match.
+    assert sum(len(list(commands(page))) for page in PAGES) > 40
+    assert sum(len(list(blocks(page, "yaml"))) for page in PAGES) > 20
+    assert check_variables({"vm_backup_nosuch", "vm_backup_id", "other"}) == ["vm_backup_nosuch"]
+    assert {"names", "repository", "trust_others"} <= options("backup_verify")
