@@ -49,8 +49,8 @@ def fleet(vms: Vms, directory: Path, closed_port: int) -> Hypervisor:
 
 def summary(play: Play) -> list[str]:
     """The lines of the summary."""
-    [found] = re.findall(r'^ +"(Backup \S+ of 3 hypervisors.*?)^ +\]', play.output, re.MULTILINE | re.DOTALL)
-    return [line.strip().strip('",') for line in found.splitlines()]
+    [found] = re.findall(r"^(Backup \S+ of 3 hypervisors.*?)^(?:ok: |$)", play.output, re.MULTILINE | re.DOTALL)
+    return [line.strip() for line in found.splitlines()]
 
 
 @pytest.mark.parametrize(
