@@ -31,10 +31,7 @@ def test_a_hypervisor_without_vms(hypervisor: Hypervisor, directory: Path, optio
     pattern = str(directory / "*.qmp")
     play = hypervisor.run(*options, sockets=[pattern])
     assert play.rc == 2, play.output
-    assert (
-        f"no VM was found, so nothing was backed up: no socket matches vm_backup_sockets: {pattern}"
-        in play.output
-    )
+    assert f"no VM was found, so nothing was backed up: no socket matches vm_backup_sockets: {pattern}" in play.output
     assert "set vm_backup_allow_empty: true" in play.output
     play = hypervisor.run(*options, sockets=[pattern], allow_empty=True)
     assert play.rc == 0, play.output
