@@ -30,7 +30,7 @@ PROGRAMS = ("json", "jsonl", "ndjson")
 """The last part of the names of stdout callbacks whose output is read by programs."""
 
 
-class ActionModule(ActionBase):  # type: ignore[misc]
+class ActionModule(ActionBase):
     """Nothing is executed on the host: the lines are those that a module has returned before."""
 
     TRANSFERS_FILES = False
@@ -39,7 +39,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]
     def run(self, tmp: str | None = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
         """Show C(text), then fail with C(error) where there is one."""
         result: dict[str, Any] = super().run(tmp, task_vars)
-        _given, options = self.validate_argument_spec(
+        _given, options = self.validate_argument_spec(  # type: ignore[no-untyped-call]
             {
                 "text": {"type": "list", "elements": "str", "default": []},
                 "error": {"type": "str", "default": ""},
@@ -49,17 +49,22 @@ class ActionModule(ActionBase):  # type: ignore[misc]
             self._show(options["text"])
         if options["error"]:
             # ansible-core 2.19 and newer would add the lines of this role that lead here: they explain nothing.
-            self._task._ds = None  # noqa: SLF001
+            task: Any = self._task
+            task._ds = None  # noqa: SLF001
             raise AnsibleActionFail(printable(options["error"]))
         return {**result, "changed": False, "text": options["text"]}
 
     def _show(self, text: list[str]) -> None:
-        if str(constants.DEFAULT_STDOUT_CALLBACK).rpartition(".")[2] in PROGRAMS:
+        if str(_setting("DEFAULT_STDOUT_CALLBACK")).rpartition(".")[2] in PROGRAMS:
             # They find the lines in the result.
             return
-        tones = {"bad": constants.COLOR_ERROR, "warning": constants.COLOR_WARN, "": None}
+        tones = {"bad": _setting("COLOR_ERROR"), "warning": _setting("COLOR_WARN")}
         lines = list(lay_out([part for line in text for part in printable(line).splitlines()], WIDTH))
         shown = [stringc(line.text, tones[line.tone]) if line.tone else line.text for line in lines]
         # In one piece: nothing of another hypervisor gets in between, and it is one event of ansible-runner.
         self._display.display("\n".join(shown), screen_only=True)
         self._display.display("\n".join(line.text for line in lines), log_only=True)
+
+
+def _setting(name: str) -> Any:
+    return constants.config.get_config_value(name)

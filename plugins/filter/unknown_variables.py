@@ -8,7 +8,7 @@ import difflib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import yaml
+import yaml  # type: ignore[import-untyped]
 from ansible.errors import AnsibleFilterError
 
 if TYPE_CHECKING:

@@ -54,12 +54,11 @@ if TYPE_CHECKING:
     from typing import Any
 
 
-class LookupModule(LookupBase):  # type: ignore[misc]
+class LookupModule(LookupBase):
     """The groups of a play are among its variables; an inventory of them alone is what patterns are matched with."""
 
     def run(self, terms: list[str], variables: Mapping[str, Any] | None = None, **kwargs: Any) -> list[str]:
         """Return the patterns as they are; AnsibleError where one matches no host."""
-        self.set_options(var_options=variables, direct=kwargs)
         if context.CLIARGS.get("syntax"):
             # That needs no inventory.
             return terms
