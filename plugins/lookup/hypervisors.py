@@ -57,7 +57,7 @@ if TYPE_CHECKING:
 class LookupModule(LookupBase):
     """The groups of a play are among its variables; an inventory of them alone is what patterns are matched with."""
 
-    def run(self, terms: list[str], variables: Mapping[str, Any] | None = None, **kwargs: Any) -> list[str]:
+    def run(self, terms: list[str], variables: Mapping[str, Any] | None = None, **_options: Any) -> list[str]:
         """Return the patterns as they are; AnsibleError where one matches no host."""
         if context.CLIARGS.get("syntax"):
             # That needs no inventory.
