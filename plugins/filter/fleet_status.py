@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 DOCUMENTATION = r"""
 name: fleet_status
-short_description: Put the backups of all virtual machines of a fleet into one table
+short_description: Make one table of the backups of a fleet
 version_added: 0.1.0
 author:
   - vmfleet contributors (@vmfleet)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 DOCUMENTATION = r"""
 name: unknown_variables
-short_description: Find variables that a role does not know, and what may have been meant
+short_description: Find variables that a role does not know
 version_added: 0.1.0
 author:
   - vmfleet contributors (@vmfleet)

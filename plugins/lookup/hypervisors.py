@@ -8,7 +8,7 @@ from __future__ import annotations
 
 DOCUMENTATION = r"""
 name: hypervisors
-short_description: A pattern of hosts, if it matches any
+short_description: Refuse a pattern that matches no host
 version_added: 0.1.0
 author:
   - vmfleet contributors (@vmfleet)

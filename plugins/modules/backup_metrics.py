@@ -7,7 +7,7 @@ from __future__ import annotations
 
 DOCUMENTATION = r"""
 module: backup_metrics
-short_description: Tell how the backups of a hypervisor's virtual machines stand, and write it for Prometheus
+short_description: Write backup metrics for Prometheus
 version_added: 0.1.0
 description:
   - Puts together what has become of the VMs of a run and what the repository holds of them, such as the newest good set

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 DOCUMENTATION = r"""
 module: backup_plan
-short_description: Plan the backup of a hypervisor's virtual machines
+short_description: Plan the backup of VMs
 version_added: 0.1.0
 description:
   - Asks every VM that is listed, or whose socket matches a pattern, for its disks and jobs, looks into the repository,

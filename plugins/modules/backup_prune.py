@@ -7,7 +7,7 @@ from __future__ import annotations
 
 DOCUMENTATION = r"""
 module: backup_prune
-short_description: Remove backup sets that are not needed any more
+short_description: Remove old backup sets
 version_added: 0.1.0
 description:
   - Removes the sets of each VM that no rule keeps. The rules add up. A set that one of them keeps stays, and so does

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 DOCUMENTATION = r"""
 module: backup_report
-short_description: Write the report of a backup run over all hypervisors, as a page and as data
+short_description: Write the report of a backup run
 version_added: 0.1.0
 description:
   - Writes C(ID.html), a page that needs nothing but itself, and C(ID.json), the same as data. C(index.html) is the page

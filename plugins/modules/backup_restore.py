@@ -7,7 +7,7 @@ from __future__ import annotations
 
 DOCUMENTATION = r"""
 module: backup_restore
-short_description: Bring disks of a virtual machine back from its backup sets, or all of a domain of libvirt
+short_description: Restore a VM from its backup sets
 version_added: 0.1.0
 description:
   - Copies disks out of a set to image files or block devices, or lays images over them that can be used at once.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 DOCUMENTATION = r"""
 module: backup_set
-short_description: Bring the backup sets of a hypervisor's virtual machines into being
+short_description: Make or cancel backup sets
 version_added: 0.1.0
 description:
   - Sees to it that every VM of a plan has its set in the repository, that is, the images of all its chosen disks at one

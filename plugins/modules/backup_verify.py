@@ -7,7 +7,7 @@ from __future__ import annotations
 
 DOCUMENTATION = r"""
 module: backup_verify
-short_description: Verify that backup sets are good, up to starting a machine from them
+short_description: Verify backup sets
 version_added: 0.1.0
 description:
   - Looks at one set of each VM, as deep as O(depth) says, with all that the set is made of. That includes images

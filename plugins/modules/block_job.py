@@ -7,7 +7,7 @@ from __future__ import annotations
 
 DOCUMENTATION = r"""
 module: block_job
-short_description: Pause, resume, cancel, finalize or dismiss a block job of a running VM, or change its speed
+short_description: Control a block job of a running VM
 version_added: 0.1.0
 author:
   - vmfleet contributors (@vmfleet)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 DOCUMENTATION = r"""
 module: drive_backup
-short_description: Copy disks of a running VM to image files or block devices with QEMU's drive-backup
+short_description: Copy disks of a running VM
 version_added: 0.1.0
 author:
   - vmfleet contributors (@vmfleet)

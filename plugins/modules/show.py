@@ -6,7 +6,7 @@ from __future__ import annotations
 
 DOCUMENTATION = r"""
 module: show
-short_description: Show lines of text as people read them
+short_description: Show plans and reports as plain text
 description:
   - Shows lines on the terminal of the controller, without quotes. The modules of this collection return such lines, for
     instance in RV(vmfleet.backup.backup_plan#module:text).

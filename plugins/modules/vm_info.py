@@ -7,7 +7,7 @@ from __future__ import annotations
 
 DOCUMENTATION = r"""
 module: vm_info
-short_description: Tell what running VMs there are on a hypervisor, with their disks, bitmaps and jobs
+short_description: List VMs with their disks and jobs
 version_added: 0.1.0
 author:
   - vmfleet contributors (@vmfleet)

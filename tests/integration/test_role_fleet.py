@@ -61,7 +61,7 @@ def test_one_that_cannot_be_reached_does_not_spoil_the_others(fleet: Hypervisor,
     assert play.rc == 2, play.output
     assert {path.parent.parent.name for path in fleet.sets.path.glob(f"*/{ID}/manifest.json")} == {"web01", "db01"}
     assert {host: play.recap(host)["failed"] for host in fleet.hosts} == {"gone": 1, "good": 0, "half": 1}
-    assert play.output.count("PLAY [Back up virtual machines]") == plays
+    assert play.output.count("PLAY [Back up VMs]") == plays
     head, *lines = summary(play)
     assert "2 of 3 VMs have their set, 1 failed, 0 skipped" in head
     assert re.fullmatch(r"FAILED  gone: .*Connection refused.*", lines[0])
@@ -74,7 +74,7 @@ def test_one_that_cannot_be_reached_does_not_spoil_the_others(fleet: Hypervisor,
 
 def test_the_id_is_one_for_all_batches(fleet: Hypervisor) -> None:
     play = fleet.run("--limit", "good,half", "-e", "vm_backup_serial=1", id="")
-    assert play.output.count("PLAY [Back up virtual machines]") == 2
+    assert play.output.count("PLAY [Back up VMs]") == 2
     ids = set(re.findall(r"Backup (\S+) of", play.output))
     assert len(ids) == 1, play.output
     assert {path.parent.name for path in fleet.sets.path.glob("*/*/manifest.json")} == ids

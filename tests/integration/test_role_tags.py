@@ -111,13 +111,13 @@ def test_wrong_variables_are_refused_by_the_tag_preflight(vms: Vms, hypervisor: 
     "task",
     [
         "Preflight | Check the variables",
-        "Look | Look at the hypervisor and its VMs, and plan",
-        "Plan | Show it",
+        "Plan | Ask the VMs and plan their sets",
+        "Plan | Show the plan",
         "Start | Start the copies",
-        "Wait | Bring every set to its end",
-        "Report | Show what has become of each VM",
-        "Tell | How the backups of the VMs stand",
-        "Summary | Fail if the hypervisor or one of its VMs could not be backed up",
+        "Wait | Wait for the copies",
+        "Report | Show the result of each VM",
+        "Report | Write the metrics",
+        "Summary | Fail if a VM has no set",
     ],
 )
 def test_a_start_in_the_middle_says_what_is_missing(
