@@ -7,6 +7,8 @@
 from __future__ import annotations
 
 import os
+import socket
+import stat
 import typing as t
 
 from ansible_collections.vmfleet.backup.tests.harness.backup import snapshot
@@ -26,6 +28,20 @@ ODD = NAME
 """The VM of which something is odd."""
 NEIGHBOUR = "db01"
 """The healthy VM beside it."""
+
+
+def put_socket(path: Path) -> None:
+    """Put a socket somewhere that nobody listens at."""
+    fd = os.open(path.parent, os.O_PATH)
+    with socket.socket(socket.AF_UNIX) as made:
+        # The path itself may be too long for a socket.
+        made.bind(f"/proc/self/fd/{fd}/{path.name}")
+    os.close(fd)
+
+
+def put_zeroes(path: Path) -> None:
+    """Put a device there that gives zeroes without end."""
+    os.mknod(path, 0o600 | stat.S_IFCHR, os.makedev(1, 5))
 
 
 def ask(module: str, args: dict[str, t.Any], check: bool = False) -> dict[str, t.Any]:

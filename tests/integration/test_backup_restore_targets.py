@@ -189,7 +189,9 @@ class TestTargets:
         before_converting(
             directory,
             monkeypatch,
-            f'case "$*" in *{mount.path}*) cat /dev/zero > {mount.path}/filler 2>/dev/null;; esac',
+            # The target, which is named by descriptor, is the last word.
+            f'for target; do :; done; case $(readlink "$target") in {mount.path}/*)'
+            f" cat /dev/zero > {mount.path}/filler 2>/dev/null;; esac",
         )
         args = chain.library.restoration(
             disks=[*one_disk(target), *one_disk(directory / "e", "drive1")], overwrite=there

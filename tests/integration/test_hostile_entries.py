@@ -8,15 +8,22 @@ from __future__ import annotations
 
 import os
 import shutil
-import socket
-import stat
 import subprocess
 import typing as t
 
 import pytest
 
 from ansible_collections.vmfleet.backup.tests.harness.backup import snapshot
-from ansible_collections.vmfleet.backup.tests.harness.hostile import NEIGHBOUR, ODD, Canary, Pair, ask, said
+from ansible_collections.vmfleet.backup.tests.harness.hostile import (
+    NEIGHBOUR,
+    ODD,
+    Canary,
+    Pair,
+    ask,
+    put_socket,
+    put_zeroes,
+    said,
+)
 from ansible_collections.vmfleet.backup.tests.harness.sets import result_of
 
 if t.TYPE_CHECKING:
@@ -42,22 +49,14 @@ def move(path: Path, canary: Canary) -> None:
     path.symlink_to(there)
 
 
-def put_socket(path: Path, _canary: Canary) -> None:
-    fd = os.open(path.parent, os.O_PATH)
-    with socket.socket(socket.AF_UNIX) as made:
-        # The path itself may be too long for a socket.
-        made.bind(f"/proc/self/fd/{fd}/{path.name}")
-    os.close(fd)
-
-
 KINDS: dict[str, t.Callable[[Path, Canary], object]] = {
     "link to a set": lambda path, canary: path.symlink_to(canary.path / "s1"),
     "link to a file": lambda path, canary: path.symlink_to(canary.file),
     "link to nothing": lambda path, canary: path.symlink_to(canary.path / "nothing"),
     "link to itself": lambda path, _canary: path.symlink_to(path.name),
     "pipe": lambda path, _canary: os.mkfifo(path),
-    "socket": put_socket,
-    "device": lambda path, _canary: os.mknod(path, 0o600 | stat.S_IFCHR, os.makedev(1, 5)),
+    "socket": lambda path, _canary: put_socket(path),
+    "device": lambda path, _canary: put_zeroes(path),
     "hard link": lambda path, canary: path.hardlink_to(canary.file),
     "directory": mkdir,
     "file": lambda path, _canary: path.write_text("something"),

@@ -89,7 +89,7 @@ def _admission(vm: Vm, drive: Drive, image_format: str) -> Admission:
                 return admit(qemu, Sample(fd, directory, spare=True), images)
         except OSError as error:
             raise Refused("target", in_words(error)) from error
-    fd = os.open(drive.target, os.O_RDONLY | os.O_CLOEXEC)
+    fd = target_files.open_image(drive.target, os.O_RDONLY)
     try:
         kind, place = ("blk_file", drive.target) if is_device else ("file", directory)
         return admit(qemu, Sample(fd, place, kind=kind), images)

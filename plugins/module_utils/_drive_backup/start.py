@@ -117,7 +117,7 @@ async def _make(locked: Locked, copy: Copy, target: target_image.Target) -> tupl
             receipt.discard(drive.receipt_path)
         if target.block_device:
             return 0, 0
-        fd = os.open(target.path, os.O_RDWR | os.O_CLOEXEC)
+        fd = target_files.open_image(target.path, os.O_RDWR)
     else:
         backing = (copy.disk.backing_file, copy.disk.backing_format)
         is_overlay = drive.sync == Sync.TOP and backing[0]

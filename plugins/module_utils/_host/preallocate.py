@@ -13,6 +13,7 @@ import threading
 
 from .._common.errors import BackupError
 from .files import step
+from .target_files import open_image
 
 SECTOR = 512
 FALLOC_FL_KEEP_SIZE = 1
@@ -25,7 +26,7 @@ def top_up(path: str, expected: int, held: int | None = None) -> bool:
 
     C(held) is a descriptor of it to write to, where this process has one.
     """
-    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC) if held is None else os.dup(held)
+    fd = open_image(path, os.O_RDWR) if held is None else os.dup(held)
     try:
         with step(path, "its space was reserved"):
             return allocate(fd, expected)
@@ -63,7 +64,7 @@ def flush(path: str, held: int | None = None) -> os.stat_result:
     a file descriptor of the image from before the job, where this process has one.
     """
     with step(path, "it was brought to stable storage"):
-        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        fd = open_image(path, os.O_RDWR)
     try:
         return flush_open(path, fd, held)
     finally:

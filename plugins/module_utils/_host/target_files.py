@@ -14,6 +14,7 @@ import stat
 import sys
 
 from .._common.errors import Refused
+from .directory import KINDS, WrongEntry
 from .files import claim, step
 
 FS_IOC_GETVERSION = 0x80087601
@@ -29,6 +30,26 @@ def is_block_device(path: str) -> bool:
         return stat.S_ISBLK(os.stat(path).st_mode)
     except (FileNotFoundError, NotADirectoryError):
         return False
+
+
+def open_image(path: str, flags: int) -> int:
+    """Open an image file or a block device, and return its descriptor. WrongEntry where another thing stands there.
+
+    What stood there a moment ago counts for nothing: nobody waits for a named pipe here, or hands it to a QEMU.
+    """
+    place = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    try:
+        mode = os.fstat(place).st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
+            kind = KINDS.get(stat.S_IFMT(mode), "something unknown")
+            raise WrongEntry(f"{path} is {kind}, and not an image; it does not belong there: move it away")
+        try:
+            return os.open(f"/proc/self/fd/{place}", flags | os.O_CLOEXEC)
+        except OSError as error:
+            error.filename = path
+            raise
+    finally:
+        os.close(place)
 
 
 def unusable_device(path: str) -> str:
@@ -67,19 +88,27 @@ def identity(path: str) -> tuple[int, int]:
     file system has none, as on tmpfs, and on FUSE, whose servers answer with what their memory happens to hold.
     """
     try:
-        found = os.lstat(path)
+        place = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
     except FileNotFoundError:
         return 0, 0
+    try:
+        found = os.fstat(place)
+        generation = _generation(f"/proc/self/fd/{place}") if stat.S_ISREG(found.st_mode) else 0
+    finally:
+        os.close(place)
+    return found.st_ino, generation
+
+
+def _generation(path: str) -> int:
     generation = bytearray(8)
-    if stat.S_ISREG(found.st_mode):
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-        try:
-            if not _is_fuse(fd):
-                with contextlib.suppress(OSError):
-                    fcntl.ioctl(fd, FS_IOC_GETVERSION, generation)
-        finally:
-            os.close(fd)
-    return found.st_ino, int.from_bytes(generation, sys.byteorder)
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        if not _is_fuse(fd):
+            with contextlib.suppress(OSError):
+                fcntl.ioctl(fd, FS_IOC_GETVERSION, generation)
+    finally:
+        os.close(fd)
+    return int.from_bytes(generation, sys.byteorder)
 
 
 def _is_fuse(fd: int) -> bool:

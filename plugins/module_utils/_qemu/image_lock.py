@@ -9,6 +9,8 @@ import fcntl
 import os
 import struct
 
+from .._host.target_files import open_image
+
 FLOCK = "hhqqi"
 """struct flock: type, whence, start, length, pid."""
 QEMU_LOCKS = (100, 200)
@@ -21,7 +23,7 @@ def is_locked(path: str) -> bool:
     QEMU says with locks on single bytes what it does with a file, and what it does not want others to do. No command
     of qemu-img asks for them without writing where the format is raw.
     """
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    fd = open_image(path, os.O_RDONLY)
     try:
         found = fcntl.fcntl(fd, fcntl.F_GETLK, struct.pack(FLOCK, fcntl.F_WRLCK, os.SEEK_SET, *QEMU_LOCKS, 0))
     finally:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from .._host.files import AT_ONCE, step
 from .._host.preallocate import top_up
+from .._host.target_files import open_image
 from . import qemu_img
 
 if TYPE_CHECKING:
@@ -172,10 +173,10 @@ def reserve(target: Target) -> bool:
 
 def open_pair(target: Target, direct: bool) -> tuple[int, int]:
     """Open a target for an fdset: once to read, once to write. Raises OSError where the file system has no O_DIRECT."""
-    flags = os.O_CLOEXEC | (os.O_DIRECT if direct else 0)
-    reading = os.open(target.name, os.O_RDONLY | flags)
+    flags = os.O_DIRECT if direct else 0
+    reading = open_image(target.name, os.O_RDONLY | flags)
     try:
-        return reading, os.open(target.name, os.O_RDWR | flags)
+        return reading, open_image(target.name, os.O_RDWR | flags)
     except OSError:
         os.close(reading)
         raise

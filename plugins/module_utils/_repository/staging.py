@@ -100,14 +100,23 @@ def publish(repository: Repository, intent: Intent) -> Manifest:
     """Make a described set seen, by one rename."""
     name = intent.vm.name
     with repository.opened(name) as directory:
+        appeared = BackupError(
+            f"VM {name}: {directory.join(intent.id)} has appeared while the set was made, and is no set; move it away"
+        )
         if directory.status(intent.id):
             # rename(2) would replace an empty directory without a word.
-            final = directory.join(intent.id)
-            raise BackupError(f"VM {name}: {final} has appeared while the set was made, and is no set; move it away")
+            raise appeared
         with directory.directory(staging_name(intent.id)) as staging:
             for disk in intent.disks:
                 _set_mode(staging, disk.image.image)
-        directory.rename(staging_name(intent.id), intent.id)
+            if staging.status(DESCRIPTION):
+                staging.regular(DESCRIPTION)
+        try:
+            directory.rename(staging_name(intent.id), intent.id)
+        except OSError as error:
+            if directory.status(intent.id):
+                raise appeared from error
+            raise
         directory.sync()
         with directory.directory(intent.id) as published:
             manifest: Manifest | None = read_document(published, MANIFEST, Manifest)

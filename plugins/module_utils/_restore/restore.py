@@ -104,17 +104,20 @@ async def _write_file(
     replaces = target_files.identity(disk.target) if options.overwrite else (0, 0)
     # A killed process may have left one.
     _remove_partial(disk.partial)
-    os.close(os.open(disk.partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+    fd = os.open(disk.partial, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     made = target_files.identity(disk.partial)
     try:
         async with pinned(repository, vm, disk, warnings):
-            await (_create_overlay if disk.overlay else _copy)(repository, disk, disk.partial)
-            preallocate.flush(disk.partial)
+            # By descriptor: another thing may have the path by now.
+            if disk.overlay:
+                await _create_overlay(repository, disk, fd)
+            else:
+                await _copy(repository, disk, qemu_img.by_descriptor(fd), (fd,))
+            preallocate.flush_open(disk.partial, fd)
             if replaces[0]:
                 check_unused(disk.target)
-            if target_files.identity(disk.partial) != made:
-                raise BackupError(f"{disk.partial} is another file by now: somebody else restores to the same place")
-            _take_name(repository, disk, replaces)
+            _check_made(disk.partial, made)
+            _take_name(repository, disk, replaces, made)
     except BaseException as error:
         with after(error):
             # A call on one that hangs would never return.
@@ -123,6 +126,17 @@ async def _write_file(
             if target_files.identity(disk.partial) == made:
                 target_files.remove(disk.partial)
         raise
+    finally:
+        os.close(fd)
+
+
+def _check_made(path: str, made: tuple[int, int]) -> None:
+    """Raise BackupError where another thing stands at C(path) than the file that was made."""
+    if target_files.identity(path) != made:
+        raise BackupError(
+            f"{path} is another file by now: somebody else restores to the same place, or has put something there; see"
+            " who it is, and restore again"
+        )
 
 
 def _remove_partial(path: str) -> None:
@@ -132,26 +146,28 @@ def _remove_partial(path: str) -> None:
     target_files.remove(path)
 
 
-def _take_name(repository: Repository, disk: DiskRestore, replaces: tuple[int, int]) -> None:
+def _take_name(repository: Repository, disk: DiskRestore, replaces: tuple[int, int], made: tuple[int, int]) -> None:
     """Write the receipt, and then give a complete file its name: whatever comes in between, the two belong together."""
     receipt = make_receipt(repository, disk, os.stat(disk.partial))
     with Directory.at(os.path.dirname(disk.receipt)) as directory:
         write_document(directory, os.path.basename(disk.receipt), receipt)
     try:
         target_files.take_name(disk.partial, disk.target, replaces)
-    except OSError as error:
+        _check_made(disk.target, made)
+    except (BackupError, OSError) as error:
         with after(error):
             target_files.remove(disk.receipt)
         raise
 
 
-async def _copy(repository: Repository, disk: DiskRestore, path: str) -> None:
+async def _copy(repository: Repository, disk: DiskRestore, path: str, fds: tuple[int, ...] = ()) -> None:
+    """Copy a disk to what stands at C(path); C(fds) are the descriptors that this name needs."""
     with open_images(repository, disk) as chain:
         command = image_commands.convert_command(chain.name, path, disk.format, disk.block_device)
         if qemu_img.is_aligned(disk.format, disk.image.virtual_size) and _takes_direct(path):
             # All of it has to reach stable storage anyway, and others need the page cache.
             command[2:2] = ["-t", "none"]
-        await qemu_img.run_long(command, chain.fds)
+        await qemu_img.run_long(command, (*chain.fds, *fds))
 
 
 def _takes_direct(path: str) -> bool:
@@ -162,12 +178,13 @@ def _takes_direct(path: str) -> bool:
     return True
 
 
-async def _create_overlay(repository: Repository, disk: DiskRestore, path: str) -> None:
+async def _create_overlay(repository: Repository, disk: DiskRestore, fd: int) -> None:
     # Whoever starts a VM on it has QEMU follow the names in the images.
     with open_images(repository, disk):
         pass
     backing = (repository.set_image_path(disk.manifest, disk.image), disk.image.format)
-    await qemu_img.run(qemu_img.create_command(path, "qcow2", disk.image.virtual_size, backing=backing))
+    command = qemu_img.create_command(qemu_img.by_descriptor(fd), "qcow2", disk.image.virtual_size, backing=backing)
+    await qemu_img.run(command, pass_fds=(fd,))
 
 
 async def _finish(repository: Repository, vm: str, disk: DiskRestore, warnings: list[str]) -> None:

@@ -53,7 +53,8 @@ def owners(path: str) -> None:
         (owners, "the owners of jobs were written"),
         (lambda path: target_image._make_file(path, target_image.Blank(8192, ((0, b"a" * 8192),))), "it was made"),
         (lambda path: checksum.sha256(path, os.open(path, os.O_RDONLY)), "its checksum was taken"),
-        (preallocate.flush, "it was brought to stable storage"),
+        # What is no file cannot be brought there.
+        (lambda path: preallocate.flush_open(path, os.pipe()[0]), "it was brought to stable storage"),
         (lambda path: target_image.Blank.of(path, os.open(path, os.O_RDONLY)), "it was read"),
     ],
 )

@@ -48,3 +48,22 @@ def test_remove(tmp_path: Path) -> None:
     assert target_files.remove(str(image))
     assert not image.exists()
     assert not target_files.remove(str(image))
+
+
+def test_an_image_is_a_file(tmp_path: Path) -> None:
+    image = tmp_path / "x"
+    image.write_bytes(b"content")
+    (tmp_path / "link").symlink_to("x")
+    for path in (image, tmp_path / "link"):
+        fd = target_files.open_image(str(path), os.O_RDONLY)
+        assert os.read(fd, 7) == b"content"
+        os.close(fd)
+    os.mkfifo(tmp_path / "pipe")
+    before = len(os.listdir("/proc/self/fd"))
+    for path, kind in ((tmp_path / "pipe", "a named pipe"), (tmp_path, "a directory")):
+        # Nobody waits for who would write into a pipe.
+        with pytest.raises(errors.BackupError, match=f"^{path} is {kind}, and not an image; .*move it away"):
+            target_files.open_image(str(path), os.O_RDONLY)
+    assert len(os.listdir("/proc/self/fd")) == before
+    with pytest.raises(FileNotFoundError):
+        target_files.open_image(str(tmp_path / "missing"), os.O_RDONLY)
