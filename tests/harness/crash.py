@@ -152,17 +152,23 @@ class Point:
         return f"{self.moment} {self.name}" + (f" (hit {self.hit})" if self.hit > 1 else "")
 
 
-def arm(at: int | Point = 0, victims: t.Sequence[int | Path] = (MODULE,), record: Path | None = None) -> None:
+def arm(
+    at: int | Point = 0,
+    victims: t.Sequence[int | Path] = (MODULE,),
+    record: Path | None = None,
+    deed: t.Callable[[], object] | None = None,
+) -> None:
     """Kill the victims right before the n-th step of this process, or at a point; write down every point in `record`.
 
-    A victim that is not there yet is given by the file that will have its process id.
+    A victim that is not there yet is given by the file that will have its process id. `deed` is what this process does
+    to the world before that.
 
     From asyncio.run on: before, there are only imports and the reading of arguments.
     """
     run = asyncio.run
 
     def run_watched(*args: t.Any, **kwargs: t.Any) -> t.Any:
-        _Watch(at, victims, record).begin()
+        _Watch(at, victims, record, deed).begin()
         return run(*args, **kwargs)
 
     asyncio.run = run_watched
@@ -175,9 +181,16 @@ def read(record: Path) -> list[Point]:
 
 
 class _Watch:
-    def __init__(self, at: int | Point, victims: t.Sequence[int | Path], record: Path | None) -> None:
+    def __init__(
+        self,
+        at: int | Point,
+        victims: t.Sequence[int | Path],
+        record: Path | None,
+        deed: t.Callable[[], object] | None,
+    ) -> None:
         self._at = at
         self._victims = victims
+        self._deed = deed
         self._record = str(record) if record else ""
         self._module = os.getpid()
         self._active = True
@@ -307,6 +320,11 @@ class _Watch:
 
     def _strike(self) -> None:
         me = os.getpid()
+        if self._deed:
+            # What it does is no step of the module.
+            self._active = False
+            self._deed()
+            self._active = True
         meant = {ASKER: me, MODULE: self._module}
         pids = {int(one.read_text()) if isinstance(one, Path) else meant.get(one, one) for one in self._victims}
         for pid in pids - {me}:

@@ -61,8 +61,11 @@ class ModuleProcess:
         victims: t.Sequence[int | Path] = (crash.MODULE,),
         record: Path | None = None,
         inside: NameSpaces | None = None,
+        deed: t.Callable[[], object] | None = None,
     ) -> None:
         """`crash_at` kills it, or else the `victims`, and `record` gets all points where that is possible.
+
+        `deed` is what is done in it before that.
 
         It runs in the name spaces `inside`, or where this process runs.
         """
@@ -78,7 +81,7 @@ class ModuleProcess:
                 # This process may have looked already, out here.
                 process.spaces.cache_clear()
             if crash_at or record:
-                crash.arm(crash_at, victims, record)
+                crash.arm(crash_at, victims, record, deed)
             module.main()
 
         self._process = Fork(main, module_input(args, check, diff).encode(), inside)
