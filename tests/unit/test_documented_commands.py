@@ -70,7 +70,7 @@ def options(module: str) -> set[str]:
     documentation = yaml.safe_load(re.findall(r'DOCUMENTATION = r"""(.*?)"""', text, re.DOTALL)[0])
     found = set(documentation.get("options", {}))
     for fragment in documentation.get("extends_documentation_fragment", ()):
-        file, _, part = fragment.removeprefix(COLLECTION).partition(".")
+        file, _dot, part = fragment.removeprefix(COLLECTION).partition(".")
         source = (CHECKOUT / "plugins" / "doc_fragments" / f"{file}.py").read_text(encoding="utf-8")
         wanted = part.upper() or "DOCUMENTATION"
         [content] = re.findall(rf'^    {wanted} = r"""(.*?)"""', source, re.MULTILINE | re.DOTALL)
