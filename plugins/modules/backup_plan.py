@@ -431,7 +431,7 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._plan.planner impor
 from ansible_collections.vmfleet.backup.plugins.module_utils._plan.requests import requests_for
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.address import LIBVIRT
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.discovery import PATTERNS, discover
-from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.image_files import FORMATS, DiskFile
+from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.disk_file import FORMATS, DiskFile
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.model import EncryptedSource, plain_path
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.qemu_img import require_qemu_img
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.qmp_client import require_qmp

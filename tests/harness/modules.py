@@ -31,14 +31,16 @@ sys.path.append(str(binding.directory()))
 # .../ansible_collections/vmfleet/backup/tests/harness/modules.py: the directory that PYTHONPATH has to name.
 ROOT = Path(__file__).parents[5]
 
+PLUGINS = Path(__file__).parents[2] / "plugins"
 PACKAGE = "ansible_collections.vmfleet.backup.plugins.modules"
 # What is an action plugin only has its documentation there.
-FILES = [
-    path
-    for path in sorted((Path(__file__).parents[2] / "plugins" / "modules").glob("[a-z]*.py"))
-    if "def main(" in path.read_text()
-]
+FILES = [path for path in sorted((PLUGINS / "modules").glob("[a-z]*.py")) if "def main(" in path.read_text()]
 NAMES = [path.stem for path in FILES]
+PARTS = sorted(
+    f"{PACKAGE[: -len('modules')]}module_utils.{path.parent.name}.{path.stem}"
+    for path in PLUGINS.glob("module_utils/*/*.py")
+)
+"""What they are made of. Modules load some of it late; here, each process would do that for itself."""
 
 
 def be_no_controller() -> None:
@@ -70,8 +72,8 @@ class ModuleProcess:
         It runs in the name spaces `inside`, or where this process runs.
         """
         self.name = name
-        for each in NAMES:
-            importlib.import_module(f"{PACKAGE}.{each}")
+        for each in (*PARTS, *(f"{PACKAGE}.{name}" for name in NAMES)):
+            importlib.import_module(each)
         module = sys.modules[f"{PACKAGE}.{name}"]
 
         def main() -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from ansible_collections.vmfleet.backup.plugins.module_utils._qemu import storage_daemon
+from ansible_collections.vmfleet.backup.plugins.module_utils._qemu import daemon_place
 from ansible_collections.vmfleet.backup.tests.harness.history import SIZE, History, named
 from ansible_collections.vmfleet.backup.tests.harness.images import qemu_img, write
 from ansible_collections.vmfleet.backup.tests.harness.modules import succeed
@@ -109,7 +109,7 @@ class OffHistory(History):
     @property
     def daemon(self) -> Daemon:
         uuid = json.loads((self.sets.path / "vmfleet.json").read_text())["uuid"]
-        return Daemon(Path(storage_daemon.place_of(uuid[:8], NAME)))
+        return Daemon(Path(daemon_place.place_of(uuid[:8], NAME)))
 
     def assert_released(self, newest: str = "") -> None:
         """No storage daemon, nothing that belongs to one, and no bitmap but those of the newest set."""

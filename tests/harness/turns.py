@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import typing as t
 
-from ansible_collections.vmfleet.backup.plugins.module_utils._qemu import storage_daemon
+from ansible_collections.vmfleet.backup.plugins.module_utils._qemu import daemon_place
 from ansible_collections.vmfleet.backup.tests.harness.images import MIB, identical, patterned, qemu_img, write
 from ansible_collections.vmfleet.backup.tests.harness.libvirt_domains import DomainDisk
 from ansible_collections.vmfleet.backup.tests.harness.modules import succeed
@@ -78,5 +78,5 @@ class Turns:
                 assert identical(copy, images[target]), (set_id, target)
 
     def assert_released(self) -> None:
-        assert not list(self.domain.libvirt.seen_here("/run/vmfleet-locks").glob(f"{storage_daemon.PLACE}*"))
+        assert not list(self.domain.libvirt.seen_here("/run/vmfleet-locks").glob(f"{daemon_place.PLACE}*"))
         assert not [name for name in self.domain.libvirt.processes.values() if name.startswith("qemu-storage")]

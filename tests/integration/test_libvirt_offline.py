@@ -14,7 +14,7 @@ from xml.etree.ElementTree import canonicalize
 
 import pytest
 
-from ansible_collections.vmfleet.backup.plugins.module_utils._qemu import storage_daemon
+from ansible_collections.vmfleet.backup.plugins.module_utils._qemu import daemon_place, storage_daemon
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.description import parse_description
 from ansible_collections.vmfleet.backup.tests.harness.backup import sent
 from ansible_collections.vmfleet.backup.tests.harness.images import MIB, identical, patterned
@@ -98,7 +98,7 @@ def test_libvirt_is_killed_while_it_is_copied(turns: Turns) -> None:
     plan = turns.plan("s1", speed="64K")
     succeed("backup_set", {"plan": plan, "state": "started"}, inside=turns.inside)
     libvirt.stop_daemon(signal.SIGKILL)
-    [place] = libvirt.seen_here("/run/vmfleet-locks").glob(f"{storage_daemon.PLACE}*")
+    [place] = libvirt.seen_here("/run/vmfleet-locks").glob(f"{daemon_place.PLACE}*")
     Daemon(place).release()
     turns.make(plan)
     libvirt.start_daemon()

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import pytest
 
-from ansible_collections.vmfleet.backup.plugins.module_utils._qemu import storage_daemon
+from ansible_collections.vmfleet.backup.plugins.module_utils._qemu import daemon_place
 from ansible_collections.vmfleet.backup.tests.harness import crash
 from ansible_collections.vmfleet.backup.tests.harness.images import MIB
 from ansible_collections.vmfleet.backup.tests.harness.libvirt import programs
@@ -59,7 +59,7 @@ def _end(pid: int) -> None:
 
 def end_storage_daemon() -> None:
     """Its images are closed, and their bitmaps stored."""
-    for file in Path("/run/vmfleet-locks").glob(f"{storage_daemon.PLACE}*/pid"):
+    for file in Path("/run/vmfleet-locks").glob(f"{daemon_place.PLACE}*/pid"):
         with contextlib.suppress(ProcessLookupError):
             _end(int(file.read_text()))
 

@@ -17,7 +17,7 @@ from .._common.formats import utc_now
 from .._host import probe
 from .._plan.model import Case
 from .._plan.observe import address_of
-from .._qemu import bitmaps, block_jobs, guest_freeze, image_files, storage_daemon
+from .._qemu import bitmaps, block_jobs
 from .._qemu.address import parse_address
 from .._qemu.detached import close_detached
 from .._qemu.jobs import query_jobs
@@ -88,6 +88,9 @@ async def thaw(locked: LockedVm, intent: Intent) -> None:
     if not intent.frozen:
         return
     if locked.seen.vm and intent.attempt not in locked.seen.dead:
+        # Few guests are left frozen: the others do not need it loaded, and compiled.
+        from .._qemu import guest_freeze  # noqa: PLC0415
+
         try:
             await guest_freeze.thaw(guest_freeze.AgentPlace(intent.agent, intent.libvirt_uri))
         except AgentError as error:
@@ -134,7 +137,7 @@ async def _remove_attempt(locked: LockedVm, intent: Intent) -> None:
     run, seen, monitor = locked.run, locked.seen, locked.monitor
     await end_daemon(locked)
     if seen.vm and seen.vm.is_off:
-        await image_files.remove_bitmaps(seen.vm, _bitmaps_of(intent, seen.vm))
+        await remove_bitmaps(locked, _bitmaps_of(intent, seen.vm))
     elif monitor and seen.vm:
         # A guest that stands still for another reason only tries its write again, and stops again.
         is_our_fault = any(job.error or not job.ended for job in jobs_of(intent, seen.vm))
@@ -176,6 +179,9 @@ async def clear(locked: LockedVm) -> None:
 async def end_daemon(locked: LockedVm) -> None:
     """End the storage daemon of a VM that is off, and remove what one has left that was killed."""
     if os.path.lexists(locked.place):
+        # Not for each VM that is on: what is loaded is compiled first.
+        from .._qemu import storage_daemon  # noqa: PLC0415
+
         held = locked.seen.vm is not None and locked.seen.vm.daemon
         await storage_daemon.end(locked.place, locked.monitor if held else None)
 
@@ -184,6 +190,9 @@ async def remove_bitmaps(locked: LockedVm, found: Iterable[tuple[str, str]]) -> 
     """Remove bitmaps from a VM, be it on or off; each is given as node and name."""
     vm = locked.seen.vm
     if vm and vm.is_off:
+        # Whoever has looked at such a VM has loaded it already.
+        from .._qemu import image_files  # noqa: PLC0415
+
         await image_files.remove_bitmaps(vm, found)
     elif locked.monitor:
         await bitmaps.remove_bitmaps(locked.monitor, found)

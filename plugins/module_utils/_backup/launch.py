@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from .._common.errors import AgentError, BackupError, after
 from .._host import preallocate
 from .._plan.model import Quiesce
-from .._qemu import block_jobs, guest_freeze
+from .._qemu import block_jobs
 from .._qemu.bitmaps import bitmap_add, bitmap_merge
 from .._qemu.jobs import query_jobs
 from .._qemu.model import OFF
@@ -69,6 +69,9 @@ async def _start_frozen(
     quiesce: str,
 ) -> Intent:
     """Start the jobs while the guest is frozen. The intent says so before."""
+    # Loaded only where a guest is to be frozen, and then before that, with all that its guard needs.
+    from .._qemu import guest_freeze  # noqa: PLC0415
+
     # What QEMU would refuse, it is to refuse before the guest is touched.
     way = await block_jobs.rehearse_backups(monitor, starts, bitmaps)
     await run.repository.update(replace(intent, frozen=True))

@@ -20,7 +20,7 @@ from .._host.process import spaces
 from .._plan.disks import written_elsewhere
 from .._plan.model import Quiesce
 from .._plan.observe import SpaceTracker, measure, no_room
-from .._qemu import guest_freeze, target_image
+from .._qemu import target_image
 from .._qemu.agent_channel import find_agent
 from .._qemu.tpm import renewed
 from .._qemu.vm_config import describe_vm
@@ -132,6 +132,9 @@ async def _find_agent(monitor: Monitor, request: Request, vm: Vm) -> str:
         if not found["connected"]:
             raise AgentError("no agent has opened its channel; install and start qemu-guest-agent in the guest")
         socket = found["socket"]
+    # Not where no guest is to be frozen: what is loaded is compiled first.
+    from .._qemu import guest_freeze  # noqa: PLC0415
+
     await guest_freeze.check(guest_freeze.AgentPlace(socket, request.libvirt_uri))
     return socket
 

@@ -18,7 +18,7 @@ from .._common.errors import BackupError, MonitorError
 from .._host.lock import host_lock_path, locked
 from .._plan import decide
 from .._plan import observe as observing
-from .._qemu import storage_daemon
+from .._qemu import daemon_place
 from .._qemu.jobs import StallClock
 from .._qemu.monitor import Monitor
 
@@ -125,13 +125,13 @@ class VmSession:
     @property
     def place(self) -> str:
         """Where a storage daemon belongs that copies the disks of the VM while it is off."""
-        return storage_daemon.place_of(self.run.repository.tag, self.task.name)
+        return daemon_place.place_of(self.run.repository.tag, self.task.name)
 
     @property
     def address(self) -> Address:
         """Where the VM is asked."""
         held = self.seen.vm is not None and self.seen.vm.daemon
-        return storage_daemon.monitor_in(self.place) if held else self.task.request.address
+        return daemon_place.monitor_in(self.place) if held else self.task.request.address
 
     @cached_property
     def decision(self) -> Decision:

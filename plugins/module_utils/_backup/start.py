@@ -13,7 +13,7 @@ from .._common.formats import utc_now
 from .._plan.observe import observe
 from .._qemu.tpm import losses
 from .._repository.documents import Failure, Phase
-from . import cleanup, start_offline
+from . import cleanup
 from .launch import launch
 from .outcome import VmState
 from .prepare import draft_attempt, prepare_attempt, renew_description
@@ -50,6 +50,9 @@ async def start(locked: LockedVm, _reason: str) -> Pending:
         if monitor:
             intent = await launch(locked, monitor, draft, intent, speed)
         else:
+            # Not for VMs that are on: what is loaded is compiled first.
+            from . import start_offline  # noqa: PLC0415
+
             intent = await start_offline.launch(locked, vm, draft, intent, speed)
         await renew_description(run, intent, draft)
     except MonitorError as error:
@@ -70,6 +73,8 @@ async def _draft(locked: LockedVm, vm: Vm, decision: Decision) -> AttemptDraft:
     """Draft an attempt, and warn of what its set will not have."""
     draft = await draft_attempt(locked.run, locked.monitor, locked.task.request, vm, decision)
     if locked.monitor is None:
+        from . import start_offline  # noqa: PLC0415 (as above)
+
         draft = replace(draft, description=await start_offline.describe(locked, vm))
     for loss in losses(draft.description):
         locked.task.warn(loss)

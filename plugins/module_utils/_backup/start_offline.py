@@ -15,6 +15,7 @@ from .._host.directory import WrongEntry
 from .._host.open_files import refuse_used
 from .._plan.disks import records_of
 from .._qemu import image_files, storage_daemon
+from .._qemu.disk_file import DiskFile
 from .._qemu.monitor import Monitor
 from .._qemu.vm_config import describe_files, describe_shut_off
 from .._repository.description import read_description
@@ -47,7 +48,7 @@ async def describe(locked: LockedVm, vm: Vm) -> dict[str, Any]:
 async def launch(locked: LockedVm, vm: Vm, draft: AttemptDraft, intent: Intent, speed: int) -> Intent:
     """Start all jobs of an attempt that is prepared. C(speed) is bytes/s for each job, 0 for no limit."""
     run = locked.run
-    files = tuple(image_files.DiskFile(disk.name, disk.file, disk.driver) for disk in vm.disks if disk.node)
+    files = tuple(DiskFile(disk.name, disk.file, disk.driver) for disk in vm.disks if disk.node)
     if not intent.jobs:
         intent = replace(intent, phase=Phase.COPIED)
         await run.repository.update(intent)

@@ -20,7 +20,7 @@ from .model import Choice, DiskPlan, LeftOut
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-    from .._qemu.image_files import DiskFile
+    from .._qemu.disk_file import DiskFile
     from .._qemu.model import Bitmap, Disk, Vm
     from .._repository.documents import DiskImage, Intent, Manifest
     from .._repository.repository import VmRecords

@@ -14,7 +14,7 @@ from .._common.formats import Word
 from .._common.options import LIBVIRT_URI
 from .._host.confinement import ADMITTED, Admission
 from .._qemu.address import FoundBy, parse_address
-from .._qemu.image_files import DiskFile
+from .._qemu.disk_file import DiskFile
 from .._qemu.model import EncryptedSource
 from .._repository.documents import COMPRESSION, IMAGE, SET_ID, Level
 

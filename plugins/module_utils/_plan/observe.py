@@ -19,10 +19,8 @@ from .._host import preallocate
 from .._host.files import nearest_directory, scratch
 from .._host.probe import PREFIX
 from .._host.process import machine_id
-from .._qemu import estimate, qemu_img, storage_daemon
+from .._qemu import daemon_place, estimate, qemu_img
 from .._qemu.address import Origin
-from .._qemu.domain_files import inspect_domain, with_other_drives
-from .._qemu.image_files import inspect_files
 from .._qemu.jobs import query_jobs, query_status
 from .._qemu.monitor import Monitor
 from .._qemu.query import inspect_vm
@@ -65,7 +63,7 @@ def address_of(name: str, monitor: Address, tag: str) -> Address:
 
     C(tag) is the repository's.
     """
-    return (storage_daemon.find(tag, name) if name else None) or monitor
+    return (daemon_place.find(tag, name) if name else None) or monitor
 
 
 async def observe(request: Request, context: RunContext, monitor: Monitor | None = None) -> Observation:
@@ -122,9 +120,16 @@ async def _ask(
 
 async def _inspect_off(request: Request) -> Vm:
     """Look at a VM that is off. MonitorGone where libvirt does not know it, or has just started it."""
-    storage_daemon.require_storage_daemon()
+    # A VM that is on needs nothing of this, and what is loaded is compiled first.
+    from .._qemu.storage_daemon import require_storage_daemon  # noqa: PLC0415
+
+    require_storage_daemon()
     if request.address.domain:
+        from .._qemu.domain_files import inspect_domain  # noqa: PLC0415
+
         return await inspect_domain(request.address, request.name)
+    from .._qemu.image_files import inspect_files  # noqa: PLC0415
+
     return await inspect_files(request.files, request.name, request.uuid, request.monitor)
 
 
@@ -144,8 +149,14 @@ async def _ask_whoever_is_there(request: Request, tag: str, question: Callable[[
 
 async def _inspect(monitor: Monitor, request: Request) -> Vm:
     if monitor.address.daemon:
+        from .._qemu import storage_daemon  # noqa: PLC0415 (as for a VM that is off)
+
         held = await storage_daemon.inspect(monitor, request.name, request.uuid, request.monitor)
-        return await with_other_drives(held, request.address) if request.address.domain else held
+        if not request.address.domain:
+            return held
+        from .._qemu.domain_files import with_other_drives  # noqa: PLC0415
+
+        return await with_other_drives(held, request.address)
     vm = await inspect_vm(monitor, request.name)
     # In a repository a VM without a uuid is known by its name there, wherever that name comes from.
     return vm if vm.uuid else replace(vm, identity=f"{machine_id()}:{vm.name}")

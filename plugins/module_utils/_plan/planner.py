@@ -15,7 +15,6 @@ from .._common.errors import BackupError, RepositoryHangs, in_words, internal
 from .._common.formats import human
 from .._common.selection import EVERYTHING
 from .._host.process import this_machine
-from .._qemu.layer_tables import held_bytes
 from .._qemu.losses import lost_in_copy
 from .._qemu.tpm import tpm_warnings
 from .._repository.documents import Hypervisor
@@ -207,6 +206,9 @@ async def count_layers(vm: Vm | None, disks: Iterable[Disk], links: Iterable[Cha
         chain = vm.chain(disk) if vm and disk.layers and not link.bitmap else ()
         # What a layer of which QEMU tells nothing may hold, the others do not tell.
         if len(chain) == 1 + len(disk.layers):
+            # Most disks have one layer: for them it need not be loaded, and compiled.
+            from .._qemu.layer_tables import held_bytes  # noqa: PLC0415
+
             counted[disk.name] = await held_bytes(chain)
     return counted
 

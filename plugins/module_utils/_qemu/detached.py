@@ -12,7 +12,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from .._common.errors import CommandError
-from .domain import read_domain
 from .domain_disks import abandoned
 from .query import inspect_vm
 
@@ -29,7 +28,12 @@ async def close_detached(monitor: Monitor, copied: Collection[str]) -> str:
     C(copied) are the nodes whose jobs have ended. Others are left alone: libvirt may be about to use a node that is in
     no disk of its XML yet.
     """
-    if monitor.libvirt is None or not abandoned(copied, (await read_domain(monitor.libvirt)).xml):
+    if monitor.libvirt is None:
+        return ""
+    # Only a domain has XML: for others, what reads it need not be loaded, and compiled.
+    from .domain import read_domain  # noqa: PLC0415
+
+    if not abandoned(copied, (await read_domain(monitor.libvirt)).xml):
         return ""
     refusal = ""
     for node in _abandoned_nodes(await inspect_vm(monitor), copied):

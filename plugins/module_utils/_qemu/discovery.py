@@ -15,7 +15,6 @@ from .._common.errors import BackupError, MonitorError, Refused
 from .._common.options import check_path
 from .._common.selection import matching
 from .address import LIBVIRT, FoundBy, parse_address
-from .domain_list import list_domains
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -60,6 +59,9 @@ async def discover(listed: Iterable[Address], params: dict[str, Any]) -> Discove
 
 async def _ask_libvirt(found: Discovery, libvirt_uri: str, is_needed: bool) -> None:
     """Ask libvirt once for all domains."""
+    # Where nobody asks for one, it need not be loaded, and compiled.
+    from .domain_list import list_domains  # noqa: PLC0415
+
     # This tells what is wrong with the address of libvirt, too.
     uri = parse_address(f"{LIBVIRT}any", "domains", libvirt_uri).uri
     try:

@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING
 
 from .._common.errors import MonitorError
 from .._host.threads import within
+from .disk_file import FORMATS, DiskFile
 from .domain import read_definition
 from .domain_disks import ELSEWHERE, NVRAM, NVRAM_CHIP
-from .image_files import FORMATS, DiskFile, inspect_files
+from .image_files import inspect_files
 from .model import Disk
 from .qemu_img import TIMEOUT
 

@@ -11,15 +11,15 @@ from __future__ import annotations
 import asyncio
 import os
 import stat
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from .._common.errors import BackupError, ToolError, in_words
-from .._common.fields import NAME, OneOf, Text, holds
 from .._host.open_files import users_of
 from .._host.threads import within
 from . import qemu_img
 from .answers import check_answer
+from .disk_file import QCOW2
 from .image_commands import bitmap_command, info_command
 from .image_lock import is_locked
 from .model import OFF, Vm
@@ -30,24 +30,14 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
     from typing import Any, TypeVar
 
+    from .disk_file import DiskFile
     from .model import Bitmap, Disk
 
     T = TypeVar("T")
 
 
-QCOW2 = "qcow2"
-FORMATS = (QCOW2, "raw")
 NODE = "off"
 """What the names of the nodes of such disks begin with, in the storage daemon that copies them."""
-
-
-@dataclass(frozen=True)
-class DiskFile:
-    """A disk of a VM, for when it is off: what it is called when the VM is on, and where it is."""
-
-    name: str = field(metadata=NAME)
-    file: str = field(metadata=holds(Text("an absolute path", pattern="/[^\0]*")))
-    format: str = field(metadata=holds(OneOf(*FORMATS)))
 
 
 class InUse(BackupError):

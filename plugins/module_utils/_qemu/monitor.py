@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 from .._common.errors import CommandError, MonitorError, MonitorTimeout
 from .._common.redaction import redact_values
 from .answers import Odd, check_answer, senseless
-from .libvirt_client import LibvirtClient
 from .qmp_client import QmpClient
 
 if TYPE_CHECKING:
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
 
     from .._host.process import Process
     from .address import Address
+    from .libvirt_client import LibvirtClient
     from .libvirt_domain import LibvirtDomain
 
     Client = QmpClient | LibvirtClient
@@ -52,7 +52,7 @@ class Monitor:
         self._client: Client | None = None
 
     async def __aenter__(self) -> Monitor:
-        client: Client = LibvirtClient(self.address) if self.address.domain else QmpClient(self.address)
+        client: Client = self._libvirt_client() if self.address.domain else QmpClient(self.address)
         self.process = await client.open()
         self._client = client
         return self
@@ -73,7 +73,7 @@ class Monitor:
     def libvirt(self) -> LibvirtDomain | None:
         """The domain of libvirt through which QEMU is reached; None where it is reached itself."""
         client = self._require_client()
-        return client.domain if isinstance(client, LibvirtClient) else None
+        return None if isinstance(client, QmpClient) else client.domain
 
     @property
     def passes_fds(self) -> bool:
@@ -129,6 +129,12 @@ class Monitor:
     async def remove_fdset(self, fdset: int) -> None:
         """Take an fdset back. A job that has opened a file through it is not disturbed."""
         await self.execute("remove-fd", {"fdset-id": fdset})
+
+    def _libvirt_client(self) -> LibvirtClient:
+        # Where there is no domain, it need not be loaded, and compiled.
+        from .libvirt_client import LibvirtClient  # noqa: PLC0415
+
+        return LibvirtClient(self.address)
 
     def _require_client(self) -> Client:
         if self._client is None:

@@ -18,8 +18,6 @@ from .._common.device_names import qdev_id
 from .._common.redaction import redact_name
 from .._host.process import machine_id
 from .answers import STATISTICS, Odd
-from .domain import read_domain
-from .domain_disks import with_domain
 from .jobs import merge_jobs
 from .model import LIBVIRT_NODE, NO_UUID, TARGET_NODE, Bitmap, Disk, Vm
 
@@ -53,7 +51,11 @@ async def inspect_vm(monitor: Monitor, name: str = "") -> Vm:
         vm = await monitor.within(_inspect_vm(monitor, name))
     except Odd as odd:
         raise monitor.senseless("query-named-block-nodes", str(odd)) from None
-    return with_domain(vm, await read_domain(monitor.libvirt)) if monitor.libvirt else vm
+    if monitor.libvirt:
+        from . import domain, domain_disks  # noqa: PLC0415 (for others, what reads XML need not be loaded, and compiled)
+
+        vm = domain_disks.with_domain(vm, await domain.read_domain(monitor.libvirt))
+    return vm
 
 
 async def _inspect_vm(monitor: Monitor, name: str) -> Vm:
@@ -68,11 +70,10 @@ async def _inspect_vm(monitor: Monitor, name: str) -> Vm:
         monitor.execute("query-fdsets"),
     )
     own_name = name or named.get("name")
-    vm_name = own_name or monitor.address.stem
     vm_uuid = "" if uuid["UUID"] == NO_UUID else uuid["UUID"]
     disks, other_nodes = disks_of(graph)
     return Vm(
-        name=vm_name,
+        name=own_name or monitor.address.stem,
         uuid=vm_uuid,
         # Two VMs that nobody has named may have sockets of one file name, in different directories.
         identity=vm_uuid or f"{machine_id()}:{own_name or monitor.address}",
@@ -80,7 +81,11 @@ async def _inspect_vm(monitor: Monitor, name: str) -> Vm:
         version=monitor.version,
         disks=disks,
         other_nodes=other_nodes,
-        empty=tuple(_backend_name(entry) for entry in graph.devices if "inserted" not in entry),
+        empty=tuple(
+            entry["device"] or qdev_id(entry.get("qdev", "")) or entry.get("qdev", "")
+            for entry in graph.devices
+            if "inserted" not in entry
+        ),
         jobs=merge_jobs(block_jobs, jobs),
         fdsets={entry["fdset-id"]: tuple(fd.get("opaque", "") for fd in entry["fds"]) for entry in fdsets},
         process=monitor.process,
@@ -156,8 +161,7 @@ class Graph:
 async def query_graph(monitor: Monitor) -> Graph:
     """Return the block graph, from answers that grow with the number of its nodes and no faster.
 
-    A job that ends takes its filter node along. Where that happens between two queries, their answers do not fit
-    together, and are asked for again.
+    A job that ends takes its filter node along: answers that do not fit together for that are asked for again.
     """
     version = tuple(int(number) for number in monitor.version.split("."))
     ask = _query_children if version >= CHILDREN else _query_file_names
@@ -380,10 +384,6 @@ def _own_name(entry: dict[str, Any], node: dict[str, Any]) -> str:
     """Return the backend's name, else the device's id, else the node's; empty where none lasts beyond one boot."""
     named = "" if node["node-name"].startswith("#") else str(node["node-name"])
     return entry["device"] or qdev_id(entry.get("qdev", "")) or named
-
-
-def _backend_name(entry: dict[str, Any]) -> str:
-    return entry["device"] or qdev_id(entry.get("qdev", "")) or entry.get("qdev", "")
 
 
 def _files(nodes: Iterable[dict[str, Any]], process: Process | None) -> tuple[str, ...]:

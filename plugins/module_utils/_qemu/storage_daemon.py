@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import itertools
 import json
 import os
@@ -28,10 +27,10 @@ from .._common.errors import BackupError, MonitorGone, ToolError
 from .._common.fields import NAME, TEXT, DocumentError, Several, holds, load, part
 from .._common.redaction import redact_text
 from .._host.directory import Directory
-from .._host.lock import lock_directory
-from .address import Address
 from .answers import Odd
-from .image_files import DiskFile, node_name, options
+from .daemon_place import monitor_in
+from .disk_file import DiskFile
+from .image_files import node_name, options
 from .jobs import merge_jobs
 from .model import OFF, TARGET_NODE, Disk, Vm
 from .monitor import Monitor
@@ -42,12 +41,11 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
 
     from .._host.process import Process
+    from .address import Address
 
 
 PROGRAM = "qemu-storage-daemon"
-PLACE = "off-"
-"""What the names of their directories begin with."""
-SOCKET, PID, LOG, NOTE = "qmp", "pid", "log", "note.json"
+PID, LOG, NOTE = "pid", "log", "note.json"
 START_TIMEOUT = 30.0
 """Seconds until its monitor has to answer: it takes milliseconds."""
 END_TIMEOUT = 30.0
@@ -81,26 +79,6 @@ def require_storage_daemon() -> None:
                 f"{program} is not installed on this hypervisor ({packages}); it is needed for VMs that are off"
                 " (offline: backup)"
             )
-
-
-def place_of(tag: str, name: str) -> str:
-    """Return the directory of the storage daemon of one VM and one repository, be it there or not.
-
-    C(tag) is the repository's. Nobody else can write to it, as to the locks beside it.
-    """
-    digest = hashlib.sha256(os.fsencode(name)).hexdigest()
-    return os.path.join(lock_directory(), f"{PLACE}{tag}-{digest[:16]}")
-
-
-def find(tag: str, name: str) -> Address | None:
-    """Return the monitor of the storage daemon of a VM; None where none has been started, or it was ended."""
-    address = monitor_in(place_of(tag, name))
-    return address if os.path.exists(address.path) else None
-
-
-def monitor_in(place: str) -> Address:
-    """Return the monitor of the storage daemon of a place, be it there or not."""
-    return Address(os.path.join(place, SOCKET), daemon=True)
 
 
 # To start

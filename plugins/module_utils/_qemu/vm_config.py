@@ -16,14 +16,13 @@ from .._common.device_names import FLASH
 from .._common.errors import CommandError
 from .._common.formats import COLLECTION_VERSION, SCHEMA, utc_now
 from .._common.redaction import Redaction, redact
-from .domain_config import DOMAIN, describe_domain
-from .libvirt_domain import LibvirtDomain
 from .tpm import LOST, describe_stored, describe_tpm
 
 if TYPE_CHECKING:
     from typing import Any
 
     from .address import Address
+    from .libvirt_domain import LibvirtDomain
     from .model import Disk, Vm
     from .monitor import Monitor
 
@@ -55,7 +54,7 @@ async def describe_vm(monitor: Monitor, vm: Vm) -> dict[str, Any]:
     arguments = vm.process.arguments if vm.process else []
     command_line, removed = redact(arguments)
     # A few of its questions are for libvirt, which answers one at a time.
-    domain = await describe_domain(monitor.libvirt, removed) if monitor.libvirt else None
+    domain = await _describe_domain(monitor.libvirt, removed) if monitor.libvirt else None
     tpm = await describe_tpm(monitor, vm, removed)
     return {
         **_head(vm),
@@ -92,16 +91,26 @@ def describe_files(vm: Vm) -> dict[str, Any]:
 
 async def describe_shut_off(address: Address, vm: Vm, last: dict[str, Any]) -> dict[str, Any]:
     """Describe a domain that is shut off: as C(last) says that it was, but as it is defined now."""
+    from .domain_config import DOMAIN  # noqa: PLC0415 (as below)
+    from .libvirt_domain import LibvirtDomain  # noqa: PLC0415
+
     known = last or describe_files(vm)
     removed = [entry for entry in known.get("removed", ()) if not entry.startswith((DOMAIN, LOST))]
     libvirt = LibvirtDomain(address)
     await libvirt.open()
     try:
-        domain = await describe_domain(libvirt, removed)
+        domain = await _describe_domain(libvirt, removed)
     finally:
         await libvirt.close()
     tpm = await describe_stored(vm, address.uri, known.get("tpm"), removed)
     return {**known, "domain": domain, "tpm": tpm, "removed": removed}
+
+
+async def _describe_domain(libvirt: LibvirtDomain, removed: list[str]) -> dict[str, Any]:
+    # Only a domain has XML: for others, what reads it need not be loaded, and compiled.
+    from .domain_config import describe_domain  # noqa: PLC0415
+
+    return await describe_domain(libvirt, removed)
 
 
 def _head(vm: Vm) -> dict[str, Any]:

@@ -79,6 +79,24 @@ SPARED = {
 }
 """Files, and modules that need nothing of them: what is packed is sent with every task, and compiled at every start."""
 
+LATE = {
+    "_backup/start_offline": ("backup_set",),
+    "_qemu/domain": ("backup_plan", "backup_set", "drive_backup", "vm_info"),
+    "_qemu/domain_config": ("backup_set",),
+    "_qemu/domain_files": ("backup_plan", "backup_set"),
+    "_qemu/domain_list": ("backup_plan", "vm_info"),
+    "_qemu/domain_xml": ("backup_plan", "backup_set", "drive_backup", "vm_info"),
+    "_qemu/guest_freeze": ("backup_set",),
+    "_qemu/image_files": ("backup_plan", "backup_set"),
+    "_qemu/layer_tables": ("backup_plan",),
+    "_qemu/libvirt_client": ("backup_plan", "backup_set", "block_job", "block_job_info", "drive_backup", "vm_info"),
+    "_qemu/storage_daemon": ("backup_plan", "backup_set"),
+}
+"""Files that modules load when they meet what these are for.
+
+That is a domain, a VM that is off, a disk of several layers, a guest that is to be frozen.
+"""
+
 PURE = {
     "_backup": ("outcome", "results", "steps"),
     "_common": ("argument_specs", "device_names", "fields", "formats"),
@@ -202,6 +220,15 @@ def test_a_file_is_packed_only_for_those_that_need_it(
 ) -> None:
     assert any(file in files for files in packed.values())
     assert not [module for module in modules if file in packed[module]]
+
+
+@pytest.mark.parametrize(("file", "modules"), LATE.items())
+def test_a_file_is_loaded_only_where_it_is_needed(
+    file: str, modules: tuple[str, ...], packed: dict[str, set[str]]
+) -> None:
+    assert not [module for module in modules if file not in packed[module]]
+    name = f"module_utils.{file.replace('/', '.')}"
+    assert not [module for module in modules if name in loaded()[f"modules.{module}"].files]
 
 
 @pytest.mark.parametrize(("package", "file"), [(package, file) for package, files in PURE.items() for file in files])

@@ -15,9 +15,9 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._host.process impor
 from ansible_collections.vmfleet.backup.plugins.module_utils._plan.decide import decide
 from ansible_collections.vmfleet.backup.plugins.module_utils._plan.disks import ChainLink
 from ansible_collections.vmfleet.backup.plugins.module_utils._plan.model import Observation, Policy, Request
+from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.disk_file import DiskFile
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.domain_disks import Domain
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.domain_xml import DomainXml
-from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.image_files import DiskFile
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.model import Job
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.documents import (
     Failure,

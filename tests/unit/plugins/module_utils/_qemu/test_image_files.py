@@ -13,12 +13,13 @@ import pytest
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import BackupError
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu import image_files, qemu_img
+from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.disk_file import DiskFile
 
 
 def test_file_system_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(qemu_img, "TIMEOUT", 0.01)
     back = threading.Event()
-    disk = image_files.DiskFile("vda", "/mnt/a.qcow2", "qcow2")
+    disk = DiskFile("vda", "/mnt/a.qcow2", "qcow2")
     told = r"disk vda: /mnt/a.qcow2 cannot be looked at: its file system has not answered within 0.01 s"
     with pytest.raises(BackupError, match=told):
         asyncio.run(image_files.ask(disk, lambda _path: back.wait(), disk.file))
