@@ -14,6 +14,7 @@ import pytest
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._backup.cancel import plan_of_names
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import Refused
+from ansible_collections.vmfleet.backup.plugins.module_utils._common.selection import EVERYTHING, Selection
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.process import this_machine
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.documents import Hypervisor, VmName
 from ansible_collections.vmfleet.backup.tests.unit.plugins.builders import WEB01, begin, intent, manifest, put
@@ -32,7 +33,7 @@ def test_a_name_that_is_not_known_is_refused_with_those_that_are(repository: Rep
     (tmp_path / "elsewhere").mkdir()
     os.symlink(tmp_path / "elsewhere", os.path.join(repository.path, "mine too"))
     with pytest.raises(Refused) as refused:
-        plan_of_names(repository, ["web03", "web01"])
+        plan_of_names(repository, Selection(("web03", "web01")))
     assert str(refused.value) == f"names: no sets of web03 in {repository.path}; there are: web 02/ä, web01"
 
 
@@ -40,4 +41,5 @@ def test_without_names_those_are_meant_whose_sets_are_being_made_here(repository
     put(repository, manifest("s1"))
     begin(repository, intent("s2", hypervisor=Hypervisor(*this_machine())))
     begin(repository, intent("s2", vm=replace(WEB01, name="web02")))
-    assert [planned.name for planned in plan_of_names(repository, None).vms] == ["web01"]
+    assert [planned.name for planned in plan_of_names(repository, EVERYTHING).vms] == ["web01"]
+    assert plan_of_names(repository, Selection(excluded=("web*",))).vms == ()
