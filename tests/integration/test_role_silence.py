@@ -73,8 +73,9 @@ def test_where_nothing_could_be_told_of_the_sets(
     assert play.rc == 2, play.output
     assert f"vm_backup_{variable} is '{place}'" in play.output
     assert not hypervisor.sets.path.exists()
-    place.unlink()
-    place.mkdir()
+    place.rename(directory / "file")
+    (directory / "real").mkdir()
+    place.symlink_to(directory / "real")
     play = hypervisor.run(**{"sockets": [str(vm.monitor)], variable: str(place)})
     assert play.rc == 0, play.output
     assert list(place.iterdir())

@@ -95,7 +95,7 @@ def test_a_failure_has_its_reason_whatever_is_left_out(vms: Vms, hypervisor: Hyp
     vm = vms.start(name=NAME)
     play = hypervisor.run(*options.split(), sockets=[str(vm.monitor)], quiesce="require")
     assert play.rc != 0
-    last = play.output.rpartition("Fail if the hypervisor")[2]
+    last = play.output.rpartition("Fail if a VM has no set")[2]
     assert f"no set {ID} of {NAME}" in last
     assert "the reasons are above" in last if options == "--skip-tags wait" else "quiesce: the VM" in last
 
