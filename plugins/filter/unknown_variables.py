@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import yaml  # type: ignore[import-untyped]
 from ansible.errors import AnsibleFilterError
+from ansible.module_utils.common.yaml import yaml_load
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -55,7 +56,7 @@ def unknown_variables(names: Iterable[str], role: str) -> str:
     """Return a sentence for each of the names that no entry point of the role has."""
     path = Path(role) / "meta" / "argument_specs.yml"
     try:
-        specs: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))["argument_specs"]
+        specs: dict[str, Any] = yaml_load(path.read_text(encoding="utf-8"))["argument_specs"]
     except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError) as error:
         raise AnsibleFilterError(f"{path} does not say what variables the role has: {error}") from error
     known = sorted({name for spec in specs.values() for name in spec.get("options", {})})

@@ -46,7 +46,8 @@ from typing import TYPE_CHECKING
 
 from ansible import context
 from ansible.errors import AnsibleError
-from ansible.inventory.manager import InventoryManager, split_host_pattern
+from ansible.inventory.manager import split_host_pattern
+from ansible.plugins.loader import lookup_loader
 from ansible.plugins.lookup import LookupBase
 
 if TYPE_CHECKING:
@@ -55,24 +56,26 @@ if TYPE_CHECKING:
 
 
 class LookupModule(LookupBase):
-    """The groups of a play are among its variables; an inventory of them alone is what patterns are matched with."""
+    """What a pattern matches, ansible.builtin.inventory_hostnames tells."""
 
     def run(self, terms: list[str], variables: Mapping[str, Any] | None = None, **_options: Any) -> list[str]:
         """Return the patterns as they are; AnsibleError where one matches no host."""
         if context.CLIARGS.get("syntax"):
             # That needs no inventory.
             return terms
-        given = variables or {}
-        inventory = InventoryManager(self._loader, parse=False)
-        for group, hosts in given.get("groups", {}).items():
-            inventory.add_group(group)
-            for host in hosts:
-                inventory.add_host(host, group=group)
+        given = {"groups": {}, **(variables or {})}
         limit = given.get("ansible_limit") or ""
+
+        def matching(pattern: str) -> set[str]:
+            lookup = lookup_loader.get(
+                "ansible.builtin.inventory_hostnames", loader=self._loader, templar=self._templar
+            )
+            return set(lookup.run(split_host_pattern(pattern), given))
+
         # A file of hosts (@file) has been read by Ansible.
-        left = _matching(inventory, limit if "@" not in limit else "all")
+        left = matching(limit if limit and "@" not in limit else "all")
         for pattern in terms:
-            found = _matching(inventory, pattern)
+            found = matching(pattern)
             if not found:
                 raise AnsibleError(
                     f"no host of the inventory matches {pattern!r}, so nothing was done. Check the inventory (-i), or"
@@ -83,7 +86,3 @@ class LookupModule(LookupBase):
                     f"none of the hosts that match {pattern!r} is left by --limit {limit}, so nothing was done."
                 )
         return terms
-
-
-def _matching(inventory: InventoryManager, pattern: str) -> set[str]:
-    return {host.name for host in inventory.get_hosts(split_host_pattern(pattern or "all"))}

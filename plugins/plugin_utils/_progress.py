@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ansible_collections.vmfleet.backup.plugins.module_utils._backup.outcome import STATES, UNFINISHED, VmState
+from ansible_collections.vmfleet.backup.plugins.module_utils._backup.outcome import BAD, STATES, UNFINISHED, VmState
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.formats import human
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.names import column
 
@@ -85,7 +85,7 @@ class Progress:
         return f"{self._label} {text}"
 
     def _news(self) -> list[str]:
-        bad = [outcome for outcome in self._outcomes if outcome.state in (VmState.FAILED, VmState.CANCELLED)]
+        bad = [outcome for outcome in self._outcomes if outcome.state in BAD]
         news = [outcome for outcome in bad if outcome.name not in self._told]
         self._told.update(outcome.name for outcome in news)
         return [f"{outcome.name} {outcome.state}: {outcome.error}" for outcome in news]

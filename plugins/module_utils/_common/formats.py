@@ -70,9 +70,9 @@ def amount(size: int) -> str:
     return human(size) if size else "0 Bytes"
 
 
-def counted(number: int, thing: str) -> str:
-    """Return a number of things, such as C(1 set) or C(2 sets)."""
-    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
+def counted(number: int, one: str, many: str = "") -> str:
+    """Return a number with its noun, in the plural where it is not one: C(1 set), C(2 sets)."""
+    return f"{number} {one if number == 1 else many or one + 's'}"
 
 
 class Word(str, Enum):

@@ -20,6 +20,11 @@ def matching(pattern: str, names: Iterable[str]) -> list[str]:
     return [name for name in names if name == pattern or fnmatch.fnmatchcase(name, pattern)]
 
 
+def is_among(name: str, patterns: Iterable[str]) -> bool:
+    """Tell whether one of the patterns stands for a name."""
+    return any(matching(pattern, (name,)) for pattern in patterns)
+
+
 def selection_argument_spec() -> dict[str, Any]:
     """Return the options that choose VMs. Their documentation is in C(doc_fragments/selection.py)."""
     names = {"type": "list", "elements": "str"}
@@ -41,8 +46,7 @@ class Selection:
 
     def takes(self, name: str) -> bool:
         """Tell whether a VM is meant."""
-        wanted = self.names is None or any(matching(pattern, (name,)) for pattern in self.names)
-        return wanted and not any(matching(pattern, (name,)) for pattern in self.excluded)
+        return (self.names is None or is_among(name, self.names)) and not is_among(name, self.excluded)
 
     def unknown(self, known: Sequence[str]) -> list[str]:
         """Return the names and patterns that stand for none of these VMs."""
@@ -57,7 +61,7 @@ class Selection:
             for pattern in self.names
             for name in (glob.has_magic(pattern) and matching(pattern, known())) or (pattern,)
         )
-        return [name for name in names if not any(matching(pattern, (name,)) for pattern in self.excluded)]
+        return [name for name in names if not is_among(name, self.excluded)]
 
 
 EVERYTHING = Selection()

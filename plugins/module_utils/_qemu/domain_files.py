@@ -19,6 +19,7 @@ from .._host.threads import within
 from .disk_file import FORMATS, DiskFile
 from .domain import read_definition
 from .domain_disks import ELSEWHERE, NVRAM, NVRAM_CHIP
+from .domain_xml import LOCAL
 from .image_files import inspect_files
 from .model import Disk
 from .qemu_img import TIMEOUT
@@ -28,10 +29,6 @@ if TYPE_CHECKING:
     from .domain_disks import Domain
     from .domain_xml import DomainDisk, DomainXml
     from .model import Vm
-
-
-LOCAL = ("file", "block")
-"""The kinds of sources that are on this machine."""
 
 
 async def inspect_domain(address: Address, name: str) -> Vm:

@@ -42,6 +42,9 @@ DEVICES = ("disk", "cdrom", "floppy", "lun")
 LOCATIONS = {"file": "file", "block": "dev", "dir": "dir", "vhostuser": "path", "vhostvdpa": "dev"}
 """The attribute of C(<source>) that says where the image stands, by the type of the disk."""
 
+LOCAL = ("file", "block")
+"""The kinds of sources that are on this machine."""
+
 
 @dataclass(frozen=True)
 class Source:

@@ -9,7 +9,7 @@ import shlex
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .._backup.outcome import VmState
+from .._backup.outcome import BAD, VmState
 from .._common.formats import amount, counted
 from .._common.printable import printable
 from .told import fits
@@ -174,7 +174,7 @@ def _headline(run: FleetRun) -> str:
 
 
 def _is_bad(vm: Mapping[str, Any]) -> bool:
-    return vm["state"] in (VmState.FAILED, VmState.CANCELLED)
+    return vm["state"] in BAD
 
 
 def _command(run: FleetRun, own: bool, inventories: Sequence[str]) -> str:

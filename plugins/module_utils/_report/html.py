@@ -11,11 +11,11 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-from .._backup.outcome import VmState
-from .._common.formats import human
+from .._backup.outcome import BAD, VmState
+from .._common.formats import counted, human
 from .html_charts import charts
 from .html_style import STYLE
-from .html_text import counted, label, moment, rate, span, text
+from .html_text import label, moment, rate, span, text
 from .record import HypervisorState
 
 if TYPE_CHECKING:
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 MAX_UNFOLDED = 40
 """VMs up to which all hypervisors are unfolded."""
-BAD = (VmState.FAILED, VmState.CANCELLED)
 
 
 def page(report: Mapping[str, Any], runs: Sequence[Run]) -> str:

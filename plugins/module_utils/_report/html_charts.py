@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .._common.formats import human
-from .html_text import counted, label, moment, span, text
+from .._common.formats import counted, human
+from .html_text import label, moment, span, text
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

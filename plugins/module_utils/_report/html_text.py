@@ -38,11 +38,6 @@ def rate(size: int, seconds: float) -> str:
     return f"{human(int(size / seconds))}/s" if size and seconds else ""
 
 
-def counted(number: int, one: str, many: str = "") -> str:
-    """Return a number with its noun, in the plural where it is not one."""
-    return f"{number} {one if number == 1 else many or one + 's'}"
-
-
 def label(kind: str, html: str) -> str:
     """Return a word in the colour of its kind: good, warn or bad."""
     return f'<span class="word {kind}">{html}</span>'

@@ -9,7 +9,7 @@ import hashlib
 import re
 from typing import TYPE_CHECKING
 
-from .._backup.outcome import VmState
+from .._backup.outcome import BAD, VmState
 from .._common.formats import parse_time
 from .._common.printable import printable_lines
 from .._repository.documents import Level
@@ -61,7 +61,7 @@ def _samples(vms: list[dict[str, Any]], now: int) -> Iterator[tuple[str, dict[st
             yield "vmfleet_backup_last_success_timestamp_seconds", of_vm, _seconds(last["started"] if last else "")
             yield "vmfleet_backup_last_verified_timestamp_seconds", of_vm, _seconds(vm["verified_at"])
         if vm["state"] != ABSENT:
-            yield "vmfleet_backup_failed", of_vm, int(vm["state"] in (VmState.FAILED, VmState.CANCELLED))
+            yield "vmfleet_backup_failed", of_vm, int(vm["state"] in BAD)
         if last:
             yield "vmfleet_backup_duration_seconds", of_vm, last["duration"]
             yield "vmfleet_backup_size_bytes", of_vm, last["bytes"]

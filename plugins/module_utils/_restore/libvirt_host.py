@@ -19,7 +19,7 @@ from .._common.errors import BackupError, MonitorGone
 from .._host.threads import within
 from .._qemu.answers import Odd, quoted
 from .._qemu.domain import INACTIVE, file_of
-from .._qemu.domain_xml import Source, parse_domain, parse_xml
+from .._qemu.domain_xml import LOCAL, Source, parse_domain, parse_xml
 from .._qemu.libvirt_connection import LibvirtConnection
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ class LibvirtHost(LibvirtConnection):
             *(layer for disk in xml.disks for layer in disk.chain),
             Source(firmware.nvram_kind, firmware.nvram, firmware.nvram_format),
         ):
-            if source.kind in ("file", "block") and source.path:
+            if source.kind in LOCAL and source.path:
                 yield source
 
     def _held(self) -> str:

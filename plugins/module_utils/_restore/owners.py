@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from .._common.errors import BackupError, Refused
 from .._host.threads import within
+from .._qemu.disk_file import QCOW2
 from .._qemu.qcow2 import read_header
 
 if TYPE_CHECKING:
@@ -30,8 +31,6 @@ LONGEST_CHAIN = 256
 """Images of the longest chain that is followed: libvirt opens 200."""
 TIMEOUT = 60.0
 """Seconds for all of them. One takes far less than a millisecond, unless its file system hangs."""
-QCOW2 = "qcow2"
-LOCAL = ("file", "block")
 
 
 async def refuse_owned(sources: Mapping[str, Sequence[Source]], disks: Sequence[DiskRestore]) -> None:
