@@ -12,8 +12,9 @@ version_added: 0.1.0
 description:
   - Copies disks out of a set to image files or block devices, or lays images over them that can be used at once.
   - No file of a set is changed. Only a pin is put beside the set while it is in use.
-  - What is wrong with a chain or a target is found before the first byte is written. That is a missing or changed
-    image, a checksum that does not match, a target that exists, is in use or has no room.
+  - What is wrong with a chain or a target is found before the first byte is written. That is a missing image, one that
+    says that it is another one, a target that exists, is in use or has no room. An image whose checksum does not match
+    is found before a file gets its name, see O(checksum).
   - An image file appears under its name when it is complete and on stable storage. Until then it is called like the
     target, with C(.partial) after it.
   - A file C(TARGET.restored.json) beside each target says what it is. As long as target and file belong together and
@@ -96,11 +97,17 @@ options:
     default: false
   checksum:
     description:
-      - Take the SHA-256 of all images of the chains before anything is written, and compare it with the manifests.
-      - An overlay is there in an instant without.
-      - What the headers of the images say is compared with the manifests in any case.
-    type: bool
-    default: true
+      - Take the SHA-256 of all images of the chains, and compare it with the manifests.
+      - With V(true), this is done while image files are written. They get their names only when the checksums of all
+        disks are right, and are removed otherwise. Before a block device is written, or an overlay made, the checksums
+        are compared first.
+      - V(during) writes block devices at the same time, too, so that each image is read once. Where a checksum is not
+        right, the task fails, and what is on the block device must not be used.
+      - With V(false), an overlay is there in an instant.
+      - What the headers of the images say is compared with the manifests in any case, before anything is written.
+    type: str
+    choices: ["true", "false", "during"]
+    default: "true"
   domain:
     description:
       - V(define) defines the domain that the set was made of, on copies of all its disks. The set has to be of a VM
@@ -329,8 +336,10 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._restore.domain imp
     plan_domain,
 )
 from ansible_collections.vmfleet.backup.plugins.module_utils._restore.model import (
+    CHECKSUMS,
     FORMATS,
     METHODS,
+    Checksum,
     DiskRestore,
     RestoreMethod,
     RestoreOptions,
@@ -435,7 +444,7 @@ async def restore_disks(module: AnsibleModule, repository: Repository, catalog: 
     if not params["id"]:
         require_newest(repository, catalog)
     manifest = catalog.find(params["id"] or "", latest_time(params))
-    options = RestoreOptions(params["overwrite"], params["checksum"], module.check_mode)
+    options = RestoreOptions(params["overwrite"], Checksum(params["checksum"]), module.check_mode)
     disks = disk_restores(params, catalog, manifest)
     domain = (
         await plan_domain(repository, manifest, disks, domain_request(params)) if params["domain"] == DEFINE else None
@@ -526,7 +535,7 @@ def main() -> None:
             },
             "method": {"type": "str", "choices": list(METHODS), "default": "copy"},
             "overwrite": {"type": "bool", "default": False},
-            "checksum": {"type": "bool", "default": True},
+            "checksum": {"type": "str", "choices": CHECKSUMS, "default": "true"},
             **libvirt_argument_spec(),
             "domain": {"type": "str", "choices": ["none", DEFINE], "default": "none"},
             "domain_name": {"type": "str"},

@@ -132,11 +132,12 @@ class TestConsolidation:
         """Make a full image of a disk of set s2."""
         repository = open_repository(str(library.path))
         catalog = read_catalog(repository, NAME)
-        steps = layers(repository, catalog.chain(catalog.find("s2"), image.name))
+        images = catalog.chain(catalog.find("s2"), image.name)
+        images[0] = (images[0][0], image)
         fd = os.open(new, os.O_RDWR | os.O_CREAT | os.O_EXCL)
         try:
-            with open_chain(steps) as chain:
-                return asyncio.run(consolidate._copy_full(chain, str(new), fd, image))
+            with open_chain(layers(repository, images)) as chain:
+                return asyncio.run(consolidate._copy_full(repository, images, chain, str(new), fd))
         finally:
             os.close(fd)
 

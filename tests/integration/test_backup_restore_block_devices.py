@@ -67,6 +67,27 @@ class TestBlockDevices:
         assert "is in use by a running VM" in library.fail_restore(disks=one_disk(right), overwrite=True)
         assert right.read_bytes() == bytes(SIZE)
 
+    @pytest.mark.parametrize(("checksum", "is_written"), [(True, False), ("during", True)])
+    def test_a_damaged_image(
+        self, chain: Chain, storage: Storage, where: Path, *, checksum: bool | str, is_written: bool
+    ) -> None:
+        device, library = storage.loop(SIZE), chain.library
+        damaged = library.images(NAME, "s1")["drive1"]
+        with damaged.open("r+b") as file:
+            file.seek(damaged.stat().st_size - 1000)
+            file.write(b"!")
+        disks = one_disk(device) + one_disk(where / "other.qcow2", "drive1")
+        # The device's own images are good: it is not to be half a restore either.
+        said = library.fail_restore(disks=disks, overwrite=True, checksum=checksum)
+        assert f"{damaged} is not what was written" in said
+        told = f"Nothing was restored but {device}, which must not be used" if is_written else "Nothing was restored"
+        assert said.endswith(told)
+        assert (device.read_bytes() != bytes(SIZE)) == is_written
+        assert list(where.iterdir()) == []
+        # With all good images the one is as good as the other.
+        library.restore(disks=one_disk(device), overwrite=True, checksum=checksum)
+        assert self.content(chain, device, where)
+
     def test_a_mounted_device_is_refused(self, chain: Chain, storage: Storage) -> None:
         mount = storage.mount("ext4", 16 * MIB)
         said = chain.library.fail_restore(disks=one_disk(mount.source), overwrite=True)  # type: ignore[arg-type]

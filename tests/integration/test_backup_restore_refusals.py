@@ -22,6 +22,17 @@ if t.TYPE_CHECKING:
 pytestmark = pytest.mark.usefixtures("clean")
 
 
+def flip(library: Library, set_id: str) -> Path:
+    """Change one bit of an image of the second disk; return its path."""
+    image = library.images(NAME, set_id)["drive1"]
+    with image.open("r+b") as file:
+        file.seek(image.stat().st_size - 1000)
+        [byte] = file.read(1)
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte ^ 1]))
+    return image
+
+
 class TestBrokenChains:
     """What is wrong with a chain is found and named before anything is written."""
 
@@ -50,13 +61,22 @@ class TestBrokenChains:
 
     @pytest.mark.parametrize("set_id", ["s1", "s2", "s3"])
     def test_case_48_a_flipped_byte(self, chain: Chain, where: Path, set_id: str) -> None:
-        image = chain.library.images(NAME, set_id)["drive1"]
-        with image.open("r+b") as file:
-            file.seek(image.stat().st_size - 1000)
-            [byte] = file.read(1)
-            file.seek(-1, os.SEEK_CUR)
-            file.write(bytes([byte ^ 1]))
+        image = flip(chain.library, set_id)
+        # The other disk is good, and gets no name all the same.
         self.refused(chain.library, where, f"set {set_id}, disk drive1", f"{image} is not what was written", "SHA-256")
+        self.refused(chain.library, where, f"{image} is not what was written", check=True)
+        self.refused(chain.library, where, f"{image} is not what was written", method="overlay")
+
+    def test_what_was_there_stays(self, chain: Chain, where: Path) -> None:
+        library = chain.library
+        library.restore(directory=str(where), id="s1")
+        before = snapshot(where)
+        flip(library, "s3")
+        said = library.fail_restore(directory=str(where), overwrite=True)
+        assert said.endswith(". Nothing was restored")
+        assert said.count("is not what was written") == 1
+        assert snapshot(where) == before
+        assert pins(library) == []
 
     def test_a_truncated_image_is_found_by_its_size(self, chain: Chain, where: Path) -> None:
         image = chain.library.images(NAME, "s1")["drive0"]

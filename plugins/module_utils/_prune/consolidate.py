@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -14,6 +15,7 @@ from .._common.formats import human
 from .._host import preallocate, target_files
 from .._host.checksum import sha256
 from .._host.files import set_mode
+from .._host.pace import Pace
 from .._qemu import image_commands, qemu_img
 from .._qemu.image_chain import FORMAT, checked_image, open_chain
 from .._repository import chain
@@ -73,10 +75,6 @@ async def consolidate(
 async def _make_full(repository: Repository, catalog: VmCatalog, manifest: Manifest, image: DiskImage) -> None:
     """Replace an increment by a full image."""
     images = catalog.chain(manifest, image.name)
-    errors = await check_all(repository, images)
-    if errors:
-        # Otherwise a damaged image would get a new checksum that fits.
-        raise BackupError("; ".join(errors.values()))
     with open_chain(layers(repository, images)) as source:
         _check_free(repository, await _most_bytes(source, images))
     name = f".{manifest.id}.{image.image}{CONSOLIDATING_SUFFIX}"
@@ -85,7 +83,7 @@ async def _make_full(repository: Repository, catalog: VmCatalog, manifest: Manif
         fd = directory.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL)
         try:
             with open_chain(layers(repository, images)) as source:
-                full = await _copy_full(source, directory.join(name), fd, image)
+                full = await _copy_full(repository, images, source, directory.join(name), fd)
             async with repository.lock(catalog.name):
                 there = _unchanged(repository, manifest, image, directory, place)
                 _check_open(directory, name, fd)
@@ -164,25 +162,50 @@ def _check_free(repository: Repository, needed: int) -> None:
         )
 
 
-async def _copy_full(source: Chain, path: str, fd: int, image: DiskImage) -> DiskImage:
+async def _copy_full(
+    repository: Repository, images: Sequence[tuple[Manifest, DiskImage]], source: Chain, path: str, fd: int
+) -> DiskImage:
     """Write a full image of the same content to stable storage; return what the manifest is to say of it.
 
     C(fd) is the new file, which had C(path) when it was made.
     """
-    name = qemu_img.by_descriptor(fd)
-    fds = (*source.fds, fd)
-    command = image_commands.convert_command(source.name, name, FORMAT, compression=image.compression)
-    await qemu_img.run_long(command, fds)
-    preallocate.flush_open(path, fd)
-    # It is to be read back from stable storage.
-    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-    command = image_commands.compare_command(source.name, checked_image(fd, path, image.virtual_size).name)
-    await qemu_img.run_long(command, fds)
+    await _copy_checked(repository, images, source, path, fd)
+    return await _read_back(source, path, fd, images[0][1])
+
+
+async def _copy_checked(
+    repository: Repository, images: Sequence[tuple[Manifest, DiskImage]], source: Chain, path: str, fd: int
+) -> None:
+    """Copy a chain, and compare the checksums of its images, which are read once for both."""
+    image = images[0][1]
+    pace = Pace()
+    paces = {(manifest.id, below.name): pace for manifest, below in images}
+    checked = asyncio.ensure_future(check_all(repository, list(reversed(images)), paces))
+    command = image_commands.convert_command(
+        source.name, qemu_img.by_descriptor(fd), FORMAT, compression=image.compression
+    )
+    try:
+        await qemu_img.run_long(command, (*source.fds, fd), pace)
+        preallocate.flush_open(path, fd)
+        errors = await checked
+    finally:
+        checked.cancel()
+    if errors:
+        # Otherwise what was read of a damaged image would get a new checksum that fits.
+        raise BackupError("; ".join(errors.values()))
+
+
+async def _read_back(source: Chain, path: str, fd: int, image: DiskImage) -> DiskImage:
+    """Compare a new image with what it was made from; return what the manifest is to say of it."""
     if os.fstat(fd).st_size == image.bytes:
         # Their sizes must differ: they tell the two apart after a crash. QEMU ignores what follows its clusters.
         os.ftruncate(fd, image.bytes + qemu_img.CLUSTER)
     status = preallocate.flush_open(path, fd)
     set_mode(path, PUBLISHED_MODE, fd)
+    # It is to be read back from stable storage.
+    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    command = image_commands.compare_command(source.name, checked_image(fd, path, image.virtual_size).name)
+    await qemu_img.run_long(command, (*source.fds, fd))
     digest = sha256(path, fd) if image.sha256 else None
     return replace(
         image, level=Level.FULL, parent=None, reason="it was consolidated", bytes=status.st_size, sha256=digest

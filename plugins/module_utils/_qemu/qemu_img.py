@@ -23,6 +23,8 @@ from .._host.progress import Patience
 if TYPE_CHECKING:
     from typing import Any
 
+    from .._host.pace import Pace
+
 
 class NotInstalled(ToolError):
     """There is no qemu-img here."""
@@ -79,15 +81,19 @@ async def run(command: list[str], timeout: float = TIMEOUT, pass_fds: tuple[int,
     return await _run(command, timeout, pass_fds)
 
 
-async def run_long(command: list[str], pass_fds: tuple[int, ...] = ()) -> str:
+async def run_long(command: list[str], pass_fds: tuple[int, ...] = (), pace: Pace | None = None) -> str:
     """Do as run() does with a command that reads or writes whole images, for as long as it goes on.
 
-    It ends with this process: nobody needs what it would go on to write.
+    It ends with this process: nobody needs what it would go on to write. C(pace) is for those who read the same files.
     """
-    return await _run(command, None, pass_fds)
+    try:
+        return await _run(command, None, pass_fds, pace)
+    finally:
+        if pace:
+            pace.end()
 
 
-async def _run(command: list[str], timeout: float | None, pass_fds: tuple[int, ...]) -> str:
+async def _run(command: list[str], timeout: float | None, pass_fds: tuple[int, ...], pace: Pace | None = None) -> str:
     """Run a command; without a C(timeout) a long one."""
     try:
         process = await asyncio.create_subprocess_exec(
@@ -100,6 +106,8 @@ async def _run(command: list[str], timeout: float | None, pass_fds: tuple[int, .
         )
     except FileNotFoundError:
         raise _not_installed(command) from None
+    if pace:
+        pace.begin(process.pid)
     said = asyncio.ensure_future(process.communicate())
     reason = "it is not waited for"
     try:

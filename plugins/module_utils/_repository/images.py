@@ -7,17 +7,19 @@ from __future__ import annotations
 
 import asyncio
 import os
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
-from .._host.checksum import sha256
+from .._host.checksum import Stopped, sha256
 from .._host.directory import WrongEntry
 from .._host.files import step
 from .names import vm_directory
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
+    from .._host.pace import Pace
     from .documents import DiskImage, Manifest
     from .repository import Repository
 
@@ -33,28 +35,46 @@ def layers(
     ]
 
 
-async def check_all(repository: Repository, images: Iterable[tuple[Manifest, DiskImage]]) -> dict[tuple[str, str], str]:
+async def check_all(
+    repository: Repository,
+    images: Iterable[tuple[Manifest, DiskImage]],
+    paces: Mapping[tuple[str, str], Pace] | None = None,
+) -> dict[tuple[str, str], str]:
     """Return what is wrong with these images, by set id and disk. Each processor reads one at a time.
 
-    An image that was made without a checksum cannot be checked, and counts as good.
+    C(paces) has, by the same, those that another process reads at this moment. An image that was made without a
+    checksum cannot be checked, and counts as good.
     """
     loop = asyncio.get_running_loop()
     checked = [(manifest, image) for manifest, image in images if image.sha256]
+    stop = threading.Event()
+
+    def check(manifest: Manifest, image: DiskImage) -> str:
+        return _check(repository, manifest, image, (paces or {}).get((manifest.id, image.name)), stop)
+
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        found = await asyncio.gather(*(loop.run_in_executor(pool, _check, repository, *one) for one in checked))
+        try:
+            found = await asyncio.gather(*(loop.run_in_executor(pool, check, *one) for one in checked))
+        finally:
+            # The pool waits for its threads, and nobody waits for what they would find.
+            stop.set()
     return {(manifest.id, image.name): error for (manifest, image), error in zip(checked, found) if error}
 
 
-def _check(repository: Repository, manifest: Manifest, image: DiskImage) -> str:
+def _check(
+    repository: Repository, manifest: Manifest, image: DiskImage, pace: Pace | None, stop: threading.Event
+) -> str:
     """Return what is wrong with one image; empty where nothing is."""
     path = repository.set_image_path(manifest, image)
     try:
         with step(path, "its checksum was taken"), repository.opened(manifest.vm.name, manifest.id) as place:
             fd = place.open(image.image)
         try:
-            found = sha256(path, fd)
+            found = sha256(path, fd, pace, stop)
         finally:
             os.close(fd)
+    except Stopped:
+        return ""
     except WrongEntry as error:
         return str(error)
     except OSError as error:

@@ -29,9 +29,10 @@ from .model import RECEIPT
 from .receipt import Restoration
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from contextlib import AbstractAsyncContextManager
 
+    from .._host.pace import Pace
     from .._qemu.image_chain import Chain
     from .._repository.documents import DiskImage, Manifest
     from .._repository.repository import Repository
@@ -216,13 +217,29 @@ def check_headers(repository: Repository, disks: Sequence[DiskRestore]) -> None:
             raise BackupError(f"{where}: {error}. Nothing was restored") from error
 
 
-async def check_checksums(repository: Repository, vm: str, disks: Sequence[DiskRestore]) -> None:
-    """Raise BackupError where an image of these disks is not what was written."""
-    images = {(manifest.id, image.name): (manifest, image) for disk in disks for manifest, image in disk.chain}
-    errors = await check_all(repository, images.values())
+async def check_checksums(
+    repository: Repository, vm: str, disks: Sequence[DiskRestore], paces: Mapping[str, Pace]
+) -> None:
+    """Raise BackupError where an image of these disks is not what was written.
+
+    C(paces) has, by their targets, the disks that are copied at this moment.
+    """
+    # The oldest ones are the largest, and what a copy begins with.
+    images = {
+        (manifest.id, image.name): ((manifest, image), paces.get(disk.target))
+        for disk in disks
+        for manifest, image in reversed(disk.chain)
+    }
+    errors = await check_all(
+        repository,
+        [image for image, _pace in images.values()],
+        {name: pace for name, (_image, pace) in images.items() if pace},
+    )
     if errors:
         wrong = "; ".join(f"set {set_id}, disk {disk}: {error}" for (set_id, disk), error in errors.items())
-        raise BackupError(f"VM {vm}: {wrong}. Nothing was restored")
+        spoilt = [disk.target for disk in disks if disk.block_device and disk.target in paces]
+        devices = f" but {', '.join(spoilt)}, which must not be used" if spoilt else ""
+        raise BackupError(f"VM {vm}: {wrong}. Nothing was restored{devices}")
 
 
 def lock_target(target: str) -> AbstractAsyncContextManager[int]:

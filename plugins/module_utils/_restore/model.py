@@ -29,7 +29,19 @@ class RestoreMethod(Word):
     """As a thin image on top of the set."""
 
 
+class Checksum(Word):
+    """When the checksums of images are compared."""
+
+    TRUE = "true"
+    """Before a block device is written, or an overlay made; while an image file is written that has no name yet."""
+    FALSE = "false"
+    """Never."""
+    DURING = "during"
+    """While what is not an overlay is written, be it a block device."""
+
+
 METHODS = tuple(RestoreMethod)
+CHECKSUMS = tuple(Checksum)
 FORMATS = ("qcow2", "raw")
 RECEIPT = ".restored.json"
 """The name of the receipt beside a restored disk ends with this."""
@@ -92,11 +104,15 @@ class DiskRestore:
 
 @dataclass(frozen=True)
 class RestoreOptions:
-    """What is asked for. With C(checksum), the checksums of all images are compared first."""
+    """What is asked for."""
 
     overwrite: bool = False
-    checksum: bool = True
+    checksum: Checksum = Checksum.TRUE
     check_mode: bool = False
+
+    def is_written_early(self, disk: DiskRestore) -> bool:
+        """Return whether a disk is written while nobody knows yet if its images are good."""
+        return not disk.overlay and (self.checksum == Checksum.DURING or not disk.block_device)
 
 
 def headline(restored: Sequence[Mapping[str, Any]], check_mode: bool) -> str:

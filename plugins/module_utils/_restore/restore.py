@@ -3,8 +3,9 @@
 
 """Restore disks of a set: as copies of their chain, or as overlays on it.
 
-Everything is checked before the first byte is written. A target gets its name only when it is complete and on stable
-storage; a receipt beside it then says what it is, so that the same restore is not made twice.
+Everything is checked before the first byte is written, but the checksums of images that are copied to files: these are
+taken of what the copy reads, while it does. A file gets its name only when all checksums are right, and it is complete
+and on stable storage; a receipt beside it then says what it is, so that the same restore is not made twice.
 """
 
 from __future__ import annotations
@@ -12,11 +13,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from .._common.errors import BackupError, Refused, after, in_words
 from .._host import preallocate, target_files
 from .._host.directory import Directory
+from .._host.pace import Pace
 from .._host.probe import answers
 from .._qemu import image_commands, qemu_img
 from .._repository.annotations import read_annotations
@@ -34,15 +37,32 @@ from .checks import (
     open_images,
     refuse_collisions,
 )
+from .model import Checksum
 from .pins import is_known, make_pin, pinned, put_pin, remove_other_pins
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from typing import Any
 
     from .._repository.catalog import VmCatalog
     from .._repository.repository import Repository
     from .model import DiskRestore, RestoreOptions
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the disks of one restore share.
+
+    C(checked) ends when the checksums of all disks are right, and raises BackupError where one is not; C(paces) has, by
+    their targets, the disks that are written before that.
+    """
+
+    repository: Repository
+    vm: str
+    options: RestoreOptions
+    warnings: list[str]
+    checked: asyncio.Future[None]
+    paces: Mapping[str, Pace]
 
 
 async def restore(
@@ -55,19 +75,39 @@ async def restore(
         check_target(disk, options.overwrite)
     check_headers(repository, waiting)
     await check_space(repository, [disk for disk in waiting if not (disk.overlay or disk.block_device)])
-    if options.checksum and waiting:
-        await check_checksums(repository, catalog.name, waiting)
     warnings: list[str] = []
-    if not options.check_mode:
-        done = await asyncio.gather(
-            *(_restore_disk(repository, catalog.name, disk, options, warnings) for disk in waiting),
-            return_exceptions=True,
-        )
-        _raise_failures(catalog.name, waiting, done)
+    if options.check_mode:
+        await _check(repository, catalog.name, waiting, options, {})
+    else:
+        await _restore_all(repository, catalog.name, waiting, options, warnings)
         for disk in disks:
             if disk not in waiting:
                 await _finish(repository, catalog.name, disk, warnings)
     return [disk.result(disk in waiting) for disk in disks], warnings
+
+
+async def _check(
+    repository: Repository, vm: str, disks: Sequence[DiskRestore], options: RestoreOptions, paces: Mapping[str, Pace]
+) -> None:
+    if disks and options.checksum != Checksum.FALSE:
+        await check_checksums(repository, vm, disks, paces)
+
+
+async def _restore_all(
+    repository: Repository, vm: str, disks: Sequence[DiskRestore], options: RestoreOptions, warnings: list[str]
+) -> None:
+    """Restore disks, none of them where an image of any of them is not what was written."""
+    paces = {disk.target: Pace() for disk in disks if options.is_written_early(disk)}
+    checked = asyncio.ensure_future(_check(repository, vm, disks, options, paces))
+    run = Run(repository, vm, options, warnings, checked, paces)
+    try:
+        done = await asyncio.gather(*(_restore_disk(run, disk) for disk in disks), return_exceptions=True)
+    finally:
+        # Where all of them have failed, nobody needs it any more.
+        checked.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await checked
+    _raise_failures(vm, disks, done)
 
 
 def _raise_failures(vm: str, disks: Sequence[DiskRestore], done: Sequence[BaseException | None]) -> None:
@@ -82,38 +122,49 @@ def _raise_failures(vm: str, disks: Sequence[DiskRestore], done: Sequence[BaseEx
         raise BackupError(f"VM {vm}: {reasons}", restored=good)
 
 
-async def _restore_disk(
-    repository: Repository, vm: str, disk: DiskRestore, options: RestoreOptions, warnings: list[str]
-) -> None:
-    # Two processes that write to one target would spoil it.
-    async with lock_target(disk.target):
-        if disk.block_device:
-            async with pinned(repository, vm, disk, warnings):
-                # The first check was before the checksums, which take long.
-                check_device(disk, options.overwrite)
-                await _copy(repository, disk, disk.target)
-                preallocate.flush(disk.target)
-        else:
-            await _write_file(repository, vm, disk, options, warnings)
+async def _restore_disk(run: Run, disk: DiskRestore) -> None:
+    pace = run.paces.get(disk.target)
+    if not pace:
+        await run.checked
+    try:
+        # Two processes that write to one target would spoil it.
+        async with lock_target(disk.target):
+            if disk.block_device:
+                await _write_device(run, disk)
+            else:
+                await _write_file(run, disk)
+    finally:
+        if pace:
+            # Where it has failed, the checksums go on for the other disks.
+            pace.end()
 
 
-async def _write_file(
-    repository: Repository, vm: str, disk: DiskRestore, options: RestoreOptions, warnings: list[str]
-) -> None:
-    """Write the file under another name, and rename it when it is complete."""
-    replaces = target_files.identity(disk.target) if options.overwrite else (0, 0)
+async def _write_device(run: Run, disk: DiskRestore) -> None:
+    async with pinned(run.repository, run.vm, disk, run.warnings):
+        # The first check was before the checksums, which may have taken long.
+        check_device(disk, run.options.overwrite)
+        await _copy(run, disk, disk.target)
+        preallocate.flush(disk.target)
+    await run.checked
+
+
+async def _write_file(run: Run, disk: DiskRestore) -> None:
+    """Write the file under another name, and rename it when it is complete and its checksums are known to be right."""
+    repository = run.repository
+    replaces = target_files.identity(disk.target) if run.options.overwrite else (0, 0)
     # A killed process may have left one.
     _remove_partial(disk.partial)
     fd = os.open(disk.partial, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     made = target_files.identity(disk.partial)
     try:
-        async with pinned(repository, vm, disk, warnings):
+        async with pinned(repository, run.vm, disk, run.warnings):
             # By descriptor: another thing may have the path by now.
             if disk.overlay:
                 await _create_overlay(repository, disk, fd)
             else:
-                await _copy(repository, disk, qemu_img.by_descriptor(fd), (fd,))
+                await _copy(run, disk, qemu_img.by_descriptor(fd), (fd,))
             preallocate.flush_open(disk.partial, fd)
+            await run.checked
             if replaces[0]:
                 check_unused(disk.target)
             _check_made(disk.partial, made)
@@ -160,14 +211,14 @@ def _take_name(repository: Repository, disk: DiskRestore, replaces: tuple[int, i
         raise
 
 
-async def _copy(repository: Repository, disk: DiskRestore, path: str, fds: tuple[int, ...] = ()) -> None:
+async def _copy(run: Run, disk: DiskRestore, path: str, fds: tuple[int, ...] = ()) -> None:
     """Copy a disk to what stands at C(path); C(fds) are the descriptors that this name needs."""
-    with open_images(repository, disk) as chain:
+    with open_images(run.repository, disk) as chain:
         command = image_commands.convert_command(chain.name, path, disk.format, disk.block_device)
         if qemu_img.is_aligned(disk.format, disk.image.virtual_size) and _takes_direct(path):
             # All of it has to reach stable storage anyway, and others need the page cache.
             command[2:2] = ["-t", "none"]
-        await qemu_img.run_long(command, (*chain.fds, *fds))
+        await qemu_img.run_long(command, (*chain.fds, *fds), run.paces.get(disk.target))
 
 
 def _takes_direct(path: str) -> bool:
