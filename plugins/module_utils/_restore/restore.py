@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Run:
+class RestoreRun:
     """What the disks of one restore share.
 
     C(checked) ends when the checksums of all disks are right, and raises BackupError where one is not; C(paces) has, by
@@ -99,7 +99,7 @@ async def _restore_all(
     """Restore disks, none of them where an image of any of them is not what was written."""
     paces = {disk.target: Pace() for disk in disks if options.is_written_early(disk)}
     checked = asyncio.ensure_future(_check(repository, vm, disks, options, paces))
-    run = Run(repository, vm, options, warnings, checked, paces)
+    run = RestoreRun(repository, vm, options, warnings, checked, paces)
     try:
         done = await asyncio.gather(*(_restore_disk(run, disk) for disk in disks), return_exceptions=True)
     finally:
@@ -122,7 +122,7 @@ def _raise_failures(vm: str, disks: Sequence[DiskRestore], done: Sequence[BaseEx
         raise BackupError(f"VM {vm}: {reasons}", restored=good)
 
 
-async def _restore_disk(run: Run, disk: DiskRestore) -> None:
+async def _restore_disk(run: RestoreRun, disk: DiskRestore) -> None:
     pace = run.paces.get(disk.target)
     if not pace:
         await run.checked
@@ -139,7 +139,7 @@ async def _restore_disk(run: Run, disk: DiskRestore) -> None:
             pace.end()
 
 
-async def _write_device(run: Run, disk: DiskRestore) -> None:
+async def _write_device(run: RestoreRun, disk: DiskRestore) -> None:
     async with pinned(run.repository, run.vm, disk, run.warnings):
         # The first check was before the checksums, which may have taken long.
         check_device(disk, run.options.overwrite)
@@ -148,7 +148,7 @@ async def _write_device(run: Run, disk: DiskRestore) -> None:
     await run.checked
 
 
-async def _write_file(run: Run, disk: DiskRestore) -> None:
+async def _write_file(run: RestoreRun, disk: DiskRestore) -> None:
     """Write the file under another name, and rename it when it is complete and its checksums are known to be right."""
     repository = run.repository
     replaces = target_files.identity(disk.target) if run.options.overwrite else (0, 0)
@@ -211,7 +211,7 @@ def _take_name(repository: Repository, disk: DiskRestore, replaces: tuple[int, i
         raise
 
 
-async def _copy(run: Run, disk: DiskRestore, path: str, fds: tuple[int, ...] = ()) -> None:
+async def _copy(run: RestoreRun, disk: DiskRestore, path: str, fds: tuple[int, ...] = ()) -> None:
     """Copy a disk to what stands at C(path); C(fds) are the descriptors that this name needs."""
     with open_images(run.repository, disk) as chain:
         command = image_commands.convert_command(chain.name, path, disk.format, disk.block_device)
