@@ -6,7 +6,7 @@
 # ARGS goes to the program behind a target, as in: make unit ARGS="-k plan"
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format sanity unit fuzz integration molecule system thorough torture crashes package versions matrix docs bench lock release clean
+.PHONY: help demo test lint format sanity unit fuzz integration molecule system thorough torture crashes package versions matrix docs pictures bench lock release clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -50,6 +50,10 @@ format: ## Bring the Python files into shape, mend what ruff can mend, and write
 	@.venv/bin/ruff check --fix-only .
 	@.venv/bin/ruff format .
 	@tools/tree sh -c 'PYTHONPATH=$$ROOT python -m ansible_collections.vmfleet.backup.tests.harness.step_table "$$CHECKOUT"'
+
+pictures: ## Make the pictures of the report page that the guides show (needs Chromium)
+	@tools/setup vm
+	@tools/tree sh -c 'PYTHONPATH=$$ROOT python -m ansible_collections.vmfleet.backup.tests.harness.pictures "$$CHECKOUT/docs/images"'
 
 lock: ## Renew requirements-lock.txt from requirements-dev.txt
 	@tools/lock

@@ -11,7 +11,8 @@ short_description: Write the report of a backup run
 version_added: 0.1.0
 description:
   - Writes C(ID.html), a page that needs nothing but itself, and C(ID.json), the same as data. C(index.html) is the page
-    of the newest run that is there.
+    of the newest run that is there, and C(_runs.html) the list of all runs.
+  - The pages of the runs before and after this one are written again, so that each page leads to its neighbours.
   - A run that is repeated with the same id replaces its report. What that said of hypervisors that have told nothing
     new stays in it.
   - It is meant to be run once, on the controller, with what M(vmfleet.backup.backup_metrics) has returned on each
@@ -129,12 +130,13 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._host.files import 
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.texts import check_directory, read_file, write_text
 from ansible_collections.vmfleet.backup.plugins.module_utils._report.html import page
 from ansible_collections.vmfleet.backup.plugins.module_utils._report.html_charts import BARS
+from ansible_collections.vmfleet.backup.plugins.module_utils._report.html_runs import LIST, runs_page
 from ansible_collections.vmfleet.backup.plugins.module_utils._report.record import LARGEST_REPORT, parse_report
 from ansible_collections.vmfleet.backup.plugins.module_utils._report.run import Run, collect
-from ansible_collections.vmfleet.backup.plugins.module_utils._repository.names import check_set_id, refuse_inside
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository.names import PLAIN, check_set_id, refuse_inside
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Collection, Iterator
     from typing import Any
 
 
@@ -174,10 +176,22 @@ def read_report(module: AnsibleModule, path: str) -> dict[str, Any] | None:
     return found
 
 
+def written(path: str) -> int:
+    return os.stat(path).st_mtime_ns
+
+
+def older_runs(directory: str, newest: Collection[str]) -> list[str]:
+    """Return the ids of the runs that are not among the newest, by the names of their files: there may be thousands."""
+    paths = glob.glob(os.path.join(glob.escape(directory), "*.json"))
+    older = sorted((one for one in paths if one not in newest), key=written, reverse=True)
+    ids = [os.path.basename(one)[: -len(".json")] for one in older if os.path.exists(one[: -len(".json")] + ".html")]
+    return [one for one in ids if PLAIN.fullmatch(one)]
+
+
 def other_runs(module: AnsibleModule, directory: str, path: str) -> dict[str, Run]:
     """Return the newest other runs, by the files of their reports."""
     paths = [one for one in glob.glob(os.path.join(glob.escape(directory), "*.json")) if one != path]
-    newest = sorted(paths, key=lambda one: os.stat(one).st_mtime_ns)[-BARS:]
+    newest = sorted(paths, key=written)[-BARS:]
     found = ((one, read_report(module, one)) for one in newest)
     return {one: Run.from_report(report) for one, report in found if report}
 
@@ -198,8 +212,15 @@ async def main_task(module: AnsibleModule) -> dict[str, Any]:
             history = [runs[path] for path in ordered]
             write_text(stem + ".json", json.dumps(report, indent=1) + "\n")
             write_text(stem + ".html", page(report, history))
+            place = ordered.index(stem + ".json")
+            # They lead to this one now.
+            for neighbour in ordered[max(place - 1, 0) : place] + ordered[place + 1 : place + 2]:
+                found = read_report(module, neighbour)
+                if found:
+                    write_text(neighbour[: -len(".json")] + ".html", page(found, history))
             newest = report if ordered[-1] == stem + ".json" else read_report(module, ordered[-1])
             write_text(os.path.join(directory, "index.html"), page(newest or report, history))
+            write_text(os.path.join(directory, LIST), runs_page(history, older_runs(directory, runs)))
     # A diff of the hypervisors could have thousands of lines.
     diff = {"before": earlier["summary"] if earlier else {}, "after": report["summary"]}
     return {

@@ -7,12 +7,15 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import stat
 import typing as t
 from dataclasses import dataclass
 
 import pytest
 
+from ansible_collections.vmfleet.backup.plugins.module_utils._report.html_charts import BARS
 from ansible_collections.vmfleet.backup.tests.harness.modules import ModuleProcess, fail, succeed
 from ansible_collections.vmfleet.backup.tests.harness.reports import a_set, a_vm, failed, told
 
@@ -40,6 +43,10 @@ class Reports:
     def data(self, set_id: str) -> dict[str, t.Any]:
         return dict(json.loads((self.path / f"{set_id}.json").read_text()))
 
+    def links(self, set_id: str) -> list[str]:
+        """The links at the top of a page."""
+        return re.findall(r'href="([^"]*)"', self.page(set_id).partition("<nav>")[2].partition("</nav>")[0])
+
     def page(self, set_id: str) -> str:
         return (self.path / f"{set_id}.html").read_text()
 
@@ -49,7 +56,7 @@ def reports(directory: Path) -> Reports:
     return Reports(directory / "some" / "reports")
 
 
-def test_three_files_for_everybody_to_read(reports: Reports) -> None:
+def test_four_files_for_everybody_to_read(reports: Reports) -> None:
     found = reports.of_day(22)
     assert found["changed"]
     assert (found["page"], found["data"]) == (
@@ -57,7 +64,7 @@ def test_three_files_for_everybody_to_read(reports: Reports) -> None:
         str(reports.path / "2026-11-22.json"),
     )
     files = sorted(reports.path.iterdir())
-    assert [path.name for path in files] == ["2026-11-22.html", "2026-11-22.json", "index.html"]
+    assert [path.name for path in files] == ["2026-11-22.html", "2026-11-22.json", "_runs.html", "index.html"]
     assert {stat.S_IMODE(path.stat().st_mode) for path in files} == {0o644}
     assert found["summary"] == reports.data("2026-11-22")["summary"] == found["diff"]["after"]
     assert found["diff"]["before"] == {}
@@ -76,6 +83,42 @@ def test_the_runs_before_are_in_the_chart(reports: Reports) -> None:
     assert "The last 3 runs" in reports.page("2026-11-22")
     assert "2026-11-20: 1 min 00 s" in reports.page("2026-11-22")
     assert reports.page("index") == reports.page("2026-11-22")
+
+
+def test_each_page_leads_to_its_neighbours_and_to_all_runs(reports: Reports) -> None:
+    for day in (20, 21, 23, 22):
+        reports.of_day(day)
+    neighbours = {day: reports.links(f"2026-11-{day}") for day in (20, 21, 22, 23)}
+    assert neighbours == {
+        20: ["_runs.html", "2026-11-21.html"],
+        21: ["2026-11-20.html", "_runs.html", "2026-11-22.html"],
+        22: ["2026-11-21.html", "_runs.html", "2026-11-23.html"],
+        23: ["2026-11-22.html", "_runs.html"],
+    }
+    assert re.findall(r'<td><a href="([^"]*)"', reports.page("_runs")) == [
+        f"2026-11-{day}.html" for day in (23, 22, 21, 20)
+    ]
+
+
+def test_the_list_has_runs_of_old_as_well(reports: Reports) -> None:
+    ids = [f"r{number:02}" for number in range(BARS + 3)]
+    reports.path.mkdir(parents=True)
+    reports.of_day(1)
+    for number, set_id in enumerate(ids):
+        data = json.loads((reports.path / "2026-11-01.json").read_text())
+        (reports.path / f"{set_id}.json").write_text(json.dumps({**data, "id": set_id}))
+        (reports.path / f"{set_id}.html").touch()
+        os.utime(reports.path / f"{set_id}.json", (number, number))
+    # No page of a run, and nothing that could be one, is listed.
+    (reports.path / "notes.json").write_text("{}")
+    (reports.path / "<b>.json").write_text("{}")
+    (reports.path / "<b>.html").touch()
+    for name in ("notes.json", "<b>.json"):
+        os.utime(reports.path / name, (1, 1))
+    reports.of_day(2)
+    listed = reports.page("_runs").partition("Older runs")
+    assert re.findall(r'href="([^"]*)"', listed[2]) == ["r03.html", "r02.html", "r01.html", "r00.html"]
+    assert listed[0].count("<td><a") == BARS + 1
 
 
 def test_a_run_of_old_that_is_repeated_is_not_the_newest(reports: Reports) -> None:

@@ -97,9 +97,33 @@ def test_nothing_stands_out_at_the_side(show: t.Callable[..., Browser], device: 
 
 
 def test_on_a_phone_a_vm_is_a_card(show: t.Callable[..., Browser]) -> None:
-    shape = "[...document.querySelector('.vms tbody tr').cells].map(one => one.getBoundingClientRect().top)"
+    # Columns that say nothing are hidden.
+    shown = "[...document.querySelector('.vms tbody tr').cells].filter(one => one.getClientRects().length)"
+    shape = f"{shown}.map(one => one.getBoundingClientRect().top)"
     assert len(set(show(of_a_fleet(1, 1)).evaluate(shape))) == 1
-    assert len(set(show(of_a_fleet(1, 1), PHONE).evaluate(shape))) == 5
+    assert len(set(show(of_a_fleet(1, 1), PHONE).evaluate(shape))) == 4
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("number", [2, 3, 30])
+def test_the_bars_of_any_number_of_runs_take_the_whole_chart(
+    show: t.Callable[..., Browser], device: str, number: int
+) -> None:
+    browser = show(of_a_fleet(1, 1), DEVICES[device], history=number)
+    assert browser.evaluate("document.querySelector('.bars').children.length") == number
+    edges = """(() => {
+      const all = document.querySelector('.bars'), box = all.getBoundingClientRect();
+      const [first, last] = [all.firstChild, all.lastChild].map(one => one.getBoundingClientRect());
+      return [first.left - box.left, box.right - last.right] })()"""
+    assert browser.evaluate(edges) == pytest.approx([0, 0], abs=1)
+    # Each bar is as high as its number asks for, and the labels of the axis stand beside its lines.
+    heights = "[...document.querySelectorAll('.bars i')].map(one => one.getBoundingClientRect().height)"
+    asked = "[...document.querySelectorAll('.bars i')].map(one => parseFloat(one.style.height) * 1.2)"
+    assert browser.evaluate(heights) == pytest.approx([max(one, 2) for one in browser.evaluate(asked)], abs=1.5)
+    middles = """[...document.querySelector('.axis').children].map(one => {
+      const box = one.getBoundingClientRect();
+      return (box.top + box.bottom) / 2 - document.querySelector('.bars').getBoundingClientRect().top })"""
+    assert browser.evaluate(middles) == pytest.approx([0, 60, 120], abs=1.5)
 
 
 def test_names_do_nothing(show: t.Callable[..., Browser]) -> None:

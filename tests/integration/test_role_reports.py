@@ -120,7 +120,7 @@ def test_a_run_and_the_next(vms: Vms, fleet: Fleet) -> None:
     )
     assert (first["state"], first["changed"], first["damage"]) == ("published", True, "")
     assert fleet.told()["repository"] == str(fleet.hypervisors.sets.path)
-    assert "The VM has its set" in fleet.page()
+    assert "The VM is backed up" in fleet.page()
     assert fleet.page() == (fleet.reports / "index.html").read_text()
     begun = datetime.fromisoformat(manifest["started"]).timestamp()
     samples = fleet.samples()
@@ -134,7 +134,7 @@ def test_a_run_and_the_next(vms: Vms, fleet: Fleet) -> None:
     assert again.rc == 0, again.output
     assert (fleet.vm("web01")["state"], fleet.vm("web01")["changed"]) == ("published", False)
     assert fleet.vm("web01")["set"] == first["set"]
-    assert "1 set was there before this run" in fleet.page()
+    assert "1 set existed before this run" in fleet.page()
 
     vm.write("drive0", 0x77, 5 << 20, 1 << 20)
     assert fleet.run(sockets=sockets(vm), id="s2").rc == 0
@@ -168,7 +168,7 @@ def test_a_vm_that_fails_keeps_its_last_success(vms: Vms, fleet: Fleet) -> None:
     assert after["vmfleet_backup_failed"] == {("web01",): 1, ("db01",): 0}
     assert after["vmfleet_backup_last_run_vms"][("failed",)] == 1
     page = fleet.page("s2")
-    assert "1 of 2 VMs has no set" in page
+    assert "1 of 2 VMs not backed up" in page
     assert "-e vm_backup_id=s2" in page
     assert page.index("What went wrong") < page.index("Hypervisors</h2>")
 

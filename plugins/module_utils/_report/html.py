@@ -9,17 +9,19 @@ The page loads nothing and runs nothing. Everything in it that comes from elsewh
 from __future__ import annotations
 
 import re
+from collections import Counter
 from typing import TYPE_CHECKING
 
-from .._backup.outcome import BAD, VmState
+from .._backup.outcome import BAD, MANY, VmState
 from .._common.formats import counted, human
 from .html_charts import charts
-from .html_style import STYLE
-from .html_text import label, moment, rate, span, text
+from .html_failures import failures
+from .html_runs import navigation
+from .html_text import document, label, moment, rate, span, text
 from .record import HypervisorState
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Container, Iterator, Mapping, Sequence
     from typing import Any
 
     from .run import Run
@@ -31,16 +33,9 @@ MAX_UNFOLDED = 40
 
 def page(report: Mapping[str, Any], runs: Sequence[Run]) -> str:
     """Return the page. C(runs) are the last ones with this one, oldest first."""
-    parts = [_head(report), _failures(report), charts(runs, report["id"]), _hypervisors(report), _foot(report)]
-    return (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        # Should a name ever slip through, it still cannot run or fetch anything.
-        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">\n"
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        '<meta name="referrer" content="no-referrer">\n'
-        f"<title>Backup {text(report['id'])}: {text(_verdict(report['summary'])[0])}</title>\n"
-        f"<style>{STYLE}</style>\n</head>\n<body>\n<main>\n{''.join(parts)}</main>\n</body>\n</html>\n"
-    )
+    this = report["id"]
+    parts = [_head(report, runs), failures(report), charts(runs, this), _hypervisors(report), _foot(report)]
+    return document(f"Backup {this}: {_verdict(report['summary'])[0]}", "".join(parts))
 
 
 def _verdict(summary: Mapping[str, Any]) -> tuple[str, str]:
@@ -48,7 +43,7 @@ def _verdict(summary: Mapping[str, Any]) -> tuple[str, str]:
     bad = summary[VmState.FAILED] + summary[VmState.CANCELLED]
     said = []
     if bad:
-        said.append(f"{bad} of {counted(summary['vms'], 'VM')} {'has' if bad == 1 else 'have'} no set")
+        said.append(f"{bad} of {counted(summary['vms'], 'VM')} not backed up")
     if summary["hypervisors_failed"]:
         said.append(f"{counted(summary['hypervisors_failed'], 'hypervisor')} without a result")
     if summary["damaged"]:
@@ -57,45 +52,55 @@ def _verdict(summary: Mapping[str, Any]) -> tuple[str, str]:
         joined = ", ".join(said)
         return joined[0].upper() + joined[1:], "bad"
     if summary["hypervisors_waiting"]:
-        return f"{counted(summary['hypervisors_waiting'], 'hypervisor')} still to come", "warn"
+        waiting = summary["hypervisors_waiting"]
+        return f"{counted(waiting, 'hypervisor')} {'has' if waiting == 1 else 'have'} not reported yet", "warn"
     if not summary["vms"]:
         return "There was no VM to back up", "warn"
     if summary[VmState.PUBLISHED] < summary["vms"]:
         rest = summary["vms"] - summary[VmState.PUBLISHED]
         return (
-            f"{summary[VmState.PUBLISHED]} of {counted(summary['vms'], 'VM')} have their set, {rest} left out",
+            f"{summary[VmState.PUBLISHED]} of {counted(summary['vms'], 'VM')} backed up, {rest} skipped",
             "warn",
         )
-    return "The VM has its set" if summary["vms"] == 1 else f"All {summary['vms']} VMs have their set", "good"
+    return "The VM is backed up" if summary["vms"] == 1 else f"All {summary['vms']} VMs are backed up", "good"
 
 
-def _head(report: Mapping[str, Any]) -> str:
+def _head(report: Mapping[str, Any], runs: Sequence[Run]) -> str:
     """Return the verdict and the numbers of the run."""
     summary = report["summary"]
     said, kind = _verdict(summary)
     already = summary[VmState.PUBLISHED] - summary["new"]
-    begun = f"Begun {moment(summary['began'])}, written" if summary["began"] else "Written"
-    known = summary["hypervisors"] - summary["hypervisors_failed"] - summary["hypervisors_waiting"]
-    bad = summary[VmState.FAILED] + summary[VmState.CANCELLED]
-    tiles = [
-        ("With their set", _of(summary[VmState.PUBLISHED], summary["vms"])),
-        ("Failed", f'<span class="bad">{bad}</span>' if bad else "0"),
-        ("Hypervisors", _of(known, summary["hypervisors"])),
-        ("Size of the sets", _of_unit(human(summary["bytes"]))),
-        ("Copying", _of_unit(span(summary["seconds"]))),
-        ("Throughput", _of_unit(rate(summary["bytes"], summary["seconds"])) or "&ndash;"),
-        ("File systems frozen", _of(summary["frozen"], summary[VmState.PUBLISHED])),
-        ("Verified", _of(summary["verified"], summary[VmState.PUBLISHED])),
-    ]
+    started = f"Started {moment(summary['began'])}, written" if summary["began"] else "Written"
     return (
-        '<header>\n<p class="kicker">Backup of virtual machines</p>\n'
-        f'<h1>{text(report["id"])}</h1>\n<p class="verdict">{label(kind, text(said))}</p>\n'
-        f'<p class="soft">{begun} {moment(report["written"])}.'
-        + (f" {counted(already, 'set was', 'sets were')} there before this run." if already else "")
-        + f'</p>\n{_share(summary)}</header>\n<dl class="tiles">'
-        + "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in tiles)
-        + "</dl>\n"
+        f'<header>\n<div class="top"><p class="kicker">Backup of virtual machines</p>\n{navigation(runs, report["id"])}'
+        f'</div><h1>{text(report["id"])}</h1>\n<p class="verdict">{label(kind, text(said))}</p>\n'
+        f'<p class="soft">{started} {moment(report["written"])}.'
+        + (f" {counted(already, 'set')} existed before this run." if already else "")
+        + f"</p>\n{_share(summary)}</header>\n{_tiles(summary)}"
     )
+
+
+def _tiles(summary: Mapping[str, Any]) -> str:
+    """Return the numbers of the run, without those that would say nothing."""
+    total, known = summary["hypervisors"], summary["hypervisors"]
+    known -= summary["hypervisors_failed"] + summary["hypervisors_waiting"]
+    bad = summary[VmState.FAILED] + summary[VmState.CANCELLED]
+    published = summary[VmState.PUBLISHED]
+    tiles = [
+        ("Backed up", _of(published, summary["vms"]) if summary["vms"] else ""),
+        ("Failed", (f'<span class="bad">{bad}</span>' if bad else "0") if summary["vms"] else ""),
+        ("Hypervisors", _of(known, total) if total > 1 or known < total else ""),
+        ("Backup size", _of_unit(human(summary["bytes"])) if summary["bytes"] else ""),
+        ("Copy time", _of_unit(span(summary["seconds"])) if summary["seconds"] else ""),
+        ("Copy speed", _of_unit(rate(summary["bytes"], summary["seconds"]))),
+        ("File systems frozen", _of(summary["frozen"], published) if summary["frozen"] else ""),
+        ("Verified", _of(summary["verified"], published) if summary["verified"] else ""),
+    ]
+    shown = "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in tiles if value)
+    # Rows of nearly the same length: 6 are two rows of 3, and 7 one of 4 and one of 3.
+    number = shown.count("<dt>")
+    columns = number if number <= 5 else (number + 1) // 2
+    return f'<dl class="tiles" style="--columns:{columns}">{shown}</dl>\n' if shown else ""
 
 
 def _of(part: int, whole: int) -> str:
@@ -128,50 +133,12 @@ def _share(summary: Mapping[str, Any]) -> str:
     )
 
 
-def _failures(report: Mapping[str, Any]) -> str:
-    """Return what went wrong, with the command that repeats the run; nothing where all is well."""
-    items = []
-    for host in report["hypervisors"]:
-        if host["error"]:
-            word = "No result" if host["state"] == HypervisorState.UNREACHED else "Incomplete"
-            items.append(_failure("hypervisor", host["name"], "", word, host["error"], ""))
-    for host in report["hypervisors"]:
-        for vm in host["vms"]:
-            last = (
-                f"Last good set: {text(vm['last']['id'])}, begun {moment(vm['last']['started'])}" if vm["last"] else ""
-            )
-            last = last or "It has no good set."
-            if vm["state"] in BAD:
-                items.append(_failure("VM", vm["name"], host["name"], vm["state"].capitalize(), vm["error"], last))
-            elif vm["damage"]:
-                items.append(_failure("VM", vm["name"], host["name"], "Damaged", vm["damage"], last))
-    if not items:
-        return ""
-    again = f"ansible-playbook -i INVENTORY vmfleet.backup.backup -e vm_backup_id={text(report['id'])}"
-    return (
-        f'<h2>What went wrong</h2>\n<ul class="card failures">{"".join(items)}</ul>\n'
-        '<p class="soft" style="margin-top:14px">When the reasons are gone, run it again with the same id.'
-        f" Sets that are there stay as they are.</p>\n<pre>{again}</pre>\n"
-    )
-
-
-def _failure(kind: str, name: str, host: str, word: str, error: str, last: str) -> str:
-    where = (
-        f' <span class="soft">on <bdi>{text(host)}</bdi></span>' if host else ' <span class="soft">(hypervisor)</span>'
-    )
-    after = f'<p class="soft">{last}</p>' if last else ""
-    return (
-        f'<li data-kind="{kind}"><b class="name">{text(name)}</b>{where} {label("bad", text(word))}'
-        f"<p>{'<br>'.join(map(text, error.splitlines()))}</p>{after}</li>"
-    )
-
-
 def _hypervisors(report: Mapping[str, Any]) -> str:
     """Return all hypervisors with their VMs, first those with something wrong."""
     few = sum(len(host["vms"]) for host in report["hypervisors"]) <= MAX_UNFOLDED
     ordered = sorted(report["hypervisors"], key=lambda host: (not _is_bad(host), host["name"]))
     blocks = "".join(_hypervisor(host, report["id"], few or _is_bad(host)) for host in ordered)
-    return f"<h2>Hypervisors</h2>\n{blocks}"
+    return f"<h2>Hypervisors</h2>\n{blocks}" if blocks else ""
 
 
 def _is_bad(host: Mapping[str, Any]) -> bool:
@@ -181,19 +148,20 @@ def _is_bad(host: Mapping[str, Any]) -> bool:
 def _hypervisor(host: Mapping[str, Any], set_id: str, unfolded: bool) -> str:
     vms = host["vms"]
     sets = [vm["set"] for vm in vms if vm["state"] == VmState.PUBLISHED and vm["set"]]
+    size = sum(one["bytes"] for one in sets)
     about = [f"repository <bdi>{text(host['repository'])}</bdi>"] if host["repository"] else []
     about += [f"as of {moment(host['written'])}"] if host["written"] else []
     about += [f"set {text(host['id'])}"] if host["id"] not in {"", set_id} else []
     numbers = (
         f'<span class="num">{len(sets)} of {counted(len(vms), "VM")}</span>'
-        f'<span class="num">{human(sum(one["bytes"] for one in sets))}</span>'
+        f'<span class="num">{human(size) if size else ""}</span>'
         if vms
         else ""
     )
     return (
         f"<details{' open' if unfolded and vms else ''}>"
         f"<summary><b>{text(host['name'])}</b>{numbers}{_host_state(host, vms)}</summary>"
-        f'<p class="about">{", ".join(about) or "nothing is known of its VMs"}</p>'
+        f'<p class="about">{", ".join(about) or "it has reported nothing of its VMs"}</p>'
         + (_table(vms) if vms else "")
         + "</details>\n"
     )
@@ -205,7 +173,7 @@ def _host_state(host: Mapping[str, Any], vms: Sequence[Mapping[str, Any]]) -> st
     if host["state"] == HypervisorState.UNREACHED:
         return label("bad", "No result")
     if host["state"] == HypervisorState.WAITING:
-        return label("warn", "Still to come")
+        return label("warn", "Not reported yet")
     if bad:
         return label("bad", f"{bad} failed")
     if host["error"]:
@@ -216,20 +184,39 @@ def _host_state(host: Mapping[str, Any], vms: Sequence[Mapping[str, Any]]) -> st
 
 
 def _table(vms: Sequence[Mapping[str, Any]]) -> str:
+    """Return the VMs of a hypervisor. What concerns many of them is said once, above them."""
     ordered = sorted(vms, key=lambda vm: (vm["state"] not in BAD, not vm["damage"], vm["name"]))
+    counts = Counter(note for vm in vms for note in set(_notes(vm)))
+    many = {note: count for note, count in counts.items() if count >= MANY}
+    said = "".join(f"<li>{count} of {len(vms)} VMs: {text(note)}</li>" for note, count in many.items())
     return (
-        '<table class="vms"><thead><tr><th>VM</th><th>Set</th><th>Level</th><th class="r">Size</th><th class="r">Time'
-        '</th><th class="r">Rate</th><th>Consistency</th><th class="r">Chain</th><th>Verified</th></tr></thead><tbody>'
-        + "".join(line for vm in ordered for line in _rows(vm))
+        (f'<ul class="warnings">{said}</ul>' if said else "")
+        + f'<table class="{" ".join(["vms", *_without(vms)])}"><thead><tr><th>VM</th><th>Result</th><th>Level</th>'
+        '<th class="r">Size</th><th class="r">Time</th><th class="r">Speed</th><th>Consistency</th>'
+        '<th class="r">Images</th><th>Verified</th></tr></thead><tbody>'
+        + "".join(line for vm in ordered for line in _rows(vm, many))
         + "</tbody></table>"
     )
 
 
-def _rows(vm: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the row of a VM, and one with its notes where there are any."""
+def _without(vms: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Yield the names of the columns that would say nothing of any VM."""
+    sets = [vm["set"] for vm in vms if vm["set"]]
+    if not any(rate(one["bytes"], one["duration"]) for one in sets):
+        yield "no-speed"
+    if all(one["chain"] == 1 for one in sets):
+        yield "no-images"
+    if not any(one["verified"] for one in sets):
+        yield "no-verified"
+    if not sets:
+        yield "no-set"
+
+
+def _rows(vm: Mapping[str, Any], said: Container[str]) -> Iterator[str]:
+    """Yield the row of a VM, and one with its notes where there are any that are not said elsewhere on the page."""
     found = vm["set"] or {}
     words = {
-        VmState.PUBLISHED: ("good", "Published" if vm["changed"] else "Was there"),
+        VmState.PUBLISHED: ("good", "Backed up" if vm["changed"] else "Existed before"),
         VmState.FAILED: ("bad", "Failed"),
         VmState.CANCELLED: ("bad", "Cancelled"),
     }
@@ -248,12 +235,17 @@ def _rows(vm: Mapping[str, Any]) -> Iterator[str]:
         f"<td>{text(found['verified'] or 'no') if found else ''}</td>",
     ]
     yield f"<tr>{''.join(cells)}</tr>"
-    reason = "" if vm["state"] == VmState.PUBLISHED else vm["reason"]
-    notes = [note for note in (vm["damage"], vm["error"], reason, *vm["warnings"]) if note]
+    notes = [note for note in _notes(vm) if note not in said]
     if notes:
         yield '<tr class="note"><td colspan="9" class="soft">{}</td></tr>'.format(
             "<br>".join(text(note) for note in notes)
         )
+
+
+def _notes(vm: Mapping[str, Any]) -> list[str]:
+    """Return what is to be said of a VM beside what went wrong."""
+    says_why = vm["state"] != VmState.PUBLISHED and (vm["error"] or vm["state"] not in BAD)
+    return [*([vm["reason"]] if says_why and vm["reason"] else []), *vm["warnings"]]
 
 
 def _foot(report: Mapping[str, Any]) -> str:

@@ -22,9 +22,9 @@ p{margin:0}a{color:inherit}
 .good{color:var(--good)}.bad{color:var(--bad)}.warn{color:var(--warn)}
 .word{font-weight:600}time,li .word,td .word{white-space:nowrap}
 .share{display:block;width:100%;height:8px;margin:18px 0 0;border-radius:4px;overflow:hidden}
-.tiles{display:grid;grid-template-columns:repeat(4,1fr);gap:1px;margin:20px 0 0;background:var(--line);
-border:1px solid var(--line);border-radius:8px;overflow:hidden}
-.tiles div{background:var(--card);padding:12px 16px}
+.tiles{display:flex;flex-wrap:wrap;gap:1px;margin:20px 0 0;
+background:var(--card);border:1px solid var(--line);border-radius:8px;overflow:hidden}
+.tiles div{flex:1 0 calc(100%/var(--columns) - 2px);padding:12px 16px;box-shadow:0 0 0 1px var(--line)}
 .tiles dt{font-size:13px;color:var(--soft)}
 .tiles dd{margin:0;white-space:nowrap;word-spacing:-.12em;font-size:21px;font-weight:600;line-height:1.3}
 .tiles dd small{word-spacing:0;font-size:13px;font-weight:400;color:var(--soft)}
@@ -38,13 +38,36 @@ pre{margin:12px 0 0;padding:12px 16px;background:var(--card);border:1px solid va
 white-space:pre-wrap;overflow-wrap:anywhere;font:13px/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace}
 .charts{display:grid;grid-template-columns:1fr 1fr;gap:16px}
 figure{margin:0;padding:14px 16px}
-figcaption{display:flex;justify-content:space-between;gap:12px;font-weight:600}
+figcaption{display:flex;flex-wrap:wrap;justify-content:space-between;gap:12px;font-weight:600}
 figcaption span{font-weight:400;color:var(--soft);font-size:13px}
-figure svg{display:block;width:100%;height:120px;margin:8px 0 4px;border-top:1px dashed var(--line)}
 td small{font-size:inherit;color:var(--soft)}
-figure .ends{display:flex;justify-content:space-between;gap:12px;font-size:13px;color:var(--soft)}
-rect.b{fill:var(--bar)}rect.x{fill:var(--bad)}rect.g{fill:var(--good)}rect.s{fill:var(--soft)}rect.l{fill:var(--line)}
-a:hover rect.b{fill:var(--ink)}rect.h{fill:transparent}
+.plot{display:flex;gap:8px;margin:16px 0 8px}
+.axis{display:flex;flex-direction:column;justify-content:space-between;flex:0 0 56px;height:138px;margin:-9px 0;
+text-align:right;white-space:nowrap;line-height:18px}
+.axis,.ids{font-size:12px;color:var(--soft)}
+.bars{flex:1;min-width:0;display:flex;height:120px;border-bottom:1px solid var(--soft);
+background:linear-gradient(var(--line),var(--line)) 0 0/100% 1px no-repeat,
+linear-gradient(var(--line),var(--line)) 0 50%/100% 1px no-repeat}
+.bars a{flex:1 1 0;min-width:0;padding:0 2px;display:flex;align-items:flex-end;justify-content:center}
+.bars i{width:100%;max-width:48px;min-height:2px;background:var(--bar);-webkit-print-color-adjust:exact;
+print-color-adjust:exact}
+.bars .bad i{background:var(--bad)}.bars a:hover i{background:var(--ink)}
+.bars .now{box-shadow:0 4px 0 -1px var(--ink)}
+.ids{display:flex;margin-left:64px}
+.ids span{flex:1 1 0;min-width:0;padding:0 2px;text-align:center;overflow:hidden;text-overflow:ellipsis;
+white-space:nowrap}
+.ids.some span:first-child{text-align:left}.ids.some span:last-child{text-align:right}
+.legend{margin:8px 0 12px;font-size:13px}
+rect.x{fill:var(--bad)}rect.g{fill:var(--good)}rect.s{fill:var(--soft)}rect.l{fill:var(--line)}
+.top{display:flex;flex-wrap:wrap;justify-content:space-between;gap:4px 24px;margin-bottom:4px}
+nav{display:flex;flex-wrap:wrap;gap:4px 20px;font-size:13px}
+.list{overflow:hidden;margin-top:20px}.list tr:first-child th{border-top:0}
+.older{margin:0;padding:12px 16px;list-style:none;columns:160px auto}.older li{overflow-wrap:anywhere}
+.names{margin:6px 0 0;padding:0;list-style:none}
+.failures .names li{padding:1px 0;border:0;overflow-wrap:anywhere}
+details.plain{border:0;margin:0;background:none}
+.plain summary{padding:6px 0 0;gap:2px 16px;color:var(--soft);font-size:14px}
+.warnings{margin:0;padding:0 16px 10px 32px;font-size:13px;color:var(--soft);overflow-wrap:anywhere}
 details{margin:0 0 8px}
 summary{padding:12px 16px;cursor:pointer;display:flex;flex-wrap:wrap;gap:2px 16px;align-items:baseline}
 summary b{flex:1 1 200px;overflow-wrap:anywhere}
@@ -61,9 +84,14 @@ th:first-child,td:first-child{padding-left:16px}th:last-child,td:last-child{padd
 .r{text-align:right;white-space:nowrap}td:first-child{overflow-wrap:anywhere}
 .note td{border-top:0;padding-top:0;font-size:13px}
 footer{margin-top:40px;font-size:13px;color:var(--soft)}
+.no-verified td:nth-child(8),.no-verified th:nth-child(8),.no-images td:nth-child(7){padding-right:16px}
+.no-speed td:nth-child(6),.no-speed th:nth-child(6),.no-images td:nth-child(8),.no-images th:nth-child(8),
+.no-verified td:nth-child(9),.no-verified th:nth-child(9),.no-set td:nth-child(n+3),
+.no-set th:nth-child(n+3){display:none}
 @media(max-width:700px){
 main{padding:20px 16px 32px}h1{font-size:25px}
-.tiles{grid-template-columns:1fr 1fr}.tiles dd{font-size:19px}.charts{grid-template-columns:1fr}
+.tiles div{flex-basis:calc(50% - 1px);min-width:0}.tiles dd{font-size:19px}
+.tiles dd,.tiles dt{overflow:hidden;text-overflow:ellipsis}.charts{grid-template-columns:1fr}
 summary{column-gap:12px}summary b{flex-basis:calc(100% - 20px)}summary span.num,summary .word{min-width:0;
 text-align:left}.vms small{display:none}.runs td,.runs th{font-size:13px;padding-left:4px;padding-right:4px}
 .vms,.vms tbody,.vms tr,.vms td{display:block}.vms thead{display:none}
@@ -73,8 +101,8 @@ border-top:1px solid var(--line);gap:2px 16px}
 .vms td:nth-child(n+3){font-size:13px}.vms td:nth-child(2){justify-content:flex-end}
 .vms td:nth-child(n+3)::before{color:var(--soft)}.vms td:empty{display:none}
 .vms td:nth-child(3)::before{content:"Level"}.vms td:nth-child(4)::before{content:"Size"}
-.vms td:nth-child(5)::before{content:"Time"}.vms td:nth-child(6)::before{content:"Rate"}
-.vms td:nth-child(7)::before{content:"Consistency"}.vms td:nth-child(8)::before{content:"Chain"}
+.vms td:nth-child(5)::before{content:"Time"}.vms td:nth-child(6)::before{content:"Speed"}
+.vms td:nth-child(7)::before{content:"Consistency"}.vms td:nth-child(8)::before{content:"Images"}
 .vms td:nth-child(9)::before{content:"Verified"}
 .vms tr.note{display:block;border:0;padding-top:0}.vms .note td{display:block}
 .runs td:nth-child(2),.runs th:nth-child(2){display:none}}

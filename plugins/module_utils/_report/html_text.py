@@ -1,7 +1,7 @@
 # Copyright (c) 2026, vmfleet contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Write names, times and sizes as HTML."""
+"""Write names, times, sizes and whole documents as HTML."""
 
 from __future__ import annotations
 
@@ -9,6 +9,22 @@ from html import escape
 
 from .._common.formats import human, parse_time
 from .._common.printable import printable
+from .html_style import STYLE
+
+LEAST_SIZE, LEAST_TIME = 1 << 20, 1.0
+"""Bytes and seconds from which on a rate says something: below, the start of a copy takes most of its time."""
+
+
+def document(title: str, content: str) -> str:
+    """Return a whole page."""
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        # Should a name ever slip through, it still cannot run or fetch anything.
+        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">\n"
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        '<meta name="referrer" content="no-referrer">\n'
+        f"<title>{text(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n{content}</main>\n</body>\n</html>\n"
+    )
 
 
 def text(value: object) -> str:
@@ -34,8 +50,8 @@ def moment(when: str) -> str:
 
 
 def rate(size: int, seconds: float) -> str:
-    """Return bytes per second; nothing where they mean nothing."""
-    return f"{human(int(size / seconds))}/s" if size and seconds else ""
+    """Return bytes per second; nothing where too little was copied to say how quick that is."""
+    return f"{human(int(size / seconds))}/s" if size >= LEAST_SIZE and seconds >= LEAST_TIME else ""
 
 
 def label(kind: str, html: str) -> str:

@@ -105,7 +105,10 @@ PURE = {
     "_prune": ("retention",),
     "_qemu": ("domain_xml",),
     "_restore": ("definition",),
-    "_report": ("html", "html_charts", "html_style", "html_text", "prometheus", "run", "status"),
+    "_report": (
+        *("html", "html_charts", "html_failures", "html_runs", "html_style", "html_text"),
+        *("prometheus", "run", "status"),
+    ),
     "_repository": ("chain", "documents"),
     "_verify": ("command_line", "model"),
 }
