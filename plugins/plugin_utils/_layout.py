@@ -30,8 +30,8 @@ class Line(NamedTuple):
 def lay_out(lines: Iterable[str], width: int) -> Iterator[Line]:
     """Yield the lines, none longer than C(width) characters; 0 leaves them as they are.
 
-    What does not fit goes on below the last column of its line. A line that begins with a blank belongs to the one
-    before, and has its tone.
+    What does not fit goes on below the last column of its line; whole columns go on below the second one where the last
+    one would be too narrow. A line that begins with a blank belongs to the one before, and has its tone.
     """
     tone = ""
     for line in lines:
@@ -45,8 +45,19 @@ def _wrap(line: str, width: int) -> list[str]:
     if not width or len(line) <= width:
         return [line]
     column = max([match.end() for match in re.finditer(r"^ +| {2,}", line)], default=4)
-    indent = min(column, max(width - LEAST, 0))
+    gaps = list(re.finditer(r"(?<=\S) {2,}", line))
+    last = max((gap for gap in gaps if gap.start() <= width), key=re.Match.start, default=None)
+    if last and column > width - LEAST:
+        head, tail = line[: last.start()], re.sub(" {2,}", "  ", line[last.end() :])
+        indent = min(gaps[0].end(), max(width - LEAST, 0))
+        return [head, *_fill(tail, width, indent)]
     # Only what is in the last column may be broken: the blanks before it make up the table.
-    head, tail = line[:indent], line[indent:]
-    found = textwrap.wrap(tail, width - indent, break_on_hyphens=False, break_long_words=False)
-    return [head + found[0], *(" " * indent + part for part in found[1:])] if found else [line.rstrip()]
+    indent = min(column, max(width - LEAST, 0))
+    found = _fill(line[indent:], width, indent)
+    return [line[:indent] + found[0][indent:], *found[1:]] if found else [line.rstrip()]
+
+
+def _fill(text: str, width: int, indent: int) -> list[str]:
+    """Return lines of words, below a column."""
+    found = textwrap.wrap(text, width - indent, break_on_hyphens=False, break_long_words=False)
+    return [" " * indent + line for line in found]

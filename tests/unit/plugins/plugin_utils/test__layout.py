@@ -39,9 +39,36 @@ def test_no_line_is_longer_than_the_terminal_and_no_word_is_lost(width: int) -> 
     assert " ".join(lines).split() == f"{ROW} {NOTE}".split()
 
 
-def test_a_column_far_to_the_right_keeps_room_for_its_words() -> None:
-    table = "! web01     none" + " " * 60 + "hv01.example.com, hv02.example.com"
-    assert laid_out(table, width=80)[-1].startswith(" " * 56 + "hv0")
+TABLE = [
+    "  VM           newest set     age  level         sets        size  verified   hypervisor",
+    "! new01        none                                 0                         hv02.example.com",
+    "! accounting1  2026-11-25    27 h  incremental     30   201.3 GiB  NOT GOOD   hv01.example.com, hv02.example.com",
+]
+
+
+def test_the_last_columns_of_a_table_go_on_below_the_second_one() -> None:
+    assert laid_out(*TABLE, width=80) == [
+        "  VM           newest set     age  level         sets        size  verified",
+        "               hypervisor",
+        "! new01        none                                 0",
+        "               hv02.example.com",
+        "! accounting1  2026-11-25    27 h  incremental     30   201.3 GiB  NOT GOOD",
+        "               hv01.example.com, hv02.example.com",
+    ]
+    assert laid_out(TABLE[2], width=60) == [
+        "! accounting1  2026-11-25    27 h  incremental     30",
+        "               201.3 GiB  NOT GOOD  hv01.example.com,",
+        "               hv02.example.com",
+    ]
+    assert laid_out(*TABLE, width=120) == TABLE
+    assert {line.tone for line in list(lay_out(TABLE, 80))[2:]} == {"bad"}
+
+
+@pytest.mark.parametrize("width", [25, 40, 60, 79, 80, 100])
+def test_no_row_of_a_table_is_longer_than_the_terminal_and_no_word_is_lost(width: int) -> None:
+    lines = laid_out(*TABLE, width=width)
+    assert max(map(len, lines)) <= width
+    assert " ".join(lines).split() == " ".join(TABLE).split()
 
 
 def test_a_sentence_goes_on_with_an_indent() -> None:
