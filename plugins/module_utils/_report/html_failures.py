@@ -24,7 +24,7 @@ MAX_NAMED = 6
 
 
 @dataclass(frozen=True)
-class Failure:
+class FailureEntry:
     """What went wrong for a VM, or for a hypervisor where C(host) is empty. C(last) is the newest good set."""
 
     name: str
@@ -42,7 +42,7 @@ class Failure:
 
 def failures(report: Mapping[str, Any]) -> str:
     """Return what went wrong, with the command that repeats the run; nothing where all is well."""
-    groups: dict[tuple[bool, str, str], list[Failure]] = {}
+    groups: dict[tuple[bool, str, str], list[FailureEntry]] = {}
     for failure in _failures(report["hypervisors"]):
         groups.setdefault(failure.reason, []).append(failure)
     if not groups:
@@ -57,22 +57,22 @@ def failures(report: Mapping[str, Any]) -> str:
     )
 
 
-def _failures(hypervisors: Sequence[Mapping[str, Any]]) -> Iterator[Failure]:
+def _failures(hypervisors: Sequence[Mapping[str, Any]]) -> Iterator[FailureEntry]:
     for host in hypervisors:
         if host["error"]:
             word = "No result" if host["state"] == HypervisorState.UNREACHED else "Incomplete"
-            yield Failure(host["name"], "", word, host["error"])
+            yield FailureEntry(host["name"], "", word, host["error"])
     for host in hypervisors:
         for vm in host["vms"]:
             if vm["state"] in BAD:
-                yield Failure(
+                yield FailureEntry(
                     vm["name"], host["name"], vm["state"].capitalize(), vm["error"] or vm["reason"], vm["last"]
                 )
             elif vm["damage"]:
-                yield Failure(vm["name"], host["name"], "Damaged", vm["damage"], vm["last"])
+                yield FailureEntry(vm["name"], host["name"], "Damaged", vm["damage"], vm["last"])
 
 
-def _group(group: Sequence[Failure]) -> str:
+def _group(group: Sequence[FailureEntry]) -> str:
     """Return one reason, with all that failed for it."""
     first = group[0]
     error = "<br>".join(map(text, first.error.splitlines()))
@@ -94,12 +94,12 @@ def _group(group: Sequence[Failure]) -> str:
     return f"<li>{head} {label('bad', text(first.word))}<p>{error}</p>{_lasts(group)}{listed}</li>"
 
 
-def _name(failure: Failure) -> str:
+def _name(failure: FailureEntry) -> str:
     where = f"on <bdi>{text(failure.host)}</bdi>" if failure.host else "(hypervisor)"
     return f'<b class="name">{text(failure.name)}</b> <span class="soft">{where}</span>'
 
 
-def _last(failure: Failure, sentence: bool = True) -> str:
+def _last(failure: FailureEntry, sentence: bool = True) -> str:
     """Return which is the newest good set of a VM."""
     if not failure.last:
         return "It has no good set." if sentence else '<span class="bad">no good set</span>'
@@ -107,7 +107,7 @@ def _last(failure: Failure, sentence: bool = True) -> str:
     return f"Last good set: {found}" if sentence else f'<span class="soft">last good set {found}</span>'
 
 
-def _lasts(group: Sequence[Failure]) -> str:
+def _lasts(group: Sequence[FailureEntry]) -> str:
     """Return how many of the VMs have no good set at all; nothing where each has one."""
     without = sum(1 for one in group if one.host and not one.last)
     if not without:
