@@ -19,7 +19,7 @@ from .._common.errors import BackupError, MonitorLost, RepositoryHangs, in_words
 from .._common.formats import boottime
 from .._plan.model import PUBLISHED_ALREADY, Action, Case
 from .._plan.observe import find_process
-from . import cancel, cleanup, finish, results, start
+from . import cancel, cleanup, finish, refusal, results, start
 from .outcome import Outcome, VmState
 from .session import AGAIN, LockedVm, Pending, VmSession, VmTask, WaitFor, hold, observe
 from .steps import AttemptStatus, Step, VmSituation, judge_for_task, next_step
@@ -76,6 +76,7 @@ REPORTS: dict[Step, Look] = {
     Step.DONE: _report_done,
     Step.SKIP: _report_skip,
     Step.FAIL: _report_failure,
+    Step.REFUSE: refusal.refuse,
 }
 """What is the end for a VM, in check mode too."""
 LOOKS: dict[Step, Look] = {
@@ -147,7 +148,7 @@ async def _bring_to_state(run: BackupRun, task: VmTask) -> Outcome:
     if run.settings.state == VmState.UNTRACKED:
         return await cancel.untrack(run, task)
     if planned.action == Action.FAIL and not (planned.unless or planned.identity):
-        return results.outcome(run, task, VmState.FAILED, error=planned.reason)
+        return await refusal.refuse_unseen(run, task)
     # A repository that is only planned has nothing in it that could hang.
     watch = run.repository.calls.watch if run.repository.uuid else None
     while True:

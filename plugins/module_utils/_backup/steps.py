@@ -175,6 +175,8 @@ class Step(Enum):
     """The VM is skipped."""
     FAIL = "fail"
     """The VM fails. Nothing is touched."""
+    REFUSE = "refuse"
+    """The VM fails, and that is written down in its directory, if it is its own. Nothing else is touched."""
     QUEUE = "queue"
     """The VM waits for its turn."""
     ASK_AGAIN = "ask again"
@@ -285,7 +287,7 @@ RULES = (
     Rule(
         "the lists of disks name one that is not there, or the VM has another uuid than is listed",
         _is(Case.WRONG_DISKS),
-        Step.FAIL,
+        Step.REFUSE,
     ),
     Rule("the set is published, of another VM of this name", _is(Case.OTHER_VM), Step.FAIL),
     Rule("the set is published, without a disk that is chosen now", _is(Case.WITHOUT_DISK), Step.FAIL),
@@ -350,16 +352,16 @@ RULES = (
     Rule("the VM's other sets are of another VM of this name, without ``adopt``", _is(Case.OTHER_DIRECTORY), Step.FAIL),
     Rule("something that is no set stands in its place", _is(Case.IN_THE_WAY), Step.FAIL),
     Rule(f"{NONE}, and the VM is off, with ``offline: skip``", _is(Case.OFF), Step.SKIP),
-    Rule(f"{NONE}, and QEMU does not answer", _is(Case.SILENT), Step.FAIL),
-    Rule(f"{NONE}, and the VM has another block job", _is(Case.BUSY), Step.FAIL),
+    Rule(f"{NONE}, and QEMU does not answer", _is(Case.SILENT), Step.REFUSE),
+    Rule(f"{NONE}, and the VM has another block job", _is(Case.BUSY), Step.REFUSE),
     Rule(f"{NONE}, and the VM migrates", _is(Case.MIGRATING), Step.SKIP),
     Rule(f"{NONE}, and the VM has no disk to back up", _is(Case.NO_DISKS), Step.SKIP),
-    Rule(f"{NONE}, and a disk is encrypted, with ``encrypted_source: refuse``", _is(Case.ENCRYPTED), Step.FAIL),
-    Rule(f"{NONE}, and a security module would not give QEMU the images", _is(Case.CONFINED), Step.FAIL),
+    Rule(f"{NONE}, and a disk is encrypted, with ``encrypted_source: refuse``", _is(Case.ENCRYPTED), Step.REFUSE),
+    Rule(f"{NONE}, and a security module would not give QEMU the images", _is(Case.CONFINED), Step.REFUSE),
     Rule(
         f"{NONE} any more, though there was one for the plan",
         _is(Case.NOT_BEGUN, planned_published=True),
-        Step.FAIL,
+        Step.REFUSE,
         "its set has been removed since the plan; plan again",
     ),
     Rule(
@@ -369,7 +371,9 @@ RULES = (
         # What has changed since the plan makes a run safer, never bolder.
         "the plan was to skip it: {planned_reason}",
     ),
-    Rule(f"{NONE}, and the plan has refused the VM", _is(Case.NOT_BEGUN, refused=True), Step.FAIL, "{planned_reason}"),
+    Rule(
+        f"{NONE}, and the plan has refused the VM", _is(Case.NOT_BEGUN, refused=True), Step.REFUSE, "{planned_reason}"
+    ),
     Rule(
         f"{NONE}, with ``begin: false``",
         _is(Case.NOT_BEGUN, may_begin=False),

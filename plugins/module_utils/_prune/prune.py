@@ -21,7 +21,8 @@ from .._host.lock import LockHeld, locked
 from .._repository.annotations import Protection
 from .._repository.catalog import read_catalog
 from .._repository.pins import is_read
-from .._repository.published import remove_annotations, remove_failure, remove_set, write_annotation
+from .._repository.published import remove_annotations, remove_set, write_annotation
+from .._repository.staging import remove_failure
 from .consolidate import consolidate, finish_consolidation
 from .retention import decide, read_constraints
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from .annotations import annotation_name
 from .json_file import write_document
-from .repository import MANIFEST, PUBLISHED_MODE, REMOVED, failure_name, note_name
+from .repository import MANIFEST, PUBLISHED_MODE, REMOVED, note_name
 from .staging import remove_directory
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from .._host.directory import Directory
     from .annotations import Pin, Protection, Verification
-    from .documents import Consolidation, Failure, Manifest
+    from .documents import Consolidation, Manifest
     from .repository import Repository
 
 
@@ -71,9 +71,3 @@ def remove_set(repository: Repository, vm: str, set_id: str) -> str:
         left = remove_directory(directory, going)
         directory.sync()
     return left
-
-
-def remove_failure(repository: Repository, vm: str, failure: Failure) -> None:
-    """Forget how an attempt has ended."""
-    with repository.opened(vm) as directory:
-        directory.remove(failure_name(failure.id))

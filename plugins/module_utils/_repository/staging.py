@@ -154,6 +154,12 @@ def record_failure(repository: Repository, vm: str, failure: Failure) -> None:
         write_document(directory, failure_name(failure.id), replace(failure, error=failure.error[:LONG]))
 
 
+def remove_failure(repository: Repository, vm: str, failure: Failure) -> None:
+    """Forget how an attempt has ended."""
+    with repository.opened(vm) as directory:
+        directory.remove(failure_name(failure.id))
+
+
 def discard_images(repository: Repository, intent: Intent) -> None:
     """Give back the space that an attempt has taken; its intent stays."""
     with contextlib.suppress(FileNotFoundError), opened(repository, intent) as staging:
