@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 BAD = re.compile(r"(?:failed|cancelled|fail|FAILED|NOT GOOD|!)(?= |\Z)")
 """What a line begins with that tells of a failure."""
 WARNING = re.compile(r"Warning: ")
+UNIT = re.compile(r"(\d) (?=(?:B|Bytes|[KMGT]iB|ms|s|min|h|d|%)(?![\w]))")
+"""The blank between a number and its unit: no line ends there."""
 LEAST = 24
 """Characters that the last column of a line keeps, however narrow the terminal is."""
 
@@ -59,5 +61,5 @@ def _wrap(line: str, width: int) -> list[str]:
 
 def _fill(text: str, width: int, indent: int) -> list[str]:
     """Return lines of words, below a column."""
-    found = textwrap.wrap(text, width - indent, break_on_hyphens=False, break_long_words=False)
-    return [" " * indent + line for line in found]
+    found = textwrap.wrap(UNIT.sub("\\1\u00a0", text), width - indent, break_on_hyphens=False, break_long_words=False)
+    return [" " * indent + line.replace("\u00a0", " ") for line in found]

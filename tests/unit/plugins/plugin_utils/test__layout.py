@@ -20,8 +20,8 @@ def laid_out(*lines: str, width: int) -> list[str]:
 
 def test_what_is_too_long_goes_on_below_its_last_column() -> None:
     assert laid_out(ROW, NOTE, width=80) == [
-        "published  db01   incremental, filesystem consistent (frozen for 41 ms), 212.1",
-        "                  MiB in 1.9 s, /srv/backup/db01/s1",
+        "published  db01   incremental, filesystem consistent (frozen for 41 ms),",
+        "                  212.1 MiB in 1.9 s, /srv/backup/db01/s1",
         "                  the guest's file systems were not frozen: no agent has opened",
         "                  its channel",
     ]
