@@ -101,14 +101,19 @@ def programs() -> Programs:
 
 
 class Libvirt:
-    """Starts virtlogd and libvirtd, and ends all that is inside with the test, be it killed."""
+    """Starts virtlogd and libvirtd, and ends all that is inside with the test, be it killed.
 
-    def __init__(self) -> None:
+    With `network` it shares the network of these name spaces.
+    """
+
+    def __init__(self, network: NameSpaces | None = None) -> None:
         self._programs = programs()
+        shared = ["nsenter", "--target", str(network.pid), "--net"] if network else ["unshare", "--net"]
         KNOWLEDGE.mkdir(parents=True, exist_ok=True)
         self._space = subprocess.Popen(
             [
-                *("setpriv", "--pdeathsig", "KILL", "unshare", "--mount", "--pid", "--net", "--fork", "--kill-child"),
+                *("setpriv", "--pdeathsig", "KILL", *shared),
+                *("unshare", "--mount", "--uts", "--pid", "--fork", "--kill-child"),
                 *("sh", "-c", INIT, "init", KNOWLEDGE, self._programs.system),
             ],
             stdin=subprocess.DEVNULL,

@@ -48,7 +48,7 @@ class NameSpaces:
 
     def command(self, *command: str | Path, directory: Path | str = "/") -> list[str]:
         """Return what runs a program with their mounts and network, in a directory of theirs."""
-        enter = ["nsenter", "--target", str(self.pid), "--mount", "--net", f"--wdns={directory}", "--"]
+        enter = ["nsenter", "--target", str(self.pid), "--mount", "--uts", "--net", f"--wdns={directory}", "--"]
         return [*enter, *map(str, command)]
 
 

@@ -17,38 +17,21 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import yaml
 
+from ansible_collections.vmfleet.backup.tests.harness.documented import PAGES, blocks
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 CHECKOUT = Path(__file__).parents[2]
-PAGES = [
-    CHECKOUT / "README.md",
-    *sorted(CHECKOUT.glob("roles/*/README.md")),
-    *sorted(CHECKOUT.glob("docs/docsite/rst/*.rst")),
-]
 COLLECTION = "vmfleet.backup."
-
-
-def name(page: Path) -> str:
-    return str(page.relative_to(CHECKOUT))
-
-
-def blocks(page: Path, language: str) -> Iterator[str]:
-    """Yield the blocks of code in a page."""
-    text = page.read_text(encoding="utf-8")
-    if page.suffix == ".md":
-        yield from re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-        return
-    for match in re.finditer(rf"^( *)\.\. code-block:: {language}\n\n((?:\1 +.*\n|\n)+)", text, re.MULTILINE):
-        yield match.group(2)
+# A plugin that a module brings along goes by that name: `plugins/action` has none of its own.
+PLUGINS = {"module": "modules", "lookup": "lookup", "filter": "filter", "inventory": "inventory"}
 
 
 def commands(page: Path) -> Iterator[list[str]]:
-    """Yield the words of each command, without the prompt, what is piped elsewhere and comments."""
-    for block in blocks(page, "console"):
-        joined = block.replace("\\\n", " ")
-        for line in joined.splitlines():
-            command = line.strip().removeprefix("$ ").removeprefix("# ")
+    """Yield the words of each command of Ansible, without what is piped elsewhere and comments."""
+    for block in blocks(page):
+        for command in block.commands:
             if command.startswith("ansible"):
                 words = shlex.split(command, comments=True)
                 yield words[: words.index("|")] if "|" in words else words
@@ -108,7 +91,7 @@ def mappings(found: Any) -> Iterator[dict[str, Any]]:
         yield from mappings(each)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=name)
+@pytest.mark.parametrize("page", PAGES.values(), ids=PAGES)
 def test_commands(page: Path) -> None:
     for words in commands(page):
         playbooks = [word for word in words if word.startswith(COLLECTION)]
@@ -118,24 +101,42 @@ def test_commands(page: Path) -> None:
         assert check_variables(extra_variables(words)) == [], words
 
 
-@pytest.mark.parametrize("page", PAGES, ids=name)
+@pytest.mark.parametrize("page", PAGES.values(), ids=PAGES)
 def test_blocks_of_yaml(page: Path) -> None:
-    for language in ("yaml", "yaml\\+jinja"):
-        for block in blocks(page, language):
-            for found in mappings(yaml.safe_load(block)):
-                assert check_variables({key for key in found if isinstance(key, str)}) == [], block
-                for key, value in found.items():
-                    if isinstance(key, str) and key.startswith(COLLECTION):
-                        module = key.removeprefix(COLLECTION)
-                        assert set(value or {}) <= options(module), (page, key)
-                    if key == "name" and isinstance(value, str) and value.startswith(COLLECTION):
-                        role = value.removeprefix(COLLECTION)
-                        assert (CHECKOUT / "roles" / role).is_dir(), block
+    for block in blocks(page):
+        if block.language not in ("yaml", "yaml+jinja"):
+            continue
+        for found in mappings(yaml.safe_load(block.text)):
+            assert check_variables({key for key in found if isinstance(key, str)}) == [], block
+            for key, value in found.items():
+                if isinstance(key, str) and key.startswith(COLLECTION):
+                    module = key.removeprefix(COLLECTION)
+                    assert set(value or {}) <= options(module), (page, key)
+                if key == "name" and isinstance(value, str) and value.startswith(COLLECTION):
+                    role = value.removeprefix(COLLECTION)
+                    assert (CHECKOUT / "roles" / role).is_dir(), block
+
+
+def test_readme_lists_all_that_there_is() -> None:
+    readme = PAGES["README.md"].read_text(encoding="utf-8")
+    missing = [
+        f"{kind} {path.stem}"
+        for kind, pattern in (
+            ("playbook", "playbooks/*.yml"),
+            ("role", "roles/*"),
+            *((kind, f"plugins/{directory}/[a-z]*.py") for kind, directory in PLUGINS.items()),
+        )
+        for path in sorted(CHECKOUT.glob(pattern))
+        if not re.search(rf"^\| [^|]*\b{kind}\b[^|]*`{COLLECTION}{path.stem}`", readme, re.MULTILINE)
+    ]
+    assert missing == []
+    guides = [page.name for page in PAGES.values() if page.suffix == ".rst"]
+    assert [name for name in guides if f"/docs/docsite/rst/{name}" not in readme] == []
 
 
 def test_something_is_found() -> None:
     # The patterns above may never match.
-    assert sum(len(list(commands(page))) for page in PAGES) > 40
-    assert sum(len(list(blocks(page, "yaml"))) for page in PAGES) > 20
+    assert sum(len(list(commands(page))) for page in PAGES.values()) > 40
+    assert sum(block.language == "yaml" for page in PAGES.values() for block in blocks(page)) > 20
     assert check_variables({"vm_backup_nosuch", "vm_backup_id", "other"}) == ["vm_backup_nosuch"]
     assert {"names", "repository", "trust_others"} <= options("backup_verify")
