@@ -35,8 +35,18 @@ class Block:
 
     language: str
     text: str
-    file: str
-    """The file that the sentence before it says that it is, as in "Write `web01.yml`:"."""
+    before: str
+    """The paragraph before it, if that ends with a colon."""
+
+    @property
+    def file(self) -> str:
+        """The file that it is, as in "Write `web01.yml`:"; empty where that is not said."""
+        return "".join(_FILE.findall(self.before)[-1:])
+
+    @property
+    def of_inventory(self) -> bool:
+        """Whether these are variables of the inventory."""
+        return "in the inventory:" in self.before.lower()
 
     @property
     def commands(self) -> list[str]:
@@ -52,6 +62,9 @@ def blocks(page: Path) -> t.Iterator[Block]:
     """Yield all blocks of code of a page."""
     text = page.read_text(encoding="utf-8")
     for match in (_MARKDOWN if page.suffix == ".md" else _GUIDE).finditer(text):
-        before = text[: match.start()].rstrip().rpartition("\n\n")[2]
-        files = _FILE.findall(before) if before.endswith(":") else []
-        yield Block(match["language"], textwrap.dedent(match["text"]).strip("\n") + "\n", files[-1] if files else "")
+        before = " ".join(text[: match.start()].rstrip().rpartition("\n\n")[2].split())
+        yield Block(
+            match["language"],
+            textwrap.dedent(match["text"]).strip("\n") + "\n",
+            before if before.endswith(":") else "",
+        )

@@ -4,8 +4,8 @@
 
 """A newcomer's machines: a controller with ansible-core alone, and two hypervisors with libvirt that it reaches by SSH.
 
-They have the names that the guides use, port 22, and accounts, homes, /etc, /srv and /usr of their own, on a network that
-only they see. On the hypervisors one logs in as an ordinary user, who may become root with sudo.
+They have the names that the guides use, and accounts, homes, /etc, /srv and /usr of their own, on a network that only
+they see. On the hypervisors one logs in as an ordinary user, who may become root with sudo.
 """
 
 from __future__ import annotations
@@ -140,7 +140,13 @@ class Road:
         self.path.chmod(0o755)
         self._stack = contextlib.ExitStack()
         self._stack.callback(shutil.rmtree, self.path)
-        environment = {"HOME": HOME, "LANG": "C.UTF-8", "LOGNAME": "root", "USER": "root", "PATH": f"{ansible}:{SYSTEM}"}
+        environment = {
+            "HOME": HOME,
+            "LANG": "C.UTF-8",
+            "LOGNAME": "root",
+            "USER": "root",
+            "PATH": f"{ansible}:{SYSTEM}",
+        }
         try:
             self._network = self._stack.enter_context(_controller())
             self.controller = Machine(self._network, environment, "/")
@@ -161,6 +167,12 @@ class Road:
         except BaseException:
             self.close()
             raise
+
+    def settle(self, tarball: Path, wheel: Path) -> None:
+        """Install what the way through README installs."""
+        self.controller.run('ansible-galaxy collection install "$1"', tarball)
+        for machine in self.hypervisors:
+            machine.run('/usr/bin/python3 -m zipfile -e "$1" /usr/lib/python3/dist-packages', wheel)
 
     def __enter__(self) -> t.Self:
         return self
@@ -206,7 +218,7 @@ def _controller() -> t.Iterator[NameSpaces]:
 
 
 def install_ansible(place: Path) -> Path:
-    """Make a virtual environment with ansible-core alone, of the version that runs these tests; returns its programs."""
+    """Make a virtual environment with ansible-core alone, of the version that is here; returns its programs."""
     version = _run(Path(sys.executable).with_name("ansible-playbook"), "--version").split("core ")[1].split("]")[0]
     _run(sys.executable, "-m", "venv", place)
     _run(place / "bin" / "pip", "install", "--quiet", "--disable-pip-version-check", f"ansible-core=={version}")

@@ -49,8 +49,10 @@ BLOCKS_NOT_RUN = {
     (guide("fleets"), "- name: Set up the backups in AWX"): "needs an AWX; test_awx_example.py looks at it",
     (
         guide("guide_reports"),
-        "# Alerts for Prometheus on what vm_backup_metrics_dir writes, for a backup each night and a verification each"
-        " week.",
+        (
+            "# Alerts for Prometheus on what vm_backup_metrics_dir writes, for a backup each night and a verification"
+            " each week."
+        ),
     ): "rules of Prometheus; test_alerts.py looks at them",
 }
 """Blocks of YAML that are not for Ansible here, by their first line, and why."""
@@ -69,12 +71,14 @@ ELSEWHERE = {
 }
 """Commands that are run somewhere else than the others of their page."""
 
+OLD01 = "s/app01-vda/old01/; s/app01/old01/; /<uuid>/d"
+
 BEFORE: dict[str, list[tuple[str, str]]] = {
     ROLE_SCHEDULE: [],
     guide("guide_reports"): [(CONTROLLER, f"{BACKUP}2026-11-22 -e vm_backup_report_dir=/srv/reports")],
     guide("guide_worst_day"): [
         *((CONTROLLER, BACKUP + each) for each in ("2026-11-22", "tue", "wed")),
-        (HV01, "mkdir /var/lib/images"),
+        (HV01, "mkdir /var/lib/images; truncate -s 64M /dev/vg0/web01"),
     ],
     guide("how_it_works"): [
         (HV01, "qemu-img create -q -f qcow2 vda.qcow2 4M"),
@@ -89,7 +93,14 @@ BEFORE: dict[str, list[tuple[str, str]]] = {
         (HV01, "truncate -s 8M /dev/vg0/web01-data"),
     ],
     guide("restoring"): [(CONTROLLER, BACKUP + "2026-11-22")],
-    guide("retention"): [(CONTROLLER, BACKUP + each) for each in ("old", "before-upgrade")],
+    guide("retention"): [
+        (CONTROLLER, BACKUP + "old"),
+        # A VM that is gone in the end, and its sets are there.
+        (HV02, "qemu-img create -q -f qcow2 /var/lib/libvirt/images/old01.qcow2 8M"),
+        (HV02, f"virsh dumpxml app01 --inactive | sed '{OLD01}' | virsh define /dev/stdin"),
+        (CONTROLLER, BACKUP + "before-upgrade"),
+        (HV02, "virsh undefine old01"),
+    ],
     guide("verifying"): [(CONTROLLER, BACKUP + "2026-11-22")],
     ROLE: [(CONTROLLER, BACKUP + "before-upgrade")],
 }
@@ -102,6 +113,16 @@ VERBS = {
     ROLE_HYPERVISOR: "ansible-playbook -i inventory.yml playbook.yml",
 }
 """What variables of a page are given to, other than CHECK."""
+
+OVERLAY = (
+    "ansible-playbook -i inventory.yml vmfleet.backup.restore --limit hv01.example.com -e vm_backup_restore_vm=web01"
+    " -e vm_backup_restore_directory=/var/tmp/look -e vm_backup_restore_method=overlay -e vm_backup_checksum=false"
+)
+AGAIN = {
+    # The text goes on from before the overlay was removed.
+    (guide("restoring"), 'qemu-img rebase -p -b "" /var/tmp/look/vda.qcow2'): (CONTROLLER, OVERLAY),
+}
+"""What is done once more before a command."""
 
 TASKS_BEFORE = {
     guide("guide_progress"): [
@@ -122,8 +143,10 @@ TASKS_BEFORE = {
 ENDS: dict[tuple[str, str], tuple[int, str]] = {
     (guide("fleets"), f"{BACKUP}2026-11-26 --limit 'hypervisors[100:199]'"): (
         1,
-        "none of the hosts that match 'hypervisors' is left by --limit",
+        "leaves us with no hosts to target",
     ),
+    # The text says what is to be changed before, where libvirt has started the VM.
+    (guide("guide_worst_day"), "sh /root/web01.sh"): (1, "is not a socket"),
 }
 """Commands that end with another status than 0 here, and what they say then."""
 

@@ -37,14 +37,17 @@ qemu-io -c "write -P $3 0 8M" "$1"
 """
 
 
-def make_new(road: Road, *, guest: bool = False) -> None:
-    """Give the hypervisors new VMs, and take away all that was made; with `guest`, a Linux with an agent runs in db01."""
+def make_new(road: Road, *, guest: bool = False, tpm: bool = False) -> None:
+    """Give the hypervisors new VMs, and take away all that was made.
+
+    With `guest`, a Linux with an agent runs in db01; with `tpm`, web01 has one.
+    """
     for libvirt in road.libvirts:
         libvirt.clear()
     for machine in (road.controller, *road.hypervisors):
         machine.directory = "/"
         machine.run(PLACES)
-    _start(road, 0, "web01", vda="64M", vdb="32M")
+    _start(road, 0, "web01", tpm=tpm, vda="64M", vdb="32M")
     if guest:
         directory = road.path / "guest"
         directory.mkdir()
@@ -54,13 +57,13 @@ def make_new(road: Road, *, guest: bool = False) -> None:
     _start(road, 1, "app01", vda="32M")
 
 
-def _start(road: Road, number: int, name: str, **sizes: str) -> None:
+def _start(road: Road, number: int, name: str, tpm: bool = False, **sizes: str) -> None:
     """Start a domain without a guest: with a channel for an agent, and with the second monitor that a guide shows."""
     disks = []
     for seed, (target, size) in enumerate(sizes.items(), 17):
         disks.append(DomainDisk(IMAGES / f"{name}-{target}.qcow2", target))
         road.hypervisors[number].run(DISK, disks[-1].path, size, seed)
-    xml = domain_xml(name, *disks, devices=CHANNEL)
+    xml = domain_xml(name, *disks, devices=CHANNEL, tpm=tpm)
     xml = xml.replace("<domain ", f"<domain {NAME_SPACE} ").replace("</domain>", f"{second_monitor(name)}</domain>")
     road.libvirts[number].define(name, xml=xml).start()
 

@@ -179,11 +179,11 @@ def test_names(library: Library) -> None:
 def test_names_that_nobody_knows(library: Library) -> None:
     (library.path / "forgotten").mkdir()
     for names, unknown, listed in (
-        (["nosuch", NAME], "nosuch", [NAME]),
-        (["nosuch", "../web01", "forgotten"], "nosuch, ../web01", []),
+        (["nosuch", NAME], "nosuch has no set", [NAME]),
+        (["nosuch", "../web01", "forgotten"], "nosuch, ../web01 have no sets", []),
     ):
         found = fail("backup_info", {"repository": str(library.path), "names": names})
-        assert found["msg"] == f"names: no sets of {unknown} in {library.path}; there are: {NAME}"
+        assert found["msg"] == f"names: {unknown} in {library.path}; VMs there: {NAME}"
         assert [vm["name"] for vm in found["vms"]] == listed
     assert library.info(names=["forgotten"])["vms"] == []
 

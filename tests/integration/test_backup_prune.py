@@ -289,7 +289,7 @@ class TestForget:
         assert again["text"] == ["keep         web01: it has no sets"]
         # One that never was there is a name that is misspelt.
         said = library.fail_prune(names=["never-there"], forget=True)["msg"]
-        assert said == f"names: no sets of never-there in {library.path}; there are: none"
+        assert said == f"names: never-there has no set in {library.path}; VMs there: none"
 
     def test_its_failures_go_with_it(self, library: Library) -> None:
         record = library.path / NAME / ".s9.failed.json"

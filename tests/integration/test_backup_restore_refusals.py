@@ -93,7 +93,7 @@ class TestBrokenChains:
     def test_no_repository_and_no_vm(self, chain: Chain, where: Path, directory: Path) -> None:
         assert "is not a repository" in Library(directory / "nosuch").fail_restore(directory=str(where))
         assert chain.library.fail_restore(vm="nosuch", directory=str(where)) == (
-            "vm: VM nosuch has no set; the repository knows of: web01"
+            f"vm: nosuch has no set in {chain.library.path}; VMs there: web01"
         )
 
 

@@ -346,7 +346,7 @@ def test_a_set_in_another_vms_directory(vms: Vms, sets: Sets) -> None:
 def test_no_such_vm_or_set(vms: Vms, sets: Sets) -> None:
     chain(vms, sets)
     result = fail("backup_verify", arguments(sets, names=["web02"]))
-    assert result["msg"] == f"names: no sets of web02 in {sets.path}; there are: {NAME}"
+    assert result["msg"] == f"names: web02 has no set in {sets.path}; VMs there: {NAME}"
     result = fail("backup_verify", arguments(sets, names=[NAME], id="s9"))
     assert f"VM {NAME} has no set s9; it has: s1, s2, s3" in result["msg"]
     assert fail("backup_verify", arguments(sets, id="../x"))["msg"].startswith("id: ")

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from ansible.module_utils.common.arg_spec import ArgumentSpecValidator
 
 from ansible_collections.vmfleet.backup.tests.harness.modules import NAMES, ROOT
 
@@ -94,3 +95,48 @@ def test_return_values_have_samples(documented: dict[str, t.Any], name: str) -> 
     returned: dict[str, t.Any] = documented[name]["return"] or {}
     assert [key for key, value in returned.items() if "sample" not in value] == []
     assert [text for key, value in returned.items() for text in untrue(key, value, value["sample"])] == []
+
+
+def spec(options: dict[str, t.Any]) -> dict[str, t.Any]:
+    """Return the argument spec that options are documented with; sanity tests hold it equal to that of the module."""
+    kept = ("type", "elements", "choices", "aliases", "required")
+    return {
+        name: {
+            **{key: value for key, value in option.items() if key in kept},
+            **({"options": spec(option["suboptions"])} if option.get("suboptions") else {}),
+        }
+        for name, option in options.items()
+    }
+
+
+def fitting(value: t.Any, option: dict[str, t.Any]) -> t.Any:
+    """Return a value in which a template stands for anything of the type of its option."""
+    if isinstance(value, str) and "{{" in value:
+        example = {"bool": True, "dict": {}, "float": 1.0, "int": 1, "list": []}.get(option.get("type", "str"), "x")
+        return option["choices"][0] if option.get("choices") else example
+    inner = option.get("suboptions") or {}
+    if isinstance(value, dict):
+        return {key: fitting(each, inner.get(key, {})) for key, each in value.items()}
+    if isinstance(value, list):
+        return [fitting(each, {"type": option.get("elements"), "suboptions": inner}) for each in value]
+    return value
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_examples_are_what_the_module_takes(documented: dict[str, t.Any], name: str) -> None:
+    options = documented[name]["doc"].get("options") or {}
+    shown = [task for task in yaml.safe_load(documented[name]["examples"]) if f"vmfleet.backup.{name}" in task]
+    assert shown
+    for task in shown:
+        defaults = {
+            key: value
+            for group, given in (task.get("module_defaults") or {}).items()
+            if name in GROUPS.get(group.rpartition(".")[2], [])
+            for key, value in given.items()
+        }
+        given = {
+            key: fitting(value, options.get(key, {}))
+            for key, value in {**defaults, **(task[f"vmfleet.backup.{name}"] or {})}.items()
+        }
+        errors = ArgumentSpecValidator(spec(options)).validate(given).error_messages
+        assert errors == [], task["name"]

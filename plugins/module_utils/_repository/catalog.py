@@ -17,7 +17,7 @@ from .chain import broken_below, walk
 from .pins import is_read
 from .repository import DESCRIPTION, MANIFEST, failure_name, note_name, staging_name
 from .staging import litter
-from .vm_names import MAX_NAMES, vm_names
+from .vm_names import unknown_vms, vm_names
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -168,11 +168,7 @@ def require_sets(repository: Repository, catalog: VmCatalog) -> None:
     """Refuse a VM that a repository has no set of, and tell of which it has some: mostly the name is misspelt."""
     if catalog.records.sets:
         return
-    known = vm_names(repository)
-    more = f" and {len(known) - MAX_NAMES} others" if len(known) > MAX_NAMES else ""
-    raise Refused(
-        "vm", f"VM {catalog.name} has no set; the repository knows of: {', '.join(known[:MAX_NAMES]) or 'none'}{more}"
-    )
+    raise unknown_vms([catalog.name], vm_names(repository), repository.path, "vm")
 
 
 def require_newest(repository: Repository, catalog: VmCatalog) -> None:

@@ -26,14 +26,17 @@ MAX_NAMES = 30
 """VMs that are listed where one is not found."""
 
 
-def unknown_vms(unknown: Sequence[str], known: Sequence[str], path: str, **details: Any) -> Refused:
+def unknown_vms(
+    unknown: Sequence[str], known: Sequence[str], path: str, option: str = "names", **details: Any
+) -> Refused:
     """Return what is said of VMs that the repository at C(path) does not know, and which there are.
 
     Mostly a name is misspelt.
     """
     more = f" and {len(known) - MAX_NAMES} others" if len(known) > MAX_NAMES else ""
     there = ", ".join(known[:MAX_NAMES]) or "none"
-    return Refused("names", f"no sets of {', '.join(unknown)} in {path}; there are: {there}{more}", **details)
+    have = "have no sets" if len(unknown) > 1 else "has no set"
+    return Refused(option, f"{', '.join(unknown)} {have} in {path}; VMs there: {there}{more}", **details)
 
 
 def vm_names(repository: Repository) -> list[str]:

@@ -34,7 +34,7 @@ def test_a_name_that_is_not_known_is_refused_with_those_that_are(repository: Rep
     os.symlink(tmp_path / "elsewhere", os.path.join(repository.path, "mine too"))
     with pytest.raises(Refused) as refused:
         plan_of_names(repository, Selection(("web03", "web01")))
-    assert str(refused.value) == f"names: no sets of web03 in {repository.path}; there are: web 02/ä, web01"
+    assert str(refused.value) == f"names: web03 has no set in {repository.path}; VMs there: web 02/ä, web01"
 
 
 def test_without_names_those_are_meant_whose_sets_are_being_made_here(repository: Repository) -> None:
