@@ -304,7 +304,7 @@ async def main_task(module: AnsibleModule) -> dict[str, Any]:
         "broken": sum(bool(one["broken"]) for one in sets),
         "leftovers": len(left),
     }
-    result = {"changed": False, "sets": sets, "vms": vms, "leftovers": left, "totals": totals}
+    result: dict[str, Any] = {"changed": False, "sets": sets, "vms": vms, "leftovers": left, "totals": totals}
     if errors:
         raise BackupError("; ".join(errors), **result)
     if unknown:

@@ -168,7 +168,7 @@ def require_sets(repository: Repository, catalog: VmCatalog) -> None:
     """Refuse a VM that a repository has no set of, and tell of which it has some: mostly the name is misspelt."""
     if catalog.records.sets:
         return
-    raise unknown_vms([catalog.name], vm_names(repository), repository.path, "vm")
+    raise unknown_vms([catalog.name], vm_names(repository), repository.path, option="vm")
 
 
 def require_newest(repository: Repository, catalog: VmCatalog) -> None:
