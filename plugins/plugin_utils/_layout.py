@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import re
 import textwrap
+from itertools import groupby
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Sequence
 
 BAD = re.compile(r"(?:failed|cancelled|fail|FAILED|NOT GOOD|!)(?= |\Z)")
 """What a line begins with that tells of a failure."""
 WARNING = re.compile(r"Warning: ")
+GAP = re.compile(r"(?<=\S) {2,}")
+"""What is between two columns of a line."""
 UNIT = re.compile(r"(\d) (?=(?:B|Bytes|[KMGT]iB|ms|s|min|h|d|%)(?![\w]))")
 """The blank between a number and its unit: no line ends there."""
 LEAST = 24
@@ -35,25 +38,39 @@ def lay_out(lines: Iterable[str], width: int) -> Iterator[Line]:
     What does not fit goes on below the last column of its line; whole columns go on below the second one where the last
     one would be too narrow. A line that begins with a blank belongs to the one before, and has its tone.
     """
-    tone = ""
-    for line in lines:
+    lines, tone = list(lines), ""
+    for line, cut in zip(lines, _cuts(lines, width)):
         if not line.startswith(" "):
             tone = "bad" if BAD.match(line) else "warning" if WARNING.match(line) else ""
-        for part in _wrap(line, width):
+        for part in _wrap(line, width, cut):
             yield Line(part, tone)
 
 
-def _wrap(line: str, width: int) -> list[str]:
+def _cuts(lines: Sequence[str], width: int) -> list[int]:
+    """Return where each line is cut between two columns, all rows of a table at the same place; 0 where it is not."""
+    cuts: list[int] = []
+    for fits, rows in groupby(lines, lambda line: not _cut(line, width)):
+        table = list(rows)
+        least = 0 if fits else min(_cut(line, width) for line in table)
+        cuts += [least if line[least - 2 : least] == "  " else _cut(line, width) for line in table]
+    return cuts
+
+
+def _cut(line: str, width: int) -> int:
+    """Return where the columns begin that would not leave room for the words of the last one; 0 where all is well."""
+    gaps = [match for match in GAP.finditer(line) if match.start() <= width]
+    column = max([match.end() for match in re.finditer(r"^ +| {2,}", line)], default=0)
+    return gaps[-1].end() if gaps and 0 < width < len(line) and column > width - LEAST else 0
+
+
+def _wrap(line: str, width: int, cut: int) -> list[str]:
     if not width or len(line) <= width:
         return [line]
-    column = max([match.end() for match in re.finditer(r"^ +| {2,}", line)], default=4)
-    gaps = list(re.finditer(r"(?<=\S) {2,}", line))
-    last = max((gap for gap in gaps if gap.start() <= width), key=re.Match.start, default=None)
-    if last and column > width - LEAST:
-        head, tail = line[: last.start()], re.sub(" {2,}", "  ", line[last.end() :])
-        indent = min(gaps[0].end(), max(width - LEAST, 0))
-        return [head, *_fill(tail, width, indent)]
+    if cut:
+        indent = min(next(GAP.finditer(line)).end(), max(width - LEAST, 0))
+        return [line[:cut].rstrip(), *_fill(re.sub(" {2,}", "  ", line[cut:]), width, indent)]
     # Only what is in the last column may be broken: the blanks before it make up the table.
+    column = max([match.end() for match in re.finditer(r"^ +| {2,}", line)], default=4)
     indent = min(column, max(width - LEAST, 0))
     found = _fill(line[indent:], width, indent)
     return [line[:indent] + found[0][indent:], *found[1:]] if found else [line.rstrip()]

@@ -61,6 +61,23 @@ def test_the_last_columns_of_a_table_go_on_below_the_second_one() -> None:
         "               hv02.example.com",
     ]
     assert laid_out(*TABLE, width=120) == TABLE
+    # All rows are cut at the same place.
+    assert laid_out(*TABLE, width=79) == [
+        "  VM           newest set     age  level         sets        size  verified",
+        "               hypervisor",
+        "! new01        none                                 0",
+        "               hv02.example.com",
+        "! accounting1  2026-11-25    27 h  incremental     30   201.3 GiB  NOT GOOD",
+        "               hv01.example.com, hv02.example.com",
+    ]
+    assert laid_out(*TABLE, width=74)[:2] == [
+        "  VM           newest set     age  level         sets        size",
+        "               verified  hypervisor",
+    ]
+    assert laid_out(*TABLE, width=74)[4:] == [
+        "! accounting1  2026-11-25    27 h  incremental     30   201.3 GiB",
+        "               NOT GOOD  hv01.example.com, hv02.example.com",
+    ]
     assert {line.tone for line in list(lay_out(TABLE, 80))[2:]} == {"bad"}
 
 
