@@ -200,7 +200,10 @@ options:
     choices: [none, zstd, zlib]
     default: none
   speed:
-    description: The most bytes per second that each disk is copied with, such as V(50M). V(0) sets no limit.
+    description:
+      - The most bytes per second that each disk is copied with, such as V(50M). V(0) sets no limit.
+      - A full copy counts the holes of a disk like data, though it does not write them. A disk of 4 TiB takes 11.7
+        hours at V(100M), however little it holds. The plan warns of that. Increments count changed blocks only.
     type: bytes
     default: "0"
   reserve:

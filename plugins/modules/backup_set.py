@@ -73,7 +73,7 @@ options:
       - What all copies of this call may take together, in bytes per second, or with a unit as in V(200M). V(0) sets no
         limit.
       - It is shared out equally among the running jobs, also those that an earlier call has started. A job gets no more
-        than O(vmfleet.backup.backup_plan#module:speed).
+        than O(vmfleet.backup.backup_plan#module:speed). Holes count like data, as they do there.
       - With O(state=started), copies keep what they have when the call is over.
     type: bytes
     default: "0"

@@ -64,6 +64,7 @@ options:
   speed:
     description:
       - Limit of the job's rate in bytes per second, also as V(50M). V(0) is unlimited.
+      - With O(sync=full), holes of the disk count like data, though they are not written.
       - A job that runs already gets this limit, unless it is V(0).
     type: bytes
     default: "0"

@@ -26,6 +26,7 @@ from .model import Action, Plan, RunContext, VmPlan
 from .observe import measure, no_room, observe, space_in, with_records
 from .old_names import OldNames
 from .requests import known_name, reached_once, with_new_name, with_policy
+from .speed_warnings import speed_warnings
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -162,6 +163,7 @@ async def draw_up(
                     *tpm_warnings(seen.vm, request.address.uri),
                     *domain_warnings(seen.vm, copied, decision.choice.left_out, policy.tracking),
                     *listed_otherwise(request.files, seen.vm),
+                    *speed_warnings(copied, links, expected, policy.speed),
                 )
                 losses[request.monitor] = (*lost_in_copy(copied, seen.vm.disks), *warned)
             return replace(decision.plan, disks=disks)
