@@ -65,6 +65,9 @@ WHERE = {
 }
 """Where the commands of a page are run, other than ansible's: else on the first hypervisor."""
 
+HOMES = {guide("getting_started"): "/home/newcomer"}
+"""Where $HOME of the controller is another directory than the one in the password file."""
+
 ELSEWHERE = {
     README: HV02,
     (guide("restoring"), "virsh start web01"): HV02,

@@ -39,6 +39,9 @@ class Walk:
         for machine in self._machines.values():
             machine.run(f"rm -rf {WORK}; mkdir {WORK}")
             machine.directory = WORK
+        home = tables.HOMES.get(page, "/root")
+        road.controller.environment["HOME"] = home
+        road.controller.run(f"mkdir -p {home}")
         self._write("ansible.cfg", configuration())
         self._write("group_vars/hypervisors/own.yml", yaml.safe_dump(group_variables))
 
