@@ -168,3 +168,6 @@ SHOWN = {
     (guide("getting_started"), "Backup"),
 }
 """Blocks of text that show what the command before them prints, by their first word."""
+
+THOROUGH = {guide(name) for name in ("fleets", "incremental_backups", "monitoring", "operating", "verifying")}
+"""Pages whose commands are mostly those of README again: `make test` leaves them out, `make thorough` does not."""
