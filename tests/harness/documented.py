@@ -22,6 +22,9 @@ PAGES = {
     )
 }
 
+DONE = ("console", "yaml", "yaml+jinja")
+"""The languages of blocks that are commands, or for Ansible."""
+
 _MARKDOWN = re.compile(r"^```(?P<language>\S+)\n(?P<text>.*?)^```", re.MULTILINE | re.DOTALL)
 _GUIDE = re.compile(
     r"^(?P<indent> *)\.\. code-block:: (?P<language>\S+)\n\n(?P<text>(?:(?P=indent) +.*\n|\n)+)", re.MULTILINE
@@ -68,3 +71,8 @@ def blocks(page: Path) -> t.Iterator[Block]:
             textwrap.dedent(match["text"]).strip("\n") + "\n",
             before if before.endswith(":") else "",
         )
+
+
+def walked() -> list[str]:
+    """Return the pages that have something to be done."""
+    return [name for name, page in PAGES.items() if any(block.language in DONE for block in blocks(page))]

@@ -69,7 +69,6 @@ HOMES = {guide("getting_started"): "/home/newcomer"}
 """Where $HOME of the controller is another directory than the one in the password file."""
 
 ELSEWHERE = {
-    README: HV02,
     (guide("restoring"), "virsh start web01"): HV02,
 }
 """Commands that are run somewhere else than the others of their page."""

@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 import yaml
 
 from ansible_collections.vmfleet.backup.tests.harness import road_tables as tables
-from ansible_collections.vmfleet.backup.tests.harness.documented import PAGES, Block, blocks
+from ansible_collections.vmfleet.backup.tests.harness.documented import DONE, PAGES, Block, blocks
 
 if t.TYPE_CHECKING:
     from pathlib import Path
@@ -56,7 +56,7 @@ class Walk:
             if block.language == "console":
                 for command in block.commands:
                     self._command(command)
-            elif block.language in ("yaml", "yaml+jinja"):
+            elif block.language in DONE:
                 self._yaml(block)
             elif block.language == "text" and (self.page, block.text.splitlines()[0].split()[0]) in tables.SHOWN:
                 self._shown(block)

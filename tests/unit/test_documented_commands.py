@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import yaml
 
-from ansible_collections.vmfleet.backup.tests.harness.documented import PAGES, blocks
+from ansible_collections.vmfleet.backup.tests.harness import road_tables as tables
+from ansible_collections.vmfleet.backup.tests.harness.documented import PAGES, blocks, walked
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -132,6 +133,27 @@ def test_readme_lists_all_that_there_is() -> None:
     assert missing == []
     guides = [page.name for page in PAGES.values() if page.suffix == ".rst"]
     assert [name for name in guides if f"/docs/docsite/rst/{name}" not in readme] == []
+
+
+def test_all_blocks_are_seen() -> None:
+    # In the middle of a list, for example, a block of README would be indented.
+    for page in PAGES.values():
+        begun = re.findall(r"^ *(?:```(?=\w)|\.\. code-block:: )", page.read_text(encoding="utf-8"), re.MULTILINE)
+        assert len(begun) == len(list(blocks(page))), page
+
+
+def test_the_tables_are_about_what_is_there() -> None:
+    commands = {(name, command) for name, page in PAGES.items() for block in blocks(page) for command in block.commands}
+    heads = {(name, block.text.splitlines()[0]) for name, page in PAGES.items() for block in blocks(page)}
+    for table in (tables.NOT_RUN, tables.ELSEWHERE, tables.ENDS, tables.AGAIN):
+        assert set(table) - commands == set()
+    assert set(tables.BLOCKS_NOT_RUN) - heads == set()
+    assert {(page, head.split()[0]) for page, head in heads if head} >= tables.SHOWN
+    assert {*tables.BEFORE, *tables.VERBS, *tables.WHERE, *tables.TASKS_BEFORE, *tables.HOMES, *tables.THOROUGH} <= set(
+        walked()
+    )
+    text = "\n".join(command for _page, command in commands)
+    assert [given for given in tables.SUBSTITUTIONS if given not in text] == []
 
 
 def test_something_is_found() -> None:
