@@ -76,7 +76,6 @@ ELSEWHERE = {
 OLD01 = "s/app01-vda/old01/; s/app01/old01/; /<uuid>/d"
 
 BEFORE: dict[str, list[tuple[str, str]]] = {
-    ROLE_SCHEDULE: [],
     guide("guide_reports"): [(CONTROLLER, f"{BACKUP}2026-11-22 -e vm_backup_report_dir=/srv/reports")],
     guide("guide_worst_day"): [
         *((CONTROLLER, BACKUP + each) for each in ("2026-11-22", "tue", "wed")),
