@@ -6,7 +6,7 @@
 # ARGS goes to the program behind a target, as in: make unit ARGS="-k plan"
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format sanity unit fuzz integration molecule system thorough torture crashes package versions matrix docs pictures bench lock release clean
+.PHONY: help demo test lint format sanity unit fuzz integration molecule system thorough torture crashes package confined versions matrix docs pictures bench lock release clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -35,9 +35,10 @@ thorough: ## Run the tests of both that take too long for `make test` (root)
 torture: ## Drive 200 random chains of sets of a QEMU and 200 of a domain, where `make system` drives 25 and 6 (root)
 crashes: ## Kill modules, QEMU or both at every hit of every point, where `make test` kills at some (root)
 package: ## Build the tarball into dist, install it elsewhere and run its playbook (root)
+confined: ## Run the tests of confined QEMU in guests with AppArmor and SELinux (root)
 versions: ## Run the most telling tests with the newest QEMU, and the oldest and newest Ansible and Python (root)
 matrix: ## Run the tests with all versions of QEMU, Ansible and Python, or the cells in ARGS; write the table in the guides (root)
-integration molecule system thorough torture crashes package versions matrix:
+integration molecule system thorough torture crashes package confined versions matrix:
 	@tools/setup vm
 	@.venv/bin/python tools/check $@ --arguments="$(ARGS)"
 

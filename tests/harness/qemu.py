@@ -20,8 +20,8 @@ from pathlib import Path
 from ansible_collections.vmfleet.backup.tests.harness.images import qemu_img
 from ansible_collections.vmfleet.backup.tests.harness.qmp import Qmp, QmpError
 
-# Far beyond what anything here takes; it only keeps a broken test from hanging.
-PATIENCE = 60.0
+# Far beyond what anything here takes; it only keeps a broken test from hanging. A guest may need more.
+PATIENCE = float(os.environ.get("VMFLEET_PATIENCE", "60"))
 
 T = t.TypeVar("T")
 
@@ -125,8 +125,10 @@ class Qemu:
         unprivileged: bool = False,
         tcp: bool = False,
         rejecting: bool = False,
+        under: t.Sequence[str] = (),
         extra: t.Sequence[str] = (),
     ) -> None:
+        """`under` is a command that runs QEMU, whose own command is put after it."""
         self.disks = disks
         self._options: list[str] = ["-machine", machine, *extra]
         if name:
@@ -140,6 +142,7 @@ class Qemu:
             self._options += ["-S"]
         self._unprivileged = unprivileged
         self._tcp = tcp
+        self._under = under
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: Qmp | None = None
         # UNIX socket paths may have 107 bytes only, so not below a test's own directory.
@@ -191,7 +194,8 @@ class Qemu:
             for path in (self.directory, *(disk.path for disk in self.disks if disk.path)):
                 shutil.chown(path, "nobody")
         # Line by line, so that what qemu-io prints is in the log when its command returns.
-        command += ["stdbuf", "-oL", "qemu-system-x86_64", "-nodefaults", "-display", "none", *self._options]
+        command += ["stdbuf", "-oL", *self._under]
+        command += ["qemu-system-x86_64", "-nodefaults", "-display", "none", *self._options]
         for path in (self.monitor, self._control):
             path.unlink(missing_ok=True)
             command += ["-qmp", f"unix:{path},server=on,wait=off"]
@@ -210,7 +214,7 @@ class Qemu:
             with contextlib.closing(Qmp(self._control)) as early:
                 early.execute("query-status")
             return Qmp(self._control)
-        except (FileNotFoundError, ConnectionError, TimeoutError, QmpError):
+        except (FileNotFoundError, BlockingIOError, ConnectionError, TimeoutError, QmpError):
             assert self.alive, f"QEMU did not start: {self._log.read_text()}"
             return None
 
