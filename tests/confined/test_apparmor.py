@@ -66,7 +66,7 @@ profile backupper {{
 
 @pytest.fixture(scope="module")
 def _profiles() -> None:
-    parser = Path(os.environ["VMFLEET_CONFINED_TOOLS"]) / "sbin" / "apparmor_parser"
+    parser = Path(os.environ["VMFLEET_CONFINED_TOOLS"]) / "usr/sbin/apparmor_parser"
     command = [parser, "--replace", "--skip-cache", "--quiet"]
     done = subprocess.run(command, input=RULES, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -27,6 +27,7 @@ from ansible_collections.vmfleet.backup.tests.harness.confined import (
     denials,
     label,
     label_file,
+    mount_with_label,
     run_modules_as,
     with_label,
 )
@@ -178,9 +179,7 @@ class TestRefusals:
     def test_file_system_that_is_mounted_with_a_label(
         self, context: str, taken: bool, vm: Qemu, sets: Sets, place: Path
     ) -> None:
-        subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", f'size=64M,mode=700,context="{context}"', "tmpfs", place], check=True
-        )
+        mount_with_label(place, context)
         try:
             if taken:
                 sets.back_up(vm)

@@ -70,6 +70,10 @@ class History:
         self._levels[set_id] = self.sets.levels(self.name, set_id)
         return self._levels[set_id]
 
+    def forget(self, set_id: str) -> None:
+        """A set is not there any more."""
+        del self._levels[set_id]
+
     def check(self) -> None:
         """Every set holds, byte for byte, what the VM's disks held at its moment, and there is no other set."""
         there = {path.name for path in (self.sets.path / self.name).iterdir() if not path.name.startswith(".")}
