@@ -12,10 +12,10 @@ version_added: 0.1.0
 description:
   - Asks every VM that is listed, or whose socket matches a pattern, for its disks and jobs, looks into the repository,
     and says for each VM what M(vmfleet.backup.backup_set) would do and why.
-  - Changes nothing, in check mode or out of it. O(takeover), O(supersede) and O(adopt) are orders for
-    M(vmfleet.backup.backup_set), and the plan says what becomes of them.
+  - Changes nothing, with and without check mode. O(takeover), O(supersede) and O(adopt) are for
+    M(vmfleet.backup.backup_set), and the plan shows their effect.
   - A VM that cannot be backed up is in the plan with RV(plan.vms[].action=fail) and the reason. It never stops the
-    others. M(vmfleet.backup.backup_set) fails when it is through with them.
+    others. M(vmfleet.backup.backup_set) fails after it has finished the others.
   - CD-ROMs, empty drives and other read-only drives are left out, and named in the plan. UEFI variables (pflash) are
     included.
 author:
@@ -35,7 +35,7 @@ attributes:
     description: Shows the plan as text.
     support: full
   idempotent:
-    description: Reads only, so that it can be run at any time, any number of times.
+    description: Only reads. It can be run at any time, any number of times.
     support: full
 requirements:
   - qemu.qmp >= 0.0.4 (Python library) on the hypervisor
@@ -50,15 +50,15 @@ options:
     required: true
   create_repository:
     description:
-      - Plan to make a repository where there is none. M(vmfleet.backup.backup_set) makes it, in an empty directory,
-        or in one that does not exist yet.
+      - Plan to make a repository if there is none. M(vmfleet.backup.backup_set) makes it, in an empty directory, or in
+        one that does not exist yet.
     type: bool
     default: false
   id:
     description:
-      - The id of the sets. A VM that has a set of this id is done.
-      - The default is today's date in UTC, such as V(2026-11-22). For several sets a day, give an id with the time in
-        it.
+      - The id of the sets. A VM that has a set with this id is done.
+      - The default is today's date in UTC, such as V(2026-11-22). For several sets a day, use an id that contains the
+        time.
     type: str
   vms:
     description: The VMs to back up.
@@ -67,7 +67,7 @@ options:
     suboptions:
       name:
         description:
-          - What the VM is called in the repository.
+          - The name of the VM in the repository.
           - The default is the name that QEMU was given (C(-name)), else the file name of the socket without its suffix.
         type: str
       monitor:
@@ -99,17 +99,16 @@ options:
         type: path
       disks:
         description:
-          - All disks of the VM, for when it is off and O(offline=backup). Needs O(vms[].name).
-          - O(include_disks) and O(exclude_disks) choose among them by these names. Those that are left out are opened
-            too while others are copied, but only so that the VM fails to start at its first disk, and no other disk is
-            harmed.
+          - All disks of the VM, for backups while it is off, with O(offline=backup). Needs O(vms[].name).
+          - O(include_disks) and O(exclude_disks) select disks by these names. The other disks are opened, too, during
+            the copy. This makes the VM fail at its first disk if somebody starts it, so no disk is harmed.
         type: list
         elements: dict
         suboptions:
           name:
             description:
-              - What the disk is called in the VM's sets, which is its name while the VM is on. The plan warns where the
-                VM has another disk under this name.
+              - The name of the disk in the sets of the VM, which is its name while the VM is on. The plan warns if the VM
+                has another disk with this name.
             type: str
             required: true
           file:
@@ -117,85 +116,83 @@ options:
             type: path
             required: true
           format:
-            description: What that holds. Only the changes of a V(qcow2) disk are recorded while its VM is off.
+            description: The format of the file. Only the changes of a V(qcow2) disk are recorded while its VM is off.
             type: str
             choices: [qcow2, raw]
             required: true
       uuid:
         description:
-          - The VM's uuid (C(-uuid) of QEMU). If it has one, its first set is made while it is off, and O(vms[].disks)
-            are listed, it has to be told. Otherwise it is taken from the sets that this machine has made of the VM.
+          - The VM's uuid (C(-uuid) of QEMU). It is needed if the VM has one, O(vms[].disks) are listed, and the first
+            set is made while the VM is off. Otherwise it comes from the sets that this machine has made of the VM.
           - A VM that answers at the monitor with another uuid is not backed up.
         type: str
   sockets:
     description:
       - Patterns of the QMP sockets of further VMs, such as V(/run/vmfleet-monitors/*.qmp).
-      - A pattern that matches nothing gives a warning. A path without wildcards stands for a VM that should be
-        there.
+      - A pattern that matches nothing gives a warning. A path without wildcards names a VM that must exist.
     type: list
     elements: str
   domains:
     description:
-      - Patterns of the names of domains of libvirt, such as V(*) or V(web*). Domains that run and domains that are shut
-        off are found alike; what becomes of these, O(offline) says.
-      - A pattern that matches nothing gives a warning. A name without wildcards stands for a domain that should be
-        there.
-      - A domain that is found by its socket as well is one VM. It is reached as it is listed in O(vms), else through
-        libvirt.
-      - What a domain says of its own backup, in its C(<metadata>), stands above the options of this module, and what
-        is said of it in O(vms) stands above that.
+      - Patterns of the names of domains of libvirt, such as V(*) or V(web*). They find domains that run and domains
+        that are shut off. O(offline) says what to do with the latter.
+      - A pattern that matches nothing gives a warning. A name without wildcards names a domain that must exist.
+      - A domain that is also found by its socket is one VM. It is reached as O(vms) lists it, or else through libvirt.
+      - The settings in the C(<metadata>) of a domain override the options of this module, and the settings in O(vms)
+        override both.
     type: list
     elements: str
   exclude_domains:
-    description: Patterns of the names of domains that O(domains) does not stand for.
+    description: Patterns of the names of domains that O(domains) does not find.
     type: list
     elements: str
   include_disks:
     description:
       - Back up these disks only, by backend name, node name, device id, or target (V(vda)) of a domain of libvirt. A
-        name that a VM does not have is an error for that VM.
-      - A read-only disk that is named here is backed up too.
+        VM fails if it does not have a disk that is named.
+      - A read-only disk that is named here is backed up, too.
     type: list
     elements: str
     default: []
   exclude_disks:
-    description: Leave these disks out. A name that a VM does not have is an error for that VM.
+    description: Leave out these disks. A VM fails if it does not have a disk that is named.
     type: list
     elements: str
     default: []
   level:
     description:
-      - V(auto) and V(incremental) copy what has changed since the newest set, V(differential) what has changed since
-        the newest full image of each disk. V(full) copies everything.
-      - A disk whose changes are not known beyond doubt is copied in full, and the plan says why. So is a disk that is
-        new, one whose size has changed, and one whose chain has O(max_chain) images.
+      - V(auto) and V(incremental) copy what has changed since the newest set. V(differential) copies what has changed
+        since the newest full image of each disk. V(full) copies everything.
+      - A disk is copied in full if its changes are not known for certain, if it is new, if its size has changed, or if
+        its chain has O(max_chain) images. The plan says why.
     type: str
     choices: [auto, full, incremental, differential]
     default: auto
   max_chain:
     description:
-      - The most images that a chain may have, the full one included. The next one is full.
+      - The largest number of images in a chain, with the full one. The image after that is full.
     type: int
     default: 30
   tracking:
     description:
-      - Let QEMU record which parts of the disks change after a set, in a bitmap for each disk. Without, every set is a
-        full one.
+      - Let QEMU record which parts of the disks change after a set, in a bitmap for each disk. With V(false), every set
+        is a full one.
       - While a disk has bitmaps, QEMU refuses to load internal snapshots (C(loadvm), C(qemu-img snapshot -a)).
     type: bool
     default: true
   quiesce:
     description:
-      - Whether the guest's file systems are frozen through its guest agent at the moment of the set. They are frozen
-        for the start of the jobs only, not while these copy.
-      - With V(try) a guest that cannot be frozen is backed up as it is, as after a power cut, and the result says so.
-        With V(require) it is not backed up.
+      - Whether to freeze the file systems of the guest, through its guest agent, at the moment of the set. They are
+        frozen only while the jobs start, not while they copy.
+      - V(try) backs up a guest that cannot be frozen as it is, as after a power cut, and the result says so. V(require)
+        does not back it up.
     type: str
     choices: [none, try, require]
     default: none
   compression:
     description:
-      - V(zstd) takes about half as long again as V(none) and V(zlib) many times as long, and both save space.
+      - Both V(zstd) and V(zlib) save space. V(zstd) takes about 1.5 times as long as V(none), and V(zlib) many times as
+        long.
     type: str
     choices: [none, zstd, zlib]
     default: none
@@ -208,41 +205,41 @@ options:
     default: "0"
   reserve:
     description:
-      - What always stays free in the repository, as a percentage of its file system or as an amount, such as V(20G).
-      - A VM whose set might take more than what is left fails before anything is started on it.
-      - Counts double on file systems that cannot reserve space for a copy.
+      - The space that always stays free in the repository, as a percentage of its file system or as an amount, such as
+        V(20G).
+      - A VM fails before it starts if its set might need more than the remaining space.
+      - It counts double on file systems that cannot reserve space for a copy.
     type: str
     default: 5%
   checksum:
-    description: Take the SHA-256 of every image, reading it back from the disk.
+    description: Read every image back from the disk, and note its SHA-256 in the manifest.
     type: bool
     default: true
   offline:
     description:
-      - What becomes of a VM that is off. With V(backup) its disks are copied by C(qemu-storage-daemon). Those of a
-        domain libvirt tells, and those of another VM O(vms[].disks) lists; without that list it counts as not backed
-        up. The VM cannot be started while it is copied. If none of its disks has changed since its newest set, nothing
-        is copied.
-      - With V(fail) such a VM counts as not backed up. With V(skip) it is left out, and the plan says so.
-      - A VM that is there and does not answer always counts as not backed up.
+      - What to do with a VM that is off. With V(backup), C(qemu-storage-daemon) copies its disks. libvirt knows the
+        disks of a domain. List the disks of another VM in O(vms[].disks), or the VM counts as not backed up. The VM
+        cannot be started during the copy. If none of its disks has changed since its newest set, nothing is copied.
+      - V(fail) counts such a VM as not backed up. V(skip) leaves it out, and the plan says so.
+      - A running VM that does not answer always counts as not backed up.
     type: str
     choices: [backup, fail, skip]
     default: backup
   encrypted_source:
     description:
-      - What becomes of a disk whose image, or one below it, is encrypted (LUKS). QEMU decrypts what it copies, and so
-        the image in the set is not encrypted.
-      - With V(warn) it is copied, and the plan, the result and the manifest say so. With V(refuse) its VM counts as not
+      - What to do with a disk whose image, or one below it, is encrypted (LUKS). QEMU decrypts the data that it copies,
+        so the image in the set is not encrypted.
+      - V(warn) copies the disk, and the plan, the result and the manifest say so. With V(refuse) its VM counts as not
         backed up, and nothing is started on it.
     type: str
     choices: [warn, refuse]
     default: warn
   selinux_label:
     description:
-      - Where SELinux does not let QEMU write to new images in the repository, give them the label of the VM's own
-        images while they are made, and their own one back when their jobs have ended. With V(false) such a VM counts as
-        not backed up, and nothing is started on it.
-      - Nothing is labelled where QEMU may write to the images as they are.
+      - If SELinux does not let QEMU write to new images in the repository, give the images the label of the VM's own
+        images while they are made. They get their own label back when their jobs have ended. With V(false) such a VM
+        counts as not backed up, and nothing is started on it.
+      - No label is changed if QEMU may write to the images as they are.
     type: bool
     default: true
 seealso:
@@ -252,7 +249,7 @@ seealso:
   - ref: ansible_collections.vmfleet.backup.docsite.consistency
     description: How a guest is frozen, and why that may fail.
   - ref: ansible_collections.vmfleet.backup.docsite.powered_off
-    description: How a VM is backed up that is off.
+    description: How to back up a VM that is off.
 """
 
 EXAMPLES = r"""

@@ -10,18 +10,17 @@ module: backup_restore
 short_description: Restore a VM from its backup sets
 version_added: 0.1.0
 description:
-  - Copies disks out of a set to image files or block devices, or lays images over them that can be used at once.
-  - No file of a set is changed. Only a pin is put beside the set while it is in use.
-  - What is wrong with a chain or a target is found before the first byte is written. That is a missing image, one that
-    says that it is another one, a target that exists, is in use or has no room. An image whose checksum does not match
-    is found before a file gets its name, see O(checksum).
-  - An image file appears under its name when it is complete and on stable storage. Until then it is called like the
-    target, with C(.partial) after it.
-  - A file C(TARGET.restored.json) beside each target says what it is. As long as target and file belong together and
+  - Copies the disks of a set to image files or block devices, or makes overlays that can be used at once.
+  - Changes no file of a set. Only puts a pin beside the set while it is in use.
+  - Finds problems of a chain or a target before it writes the first byte, such as a missing or exchanged image, or a
+    target that exists, is in use or has not enough space. Finds a wrong checksum before a file gets its name, see
+    O(checksum).
+  - An image file gets its name when it is complete and on stable storage. Until then its name is that of the target
+    with C(.partial) at the end.
+  - A file C(TARGET.restored.json) beside each target says what the target is. As long as the two belong together and
     nobody has written to the target, the same restore changes nothing.
   - Needs no QEMU and no virtual machine, and no more than read access to the repository.
-  - With O(domain=define), the domain of libvirt that the set was made of is defined when its disks are in place. It is
-    not started.
+  - With O(domain=define), also defines the domain of libvirt when its disks are complete. Does not start it.
 author:
   - vmfleet contributors (@vmfleet)
 extends_documentation_fragment:
@@ -33,7 +32,7 @@ attributes:
   idempotent:
     support: partial
     details:
-      - A block device has nothing beside it that could tell. It is written every time.
+      - A block device is written every time, because no file beside it can say what it is.
 requirements:
   - qemu-img on the machine
   - libvirt with python3-libvirt on the machine, for O(domain=define)
@@ -43,13 +42,13 @@ options:
     type: path
     required: true
   vm:
-    description: The VM, as it is called in the repository.
+    description: The name of the VM in the repository.
     type: str
     required: true
   id:
     description:
       - The set. The default is the newest one.
-      - Where a set cannot be read that may be newer, none is chosen, and the set has to be named.
+      - If a set that may be newer cannot be read, the module chooses none, and you must name the set.
     type: str
   before:
     description:
@@ -58,8 +57,8 @@ options:
     type: str
   directory:
     description:
-      - Restore all disks into this directory, each as a qcow2 image that is called after the disk.
-      - With O(state=absent), remove all overlays of this VM from there, whichever sets they are of.
+      - Restore all disks into this directory, each as a qcow2 image with the name of the disk.
+      - With O(state=absent), remove all overlays of this VM from there, of any set.
     type: path
   disks:
     description: Restore these disks only.
@@ -67,7 +66,7 @@ options:
     elements: dict
     suboptions:
       name:
-        description: The disk, as it is called in the set, or in any other set of the VM.
+        description: The name of the disk in this set, or in any other set of the VM.
         type: str
         required: true
       target:
@@ -81,18 +80,18 @@ options:
   method:
     description:
       - V(copy) makes independent disks.
-      - V(overlay) makes qcow2 images that read from the set what has not been written to them. They are there at once,
-        and a VM can start from them. They need the set as long as they are used. As long as they exist, it is pinned,
-        and M(vmfleet.backup.backup_prune) keeps it.
-      - Never commit an overlay, which would write into the backup.
+      - V(overlay) makes small qcow2 images at once. They hold new writes, and read all other data from the set. A VM
+        can start from them. They need the set as long as they are used. The set is pinned as long as they exist, and
+        M(vmfleet.backup.backup_prune) keeps it.
+      - Never commit an overlay, because a commit writes into the backup.
     type: str
     choices: [copy, overlay]
     default: copy
   overwrite:
     description:
-      - Replace targets that exist. Block devices are always such targets.
-      - With O(domain=define), also define a domain of the same name and uuid anew. It has to be off, without a saved
-        state, snapshots and checkpoints.
+      - Replace targets that exist. A block device always exists.
+      - With O(domain=define), also define a domain again that has the same name and uuid. It must be off, without a
+        saved state, snapshots and checkpoints.
     type: bool
     default: false
   checksum:
@@ -103,54 +102,54 @@ options:
         are compared first.
       - V(during) writes block devices at the same time, too, so that each image is read once. Where a checksum is not
         right, the task fails, and what is on the block device must not be used.
-      - With V(false), an overlay is there in an instant.
+      - With V(false), an overlay is ready at once.
       - What the headers of the images say is compared with the manifests in any case, before anything is written.
     type: str
     choices: ["true", "false", "during"]
     default: "true"
   domain:
     description:
-      - V(define) defines the domain that the set was made of, on copies of all its disks. The set has to be of a VM
-        that was reached as V(libvirt:NAME).
+      - V(define) defines the domain of the set again, on copies of all its disks. The VM of the set must have been
+        reached as V(libvirt:NAME).
       - UEFI variables are restored as C(nvram.fd), in format V(raw), and the state of the TPM is put where libvirt
         looks for it. libvirt gives all files to the users of QEMU and of swtpm when the domain is started.
-      - Disks that are not in the set are taken out of the domain, and CD-ROM drives are empty. Passwords and secrets of
-        libvirt are not in the set. All of this is told, in RV(notes).
-      - All that stands in the way is found before anything is written. That is a domain of this name or uuid, a machine
-        type that this libvirt cannot run, or a firmware that is not here.
-      - A domain does what its XML says, be it with files and devices of the machine. So the repository must be one that
-        no others can write to, unless O(trust_others=true).
+      - Disks that are not in the set are removed from the domain, and CD-ROM drives are empty. Passwords and secrets of
+        libvirt are not in the set. RV(notes) lists all of this.
+      - Finds all obstacles before anything is written, such as a domain with this name or uuid, a machine type that
+        this libvirt cannot run, or a missing firmware.
+      - A domain does what its XML says, also with files and devices of the machine. Therefore no others may be able to
+        write to the repository, unless O(trust_others=true).
     type: str
     choices: [none, define]
     default: none
   domain_name:
-    description: What the domain is called. The default is the old name.
+    description: The name of the domain. The default is its old name.
     type: str
   domain_uuid:
     description:
-      - V(keep) gives it the uuid of the old domain, by which the next backup knows it again. That one must not be here
-        any more.
-      - V(new) gives it one of its own, which is the same each time that this set is restored under this name here.
+      - V(keep) gives it the uuid of the old domain, by which the next backup recognizes it. The old domain must not
+        exist here any more.
+      - V(new) gives it a new uuid. It is the same each time that this set is restored with this name here.
     type: str
     choices: [keep, new]
     default: keep
   domain_mac:
     description:
-      - V(new) has libvirt draw new addresses for its network cards. Two domains with one address in one network disturb
-        each other.
+      - V(new) lets libvirt choose new MAC addresses for the network cards. Two domains with one address in one network
+        disturb each other.
     type: str
     choices: [keep, new]
     default: keep
   state:
     description:
       - V(absent) removes overlays that were made here, and says that their sets are not in use any more.
-      - An overlay that was made independent stays. Only its set is let go.
+      - An overlay that was made independent stays. Only the pin of its set is removed.
     type: str
     choices: [present, absent]
     default: present
 notes:
-  - Targets belong to the user that the module runs as, with mode 0600. Give them to the user that QEMU runs as. For an
-    overlay, that user needs to read the repository as well.
+  - Targets belong to the user of the module, with mode 0600. Give them to the user of QEMU. For an overlay, that user
+    must be able to read the repository, too.
 seealso:
   - module: vmfleet.backup.backup_set
   - ref: ansible_collections.vmfleet.backup.docsite.restoring.overlay

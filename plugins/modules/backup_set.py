@@ -10,15 +10,13 @@ module: backup_set
 short_description: Make or cancel backup sets
 version_added: 0.1.0
 description:
-  - Sees to it that every VM of a plan has its set in the repository, that is, the images of all its chosen disks at one
-    point in time, with one manifest.
-  - A set that is there is left alone. One that is being made is picked up, by whatever process it was begun. What a
-    process left that was killed is finished or cleaned up. So a run that went wrong is simply run again with the same
-    id.
-  - Every decision of the plan is made once more with locks held. It may only get safer by then. A disk may be copied in
+  - Makes a set in the repository for every VM of a plan. A set has the images of all chosen disks at one point in time,
+    with one manifest.
+  - Does not change a set that exists. Continues a set that another process has started, and completes or removes what a
+    killed process has left. To repeat a run that went wrong, run it again with the same id.
+  - Makes every decision of the plan again, with locks held. A decision can only become safer. A disk may be copied in
     full instead of incrementally, and RV(vms[].disks[].reason) says why.
-  - A VM for which something goes wrong never stops the others. The module fails when it is through with them, with all
-    results.
+  - A VM that fails never stops the others. The module fails after it has finished the others, with all results.
 author:
   - vmfleet contributors (@vmfleet)
 extends_documentation_fragment:
@@ -40,55 +38,55 @@ options:
     type: path
   names:
     description:
-      - The VMs that O(state=cancelled) or O(state=untracked) is for, as they are called in the repository, or patterns
-        such as V(web*).
+      - The VMs for O(state=cancelled) or O(state=untracked), by their names in the repository or by patterns such as
+        V(web*).
       - The default for V(cancelled) is all VMs whose sets this hypervisor is making. With V(untracked) they must be
         named.
     type: list
     elements: str
   exclude_names:
     description:
-      - The VMs that O(state=cancelled) or O(state=untracked) is not for, or patterns of their names.
+      - The VMs that O(state=cancelled) or O(state=untracked) leaves out, or patterns of their names.
     type: list
     elements: str
   state:
     description:
       - V(completed) returns when every set is published or has failed.
-      - V(started) returns when the jobs are running, O(max_vms) VMs at a time. What has ended by then is published. A
-        later call with V(completed), from any process, goes on.
-      - V(cancelled) stops the sets that are being made and removes what there is of them. The run that made them counts
-        them as cancelled and does not begin anew. The next run does.
-      - V(untracked) removes all bitmaps of the repository from the VMs. Sets that are there stay, the next ones are
-        full. This is for VMs that are no longer to be backed up here, and for those whose internal snapshots are to be
-        loaded, which QEMU refuses while a disk has bitmaps.
+      - V(started) returns when the jobs are running, O(max_vms) VMs at a time. It publishes sets that are complete by
+        then. A later call with V(completed), from any process, continues.
+      - V(cancelled) stops the sets that are being made, and removes what exists of them. The run that made them counts
+        them as cancelled and does not start them again. The next run does.
+      - V(untracked) removes all bitmaps of the repository from the VMs. The sets stay, and the next ones are full. Use
+        it for VMs that you do not back up here any more, and before you load an internal snapshot, which QEMU refuses
+        while a disk has bitmaps.
     type: str
     choices: [completed, started, cancelled, untracked]
     default: completed
   max_vms:
-    description: How many VMs copy at the same time. V(0) sets no limit.
+    description: How many VMs are copied at the same time. V(0) sets no limit.
     type: int
     default: 4
   bandwidth:
     description:
-      - What all copies of this call may take together, in bytes per second, or with a unit as in V(200M). V(0) sets no
+      - The limit for all copies of this call together, in bytes per second, or with a unit as in V(200M). V(0) sets no
         limit.
-      - It is shared out equally among the running jobs, also those that an earlier call has started. A job gets no more
-        than O(vmfleet.backup.backup_plan#module:speed). Holes count like data, as they do there.
-      - With O(state=started), copies keep what they have when the call is over.
+      - The running jobs share it equally, also those that an earlier call has started. No job gets more than
+        O(vmfleet.backup.backup_plan#module:speed). Holes count like data, as they do there.
+      - With O(state=started), copies keep their share when the call ends.
     type: bytes
     default: "0"
   slice:
     description:
-      - Seconds after which O(state=completed) comes back even though sets are still being made. RV(vms[].state) is
-        V(running) or V(queued) for those, and the same call goes on with them. V(0) waits for the end.
-      - A playbook shows what has happened without it. Give it only to wait bit by bit yourself.
-      - A call takes longer where it is in the middle of something, such as the checksum of an image.
+      - Seconds after which O(state=completed) returns even if sets are unfinished. RV(vms[].state) is V(running) or
+        V(queued) for those, and the same call continues them. V(0) waits for the end.
+      - A playbook shows the progress without this option. Use it only to wait in several calls yourself.
+      - A call can take longer, for example during the checksum of an image.
     type: float
     default: 0
   progress:
     description:
-      - What is shown while O(state=completed) waits.
-      - On a terminal, V(auto) shows bars and the time that is left. Elsewhere it is as V(quiet), which shows one line a
+      - What to show while O(state=completed) waits.
+      - On a terminal, V(auto) shows bars and the time that is left. Elsewhere it means V(quiet), which shows one line a
         minute for each hypervisor. V(none) shows nothing.
       - With C(async), in check mode and with O(slice), nothing is shown.
     type: str
@@ -96,34 +94,34 @@ options:
     default: auto
   timeout:
     description:
-      - The time after which a set that has been begun by this call and is not finished is cancelled, and counts as
-        failed, in seconds or with V(s), V(m), V(h) or V(d), such as V(90m). V(0) waits without end.
+      - Cancel a set that this call has started and that is not finished after this time, and count it as failed. The
+        time is in seconds or with V(s), V(m), V(h) or V(d), such as V(90m). V(0) sets no limit.
     type: str
     default: "0"
   offline_timeout:
     description:
-      - The most time that a VM that is off can be kept from starting by the copy of its disks, given like O(timeout).
-        After it the set is cancelled, and counts as failed. V(0) sets no limit.
-      - It holds where nobody looks after the copy any more, too.
+      - The longest time for which the copy of its disks may keep a VM that is off from starting, written as in
+        O(timeout). After that time the set is cancelled, and counts as failed. V(0) sets no limit.
+      - This limit also works if no process waits for the copy any more.
     type: str
     default: 4h
   stall_timeout:
     description:
-      - The time without any progress after which a set is cancelled, and counts as failed, given like O(timeout). V(0)
-        waits without end.
+      - Cancel a set that makes no progress for this time, and count it as failed. The time is written as in O(timeout).
+        V(0) sets no limit.
     type: str
     default: "600"
   begin:
     description:
-      - Begin the sets that are not there and not being made either. With V(false), O(state=started) and
-        O(state=completed) only go on with what an earlier call has begun, and RV(vms[].state) is V(skipped) for the
-        other VMs that have no set.
+      - Start sets that do not exist and that no process makes. With V(false), O(state=started) and O(state=completed)
+        only continue sets that an earlier call has started, and RV(vms[].state) is V(skipped) for the other VMs that
+        have no set.
     type: bool
     default: true
   unattended:
     description:
       - With O(state=started), start copies even if no space can be reserved for them in the repository.
-      - While nobody watches such a copy, a file system that fills up makes the writes of the guest fail.
+      - If the file system becomes full while no process watches such a copy, writes of the guest fail.
     type: bool
     default: false
 seealso:
@@ -133,7 +131,7 @@ seealso:
   - ref: ansible_collections.vmfleet.backup.docsite.incremental_backups
     description: When a disk is copied in full.
   - ref: ansible_collections.vmfleet.backup.docsite.guide_progress
-    description: What is shown meanwhile, and how to go away and come back.
+    description: What is shown during the copies, and what to do after an interruption.
 """
 
 EXAMPLES = r"""

@@ -10,15 +10,14 @@ module: backup_verify
 short_description: Verify backup sets
 version_added: 0.1.0
 description:
-  - Looks at one set of each VM, as deep as O(depth) says, with all that the set is made of. That includes images
-    of other sets that it builds on.
-  - Fails when one set is not good. The result lists all of them, the good ones as well. What is wrong with one VM never
-    stops the others.
-  - No file of a set is changed. How a verification has ended is written beside the set.
-    M(vmfleet.backup.backup_info) shows it, and M(vmfleet.backup.backup_prune) does not count a set that has failed. A
-    damaged image is noted with the set that it belongs to as well, since all that builds on it is no good either.
+  - Checks one set of each VM, with the depth of O(depth), and all images of other sets that it builds on.
+  - Fails if one set is not good. The result lists all sets, also the good ones. A problem of one VM never stops the
+    others.
+  - Changes no file of a set. The result of a verification is written beside the set. M(vmfleet.backup.backup_info)
+    shows it, and M(vmfleet.backup.backup_prune) does not count a set that has failed. A damaged image is also noted
+    with its own set, because all sets that build on it are damaged, too.
   - A set that has failed is good again when a verification of at least the same depth succeeds.
-  - A repository that cannot be written to is verified all the same, with a warning that nothing could be noted.
+  - Also verifies a repository that cannot be written to, with a warning that nothing could be noted.
   - Images are read in parallel, one for each processor.
 author:
   - vmfleet contributors (@vmfleet)
@@ -32,7 +31,7 @@ attributes:
     description: Can run in C(check_mode). Verifies the same, and writes nothing beside the sets.
     support: full
   diff_mode:
-    description: Changes no set, so that there is no difference to show.
+    description: Changes no set, so there is no difference to show.
     support: none
   idempotent:
     description: Never changes a set. What is noted beside a set does not count as a change.
@@ -52,12 +51,12 @@ options:
     type: str
   depth:
     description:
-      - How deep to look. Each value looks at all that those before it look at.
-      - V(manifest) reads the manifest and the description of the VM. All images have to be there with the sizes that
-        the manifests say, and nothing else.
-      - V(checksum) takes the SHA-256 of all images. An image that was made without a checksum is named in
-        RV(results[].note). What the header of an image says has to fit to the manifest, too. That is its format, the
-        size of the disk, and the backing file. It may name no other file, and not be encrypted.
+      - How much to check. Each value includes the checks of those before it.
+      - V(manifest) reads the manifest and the description of the VM. All images must exist with the sizes in the
+        manifests, and no other files.
+      - V(checksum) takes the SHA-256 of all images. RV(results[].note) names an image that was made without a checksum.
+        The header of an image must match the manifest, too, in its format, the size of the disk, and the backing file.
+        It may name no other file, and may not be encrypted.
       - V(image) runs C(qemu-img check) on all images, and reads each disk to its end.
       - V(boot) starts a throwaway VM from the set and waits for a sign of life. It has no network and runs as
         O(boot_user). It writes to temporary overlays only, which are removed with it. While it runs, the set is pinned,
@@ -68,7 +67,7 @@ options:
   boot_timeout:
     description:
       - Seconds to wait for the sign of life.
-      - A guest that waits for its network while it starts needs longer than it does normally.
+      - A guest that waits for its network at its start needs longer than usual.
     type: int
     default: 120
   boot_agent:
@@ -77,13 +76,13 @@ options:
     default: true
   boot_pattern:
     description:
-      - A regular expression. What it finds on the guest's serial console is a sign of life, such as V(login:$). C(^)
-        and C($) match at each line.
-      - With O(boot_agent=true), what comes first counts.
+      - A regular expression, such as V(login:$). A match on the serial console of the guest is a sign of life. C(^) and
+        C($) match at each line.
+      - With O(boot_agent=true), the first sign counts.
     type: str
   boot_options:
     description:
-      - Further options of QEMU, each word an element.
+      - More options for QEMU, each word as one element.
       - The throwaway VM gets machine, processors, memory, firmware and kernel as the set's C(vm.json) has them, and its
         disks on devices like their own. KVM is used where the VM had it and its user may use it. An option that is
         given here takes the place of the one from there.
