@@ -12,10 +12,10 @@ class ModuleDocFragment:
 options:
   libvirt_uri:
     description:
-      - The libvirt that V(libvirt:NAME) stands for a domain of, V(qemu:///system) or V(qemu:///session). Where its
-        socket is elsewhere, it can be named, as V(qemu+unix:///session?socket=/home/u/.cache/libvirt/libvirt-sock).
-      - To root, V(qemu:///session) is V(qemu:///system).
-      - A libvirt of another machine is refused. Its domains are backed up there.
+      - The libvirt that has the domains, V(qemu:///system) or V(qemu:///session). The URI can name another socket, as
+        V(qemu+unix:///session?socket=/home/u/.cache/libvirt/libvirt-sock).
+      - For root, V(qemu:///session) is V(qemu:///system).
+      - A libvirt of another machine is refused. Back up its domains on that machine.
     type: str
     default: qemu:///system
 requirements:

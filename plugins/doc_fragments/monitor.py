@@ -13,10 +13,10 @@ options:
   monitor:
     description:
       - The VM's QMP monitor, as V(unix:/run/vmfleet-monitors/web01.qmp), as a path alone, or V(tcp:127.0.0.1:4444).
-      - V(libvirt:web01) is the domain C(web01) of O(libvirt_uri), whose monitor libvirt holds and passes commands to.
-        All that follows the first colon is the name.
-      - A monitor serves one client at a time. It is held for moments only, never while a job is waited for,
-        so that other clients get their turn.
+      - V(libvirt:web01) is the domain C(web01) of O(libvirt_uri). libvirt holds its monitor and passes the commands.
+        Everything after the first colon is the name.
+      - A monitor serves one client at a time. The module uses it only for moments, and never while it waits for a job,
+        so other clients can use it, too.
       - File descriptors can be passed over a UNIX socket, and by libvirt. Over TCP, QEMU itself must be able to open
         the target.
     type: str

@@ -12,19 +12,20 @@ class ModuleDocFragment:
 options:
   takeover:
     description:
-      - Remove what another hypervisor, or another VM of the same name, is making under the VM's name, and go on.
-      - Only for one that is gone for good. What still runs elsewhere is not stopped by this, but its work is lost.
+      - Remove the unfinished set of another hypervisor, or of another VM with the same name, and make a new one.
+      - Use this only if that hypervisor or VM will never return. This does not stop what still runs elsewhere, but its
+        work is lost.
     type: bool
     default: false
   supersede:
     description:
-      - Cancel a set of another id of the same VM that is unfinished. Otherwise it is brought to its end first.
+      - Cancel an unfinished set of the same VM with another id. By default that set is completed first.
     type: bool
     default: false
   adopt:
     description:
-      - Go on in the directory of a VM of the same name that had another uuid, with a full set. This is for a VM that
-        has taken the place of the one before, such as one that was built anew.
+      - Continue in the directory of a VM that had the same name and another uuid. The next set is full. Use this for a
+        VM that replaces the earlier one, for example after it was built again.
     type: bool
     default: false
 """

@@ -12,13 +12,13 @@ class ModuleDocFragment:
 options:
   names:
     description:
-      - The VMs, as they are called in the repository, or patterns such as V(web*). The default is all of them.
-      - The module fails where there is no VM of a name.
+      - Only these VMs, by their names in the repository or by patterns such as V(web*). The default is all of them.
+      - The module fails if there is no VM with one of the names.
     type: list
     elements: str
   exclude_names:
     description:
-      - These VMs not, as they are called in the repository, or by patterns such as V(test-*).
+      - Leave out these VMs, by their names in the repository or by patterns such as V(test-*).
     type: list
     elements: str
 """

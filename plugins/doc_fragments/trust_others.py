@@ -12,14 +12,14 @@ class ModuleDocFragment:
 options:
   trust_others:
     description:
-      - Write into a repository, or a directory of reports or metrics, that others than root and the user who runs this
-        can change. It belongs to somebody else, or its group or everybody may write to it. The same goes for the file
-        C(vmfleet.json) and the directories of VMs.
-      - By default that is refused, since others could exchange there what is written. M(vmfleet.backup.backup_restore)
-        and M(vmfleet.backup.backup_verify) read such a repository all the same. They note nothing beside its sets, and
-        warn of that.
-      - A mount of SMB, vfat or FUSE shows the owner and the permissions that its options say. It is better to mount it
-        so that root alone may write than to allow this.
+      - Write into a repository, or into a directory of reports or metrics, that users other than root and the user of
+        the module can change, because it belongs to somebody else, or because its group or everybody may write to it.
+        The same is true for the file C(vmfleet.json) and the directories of VMs.
+      - By default such a directory is refused, because others could replace the files there.
+        M(vmfleet.backup.backup_restore) and M(vmfleet.backup.backup_verify) still read such a repository. They note
+        nothing beside its sets, and warn of that.
+      - A mount of SMB, vfat or FUSE shows the owner and the permissions that its options set. Better mount it so that
+        only root may write than allow this.
     type: bool
     default: false
 """

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 DOCUMENTATION = r"""
 name: fleet_summary
-short_description: Sum up a backup run over all hypervisors of a play
+short_description: Summarize a backup run of a fleet
 version_added: 0.1.0
 author:
   - vmfleet contributors (@vmfleet)

@@ -10,10 +10,9 @@ module: backup_info
 short_description: List the backup sets in a repository
 version_added: 0.1.0
 description:
-  - Lists the sets of each VM, newest first, with what they build on, whether they are whole, and how their last
-    verification ended.
-  - Reads manifests and the sizes of files only. Whether the images still hold what was written to them is for
-    M(vmfleet.backup.backup_verify) to say.
+  - Lists the sets of each VM, newest first, with the sets that they build on, whether they are complete, and the result
+    of their last verification.
+  - Reads only manifests and the sizes of files. M(vmfleet.backup.backup_verify) checks the content of the images.
 author:
   - vmfleet contributors (@vmfleet)
 extends_documentation_fragment:
@@ -28,7 +27,7 @@ attributes:
     description: Changes nothing.
     support: none
   idempotent:
-    description: Reads only, so that it can be run at any time, any number of times.
+    description: Only reads. It can be run at any time, any number of times.
     support: full
 options:
   repository:

@@ -10,11 +10,11 @@ module: backup_metrics
 short_description: Write backup metrics for Prometheus
 version_added: 0.1.0
 description:
-  - Puts together what has become of the VMs of a run and what the repository holds of them, such as the newest good set
-    of a VM whose backup has failed today.
-  - With O(directory) it writes this as a file for the textfile collector of Prometheus' node_exporter. There is one
-    file for each repository, C(vmfleet_backup_REPOSITORY_HASH.prom).
-  - This is what M(vmfleet.backup.backup_report) makes the page of a run from.
+  - Combines the results of a run with the sets in the repository, such as the newest good set of a VM whose backup has
+    failed today.
+  - With O(directory), writes this as a file for the textfile collector of Prometheus' node_exporter. There is one file
+    for each repository, C(vmfleet_backup_REPOSITORY_HASH.prom).
+  - M(vmfleet.backup.backup_report) makes the page of a run from this result.
 author:
   - vmfleet contributors (@vmfleet)
 extends_documentation_fragment:
@@ -40,8 +40,8 @@ options:
     default: []
   directory:
     description:
-      - The directory in which node_exporter looks for files, which is what its C(--collector.textfile.directory) says.
-        It must be there. It may belong to the user of the collector.
+      - The directory of the files for node_exporter, as in its option C(--collector.textfile.directory). It must exist,
+        and may belong to the user of node_exporter.
       - By default no file is written.
     type: path
 seealso:

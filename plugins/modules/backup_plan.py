@@ -107,8 +107,8 @@ options:
         suboptions:
           name:
             description:
-              - The name of the disk in the sets of the VM, which is its name while the VM is on. The plan warns if the VM
-                has another disk with this name.
+              - The name of the disk in the sets of the VM, which is its name while the VM is on. The plan warns if the
+                VM has another disk with this name.
             type: str
             required: true
           file:

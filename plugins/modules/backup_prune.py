@@ -10,11 +10,11 @@ module: backup_prune
 short_description: Remove old backup sets
 version_added: 0.1.0
 description:
-  - Removes the sets of each VM that no rule keeps. The rules add up. A set that one of them keeps stays, and so does
-    everything that it builds on.
-  - A VM never loses its newest good set, whatever the rules say, unless O(forget) is set.
-  - Sets that are protected, in use or broken stay, too.
-  - In check mode, shows for every set whether it would be kept, and why.
+  - Removes the sets of each VM that no rule keeps. A set stays if one of the rules keeps it, and so do all sets that it
+    builds on.
+  - Keeps the newest good set of a VM, whatever the rules say, unless O(forget) is set.
+  - Keeps sets that are protected, in use or broken.
+  - Shows in check mode for every set whether it would be kept, and why.
 author:
   - vmfleet contributors (@vmfleet)
 extends_documentation_fragment:
@@ -30,67 +30,67 @@ options:
     type: path
     required: true
   keep_last:
-    description: Keep so many sets, the newest ones.
+    description: Keep this number of newest sets.
     type: int
     default: 0
   keep_hourly:
-    description: Keep the newest set of an hour, for so many hours in which there is one.
+    description: Keep the newest set of each hour, for this number of hours that have one.
     type: int
     default: 0
   keep_daily:
-    description: Keep the newest set of a day (UTC), for so many days in which there is one.
+    description: Keep the newest set of each day (UTC), for this number of days that have one.
     type: int
     default: 0
   keep_weekly:
-    description: Keep the newest set of a week (ISO 8601), for so many weeks in which there is one.
+    description: Keep the newest set of each week (ISO 8601), for this number of weeks that have one.
     type: int
     default: 0
   keep_monthly:
-    description: Keep the newest set of a month, for so many months in which there is one.
+    description: Keep the newest set of each month, for this number of months that have one.
     type: int
     default: 0
   keep_yearly:
-    description: Keep the newest set of a year, for so many years in which there is one.
+    description: Keep the newest set of each year, for this number of years that have one.
     type: int
     default: 0
   keep_within:
     description:
-      - Keep all sets that were begun in this time before the VM's newest set, as a number with V(h), V(d), V(w) or
+      - Keep all sets that were started in this time before the VM's newest set, as a number with V(h), V(d), V(w) or
         V(y), such as V(14d).
-      - A set from more than a day in the future was made with a clock that was wrong. It stays until then, and no time
-        is counted from it.
+      - A set from more than a day in the future was made while the clock was wrong. It stays until that day, and no
+        time is counted from it.
     type: str
   consolidate:
     description:
-      - Make a full set of the oldest increment that is kept of a chain, if what it builds on can go then. So a chain of
-        increments may go on for ever.
-      - Takes the room of one more full image of each disk meanwhile.
+      - Make a full set from the oldest increment that is kept of a chain, if older sets can be removed then. With this,
+        a chain of increments never needs a new full backup.
+      - Needs the space of one more full image of each disk at the same time.
     type: bool
     default: false
   protect:
     description:
-      - Protect the sets with these ids, of all O(names), from ever being removed.
-      - Without any rule, this is all that is done, and nothing is removed.
+      - Protect the sets with these ids, of all O(names), from removal.
+      - Without any rule, the module does only this, and removes nothing.
     type: list
     elements: str
     default: []
   unprotect:
-    description: Take that back. Without any rule, nothing is removed.
+    description: Remove the protection of the sets with these ids. Without any rule, no set is removed.
     type: list
     elements: str
     default: []
   forget:
     description:
-      - Let the VMs in O(names) lose their newest good set, too. Without any rule, all of their sets go that are not
-        protected or in use, broken ones as well.
-      - A VM that had sets and has none any more is forgotten already, and RV(text) says so.
+      - Also remove the newest good set of the VMs in O(names). Without any rule, this removes all their sets that are
+        not protected or in use, also broken ones.
+      - If a VM was forgotten before, there is nothing to do, and RV(text) says so.
     type: bool
     default: false
 seealso:
   - module: vmfleet.backup.backup_set
   - module: vmfleet.backup.backup_info
   - ref: ansible_collections.vmfleet.backup.docsite.retention
-    description: What the rules mean, what never goes, and how much room it takes.
+    description: What the rules mean, what is never removed, and how much space is needed.
 """
 
 EXAMPLES = r"""

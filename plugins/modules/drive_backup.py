@@ -13,17 +13,17 @@ author:
   - vmfleet contributors (@vmfleet)
 description:
   - Makes a point-in-time copy of one or several disks of a running QEMU virtual machine, with the QMP command
-    C(drive-backup), and brings that copy to the asked state from any other, however often it is called.
-  - QEMU copies in the background while the guest goes on working. The image holds the disk as it was when the job
+    C(drive-backup), and brings that copy to the requested O(state), with any number of calls.
+  - QEMU copies in the background while the guest continues to work. The image holds the disk as it was when the job
     started.
-  - The image grows as C(<target>.partial) and takes its name when its job has ended well and all data is on stable
-    storage. C(<target>.receipt.json) then remembers what it is, so that a second call changes nothing.
-  - A call that was interrupted at any point, or a VM or hypervisor that crashed, needs no hand-work. The next call
-    takes up the job that runs, finishes the one that has ended, or cleans up and starts anew.
-  - The target is created by this module and handed to QEMU as an open file, so that QEMU needs no access to its
-    directory. The space that the copy needs is reserved before it starts.
-  - A QEMU that no longer has C(drive-backup), or is told to refuse what is deprecated, makes the same copy with
-    C(blockdev-backup). Its target is a block node then, whose name begins with C(vmf.). It is removed when the job has
+  - The image is C(<target>.partial) at first. It gets its name when its job has succeeded and all data is on stable
+    storage. C(<target>.receipt.json) then says what it is, so a second call changes nothing.
+  - An interrupted call, or a crash of a VM or hypervisor, needs no manual repair. The next call continues a running
+    job, completes one that has ended, or cleans up and starts again.
+  - The module creates the target and gives it to QEMU as an open file, so QEMU needs no access to its directory. It
+    reserves the space for the copy before the copy starts.
+  - A QEMU that no longer has C(drive-backup), or that refuses deprecated commands, makes the same copy with
+    C(blockdev-backup). Its target is then a block node whose name begins with C(vmf.). It is removed when the job has
     ended, or by the next call.
 extends_documentation_fragment:
   - vmfleet.backup.attributes
@@ -97,7 +97,7 @@ options:
     description: The dirty bitmap on the disk's node for O(sync=incremental) and O(sync=bitmap).
     type: str
   bitmap_mode:
-    description: What becomes of O(bitmap) at the end. V(on-success) clears what was copied, V(never) keeps all.
+    description: What to do with O(bitmap) at the end. V(on-success) clears what was copied, V(never) keeps all.
     type: str
     choices: [on-success, never, always]
   compress:
@@ -116,7 +116,7 @@ options:
   drives:
     description:
       - Several disks of the VM, copied at one point in time (one QMP transaction).
-      - What is not given for a drive is taken from the module's option of the same name.
+      - The defaults for a drive are the options of the module with the same names.
     type: list
     elements: dict
     suboptions:
@@ -168,17 +168,17 @@ options:
         type: path
   completion_mode:
     description:
-      - With V(grouped) the copies of O(drives) succeed or fail together. With V(individual) each stands for itself.
+      - With V(grouped) the copies of O(drives) succeed or fail together. With V(individual) each one counts alone.
     type: str
     choices: [grouped, individual]
     default: grouped
   state:
     description:
-      - V(completed) waits until the copy is finished, taking up a job that runs already.
-      - V(started) returns when the job runs. A later call with V(completed) follows it and finishes the image. Until
-        then nobody watches over the guest.
-      - V(cancelled) stops the job and removes what it has written. A copy that has ended well by then is finished
-        instead, and a finished image is left alone.
+      - V(completed) waits until the copy is finished. It continues a job that already runs.
+      - V(started) returns when the job runs. A later call with V(completed) waits for it and finishes the image. Until
+        then no process watches the guest.
+      - V(cancelled) stops the job and removes what it has written. It finishes a copy that has already succeeded, and
+        does not change a finished image.
     type: str
     choices: [completed, started, cancelled]
     default: completed
@@ -209,17 +209,17 @@ options:
     default: cancel
   encrypted_source:
     description:
-      - What becomes of a disk whose image, or one below it, is encrypted (LUKS). QEMU decrypts what it copies, and so
-        the new image is not encrypted. With V(warn) it is made, with a warning. With V(refuse) the call fails before
-        anything is begun.
+      - What to do with a disk whose image, or one below it, is encrypted (LUKS). QEMU decrypts the data that it copies,
+        so the new image is not encrypted. V(warn) makes it, with a warning. With V(refuse) the call fails before
+        anything is started.
     type: str
     choices: [warn, refuse]
     default: warn
   selinux_label:
     description:
-      - Where SELinux does not let QEMU write to the target, give that the label of the VM's own images until its job
-        has ended, and its own one back then. With V(false) the call fails instead, before anything is begun.
-      - Nothing is labelled anew that QEMU may write to as it is, nor is a block device.
+      - If SELinux does not let QEMU write to the target, give the target the label of the VM's own images until its job
+        has ended. Then it gets its own label back. With V(false) the call fails instead, before anything is started.
+      - The label of a block device, or of a target that QEMU may write to, is not changed.
     type: bool
     default: true
 notes:

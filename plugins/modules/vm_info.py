@@ -12,7 +12,7 @@ version_added: 0.1.0
 author:
   - vmfleet contributors (@vmfleet)
 description:
-  - Asks running QEMU virtual machines for what a backup needs to know of them.
+  - Reads from running QEMU virtual machines what a backup needs to know.
   - A VM that does not answer is listed with its RV(vms[].error), and does not make the module fail.
 extends_documentation_fragment:
   - vmfleet.backup.attributes.info
@@ -28,20 +28,19 @@ options:
   sockets:
     description:
       - Patterns of QMP sockets' paths, such as V(/run/vmfleet-monitors/*.qmp). Each socket that matches is asked.
-      - A pattern that matches nothing gives a warning. A path without wildcards stands for a VM that should be there.
+      - A pattern that matches nothing gives a warning. A path without wildcards names a VM that must exist.
     type: list
     elements: str
   domains:
     description:
       - Patterns of the names of domains of libvirt, such as V(*). One that is shut off is listed with its
         RV(vms[].error).
-      - A pattern that matches nothing gives a warning. A name without wildcards stands for a domain that should be
-        there.
-      - A domain that is found by its socket as well is listed once.
+      - A pattern that matches nothing gives a warning. A name without wildcards names a domain that must exist.
+      - A domain that is also found by its socket is listed once.
     type: list
     elements: str
   exclude_domains:
-    description: Patterns of the names of domains that O(domains) does not stand for.
+    description: Patterns of the names of domains that O(domains) does not find.
     type: list
     elements: str
 requirements:
