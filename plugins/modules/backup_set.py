@@ -111,6 +111,14 @@ options:
         V(0) sets no limit.
     type: str
     default: "600"
+  detach:
+    description:
+      - With O(state=started), leave a process on the hypervisor that brings the sets to their end, whether a later call
+        waits for them or not. VMs that are still V(queued) have their turns, and copies that have ended are published.
+      - There is one such process for each repository and hypervisor at a time. O(state=cancelled) for all VMs ends it.
+      - A call without O(detach) may go on with the same sets at the same time.
+    type: bool
+    default: false
   begin:
     description:
       - Start sets that do not exist and that no process makes. With V(false), O(state=started) and O(state=completed)
@@ -284,6 +292,13 @@ summary:
     untracked: 0
     changed: 1
     bytes: 589832
+detached:
+  description:
+    - Whether a process on the hypervisor brings the sets to their end. There is none where no VM is V(running) or
+      V(queued).
+  returned: with O(detach=true)
+  type: bool
+  sample: true
 headline:
   description: >-
     What has become of all VMs, to be read by people. A second line says how many of the sets are of which level, and
@@ -313,6 +328,7 @@ qmp:
         id: vmfleet.12794a23.49a1c2c3fed6.1
 """
 
+import functools
 from typing import TYPE_CHECKING
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._backup.cancel import plan_of_names
@@ -350,6 +366,7 @@ if TYPE_CHECKING:
 
     from ansible.module_utils.basic import AnsibleModule
 
+    from ansible_collections.vmfleet.backup.plugins.module_utils._backup.detached import Successor
     from ansible_collections.vmfleet.backup.plugins.module_utils._plan.model import Plan
     from ansible_collections.vmfleet.backup.plugins.module_utils._repository.repository import Repository
 
@@ -381,9 +398,19 @@ def check_options(params: dict[str, Any]) -> None:
         raise Refused(chosen[0], "the plan says which VMs are meant; give names with repository only")
     if params["slice"] and params["state"] != "completed":
         raise Refused("slice", "only state: completed waits")
+    if params["detach"] and params["state"] != "started":
+        raise Refused("detach", "only state: started leaves sets to a process of their own")
 
 
-async def main_task(module: AnsibleModule) -> dict[str, Any]:
+async def end_detached(path: str, selection: Selection) -> None:
+    """End the process that would begin the sets that are to be cancelled."""
+    if selection == Selection():
+        from ansible_collections.vmfleet.backup.plugins.module_utils._backup.detached import stop  # noqa: PLC0415
+
+        await stop(path)
+
+
+async def main_task(module: AnsibleModule, successor: Successor | None = None) -> dict[str, Any]:
     check_options(module.params)
     require_qemu_img()
     names = (
@@ -406,6 +433,8 @@ async def main_task(module: AnsibleModule) -> dict[str, Any]:
     )
     given = None if module.params["plan"] is None else parse_plan(module.params["plan"])
     path = given.repository if given else module.params["repository"]
+    if given is None and module.params["state"] == "cancelled" and not module.check_mode:
+        await end_detached(path, Selection.of(module.params))
     async with ThreadedCalls(Watch(path, writing=not module.check_mode)) as calls:
         repository, plan, created = await places(module, given, calls)
         run = BackupRun.of(AsyncRepository(repository, calls), plan, settings)
@@ -422,6 +451,10 @@ async def main_task(module: AnsibleModule) -> dict[str, Any]:
         "qmp": run.commands,
         "diff": diff(outcomes),
     }
+    if module.params["detach"]:
+        result["detached"] = (
+            successor is not None and any(outcome.state in UNFINISHED for outcome in outcomes) and successor.go()
+        )
     error = failure(outcomes, plan.id, settings.state)
     # While others are being made, there is more to come.
     if error and not (settings.slice and any(outcome.state in UNFINISHED for outcome in outcomes)):
@@ -444,6 +477,7 @@ def main() -> None:
             "timeout": {"type": "str", "default": "0"},
             "offline_timeout": {"type": "str", "default": "4h"},
             "stall_timeout": {"type": "str", "default": "600"},
+            "detach": {"type": "bool", "default": False},
             "begin": {"type": "bool", "default": True},
             "unattended": {"type": "bool", "default": False},
             "takeover": {"type": "bool", "default": False},
@@ -461,7 +495,21 @@ def main() -> None:
         supports_check_mode=True,
     )
     require_qmp(module)
-    run_in_worker(module, main_task)
+    run_in_worker(module, functools.partial(main_task, successor=make_successor(module)))
+
+
+def make_successor(module: AnsibleModule) -> Successor | None:
+    """Return the process that is to go on with the sets, where one is asked for."""
+    params = module.params
+    if not params["detach"] or params["state"] != "started" or module.check_mode:
+        return None
+    from ansible_collections.vmfleet.backup.plugins.module_utils._backup.detached import prepare  # noqa: PLC0415
+
+    try:
+        return prepare(module, main_task)
+    except BackupError as error:
+        module.fail_json(msg=str(error))
+        raise
 
 
 if __name__ == "__main__":

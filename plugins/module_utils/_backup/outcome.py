@@ -13,7 +13,7 @@ from .._common.formats import Word, counted, human
 from .._repository.names import column
 
 if TYPE_CHECKING:
-    from collections.abc import Container, Iterable, Sequence
+    from collections.abc import Container, Iterable, Mapping, Sequence
     from typing import Any
 
 
@@ -120,9 +120,14 @@ def headline(outcomes: Sequence[Outcome], wanted: str, check_mode: bool = False)
     failed = counts[VmState.FAILED] + counts[VmState.CANCELLED]
     first = (
         f"{counts[VmState.PUBLISHED]} of {len(outcomes)} VMs have their set, {failed} failed,"
-        f" {counts[VmState.SKIPPED]} skipped, {written} written"
+        f" {counts[VmState.SKIPPED]} skipped, {written} written{unfinished(counts)}"
     )
     return "\n".join(filter(None, (first, _kinds(outcomes))))
+
+
+def unfinished(counts: Mapping[str, int]) -> str:
+    """Return how many sets are not at their end, where there are some, to be put after a sentence."""
+    return "".join(f", {counts[state]} {state}" for state in UNFINISHED if counts[state])
 
 
 def _kinds(outcomes: Iterable[Outcome]) -> str:

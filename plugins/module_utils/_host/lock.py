@@ -114,6 +114,15 @@ async def locked(
         calls.close(fd)
 
 
+def take_at_once(path: str) -> int | None:
+    """Take the lock at C(path), and return its file descriptor; None where somebody else has it."""
+    fd, taken = _open(path)
+    if taken:
+        return fd
+    os.close(fd)
+    return None
+
+
 def _open(path: str) -> tuple[int, bool]:
     """Open the file of a lock, and try to take it at once. Its directory is made where it is missing."""
     parent, name = os.path.split(path)

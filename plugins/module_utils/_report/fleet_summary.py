@@ -9,7 +9,7 @@ import shlex
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .._backup.outcome import BAD, VmState
+from .._backup.outcome import BAD, UNFINISHED, VmState, unfinished
 from .._common.formats import amount, counted
 from .._common.printable import printable
 from .told import fits
@@ -170,6 +170,7 @@ def _headline(run: FleetRun) -> str:
         f"Backup {run.id} of {counted(len(run.hosts), 'hypervisor')}:"
         f" {states.count(VmState.PUBLISHED)} of {len(vms)} VMs have their set, {sum(map(_is_bad, vms))} failed,"
         f" {states.count(VmState.SKIPPED)} skipped, {amount(written)} written"
+        f"{unfinished({state: states.count(state) for state in UNFINISHED})}"
     )
 
 

@@ -80,6 +80,7 @@ SPARED = {
 """Files, and modules that need nothing of them: what is packed is sent with every task, and compiled at every start."""
 
 LATE = {
+    "_backup/detached": ("backup_set",),
     "_backup/start_offline": ("backup_set",),
     "_qemu/domain": ("backup_plan", "backup_set", "drive_backup", "vm_info"),
     "_qemu/domain_config": ("backup_set",),
@@ -94,7 +95,7 @@ LATE = {
 }
 """Files that modules load when they meet what these are for.
 
-That is a domain, a VM that is off, a disk of several layers, a guest that is to be frozen.
+That is a domain, a VM that is off, a disk of several layers, a guest that is to be frozen, sets that nobody waits for.
 """
 
 PURE = {
