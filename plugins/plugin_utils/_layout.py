@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 BAD = re.compile(r"(?:failed|cancelled|fail|FAILED|NOT GOOD|!)(?= |\Z)")
 """What a line begins with that tells of a failure."""
 WARNING = re.compile(r"Warning: ")
+COMMAND = "ansible-playbook "
+"""What a line begins with that people copy: the terminal itself wraps it, and copies it as one line."""
 GAP = re.compile(r"(?<=\S) {2,}")
 """What is between two columns of a line."""
 UNIT = re.compile(r"(\d) (?=(?:B|Bytes|[KMGT]iB|ms|s|min|h|d|%)(?![\w]))")
@@ -33,7 +35,7 @@ class Line(NamedTuple):
 
 
 def lay_out(lines: Iterable[str], width: int) -> Iterator[Line]:
-    """Yield the lines, none longer than C(width) characters; 0 leaves them as they are.
+    """Yield the lines, none but commands longer than C(width) characters; 0 leaves them as they are.
 
     What does not fit goes on below the last column of its line; whole columns go on below the second one where the last
     one would be too narrow. A line that begins with a blank belongs to the one before, and has its tone.
@@ -64,7 +66,7 @@ def _cut(line: str, width: int) -> int:
 
 
 def _wrap(line: str, width: int, cut: int) -> list[str]:
-    if not width or len(line) <= width:
+    if not width or len(line) <= width or line.startswith(COMMAND):
         return [line]
     if cut:
         indent = min(next(GAP.finditer(line)).end(), max(width - LEAST, 0))

@@ -95,6 +95,11 @@ def test_a_sentence_goes_on_with_an_indent() -> None:
     assert second.startswith("    ")
 
 
+def test_a_command_can_be_copied() -> None:
+    command = "ansible-playbook -i inventory.yml vmfleet.backup.backup -e vm_backup_id=s2 --limit hv07.example.com"
+    assert laid_out("Run it again:", command, width=80) == ["Run it again:", command]
+
+
 def test_a_word_is_not_broken() -> None:
     path = "/srv/" + "x" * 90
     assert laid_out(f"published  web01  {path}", width=60)[-1].strip().endswith(path)
