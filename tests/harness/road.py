@@ -28,7 +28,7 @@ from ansible_collections.vmfleet.backup.tests.harness.name_spaces import NameSpa
 
 HYPERVISORS = ("hv01.example.com", "hv02.example.com")
 # Far beyond what a command of the guides takes.
-PATIENCE = 240.0
+PATIENCE = 600.0
 HOME = "/root"
 SYSTEM = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
