@@ -95,7 +95,7 @@ class Walk:
             self._write("inventory.yml", block.text)
         elif isinstance(data, dict) and block.of_inventory:
             self._write("group_vars/hypervisors/text.yml", block.text)
-        elif isinstance(data, dict) and block.file:
+        elif block.file and (isinstance(data, dict) or self._is_run_later(block.file)):
             self._write(block.file, block.text)
         elif isinstance(data, dict):
             self._write("vars.yml", block.text)
@@ -109,6 +109,9 @@ class Walk:
             else:
                 self._write(playbook, block.text)
             self._run(controller, f"ansible-playbook -i inventory.yml {playbook}")
+
+    def _is_run_later(self, file: str) -> bool:
+        return any(file in command for block in blocks(PAGES[self.page]) for command in block.commands)
 
     def _write(self, file: str, text: str) -> None:
         self._machines[tables.CONTROLLER].run(
