@@ -22,6 +22,7 @@ from ansible_collections.vmfleet.backup.tests.harness.reports import ID, MIB, a_
 
 DESKTOP, PHONE = (1100, 1100), (390, 844)
 COLOURS = 128
+LICENCE = b"Copyright (c) 2026, vmfleet contributors. SPDX-License-Identifier: GPL-3.0-or-later"
 
 
 def a_night() -> dict[str, t.Any]:
@@ -66,6 +67,7 @@ def packed(picture: Picture) -> bytes:
     chunks = (
         (b"IHDR", struct.pack(">IIBBBBB", picture.width, picture.height, 8, 3, 0, 0, 0)),
         (b"PLTE", b"".join(palette)),
+        (b"tEXt", b"Copyright\0" + LICENCE),
         (b"IDAT", zlib.compress(rows, 9)),
         (b"IEND", b""),
     )
