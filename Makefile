@@ -35,7 +35,7 @@ thorough: ## Run the tests of both that take too long for `make test` (root)
 torture: ## Drive 200 random chains of sets of a QEMU and 200 of a domain, where `make system` drives 25 and 6 (root)
 crashes: ## Kill modules, QEMU or both at every hit of every point, where `make test` kills at some (root)
 package: ## Build the tarball into dist, install it elsewhere and run its playbook (root)
-confined: ## Run the tests of confined QEMU in guests with AppArmor and SELinux (root)
+confined: ## Run the tests in guests with AppArmor, with SELinux, and with NFS and SMB (root)
 versions: ## Run the most telling tests with the newest QEMU, and the oldest and newest Ansible and Python (root)
 matrix: ## Run the tests with all versions of QEMU, Ansible and Python, or the cells in ARGS; write the table in the guides (root)
 integration molecule system thorough torture crashes package confined versions matrix:

@@ -2,7 +2,7 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Fixtures of the tests in guests whose kernels confine QEMU."""
+"""Fixtures of the tests in guests of tools/confined."""
 
 from __future__ import annotations
 

@@ -29,9 +29,6 @@ ID = "s1"
 class Sets:
     """One repository, and the VMs that are backed up into it."""
 
-    mode = 0o440
-    """The permissions of an image that is published."""
-
     def __init__(self, path: Path, inside: NameSpaces | None = None) -> None:
         """The modules run in the name spaces `inside`, or where the tests run."""
         self.path = path
@@ -103,7 +100,7 @@ class Sets:
             assert identical(copies[disk["name"]], image)
             assert sound(image)
             assert unlocked(image)
-            assert stat.S_IMODE(image.stat().st_mode) == self.mode
+            assert stat.S_IMODE(image.stat().st_mode) == 0o440
             assert image.stat().st_size == disk["bytes"]
             assert hashlib.sha256(image.read_bytes()).hexdigest() == disk["sha256"]
             assert disk["level"] == (levels or {}).get(disk["name"], "full")

@@ -12,6 +12,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import time
 from contextlib import contextmanager
 from operator import attrgetter
 from typing import TYPE_CHECKING
@@ -38,6 +39,9 @@ KINDS = {
 
 
 OF_OTHERS = stat.S_IWGRP | stat.S_IWOTH
+REPLACE_TIMEOUT = 3.0
+"""Seconds to wait until a file on SMB can be replaced: longer than anybody reads a document."""
+RETRY_INTERVAL = 0.1
 
 
 def exposed(path: str, status: os.stat_result) -> str:
@@ -209,7 +213,7 @@ class Directory:
                 os.fsync(fd)
             finally:
                 os.close(fd)
-            os.replace(temporary, name, src_dir_fd=self.fd, dst_dir_fd=self.fd)
+            _replace(self, temporary, self, name)
         self.sync()
 
     def make(self, name: str, mode: int = 0o700) -> None:
@@ -221,7 +225,7 @@ class Directory:
         """Give an entry another name, here or in the directory C(to). A file of that name goes (rename(2))."""
         place = to or self
         with self._telling(name):
-            os.replace(_checked(self, name), _checked(place, new), src_dir_fd=self.fd, dst_dir_fd=place.fd)
+            _replace(self, _checked(self, name), place, _checked(place, new))
 
     def remove(self, name: str) -> bool:
         """Unlink what is no directory, a link itself; False where there is nothing."""
@@ -262,6 +266,24 @@ def _checked(directory: Directory, name: str) -> str:
     if name in ("", ".", "..") or "/" in name or "\0" in name:
         raise BackupError(f"{directory.path}: {name!r} is no name of a file in it")
     return name
+
+
+def _replace(source: Directory, name: str, place: Directory, new: str) -> None:
+    """Rename, as rename(2) does.
+
+    On SMB, a file that somebody has open cannot be replaced, and Linux has had it removed when it says so: it is tried
+    until they have read it.
+    """
+    deadline = time.monotonic() + REPLACE_TIMEOUT
+    while True:
+        try:
+            os.replace(name, new, src_dir_fd=source.fd, dst_dir_fd=place.fd)
+        except PermissionError as error:
+            if error.errno != errno.EACCES or time.monotonic() >= deadline:
+                raise
+            time.sleep(RETRY_INTERVAL)
+        else:
+            return
 
 
 def _open(directory: Directory, name: str, flags: int) -> int:

@@ -50,16 +50,26 @@ def step(path: str, what: str) -> Iterator[None]:
 
 
 def set_mode(path: str, mode: int, fd: int | None = None) -> None:
-    """Set the permissions of a file, and warn where its file system does not keep them."""
+    """Set the permissions of a file, and warn where its file system does not keep them.
+
+    SMB keeps of them only that a file is read-only. That stops root too, and such a file cannot be replaced in one
+    step, so that it is taken back.
+    """
+    file = path if fd is None else fd
     try:
         with step(path, "its permissions were set"):
-            os.chmod(path if fd is None else fd, mode)
+            os.chmod(file, mode)
+            found = stat.S_IMODE(os.stat(file).st_mode)
+            if found != mode and not found & stat.S_IWUSR:
+                mode |= stat.S_IWUSR
+                os.chmod(file, mode)
+                found = stat.S_IMODE(os.stat(file).st_mode)
     except OSError as error:
         if error.errno not in NO_MODES:
             raise
         _warn_of_permissions(path, os.strerror(error.errno))
         return
-    if stat.S_IMODE(os.stat(path if fd is None else fd).st_mode) & ~mode:
+    if found & ~mode:
         _warn_of_permissions(path, "they stay as they are")
 
 

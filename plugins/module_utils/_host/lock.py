@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 TIMEOUT = 120.0
 """Seconds to wait for a lock: longer than anybody holds one, since nobody waits for a job under a lock."""
 RETRY_INTERVAL = 0.02
+HELD = (BlockingIOError, PermissionError)
+"""What is said of a lock that somebody else has; the second on SMB, whose server keeps them."""
 DIRECTORY = "/run/vmfleet-locks"
 """Root's locks. No directory that somebody might make for the sockets of VMs has this name."""
 SHARED = "/tmp/vmfleet"
@@ -143,7 +145,7 @@ def _open(path: str) -> tuple[int, bool]:
 def _take(fd: int) -> bool:
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    except HELD:
         return False
     return True
 

@@ -20,6 +20,8 @@ from .files import claim, step
 FS_IOC_GETVERSION = 0x80087601
 FUSE = 0x65735546
 """FUSE_SUPER_MAGIC of statfs(2)."""
+SMB = frozenset({0xFF534D42, 0xFE534D42})
+"""CIFS_SUPER_MAGIC and SMB2_SUPER_MAGIC."""
 STATFS_SIZE = 256
 """More bytes than struct statfs has anywhere; it begins with the type of the file system."""
 
@@ -103,7 +105,7 @@ def _generation(path: str) -> int:
     generation = bytearray(8)
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        if not _is_fuse(fd):
+        if _file_system(fd) != FUSE:
             with contextlib.suppress(OSError):
                 fcntl.ioctl(fd, FS_IOC_GETVERSION, generation)
     finally:
@@ -111,10 +113,16 @@ def _generation(path: str) -> int:
     return int.from_bytes(generation, sys.byteorder)
 
 
-def _is_fuse(fd: int) -> bool:
+def is_smb(fd: int) -> bool:
+    """Return whether an open file or directory is on a server of SMB."""
+    return _file_system(fd) in SMB
+
+
+def _file_system(fd: int) -> int:
+    """Return the magic number of a file system; 0 where nobody tells."""
     status = ctypes.create_string_buffer(STATFS_SIZE)
     told = ctypes.CDLL(None).fstatfs(ctypes.c_int(fd), status) == 0
-    return told and ctypes.c_long.from_buffer(status).value == FUSE
+    return ctypes.c_long.from_buffer(status).value if told else 0
 
 
 def remove(path: str) -> bool:

@@ -1,20 +1,20 @@
 # Copyright (c) 2026, vmfleet contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Tell whether a confined QEMU is given the images of a set, on a file of which nothing is left."""
+"""Tell whether QEMU can make images in a repository: one that is confined is asked for on a file that does not stay."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from .._host.confinement import ADMITTED, Sample, admit, label_of, open_labels
+from .._host.confinement import ADMITTED, Admission, Sample, admit, label_of, open_labels
 from .._host.directory import Directory
 from .._host.files import nearest_directory, scratch
 from .._host.probe import PREFIX
+from .._host.target_files import is_smb
 
 if TYPE_CHECKING:
-    from .._host.confinement import Admission
     from .._qemu.model import Vm
     from .._repository.repository import Repository
     from .model import Observation
@@ -30,9 +30,15 @@ def with_admission(seen: Observation, repository: Repository, name: str) -> Obse
 
 def _admission(vm: Vm, process: int, repository: Repository, name: str) -> Admission:
     qemu = label_of(process)
-    if not (qemu.is_held or qemu.context):
-        return ADMITTED
     try:
+        with _nearest(repository, name) as directory:
+            if is_smb(directory.fd):
+                return Admission(
+                    f"{repository.path} is on SMB: its server does not let a set get its name while QEMU has its images"
+                    " open; use a local disk, NFS or CephFS, and copy the sets to SMB from there"
+                )
+        if not (qemu.is_held or qemu.context):
+            return ADMITTED
         with _nearest(repository, name) as directory, scratch(f"/proc/self/fd/{directory.fd}", PREFIX) as fd:
             # The directory in which a set grows, and the images in it, get the label that this has got.
             sample = Sample(fd, repository.path, spare=True)

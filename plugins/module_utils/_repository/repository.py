@@ -12,7 +12,6 @@ image; C(.lock) is never unlinked. What else is said of a set is in C(annotation
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import os
 import stat
@@ -23,7 +22,7 @@ from .._common.errors import BackupError
 from .._common.fields import DocumentError, load
 from .._host.directory import Directory, LinkedEntry, WrongEntry, exposed
 from .._host.files import AT_ONCE
-from .._host.lock import locked
+from .._host.lock import HELD, locked
 from .documents import Consolidation, Failure, Intent, Manifest, Marker
 from .json_file import OddDocument, read_document, read_named, warn_of
 from .names import REPOSITORY_FILE, vm_directory
@@ -372,12 +371,10 @@ def _check_lock(repository: Repository, vm: str) -> None:
         path, fd = directory.join(LOCK), directory.open(LOCK, os.O_RDWR)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    except HELD:
         return
     except OSError as error:
-        if error.errno != errno.EWOULDBLOCK:
-            raise BackupError(f"repository: {path}: the file system has no locks: {error.strerror}") from error
-        return
+        raise BackupError(f"repository: {path}: the file system has no locks: {error.strerror}") from error
     finally:
         os.close(fd)
     raise BackupError(

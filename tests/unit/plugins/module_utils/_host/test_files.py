@@ -111,6 +111,17 @@ class TestPermissions:
         files.set_mode(str(tmp_path / "file"), 0o600)
         assert "they stay as they are" in errors.kept_warnings()[0]
 
+    def test_read_only_is_taken_back_where_it_is_all_that_is_kept(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """As on SMB; `make confined` has a real one."""
+        chmod = os.chmod
+        monkeypatch.setattr(os, "chmod", lambda file, mode: chmod(file, 0o600 if mode & 0o200 else 0o400))
+        (tmp_path / "file").touch()
+        files.set_mode(str(tmp_path / "file"), 0o440)
+        assert (tmp_path / "file").stat().st_mode & 0o777 == 0o600
+        assert errors.kept_warnings() == []
+
     def test_other_errors_are_errors(self, tmp_path: Path) -> None:
         with pytest.raises(FileNotFoundError, match="its permissions were set"):
             files.set_mode(str(tmp_path / "nothing"), 0o440)

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import fcntl
 import os
 import stat
@@ -18,7 +19,7 @@ import pytest
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import BackupError
 from ansible_collections.vmfleet.backup.plugins.module_utils._host import lock
-from ansible_collections.vmfleet.backup.plugins.module_utils._host.lock import host_lock_path, locked
+from ansible_collections.vmfleet.backup.plugins.module_utils._host.lock import LockHeld, host_lock_path, locked
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.address import Address
 
 if TYPE_CHECKING:
@@ -153,6 +154,17 @@ def test_lock_excludes_and_ends_with_its_block(tmp_path: Path) -> None:
     # Never unlinked: else two could hold a lock of the same name.
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
+
+
+def test_lock_that_a_server_of_smb_has_given_to_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`make confined` has a real one."""
+
+    def refuse(*_arguments: object) -> None:
+        raise PermissionError(errno.EACCES, "no")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(LockHeld, match="another backup process has held"):
+        asyncio.run(take(tmp_path / "1.lock"))
 
 
 def test_lock_is_waited_for(tmp_path: Path) -> None:
