@@ -81,6 +81,12 @@ ELSEWHERE = {
 """Commands that are run somewhere else than the others of their page."""
 
 OLD01 = "s/app01-vda/old01/; s/app01/old01/; /<uuid>/d"
+# It is ended when all is made new.
+OLD01_WITHOUT_LIBVIRT = (
+    "qemu-img create -q -f qcow2 old01.qcow2 8M && qemu-system-x86_64 -machine none -nodefaults -display none -daemonize"
+    " -name old01 -drive if=none,id=vda,format=qcow2,file=old01.qcow2"
+    " -qmp unix:/run/vmfleet-monitors/old01.qmp,server=on,wait=off -pidfile /root/walk/web01.pid"
+)
 
 BEFORE: dict[str, list[tuple[str, str]]] = {
     guide("guide_reports"): [(CONTROLLER, f"{BACKUP}2026-11-22 -e vm_backup_report_dir=/srv/reports")],
@@ -113,7 +119,7 @@ BEFORE: dict[str, list[tuple[str, str]]] = {
         (HV02, "virsh undefine old01"),
     ],
     guide("verifying"): [(CONTROLLER, BACKUP + "2026-11-22")],
-    ROLE: [(CONTROLLER, BACKUP + "before-upgrade")],
+    ROLE: [(HV01, OLD01_WITHOUT_LIBVIRT), (CONTROLLER, BACKUP + "before-upgrade")],
 }
 """What has been done when a page begins."""
 
