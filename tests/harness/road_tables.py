@@ -83,8 +83,8 @@ ELSEWHERE = {
 OLD01 = "s/app01-vda/old01/; s/app01/old01/; /<uuid>/d"
 # It is ended when all is made new.
 OLD01_WITHOUT_LIBVIRT = (
-    "qemu-img create -q -f qcow2 old01.qcow2 8M && qemu-system-x86_64 -machine none -nodefaults -display none -daemonize"
-    " -name old01 -drive if=none,id=vda,format=qcow2,file=old01.qcow2"
+    "qemu-img create -q -f qcow2 old01.qcow2 8M && qemu-system-x86_64 -machine none -nodefaults -display none"
+    " -daemonize -name old01 -drive if=none,id=vda,format=qcow2,file=old01.qcow2"
     " -qmp unix:/run/vmfleet-monitors/old01.qmp,server=on,wait=off -pidfile /root/walk/web01.pid"
 )
 
