@@ -72,6 +72,7 @@ def test_a_whole_life(history: History, library: Library, directory: Path) -> No
     history.check()
     verified = succeed("backup_verify", {"repository": str(library.path), "depth": "image"})
     assert ([one["ok"] for one in verified["results"]], verified["warnings"]) == ([True], [])
+    (directory / "restored").mkdir()
     library.restore(directory=str(directory / "restored"))
     assert identical(history.copies("s3")["drive0"], directory / "restored" / "drive0.qcow2")
 
