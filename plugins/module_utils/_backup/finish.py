@@ -18,7 +18,7 @@ from .._plan.observe import short_of_space
 from .._qemu import block_jobs
 from .._qemu.jobs import StallClock
 from .._qemu.monitor import Monitor
-from .._repository.documents import Manifest, Phase
+from .._repository.documents import Level, Manifest, Phase
 from .._repository.staging import opened
 from . import cleanup, results
 from .session import AGAIN, Pending, WaitFor, jobs_of
@@ -206,6 +206,11 @@ def finish_image(repository: Repository, intent: Intent, disk: StagedDisk, held:
     try:
         if os.fstat(fd).st_ino != disk.inode:
             raise BackupError(f"disk {disk.image.name}: {path} is not the file that the backup was started with")
+        if disk.image.level == Level.FULL and disk.image.compression == "none":
+            # Not for increments: what is loaded is compiled first.
+            from .._qemu.spare_clusters import give_back  # noqa: PLC0415
+
+            give_back(fd)
         status = preallocate.flush_open(path, fd, held)
         # Without such an fd, only the disk itself can tell that everything has arrived.
         digest = sha256(path, fd) if intent.checksum or held is None else None

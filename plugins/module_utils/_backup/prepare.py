@@ -9,6 +9,7 @@ it: the names of the jobs and bitmaps, the images, the freeze.
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -16,6 +17,8 @@ from typing import TYPE_CHECKING
 from .._common.errors import AgentError, BackupError
 from .._common.formats import Word, boottime, utc_now
 from .._host.confinement import set_file_label
+from .._host.preallocate import keeps_holes
+from .._host.probe import PREFIX
 from .._host.process import spaces
 from .._plan.disks import written_elsewhere
 from .._plan.model import Quiesce
@@ -24,7 +27,7 @@ from .._qemu import target_image
 from .._qemu.agent_channel import find_agent
 from .._qemu.tpm import renewed
 from .._qemu.vm_config import describe_vm
-from .._repository.documents import DiskImage, Intent, StagedDisk, VmName
+from .._repository.documents import DiskImage, Intent, Level, StagedDisk, VmName
 from .._repository.staging import opened
 
 if TYPE_CHECKING:
@@ -33,6 +36,7 @@ if TYPE_CHECKING:
 
     from .._plan.disks import ChainLink
     from .._plan.model import Decision, DiskPlan, Request
+    from .._qemu.image_layout import ImageLayout
     from .._qemu.model import Disk, Vm
     from .._qemu.monitor import Monitor
     from .run import BackupRun
@@ -172,9 +176,12 @@ async def prepare_attempt(locked: LockedVm, draft: AttemptDraft) -> Intent:
     """Claim the id, make the images, and take the space that they may need."""
     run, intent = locked.run, draft.intent
     repository, shared = run.repository, run.preparation
+    layouts = await _lay_out(locked, draft)
     # One VM after the other: each must see what those before it have taken.
     async with shared.gate:
         expected = await measure(draft.disks, draft.links, locked.task.planned.disks)
+        for name, layout in layouts.items():
+            expected[name] = max(expected[name], layout.length)
         if shared.space is None:
             shared.space = await repository.run(SpaceTracker, run.plan.policy)
         space = await repository.calls.run(shared.space.space, intent.vm.name)
@@ -188,12 +195,32 @@ async def prepare_attempt(locked: LockedVm, draft: AttemptDraft) -> Intent:
             raise BackupError(f"VM {intent.vm.name}: somebody else has begun set {intent.id}") from None
         shared.space.note(intent)
         await repository.write_description(intent, draft.description)
-        intent = await _make_images(locked, intent, draft.links)
+        intent = await _make_images(locked, intent, draft.links, layouts)
         await repository.update(intent)
     return intent
 
 
-async def _make_images(locked: LockedVm, intent: Intent, links: Sequence[ChainLink]) -> Intent:
+async def _lay_out(locked: LockedVm, draft: AttemptDraft) -> dict[str, ImageLayout]:
+    """Return how full images are laid out whose clusters are known before the copy, by disk.
+
+    In an image that is compressed QEMU has to choose the place of each cluster.
+    """
+    run, vm = locked.run, locked.seen.vm
+    full = [disk for disk, link in zip(draft.disks, draft.links) if link.level == Level.FULL]
+    if not full or not vm or run.plan.policy.compression != "none":
+        return {}
+    if not await run.repository.calls.run(keeps_holes, run.repository.path, PREFIX):
+        return {}
+    # Not for increments: what is loaded is compiled first.
+    from .._qemu.data_map import lay_out  # noqa: PLC0415
+
+    layouts = await asyncio.gather(*(lay_out(vm.chain(disk)) for disk in full))
+    return {disk.name: layout for disk, layout in zip(full, layouts) if layout}
+
+
+async def _make_images(
+    locked: LockedVm, intent: Intent, links: Sequence[ChainLink], layouts: dict[str, ImageLayout]
+) -> Intent:
     run, admission = locked.run, locked.seen.admission
     calls = run.repository.calls
     blanks = run.preparation.blanks
@@ -202,7 +229,7 @@ async def _make_images(locked: LockedVm, intent: Intent, links: Sequence[ChainLi
     staging = await run.repository.run(opened, intent)
     try:
         for disk, link in zip(intent.disks, links):
-            target = target_of(run, intent, disk)
+            target = replace(target_of(run, intent, disk), layout=layouts.get(disk.image.name))
             fd = await target_image.create(target, link.backing, (locked.lock,), blanks, calls, staging)
             inode = await calls.run(run.images.keep, target.path, fd, target.direct)
             if admission.label:

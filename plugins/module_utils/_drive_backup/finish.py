@@ -82,6 +82,8 @@ def _flush(session: Session, copy: Copy) -> Copy:
     path = copy.drive.image_path
     held = session.images.get(path)
     try:
+        if copy.drive.is_laid_out:
+            _give_back(path)
         status = preallocate.flush(path, held.fd if held else None)
     except OSError:
         # A second fsync may succeed where the first has failed, and mean nothing.
@@ -93,6 +95,18 @@ def _flush(session: Session, copy: Copy) -> Copy:
     record = copy.record.copied(status, utc_now("milliseconds"), copy.record.elapsed)
     receipt.update(copy.record_path, record)
     return replace(copy, found=CopyState.COPIED, record=record)
+
+
+def _give_back(path: str) -> None:
+    """Give back the space in an image that its data has turned out not to need."""
+    # Not for increments: what is loaded is compiled first.
+    from .._qemu.spare_clusters import give_back  # noqa: PLC0415
+
+    fd = target_files.open_image(path, os.O_RDWR)
+    try:
+        give_back(fd)
+    finally:
+        os.close(fd)
 
 
 def _take_name(session: Session, copy: Copy) -> Copy:

@@ -121,6 +121,12 @@ class Drive:
         """The file that QEMU writes."""
         return self.target if self.existing else self.target + ".partial"
 
+    @property
+    def is_laid_out(self) -> bool:
+        """Return whether it makes a new image of all of a disk, the clusters of which can be known before the copy."""
+        is_plain = (self.format or "qcow2") == "qcow2" and not self.compress
+        return is_plain and not self.existing and self.sync == Sync.FULL
+
     def arguments(self) -> dict[str, Any]:
         """Return QEMU's arguments, as far as they do not depend on how the target is handed over."""
         arguments: dict[str, Any] = {

@@ -15,7 +15,7 @@ from .._common.formats import utc_now
 from .._host import target_files
 from .._host.confinement import set_file_label
 from .._host.lock import host_lock_path
-from .._host.preallocate import Writeback
+from .._host.preallocate import Writeback, keeps_holes
 from .._host.process import boot_id, machine_id, spaces
 from .._qemu import block_jobs, target_image
 from .._qemu.losses import lost_in_copy
@@ -59,12 +59,24 @@ async def prepare(session: Session, now: Situation) -> list[tuple[Copy, target_i
 async def start(locked: Locked, now: Situation) -> tuple[list[dict[str, Any]], str]:
     """Start what is not there; returns the results, and the attempt to wait for."""
     now = replace(now, copies=tuple(await finish(locked, now.copies)))
-    prepared = await prepare(locked.session, now)
+    prepared = [(copy, await _lay_out(now.vm, copy, target)) for copy, target in await prepare(locked.session, now)]
     locked.session.changed = True
     begun = await _begin(locked, now.vm, prepared)
     by_node = {copy.disk.node: copy for copy in begun}
     jobs = [by_node.get(copy.disk.node, copy).result() for copy in now.copies]
     return jobs, attempt_of(begun) if now.request.state == RequestedState.COMPLETED else ""
+
+
+async def _lay_out(vm: Vm, copy: Copy, target: target_image.Target) -> target_image.Target:
+    """Return a target whose image is laid out for the data of its disk, where that can be."""
+    directory, name = os.path.split(target.path)
+    if not copy.drive.is_laid_out or not keeps_holes(directory, f".{name[:8]}."):
+        return target
+    # Not for increments: what is loaded is compiled first.
+    from .._qemu.data_map import lay_out  # noqa: PLC0415
+
+    layout = await lay_out(vm.chain(copy.disk))
+    return replace(target, layout=layout, expected=max(target.expected, layout.length)) if layout else target
 
 
 async def _begin(locked: Locked, vm: Vm, prepared: list[tuple[Copy, target_image.Target]]) -> list[Copy]:

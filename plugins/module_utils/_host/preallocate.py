@@ -12,12 +12,15 @@ import stat
 import threading
 
 from .._common.errors import BackupError
-from .files import step
+from .files import scratch, step
 from .target_files import open_image
 
 SECTOR = 512
 FALLOC_FL_KEEP_SIZE = 1
+FALLOC_FL_PUNCH_HOLE = 2
 SYNC_FILE_RANGE_WRITE = 2
+HOLE = 1 << 16
+"""Bytes of a hole that is made to see what becomes of it: more than what belongs to a file beside its data."""
 CANNOT_RESERVE = frozenset({errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.ENODEV})
 
 
@@ -55,6 +58,26 @@ def allocate(fd: int, length: int) -> bool:
         if code != errno.EINTR:
             raise OSError(code, os.strerror(code))
     return True
+
+
+def punch_hole(fd: int, start: int, length: int) -> bool:
+    """Give back the space of a part of a file, which then reads as zeroes; False where that cannot be done."""
+    mode = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
+    arguments = (ctypes.c_int(fd), ctypes.c_int(mode), ctypes.c_int64(start), ctypes.c_int64(length))
+    return bool(ctypes.CDLL(None).fallocate(*arguments) == 0)
+
+
+def keeps_holes(directory: str, stem: str) -> bool:
+    """Tell whether a file can be made longer here at no cost: some file systems fill it with zeroes, as FAT does.
+
+    It is tried on a file of which nothing is left; C(stem) is as for scratch().
+    """
+    try:
+        with scratch(directory, stem) as probe:
+            os.ftruncate(probe, HOLE)
+            return os.fstat(probe).st_blocks * SECTOR < HOLE
+    except OSError:
+        return False
 
 
 def flush(path: str, held: int | None = None) -> os.stat_result:

@@ -53,9 +53,9 @@ def compare_command(one: str, other: str) -> list[str]:
     return ["qemu-img", "compare", "-U", "--", one, other]
 
 
-def map_command(path: str, image_format: str) -> list[str]:
-    """Return C(qemu-img map)."""
-    return ["qemu-img", "map", "--output=json", "-f", image_format, "--", path]
+def map_command(path: str, image_format: str, shared: bool = False) -> list[str]:
+    """Return C(qemu-img map). If not C(shared), it fails on an image that somebody else has open for writing."""
+    return ["qemu-img", "map", "--output=json", *(["-U"] if shared else []), "-f", image_format, "--", path]
 
 
 def options_command(image_format: str) -> list[str]:

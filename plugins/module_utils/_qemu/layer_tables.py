@@ -24,7 +24,7 @@ from operator import or_
 from typing import TYPE_CHECKING
 
 from .._host.threads import within
-from .qcow2 import HARMLESS, read_header
+from .qcow2 import HARMLESS, OFFSET, read_header
 from .qemu_img import CLUSTER, TIMEOUT
 
 if TYPE_CHECKING:
@@ -34,8 +34,6 @@ if TYPE_CHECKING:
 
 
 CLUSTER_BITS = 16
-OFFSET = 0x00FF_FFFF_FFFF_FE00
-"""The bits of an entry of the first table that tell where the second table is."""
 ENTRIES = CLUSTER // 8
 """Entries of a second table. Each is for one cluster of the disk."""
 MOST_TABLES = 1 << 15

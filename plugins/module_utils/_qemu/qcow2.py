@@ -33,6 +33,14 @@ BITMAP_DIRECTORY = struct.Struct(">I4xQQ")
 """How many bitmaps there are; length and place of the list that names them."""
 BACKING_FORMAT_NAME = 0xE2792ACA
 DATA_FILE_NAME = 0x44415441
+OFFSET = 0x00FF_FFFF_FFFF_FE00
+"""The bits of an entry of a table that tell where the next table is, or the data."""
+COPIED = 1 << 63
+"""Nothing else uses what is there: it is written in place."""
+COMPRESSED = 1 << 62
+"""The entry is of another kind, which tells of compressed data."""
+ZERO = 1
+"""The cluster reads as zeroes, whatever is there."""
 DAMAGED = "its header is damaged, or newer than this collection"
 
 

@@ -21,6 +21,7 @@ from .._host.process import die_with_parent
 from .._host.progress import Patience
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import Any
 
     from .._host.pace import Pace
@@ -34,6 +35,8 @@ TIMEOUT = 60.0
 """Seconds for one qemu-img command that looks at metadata only; a hung file system is what comes near it."""
 LOOK_INTERVAL = 10.0
 """Seconds between two looks whether a long command goes on."""
+PIECE = 1 << 16
+"""Bytes of output that are handed on at a time."""
 MAX_LINES = 3
 """Lines of an error that are told; C(qemu-img check) may have one for each cluster."""
 CLUSTER = 65536
@@ -81,6 +84,14 @@ async def run(command: list[str], timeout: float = TIMEOUT, pass_fds: tuple[int,
     return await _run(command, timeout, pass_fds)
 
 
+async def run_reading(command: list[str], take: Callable[[bytes], None], timeout: float = TIMEOUT) -> None:
+    """Do as run() does, and have C(take) called with what the command prints, as it comes: it may be a lot.
+
+    What C(take) raises ends the command.
+    """
+    await _run(command, timeout, (), take=take)
+
+
 async def run_long(command: list[str], pass_fds: tuple[int, ...] = (), pace: Pace | None = None) -> str:
     """Do as run() does with a command that reads or writes whole images, for as long as it goes on.
 
@@ -93,7 +104,13 @@ async def run_long(command: list[str], pass_fds: tuple[int, ...] = (), pace: Pac
             pace.end()
 
 
-async def _run(command: list[str], timeout: float | None, pass_fds: tuple[int, ...], pace: Pace | None = None) -> str:
+async def _run(
+    command: list[str],
+    timeout: float | None,
+    pass_fds: tuple[int, ...],
+    pace: Pace | None = None,
+    take: Callable[[bytes], None] | None = None,
+) -> str:
     """Run a command; without a C(timeout) a long one."""
     try:
         process = await asyncio.create_subprocess_exec(
@@ -108,7 +125,7 @@ async def _run(command: list[str], timeout: float | None, pass_fds: tuple[int, .
         raise _not_installed(command) from None
     if pace:
         pace.begin(process.pid)
-    said = asyncio.ensure_future(process.communicate())
+    said = asyncio.ensure_future(_hear(process, take) if take else process.communicate())
     reason = "it is not waited for"
     try:
         reason = await _wait(said, process.pid, timeout)
@@ -129,6 +146,25 @@ async def _run(command: list[str], timeout: float | None, pass_fds: tuple[int, .
             _readable(command, "{}: {}".format(" ".join(command), errors.decode("utf-8", "replace").strip()), pass_fds)
         )
     return output.decode("utf-8", "replace")
+
+
+async def _hear(process: asyncio.subprocess.Process, take: Callable[[bytes], None]) -> tuple[bytes, bytes]:
+    """Do as communicate() does, and hand on what the process prints instead of returning it."""
+    errors: list[bytes] = []
+    try:
+        await asyncio.gather(_pass_on(process.stdout, take), _pass_on(process.stderr, errors.append))
+    except Exception:
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+        await process.wait()
+        raise
+    await process.wait()
+    return b"", b"".join(errors)
+
+
+async def _pass_on(source: asyncio.StreamReader | None, take: Callable[[bytes], None]) -> None:
+    while source and not source.at_eof():
+        take(await source.read(PIECE))
 
 
 async def _wait(said: asyncio.Future[Any], pid: int, timeout: float | None) -> str:

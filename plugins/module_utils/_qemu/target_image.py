@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from .._host.directory import Directory
     from .._host.files import DirectCalls
+    from .image_layout import ImageLayout
 
 
 PAGE = 4096
@@ -31,7 +32,7 @@ class Target:
 
     C(fd) is a descriptor of it, where this process has one: by now another file may have its path. C(label) is the
     SELinux context with which a confined QEMU is given it, C(former_label) the one that it has without; both are empty
-    where it keeps its own.
+    where it keeps its own. C(layout) says what stands where in a new image; where there is none, QEMU decides.
     """
 
     path: str
@@ -44,6 +45,7 @@ class Target:
     fd: int | None = None
     label: str = ""
     former_label: str = ""
+    layout: ImageLayout | None = None
 
     @property
     def name(self) -> str:
@@ -127,9 +129,9 @@ async def create(
     options = {"compression_type": target.compression_type} if target.format == "qcow2" and target.compress else None
     kind = tuple(qemu_img.create_command("", target.format, target.size, options, backing))
     blank = Blank(target.size, ()) if target.format == "raw" else (made or {}).get(kind)
-    fd: int = await calls.run(_make_file, target.path, blank, directory)
+    fd: int = await calls.run(_make_file, target.path, target.layout or blank, directory)
     try:
-        if not blank:
+        if not (target.layout or blank):
             # By descriptor: another file may have the path by now.
             name = qemu_img.by_descriptor(fd)
             command = qemu_img.create_command(name, target.format, target.size, options, backing)
@@ -143,7 +145,7 @@ async def create(
     return fd
 
 
-def _make_file(path: str, blank: Blank | None, directory: Directory | None = None) -> int:
+def _make_file(path: str, content: Blank | ImageLayout | None, directory: Directory | None = None) -> int:
     """Make a file, write an image into it, and return its descriptor."""
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL
     with step(path, "it was made"):
@@ -152,9 +154,9 @@ def _make_file(path: str, blank: Blank | None, directory: Directory | None = Non
         else:
             fd = directory.open(os.path.basename(path), flags)
         try:
-            if blank:
+            if content:
                 with open(fd, "wb", closefd=False) as image:
-                    blank.write(image)
+                    content.write(image)
         except BaseException:
             os.close(fd)
             raise

@@ -82,6 +82,7 @@ SPARED = {
 LATE = {
     "_backup/detached": ("backup_set",),
     "_backup/start_offline": ("backup_set",),
+    "_qemu/data_map": ("backup_set", "drive_backup"),
     "_qemu/domain": ("backup_plan", "backup_set", "drive_backup", "vm_info"),
     "_qemu/domain_config": ("backup_set",),
     "_qemu/domain_files": ("backup_plan", "backup_set"),
@@ -89,13 +90,16 @@ LATE = {
     "_qemu/domain_xml": ("backup_plan", "backup_set", "drive_backup", "vm_info"),
     "_qemu/guest_freeze": ("backup_set",),
     "_qemu/image_files": ("backup_plan", "backup_set"),
+    "_qemu/image_layout": ("backup_set", "drive_backup"),
     "_qemu/layer_tables": ("backup_plan",),
     "_qemu/libvirt_client": ("backup_plan", "backup_set", "block_job", "block_job_info", "drive_backup", "vm_info"),
+    "_qemu/spare_clusters": ("backup_set", "drive_backup"),
     "_qemu/storage_daemon": ("backup_plan", "backup_set"),
 }
 """Files that modules load when they meet what these are for.
 
-That is a domain, a VM that is off, a disk of several layers, a guest that is to be frozen, sets that nobody waits for.
+That is a domain, a VM that is off, a disk of several layers or one that is copied whole, a guest that is to be frozen,
+sets that nobody waits for.
 """
 
 PURE = {

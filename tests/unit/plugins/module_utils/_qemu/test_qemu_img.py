@@ -44,6 +44,10 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._qemu import image_
         ),
         (image_commands.compare_command("/b/x", "/b/y"), "qemu-img compare -U -- /b/x /b/y"),
         (image_commands.map_command("/b/x", "vmdk"), "qemu-img map --output=json -f vmdk -- /b/x"),
+        (
+            image_commands.map_command("/b/x", "qcow2", shared=True),
+            "qemu-img map --output=json -U -f qcow2 -- /b/x",
+        ),
         (image_commands.options_command("vmdk"), "qemu-img create -f vmdk -o help"),
     ],
 )
@@ -188,6 +192,40 @@ class TestRun:
             asyncio.run(qemu_img.run_long(shell("echo no >&2; exit 3")))
         with pytest.raises(qemu_img.NotInstalled, match="is not installed on this hypervisor"):
             asyncio.run(qemu_img.run_long([str(tmp_path / "qemu-img")]))
+
+    def test_output_is_handed_on_as_it_comes(self, tmp_path: Path) -> None:
+        pieces: list[bytes] = []
+        script = f"echo one; read none < {tmp_path}/gate; echo two; echo noise >&2"
+        os.mkfifo(tmp_path / "gate")
+
+        async def hear() -> None:
+            reading = asyncio.ensure_future(qemu_img.run_reading(shell(script), pieces.append))
+            while not pieces:
+                await asyncio.sleep(0.01)
+            assert b"".join(pieces) == b"one\n"
+            (tmp_path / "gate").write_text("go on\n")
+            await reading
+
+        asyncio.run(hear())
+        assert b"".join(pieces) == b"one\ntwo\n"
+
+    def test_a_reader_that_raises_ends_the_command(self, tmp_path: Path) -> None:
+        def refuse(piece: bytes) -> None:
+            raise ValueError(piece)
+
+        async def hear() -> None:
+            with pytest.raises(ValueError, match="said"):
+                await qemu_img.run_reading(shell(f"echo $$ > {tmp_path}/pid; echo said; exec sleep 60"), refuse)
+            await gone(tmp_path / "pid")
+
+        asyncio.run(hear())
+
+    def test_a_command_that_is_read_can_fail(self) -> None:
+        pieces: list[bytes] = []
+        with pytest.raises(ToolError, match=r"^sh -c echo said; echo no >&2; exit 3: no$"):
+            asyncio.run(qemu_img.run_reading(shell("echo said; echo no >&2; exit 3"), pieces.append))
+        with pytest.raises(ToolError, match=r"no end within 0\.3 s"):
+            asyncio.run(qemu_img.run_reading(shell("echo said; exec sleep 60"), pieces.append, timeout=0.3))
 
     def test_locks_are_inherited(self, tmp_path: Path) -> None:
         with open(tmp_path / "lock", "w", encoding="ascii") as lock:
