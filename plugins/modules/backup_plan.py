@@ -193,6 +193,8 @@ options:
     description:
       - Both V(zstd) and V(zlib) save space. V(zstd) takes about 1.5 times as long as V(none), and V(zlib) many times as
         long.
+      - For full sets that go into a store that deduplicates use V(none), and let the store compress. Full images that
+        are not compressed have their data in the order of the disk.
     type: str
     choices: [none, zstd, zlib]
     default: none
