@@ -69,8 +69,8 @@ def _runs(fd: int, tables: list[int], cluster: int) -> Iterator[tuple[int, int]]
 
 def _spare(table: bytes, cluster: int) -> list[int]:
     """Return where the clusters are that a second table has, and that read as zeroes."""
-    # Most tables tell of data only.
-    if len(table) < cluster or not any(table[7::8]):
+    # Most tables tell of data only, or of zeroes that have no cluster.
+    if len(table) < cluster or ZERO not in table[7::8] or table == ZERO.to_bytes(8, "big") * (cluster // 8):
         return []
     entries = array("Q", table)
     if sys.byteorder == "little":

@@ -74,7 +74,7 @@ def test_images_are_labelled_for_a_confined_qemu(repository: Repository, label: 
 
     async def make(run: BackupRun) -> tuple[Intent, list[str]]:
         held = await locked(run, seen, FakeMonitor())
-        made = await prepare._make_images(held, MADE, (ChainLink("full", ""),) * 2)
+        made = await prepare._make_images(held, MADE, (ChainLink("full", ""),) * 2, {})
         return made, [run.images.fd(path) for path in run.image_paths(made)]
 
     os.makedirs(repository.directory(MADE.vm.name))
