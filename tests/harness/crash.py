@@ -43,7 +43,14 @@ AFTER = "after"
 STEPS = {
     "_host/directory": {"remove": "remove", "sync": "sync directory"},
     "_host/lock": {"locked": "lock", "_open": "open lock"},
-    "_host/preallocate": {"allocate": "allocate", "flush": "flush", "flush_open": "flush", "top_up": "allocate"},
+    "_host/preallocate": {
+        "allocate": "allocate",
+        "flush": "flush",
+        "flush_open": "flush",
+        "keeps_holes": "try holes",
+        "punch_hole": "give back",
+        "top_up": "allocate",
+    },
     "_host/probe": {"probe_if_there": "look", "probe": "probe", "ask": "watch"},
     "_host/target_files": {"remove": "remove", "sync_directory": "sync directory", "take_name": "take name"},
     "_qemu/bitmaps": {"remove_bitmaps": "remove bitmaps"},

@@ -64,10 +64,11 @@ BEGIN = {
     *document("begin"),
     *document("write description"),
     "make file: create",
-    "make image > run: qemu-img create",
     "reserve > allocate: fallocate",
     *document("update intent"),
 }
+LAY_OUT = {"try holes: truncate"}
+MAKE_IMAGE = {"make image > run: qemu-img create"}
 START = {
     "start: pass a file",
     "start: add-fd",
@@ -108,9 +109,9 @@ DISCARD = {
     "discard > sync directory: fsync",
 }
 POINTS: dict[str, set[str]] = {
-    "full": LOOK | WATCH | CREATE | LOCK | BEGIN | START | PUBLISH | TIDY,
-    "increment": LOOK | WATCH | LOCK | BEGIN | START | PUBLISH | TIDY | SURPLUS,
-    "quiesced": LOOK | WATCH | CREATE | LOCK | BEGIN | FREEZE | START | PUBLISH | TIDY,
+    "full": LOOK | WATCH | CREATE | LOCK | BEGIN | LAY_OUT | START | PUBLISH | TIDY,
+    "increment": LOOK | WATCH | LOCK | BEGIN | MAKE_IMAGE | START | PUBLISH | TIDY | SURPLUS,
+    "quiesced": LOOK | WATCH | CREATE | LOCK | BEGIN | LAY_OUT | FREEZE | START | PUBLISH | TIDY,
     "published": LOOK | WATCH | LOCK | PUBLISH | TIDY,
     "tidied": LOOK | WATCH | LOCK | TIDY,
     "failed": LOOK | WATCH | LOCK | STOP | DISCARD,
