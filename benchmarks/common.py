@@ -77,7 +77,7 @@ def options(description: str | None) -> argparse.Namespace:
     parser.add_argument("--svg", type=Path, help="fleet: where to write the plot")
     parser.add_argument("--sets", type=int, default=10_000, help="info: sets in the repository")
     parser.add_argument("--runs", type=int, default=25, help="start: how often each module is started")
-    parser.add_argument("--against", metavar="REV", help="copy, dedup, info, start: the revision to compare with")
+    parser.add_argument("--against", metavar="REV", help="dedup, info, start: the revision to compare with")
     return parser.parse_args()
 
 
