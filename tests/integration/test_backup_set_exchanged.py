@@ -53,9 +53,10 @@ def test_the_directory_is_exchanged_for_a_link(
     vm = vms.start(name="web01")
     sets.back_up(vm, id="s0")
     frozen = {disk.id: vm.freeze(disk, directory / f"frozen-{disk.id}.qcow2") for disk in vm.disks}
-    plan = sets.plan(vm, id="s1", level="full")["plan"]
-    staging, aside = sets.path / "web01" / ".s1.staging", sets.path / "web01" / "aside"
     room, name = MOMENTS[moment]
+    # qemu-img fills those only whose clusters QEMU has to choose.
+    plan = sets.plan(vm, id="s1", level="full", compression="zstd" if room is qemu_img else "none")["plan"]
+    staging, aside = sets.path / "web01" / ".s1.staging", sets.path / "web01" / "aside"
     real = getattr(room, name)
     exchanged = []
 

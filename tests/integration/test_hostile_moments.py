@@ -185,10 +185,10 @@ TABLE: dict[str, dict[str, dict[str, tuple[bool, bool]]]] = {
         "an increment becomes full": {
             "s1": FAILED,
             "s1/manifest.json": FAILED,
-            f"s1/{IMAGE}": TOLD,
+            f"s1/{IMAGE}": FAILED,
             "s2": (True, False),
             ".lock": FAILED,
-            f"s2/{IMAGE}": DONE,
+            f"s2/{IMAGE}": FAILED,
             f".s2.{IMAGE}.consolidating": FAILED,
             ".s2.consolidation.json": FAILED,
         },
