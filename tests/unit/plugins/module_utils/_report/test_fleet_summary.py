@@ -82,10 +82,10 @@ def test_the_playbook_of_the_collection_is_known_with_its_inventories() -> None:
 
 
 def test_a_vm_that_is_still_copied_has_no_failure() -> None:
-    found = summary(hv1=noted(**done(vm("a", "running"))), hv2=noted(**done()))
-    assert found["text"] == [
-        "Backup s1 of 2 hypervisors: 0 of 1 VMs have their set, 0 failed, 0 skipped, 0 Bytes written"
-    ]
+    found = summary(hv1=noted(**done(vm("a", "running"))), hv2=noted(**done(vm("b", "queued"))))
+    [line] = found["text"]
+    assert line.startswith("Backup s1 of 2 hypervisors: 0 of 2 VMs have their set, 0 failed, 0 skipped, ")
+    assert line.endswith(", 1 running, 1 queued")
 
 
 def test_a_problem_of_many_lines_makes_many_lines() -> None:
