@@ -46,8 +46,6 @@ options:
     type: bool
     default: false
 seealso:
-  - plugin: vmfleet.backup.vm_backup
-    plugin_type: role
   - ref: ansible_collections.vmfleet.backup.docsite.monitoring.inventory
     description: The variables of the hosts, and a play that backs up the VMs that lack a set.
 """
