@@ -59,7 +59,8 @@ def states(result: dict[str, t.Any]) -> list[str]:
 
 
 def who(sets: Sets) -> detached.Who | None:
-    return detached.find(str(sets.path))
+    path = detached.lock_path(str(sets.path))
+    return detached._read(path) if detached._is_held(path) else None
 
 
 def frozen(vm: Qemu, directory: Path) -> dict[str, Path]:

@@ -151,16 +151,15 @@ def _go_on(module: AnsibleModule, main: Main, repository: str, set_id: str) -> i
         return status
 
 
-def find(repository: str) -> Who | None:
-    """Return the process that makes the sets in this repository on this machine; None where there is none."""
-    path = lock_path(repository)
+def _is_held(path: str) -> bool:
+    """Tell whether a process has this lock. One that is not there is not made."""
     if not os.path.exists(path):
-        return None
+        return False
     fd = take_at_once(path)
     if fd is None:
-        return _read(path)
+        return True
     os.close(fd)
-    return None
+    return False
 
 
 def _read(path: str) -> Who | None:
@@ -176,26 +175,26 @@ def _read(path: str) -> Who | None:
 async def stop(repository: str) -> None:
     """End the process that makes the sets in this repository, where there is one. Copies that run are left running."""
     path = lock_path(repository)
-    if not os.path.exists(path):
-        return
     deadline = time.monotonic() + MOMENT
-    while True:
-        fd = take_at_once(path)
-        if fd is not None:
-            os.close(fd)
-            return
+    while _is_held(path):
         who = _read(path)
-        if who or time.monotonic() > deadline:
-            break
+        if who:
+            await _end(who, path, repository)
+            return
+        if time.monotonic() > deadline:
+            raise BackupError(f"{repository}: a process on this hypervisor begins to make sets; cancel them again")
         await asyncio.sleep(0.02)
-    if not who:
-        raise BackupError(f"{repository}: a process on this hypervisor begins to make sets; cancel them again")
-    with contextlib.suppress(ProcessLookupError):
-        try:
-            os.kill(who.pid, signal.SIGTERM)
-        except PermissionError as error:
-            raise BackupError(
-                f"process {who.pid}, which makes the sets {who.id}, cannot be stopped: {why(error)}"
-            ) from None
+
+
+async def _end(who: Who, path: str, repository: str) -> None:
+    """End a process, and wait until it has let its lock go."""
+    try:
+        os.kill(who.pid, signal.SIGTERM)
+    except ProcessLookupError:
+        # It has just ended by itself.
+        pass
+    except PermissionError as error:
+        reason = f"process {who.pid}, which makes the sets {who.id}, cannot be stopped: {why(error)}"
+        raise BackupError(reason) from None
     async with locked(path, f"the sets {who.id} in {repository}", STOPPING):
         pass
