@@ -197,7 +197,8 @@ def test_the_role_leaves_all_to_it(three: list[Qemu], sets: Sets, vms: Vms, dire
             },
         ],
     }
-    play = hypervisor.run(**variables, speed=SLOW, detach=True)
+    # As a command line gives it.
+    play = hypervisor.run("-e", "vm_backup_detach=true", **variables, speed=SLOW)
     assert play.rc == 0, play.output
     assert "0 of 4 VMs have their set, 0 failed, 0 skipped, nothing written, 1 running, 3 queued" in play.output
     assert (
