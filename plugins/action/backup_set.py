@@ -32,6 +32,12 @@ QUIET_PACE = 60.0
 MANY = 12
 """Running VMs of all hypervisors together beyond which nobody could follow a bar for each."""
 
+MODULE = "vmfleet.backup.backup_set"
+FOLLOW = "vmfleet.backup.backup_follow"
+
+WORKERS = 3
+"""How often the sets are left to a worker, before they are made without."""
+
 HOW_TO_GO_ON = """\
 Ctrl-C, or a lost connection, leaves the copies running.
 To go on with them, run the same playbook with -e vm_backup_id={}; to stop them, vmfleet.backup.cancel.
@@ -64,9 +70,9 @@ class ActionModule(ActionBase):
             and args.get("slice") is None
             and args.get("state") in (None, "completed")
             and isinstance(plan, dict)
-            and "id" in plan
+            and {"id", "repository"} <= plan.keys()
             and isinstance(plan.get("vms"), list)
-            and all(isinstance(vm, dict) and isinstance(vm.get("bytes", 0), int) for vm in plan["vms"])
+            and all(isinstance(vm, dict) and "name" in vm and isinstance(vm.get("bytes", 0), int) for vm in plan["vms"])
         )
 
     def _once(self, task_vars: dict[str, Any]) -> dict[str, Any]:
@@ -77,14 +83,17 @@ class ActionModule(ActionBase):
     def _in_slices(self, task_vars: dict[str, Any]) -> dict[str, Any]:
         quiet = self._task.args.get("progress") in ("quiet", "none") or not ON_TERMINAL
         slices = Slices(self._task.args["plan"], UNWATCHED if quiet else WATCHED)
+        calls = _Calls(self._task.args, slices)
         speaker = _Speaker(self._display, self._task, slices, task_vars, quiet)
         while True:
-            arguments = {**self._task.args, **slices.arguments}
+            name, arguments = calls.next()
             try:
-                found = self._execute_module(module_args=arguments, task_vars=task_vars)
+                found = self._execute_module(module_name=name, module_args=arguments, task_vars=task_vars)
             except AnsibleConnectionFailure:
                 speaker.give_up()
                 raise
+            if calls.is_lost(found):
+                continue
             if "vms" not in found:
                 return slices.broken_off(found)
             slices.note(found)
@@ -92,6 +101,41 @@ class ActionModule(ActionBase):
                 speaker.end()
                 return slices.result()
             speaker.speak()
+
+
+class _Calls:
+    """The modules that are called until the sets of a plan are at their end.
+
+    Where the task has C(detach), a worker makes them, and is followed; one that dies is replaced. Where there is none
+    after so many times, the module makes them itself, slice by slice.
+    """
+
+    def __init__(self, arguments: dict[str, Any], slices: Slices) -> None:
+        self._arguments = arguments
+        self._slices = slices
+        self._workers_left = WORKERS if arguments.get("detach") in ("preferred", "required") else 0
+        self._worker = arguments.get("worker") or ""
+
+    def next(self) -> tuple[str, dict[str, Any]]:
+        """What is to be called now, and with which arguments."""
+        if self._worker:
+            wanted = {"repository": self._arguments["plan"]["repository"], "worker": self._worker}
+            return FOLLOW, {**wanted, "wait": self._slices.length}
+        arguments = {**self._arguments, **self._slices.arguments, "detach": "never"}
+        arguments.pop("worker", None)
+        if self._workers_left:
+            self._workers_left -= 1
+            arguments.update(state="started", detach="preferred", unattended=True)
+        return MODULE, arguments
+
+    def is_lost(self, found: dict[str, Any]) -> bool:
+        """Take in what has been returned, and tell whether nothing has, because the worker has died."""
+        if self._worker:
+            ended = not found.get("running")
+            self._worker = "" if ended else self._worker
+            return ended and "vms" not in found and not found.get("failed")
+        self._worker = found.get("worker", "")
+        return False
 
 
 class _Speaker:

@@ -80,6 +80,7 @@ options:
       - Seconds after which O(state=completed) returns even if sets are unfinished. RV(vms[].state) is V(running) or
         V(queued) for those, and the same call continues them. V(0) waits for the end.
       - A playbook shows the progress without this option. Use it only to wait in several calls yourself.
+      - With O(detach), O(state=started) waits so long for the end of the worker.
       - A call can take longer, for example during the checksum of an image.
     type: float
     default: 0
@@ -113,12 +114,24 @@ options:
     default: "600"
   detach:
     description:
-      - With O(state=started), leave a process on the hypervisor that brings the sets to their end, whether a later call
-        waits for them or not. VMs that are still V(queued) have their turns, and copies that have ended are published.
-      - There is one such process for each repository and hypervisor at a time. O(state=cancelled) for all VMs ends it.
-      - A call without O(detach) may go on with the same sets at the same time.
-    type: bool
-    default: false
+      - With O(state=started), leave the sets to a worker, which is a process on the hypervisor. It does what
+        O(state=completed) does, whether a later call waits for it or not. VMs that are still V(queued) have their
+        turns, and copies that have ended are published.
+      - There is one worker for each repository and hypervisor at a time. O(state=cancelled) for all VMs ends it.
+      - With V(preferred), a call whose repository has a worker for other sets starts the copies itself. With
+        V(required), such a call fails. If the worker makes the same sets, the call returns how far it is.
+      - The call returns when the worker has looked at each VM. With O(slice), it waits for the end of the worker for
+        so long, but not longer.
+      - With O(state=completed), a playbook leaves the sets to a worker and follows it with few resources. A worker that
+        dies is replaced. With C(async), in check mode and with O(slice), the call makes the sets itself.
+    type: str
+    choices: [never, preferred, required]
+    default: never
+  worker:
+    description:
+      - The RV(worker) that an earlier call has returned. A playbook with O(state=completed) and O(detach) follows that
+        worker first.
+    type: str
   begin:
     description:
       - Start sets that do not exist and that no process makes. With V(false), O(state=started) and O(state=completed)
@@ -292,13 +305,13 @@ summary:
     untracked: 0
     changed: 1
     bytes: 589832
-detached:
+worker:
   description:
-    - Whether a process on the hypervisor brings the sets to their end. There is none where no VM is V(running) or
-      V(queued).
-  returned: with O(detach=true)
-  type: bool
-  sample: true
+    - The worker that brings the sets to their end, to be given as O(worker). There is none if it has come to its end,
+      or if the repository has a worker for other sets.
+  returned: with O(detach=preferred) and O(detach=required), while the worker is at work
+  type: str
+  sample: 4f1e7c2a90d35b68
 headline:
   description: >-
     What has become of all VMs, to be read by people. A second line says how many of the sets are of which level, and
@@ -328,7 +341,6 @@ qmp:
         id: vmfleet.12794a23.49a1c2c3fed6.1
 """
 
-import functools
 from typing import TYPE_CHECKING
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._backup.cancel import plan_of_names
@@ -366,7 +378,7 @@ if TYPE_CHECKING:
 
     from ansible.module_utils.basic import AnsibleModule
 
-    from ansible_collections.vmfleet.backup.plugins.module_utils._backup.detached import Successor
+    from ansible_collections.vmfleet.backup.plugins.module_utils._backup.board import Board
     from ansible_collections.vmfleet.backup.plugins.module_utils._plan.model import Plan
     from ansible_collections.vmfleet.backup.plugins.module_utils._repository.repository import Repository
 
@@ -396,21 +408,21 @@ def check_options(params: dict[str, Any]) -> None:
     chosen = [option for option in ("names", "exclude_names") if params[option]]
     if chosen and params["plan"]:
         raise Refused(chosen[0], "the plan says which VMs are meant; give names with repository only")
-    if params["slice"] and params["state"] != "completed":
-        raise Refused("slice", "only state: completed waits")
-    if params["detach"] and params["state"] != "started":
-        raise Refused("detach", "only state: started leaves sets to a process of their own")
+    if params["slice"] and params["state"] != "completed" and params["detach"] == "never":
+        raise Refused("slice", "only state: completed waits, or a call that leaves the sets to a process of their own")
+    if params["detach"] != "never" and params["state"] in STOPPING:
+        raise Refused("detach", "only sets that are to be made are left to a process of their own")
 
 
-async def end_detached(path: str, selection: Selection) -> None:
-    """End the process that would begin the sets that are to be cancelled."""
+async def end_worker(path: str, selection: Selection) -> None:
+    """End the worker, which would begin the sets that are to be cancelled."""
     if selection == Selection():
-        from ansible_collections.vmfleet.backup.plugins.module_utils._backup.detached import stop  # noqa: PLC0415
+        from ansible_collections.vmfleet.backup.plugins.module_utils._backup.worker import stop  # noqa: PLC0415
 
         await stop(path)
 
 
-async def main_task(module: AnsibleModule, successor: Successor | None = None) -> dict[str, Any]:
+async def main_task(module: AnsibleModule, board: Board | None = None) -> dict[str, Any]:
     check_options(module.params)
     require_qemu_img()
     names = (
@@ -434,10 +446,10 @@ async def main_task(module: AnsibleModule, successor: Successor | None = None) -
     given = None if module.params["plan"] is None else parse_plan(module.params["plan"])
     path = given.repository if given else module.params["repository"]
     if given is None and module.params["state"] == "cancelled" and not module.check_mode:
-        await end_detached(path, Selection.of(module.params))
+        await end_worker(path, Selection.of(module.params))
     async with ThreadedCalls(Watch(path, writing=not module.check_mode)) as calls:
         repository, plan, created = await places(module, given, calls)
-        run = BackupRun.of(AsyncRepository(repository, calls), plan, settings)
+        run = BackupRun.of(AsyncRepository(repository, calls), plan, settings, board)
         outcomes = await reconcile(run)
     for outcome in outcomes:
         for warning in outcome.warnings:
@@ -451,10 +463,6 @@ async def main_task(module: AnsibleModule, successor: Successor | None = None) -
         "qmp": run.commands,
         "diff": diff(outcomes),
     }
-    if module.params["detach"]:
-        result["detached"] = (
-            successor is not None and any(outcome.state in UNFINISHED for outcome in outcomes) and successor.go()
-        )
     error = failure(outcomes, plan.id, settings.state)
     # While others are being made, there is more to come.
     if error and not (settings.slice and any(outcome.state in UNFINISHED for outcome in outcomes)):
@@ -477,7 +485,9 @@ def main() -> None:
             "timeout": {"type": "str", "default": "0"},
             "offline_timeout": {"type": "str", "default": "4h"},
             "stall_timeout": {"type": "str", "default": "600"},
-            "detach": {"type": "bool", "default": False},
+            "detach": {"type": "str", "choices": ["never", "preferred", "required"], "default": "never"},
+            # For the action plugin.
+            "worker": {"type": "str"},
             "begin": {"type": "bool", "default": True},
             "unattended": {"type": "bool", "default": False},
             "takeover": {"type": "bool", "default": False},
@@ -495,21 +505,11 @@ def main() -> None:
         supports_check_mode=True,
     )
     require_qmp(module)
-    run_in_worker(module, functools.partial(main_task, successor=make_successor(module)))
+    if module.params["detach"] != "never" and module.params["state"] == "started" and not module.check_mode:
+        from ansible_collections.vmfleet.backup.plugins.module_utils._backup.worker import leave  # noqa: PLC0415
 
-
-def make_successor(module: AnsibleModule) -> Successor | None:
-    """Return the process that is to go on with the sets, where one is asked for."""
-    params = module.params
-    if not params["detach"] or params["state"] != "started" or module.check_mode:
-        return None
-    from ansible_collections.vmfleet.backup.plugins.module_utils._backup.detached import prepare  # noqa: PLC0415
-
-    try:
-        return prepare(module, main_task)
-    except BackupError as error:
-        module.fail_json(msg=str(error))
-        raise
+        leave(module, main_task)
+    run_in_worker(module, main_task)
 
 
 if __name__ == "__main__":

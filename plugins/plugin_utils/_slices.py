@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._backup.outcome import (
     UNFINISHED,
-    DiskOutcome,
     Outcome,
     describe,
     diff,
     failure,
     headline,
+    outcome_of,
     results,
     summarize,
 )
@@ -61,20 +61,28 @@ class Slices:
         return [outcome.name for outcome in self.outcomes if outcome.state in UNFINISHED]
 
     @property
+    def length(self) -> float:
+        """The seconds of the next call."""
+        return min(self._first * GROWTH ** len(self._calls), self._longest)
+
+    @property
     def arguments(self) -> dict[str, Any]:
         """What the next call is about."""
-        length = min(self._first * GROWTH ** len(self._calls), self._longest)
         if not self._calls:
-            return {"plan": self._plan, "slice": length}
+            return {"plan": self._plan, "slice": self.length}
         # What was to be made is made by now: a repository that is missing has gone away.
         rest = {"vms": [self._plan["vms"][place] for place in self._next], "create_repository": False}
-        return {"plan": {**self._plan, **rest}, "slice": length}
+        return {"plan": {**self._plan, **rest}, "slice": self.length}
 
     def note(self, result: Mapping[str, Any]) -> None:
-        """Take in what such a call has returned."""
+        """Take in what such a call has returned, which may be about more VMs."""
         self._calls.append(result)
-        for place, found in zip(self._next, result["vms"]):
-            outcome, before = outcome_of(found), self._outcomes.get(place)
+        # Several may have the same name, and fail for that.
+        found: dict[str, list[Outcome]] = {}
+        for one in map(outcome_of, result["vms"]):
+            found.setdefault(one.name, []).append(one)
+        for place in self._next:
+            outcome, before = found[self._plan["vms"][place]["name"]].pop(0), self._outcomes.get(place)
             if before:
                 # A call knows of itself only.
                 warnings = tuple(dict.fromkeys((*before.warnings, *outcome.warnings)))
@@ -127,9 +135,3 @@ class Slices:
         for key in ("failed", "msg", "exception"):
             merged.pop(key, None)
         return {**merged, "failed": True, "msg": error} if error else merged
-
-
-def outcome_of(result: Mapping[str, Any]) -> Outcome:
-    """The outcome of a VM that the module has returned."""
-    disks = tuple(DiskOutcome(**disk) for disk in result["disks"])
-    return Outcome(**{**result, "warnings": tuple(result["warnings"]), "disks": disks})

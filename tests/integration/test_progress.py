@@ -7,14 +7,18 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
 import typing as t
 
 import pytest
 import yaml
 
+from ansible_collections.vmfleet.backup.plugins.module_utils._backup.worker_place import WorkerPlace
 from ansible_collections.vmfleet.backup.tests.harness.backup import release
 from ansible_collections.vmfleet.backup.tests.harness.playbooks import Hypervisor
+from ansible_collections.vmfleet.backup.tests.harness.qemu import PATIENCE, wait_until
 from ansible_collections.vmfleet.backup.tests.harness.sets import ID, SLOW
 
 if t.TYPE_CHECKING:
@@ -225,17 +229,80 @@ def test_defaults_of_the_group_reach_the_module(vms: Vms, hypervisor: Hypervisor
 def test_a_repository_that_goes_away_between_slices(vms: Vms, directory: Path, hypervisor: Hypervisor) -> None:
     vm = vms.start(name="web01")
     copies = {str(disk.id): vm.freeze(disk, directory / f"frozen-{disk.id}.qcow2") for disk in vm.disks}
+    playbook = write_playbook(hypervisor, {})
     marker, aside = hypervisor.sets.path / "vmfleet.json", directory / "aside"
-    with hypervisor.on_terminal("backup", sockets=sockets(vm), speed=SLOW) as screen:
+    with hypervisor.on_terminal(playbook, vms=[{"monitor": str(vm.monitor)}], speed=SLOW) as screen:
         screen.wait_for("1 running")
         marker.rename(aside)
-        play = screen.end()
-    assert play.rc != 0
-    assert "1 of 1 VMs are unfinished, and their copies may still run: web01." in play.output
-    assert f"Run the backup again with id {ID} to go on with them" in play.output
+        screen.end()
+    said = returned(hypervisor)["msg"]
+    assert "1 of 1 VMs are unfinished, and their copies may still run: web01." in said
+    assert f"Run the backup again with id {ID} to go on with them" in said
     assert not marker.exists()
     aside.rename(marker)
     release(vm)
     play = hypervisor.run(sockets=sockets(vm))
     assert play.rc == 0, play.output
     hypervisor.sets.assert_good("web01", copies)
+
+
+def test_a_repository_that_goes_away_from_its_worker(vms: Vms, directory: Path, hypervisor: Hypervisor) -> None:
+    vm = vms.start(name="web01")
+    copies = {str(disk.id): vm.freeze(disk, directory / f"frozen-{disk.id}.qcow2") for disk in vm.disks}
+    marker, aside = hypervisor.sets.path / "vmfleet.json", directory / "aside"
+    with hypervisor.on_terminal("backup", sockets=sockets(vm), speed=SLOW) as screen:
+        screen.wait_for("1 running")
+        marker.rename(aside)
+        play = screen.end()
+    assert play.rc != 0
+    assert "0 of 1 VMs have their set, 1 failed" in " ".join(play.output.split())
+    assert not marker.exists()
+    aside.rename(marker)
+    release(vm)
+    play = hypervisor.run(sockets=sockets(vm))
+    assert play.rc == 0, play.output
+    hypervisor.sets.assert_good("web01", copies)
+
+
+def test_a_worker_that_is_killed_is_replaced(vms: Vms, directory: Path, hypervisor: Hypervisor) -> None:
+    machines = [vms.start(vms.disk(number), name=f"vm{number}") for number in range(2)]
+    copies = [{str(disk.id): vm.freeze(disk, directory / f"{disk.id}.qcow2") for disk in vm.disks} for vm in machines]
+    place = WorkerPlace.of(str(hypervisor.sets.path))
+    killed: list[int] = []
+    with hypervisor.on_terminal("backup", sockets=sockets(*machines), speed=SLOW, max_vms=1) as screen:
+        for _number in range(2):
+            wait_until(lambda: place.is_held() and getattr(place.who(), "pid", 0) not in {0, *killed}, "the worker")
+            who = place.who()
+            assert who
+            os.kill(who.pid, signal.SIGKILL)
+            killed.append(who.pid)
+        wait_until(lambda: not release_all(machines) and len(manifests(hypervisor)) == 2, "both sets", 3 * PATIENCE)
+        play = screen.end()
+    assert play.rc == 0, play.output
+    assert "2 of 2 VMs have their set, 0 failed, 0 skipped" in " ".join(play.output.split())
+    for number, expected in enumerate(copies):
+        hypervisor.sets.assert_good(f"vm{number}", expected)
+
+
+def test_a_worker_works_on_when_nobody_follows(vms: Vms, hypervisor: Hypervisor) -> None:
+    machines = [vms.start(vms.disk(number), name=f"vm{number}") for number in range(2)]
+    with hypervisor.on_terminal("backup", sockets=sockets(*machines), speed=SLOW, max_vms=1) as screen:
+        screen.wait_for("1 running")
+        screen.interrupt()
+        screen.end()
+    play = hypervisor.play("status")
+    assert re.search(r"makes set \S+ since \S+: 0 of 2 VMs done, 1 running, 1 queued", play.output), play.output
+    wait_until(lambda: not release_all(machines) and len(manifests(hypervisor)) == 2, "both sets", 3 * PATIENCE)
+    wait_until(lambda: not WorkerPlace.of(str(hypervisor.sets.path)).is_held(), "the end of the worker")
+    play = hypervisor.run(sockets=sockets(*machines))
+    assert (play.rc, play.recap()["changed"]) == (0, 0), play.output
+
+
+def manifests(hypervisor: Hypervisor) -> list[Path]:
+    return list(hypervisor.sets.path.glob(f"*/{ID}/manifest.json"))
+
+
+def release_all(machines: list[Qemu]) -> None:
+    """Let all copies go on that run at this moment."""
+    for vm in machines:
+        release(vm)

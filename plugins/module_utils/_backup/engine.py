@@ -59,7 +59,7 @@ async def _report_failure(session: VmSession, error: str) -> Outcome:
 
 async def _queue(session: VmSession, reason: str) -> Pending:
     task, sets = session.task, session.records.sets
-    task.order = (sets[-1].started if sets else "", task.order[1])
+    task.newest = sets[-1].started if sets else ""
     task.start_on = None if session.decision.intent else session.seen.process
     return Pending(WaitFor.SLOT, reason)
 
@@ -118,9 +118,9 @@ async def reconcile(run: BackupRun) -> list[Outcome]:
     # A VM whose set has begun to grow since the plan has nothing to start: its jobs are to be looked at.
     not_begun = names - {intent.vm.name for intent in begun}
     tasks = [
-        VmTask(planned, order=("", place), first_step=planned.name in not_begun)
-        for place, planned in enumerate(run.plan.vms)
+        VmTask(planned, place=place, first_step=planned.name in not_begun) for place, planned in enumerate(run.plan.vms)
     ]
+    run.board.begin(run.plan.id, [task.name for task in tasks])
     return list(await asyncio.gather(*(_reconcile_vm(run, task) for task in tasks)))
 
 
@@ -138,6 +138,7 @@ async def _reconcile_vm(run: BackupRun, task: VmTask) -> Outcome:
     if outcome.state != VmState.RUNNING:
         run.slots.leave(task.name)
         run.bandwidth.count(task.name, 0)
+    run.board.note(task.place, outcome)
     return outcome
 
 
@@ -319,20 +320,25 @@ async def _wait(run: BackupRun, task: VmTask, pending: Pending) -> Outcome | Non
     if pending.wait_for != WaitFor.MONITOR:
         task.silent_since = 0.0
     if pending.wait_for == WaitFor.SLOT:
-        until = None if starting else run.slice.over
-        if not await run.slots.take(task.name, task.order, until):
-            return results.outcome(run, task, VmState.QUEUED, reason=pending.reason)
+        if not await run.slots.take(task.name, task.order):
+            queued = results.outcome(run, task, VmState.QUEUED, reason=pending.reason)
+            run.board.note(task.place, queued)
+            if starting or not await run.slots.take(task.name, task.order, run.slice.over):
+                return queued
     elif pending.wait_for == WaitFor.JOBS:
         if run.slice.over.is_set():
             await finish.note_progress(run, task)
+        running = results.running(run, task)
+        run.board.note(task.place, running)
         if starting or run.slice.over.is_set():
-            return results.running(run, task)
+            return running
         await run.bandwidth.pause(task.next_pause())
     elif pending.wait_for == WaitFor.MONITOR:
         task.silent_since = task.silent_since or time.monotonic()
         if starting or time.monotonic() - task.silent_since > UNREACHABLE_PATIENCE:
             error = f"{pending.reason}; the set is unfinished: run the backup again to go on with it"
             return results.outcome(run, task, VmState.FAILED, error=error)
+        run.board.note(task.place, results.outcome(run, task, VmState.RUNNING, reason=pending.reason))
         # The next call would not know for how long it has been silent.
         with run.slice.busy():
             await asyncio.sleep(task.next_pause())

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING
 
 from .._common.formats import Word, counted, human
@@ -96,6 +96,16 @@ class Outcome:
 def results(outcomes: Iterable[Outcome]) -> list[dict[str, Any]]:
     """Return outcomes as return values."""
     return [asdict(outcome) for outcome in outcomes]
+
+
+def outcome_of(result: Mapping[str, Any]) -> Outcome:
+    """Return the outcome of a VM that the module has returned, or a worker that may be of another version."""
+    disks = tuple(DiskOutcome(**_known(DiskOutcome, disk)) for disk in result["disks"])
+    return Outcome(**{**_known(Outcome, result), "warnings": tuple(result["warnings"]), "disks": disks})
+
+
+def _known(kind: type, found: Mapping[str, Any]) -> dict[str, Any]:
+    return {each.name: found[each.name] for each in fields(kind) if each.name in found}
 
 
 def summarize(outcomes: Sequence[Outcome]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from .._host.process import this_machine
 from .._plan.model import RunContext
 from .._qemu import block_jobs
 from .._repository.documents import Hypervisor
+from .board import Board
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -280,9 +281,10 @@ class BackupRun:
     emergency: asyncio.Lock = field(default_factory=asyncio.Lock)
     """Held by the one VM whose set is stopped for the guest's sake: that may be enough for the others."""
     commands: list[dict[str, Any]] = field(default_factory=list)
+    board: Board = field(default_factory=Board)
 
     @classmethod
-    def of(cls, repository: AsyncRepository, plan: Plan, settings: Settings) -> BackupRun:
+    def of(cls, repository: AsyncRepository, plan: Plan, settings: Settings, board: Board | None = None) -> BackupRun:
         """Begin a run. The event loop has to be running."""
         context = RunContext(
             plan.id,
@@ -302,6 +304,7 @@ class BackupRun:
             VmSlots(settings.max_vms, (planned.name for planned in plan.vms)),
             BandwidthLimiter(settings.bandwidth, plan.policy.speed),
             TimeSlice(settings.slice),
+            board=board or Board(),
         )
 
     @property

@@ -72,8 +72,10 @@ class VmTask:
     """Finished images on stable storage, by attempt."""
     flush_errors: dict[str, str] = field(default_factory=dict)
     """Why finished images could not be brought there, by attempt."""
-    order: tuple[str, int] = ("", 0)
-    """Its place among those that wait for a slot: when its newest set was begun, and its place in the plan."""
+    place: int = 0
+    """Its place in the plan."""
+    newest: str = ""
+    """When its newest set was begun, as far as that has been looked up."""
     watched: str = ""
     """The attempt whose jobs are watched."""
     clock: StallClock = field(default_factory=lambda: StallClock(0.0))
@@ -102,6 +104,11 @@ class VmTask:
     @property
     def name(self) -> str:
         return self.planned.name
+
+    @property
+    def order(self) -> tuple[str, int]:
+        """Its place among those that wait for a slot."""
+        return self.newest, self.place
 
     def next_pause(self) -> float:
         """Return the seconds until the next look: few at first, as most sets are small."""

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import fcntl
 import os
@@ -100,6 +99,9 @@ async def locked(
 
     C(calls) is how its file system is called.
     """
+    # Small modules look at locks, too, and it takes long to load.
+    import asyncio  # noqa: PLC0415
+
     fd, taken = await calls.run(_open, path)
     try:
         deadline = time.monotonic() + timeout

@@ -9,6 +9,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from .._backup.outcome import UNFINISHED, unfinished
 from .._common.formats import amount, counted
 from .._common.printable import printable
 from .._common.selection import Selection
@@ -34,6 +35,8 @@ FOUND = {
     "totals": {"sets": int},
 }
 """What is read of the result of backup_info."""
+WORKER = {"running": bool, "id": str, "since": str, "vms": [{"state": str}]}
+"""What is read of the result of backup_follow, where a worker is at work."""
 NOTHING: dict[str, Any] = {"vms": (), "leftovers": (), "totals": {"sets": 0}}
 COLUMNS = ("VM", "newest set", "age", "level", "sets", "size", "verified", "hypervisor")
 
@@ -54,6 +57,8 @@ class HypervisorStatus:
     begun: tuple[str, ...]
     selection: Selection
     found: Mapping[str, Any]
+    worker: str = ""
+    """How far its worker is, where one is at work."""
     odd: tuple[str, ...] = ()
     """What it has told that cannot be used: nothing of that is believed, and the others do not depend on it."""
 
@@ -67,6 +72,10 @@ class HypervisorStatus:
         if not fits(running, [{"monitor": str}]) or not all(isinstance(vm.get("name", ""), str) for vm in running):
             running = ()
             odd.append("vm_info")
+        worker = here.get("worker") or {}
+        if worker.get("running") and not fits(worker, WORKER):
+            odd.append("backup_follow")
+            worker = {}
         expected = expected_vms(here["vms"], here["sockets"], running)
         there = {vm["name"] for vm in found["vms"]}
         selection = Selection(tuple(here["names"]) or None, tuple(here.get("exclude_names", ())))
@@ -81,6 +90,7 @@ class HypervisorStatus:
             begun=tuple(sorted(begun, key=str.lower)),
             selection=selection,
             found=found,
+            worker=_worker(worker) if worker.get("running") else "",
             odd=tuple(odd),
         )
 
@@ -131,6 +141,15 @@ def expected_vms(
     return list(dict.fromkeys([*names, *map(_stem, silent)]))
 
 
+def _worker(found: Mapping[str, Any]) -> str:
+    """Return how far a worker is."""
+    states = [vm["state"] for vm in found["vms"]]
+    done = len(states) - sum(state in UNFINISHED for state in states)
+    counts = {str(state): states.count(state) for state in UNFINISHED}
+    so_far = f"{done} of {counted(len(states), 'VM')} done{unfinished(counts)}"
+    return f"makes set {found['id']} since {found['since']}: {so_far}"
+
+
 def _address(monitor: str) -> str:
     """Return a monitor's address as vm_info tells it."""
     return f"unix:{monitor}" if monitor.startswith("/") else monitor
@@ -158,6 +177,7 @@ def fleet_status(heres: Sequence[Mapping[str, Any]], max_age: str = "", silent: 
         _headline(fleet, leaders, rows, len(missing), max_age),
         *_table(missing, rows),
         *(f"{left['vm']}: {left['what']}" for one in leaders for left in one.found["leftovers"]),
+        *(f"{one.name} {one.worker}" for one in fleet if one.worker),
         *(f"! {name} could not be asked" for name in silent),
         *(f"! what {what} has told of {one.name} cannot be used" for one in fleet for what in one.odd),
     ]

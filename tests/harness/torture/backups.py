@@ -25,6 +25,11 @@ IDS = (
 )
 
 
+BY_WORKER = 0.4
+"""How many sets are left to a worker."""
+LEFT_TO_A_WORKER = {"state": "started", "detach": "required", "slice": 600}
+
+
 class Backups:
     """One VM's sets in one repository."""
 
@@ -66,7 +71,9 @@ class Backups:
         if planned["rc"]:
             print(f"    no plan: {planned['msg']}")
             return "failed"
-        result = self.module("backup_set", {"plan": planned["plan"], "state": state})
+        by_worker = state == "completed" and self.machine.chance.random() < BY_WORKER
+        how = LEFT_TO_A_WORKER if by_worker else {"state": state}
+        result = self.module("backup_set", {"plan": planned["plan"], **how})
         return self.told(result)
 
     def told(self, result: dict[str, t.Any]) -> str:

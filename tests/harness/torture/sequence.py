@@ -61,7 +61,7 @@ def of_qemu(seed: str, directory: Path, storage: Storage, vms: Vms, start: Calla
         layers.commit: 3,
         layers.pull: 2,
     }
-    tries = {trouble.disturb: 5, trouble.crash: 5}
+    tries = {trouble.disturb: 5, trouble.crash: 5, trouble.crash_worker: 2}
     if mount:
         tries |= {trouble.back_up_into_little: 1, trouble.starve: 1}
     return Sequence(seed, ROUNDS, backups, world, tries)

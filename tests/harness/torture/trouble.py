@@ -7,10 +7,15 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import signal
+import time
 import typing as t
 
+from ansible_collections.vmfleet.backup.plugins.module_utils._backup.worker_place import WorkerPlace
 from ansible_collections.vmfleet.backup.tests.harness.crash import MODULE
 from ansible_collections.vmfleet.backup.tests.harness.qemu import QmpError, wait_until
+from ansible_collections.vmfleet.backup.tests.harness.torture.backups import LEFT_TO_A_WORKER
 from ansible_collections.vmfleet.backup.tests.harness.torture.truth import NAME
 
 if t.TYPE_CHECKING:
@@ -139,6 +144,29 @@ class Trouble:
         self.truth.note()
         if victim == MODULE and self.machine.chance.random() < 0.3:
             self.machine.end(kill=True)
+        self.backups.recover(set_id)
+
+    def crash_worker(self) -> None:
+        """The worker is killed at any moment, or its QEMU, or both."""
+        self.backups.draw_wish()
+        set_id = self.backups.next_id()
+        self.machine.release()
+        place = WorkerPlace.of(str(self.backups.sets.path))
+        arguments = {"plan": self.backups.plan(set_id)["plan"], **LEFT_TO_A_WORKER}
+        process = self._start("backup_set", arguments, inside=self.backups.sets.inside)
+        wait_until(lambda: place.is_held() or not process.running, "the worker")
+        time.sleep(self.machine.chance.uniform(0, 1))
+        who = place.who()
+        if who and place.is_held() and self.machine.chance.random() < 0.8:
+            print("  the worker is killed")
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(who.pid, signal.SIGKILL)
+        if self.machine.chance.random() < 0.3:
+            self.machine.end(kill=True)
+        self._wait(process)
+        self.backups.told(process.result())
+        wait_until(lambda: not place.is_held(), "the end of the worker")
+        self.truth.note()
         self.backups.recover(set_id)
 
     def back_up_into_little(self) -> None:

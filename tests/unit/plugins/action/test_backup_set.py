@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 PLAN = {
+    "repository": "/srv/backup",
     "id": "s1",
     "create_repository": False,
     "vms": [{"name": "web01", "bytes": 100}, {"name": "web02", "bytes": 100}],
@@ -119,10 +120,12 @@ def test_the_users_arguments_are_left_alone(stage: Stage) -> None:
         ({}, {"slice": 0}),
         ({}, {"plan": None}),
         ({}, {"plan": "no plan"}),
-        ({}, {"plan": {"vms": 7, "id": "s1"}}),
-        ({}, {"plan": {"vms": []}}),
-        ({}, {"plan": {"vms": [7], "id": "s1"}}),
-        ({}, {"plan": {"vms": [{"bytes": "x"}], "id": "s1"}}),
+        ({}, {"plan": {**PLAN, "vms": 7}}),
+        ({}, {"plan": {"vms": [], "repository": "/srv/backup"}}),
+        ({}, {"plan": {"vms": [], "id": "s1"}}),
+        ({}, {"plan": {**PLAN, "vms": [7]}}),
+        ({}, {"plan": {**PLAN, "vms": [{"bytes": 1}]}}),
+        ({}, {"plan": {**PLAN, "vms": [{"name": "web01", "bytes": "x"}]}}),
         ({}, {"state": "unknown"}),
     ],
 )
@@ -131,6 +134,67 @@ def test_everything_else_is_one_call_as_it_is(stage: Stage, task: dict[str, Any]
     assert stage.calls[0].get("module_args") is None
     assert not stage.calls[0]["wrap_async"]
     assert not stage.shown
+
+
+AT_WORK = {"changed": False, "running": True, "pid": 7, "vms": results(COPYING)}
+LOST = {"changed": False, "running": False}
+AT_ITS_END = {"changed": True, "vms": results(DONE)}
+
+
+def left(worker: str) -> dict[str, Any]:
+    """What the module returns when it has left the sets to a worker."""
+    return {"changed": True, "vms": results(COPYING), "worker": worker}
+
+
+def modules(stage: Stage) -> list[tuple[str, str]]:
+    """Which modules were called, and for which state, or for which worker."""
+    calls = [(call["module_name"], call["module_args"]) for call in stage.calls]
+    return [(name.split("_")[-1], args.get("state") or args.get("worker") or "completed") for name, args in calls]
+
+
+def test_a_worker_is_followed(stage: Stage) -> None:
+    result = stage.run(left("w1"), AT_WORK, AT_ITS_END, detach="preferred")
+    assert modules(stage) == [("set", "started"), ("follow", "w1"), ("follow", "w1")]
+    assert stage.calls[0]["module_args"]["detach"] == "preferred"
+    assert stage.calls[1]["module_args"] == {"repository": "/srv/backup", "worker": "w1", "wait": 3.0}
+    assert [vm["state"] for vm in result["vms"]] == ["published", "published"]
+    assert len(stage.shown) == 3
+
+
+def test_a_worker_that_is_there_is_followed_at_once(stage: Stage) -> None:
+    assert stage.run(AT_ITS_END, detach="preferred", worker="w1") == AT_ITS_END
+    assert modules(stage) == [("follow", "w1")]
+
+
+def test_what_is_done_at_once_needs_no_other_call(stage: Stage) -> None:
+    assert stage.run(AT_ITS_END, detach="preferred") == AT_ITS_END
+    assert modules(stage) == [("set", "started")]
+
+
+def test_workers_that_die_are_replaced_and_then_done_without(stage: Stage) -> None:
+    found = stage.run(
+        LOST, left("w2"), LOST, left(""), left("w3"), LOST, COPYING, DONE, detach="preferred", worker="w1"
+    )
+    assert [name for name, _about in modules(stage)] == [
+        "follow",
+        "set",
+        "follow",
+        "set",
+        "set",
+        "follow",
+        "set",
+        "set",
+    ]
+    assert [call["module_args"].get("detach") for call in stage.calls[-2:]] == ["never", "never"]
+    assert [about for _name, about in modules(stage)[-2:]] == ["completed", "completed"]
+    assert not any("worker" in call["module_args"] for call in stage.calls if "set" in call["module_name"][-3:])
+    assert [vm["state"] for vm in found["vms"]] == ["published", "published"]
+
+
+def test_a_worker_that_cannot_be_asked(stage: Stage) -> None:
+    result = stage.run(left("w1"), {"failed": True, "msg": "no"}, detach="preferred")
+    assert result["failed"]
+    assert result["msg"].startswith("no; 2 of 2 VMs are unfinished, and their copies may still run: web01, web02.")
 
 
 def test_async_is_one_call_to_the_end(stage: Stage) -> None:

@@ -50,6 +50,7 @@ FLOORS: dict[str, set[str]] = {
 """Each package, and those that it may stand on."""
 
 TOPS = {
+    "backup_follow": "_backup",
     "backup_info": "_repository",
     "backup_metrics": "_report",
     "backup_plan": "_plan",
@@ -80,7 +81,8 @@ SPARED = {
 """Files, and modules that need nothing of them: what is packed is sent with every task, and compiled at every start."""
 
 LATE = {
-    "_backup/detached": ("backup_set",),
+    "_backup/worker": ("backup_set",),
+    "_backup/worker_place": ("backup_set",),
     "_backup/start_offline": ("backup_set",),
     "_qemu/data_map": ("backup_set", "drive_backup"),
     "_qemu/domain": ("backup_plan", "backup_set", "drive_backup", "vm_info"),

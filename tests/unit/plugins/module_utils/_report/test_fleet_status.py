@@ -117,6 +117,22 @@ def test_short_names_and_ids_stand_below_their_titles() -> None:
     assert line.index("full") == title.index("level")
 
 
+def worker(**more: Any) -> dict[str, Any]:
+    vms = [{"state": state} for state in ("published", "failed", "running", "queued", "queued")]
+    return {"running": True, "pid": 7, "id": "s2", "since": "2026-11-30T01:00:05Z", "vms": vms, **more}
+
+
+def test_a_worker_is_told() -> None:
+    lines = fleet_status([here("hv01", worker=worker()), here("hv02", worker={"running": False})])["text"]
+    assert lines[-1] == "hv01 makes set s2 since 2026-11-30T01:00:05Z: 2 of 5 VMs done, 1 running, 2 queued"
+
+
+@pytest.mark.parametrize("odd", [{"vms": None}, {"since": 1}, {"vms": ["web01"]}])
+def test_a_worker_that_is_told_oddly(odd: dict[str, Any]) -> None:
+    lines = fleet_status([here("hv01", worker=worker(**odd))])["text"]
+    assert lines[-1] == "! what backup_follow has told of hv01 cannot be used"
+
+
 def test_names_limit_what_is_missing() -> None:
     found = fleet_status([here("hv1", vms=("a", "b", "c"), names=["b", "x"])])
     assert found["bad"] == {"hv1": ["b"]}

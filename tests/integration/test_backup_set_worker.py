@@ -2,7 +2,7 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Sets that a process on the hypervisor brings to their end, while nobody waits for them."""
+"""Sets that are left to a worker: a process on the hypervisor that brings them to their end."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from ansible_collections.vmfleet.backup.plugins.module_utils._backup import detached
+from ansible_collections.vmfleet.backup.plugins.module_utils._backup import worker
+from ansible_collections.vmfleet.backup.plugins.module_utils._backup.worker_place import Who, WorkerPlace
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.lock import lock_directory
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.daemon_place import PLACE
 from ansible_collections.vmfleet.backup.tests.harness.backup import release
@@ -44,23 +45,31 @@ def three(vms: Vms) -> list[Qemu]:
 def sets(sets: Sets) -> t.Iterator[Sets]:
     """A repository, whose process ends with the test."""
     yield sets
-    asyncio.run(detached.stop(str(sets.path)))
-    Path(detached.log_path(str(sets.path))).unlink(missing_ok=True)
+    asyncio.run(worker.stop(str(sets.path)))
+    for path in place(sets)[1:]:
+        Path(path).unlink(missing_ok=True)
 
 
-def start(sets: Sets, vms: list[Qemu], *, detach: bool = True, id: str = "s1") -> dict[str, t.Any]:  # noqa: A002
-    """Start the sets, one VM at a time, so slowly that they do not end by themselves."""
-    plan = sets.plan(*vms, speed=SLOW, id=id)["plan"]
-    return succeed("backup_set", {"plan": plan, "state": "started", "max_vms": 1, "detach": detach})
+def place(sets: Sets) -> WorkerPlace:
+    return WorkerPlace.of(str(sets.path))
+
+
+def leave(sets: Sets, vms: list[Qemu], **options: t.Any) -> dict[str, t.Any]:
+    """Leave the sets to a worker, one VM at a time, so slowly that they do not end by themselves."""
+    plan = sets.plan(*vms, speed=SLOW, id="s1")["plan"]
+    return succeed("backup_set", {"plan": plan, "state": "started", "max_vms": 1, "detach": "required", **options})
+
+
+def follow(sets: Sets, *key: str, wait: float = 0) -> dict[str, t.Any]:
+    return succeed("backup_follow", {"repository": str(sets.path), "wait": wait, **({"worker": key[0]} if key else {})})
 
 
 def states(result: dict[str, t.Any]) -> list[str]:
     return sorted(vm["state"] for vm in result["vms"])
 
 
-def who(sets: Sets) -> detached.Who | None:
-    path = detached.lock_path(str(sets.path))
-    return detached._read(path) if detached._is_held(path) else None
+def who(sets: Sets) -> Who | None:
+    return place(sets).who() if place(sets).is_held() else None
 
 
 def frozen(vm: Qemu, directory: Path) -> dict[str, Path]:
@@ -93,59 +102,100 @@ def release_all(vms: list[Qemu]) -> None:
 
 def test_all_get_their_turn_though_nobody_waits(three: list[Qemu], sets: Sets, directory: Path) -> None:
     copies = [frozen(vm, directory) for vm in three]
-    result = start(sets, three)
-    assert (states(result), result["detached"]) == (["queued", "queued", "running"], True)
+    result = leave(sets, three)
+    assert (states(result), bool(result["worker"]), result["changed"]) == (["queued", "queued", "running"], True, True)
     process = who(sets)
     assert process
     # It belongs to nobody who could take it along.
     assert os.getsid(process.pid) == process.pid
     for _vm in three:
         release_next(three)
-    wait_until(lambda: not who(sets), "the end of the process")
+    wait_until(lambda: not who(sets), "the end of the worker")
     for number, expected in enumerate(copies):
         sets.assert_good(f"vm{number}", expected, "s1")
-    assert '"failed"' in Path(detached.log_path(str(sets.path))).read_text()
-    # Who asks later is told, and changes nothing.
+    # Who comes late is told what it has done, and a second time.
+    for _time in range(2):
+        found = follow(sets, result["worker"], wait=60)
+        assert (states(found), found["changed"]) == (["published"] * 3, True)
+        assert found["headline"].startswith("3 of 3 VMs have their set, 0 failed, 0 skipped, ")
+    # Who asks the repository later changes nothing.
     later = sets.back_up(*three, id="s1")
     assert (states(later), later["changed"]) == (["published"] * 3, False)
 
 
+def test_who_follows_is_told_how_far_it_is(three: list[Qemu], sets: Sets) -> None:
+    found = follow(sets)
+    assert (found["running"], "vms" in found) == (False, False)
+    result = leave(sets, three)
+    found = follow(sets, result["worker"])
+    process = who(sets)
+    assert process
+    assert (found["running"], found["pid"], found["id"], found["since"]) == (True, process.pid, "s1", process.since)
+    assert states(found) == ["queued", "queued", "running"]
+    assert [vm["name"] for vm in found["vms"]] == ["vm0", "vm1", "vm2"]
+
+    def copied() -> int:
+        return sum(vm["offset"] for vm in follow(sets)["vms"])
+
+    before = copied()
+    [vm] = [vm for vm in three if vm.block_jobs]
+    [job] = vm.block_jobs
+    with contextlib.closing(Qmp(vm.monitor)) as qmp:
+        qmp.execute("block-job-set-speed", device=job["device"], speed=4 * MIB)
+    wait_until(lambda: copied() > before or not vm.block_jobs, "what is told to change")
+    # Of another worker nothing is said.
+    assert follow(sets, "0" * 16, wait=60)["running"] is False
+
+
 def test_one_that_is_killed_is_a_killed_module(three: list[Qemu], sets: Sets, directory: Path) -> None:
     copies = [frozen(vm, directory) for vm in three]
-    start(sets, three)
+    first = leave(sets, three)
     process = who(sets)
     assert process
     os.kill(process.pid, signal.SIGKILL)
     wait_until(lambda: not who(sets), "its end")
+    found = follow(sets, first["worker"], wait=60)
+    assert (found["running"], "vms" in found) == (False, False)
     assert [len(vm.block_jobs) for vm in three].count(1) == 1
-    again = start(sets, three)
-    assert (states(again), again["detached"]) == (["queued", "queued", "running"], True)
+    again = leave(sets, three)
+    assert states(again) == ["queued", "queued", "running"]
+    assert again["worker"] not in ("", first["worker"])
     for _vm in three:
         release_next(three)
-    wait_until(lambda: not who(sets), "the end of the second process")
+    wait_until(lambda: not who(sets), "the end of the second worker")
     for number, expected in enumerate(copies):
         sets.assert_good(f"vm{number}", expected, "s1")
 
 
 def test_there_is_one_for_a_repository(three: list[Qemu], sets: Sets) -> None:
-    start(sets, three)
+    first = leave(sets, three)
     process = who(sets)
     assert process
-    plan = sets.plan(*three, id="s1")["plan"]
-    said = fail("backup_set", {"plan": plan, "state": "started", "detach": True})["msg"]
+    # Who wants the same sets, or some of them, follows it.
+    assert leave(sets, three)["worker"] == leave(sets, three[:1])["worker"] == first["worker"]
+    # Who wants others does not.
+    other = sets.plan(*three, speed=SLOW, id="s2")["plan"]
+    said = fail("backup_set", {"plan": other, "state": "started", "detach": "required"})["msg"]
     assert said.startswith(f"detach: process {process.pid} makes the sets s1 in {sets.path} since ")
+    alone = succeed("backup_set", {"plan": other, "state": "started", "detach": "preferred"})
+    assert (states(alone), "worker" in alone) == (["running"] * 3, False)
+    # Nor does who gives an order that the worker has not got.
+    said = fail("backup_set", {"plan": sets.plan(*three, id="s1")["plan"], **ORDERED})["msg"]
+    assert said.startswith(f"detach: process {process.pid} makes")
     # Somebody who waits may do so beside it.
+    plan = sets.plan(*three, id="s1")["plan"]
     for vm in three:
         release_next([vm]) if vm.block_jobs else None
-    beside = succeed("backup_set", {"plan": plan, "max_vms": 3})
-    assert states(beside) == ["published"] * 3
-    wait_until(lambda: not who(sets), "the end of the process")
+    assert states(succeed("backup_set", {"plan": plan, "max_vms": 3})) == ["published"] * 3
+    wait_until(lambda: not who(sets), "the end of the worker")
+
+
+ORDERED = {"state": "started", "detach": "required", "supersede": True}
 
 
 def test_to_cancel_all_ends_it_first(three: list[Qemu], sets: Sets) -> None:
-    start(sets, three)
-    process = who(sets)
-    assert process
+    leave(sets, three)
+    assert who(sets)
     result = succeed("backup_set", {"repository": sets.path, "state": "cancelled"})
     assert states(result) == ["cancelled"]
     assert not who(sets)
@@ -153,31 +203,44 @@ def test_to_cancel_all_ends_it_first(three: list[Qemu], sets: Sets) -> None:
     assert not list(sets.path.glob("*/s1"))
 
 
-def test_none_is_left_where_nothing_is_left_to_be_done(three: list[Qemu], sets: Sets) -> None:
+def test_what_is_done_at_once_is_told_at_once(three: list[Qemu], sets: Sets) -> None:
     sets.back_up(*three, id="s1")
-    result = start(sets, three)
-    assert (states(result), result["detached"]) == (["published"] * 3, False)
-    wait_until(lambda: not who(sets), "its end")
+    result = leave(sets, three, slice=60)
+    assert (states(result), "worker" in result, result["changed"]) == (["published"] * 3, False, False)
+    assert not who(sets)
 
 
-def test_none_is_left_by_a_module_that_is_killed(
+def test_a_module_that_is_killed_takes_no_worker_along(
     three: list[Qemu], sets: Sets, start_module: t.Callable[..., ModuleProcess]
 ) -> None:
     plan = sets.plan(*three, speed=SLOW, id="s1")["plan"]
     for vm in three:
         # It waits for their answers.
         os.kill(vm.pid, signal.SIGSTOP)
-    module = start_module("backup_set", {"plan": plan, "state": "started", "detach": True})
-    wait_until(lambda: bool(who(sets)), "the process")
+    module = start_module("backup_set", {"plan": plan, "state": "started", "max_vms": 1, "detach": "required"})
+    wait_until(lambda: bool(who(sets)), "the worker")
     module.kill()
-    wait_until(lambda: not who(sets), "its end")
     for vm in three:
         os.kill(vm.pid, signal.SIGCONT)
+    for _vm in three:
+        release_next(three)
+    wait_until(lambda: not who(sets), "its end")
+    assert {path.parent.parent.name for path in sets.path.glob("*/s1/manifest.json")} == {"vm0", "vm1", "vm2"}
 
 
-def test_it_is_for_a_start_only(three: list[Qemu], sets: Sets) -> None:
-    said = fail("backup_set", {"plan": sets.plan(*three)["plan"], "detach": True})["msg"]
-    assert said == "detach: only state: started leaves sets to a process of their own"
+def test_what_it_fails_with_is_the_result(three: list[Qemu], sets: Sets) -> None:
+    plan = sets.plan(*three, id="s1")["plan"]
+    wrong = {"plan": plan, "state": "started", "detach": "required", "slice": 60, "timeout": "soon"}
+    assert fail("backup_set", wrong)["msg"].startswith("timeout: ")
+    three[1].quit()
+    found = fail("backup_set", {"plan": plan, "state": "started", "detach": "required", "slice": 60})
+    assert states(found) == ["failed", "published", "published"]
+    assert found["msg"]
+
+
+def test_sets_that_are_to_end_are_left_to_nobody(sets: Sets) -> None:
+    said = fail("backup_set", {"repository": sets.path, "state": "cancelled", "detach": "preferred"})["msg"]
+    assert said == "detach: only sets that are to be made are left to a process of their own"
 
 
 def test_the_role_leaves_all_to_it(three: list[Qemu], sets: Sets, vms: Vms, directory: Path) -> None:
@@ -206,8 +269,8 @@ def test_the_role_leaves_all_to_it(three: list[Qemu], sets: Sets, vms: Vms, dire
         in play.output
     )
     # Whose turn it is depends on what was planned.
-    wait_until(lambda: not release_all(three) and not who(sets), "the end of the process", 3 * PATIENCE)
-    said = Path(detached.log_path(str(sets.path))).read_text()
+    wait_until(lambda: not release_all(three) and not who(sets), "the end of the worker", 3 * PATIENCE)
+    said = Path(place(sets).log).read_text()
     assert {path.parent.parent.name for path in sets.path.glob("*/s1/manifest.json")} == {
         "vm0",
         "vm1",

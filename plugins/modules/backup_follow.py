@@ -1,0 +1,119 @@
+#!/usr/bin/python
+# Copyright (c) 2026, vmfleet contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: backup_follow
+short_description: Follow the worker that makes backup sets
+version_added: 0.1.0
+description:
+  - A worker is the process on a hypervisor to which M(vmfleet.backup.backup_set) leaves the sets of a plan
+    (O(vmfleet.backup.backup_set#module:detach)). This module reads what the worker of a repository says of itself, and
+    waits for its end.
+  - It reads a few files in V(/run/vmfleet-locks). It asks neither QEMU nor the repository, and needs no library.
+author:
+  - vmfleet contributors (@vmfleet)
+extends_documentation_fragment:
+  - vmfleet.backup.attributes
+  - vmfleet.backup.attributes.actiongroup_repository
+attributes:
+  check_mode:
+    description: Can run in C(check_mode), with the same result.
+    support: full
+  diff_mode:
+    description: Changes nothing.
+    support: none
+  idempotent:
+    description: Only reads. It can be run at any time, any number of times.
+    support: full
+options:
+  repository:
+    description: The repository's directory, written as for the call that has left the sets to the worker.
+    type: path
+    required: true
+  worker:
+    description:
+      - The worker to follow, as RV(vmfleet.backup.backup_set#module:worker) says. Without it, the module tells of the
+        worker that there is now, and does not wait.
+    type: str
+  wait:
+    description: The longest time to wait for the end of the worker, in seconds.
+    type: float
+    default: 0
+seealso:
+  - module: vmfleet.backup.backup_set
+"""
+
+EXAMPLES = r"""
+- name: See how far the backup is
+  vmfleet.backup.backup_follow:
+    repository: /srv/backup
+  register: worker
+"""
+
+RETURN = r"""
+running:
+  description:
+    - Whether the worker is at work. If V(false), and there is no RV(vms), the worker is unknown here, or has died
+      before it came to its end. If it came to its end, all return values are those that
+      M(vmfleet.backup.backup_set) returns for its sets.
+  returned: unless the worker has come to its end
+  type: bool
+  sample: true
+pid:
+  description: The process id of the worker.
+  returned: if RV(running=true)
+  type: int
+  sample: 4711
+id:
+  description: The id of its sets.
+  returned: if RV(running=true)
+  type: str
+  sample: "2026-11-30"
+since:
+  description: When it began, in ISO 8601.
+  returned: if RV(running=true)
+  type: str
+  sample: "2026-11-30T01:00:05Z"
+vms:
+  description: The VMs of its plan and how far they are, as RV(vmfleet.backup.backup_set#module:vms).
+  returned: if RV(running=true)
+  type: list
+  elements: dict
+  sample: []
+"""
+
+from ansible.module_utils.basic import AnsibleModule
+
+from ansible_collections.vmfleet.backup.plugins.module_utils._backup.worker_place import WorkerPlace, print_result
+from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import BackupError
+
+
+def main() -> None:
+    module = AnsibleModule(
+        argument_spec={
+            "repository": {"type": "path", "required": True},
+            "worker": {"type": "str"},
+            "wait": {"type": "float", "default": 0},
+        },
+        supports_check_mode=True,
+    )
+    key = module.params["worker"]
+    try:
+        place = WorkerPlace.of(module.params["repository"])
+        found = place.follow(key, module.params["wait"]) if key else place.look()
+    except BackupError as error:
+        module.fail_json(msg=str(error))
+        raise
+    if key and found.result:
+        print_result(found.result)
+    who = found.who._asdict() if found.who and found.running else {}
+    said = {name: who[name] for name in ("pid", "id", "since") if name in who}
+    module.exit_json(running=found.running, **said, **({"vms": found.vms} if found.running else {}))
+
+
+if __name__ == "__main__":
+    main()
