@@ -184,5 +184,9 @@ SHOWN = {
 }
 """Blocks of text that show what the command before them prints, by their first word."""
 
-THOROUGH = {guide(name) for name in ("fleets", "incremental_backups", "monitoring", "operating", "verifying")}
+THOROUGH = {
+    *("roles/schedule/README.md", "roles/vm_backup/README.md"),
+    *(guide(name) for name in ("consistency", "fleets", "guide_reports", "how_it_works", "incremental_backups")),
+    *(guide(name) for name in ("monitoring", "operating", "retention", "schedule", "verifying")),
+}
 """Pages whose commands are mostly those of README again: `make test` leaves them out, `make thorough` does not."""
