@@ -6,11 +6,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 import typing as t
 
 import pytest
 
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository.access import AsyncRepository
 from ansible_collections.vmfleet.backup.tests.harness.backup import release, sent
 from ansible_collections.vmfleet.backup.tests.harness.images import MIB
 from ansible_collections.vmfleet.backup.tests.harness.modules import fail, run_module, succeed
@@ -95,7 +97,17 @@ class TestSlices:
         assert set(states(results[-1]).values()) == {"published"}
         assert not any(vm.block_jobs for vm in three)
 
-    def test_the_shortest_slice_is_long_enough_to_get_on(self, three: list[Qemu], sets: Sets) -> None:
+    @pytest.mark.parametrize("pace", [0.0, 0.1])
+    def test_the_shortest_slice_is_long_enough_to_get_on(
+        self, three: list[Qemu], sets: Sets, pace: float, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        intents = AsyncRepository.intents
+
+        async def slowly(repository: AsyncRepository) -> t.Any:
+            await asyncio.sleep(pace)
+            return await intents(repository)
+
+        monkeypatch.setattr(AsyncRepository, "intents", slowly)
         results = to_the_end(sets.plan(*three)["plan"], slice=0.001)
         assert len(results) < 50
         assert set(states(results[-1]).values()) == {"published"}

@@ -111,17 +111,21 @@ SHARING = frozenset({Step.FOLLOW, Step.FLUSH, Step.THAW})
 async def reconcile(run: BackupRun) -> list[Outcome]:
     """Return every VM's outcome, in the plan's order. One VM's failure never stops the others."""
     names = {planned.name for planned in run.plan.vms}
-    begun = [intent for intent in await run.repository.intents() if intent.vm.name in names]
-    for intent in begun:
-        run.slots.join(intent.vm.name)
-        run.bandwidth.count(intent.vm.name, len(intent.disks))
-    # A VM whose set has begun to grow since the plan has nothing to start: its jobs are to be looked at.
-    not_begun = names - {intent.vm.name for intent in begun}
-    tasks = [
-        VmTask(planned, place=place, first_step=planned.name in not_begun) for place, planned in enumerate(run.plan.vms)
-    ]
-    run.board.begin(run.plan.id, [task.name for task in tasks])
-    return list(await asyncio.gather(*(_reconcile_vm(run, task) for task in tasks)))
+    # However slowly the repository answers, each VM is to come a step further in its time.
+    with run.slice.busy():
+        begun = [intent for intent in await run.repository.intents() if intent.vm.name in names]
+        for intent in begun:
+            run.slots.join(intent.vm.name)
+            run.bandwidth.count(intent.vm.name, len(intent.disks))
+        # A VM whose set has begun to grow since the plan has nothing to start: its jobs are to be looked at.
+        not_begun = names - {intent.vm.name for intent in begun}
+        tasks = [
+            VmTask(planned, place=place, first_step=planned.name in not_begun)
+            for place, planned in enumerate(run.plan.vms)
+        ]
+        run.board.begin(run.plan.id, [task.name for task in tasks])
+        steps = asyncio.gather(*(_reconcile_vm(run, task) for task in tasks))
+    return list(await steps)
 
 
 async def _reconcile_vm(run: BackupRun, task: VmTask) -> Outcome:
