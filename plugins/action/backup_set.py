@@ -13,6 +13,7 @@ from multiprocessing import get_context
 from typing import TYPE_CHECKING
 
 from ansible.errors import AnsibleConnectionFailure
+from ansible.module_utils.parsing.convert_bool import boolean
 from ansible.plugins.action import ActionBase
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._backup.outcome import VmState
@@ -113,7 +114,9 @@ class _Calls:
     def __init__(self, arguments: dict[str, Any], slices: Slices) -> None:
         self._arguments = arguments
         self._slices = slices
-        self._workers_left = WORKERS if arguments.get("detach") in ("preferred", "required") else 0
+        # What is only to be gone on with needs nobody who begins sets.
+        detaches = arguments.get("detach") in ("preferred", "required") and boolean(arguments.get("begin", True), False)
+        self._workers_left = WORKERS if detaches else 0
         self._worker = arguments.get("worker") or ""
 
     def next(self) -> tuple[str, dict[str, Any]]:

@@ -83,13 +83,20 @@ vms:
   returned: if RV(running=true)
   type: list
   elements: dict
-  sample: []
+  sample:
+    - name: web01
+      id: "2026-11-30"
+      state: running
+      level: incremental
+      offset: 1048576
+      len: 4194304
 """
 
 from ansible.module_utils.basic import AnsibleModule
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._backup.worker_place import WorkerPlace, print_result
-from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import BackupError
+from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import BackupError, why
+from ansible_collections.vmfleet.backup.plugins.module_utils._common.options import check_options
 
 
 def main() -> None:
@@ -103,16 +110,23 @@ def main() -> None:
     )
     key = module.params["worker"]
     try:
+        check_options(module.argument_spec, module.params)
         place = WorkerPlace.of(module.params["repository"])
         found = place.follow(key, module.params["wait"]) if key else place.look()
     except BackupError as error:
         module.fail_json(msg=str(error))
         raise
+    except OSError as error:
+        module.fail_json(msg=f"{error.filename or 'the files of the worker'}: {why(error)}")
+        raise
     if key and found.result:
         print_result(found.result)
-    who = found.who._asdict() if found.who and found.running else {}
-    said = {name: who[name] for name in ("pid", "id", "since") if name in who}
-    module.exit_json(running=found.running, **said, **({"vms": found.vms} if found.running else {}))
+    # One that has only just begun has not said who it is.
+    if not found.running or found.who is None:
+        module.exit_json(running=False)
+    else:
+        who = found.who
+        module.exit_json(running=True, pid=who.pid, id=who.id, since=who.since, vms=found.vms)
 
 
 if __name__ == "__main__":

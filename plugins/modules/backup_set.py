@@ -118,8 +118,8 @@ options:
         O(state=completed) does, whether a later call waits for it or not. VMs that are still V(queued) have their
         turns, and copies that have ended are published.
       - There is one worker for each repository and hypervisor at a time. O(state=cancelled) for all VMs ends it.
-      - With V(preferred), a call whose repository has a worker for other sets starts the copies itself. With
-        V(required), such a call fails. If the worker makes the same sets, the call returns how far it is.
+      - If there is a worker that makes the same sets in the same way, the call returns how far it is. If it makes
+        other sets, a call with V(preferred) starts the copies itself, and a call with V(required) fails.
       - The call returns when the worker has looked at each VM. With O(slice), it waits for the end of the worker for
         so long, but not longer.
       - With O(state=completed), a playbook leaves the sets to a worker and follows it with few resources. A worker that
@@ -414,14 +414,6 @@ def check_options(params: dict[str, Any]) -> None:
         raise Refused("detach", "only sets that are to be made are left to a process of their own")
 
 
-async def end_worker(path: str, selection: Selection) -> None:
-    """End the worker, which would begin the sets that are to be cancelled."""
-    if selection == Selection():
-        from ansible_collections.vmfleet.backup.plugins.module_utils._backup.worker import stop  # noqa: PLC0415
-
-        await stop(path)
-
-
 async def main_task(module: AnsibleModule, board: Board | None = None) -> dict[str, Any]:
     check_options(module.params)
     require_qemu_img()
@@ -445,8 +437,12 @@ async def main_task(module: AnsibleModule, board: Board | None = None) -> dict[s
     )
     given = None if module.params["plan"] is None else parse_plan(module.params["plan"])
     path = given.repository if given else module.params["repository"]
-    if given is None and module.params["state"] == "cancelled" and not module.check_mode:
-        await end_worker(path, Selection.of(module.params))
+    if module.params["state"] == "cancelled" and not module.check_mode:
+        from ansible_collections.vmfleet.backup.plugins.module_utils._backup.worker import stop  # noqa: PLC0415
+
+        # It would begin the sets that are to be cancelled.
+        chosen = {vm.name for vm in given.vms} if given else set()
+        await stop(path, chosen.__contains__ if given else Selection.of(module.params).takes)
     async with ThreadedCalls(Watch(path, writing=not module.check_mode)) as calls:
         repository, plan, created = await places(module, given, calls)
         run = BackupRun.of(AsyncRepository(repository, calls), plan, settings, board)
@@ -505,7 +501,8 @@ def main() -> None:
         supports_check_mode=True,
     )
     require_qmp(module)
-    if module.params["detach"] != "never" and module.params["state"] == "started" and not module.check_mode:
+    params = module.params
+    if params["detach"] != "never" and params["state"] == "started" and params["begin"] and not module.check_mode:
         from ansible_collections.vmfleet.backup.plugins.module_utils._backup.worker import leave  # noqa: PLC0415
 
         leave(module, main_task)

@@ -92,8 +92,10 @@ class Slices:
 
     def result(self) -> dict[str, Any]:
         """What one call to the end would have returned."""
-        if len(self._calls) == 1:
-            return dict(self._calls[0])
+        [*before, last] = self._calls
+        # A worker may have made other sets as well, or have been stopped.
+        if not before and "headline" in last and len(last["vms"]) == len(self._plan["vms"]):
+            return dict(last)
         return self._merged(self._calls[-1], failure(self.outcomes, self.id, "completed"))
 
     def broken_off(self, error: Mapping[str, Any]) -> dict[str, Any]:

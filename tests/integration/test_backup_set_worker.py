@@ -45,7 +45,7 @@ def three(vms: Vms) -> list[Qemu]:
 def sets(sets: Sets) -> t.Iterator[Sets]:
     """A repository, whose process ends with the test."""
     yield sets
-    asyncio.run(worker.stop(str(sets.path)))
+    asyncio.run(worker.stop(str(sets.path), bool))
     for path in place(sets)[1:]:
         Path(path).unlink(missing_ok=True)
 

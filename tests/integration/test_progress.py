@@ -17,6 +17,7 @@ import yaml
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._backup.worker_place import WorkerPlace
 from ansible_collections.vmfleet.backup.tests.harness.backup import release
+from ansible_collections.vmfleet.backup.tests.harness.images import MIB
 from ansible_collections.vmfleet.backup.tests.harness.playbooks import Hypervisor
 from ansible_collections.vmfleet.backup.tests.harness.qemu import PATIENCE, wait_until
 from ansible_collections.vmfleet.backup.tests.harness.sets import ID, SLOW
@@ -247,7 +248,7 @@ def test_a_repository_that_goes_away_between_slices(vms: Vms, directory: Path, h
 
 
 def test_a_repository_that_goes_away_from_its_worker(vms: Vms, directory: Path, hypervisor: Hypervisor) -> None:
-    vm = vms.start(name="web01")
+    vm = vms.start(vms.disk(0, size=8 * MIB), name="web01")
     copies = {str(disk.id): vm.freeze(disk, directory / f"frozen-{disk.id}.qcow2") for disk in vm.disks}
     marker, aside = hypervisor.sets.path / "vmfleet.json", directory / "aside"
     with hypervisor.on_terminal("backup", sockets=sockets(vm), speed=SLOW) as screen:
@@ -291,7 +292,8 @@ def test_a_worker_works_on_when_nobody_follows(vms: Vms, hypervisor: Hypervisor)
         screen.interrupt()
         screen.end()
     play = hypervisor.play("status")
-    assert re.search(r"makes set \S+ since \S+: 0 of 2 VMs done, 1 running, 1 queued", play.output), play.output
+    told = r"makes set \S+ since \S+ \(process \d+\): 0 of 2 VMs done, 1 running, 1 queued"
+    assert re.search(told, " ".join(play.output.split())), play.output
     wait_until(lambda: not release_all(machines) and len(manifests(hypervisor)) == 2, "both sets", 3 * PATIENCE)
     wait_until(lambda: not WorkerPlace.of(str(hypervisor.sets.path)).is_held(), "the end of the worker")
     play = hypervisor.run(sockets=sockets(*machines))

@@ -10,6 +10,7 @@ and one that is killed is a killed module. There is one for each repository at a
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import importlib
 import json
 import os
@@ -22,14 +23,16 @@ from collections import Counter
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from .._common.errors import BackupError, Refused, why
+from .._common.errors import BackupError, Refused, in_words, why
 from .._common.formats import Word, utc_now
+from .._common.options import check_options
 from .._host.lock import locked
+from .._host.process import PROCESSES, Process, spaces
 from .._host.worker import run_in_worker
 from .._plan.model import parse_plan
 from .board import Board
-from .outcome import describe, headline, outcome_of, summarize
-from .worker_place import Who, WorkerPlace, print_result
+from .outcome import BAD, UNFINISHED, Outcome, VmState, describe, failure, headline, outcome_of, results, summarize
+from .worker_place import Standing, Who, WorkerPlace, all_of, print_result, vms_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
@@ -39,7 +42,9 @@ if TYPE_CHECKING:
 
     from .._plan.model import Plan
 
-    Main = Callable[[AnsibleModule, Board], Coroutine[Any, Any, dict[str, Any]]]
+    Result = Coroutine[Any, Any, dict[str, Any]]
+    Main = Callable[[AnsibleModule, Board], Result]
+    Alone = Callable[[AnsibleModule], Result]
 
 
 MOMENT = 2.0
@@ -48,6 +53,10 @@ STOPPING = 30.0
 """Seconds that a worker takes at most to end. It may hang in the kernel."""
 ORDERS = ("takeover", "supersede", "adopt")
 """What a worker that was left without it does not do."""
+SETTINGS = ("max_vms", "bandwidth", "timeout", "offline_timeout", "stall_timeout", "trust_others")
+"""What holds for all VMs of a worker, beside the plan."""
+REASON = 1000
+"""Bytes of why a worker could not begin."""
 
 
 class Detach(Word):
@@ -65,35 +74,58 @@ def leave(module: AnsibleModule, main: Main) -> None:
     has died at once.
     """
     try:
+        check_options(module.argument_spec, module.params)
         plan = parse_plan(module.params["plan"])
         place = WorkerPlace.of(plan.repository)
-        key = _begin(module, main, place) or _join(module, plan, place)
+        key = _begin(module, main, plan, place) or _join(module, plan, place)
+        found = place.follow(key, module.params["slice"]) if key else Standing(None, running=False)
+        if key and not found.running and not found.result and module.params["detach"] == Detach.REQUIRED:
+            raise BackupError(f"detach: the worker has ended before it began; {place.log} has its last words")
     except BackupError as error:
         module.fail_json(msg=str(error))
         raise
-    if not key:
-        return
-    found = place.follow(key, module.params["slice"])
-    if found.result:
+    except OSError as error:
+        module.fail_json(msg=f"detach: no worker could begin: {why(error)}")
+        raise
+    if found.running or found.result:
+        _tell(module, plan, found)
+
+
+def _tell(module: AnsibleModule, plan: Plan, found: Standing) -> None:
+    """End the module with what the worker says of the VMs of this plan, which may be some of its own."""
+    assert found.who
+    if found.result and all_of(found.result, plan.id, [vm.name for vm in plan.vms]):
         print_result(found.result)
-    if found.running:
-        outcomes = [outcome_of(vm) for vm in found.vms]
-        module.exit_json(
-            changed=any(outcome.changed for outcome in outcomes),
-            vms=found.vms,
-            summary=summarize(outcomes),
-            headline=headline(outcomes, "started"),
-            text=describe(outcomes),
-            qmp=[],
-            worker=key,
-        )
+    told: dict[str, list[Outcome]] = {}
+    for outcome in map(outcome_of, vms_of(found.result) if found.result else found.vms):
+        told.setdefault(outcome.name, []).append(outcome)
+    if any(vm.name not in told for vm in plan.vms):
+        # It has failed as a whole.
+        print_result(found.result)
+    outcomes = [told[vm.name].pop(0) for vm in plan.vms]
+    result: dict[str, Any] = {
+        "changed": any(outcome.changed for outcome in outcomes),
+        "vms": results(outcomes),
+        "summary": summarize(outcomes),
+        "headline": headline(outcomes, "started"),
+        "text": describe(outcomes),
+        "qmp": [],
+    }
+    if any(outcome.state in UNFINISHED for outcome in outcomes):
+        module.exit_json(**result, worker=found.who.key)
+    error = failure(outcomes, plan.id, "started")
+    if error:
+        module.fail_json(msg=error, **result)
+    module.exit_json(**result)
 
 
-def _begin(module: AnsibleModule, main: Main, place: WorkerPlace) -> str:
+def _begin(module: AnsibleModule, main: Main, plan: Plan, place: WorkerPlace) -> str:
     """Fork the worker; return its key, or nothing where the repository has one."""
     fd = place.take()
     if fd is None:
         return ""
+    with suppress(FileNotFoundError):
+        os.unlink(place.stop)
     _load_payload()
     key = secrets.token_hex(8)
     sys.stdout.flush()
@@ -104,18 +136,29 @@ def _begin(module: AnsibleModule, main: Main, place: WorkerPlace) -> str:
         _live(module, main, place, fd, sink, key)
     os.close(fd)
     os.close(sink)
-    # It says who it is, or it dies.
-    os.read(source, 1)
+    # It says who it is, or why it cannot begin.
+    reason = os.read(source, REASON)
     os.close(source)
+    if reason:
+        raise BackupError(f"detach: the worker of {plan.repository} could not begin: {os.fsdecode(reason)}")
     return key
 
 
+def _wanted(module: AnsibleModule, plan: Plan) -> list[str]:
+    """Return a digest of what is asked for each VM: only the same set may be taken for the one that is wanted."""
+    settings = repr((plan.id, plan.policy, [module.params[name] for name in SETTINGS]))
+    return [hashlib.sha256(f"{settings}{vm.request}".encode()).hexdigest() for vm in plan.vms]
+
+
 def _join(module: AnsibleModule, plan: Plan, place: WorkerPlace) -> str:
-    """Return the key of the worker that makes the same sets; nothing where it makes others."""
-    who = place.who()
-    makes_them = who is not None and who.id == plan.id and not Counter(vm.name for vm in plan.vms) - Counter(who.vms)
-    if who and makes_them and not any(module.params[order] for order in ORDERS):
-        return who.key
+    """Return the key of the worker that makes the same sets; nothing where it makes others, or has failed with one."""
+    found = place.look()
+    who = found.who
+    if who and found.running and not any(module.params[order] for order in ORDERS):
+        names = {vm.name for vm in plan.vms}
+        failed = any(vm["name"] in names and vm["state"] in BAD for vm in found.vms)
+        if not failed and not Counter(_wanted(module, plan)) - Counter(who.wanted):
+            return who.key
     if module.params["detach"] == Detach.REQUIRED:
         raise Refused(
             "detach",
@@ -152,45 +195,79 @@ def _live(module: AnsibleModule, main: Main, place: WorkerPlace, lock: int, sink
     try:
         os.setsid()
         plan = parse_plan(module.params["plan"])
-        who = Who(os.getpid(), key, plan.id, utc_now(), [vm.name for vm in plan.vms])
-        os.ftruncate(lock, 0)
+        me = _process(os.getpid())
+        names = [vm.name for vm in plan.vms]
+        who = Who(me.pid, me.start, spaces()[PROCESSES], key, plan.id, utc_now(), names, _wanted(module, plan))
         os.pwrite(lock, json.dumps(who._asdict()).encode(), 0)
         # Ansible reads the module's output to its end, and would wait.
         for number, file in enumerate((os.open(os.devnull, os.O_RDONLY), _new(place.result), _new(place.log))):
             os.dup2(file, number)
+    except BaseException as error:  # noqa: BLE001
+        os.write(sink, os.fsencode(in_words(error) if isinstance(error, OSError) else repr(error))[:REASON])
+        os._exit(status)
+    try:
         os.close(sink)
-        status = _make(module, main, plan, Board(place.progress, key))
+        board = Board(place.progress, key)
+
+        async def make(module: AnsibleModule) -> dict[str, Any]:
+            try:
+                return await main(module, board)
+            finally:
+                # Where a call hangs in the kernel, this process cannot end, but the one that waits for it can.
+                os.close(lock)
+
+        status = _make(module, make, plan)
     finally:
         os._exit(status)
+
+
+def _process(pid: int) -> Process:
+    # Where /proc does not show processes as they are called here, the pid has to do.
+    return Process.of(pid) or Process(pid, 0)
 
 
 def _new(path: str) -> int:
     return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
 
 
-def _make(module: AnsibleModule, main: Main, plan: Plan, board: Board) -> int:
+def _make(
+    module: AnsibleModule, main: Callable[[AnsibleModule], Coroutine[Any, Any, dict[str, Any]]], plan: Plan
+) -> int:
     """Bring the sets to their end; return the exit status of the module."""
     module.params.update(state="completed", detach=Detach.NEVER, unattended=False, slice=0)
     module.log(f"vmfleet.backup: makes the sets {plan.id} in {plan.repository}")
     try:
-        run_in_worker(module, lambda module: main(module, board))
+        run_in_worker(module, main)
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else 1
-        module.log(f"vmfleet.backup: the sets {plan.id} in {plan.repository} are {'not all ' if status else ''}there")
+        how = "with failures" if status else "without failures"
+        module.log(f"vmfleet.backup: the worker for the sets {plan.id} in {plan.repository} has ended {how}")
         return status
 
 
 # To end it
 
 
-async def stop(repository: str) -> None:
-    """End the worker of this repository, where there is one. Copies that run are left running."""
+async def stop(repository: str, chosen: Callable[[str], bool]) -> None:
+    """End the worker of this repository, where there is one whose VMs are all C(chosen). Copies that run stay.
+
+    Raises Refused where it would begin a set later that is chosen, as one of its VMs is not.
+    """
     place = WorkerPlace.of(repository)
     deadline = time.monotonic() + MOMENT
     while place.is_held():
-        who = place.who()
-        if who:
-            await _end(who, place, repository)
+        found = place.look()
+        if found.who and found.running:
+            if all(map(chosen, found.who.vms)):
+                await _end(found.who, place, repository)
+                return
+            queued = [vm["name"] for vm in found.vms if vm["state"] == VmState.QUEUED and chosen(vm["name"])]
+            if queued:
+                raise Refused(
+                    "names",
+                    f"{', '.join(queued)}: the worker of {repository}, process {found.who.pid}, would begin the sets"
+                    f" {found.who.id} of these VMs later. Cancel the sets of all VMs, or wait until they are copied",
+                )
             return
         if time.monotonic() > deadline:
             raise BackupError(f"{repository}: a process on this hypervisor begins to make sets; cancel them again")
@@ -199,6 +276,15 @@ async def stop(repository: str) -> None:
 
 async def _end(who: Who, place: WorkerPlace, repository: str) -> None:
     """End a worker, and wait until it has let its lock go."""
+    if who.space != spaces()[PROCESSES] or _process(who.pid) != Process(who.pid, who.start):
+        raise BackupError(
+            f"{repository}: the worker that makes the sets {who.id}, process {who.pid}, is not a process here but in"
+            " another container; cancel them there"
+        )
+    # Who follows it is not to take it for dead, and to leave the sets to another one.
+    mark = _new(place.stop)
+    os.write(mark, who.key.encode())
+    os.close(mark)
     try:
         os.kill(who.pid, signal.SIGTERM)
     except ProcessLookupError:

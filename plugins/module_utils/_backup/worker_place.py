@@ -11,6 +11,7 @@ What is read here is loaded by small modules, which look at a worker often.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -29,21 +30,34 @@ SOON, LATER = 0.02, 0.5
 """Seconds between two looks at the lock: those of the first and of the last ones."""
 GROWTH = 1.3
 MOMENT = 0.2
-"""Seconds that a lock may be held by somebody who only looks at it."""
+"""Seconds that a lock may be held by those who only look at it."""
+ENDING = 5.0
+"""Seconds that a worker may take to end when all its VMs are at their end."""
+PATIENCE = 120.0
+"""Seconds that are waited beyond the wanted ones until a worker has looked at all its VMs."""
+UNFINISHED = ("running", "queued")
+"""The states of VMs that are not at their end. What defines them takes long to load."""
+CANCELLED = "cancelled"
+STOPPED = "all sets were cancelled on this hypervisor while the worker made them"
+UNKNOWN: dict[str, Any] = {"state": "queued", "reason": "it is about to be looked at", "warnings": [], "disks": []}
 
 
 class Who(NamedTuple):
     """The worker that has the lock, or had it last.
 
     C(key) is its name, which no other one has; C(id) is that of its sets, C(since) is when it began, in ISO 8601, and
-    C(vms) are the names of its VMs, in the order of its plan.
+    C(vms) are the names of its VMs, in the order of its plan. C(wanted) is what is asked for each of them, as a digest.
+    C(start) and C(space) tell its process from a later one of that pid, and from one of another pid name space.
     """
 
     pid: int
+    start: int
+    space: str
     key: str
     id: str
     since: str
     vms: list[str]
+    wanted: list[str]
 
 
 class Standing(NamedTuple):
@@ -59,6 +73,11 @@ class Standing(NamedTuple):
     vms: Sequence[dict[str, Any]] = ()
     result: str = ""
 
+    @property
+    def at_the_end(self) -> bool:
+        """Whether nothing is left to be done for any VM, so that the worker is about to end."""
+        return self.known and not any(vm["state"] in UNFINISHED for vm in self.vms)
+
 
 class WorkerPlace(NamedTuple):
     """The files of the worker for one repository."""
@@ -67,67 +86,101 @@ class WorkerPlace(NamedTuple):
     progress: str
     result: str
     log: str
+    stop: str
 
     @classmethod
     def of(cls, repository: str) -> WorkerPlace:
         """Return those for the repository at this path, whose file system may hang."""
         digest = hashlib.sha256(os.fsencode(os.path.normpath(repository))).hexdigest()[:16]
         stem = os.path.join(lock_directory(), f"sets-{digest}")
-        return cls(*(f"{stem}.{kind}" for kind in ("lock", "progress", "result", "log")))
+        return cls(*(f"{stem}.{kind}" for kind in ("lock", "progress", "result", "log", "stop")))
 
     def take(self) -> int | None:
-        """Take the lock, and return its file descriptor; None where a worker has it."""
+        """Take the lock, and return its file descriptor; None where a worker has it.
+
+        Nothing is said of the worker before any more.
+        """
         deadline = time.monotonic() + MOMENT
         while True:
             fd = take_at_once(self.lock)
-            if fd is not None or time.monotonic() > deadline:
+            if fd is not None:
+                os.ftruncate(fd, 0)
                 return fd
+            if time.monotonic() > deadline:
+                return None
             time.sleep(SOON)
 
     def is_held(self) -> bool:
-        """Tell whether a worker has the lock. One that is not there is not made."""
-        if not os.path.exists(self.lock):
+        """Tell whether a worker has the lock. Who only looks does not keep others from looking."""
+        try:
+            fd = os.open(self.lock, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except FileNotFoundError:
             return False
-        fd = take_at_once(self.lock)
-        if fd is None:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
             return True
-        os.close(fd)
+        finally:
+            os.close(fd)
         return False
 
     def who(self) -> Who | None:
         """Return what the worker says of itself; None where it has only just begun."""
+        said = _load(self.lock)
         try:
-            return Who(**_load(self.lock))
-        except TypeError:
+            return Who(**{name: said[name] for name in Who._fields})
+        except KeyError:
             return None
 
     def look(self) -> Standing:
         """Return how far the worker is that has the lock, or had it last."""
         running = self.is_held()
         who = self.who()
-        progress, result = _load(self.progress), _read(self.result)
-        # The next worker says who it is before it says anything else.
+        progress, result, stopped = _load(self.progress), _read(self.result), _read(self.stop)
+        # The next worker takes away what the one before has said, before it says anything.
         if who is None or self.who() != who:
             return Standing(None, running)
         if progress.get("key") != who.key:
             progress = {}
-        ended = not running and _parse(result)
-        return Standing(who, running, bool(progress.get("known")), progress.get("vms", ()), result if ended else "")
+        vms = progress.get("vms") or [{**UNKNOWN, "name": name, "id": who.id} for name in who.vms]
+        if running or not _parse(result):
+            result = _cancelled(vms) if stopped == who.key and not running else ""
+        return Standing(who, running, bool(progress.get("known")), vms, result)
 
     def follow(self, key: str, seconds: float) -> Standing:
         """Wait for the end of the worker with this C(key), until it has looked at all its VMs and so long at most."""
         deadline = time.monotonic() + seconds
         pause = SOON
         while True:
-            over = time.monotonic() >= deadline
-            if over or not self.is_held():
+            late = time.monotonic() - deadline
+            if late >= 0 or not self.is_held():
                 found = self.look()
                 if found.who is None or found.who.key != key:
                     return Standing(None, running=False)
-                if not found.running or (over and found.known):
+                patience = ENDING if found.at_the_end else 0 if found.known else PATIENCE
+                if not found.running or late >= patience:
                     return found
             time.sleep(pause)
             pause = min(pause * GROWTH, LATER)
+
+
+def _cancelled(vms: Sequence[dict[str, Any]]) -> str:
+    """Return the result of a worker that was stopped because its sets were cancelled."""
+    states = [{**vm, "state": CANCELLED, "error": STOPPED} if vm["state"] in UNFINISHED else vm for vm in vms]
+    changed = any(vm.get("changed") for vm in vms)
+    return json.dumps({"failed": True, "changed": changed, "msg": STOPPED, "vms": states, "qmp": []}) + "\n"
+
+
+def vms_of(result: str) -> Sequence[dict[str, Any]]:
+    """Return what a result says of each VM."""
+    vms: Sequence[dict[str, Any]] = _parse(result).get("vms", ())
+    return vms
+
+
+def all_of(result: str, set_id: str, names: Sequence[str]) -> bool:
+    """Tell whether a result is about these VMs, and no others, with all that backup_set returns."""
+    found = _parse(result)
+    return "headline" in found and [(vm["id"], vm["name"]) for vm in found["vms"]] == [(set_id, name) for name in names]
 
 
 def print_result(result: str) -> NoReturn:

@@ -35,7 +35,7 @@ FOUND = {
     "totals": {"sets": int},
 }
 """What is read of the result of backup_info."""
-WORKER = {"running": bool, "id": str, "since": str, "vms": [{"state": str}]}
+WORKER = {"running": bool, "pid": int, "id": str, "since": str, "vms": [{"state": str}]}
 """What is read of the result of backup_follow, where a worker is at work."""
 NOTHING: dict[str, Any] = {"vms": (), "leftovers": (), "totals": {"sets": 0}}
 COLUMNS = ("VM", "newest set", "age", "level", "sets", "size", "verified", "hypervisor")
@@ -141,13 +141,21 @@ def expected_vms(
     return list(dict.fromkeys([*names, *map(_stem, silent)]))
 
 
+def _workers(fleet: Iterable[HypervisorStatus]) -> list[str]:
+    """Return a line for each worker. Two names of one machine have the same one."""
+    first: dict[str, str] = {}
+    for one in fleet:
+        first.setdefault(one.worker, one.name)
+    return [f"{name} {worker}" for worker, name in first.items() if worker]
+
+
 def _worker(found: Mapping[str, Any]) -> str:
     """Return how far a worker is."""
     states = [vm["state"] for vm in found["vms"]]
     done = len(states) - sum(state in UNFINISHED for state in states)
     counts = {str(state): states.count(state) for state in UNFINISHED}
     so_far = f"{done} of {counted(len(states), 'VM')} done{unfinished(counts)}"
-    return f"makes set {found['id']} since {found['since']}: {so_far}"
+    return f"makes set {found['id']} since {found['since']} (process {found['pid']}): {so_far}"
 
 
 def _address(monitor: str) -> str:
@@ -177,7 +185,7 @@ def fleet_status(heres: Sequence[Mapping[str, Any]], max_age: str = "", silent: 
         _headline(fleet, leaders, rows, len(missing), max_age),
         *_table(missing, rows),
         *(f"{left['vm']}: {left['what']}" for one in leaders for left in one.found["leftovers"]),
-        *(f"{one.name} {one.worker}" for one in fleet if one.worker),
+        *_workers(fleet),
         *(f"! {name} could not be asked" for name in silent),
         *(f"! what {what} has told of {one.name} cannot be used" for one in fleet for what in one.odd),
     ]

@@ -138,7 +138,7 @@ def test_everything_else_is_one_call_as_it_is(stage: Stage, task: dict[str, Any]
 
 AT_WORK = {"changed": False, "running": True, "pid": 7, "vms": results(COPYING)}
 LOST = {"changed": False, "running": False}
-AT_ITS_END = {"changed": True, "vms": results(DONE)}
+AT_ITS_END = {"changed": True, "vms": results(DONE), "headline": "2 of 2 VMs have their set"}
 
 
 def left(worker: str) -> dict[str, Any]:

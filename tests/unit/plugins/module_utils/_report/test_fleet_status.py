@@ -123,8 +123,10 @@ def worker(**more: Any) -> dict[str, Any]:
 
 
 def test_a_worker_is_told() -> None:
-    lines = fleet_status([here("hv01", worker=worker()), here("hv02", worker={"running": False})])["text"]
-    assert lines[-1] == "hv01 makes set s2 since 2026-11-30T01:00:05Z: 2 of 5 VMs done, 1 running, 2 queued"
+    others = [here("hv02", worker={"running": False}), here("hv01 again", worker=worker())]
+    *before, line = fleet_status([here("hv01", worker=worker()), *others])["text"]
+    assert line == "hv01 makes set s2 since 2026-11-30T01:00:05Z (process 7): 2 of 5 VMs done, 1 running, 2 queued"
+    assert not any("makes set" in other for other in before)
 
 
 @pytest.mark.parametrize("odd", [{"vms": None}, {"since": 1}, {"vms": ["web01"]}])
