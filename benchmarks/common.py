@@ -69,7 +69,7 @@ def options(description: str | None) -> argparse.Namespace:
     )
     parser.add_argument("--gib", type=float, default=4, help="copy, dedup, restore, libvirt: data on the disk")
     parser.add_argument("--vms", type=int, default=200, help="control, worker: VMs, of 30 MiB of memory each")
-    parser.add_argument("--hypervisors", type=int, default=8, help="fleet: hypervisors")
+    parser.add_argument("--hypervisors", type=int, default=8, help="fleet, forks: hypervisors")
     parser.add_argument("--each", type=int, default=10, help="fleet: VMs on each hypervisor")
     parser.add_argument("--mib", type=int, default=16, help="fleet: size of each disk, half of which is data")
     parser.add_argument("--growth", default="1,10,50,200", help="fleet: numbers of VMs on one hypervisor")
@@ -77,7 +77,9 @@ def options(description: str | None) -> argparse.Namespace:
     parser.add_argument("--svg", type=Path, help="fleet: where to write the plot")
     parser.add_argument("--sets", type=int, default=10_000, help="info: sets in the repository")
     parser.add_argument("--runs", type=int, default=25, help="start: how often each module is started")
-    parser.add_argument("--against", metavar="REV", help="dedup, info, start, worker: the revision to compare with")
+    parser.add_argument(
+        "--against", metavar="REV", help="dedup, forks, info, start, worker: the revision to compare with"
+    )
     return parser.parse_args()
 
 
