@@ -127,6 +127,14 @@ options:
     type: str
     choices: [never, preferred, required]
     default: never
+  nice:
+    description:
+      - The CPU priority of the worker with O(detach), as C(nice) takes it. V(0) changes nothing, V(19) gives way to all
+        others.
+      - It concerns checksums, C(qemu-img) and the copies of VMs that are off. The copies of running VMs are made by
+        their own QEMU.
+    type: int
+    default: 0
   worker:
     description:
       - The RV(worker) that an earlier call has returned. A playbook with O(state=completed) and O(detach) follows that
@@ -482,6 +490,7 @@ def main() -> None:
             "offline_timeout": {"type": "str", "default": "4h"},
             "stall_timeout": {"type": "str", "default": "600"},
             "detach": {"type": "str", "choices": ["never", "preferred", "required"], "default": "never"},
+            "nice": {"type": "int", "default": 0},
             # For the action plugin.
             "worker": {"type": "str"},
             "begin": {"type": "bool", "default": True},

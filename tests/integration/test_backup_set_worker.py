@@ -102,12 +102,13 @@ def release_all(vms: list[Qemu]) -> None:
 
 def test_all_get_their_turn_though_nobody_waits(three: list[Qemu], sets: Sets, directory: Path) -> None:
     copies = [frozen(vm, directory) for vm in three]
-    result = leave(sets, three)
+    result = leave(sets, three, nice=7)
     assert (states(result), bool(result["worker"]), result["changed"]) == (["queued", "queued", "running"], True, True)
     process = who(sets)
     assert process
     # It belongs to nobody who could take it along.
     assert os.getsid(process.pid) == process.pid
+    assert os.getpriority(os.PRIO_PROCESS, process.pid) == os.getpriority(os.PRIO_PROCESS, 0) + 7
     for _vm in three:
         release_next(three)
     wait_until(lambda: not who(sets), "the end of the worker")

@@ -53,7 +53,7 @@ STOPPING = 30.0
 """Seconds that a worker takes at most to end. It may hang in the kernel."""
 ORDERS = ("takeover", "supersede", "adopt")
 """What a worker that was left without it does not do."""
-SETTINGS = ("max_vms", "bandwidth", "timeout", "offline_timeout", "stall_timeout", "trust_others")
+SETTINGS = ("max_vms", "bandwidth", "timeout", "offline_timeout", "stall_timeout", "nice", "trust_others")
 """What holds for all VMs of a worker, beside the plan."""
 REASON = 1000
 """Bytes of why a worker could not begin."""
@@ -194,6 +194,7 @@ def _live(module: AnsibleModule, main: Main, place: WorkerPlace, lock: int, sink
     status = 1
     try:
         os.setsid()
+        os.nice(module.params["nice"])
         plan = parse_plan(module.params["plan"])
         me = _process(os.getpid())
         names = [vm.name for vm in plan.vms]
