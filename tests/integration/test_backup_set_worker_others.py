@@ -197,10 +197,13 @@ def test_one_that_cannot_begin(three: list[Qemu], sets: Sets) -> None:
     os.mkdir(place(sets).result)
     try:
         plan = sets.plan(*three, speed=SLOW, id="s1")["plan"]
-        for detach in ("required", "preferred"):
-            said = started(plan, detach)["msg"]
-            assert said.startswith(f"detach: the worker of {sets.path} could not begin: {place(sets).result}: ")
+        said = f"detach: the worker of {sets.path} could not begin: {place(sets).result}: "
+        assert started(plan)["msg"].startswith(said)
         assert not [vm for vm in three if vm.block_jobs]
+        found = started(plan, "preferred")
+        assert [warning.startswith(said) for warning in found["warnings"]] == [True]
+        assert (states(found), "worker" in found) == (["queued", "queued", "running"], False)
+        assert cancel(sets)["rc"] == 0
     finally:
         os.rmdir(place(sets).result)
 

@@ -23,7 +23,7 @@ from collections import Counter
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from .._common.errors import BackupError, Refused, in_words, why
+from .._common.errors import BackupError, Refused, in_words, warn, why
 from .._common.formats import Word, utc_now
 from .._common.options import check_options
 from .._host.lock import locked
@@ -81,12 +81,12 @@ def leave(module: AnsibleModule, main: Main) -> None:
         found = place.follow(key, module.params["slice"]) if key else Standing(None, running=False)
         if key and not found.running and not found.result and module.params["detach"] == Detach.REQUIRED:
             raise BackupError(f"detach: the worker has ended before it began; {place.log} has its last words")
-    except BackupError as error:
-        module.fail_json(msg=str(error))
-        raise
-    except OSError as error:
-        module.fail_json(msg=f"detach: no worker could begin: {why(error)}")
-        raise
+    except (BackupError, OSError) as error:
+        said = str(error) if isinstance(error, BackupError) else f"detach: no worker could begin: {why(error)}"
+        if isinstance(error, Refused) or module.params["detach"] == Detach.REQUIRED:
+            module.fail_json(msg=said)
+        warn(module, f"{said}; this call makes the sets itself")
+        return
     if found.running or found.result:
         _tell(module, plan, found)
 
