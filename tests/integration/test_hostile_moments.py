@@ -14,6 +14,7 @@ import contextlib
 import hashlib
 import os
 import stat
+import threading
 import typing as t
 
 import pytest
@@ -239,10 +240,13 @@ class Thing:
 
     def put_before(self, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
         function = getattr(call.place, call.name)
+        # Images are flushed side by side.
+        one_at_a_time = threading.Lock()
 
         def exchange_and_call(*arguments: t.Any, **options: t.Any) -> t.Any:
-            if not self.exchanged and call.when(*arguments):
-                self.put()
+            with one_at_a_time:
+                if not self.exchanged and call.when(*arguments):
+                    self.put()
             return function(*arguments, **options)
 
         monkeypatch.setattr(call.place, call.name, exchange_and_call)

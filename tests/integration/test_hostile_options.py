@@ -100,6 +100,7 @@ def _changed(plan: Values, changes: t.Any) -> t.Any:
 
 
 GOOD: dict[str, Values] = {
+    "backup_follow": {"repository": "{repo}"},
     "backup_info": {"repository": "{repo}"},
     "backup_metrics": {"repository": "{repo}", "id": "s3", "directory": "{where}"},
     "backup_plan": {"repository": "{repo}", "vms": [{"monitor": "{monitor}"}], "reserve": "0"},
@@ -167,6 +168,11 @@ PLANS: list[Values] = [
 
 
 TABLE: dict[str, list[tuple[str, Values]]] = {
+    "backup_follow": [
+        *one("repository", "", "relative", NUL, CONTROL, f"/{LONG}"),
+        *one("worker", ""),
+        *one("wait", -1, "nan", "soon"),
+    ],
     "backup_info": [*one("repository", *REPOSITORY), *one("names", *LIST_OF_NAMES), *one("names", "", 5, {"a": 1})],
     "backup_metrics": [
         *one("repository", "", "relative", "{where}"),
@@ -263,6 +269,10 @@ TABLE: dict[str, list[tuple[str, Values]]] = {
         *one("state", "", "done"),
         *one("progress", "", "loud"),
         *one("slice", 5, state="started"),
+        *one("nice", -1, 20, "nan", "low"),
+        *one("detach", "", "perhaps"),
+        *one("detach", "preferred", repository="{repo}", state="cancelled"),
+        *one("worker", ""),
     ],
     "backup_verify": [
         *one("repository", *REPOSITORY),

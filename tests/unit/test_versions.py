@@ -15,8 +15,11 @@ import subprocess
 import sys
 import typing as t
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+
+from ansible_collections.vmfleet.backup.tests.harness import choice
 
 REPOSITORY = Path(__file__).parents[2]
 PROVIDE = REPOSITORY / "tools" / "provide"
@@ -139,3 +142,22 @@ def test_rows_of_another_form_are_not_kept(check: t.Any, monkeypatch: pytest.Mon
     check.document(row[:-1])
     assert [(row["cell"], row["passed"]) for row in table(check.TESTED)] == [(other.name, "2")]
     assert "skipped" not in table(check.TESTED)[0]
+
+
+def test_what_is_left_out_is_there() -> None:
+    assert all((REPOSITORY / "tests" / "integration" / f"{name}.py").exists() for name in choice.FILES)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 7, 100])
+def test_of_many_cases_the_first_and_the_last_are_taken(count: int) -> None:
+    items = [case(f"tests/integration/test_a.py::test_b[{number}]") for number in range(count)]
+    choice.leave_out(t.cast("list[pytest.Item]", items))
+    taken = [item.nodeid for item in items if not item.marks]
+    assert len(taken) == min(count, choice.CASES)
+    assert {items[0].nodeid, items[-1].nodeid} <= set(taken)
+
+
+def case(nodeid: str) -> t.Any:
+    """What a case of a test is to those who mark it."""
+    marks: list[t.Any] = []
+    return SimpleNamespace(nodeid=nodeid, path=Path(nodeid.partition("::")[0]), marks=marks, add_marker=marks.append)
