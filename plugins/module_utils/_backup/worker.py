@@ -88,12 +88,11 @@ def leave(module: AnsibleModule, main: Main) -> None:
         warn(module, f"{said}; this call makes the sets itself")
         return
     if found.running or found.result:
-        _tell(module, plan, found)
+        _tell(module, plan, found, key)
 
 
-def _tell(module: AnsibleModule, plan: Plan, found: Standing) -> None:
+def _tell(module: AnsibleModule, plan: Plan, found: Standing, key: str) -> None:
     """End the module with what the worker says of the VMs of this plan, which may be some of its own."""
-    assert found.who
     if found.result and all_of(found.result, plan.id, [vm.name for vm in plan.vms]):
         print_result(found.result)
     told: dict[str, list[Outcome]] = {}
@@ -112,7 +111,7 @@ def _tell(module: AnsibleModule, plan: Plan, found: Standing) -> None:
         "qmp": [],
     }
     if any(outcome.state in UNFINISHED for outcome in outcomes):
-        module.exit_json(**result, worker=found.who.key)
+        module.exit_json(**result, worker=key)
     error = failure(outcomes, plan.id, "started")
     if error:
         module.fail_json(msg=error, **result)
