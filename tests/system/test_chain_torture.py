@@ -33,5 +33,11 @@ def test_every_listed_set_is_right(
 ) -> None:
     first = os.environ.get("VMFLEET_TORTURE_SEED")
     seed = int(first) + number if first else random.SystemRandom().randrange(1 << 32)
-    print(f"VMFLEET_TORTURE_SEED={seed} VMFLEET_TORTURE_SEQUENCES=1")
-    of_qemu(str(seed), directory, storage, vms, start_module).run()
+    again = f"VMFLEET_TORTURE_SEED={seed} VMFLEET_TORTURE_SEQUENCES=1"
+    print(again)
+    try:
+        of_qemu(str(seed), directory, storage, vms, start_module).run()
+    except BaseException as error:
+        # What was printed is not kept where a second try passes.
+        error.add_note(again)
+        raise
