@@ -356,12 +356,9 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._backup.engine impo
 from ansible_collections.vmfleet.backup.plugins.module_utils._backup.outcome import (
     STOPPING,
     UNFINISHED,
-    describe,
     diff,
     failure,
-    headline,
-    results,
-    summarize,
+    told,
 )
 from ansible_collections.vmfleet.backup.plugins.module_utils._backup.run import BackupRun, Settings
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import BackupError, Refused, warn
@@ -460,10 +457,7 @@ async def main_task(module: AnsibleModule, board: Board | None = None) -> dict[s
             warn(module, f"{outcome.name}: {warning}")
     result = {
         "changed": created or any(outcome.changed for outcome in outcomes),
-        "vms": results(outcomes),
-        "summary": summarize(outcomes),
-        "headline": headline(outcomes, settings.state, module.check_mode),
-        "text": describe(outcomes),
+        **told(outcomes, settings.state, module.check_mode),
         "qmp": run.commands,
         "diff": diff(outcomes),
     }

@@ -12,13 +12,10 @@ from typing import TYPE_CHECKING
 from ansible_collections.vmfleet.backup.plugins.module_utils._backup.outcome import (
     UNFINISHED,
     Outcome,
-    describe,
     diff,
     failure,
-    headline,
     outcome_of,
-    results,
-    summarize,
+    told,
 )
 
 if TYPE_CHECKING:
@@ -119,10 +116,7 @@ class Slices:
             **last,
             "invocation": self._calls[0].get("invocation", {}),
             "changed": any(call.get("changed") for call in calls),
-            "vms": results(outcomes),
-            "summary": summarize(outcomes),
-            "headline": headline(outcomes, "completed"),
-            "text": describe(outcomes),
+            **told(outcomes, "completed"),
             "qmp": [command for call in calls for command in call.get("qmp", ())],
             "diff": diff(outcomes),
         }

@@ -239,12 +239,7 @@ def test_a_repository_that_goes_away_between_slices(vms: Vms, directory: Path, h
     said = returned(hypervisor)["msg"]
     assert "1 of 1 VMs are unfinished, and their copies may still run: web01." in said
     assert f"Run the backup again with id {ID} to go on with them" in said
-    assert not marker.exists()
-    aside.rename(marker)
-    release(vm)
-    play = hypervisor.run(sockets=sockets(vm))
-    assert play.rc == 0, play.output
-    hypervisor.sets.assert_good("web01", copies)
+    assert_it_goes_on(hypervisor, vm, aside, copies)
 
 
 def test_a_repository_that_goes_away_from_its_worker(vms: Vms, directory: Path, hypervisor: Hypervisor) -> None:
@@ -257,6 +252,12 @@ def test_a_repository_that_goes_away_from_its_worker(vms: Vms, directory: Path, 
         play = screen.end()
     assert play.rc != 0
     assert "0 of 1 VMs have their set, 1 failed" in " ".join(play.output.split())
+    assert_it_goes_on(hypervisor, vm, aside, copies)
+
+
+def assert_it_goes_on(hypervisor: Hypervisor, vm: Qemu, aside: Path, copies: dict[str, Path]) -> None:
+    """The next run makes the set when the repository is back, whose marker was put aside."""
+    marker = hypervisor.sets.path / "vmfleet.json"
     assert not marker.exists()
     aside.rename(marker)
     release(vm)

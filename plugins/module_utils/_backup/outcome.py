@@ -135,6 +135,16 @@ def headline(outcomes: Sequence[Outcome], wanted: str, check_mode: bool = False)
     return "\n".join(filter(None, (first, _kinds(outcomes))))
 
 
+def told(outcomes: Sequence[Outcome], wanted: str, check_mode: bool = False) -> dict[str, Any]:
+    """Return what has become of all VMs, as return values and for people to read."""
+    return {
+        "vms": results(outcomes),
+        "summary": summarize(outcomes),
+        "headline": headline(outcomes, wanted, check_mode),
+        "text": describe(outcomes),
+    }
+
+
 def unfinished(counts: Mapping[str, int]) -> str:
     """Return how many sets are not at their end, where there are some, to be put after a sentence."""
     return "".join(f", {counts[state]} {state}" for state in UNFINISHED if counts[state])

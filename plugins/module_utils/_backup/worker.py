@@ -31,7 +31,7 @@ from .._host.process import PROCESSES, Process, spaces
 from .._host.worker import run_in_worker
 from .._plan.model import parse_plan
 from .board import Board
-from .outcome import BAD, UNFINISHED, Outcome, VmState, describe, failure, headline, outcome_of, results, summarize
+from .outcome import BAD, UNFINISHED, Outcome, VmState, failure, outcome_of, told
 from .worker_place import Standing, Who, WorkerPlace, all_of, print_result, vms_of
 
 if TYPE_CHECKING:
@@ -95,19 +95,16 @@ def _tell(module: AnsibleModule, plan: Plan, found: Standing, key: str) -> None:
     """End the module with what the worker says of the VMs of this plan, which may be some of its own."""
     if found.result and all_of(found.result, plan.id, [vm.name for vm in plan.vms]):
         print_result(found.result)
-    told: dict[str, list[Outcome]] = {}
+    by_name: dict[str, list[Outcome]] = {}
     for outcome in map(outcome_of, vms_of(found.result) if found.result else found.vms):
-        told.setdefault(outcome.name, []).append(outcome)
-    if any(vm.name not in told for vm in plan.vms):
+        by_name.setdefault(outcome.name, []).append(outcome)
+    if any(vm.name not in by_name for vm in plan.vms):
         # It has failed as a whole.
         print_result(found.result)
-    outcomes = [told[vm.name].pop(0) for vm in plan.vms]
+    outcomes = [by_name[vm.name].pop(0) for vm in plan.vms]
     result: dict[str, Any] = {
         "changed": any(outcome.changed for outcome in outcomes),
-        "vms": results(outcomes),
-        "summary": summarize(outcomes),
-        "headline": headline(outcomes, "started"),
-        "text": describe(outcomes),
+        **told(outcomes, "started"),
         "qmp": [],
     }
     if any(outcome.state in UNFINISHED for outcome in outcomes):
