@@ -92,6 +92,27 @@ def test_started_while_it_is_copied(turns: Turns) -> None:
     turns.check()
 
 
+def test_started_on_snapshots_while_it_is_copied(turns: Turns) -> None:
+    """QEMU gets the images that are copied as backing files, which it only reads: nobody can change them from then on."""
+    succeed("backup_set", {"plan": turns.plan("s1", speed="64K"), "state": "started"}, inside=turns.inside)
+    turns.domain.virsh("snapshot-create-as", "outside", "--no-metadata", "--disk-only")
+    [place] = turns.domain.libvirt.seen_here("/run/vmfleet-locks").glob(f"{daemon_place.PLACE}*")
+    daemon = Daemon(place)
+    daemon.release()
+    daemon.wait_copied()
+    # Nobody knows how it has ended: the set is given up.
+    daemon.execute("job-dismiss", id=daemon.jobs[0]["device"])
+    turns.domain.start()
+    turns.disks = {target: path.with_suffix(".outside") for target, path in turns.disks.items()}
+    made = turns.back_up("s2")
+    assert "a bitmap that is needed no more could not be removed" in str(made["warnings"])
+    turns.assert_released()
+    turns.write(0xA1, MIB)
+    turns.back_up("s3")
+    assert turns.sets.levels("web", "s3") == dict.fromkeys(turns.disks, "incremental")
+    turns.check()
+
+
 def test_libvirt_is_killed_while_it_is_copied(turns: Turns) -> None:
     libvirt = turns.domain.libvirt
     turns.freeze("s1")

@@ -137,7 +137,8 @@ async def _remove_attempt(locked: LockedVm, intent: Intent) -> None:
     run, seen, monitor = locked.run, locked.seen, locked.monitor
     await end_daemon(locked)
     if seen.vm and seen.vm.is_off:
-        await remove_bitmaps(locked, _bitmaps_of(intent, seen.vm))
+        # It may have been started since: on a snapshot of a disk that is being copied it can.
+        await _remove_unneeded(locked, _bitmaps_of(intent, seen.vm))
     elif monitor and seen.vm:
         # A guest that stands still for another reason only tries its write again, and stops again.
         is_our_fault = any(job.error or not job.ended for job in jobs_of(intent, seen.vm))
@@ -161,10 +162,7 @@ async def remove_leftovers(locked: LockedVm, *ended: str) -> None:
     if locked.seen.vm is None:
         return
     await _remove_attempts(locked, {*ended, *await leftover_attempts(locked)})
-    try:
-        await remove_bitmaps(locked, await leftover_bitmaps(locked))
-    except (CommandError, ToolError) as error:
-        locked.task.warn(f"a bitmap that is needed no more could not be removed: {error}")
+    await _remove_unneeded(locked, await leftover_bitmaps(locked))
 
 
 async def clear(locked: LockedVm) -> None:
@@ -184,6 +182,14 @@ async def end_daemon(locked: LockedVm) -> None:
 
         held = locked.seen.vm is not None and locked.seen.vm.daemon
         await storage_daemon.end(locked.place, locked.monitor if held else None)
+
+
+async def _remove_unneeded(locked: LockedVm, found: Iterable[tuple[str, str]]) -> None:
+    """Remove bitmaps without which sets can be made, and which any later run finds again."""
+    try:
+        await remove_bitmaps(locked, found)
+    except (CommandError, ToolError) as error:
+        locked.task.warn(f"a bitmap that is needed no more could not be removed: {error}")
 
 
 async def remove_bitmaps(locked: LockedVm, found: Iterable[tuple[str, str]]) -> None:

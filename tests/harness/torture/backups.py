@@ -144,9 +144,13 @@ class Backups:
             self.succeed(set_id if what == "same" else self.next_id())
 
     def _lacks_a_disk(self, set_id: str) -> bool:
-        """Whether this set is there without a disk that comes back with a start: it was detached while the VM ran."""
+        """Whether this set is there without a disk that the VM has now, or that comes back with a start.
+
+        It was attached since, or had been detached while the VM ran.
+        """
         found = [manifest["disks"] for manifest in self.truth.listed() if manifest["id"] == set_id]
-        return any(self.machine.defined() - {disk["name"] for disk in disks} for disks in found)
+        wanted = self.machine.defined() | {disk.name for disk in self.vm.disks}
+        return any(wanted - {disk["name"] for disk in disks} for disks in found)
 
     def bring_to(self, state: str) -> None:
         """Have the set that is being made be cancelled, or the bitmaps be removed."""

@@ -56,7 +56,8 @@ class Truth:
                 self._number += 1
                 copy = self._directory / f"frozen-{self._number}-{disk.name}.qcow2"
                 self._fresh[disk.name] = vm.freeze(disk, copy)
-        self._moment = dict(self._fresh)
+        # A disk that is gone may have been copied before: what detaches it can do so and be refused the rest.
+        self._moment = {disk.name: self._fresh[disk.name] for disk in vm.disks}
 
     def note(self) -> None:
         """The attempts that have come up since the last freeze are of that moment."""
