@@ -52,9 +52,9 @@ def looks(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """One name for each look at all that there is of a VM."""
     found: list[str] = []
 
-    async def counted(monitor: Monitor, name: str = "") -> Vm:
+    async def counted(monitor: Monitor, name: str = "", known: Vm | None = None) -> Vm:
         found.append(name)
-        return await inspect_vm(monitor, name)
+        return await inspect_vm(monitor, name, known)
 
     monkeypatch.setattr(observe, "inspect_vm", counted)
     return found

@@ -16,7 +16,7 @@ from collections import Counter
 
 import pytest
 
-from ansible_collections.vmfleet.backup.plugins.module_utils._qemu import query
+from ansible_collections.vmfleet.backup.plugins.module_utils._qemu import graph
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.address import parse_address
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.agent_channel import find_agent
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.monitor import Monitor
@@ -109,7 +109,7 @@ def test_names_of_files_tell_the_same_as_statistics(vms: Vms, directory: Path, m
             return await inspect_vm(monitor)
 
     by_names = asyncio.run(look())
-    monkeypatch.setattr(query, "_below_by_file_name", lambda _nodes: None)
+    monkeypatch.setattr(graph, "_below_by_file_name", lambda _nodes: None)
     assert by_names == asyncio.run(look())
     assert {disk.name for disk in by_names.disks} == {"drive0", "drive7", "n8", "format"}
 

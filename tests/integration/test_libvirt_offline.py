@@ -93,7 +93,7 @@ def test_started_while_it_is_copied(turns: Turns) -> None:
 
 
 def test_started_on_snapshots_while_it_is_copied(turns: Turns) -> None:
-    """QEMU gets the images that are copied as backing files, which it only reads: nobody can change them from then on."""
+    """QEMU has the images that are copied as backing files, which it only reads: nobody can change them any more."""
     succeed("backup_set", {"plan": turns.plan("s1", speed="64K"), "state": "started"}, inside=turns.inside)
     turns.domain.virsh("snapshot-create-as", "outside", "--no-metadata", "--disk-only")
     [place] = turns.domain.libvirt.seen_here("/run/vmfleet-locks").glob(f"{daemon_place.PLACE}*")

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING
 
 from .._common.errors import BackupError, MonitorLost, RepositoryHangs, in_words, internal
 from .._common.formats import boottime
+from .._host.process import Process
 from .._plan.model import PUBLISHED_ALREADY, Action, Case
-from .._plan.observe import find_process
 from . import cancel, cleanup, finish, refusal, results, start
 from .outcome import Outcome, VmState
 from .session import AGAIN, LockedVm, Pending, VmSession, VmTask, WaitFor, hold, observe
@@ -27,7 +27,6 @@ from .steps import AttemptStatus, Step, VmSituation, judge_for_task, next_step
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-    from .._host.process import Process
     from .._plan.model import Observation, VmPlan
     from .._qemu.address import Address
     from .._qemu.model import Vm
@@ -38,6 +37,8 @@ if TYPE_CHECKING:
     Change = Callable[[LockedVm, str], Awaitable[Outcome | Pending]]
 
 
+PROCESS = 2
+"""The numbers of a process in a plan: its pid and its start time."""
 UNREACHABLE_PATIENCE = 60.0
 """Seconds that a monitor may be silent, or in somebody else's hands, while its jobs run."""
 
@@ -179,9 +180,11 @@ async def _take_step_with_libvirt(run: BackupRun, task: VmTask) -> Outcome | Pen
 
 async def _take_step(run: BackupRun, task: VmTask) -> Outcome | Pending:
     """Observe a VM, and do what is to be done next."""
-    process = await _process_to_start_on(run, task)
+    process = _process_to_start_on(run, task)
     if process:
-        return await _change(run, task, task.request.address, process)
+        found = await _change(run, task, task.request.address, process)
+        # What the plan has seen may be over: then it is looked at like any other.
+        return AGAIN if isinstance(found, Pending) and found.wait_for == WaitFor.MONITOR else found
     session = await observe(run, task)
     _note_attempt(session)
     while True:
@@ -199,17 +202,18 @@ async def _take_step(run: BackupRun, task: VmTask) -> Outcome | Pending:
             return found
 
 
-async def _process_to_start_on(run: BackupRun, task: VmTask) -> Process | None:
+def _process_to_start_on(run: BackupRun, task: VmTask) -> Process | None:
     """Return the QEMU of a VM that is to start its set now, as was planned or seen.
 
-    It is looked at with the locks held only. None where something else is to be done, or where the QEMU is not known.
+    It is looked at with the locks held only: where another one answers, nothing is done. None where something else is
+    to be done, or where the QEMU is not known.
     """
     process, task.start_on = task.start_on, None
     may_start = run.settings.begin and not run.settings.check_mode
     planned = task.first_step and task.planned.action == Action.START and may_start
     task.first_step = False
-    if planned and run.slots.has(task.name):
-        return await find_process(task.request)
+    if planned and run.slots.has(task.name) and len(task.planned.process) == PROCESS:
+        return Process(*task.planned.process)
     return process
 
 

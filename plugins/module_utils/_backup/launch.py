@@ -13,7 +13,7 @@ from .._host import preallocate
 from .._plan.model import Quiesce
 from .._qemu import block_jobs
 from .._qemu.bitmaps import bitmap_add, bitmap_merge
-from .._qemu.jobs import query_jobs
+from .._qemu.jobs import query_lengths
 from .._qemu.model import OFF
 from .._repository.documents import Phase
 from .prepare import Consistency, target_of
@@ -108,7 +108,7 @@ async def _top_up(run: BackupRun, monitor: Monitor, draft: AttemptDraft, intent:
     """Reserve what an increment takes beyond its estimate: the guest has written since that was made."""
     if not intent.reserved or not any(link.bitmap for link in draft.links):
         return intent
-    lengths = {job.id: job.len for job in await query_jobs(monitor)}
+    lengths = await query_lengths(monitor)
     for link, staged in zip(draft.links, intent.disks):
         more = lengths.get(staged.job, 0) - sum(bitmap.count for bitmap in link.records)
         if link.bitmap and more > 0:

@@ -98,7 +98,7 @@ async def _begin(locked: Locked, vm: Vm, prepared: list[tuple[Copy, target_image
             )
             begun[-1] = replace(begun[-1], record=record)
         _note_owners(locked, vm, begun)
-        await _launch(locked, begun, [target for _copy, target in prepared])
+        await _launch(locked, vm, begun, [target for _copy, target in prepared])
     except MonitorGone as error:
         raise lost(locked.session.request, attempt, str(error)) from error
     except (BackupError, OSError) as error:
@@ -167,10 +167,10 @@ def _note_owners(locked: Locked, vm: Vm, begun: list[Copy]) -> None:
         write_owners(locked.fd, {**{name: known[name] for name in known if name in listed}, **chosen})
 
 
-async def _launch(locked: Locked, begun: list[Copy], targets: list[target_image.Target]) -> None:
+async def _launch(locked: Locked, vm: Vm, begun: list[Copy], targets: list[target_image.Target]) -> None:
     """Start the jobs of images that are ready."""
     request = locked.session.request
-    await block_jobs.dismiss_jobs(locked.monitor, [copy.job_id for copy in begun])
+    await block_jobs.dismiss_jobs(locked.monitor, [copy.job_id for copy in begun if vm.job(copy.job_id)])
     starts = [
         block_jobs.BackupStart(copy.job_id, copy.disk.node, target, copy.opaque, copy.drive.arguments())
         for copy, target in zip(begun, targets)

@@ -71,6 +71,7 @@ def decide(request: Request, seen: Observation, records: VmRecords, context: Run
         left_out=choice.left_out,
         files=request.files,
         uuid=request.uuid,
+        process=(seen.process.pid, seen.process.start) if seen.process else (),
     )
     return Decision(case, plan, choice, links, intent, records.published(context.id), removal)
 

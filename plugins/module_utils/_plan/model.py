@@ -236,7 +236,8 @@ class DiskPlan:
 class VmPlan:
     """One VM: what is to be done, and why. C(wanted) is the level that is asked for, C(level) the one to be made.
 
-    C(unless) is the option of backup_set with which it goes on after all, where C(action) is C(fail).
+    C(unless) is the option of backup_set with which it goes on after all, where C(action) is C(fail). C(process) is
+    the pid and the start time of the QEMU that has answered; empty where none has, or that cannot be told.
     """
 
     name: str = field(metadata=NAME)
@@ -257,6 +258,7 @@ class VmPlan:
     left_out: tuple[LeftOut, ...] = field(default=(), metadata=holds(Several(part(LeftOut))))
     files: tuple[DiskFile, ...] = field(default=(), metadata=holds(Several(part(DiskFile))))
     uuid: str = field(default="", metadata=TEXT)
+    process: tuple[int, ...] = field(default=(), metadata=holds(Several(Whole(), most=2)))
 
     @property
     def request(self) -> Request:

@@ -34,7 +34,6 @@ from .model import Observation, Offline, Space
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 
-    from .._host.process import Process
     from .._qemu.address import Address
     from .._qemu.model import Disk, Vm
     from .._repository.documents import Hypervisor, Intent, Manifest
@@ -47,15 +46,6 @@ MOST = 1 << 63
 """No file system has so many bytes."""
 LEAST_FREE = 1 << 20
 """A file system with fewer bytes free than this is full, whatever the reserve: a copy takes pieces of this size."""
-
-
-async def find_process(request: Request) -> Process | None:
-    """Find which QEMU is behind a monitor; None where none answers, or where that cannot be told."""
-    try:
-        async with Monitor(request.address) as monitor:
-            return monitor.process
-    except BackupError:
-        return None
 
 
 def address_of(name: str, monitor: Address, tag: str) -> Address:
@@ -90,9 +80,10 @@ async def refresh(
             return await _inspect(monitor, request)
         status, jobs = await asyncio.gather(query_status(monitor), query_jobs(monitor))
         there = [job for job in jobs if job.id in wanted]
-        if not there or (not judged and all(job.ended for job in there)):
+        now = replace(last, status=status, jobs=jobs)
+        if not there:
             return await _inspect(monitor, request)
-        return replace(last, status=status, jobs=jobs)
+        return now if judged or not all(job.ended for job in there) else await _inspect(monitor, request, now)
 
     return await _ask(request, context, question, monitor)
 
@@ -147,7 +138,8 @@ async def _ask_whoever_is_there(request: Request, tag: str, question: Callable[[
         return await question(own)
 
 
-async def _inspect(monitor: Monitor, request: Request) -> Vm:
+async def _inspect(monitor: Monitor, request: Request, known: Vm | None = None) -> Vm:
+    """Look at a VM. C(known) is what has just been seen of it, where QEMU is the one that was looked at before."""
     if monitor.address.daemon:
         from .._qemu import storage_daemon  # noqa: PLC0415 (as for a VM that is off)
 
@@ -157,7 +149,7 @@ async def _inspect(monitor: Monitor, request: Request) -> Vm:
         from .._qemu.domain_files import with_other_drives  # noqa: PLC0415
 
         return await with_other_drives(held, request.address)
-    vm = await inspect_vm(monitor, request.name)
+    vm = await inspect_vm(monitor, request.name, known if monitor.process else None)
     # In a repository a VM without a uuid is known by its name there, wherever that name comes from.
     return vm if vm.uuid else replace(vm, identity=f"{machine_id()}:{vm.name}")
 

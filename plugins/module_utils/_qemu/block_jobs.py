@@ -267,10 +267,13 @@ async def stop_jobs(monitor: Monitor, job_ids: Iterable[str]) -> None:
 
 async def dismiss_jobs(monitor: Monitor, job_ids: Iterable[str]) -> None:
     """Remove ended jobs from QEMU's list. Their outcome must be on disk by then: it is lost with them."""
-    wanted = set(job_ids)
-    for job in await query_jobs(monitor):
-        if job.id in wanted and job.ended:
-            await monitor.execute("job-dismiss", {"id": job.id})
+    for job_id in job_ids:
+        try:
+            await monitor.execute("job-dismiss", {"id": job_id})
+        except CommandError:
+            # Somebody else may have done that, and one that has not ended stays.
+            if any(job.id == job_id and job.ended for job in await query_jobs(monitor)):
+                raise
 
 
 async def remove_nodes(monitor: Monitor, names: Iterable[str]) -> None:

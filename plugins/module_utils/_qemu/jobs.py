@@ -36,6 +36,11 @@ async def query_jobs(monitor: Monitor) -> tuple[Job, ...]:
     return merge_jobs(block_jobs, jobs)
 
 
+async def query_lengths(monitor: Monitor) -> dict[str, int]:
+    """Ask a VM how much each of its block jobs has to copy, in bytes, by the id of the job."""
+    return {entry["device"]: entry["len"] for entry in await monitor.execute("query-block-jobs")}
+
+
 def merge_jobs(block_jobs: list[dict[str, Any]], jobs: list[dict[str, Any]]) -> tuple[Job, ...]:
     """Return the jobs of query-block-jobs, with what query-jobs adds. A job that ends in between is in one only."""
     general = {job["id"]: job for job in jobs}

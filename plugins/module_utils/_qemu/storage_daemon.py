@@ -30,12 +30,13 @@ from .._host.directory import Directory
 from .answers import Odd
 from .daemon_place import monitor_in
 from .disk_file import DiskFile
+from .graph import query_graph
 from .image_files import node_name, options
 from .jobs import merge_jobs
 from .model import OFF, TARGET_NODE, Disk, Vm
 from .monitor import Monitor
 from .qemu_img import shorten
-from .query import disks_of, query_graph
+from .query import disks_of
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence

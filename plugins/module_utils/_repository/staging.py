@@ -77,7 +77,8 @@ def begin(repository: Repository, intent: Intent) -> None:
 def update(repository: Repository, intent: Intent) -> None:
     """Write an intent, in place of what was intended before."""
     with opened(repository, intent) as staging:
-        write_document(staging, INTENT, intent)
+        # It is written again and again, and for programs only.
+        write_document(staging, INTENT, intent, indent=None)
 
 
 def write_description(repository: Repository, intent: Intent, description: dict[str, Any]) -> None:

@@ -36,7 +36,7 @@ from ansible_collections.vmfleet.backup.tests.unit.plugins.builders import disk,
 from ansible_collections.vmfleet.backup.tests.unit.plugins.doubles import FakeMonitor, jobs, monitor, refusal
 
 ADDRESS = Address(path="/run/web01.qmp")
-STARTS = {**jobs(), "drive-backup": {}, "query-status": {"status": "running"}}
+STARTS = {**jobs(), "job-dismiss": {}, "drive-backup": {}, "query-status": {"status": "running"}}
 
 
 @pytest.fixture(autouse=True)

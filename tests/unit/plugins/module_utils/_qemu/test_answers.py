@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import MonitorError
-from ansible_collections.vmfleet.backup.plugins.module_utils._qemu import connection, qmp_client, query
+from ansible_collections.vmfleet.backup.plugins.module_utils._qemu import connection, graph, qmp_client
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu import monitor as qemu_monitor
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.answers import (
     ANSWERS,
@@ -101,7 +101,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(qmp_client, "COMMAND_TIMEOUT", 1.5)
     monkeypatch.setattr(qemu_monitor, "LOOK_TIMEOUT", 20.0)
     monkeypatch.setattr(connection, "CONNECT_TIMEOUT", 1.5)
-    monkeypatch.setattr(query, "MOST_LAYERS", 1 << 16)
+    monkeypatch.setattr(graph, "MOST_LAYERS", 1 << 16)
 
 
 def describe(*paths: Path) -> list[dict[str, Any]]:

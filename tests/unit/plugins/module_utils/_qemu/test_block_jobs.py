@@ -355,9 +355,22 @@ class TestCancel:
 
 def test_only_ended_jobs_of_ours_are_dismissed() -> None:
     entries = [block_job("a", status="concluded"), block_job("b"), block_job("other", status="concluded")]
-    fake = FakeMonitor({**jobs(*entries), "job-dismiss": {}})
+    dismissed = []
+
+    def dismiss(arguments: dict[str, Any]) -> None:
+        if arguments["id"] in ("b", "gone"):
+            raise refusal("no such job, or it runs", "job-dismiss")
+        dismissed.append(arguments["id"])
+
+    fake = FakeMonitor({**jobs(*entries), "job-dismiss": dismiss})
     asyncio.run(dismiss_jobs(monitor(fake), ["a", "b", "gone"]))
-    assert fake.commands == [{"execute": "job-dismiss", "arguments": {"id": "a"}}]
+    assert dismissed == ["a"]
+
+
+def test_ended_job_that_cannot_be_dismissed_is_told() -> None:
+    fake = FakeMonitor({**jobs(block_job("a", status="concluded")), "job-dismiss": refusal("no", "job-dismiss")})
+    with pytest.raises(CommandError, match="job-dismiss"):
+        asyncio.run(dismiss_jobs(monitor(fake), ["a"]))
 
 
 def test_only_fdsets_of_ours_are_removed() -> None:

@@ -266,20 +266,6 @@ def test_bitmap_that_no_increment_can_rest_on(values: dict[str, bool], reason: s
     assert bool(found.unusable) == bool(reason)
 
 
-@pytest.mark.parametrize(
-    ("name", "window"),
-    [
-        ("/b/x.raw", False),
-        ('json:{"driver": "raw", "file": {"driver": "rbd", "pool": "p", "image": "i"}}', False),
-        ('json:{"driver": "raw", "offset": 512, "file": {"driver": "file", "filename": "/b/x"}}', True),
-        # QEMU cuts a name of 4096 bytes short.
-        ('json:{"driver": "raw", "file": {"driver": "rbd", "server": [{"ho...', True),
-    ],
-)
-def test_whether_a_raw_node_shows_a_part_of_its_file(name: str, window: bool) -> None:
-    assert query._is_window({"drv": "raw", "image": {"filename": name}}) is window
-
-
 AGAIN = Node("#other", "file")
 
 
