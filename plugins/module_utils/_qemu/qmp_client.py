@@ -66,8 +66,11 @@ try:
             """
             while True:
                 message = await super()._do_recv()
+                # Most messages are answers: to look for what is not in one takes the library long.
+                if "id" in message or self.runstate == Runstate.RUNNING:
+                    return message
                 is_early = "event" in message or ("QMP" in message and self.greeting is not None)
-                if not is_early or self.runstate == Runstate.RUNNING:
+                if not is_early:
                     return message
 
         def _cb_outbound(self, msg: Message) -> Message:
@@ -77,12 +80,13 @@ try:
             return msg
 
         def _cb_inbound(self, msg: Message) -> Message:
-            if self.unanswered and "event" not in msg and "QMP" not in msg:
-                if "id" not in msg:
+            if self.unanswered:
+                if "id" in msg:
+                    if self.unanswered.pop(str(msg["id"]), None) is None:
+                        raise QMPError(f"it answers a question that nobody has asked: {json.dumps(dict(msg))}")
+                elif "event" not in msg and "QMP" not in msg:
                     # The library would drop it, and whoever has asked would wait until the time-out.
                     raise QMPError(f"it does not tell which question it answers: {json.dumps(dict(msg))}")
-                if self.unanswered.pop(str(msg["id"]), None) is None:
-                    raise QMPError(f"it answers a question that nobody has asked: {json.dumps(dict(msg))}")
             return msg
 
 except ImportError:
