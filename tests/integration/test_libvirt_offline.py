@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import signal
 import subprocess
 import typing as t
@@ -17,10 +18,11 @@ import pytest
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu import daemon_place, storage_daemon
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.description import parse_description
 from ansible_collections.vmfleet.backup.tests.harness.backup import sent
-from ansible_collections.vmfleet.backup.tests.harness.images import MIB, identical, patterned
-from ansible_collections.vmfleet.backup.tests.harness.libvirt_domains import Domain
+from ansible_collections.vmfleet.backup.tests.harness.images import MIB, identical, info, patterned, qemu_img
+from ansible_collections.vmfleet.backup.tests.harness.libvirt_domains import Domain, DomainDisk
 from ansible_collections.vmfleet.backup.tests.harness.modules import fail, succeed
 from ansible_collections.vmfleet.backup.tests.harness.offline import Daemon
+from ansible_collections.vmfleet.backup.tests.harness.sets import Sets
 from ansible_collections.vmfleet.backup.tests.harness.turns import ADDRESS, Turns
 
 if t.TYPE_CHECKING:
@@ -226,3 +228,33 @@ def test_other_policies_leave_it_alone(turns: Turns) -> None:
     listed = [{"name": "web", "monitor": ADDRESS, "disks": [{"name": "vda", "file": "/a", "format": "raw"}]}]
     said = fail("backup_plan", turns.sets.arguments(vms=listed), inside=turns.inside)["msg"]
     assert said == "vms: libvirt:web has a list of disks; take it out: libvirt tells those of a domain"
+
+
+def test_definition_that_names_other_images_below(libvirt: Libvirt, directory: Path) -> None:
+    """libvirt leaves one when it reverts to an internal snapshot of before a pull. QEMU does as it says."""
+    directory.chmod(0o777)
+    base, overlay = patterned(directory / "base.qcow2", size=8 * MIB), directory / "overlay.qcow2"
+    domain = libvirt.define("web", DomainDisk(base, "vda"), machine="pc")
+    domain.start()
+    domain.virsh("snapshot-create-as", "outside", "--no-metadata", "--disk-only", "--diskspec", f"vda,file={overlay}")
+    domain.write("vda", 0xA1, MIB, 65536)
+    domain.virsh("snapshot-create-as", "inside")
+    domain.virsh("blockpull", "vda", "--wait")
+    domain.virsh("snapshot-revert", "inside")
+    assert "backing-filename" not in info(overlay)
+    domain.io("vda", "flush")
+    node = {"driver": "qcow2", "file": {"driver": "file", "filename": str(overlay)}}
+    node["backing"] = {"driver": "qcow2", "file": {"driver": "file", "filename": str(base)}}
+    guests = directory / "guests.qcow2"
+    qemu_img("convert", "-U", "-O", "qcow2", f"json:{json.dumps(node)}", guests)
+    assert not identical(guests, overlay)
+    sets = Sets(directory / "repository", libvirt.inside)
+    sets.back_up(ADDRESS, id="s1")
+    assert identical(guests, sets.images("web", "s1")["vda"])
+    domain.destroy()
+    [planned] = sets.plan(ADDRESS, id="s2")["plan"]["vms"]
+    assert planned["action"] == "fail"
+    assert f"disk vda: the definition of the domain says that {overlay} builds on {base} (qcow2)" in planned["reason"]
+    qemu_img("rebase", "-u", "-b", base, "-F", "qcow2", overlay)
+    sets.back_up(ADDRESS, id="s2")
+    assert identical(guests, sets.images("web", "s2")["vda"])

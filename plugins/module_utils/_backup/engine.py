@@ -182,9 +182,9 @@ async def _take_step(run: BackupRun, task: VmTask) -> Outcome | Pending:
     """Observe a VM, and do what is to be done next."""
     process = _process_to_start_on(run, task)
     if process:
-        found = await _change(run, task, task.request.address, process)
+        done = await _change(run, task, task.request.address, process)
         # What the plan has seen may be over: then it is looked at like any other.
-        return AGAIN if isinstance(found, Pending) and found.wait_for == WaitFor.MONITOR else found
+        return AGAIN if isinstance(done, Pending) and done.wait_for == WaitFor.MONITOR else done
     session = await observe(run, task)
     _note_attempt(session)
     while True:

@@ -14,7 +14,7 @@ import os
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from .._common.errors import MonitorError
+from .._common.errors import BackupError, MonitorError
 from .._host.threads import within
 from .disk_file import FORMATS, DiskFile
 from .domain import read_definition
@@ -39,6 +39,8 @@ async def inspect_domain(address: Address, name: str) -> Vm:
     domain = await read_definition(address)
     files = await files_of(domain.xml)
     vm = await inspect_files(files, name or domain.xml.name, domain.xml.uuid, str(address))
+    for disk in vm.disks:
+        await _check_chain(disk, vm, domain.xml)
     return _as_defined(vm, domain)
 
 
@@ -59,6 +61,47 @@ async def files_of(xml: DomainXml) -> tuple[DiskFile, ...]:
     if variables and (kind == "block" or (kind == "file" and await _is_there(variables))):
         files.append(DiskFile(NVRAM, variables, xml.firmware.nvram_format))
     return tuple(files)
+
+
+async def _check_chain(disk: Disk, vm: Vm, xml: DomainXml) -> None:
+    """Raise BackupError where a disk would be another one when the domain runs than its files say.
+
+    QEMU gets the images that a definition names, whatever the header of the image above says. libvirt leaves such a
+    definition, as when a domain is reverted to an internal snapshot from before a C(virsh blockpull).
+    """
+    defined = xml.disk(disk.name)
+    if defined is None:
+        return
+    files = vm.chain(disk)
+    for place, above in enumerate(files):
+        below = files[place + 1] if place + 1 < len(files) else None
+        if place == len(defined.chain):
+            if below and defined.ends:
+                raise _other_chain(disk, above.filename, "nothing", below.filename)
+            return
+        layer = defined.chain[place]
+        if layer.kind in LOCAL and not (
+            below and layer.format in ("", below.driver) and await _is_same(layer.path, below.filename)
+        ):
+            said = f"{below.filename} ({below.driver})" if below else "nothing"
+            raise _other_chain(disk, above.filename, f"{layer.path} ({layer.format or 'no format'})", said)
+
+
+def _other_chain(disk: Disk, image: str, defined: str, said: str) -> BackupError:
+    return BackupError(
+        f"disk {disk.name}: the definition of the domain says that {image} builds on {defined}, and the header of that"
+        f" image says {said}: it is not clear what is on the disk. Back up the domain while it runs, when QEMU tells"
+        " that; or correct the <backingStore> of the definition (virsh edit), or the header (qemu-img rebase -u)"
+    )
+
+
+async def _is_same(path: str, other: str) -> bool:
+    if path == other:
+        return True
+    try:
+        return await within(TIMEOUT, lambda: os.path.realpath(path) == os.path.realpath(other))
+    except asyncio.TimeoutError:
+        return False
 
 
 async def _is_there(path: str) -> bool:

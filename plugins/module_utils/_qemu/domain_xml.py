@@ -64,7 +64,8 @@ class Source:
 class DomainDisk:
     """A disk of a domain. C(target) is its name, on or off; C(alias) the id of its device in QEMU, while it runs.
 
-    C(chain) are the images below its own, the nearest first, and C(indexes) all indexes that belong to it.
+    C(chain) are the images below its own, the nearest first, and C(ends) says that there are no others below these. Of
+    one that is off, they are what its definition says, if it says any. C(indexes) are all indexes that belong to it.
     """
 
     target: str
@@ -76,6 +77,7 @@ class DomainDisk:
     shareable: bool = False
     transient: bool = False
     chain: tuple[Source, ...] = ()
+    ends: bool = False
     indexes: frozenset[int] = frozenset()
 
 
@@ -228,6 +230,7 @@ def _disk(element: Element, place: str) -> DomainDisk:
         shareable=element.find("shareable") is not None,
         transient=element.find("transient") is not None,
         chain=tuple(_layers(element, place)),
+        ends=_ends(element),
         indexes=frozenset(_indexes(element, place)),
     )
 
@@ -240,6 +243,13 @@ def _layers(element: Element, place: str) -> Iterator[Source]:
         form = layer.find("format")
         yield _source(layer, place, _value(form, "type", f"{place}.format"))
         layer = layer.find("backingStore")
+
+
+def _ends(element: Element) -> bool:
+    layer: Element | None = element
+    while layer is not None and (layer is element or layer.get("type")):
+        layer = layer.find("backingStore")
+    return layer is not None
 
 
 def _source(element: Element, place: str, image_format: str) -> Source:

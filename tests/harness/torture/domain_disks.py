@@ -34,6 +34,8 @@ class DomainDisks:
         self._number = 0
         self._detached: list[Disk] = []
         """What can be attached again."""
+        self._layers_inside: dict[str, dict[str, list[Path]]] = {}
+        """What the disks were made of when an internal snapshot was taken."""
 
     def _any(self) -> Disk:
         return self.machine.chance.choice(self.vm.disks)
@@ -108,6 +110,8 @@ class DomainDisks:
             if self._mergeable(images[: last + 1]):
                 base = ["--base", images[last + 1]] if last + 1 < len(images) else []
                 self.machine.virsh("blockpull", NAME, disk.name, *base, "--wait")
+                # QEMU has what it has pulled in memory only, until somebody flushes: if it is killed, that is lost.
+                self.machine.truth.stale(disk.name)
 
     def _mergeable(self, images: list[Path]) -> bool:
         """Whether libvirt merges all bitmaps of these layers: what it leaves as it is, nothing tells of."""
@@ -189,7 +193,8 @@ class DomainDisks:
         if not self._inside():
             self._take_inside()
             self.machine.write_much()
-        inside = self._inside()
+        # Of an older one, what was below would have gone out of sight. Nobody wants that back.
+        inside = [name for name in self._inside() if self._layers_inside[name] == self._layers()]
         if not inside:
             return
         if self.machine.chance.random() < 0.6 and not self.vm.block_jobs:
@@ -207,4 +212,9 @@ class DomainDisks:
         return self.vm.domain.virsh("snapshot-list", "--name").split()
 
     def _take_inside(self) -> None:
-        self.machine.virsh("snapshot-create-as", NAME, self._next("inside"), may_fail=True)
+        name = self._next("inside")
+        self._layers_inside[name] = self._layers()
+        self.machine.virsh("snapshot-create-as", NAME, name, may_fail=True)
+
+    def _layers(self) -> dict[str, list[Path]]:
+        return {disk.name: self.vm.layers(disk) for disk in self.vm.disks}

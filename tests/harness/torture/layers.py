@@ -91,6 +91,8 @@ class Layers:
         print(f"    {disk.name}: {', '.join(layers)}")
         snapshots.pull(self.vm, nodes[0], layers, nodes[last + 1] if last + 1 < len(nodes) else None)
         del below[len(below) - last :]
+        # QEMU has what it has pulled in memory only, until somebody flushes: if it is killed, that is lost.
+        self.machine.truth.stale(disk.name)
 
     def _layered(self) -> tuple[Disk | None, list[str]]:
         """A disk with snapshots, and the nodes of its layers from the top on."""

@@ -56,6 +56,7 @@ def test_domain_that_runs() -> None:
         Source("file", "/srv/images/mid.qcow2", "qcow2", 10),
         Source("file", "/srv/images/base.qcow2", "qcow2", 11),
     )
+    assert found.disks[0].ends
     assert found.disks[0].indexes == {9, 10, 11}
     assert found.disks[3].source == Source("network", "nbd:exp", "raw", 6)
     assert found.disks[7].source == Source("none", "", "", None)
