@@ -122,6 +122,9 @@ options:
         other sets, a call with V(preferred) starts the copies itself, and a call with V(required) fails.
       - The call returns when the worker has looked at each VM. With O(slice), it waits for the end of the worker for
         so long, but not longer.
+      - Where systemd is the init and the user is root, the worker has a unit of its own,
+        C(vmfleet-backup-<worker>.scope), so that it does not end with the login session, or with the unit from which
+        Ansible was started. Elsewhere it is a session of its own only.
       - With O(state=completed), a playbook leaves the sets to a worker and follows it with few resources. A worker that
         dies is replaced. With C(async), in check mode and with O(slice), the call makes the sets itself.
     type: str
@@ -135,6 +138,25 @@ options:
         their own QEMU.
     type: int
     default: 0
+  ionice:
+    description:
+      - The I/O priority of the worker with O(detach). With V(best-effort), it is the last among the processes that the
+        disks serve in turn. With V(idle), the disks serve it after all others. V(none) changes nothing.
+      - It concerns what the worker reads and brings to stable storage itself, such as checksums, and the copies of VMs
+        that are off. The copies of running VMs are made by their own QEMU. What other processes have written is
+        brought to the disks by the kernel.
+      - The I/O scheduler of the disk decides what it means. C(none) takes no notice of it.
+    type: str
+    choices: [none, best-effort, idle]
+    default: none
+  cpu_weight:
+    description:
+      - The share of the CPU that the worker with O(detach) gets while there is not enough for all, from V(1) to
+        V(10000). It is the C(CPUWeight) of its unit, which is placed beside C(system.slice), C(user.slice) and
+        C(machine.slice). Each of these has C(100).
+      - It concerns the same work as O(nice).
+      - Where the worker has no unit of its own, there is a warning, and the share stays as it is.
+    type: int
   worker:
     description:
       - The RV(worker) that an earlier call has returned. A playbook with O(state=completed) and O(detach) follows that
@@ -485,6 +507,8 @@ def main() -> None:
             "stall_timeout": {"type": "str", "default": "600"},
             "detach": {"type": "str", "choices": ["never", "preferred", "required"], "default": "never"},
             "nice": {"type": "int", "default": 0},
+            "ionice": {"type": "str", "choices": ["none", "best-effort", "idle"], "default": "none"},
+            "cpu_weight": {"type": "int"},
             # For the action plugin.
             "worker": {"type": "str"},
             "begin": {"type": "bool", "default": True},

@@ -270,6 +270,8 @@ TABLE: dict[str, list[tuple[str, Values]]] = {
         *one("progress", "", "loud"),
         *one("slice", 5, state="started"),
         *one("nice", -1, 20, "nan", "low"),
+        *one("ionice", "", "realtime"),
+        *one("cpu_weight", -1, 0, 10001, "", "nan", "idle"),
         *one("detach", "", "perhaps"),
         *one("detach", "preferred", repository="{repo}", state="cancelled"),
         *one("worker", ""),

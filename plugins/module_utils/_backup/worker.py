@@ -27,7 +27,9 @@ from .._common.errors import BackupError, Refused, in_words, warn, why
 from .._common.formats import Word, utc_now
 from .._common.options import check_options
 from .._host.lock import locked
+from .._host.priority import give_way
 from .._host.process import PROCESSES, Process, spaces
+from .._host.scope import enter_scope, offers_scopes
 from .._host.worker import run_in_worker
 from .._plan.model import parse_plan
 from .board import Board
@@ -53,10 +55,14 @@ STOPPING = 30.0
 """Seconds that a worker takes at most to end. It may hang in the kernel."""
 ORDERS = ("takeover", "supersede", "adopt")
 """What a worker that was left without it does not do."""
-SETTINGS = ("max_vms", "bandwidth", "timeout", "offline_timeout", "stall_timeout", "nice", "trust_others")
+SETTINGS = (
+    *("max_vms", "bandwidth", "timeout", "offline_timeout", "stall_timeout"),
+    *("nice", "ionice", "cpu_weight", "trust_others"),
+)
 """What holds for all VMs of a worker, beside the plan."""
-REASON = 1000
-"""Bytes of why a worker could not begin."""
+WORDS = 2000
+"""Bytes of what a worker says when it begins: why it cannot, or what it warns of."""
+FAILS, WARNS = b"!", b"?"
 
 
 class Detach(Word):
@@ -133,10 +139,13 @@ def _begin(module: AnsibleModule, main: Main, plan: Plan, place: WorkerPlace) ->
     os.close(fd)
     os.close(sink)
     # It says who it is, or why it cannot begin.
-    reason = os.read(source, REASON)
+    said = os.read(source, WORDS)
     os.close(source)
-    if reason:
-        raise BackupError(f"detach: the worker of {plan.repository} could not begin: {os.fsdecode(reason)}")
+    kind, text = said[:1], os.fsdecode(said[1:])
+    if kind == FAILS:
+        raise BackupError(f"detach: the worker of {plan.repository} could not begin: {text}")
+    if kind == WARNS:
+        warn(module, text)
     return key
 
 
@@ -190,7 +199,6 @@ def _live(module: AnsibleModule, main: Main, place: WorkerPlace, lock: int, sink
     status = 1
     try:
         os.setsid()
-        os.nice(module.params["nice"])
         plan = parse_plan(module.params["plan"])
         me = _process(os.getpid())
         names = [vm.name for vm in plan.vms]
@@ -199,11 +207,12 @@ def _live(module: AnsibleModule, main: Main, place: WorkerPlace, lock: int, sink
         # Ansible reads the module's output to its end, and would wait.
         for number, file in enumerate((os.open(os.devnull, os.O_RDONLY), _new(place.result), _new(place.log))):
             os.dup2(file, number)
+        warnings = _settle(module, f"{plan.repository}, sets {plan.id}", key)
+        _say(sink, WARNS, "\n".join(warnings))
     except BaseException as error:  # noqa: BLE001
-        os.write(sink, os.fsencode(in_words(error) if isinstance(error, OSError) else repr(error))[:REASON])
+        _say(sink, FAILS, in_words(error) if isinstance(error, OSError) else repr(error))
         os._exit(status)
     try:
-        os.close(sink)
         board = Board(place.progress, key)
 
         async def make(module: AnsibleModule) -> dict[str, Any]:
@@ -216,6 +225,29 @@ def _live(module: AnsibleModule, main: Main, place: WorkerPlace, lock: int, sink
         status = _make(module, make, plan)
     finally:
         os._exit(status)
+
+
+def _settle(module: AnsibleModule, sets: str, key: str) -> list[str]:
+    """Give this process its own unit and its priorities; return what to warn of. What it starts later has the same."""
+    params = module.params
+    warnings = []
+    stays = "systemd is not the init here, or this is not root"
+    if offers_scopes():
+        stays = enter_scope(f"vmfleet-backup-{key}.scope", f"Backup of VMs to {sets}", params["cpu_weight"])
+        # Where somebody follows it, one that ends too early is replaced.
+        if stays and params["detach"] == Detach.REQUIRED:
+            warnings.append(f"detach: the worker ends with the session or the unit that it was started from: {stays}")
+    if stays and params["cpu_weight"] is not None:
+        warnings.append(f"cpu_weight: it is not set, because the worker has no unit of its own: {stays}")
+    slow = give_way(params["nice"], params["ionice"])
+    return [*warnings, *([f"ionice: the priority of the worker's I/O is not changed: {slow}"] if slow else [])]
+
+
+def _say(sink: int, kind: bytes, text: str) -> None:
+    """Tell the module that waits, be there anything to tell or not. It may have been killed."""
+    with suppress(BrokenPipeError):
+        os.write(sink, (kind + os.fsencode(text))[:WORDS] if text else b"")
+    os.close(sink)
 
 
 def _process(pid: int) -> Process:

@@ -30,6 +30,7 @@ LIMITS: dict[str, tuple[float, float, str]] = {
     "max_chain": (1, 1_000_000, "images; 1 is a full image on its own"),
     "slice": (0, 30 * 86400, "seconds; 0 waits for the end"),
     "nice": (0, 19, "as nice(1) takes it; 0 changes nothing"),
+    "cpu_weight": (1, 10_000, "as systemd takes it; leave the option out to change nothing"),
     "wait": (0, 30 * 86400, "seconds"),
     "boot_timeout": (1, 7 * 86400, "seconds"),
     **{f"keep_{each}": COUNT for each in ("last", "hourly", "daily", "weekly", "monthly", "yearly")},

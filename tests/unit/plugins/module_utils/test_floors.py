@@ -83,6 +83,8 @@ SPARED = {
 LATE = {
     "_backup/worker": ("backup_set",),
     "_backup/worker_place": ("backup_set",),
+    "_host/priority": ("backup_set",),
+    "_host/scope": ("backup_set",),
     "_backup/start_offline": ("backup_set",),
     "_qemu/data_map": ("backup_set", "drive_backup"),
     "_qemu/domain": ("backup_plan", "backup_set", "drive_backup", "vm_info"),
