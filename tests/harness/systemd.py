@@ -226,7 +226,9 @@ class Systemd:
     def processes(self, unit: str) -> dict[int, str]:
         """The names of the processes of a unit, by the ids that they have inside."""
         pids = self.run("cat", f"/sys/fs/cgroup{self.show(unit, 'ControlGroup')}/cgroup.procs").split()
-        return {int(pid): self.run("cat", f"/proc/{pid}/comm").strip() for pid in pids}
+        # Some may have ended by now.
+        lines = self.run("ps", "-e", "-o", "pid=,comm=").splitlines()
+        return {int(pid): name for pid, name in (line.split(maxsplit=1) for line in lines) if pid in pids}
 
     def hang(self) -> None:
         """Have it answer nobody any more."""

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import os
 import signal
+import subprocess
 import typing as t
 from pathlib import Path
 
@@ -18,6 +19,7 @@ import pytest
 from ansible_collections.vmfleet.backup.plugins.module_utils._backup import worker
 from ansible_collections.vmfleet.backup.plugins.module_utils._backup.worker_place import Who, WorkerPlace
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.lock import lock_directory
+from ansible_collections.vmfleet.backup.plugins.module_utils._host.scope import offers_scopes
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.daemon_place import PLACE
 from ansible_collections.vmfleet.backup.tests.harness.backup import release
 from ansible_collections.vmfleet.backup.tests.harness.images import MIB
@@ -122,6 +124,33 @@ def test_all_get_their_turn_though_nobody_waits(three: list[Qemu], sets: Sets, d
     # Who asks the repository later changes nothing.
     later = sets.back_up(*three, id="s1")
     assert (states(later), later["changed"]) == (["published"] * 3, False)
+
+
+@pytest.mark.parametrize(
+    ("ionice", "expected"), [("best-effort", "best-effort: prio 7"), ("idle", "idle"), ("none", "")]
+)
+def test_its_io_gives_way(ionice: str, expected: str, three: list[Qemu], sets: Sets) -> None:
+    def priority(pid: int) -> str:
+        return subprocess.run(["ionice", "-p", str(pid)], capture_output=True, text=True, check=True).stdout.strip()
+
+    leave(sets, three, ionice=ionice)
+    process = who(sets)
+    assert process
+    [child] = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    assert [priority(process.pid), priority(int(child))] == [expected or priority(os.getpid())] * 2
+    succeed("backup_set", {"repository": sets.path, "state": "cancelled"})
+
+
+@pytest.mark.skipif(offers_scopes(), reason="it has a unit of its own here")
+def test_there_is_no_weight_without_a_unit(three: list[Qemu], sets: Sets) -> None:
+    result = leave(sets, three, cpu_weight=20)
+    assert [warning.split(":")[0] for warning in result["warnings"]] == ["cpu_weight"]
+    # Who gives another weight does not mean this worker.
+    plan = sets.plan(*three, speed=SLOW, id="s1")["plan"]
+    other = {"plan": plan, "state": "started", "max_vms": 1, "detach": "required"}
+    assert fail("backup_set", {**other, "cpu_weight": 30})["msg"].startswith("detach: process ")
+    assert succeed("backup_set", {**other, "cpu_weight": 20})["worker"] == result["worker"]
+    succeed("backup_set", {"repository": sets.path, "state": "cancelled"})
 
 
 def test_who_follows_is_told_how_far_it_is(three: list[Qemu], sets: Sets) -> None:

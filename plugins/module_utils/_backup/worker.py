@@ -145,7 +145,8 @@ def _begin(module: AnsibleModule, main: Main, plan: Plan, place: WorkerPlace) ->
     if kind == FAILS:
         raise BackupError(f"detach: the worker of {plan.repository} could not begin: {text}")
     if kind == WARNS:
-        warn(module, text)
+        for warning in text.split("\n"):
+            warn(module, warning)
     return key
 
 
@@ -208,6 +209,9 @@ def _live(module: AnsibleModule, main: Main, place: WorkerPlace, lock: int, sink
         for number, file in enumerate((os.open(os.devnull, os.O_RDONLY), _new(place.result), _new(place.log))):
             os.dup2(file, number)
         warnings = _settle(module, f"{plan.repository}, sets {plan.id}", key)
+        # They are in its result, too, which may be all that is told.
+        for warning in warnings:
+            warn(module, warning)
         _say(sink, WARNS, "\n".join(warnings))
     except BaseException as error:  # noqa: BLE001
         _say(sink, FAILS, in_words(error) if isinstance(error, OSError) else repr(error))

@@ -10,6 +10,7 @@ import subprocess
 
 from .._common.errors import why
 from .._common.formats import Word
+from .._common.printable import printable
 
 BOUND = 5.0
 
@@ -39,4 +40,6 @@ def give_way(niceness: int, ionice: str) -> str:
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         return f"ionice: {why(error) if isinstance(error, OSError) else error}"
-    return os.fsdecode(done.stderr).strip() or f"ionice: status {done.returncode}" if done.returncode else ""
+    if not done.returncode:
+        return ""
+    return printable(os.fsdecode(done.stderr).strip()) or f"ionice: status {done.returncode}"

@@ -88,7 +88,9 @@ def _call(method: str, *arguments: str) -> str:
         return f"systemd does not answer within {BOUND:g} s"
     except OSError as error:
         return f"{program}: {why(error)}"
-    return printable(os.fsdecode(done.stderr).strip() or f"busctl: status {done.returncode}") if done.returncode else ""
+    if not done.returncode:
+        return ""
+    return printable(os.fsdecode(done.stderr).strip()) or f"busctl: status {done.returncode}"
 
 
 def _is_in(name: str) -> bool:
