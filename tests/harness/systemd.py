@@ -2,7 +2,7 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""A systemd that is the first process of name spaces of its own, with a bus, and with no unit that it is not given here.
+"""A systemd that is the first process of name spaces of its own, with a bus, and no unit that it is not given here.
 
 It runs as root, on the files of this machine. Therefore all of these are read-only to it, and to all that it starts,
 before it begins: what it may write to is its own and ends with it, but for one directory. It knows no unit of this
@@ -192,7 +192,10 @@ class Systemd:
 
     def attempt(self, *command: str | Path, stdin: str = "") -> subprocess.CompletedProcess[str]:
         """Run a program inside to its end, whatever that is."""
-        words = [*("nsenter", "--target", str(self.pid)), *("--mount", "--uts", "--ipc", "--net", "--cgroup", "--wdns=/")]
+        words = [
+            *("nsenter", "--target", str(self.pid)),
+            *("--mount", "--uts", "--ipc", "--net", "--cgroup", "--wdns=/"),
+        ]
         with self.inside.for_children():
             return subprocess.run(
                 [*words, "--", *map(str, command)],
