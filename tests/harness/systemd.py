@@ -126,6 +126,13 @@ def _groups() -> str:
     return os.path.join(places[0], own[0]) if places and own else ""
 
 
+def _remove(group: Path) -> None:
+    # One can be removed when its last process has ended.
+    with contextlib.suppress(OSError):
+        for path, _directories, _files in os.walk(group, topdown=False):
+            os.rmdir(path)
+
+
 class Systemd:
     """Starts one, which sees `directory` as it is, and ends all that it has started with it."""
 
@@ -135,6 +142,10 @@ class Systemd:
         assert python
         self._log = directory / "systemd.log"
         self._group = Path(_groups()) / f"{GROUP}{os.getpid()}-{directory.name}"
+        for group in self._group.parent.glob(f"{GROUP}*"):
+            # That of a test that was killed has outlived it.
+            if not Path(f"/proc/{group.name[len(GROUP) :].split('-')[0]}").exists():
+                _remove(group)
         self._group.mkdir()
         with self._log.open("wb") as log:
             self._space = subprocess.Popen(
@@ -180,10 +191,7 @@ class Systemd:
         wait_until(self._is_gone, "the end of all processes of systemd")
 
     def _is_gone(self) -> bool:
-        # A group goes when its last process has.
-        with contextlib.suppress(OSError):
-            for path, _directories, _files in os.walk(self._group, topdown=False):
-                os.rmdir(path)
+        _remove(self._group)
         return not self._group.exists()
 
     def seen_here(self, path: Path | str) -> Path:
