@@ -19,13 +19,13 @@ import pytest
 from ansible_collections.vmfleet.backup.plugins.module_utils._host import scope
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.lock import DIRECTORY
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.daemon_place import PLACE
-from ansible_collections.vmfleet.backup.tests.harness import systemd
+from ansible_collections.vmfleet.backup.tests.harness import systemd_init
 from ansible_collections.vmfleet.backup.tests.harness.images import MIB
 from ansible_collections.vmfleet.backup.tests.harness.modules import PACKAGE, ROOT, module_input, succeed
 from ansible_collections.vmfleet.backup.tests.harness.qemu import wait_until
 from ansible_collections.vmfleet.backup.tests.harness.qmp import Qmp
 from ansible_collections.vmfleet.backup.tests.harness.sets import SLOW, Sets
-from ansible_collections.vmfleet.backup.tests.harness.systemd import Systemd
+from ansible_collections.vmfleet.backup.tests.harness.systemd_init import Systemd
 from ansible_collections.vmfleet.backup.tests.integration.test_backup_set_worker import frozen, release_next, states
 
 if t.TYPE_CHECKING:
@@ -43,8 +43,8 @@ MODULE = (sys.executable, "-m", f"{PACKAGE}.backup_set")
 @pytest.fixture
 def init(directory: Path, monkeypatch: pytest.MonkeyPatch) -> t.Iterator[Systemd]:
     """A systemd. What is made for a test is made where it can be seen from there."""
-    if systemd.missing():
-        pytest.skip(f"a systemd of the test's own needs {systemd.missing()}")
+    if systemd_init.missing():
+        pytest.skip(f"a systemd of the test's own needs {systemd_init.missing()}")
     monkeypatch.setattr(tempfile, "tempdir", str(directory))
     with Systemd(directory) as init:
         yield init
