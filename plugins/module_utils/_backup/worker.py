@@ -83,6 +83,8 @@ def leave(module: AnsibleModule, main: Main) -> None:
         check_options(module.argument_spec, module.params)
         plan = parse_plan(module.params["plan"])
         place = WorkerPlace.of(plan.repository)
+        if module.params["supersede"]:
+            asyncio.run(make_way(plan))
         key = _begin(module, main, plan, place) or _join(module, plan, place)
         found = place.follow(key, module.params["slice"]) if key else Standing(None, running=False)
         if key and not found.running and not found.result and module.params["detach"] == Detach.REQUIRED:
@@ -126,6 +128,14 @@ def _begin(module: AnsibleModule, main: Main, plan: Plan, place: WorkerPlace) ->
     fd = place.take()
     if fd is None:
         return ""
+    try:
+        return _fork(module, main, plan, place, fd)
+    finally:
+        # The worker has it, too.
+        os.close(fd)
+
+
+def _fork(module: AnsibleModule, main: Main, plan: Plan, place: WorkerPlace, lock: int) -> str:
     with suppress(FileNotFoundError):
         os.unlink(place.stop)
     _load_payload()
@@ -135,8 +145,7 @@ def _begin(module: AnsibleModule, main: Main, plan: Plan, place: WorkerPlace) ->
     source, sink = os.pipe()
     if os.fork() == 0:
         os.close(source)
-        _live(module, main, place, fd, sink, key)
-    os.close(fd)
+        _live(module, main, place, lock, sink, key)
     os.close(sink)
     # It says who it is, or why it cannot begin.
     said = os.read(source, WORDS)
@@ -305,6 +314,15 @@ async def stop(repository: str, chosen: Callable[[str], bool]) -> None:
         if time.monotonic() > deadline:
             raise BackupError(f"{repository}: a process on this hypervisor begins to make sets; cancel them again")
         await asyncio.sleep(0.02)
+
+
+async def make_way(plan: Plan) -> None:
+    """End the worker that makes sets of these VMs under another id, and of no others: it would begin more of them."""
+    place = WorkerPlace.of(plan.repository)
+    found = place.look()
+    names = {vm.name for vm in plan.vms}
+    if found.who and found.running and found.who.id != plan.id and names.issuperset(found.who.vms):
+        await _end(found.who, place, plan.repository)
 
 
 async def _end(who: Who, place: WorkerPlace, repository: str) -> None:
