@@ -39,10 +39,10 @@ FOLLOW = "vmfleet.backup.backup_follow"
 WORKERS = 3
 """How often the sets are left to a worker, before they are made without."""
 
-HOW_TO_GO_ON = """\
-Ctrl-C, or a lost connection, leaves the copies running.
-To go on with them, run the same playbook with -e vm_backup_id={}; to stop them, vmfleet.backup.cancel.
-"""
+HOW_TO_GO_ON = (
+    "The copies continue after Ctrl-C, and without a connection.\n"
+    "To follow them again, run the same playbook with -e vm_backup_id={}. To stop them, run vmfleet.backup.cancel.\n"
+)
 
 # Ansible loads this file before it forks a worker process for every host. A worker has no terminal of its own, and
 # shares nothing with the others but what was there before: whoever gets the lock says what is to be said once.

@@ -492,11 +492,16 @@ def check_listed(vms: Iterable[dict[str, Any]]) -> None:
         if vm["uuid"] and not re.fullmatch(UUID_PATTERN, vm["uuid"].lower()):
             raise Refused("vms", f"{vm['monitor']} is listed with uuid {vm['uuid']!r}, which is none")
         if vm["disks"] and vm["monitor"].startswith(LIBVIRT):
-            raise Refused("vms", f"{vm['monitor']} has a list of disks; take it out: libvirt tells those of a domain")
+            raise Refused(
+                "vms",
+                f"{vm['monitor']} has a list of disks; remove the list, because libvirt knows the disks of a domain",
+            )
         for disk in vm["disks"] or ():
             if not vm["name"]:
                 raise Refused(
-                    "vms", f"{vm['monitor']} has a list of disks, and a VM that is off tells no name; add name"
+                    "vms",
+                    f"{vm['monitor']} has a list of disks, but no name; add name, because a VM that is off cannot"
+                    " say its name",
                 )
             if [other["name"] for other in vm["disks"]].count(disk["name"]) > 1:
                 raise Refused("vms", f"disk {disk['name']} of {vm['name']} is listed twice")

@@ -434,11 +434,13 @@ def check_options(params: dict[str, Any]) -> None:
     """Refuse options that contradict each other."""
     chosen = [option for option in ("names", "exclude_names") if params[option]]
     if chosen and params["plan"]:
-        raise Refused(chosen[0], "the plan says which VMs are meant; give names with repository only")
+        raise Refused(
+            chosen[0], "the plan already has the names of the VMs; use this option with repository instead of plan"
+        )
     if params["slice"] and params["state"] != "completed" and params["detach"] == "never":
-        raise Refused("slice", "only state: completed waits, or a call that leaves the sets to a process of their own")
+        raise Refused("slice", "a call can only wait with state: completed, or with detach")
     if params["detach"] != "never" and params["state"] in STOPPING:
-        raise Refused("detach", "only sets that are to be made are left to a process of their own")
+        raise Refused("detach", "a worker can only make sets, and this state makes none; leave the option out")
 
 
 async def main_task(module: AnsibleModule, board: Board | None = None) -> dict[str, Any]:

@@ -106,7 +106,7 @@ class Slices:
         names = self.unfinished
         return (
             f"{len(names)} of {len(self.outcomes)} VMs are unfinished, and their copies may still run:"
-            f" {', '.join(names)}. Run the backup again with id {self.id} to go on with them"
+            f" {', '.join(names)}. Run the backup again with id {self.id} to continue them"
         )
 
     def _merged(self, last: Mapping[str, Any], error: str) -> dict[str, Any]:

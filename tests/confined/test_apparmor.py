@@ -111,8 +111,8 @@ def test_copy_of_a_disk(vm: Qemu, target: Path) -> None:
 
 class TestConfinedProcess:
     REASON = (
-        f"this process is confined by AppArmor profile backupper; QEMU, which is confined by {PROFILE}, would not be"
-        " given files opened by it; run it unconfined"
+        f"this process is confined by AppArmor profile backupper; QEMU, which is confined by {PROFILE}, could not use"
+        " the files that it opens; run the backup unconfined"
     )
 
     def test_plan_says_it(self, vm: Qemu, sets: Sets, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,7 +135,7 @@ class TestConfinedProcess:
         monkeypatch.setattr(admission, "admit", lambda *_arguments: ADMITTED)
         run_modules_as(monkeypatch, "changeprofile backupper")
         error = result_of(sets.fail(vm), "web01")["error"]
-        assert error.startswith("QEMU was not given ")
+        assert error.startswith("QEMU did not receive the open file ")
         assert error.endswith(self.REASON)
         assert any('operation="file_receive"' in line for line in denials(str(sets.path)))
         sets.assert_absent("web01")

@@ -193,7 +193,7 @@ class TestRefusals:
         """The kernel drops the file, and the message says why."""
         monkeypatch.setattr(admission, "admit", lambda *_arguments: ADMITTED)
         error = result_of(sets.fail(vm), "web01")["error"]
-        assert error.startswith(f"QEMU was not given {sets.path}/web01/")
+        assert error.startswith(f"QEMU did not receive the open file {sets.path}/web01/")
         assert QEMU in error
         assert VAR in error
         assert error.endswith(lines(sets.path))
@@ -254,7 +254,7 @@ class TestDriveBackup:
     def test_they_are_not_in_vain(self, vm: Qemu, target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(preflight, "admit", lambda *_arguments: ADMITTED)
         said = fail_backup(vm, target)["msg"]
-        assert said.startswith(f"QEMU was not given {target}.partial")
+        assert said.startswith(f"QEMU did not receive the open file {target}.partial")
         assert said.endswith(lines(target.parent))
         assert not list(target.parent.iterdir())
 

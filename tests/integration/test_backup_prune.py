@@ -115,7 +115,7 @@ class TestRemoval:
         text = manifest.read_text()
         manifest.write_text(text[:100])
         said = library.fail_prune(keep_last=4)
-        assert f"none is removed: {manifest} is damaged" in said["msg"]
+        assert f"a file that may protect a set cannot be read: {manifest} is damaged" in said["msg"]
         assert (said["changed"], said["removed"]) == (False, [])
         assert library.listed() == ["s5", "s4", "s2", "s1"]
         manifest.write_text(text)

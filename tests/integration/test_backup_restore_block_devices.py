@@ -55,7 +55,7 @@ class TestBlockDevices:
     def test_refused(self, chain: Chain, storage: Storage, vms: Vms) -> None:
         small, right = storage.loop(SIZE - MIB, "small.img"), storage.loop(SIZE, "right.img")
         library = chain.library
-        assert "overwrite: true says that its content may go" in library.fail_restore(disks=one_disk(right))
+        assert "to replace its content, use overwrite: true" in library.fail_restore(disks=one_disk(right))
         assert library.fail_restore(disks=one_disk(small), overwrite=True) == (
             f"target: {small} has {SIZE - MIB} bytes, and disk drive0 needs {SIZE}"
         )
@@ -80,7 +80,9 @@ class TestBlockDevices:
         # The device's own images are good: it is not to be half a restore either.
         said = library.fail_restore(disks=disks, overwrite=True, checksum=checksum)
         assert f"{damaged} is not what was written" in said
-        told = f"Nothing was restored but {device}, which must not be used" if is_written else "Nothing was restored"
+        told = (
+            f"Nothing was restored, except {device}: do not use its content" if is_written else "Nothing was restored"
+        )
         assert said.endswith(told)
         assert (device.read_bytes() != bytes(SIZE)) == is_written
         assert list(where.iterdir()) == []

@@ -55,7 +55,7 @@ class TestBrokenChains:
         library = chain.library
         (library.path / NAME / "s2").rename(library.path / NAME / "before-lunch")
         # It may be the newest one, for all that its name tells.
-        self.refused(library, where, "id: VM web01: nobody can tell which set is the newest", "/before-lunch/manifest")
+        self.refused(library, where, "id: VM web01: it is unknown which set is the newest", "/before-lunch/manifest")
         self.refused(library, where, "set s3, disk drive", "set s2, which s3 builds on, is gone", id="s3")
         self.refused(library, where, "id: VM web01 has no set s2; it has: s1, s3", id="s2")
 

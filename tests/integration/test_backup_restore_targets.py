@@ -37,7 +37,7 @@ class TestTargets:
         write(target, "write -P 1 0 512")
         before = snapshot(where)
         assert library.fail_restore(disks=one_disk(target)) == (
-            f"target: {target} exists, and is not this restore; with overwrite: true it is replaced"
+            f"target: {target} exists, and this restore has not written it; overwrite: true replaces it"
         )
         # Another set, another format.
         assert "exists" in library.fail_restore(id="s1", disks=one_disk(target))
@@ -141,7 +141,7 @@ class TestTargets:
         steal = f"mv {where}/d.partial {where}/mine; touch {where}/d.partial;"
         shim.write_text(shim.read_text().replace("= convert ] && {", f'= convert -o "$1" = create ] && {{ {steal}'))
         said = chain.library.fail_restore(method=method, disks=one_disk(where / "d"))
-        assert f"{where}/d.partial is another file by now" in said
+        assert f"somebody has replaced {where}/d.partial" in said
         # It is another one's to remove.
         assert sorted(path.name for path in where.iterdir()) == ["d.partial", "mine"]
         assert pins(chain.library) == []

@@ -39,7 +39,7 @@ class TestReadOnly:
         assert len(said["warnings"]) == 2
         assert f"cannot be written to ({mount.path}/" in said["warnings"][0]
         assert "Read-only file system)" in said["warnings"][0]
-        assert "do not prune it while" in said["warnings"][0]
+        assert "Do not prune it while" in said["warnings"][0]
         unchanged(library, directory=str(where))
         overlay: dict[str, t.Any] = {"method": "overlay", "disks": one_disk(where / "look")}
         for changed in (True, False):
@@ -67,7 +67,7 @@ class TestLocked:
         assert said["changed"]
         assert len(said["warnings"]) == 2
         assert f"another backup process has held {library.path}/{NAME}/.lock for more than" in said["warnings"][0]
-        assert "do not prune it while" in said["warnings"][0]
+        assert "Do not prune it while" in said["warnings"][0]
         chain.assert_restored("s3", restored_to(where))
         assert pins(library) == []
         # The overlays' pins come as soon as that can be.

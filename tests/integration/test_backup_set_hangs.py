@@ -164,7 +164,9 @@ def test_a_copy_that_rests_does_not_stop_qemu(
             found = result_of(result, each.monitor.stem)
             assert found["state"] == "failed"
             assert "its file system hangs" in found["error"]
-            assert found["error"].endswith("are left to the next run. Run the backup again when it is back")
+            assert found["error"].endswith(
+                "the next run continues with them. Run the backup again when the repository answers"
+            )
             # If the job were cancelled, QEMU would close its image, and wait for the repository with all that it does.
             assert each.status == "running"
             # Into a part that is copied already: the others wait, as the copy has to come first.
@@ -189,7 +191,7 @@ def test_a_guest_in_the_middle_of_a_copy_goes_on_when_the_repository_is_back(
         with frozen(mounted):
             result = process.result()
             assert "its file system hangs" in result["msg"]
-            assert "its jobs were cancelled, but do not end before that" in result["msg"]
+            assert "its jobs were cancelled, but cannot end until the repository answers" in result["msg"]
             assert guest.status == "running"
             assert "its file system hangs" in start_module("backup_plan", sets.arguments(guest)).result()["msg"]
         wait_until(lambda: all(job["status"] == "concluded" for job in guest.block_jobs), "the end of the jobs")
@@ -410,7 +412,7 @@ def test_a_monitor_that_hangs_while_its_jobs_copy(vms: Vms, sets: Sets, start_mo
         vm.wake()
     assert result_of(result, "other")["state"] == "published"
     assert result_of(result, "web01")["state"] == "failed"
-    assert "the set is unfinished: run the backup again to go on with it" in result_of(result, "web01")["error"]
+    assert "the set is unfinished: run the backup again to continue it" in result_of(result, "web01")["error"]
     assert succeed("backup_set", {"plan": plan})["summary"]["published"] == 2
     sets.assert_tidy("web01")
 

@@ -248,7 +248,7 @@ def test_a_disk_without_a_lasting_name_is_always_full(vms: Vms, sets: Sets, dire
     for set_id in ("s1", "s2"):
         sets.back_up(vm, id=set_id)
         assert sets.levels("web01", set_id) == {"disk0": "full"}
-        assert "no name that holds beyond a restart" in sets.reasons("web01", set_id)["disk0"]
+        assert "its name changes when QEMU restarts" in sets.reasons("web01", set_id)["disk0"]
         assert sets.manifest("web01", set_id)["disks"][0]["bitmap"] is None
     run_for_a_moment(vm)
     assert all(not node.get("dirty-bitmaps") for node in vm.qmp.execute("query-named-block-nodes"))

@@ -297,10 +297,10 @@ def test_an_agent_that_is_silent_once_it_has_frozen(vm: Qemu, agent: ScriptedAge
     agent.script = {FREEZE: [freeze_and_fall_silent]}
     if quiesce == "try":
         result = sets.back_up(**options(vm, agent, quiesce))
-        assert_crash(sets, result, "not seen thawed")
+        assert_crash(sets, result, "may still be frozen; a guard process")
     else:
         result = sets.fail(**options(vm, agent, quiesce))
-        assert "not seen thawed" in failed(result)
+        assert "may still be frozen; a guard process" in failed(result)
         assert_undone(vm, sets)
     assert any("may still be frozen" in warning for warning in result["warnings"])
     assert agent.frozen
@@ -339,9 +339,9 @@ def test_case_31_a_start_that_fails_after_the_freeze(vm: Qemu, agent: ScriptedAg
 def test_case_32_frozen_by_somebody_else(vm: Qemu, agent: ScriptedAgent, sets: Sets) -> None:
     agent.frozen = True
     result = sets.fail(**options(vm, agent, "require"))
-    assert "frozen by somebody else; left as it is" in failed(result)
+    assert "another program has frozen the guest's file systems, and they stay frozen" in failed(result)
     assert_nothing_begun(vm, sets, result)
-    assert_crash(sets, sets.back_up(**options(vm, agent, "try")), "frozen by somebody else")
+    assert_crash(sets, sets.back_up(**options(vm, agent, "try")), "another program has frozen")
     assert agent.frozen
     assert not {FREEZE, THAW} & set(agent.commands)
 
@@ -356,9 +356,9 @@ def test_case_32_frozen_by_somebody_else_at_the_last_moment(
 
     agent.script = {STATUS: [says({"return": "thawed"}), freeze]}
     if quiesce == "try":
-        assert_crash(sets, sets.back_up(**options(vm, agent, quiesce)), "frozen by somebody else")
+        assert_crash(sets, sets.back_up(**options(vm, agent, quiesce)), "another program has frozen")
     else:
-        assert "frozen by somebody else" in failed(sets.fail(**options(vm, agent, quiesce)))
+        assert "another program has frozen" in failed(sets.fail(**options(vm, agent, quiesce)))
         assert_undone(vm, sets)
     assert agent.frozen
     assert THAW not in agent.commands
@@ -384,9 +384,9 @@ def test_thawed_by_others_in_the_middle(vm: Qemu, agent: ScriptedAgent, sets: Se
 
     agent.script = {THAW: [thawed_already]}
     if quiesce == "try":
-        assert_crash(sets, sets.back_up(**options(vm, agent, quiesce)), "thawed by others")
+        assert_crash(sets, sets.back_up(**options(vm, agent, quiesce)), "another program thawed the guest")
     else:
-        assert "thawed by others" in failed(sets.fail(**options(vm, agent, quiesce)))
+        assert "another program thawed the guest" in failed(sets.fail(**options(vm, agent, quiesce)))
         assert_undone(vm, sets)
 
 

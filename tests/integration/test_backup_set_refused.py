@@ -159,7 +159,7 @@ def test_what_cannot_be_written_costs_this_vm_only(vms: Vms, sets: Sets) -> None
     assert result_of(result, "db01")["state"] == "published"
     found = result_of(result, "web01")
     assert (found["state"], found["error"]) == ("failed", plan["vms"][0]["reason"])
-    assert any("could not be written down" in warning for warning in found["warnings"])
+    assert any("could not be recorded" in warning for warning in found["warnings"])
 
 
 def monitor(vm: Qemu) -> dict[str, str]:

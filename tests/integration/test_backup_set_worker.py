@@ -270,7 +270,7 @@ def test_what_it_fails_with_is_the_result(three: list[Qemu], sets: Sets) -> None
 
 def test_sets_that_are_to_end_are_left_to_nobody(sets: Sets) -> None:
     said = fail("backup_set", {"repository": sets.path, "state": "cancelled", "detach": "preferred"})["msg"]
-    assert said == "detach: only sets that are to be made are left to a process of their own"
+    assert said == "detach: a worker can only make sets, and this state makes none; leave the option out"
 
 
 def test_the_role_leaves_all_to_it(three: list[Qemu], sets: Sets, vms: Vms, directory: Path) -> None:

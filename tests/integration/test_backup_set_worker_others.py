@@ -285,7 +285,7 @@ def test_nobody_else_is_killed(sets: Sets, other: str) -> None:
         assert fd is not None
         said = Who(stranger.pid, start, space, "0" * 16, "s0", "2026-11-30T01:00:05Z", ["vm0"], [])
         os.pwrite(fd, json.dumps(said._asdict()).encode(), 0)
-        with pytest.raises(BackupError, match=f"process {stranger.pid}, is not a process here"):
+        with pytest.raises(BackupError, match=f"process {stranger.pid}, runs in another container"):
             asyncio.run(worker.stop(str(sets.path), bool))
         assert stranger.poll() is None
         os.close(fd)
@@ -294,7 +294,7 @@ def test_nobody_else_is_killed(sets: Sets, other: str) -> None:
 
 def test_one_that_begins_cannot_be_ended_yet(sets: Sets) -> None:
     sets.path.mkdir()
-    with one_that_begins(sets), pytest.raises(BackupError, match="begins to make sets; cancel them again"):
+    with one_that_begins(sets), pytest.raises(BackupError, match="is about to make sets; repeat the cancellation"):
         asyncio.run(worker.stop(str(sets.path), bool))
 
 

@@ -144,7 +144,7 @@ def test_flipped_byte_in_a_parent(vms: Vms, sets: Sets) -> None:
         assert str(image) in told[set_id]["verified"]["errors"][0]
     # What only shows at depth checksum is not forgotten by a look that goes less deep.
     result = succeed("backup_verify", arguments(sets, depth="manifest"))
-    assert "look as deep again" in " ".join(result["warnings"])
+    assert "verify it with that depth again" in " ".join(result["warnings"])
     assert not info(sets)["s3"]["verified"]["ok"]
     flip(image)
     good(sets)
@@ -206,7 +206,7 @@ def test_images_of_two_disks_exchanged(vms: Vms, sets: Sets, checksum: bool) -> 
     assert str(first) in found[(NAME, "s3", "drive0")]["error"]
     if not checksum:
         [error] = [one["error"] for key, one in found.items() if key[2] == "drive0"]
-        assert "builds on '../s2/drive1.qcow2', and should on '../s2/drive0.qcow2'" in error
+        assert "builds on '../s2/drive1.qcow2', but must build on '../s2/drive0.qcow2'" in error
 
 
 @pytest.mark.parametrize("checksum", [True, False])
@@ -230,7 +230,7 @@ def test_image_of_another_size_and_a_full_one_with_a_backing_file(vms: Vms, sets
     assert second.stat().st_size == size
     found = bad(sets, id="s1")
     assert f"it has {SIZE // 2} bytes, and the disk had {SIZE}" in found[(NAME, "s1", "drive0")]["error"]
-    assert "it builds on '/etc/hostname', and should on nothing" in found[(NAME, "s1", "drive1")]["error"]
+    assert "it builds on '/etc/hostname', but must build on nothing" in found[(NAME, "s1", "drive1")]["error"]
 
 
 def test_damaged_header_without_a_checksum(vms: Vms, sets: Sets) -> None:

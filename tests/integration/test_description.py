@@ -150,7 +150,7 @@ def test_no_secret_of_a_disk_gets_into_a_set_or_a_result(vms: Vms, sets: Sets, d
     assert found["disks"][0]["backing_file"] == f"nbd://me:{REMOVED}@host/base"
     wanted = {"monitor": str(vm.monitor), "device": "drive0", "target": str(directory / "copy.qcow2")}
     refused = fail("drive_backup", {**wanted, "sync": "top"})["msg"]
-    assert refused.startswith("sync: the name of the backing file of disk drive0 of VM web01 holds a secret")
+    assert refused.startswith("sync: disk drive0 of VM web01: the name of its backing file contains a secret")
     assert "hunter2" not in refused
     assert not (directory / "copy.qcow2").exists()
     planned = sets.plan(vm)

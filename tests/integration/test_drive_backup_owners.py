@@ -31,7 +31,7 @@ if t.TYPE_CHECKING:
 
 pytestmark = pytest.mark.usefixtures("clean")
 
-FORGOTTEN = "whose job that is has been lost"
+FORGOTTEN = "no note of this version says who began the job"
 
 
 @pytest.mark.parametrize("sync", ["full", "incremental"])

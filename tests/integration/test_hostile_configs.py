@@ -25,8 +25,8 @@ from ansible_collections.vmfleet.backup.tests.harness.hostile import Canary, ask
 from ansible_collections.vmfleet.backup.tests.harness.sets import Sets
 
 Change = t.Callable[[dict[str, t.Any], dict[str, str]], None]
-FIRMWARE = "is no firmware of this machine, and was not read"
-ODD = "which no throwaway VM is given"
+FIRMWARE = "is no firmware of this machine, so it was not read"
+ODD = "and a throwaway VM cannot have that"
 
 
 def given(*words: str) -> Change:
@@ -104,7 +104,7 @@ CASES: dict[str, tuple[Change, str]] = {
     "processor of a path": (says(cpus={"count": 1, "type": "/etc/hostname"}, command_line=[]), f"as processor, {ODD}"),
     "uuid": (says(uuid="4b1e3cde,x=y"), f"as uuid, {ODD}"),
     "much memory": (says(memory=1 << 60), "the VM had 1048576.0 TiB of memory"),
-    "too much memory": (says(memory=1 << 46), "of memory, and of the "),
+    "too much memory": (says(memory=1 << 46), "of memory. This machine has "),
     "global": (given("-global", "cfi.pflash01.secure=/etc/hostname"), f"as -global, {ODD}"),
     "global with more": (given("-global", "ICH9-LPC.disable_s3=1,x=y"), f"as -global, {ODD}"),
     "device of the host": (device("vfio-pci,host=00:00.0,drive=drive0"), f"'vfio-pci' as disk, {ODD}"),

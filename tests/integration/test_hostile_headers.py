@@ -71,7 +71,7 @@ def begin(content: bytes) -> Change:
 
 
 BUILDS = f"{OTHER}it builds on "
-ELSEWHERE = f"{OTHER}its data are in another file"
+ELSEWHERE = f"{OTHER}its data is in another file"
 BROKEN = f"{DAMAGED}its header is damaged"
 CASES: dict[str, tuple[Change, str]] = {
     "file outside": (header("{canary}"), BUILDS),
@@ -90,19 +90,22 @@ CASES: dict[str, tuple[Change, str]] = {
     ),
     "web server": (header("http://127.0.0.1:{port}/x"), f"{BUILDS}'http://127.0.0.1:"),
     "SSH server": (header("ssh://nobody@127.0.0.1:{port}/x"), f"{BUILDS}'ssh://nobody@127.0.0.1:"),
-    "image of another disk": (header("../s1/drive1.qcow2"), f"{BUILDS}'../s1/drive1.qcow2', and should on "),
+    "image of another disk": (header("../s1/drive1.qcow2"), f"{BUILDS}'../s1/drive1.qcow2', but must build on "),
     "image of another VM": (header(f"../../{NEIGHBOUR}/s1/drive0.qcow2"), f"{BUILDS}'../../db01/"),
     "image of a set that is not there": (header("../s0/drive0.qcow2"), f"{BUILDS}'../s0/"),
     "the right one by its path": (header("file:../s1/drive0.qcow2"), f"{BUILDS}'file:../s1/"),
     "the right one and more": (header("../s1/drive0.qcow2\0x"), f"{BUILDS}'../s1/drive0.qcow2\\x00x'"),
-    "nothing": (header(None), f"{BUILDS}nothing, and should on '../s1/drive0.qcow2'"),
+    "nothing": (header(None), f"{BUILDS}nothing, but must build on '../s1/drive0.qcow2'"),
     "what would move a cursor": (header("\x1b[2J\x07\u202e\x9b"), BUILDS + repr("\x1b[2J\x07\u202e\x9b")),
     "what is no text": (header("\udcff\udcfe"), f"{BUILDS}'\\udcff\\udcfe'"),
     "as another format": (
         header(extensions={BACKING_FORMAT: b"raw"}),
         f"{OTHER}it builds on '../s1/drive0.qcow2' as 'raw'",
     ),
-    "as a format that is none": (header(extensions={BACKING_FORMAT: b"\x1b[1m"}), "as '\\x1b[1m', and should as qcow2"),
+    "as a format that is none": (
+        header(extensions={BACKING_FORMAT: b"\x1b[1m"}),
+        "as '\\x1b[1m', but must do so as qcow2",
+    ),
     "data in a file outside": (data_file("{canary}"), f"{ELSEWHERE} ('"),
     "data in a file beside": (data_file("drive1.qcow2"), f"{ELSEWHERE} ('drive1.qcow2')"),
     "data on an NBD server": (data_file("nbd://127.0.0.1:{port}/x"), f"{ELSEWHERE} ('nbd://127.0.0.1:"),
@@ -263,7 +266,7 @@ def test_restored_from_one_below(zoo: Zoo, directory: Path) -> None:
     for method in ("copy", "overlay"):
         given = {"repository": str(zoo.path), "vm": "vm-full", "directory": str(directory), "method": method}
         result = ask("backup_restore", given, check=method == "copy")
-        assert_told(result["msg"], zoo, "vm-full", f"{BUILDS}'{zoo.canary.file}', and should on nothing", "s1")
+        assert_told(result["msg"], zoo, "vm-full", f"{BUILDS}'{zoo.canary.file}', but must build on nothing", "s1")
         assert zoo.ran() == []
         assert os.listdir(directory) == []
 

@@ -26,7 +26,7 @@ if t.TYPE_CHECKING:
     from ansible_collections.vmfleet.backup.tests.harness.libvirt_domains import Domain
 
 WEB01 = "libvirt:web01"
-SAVE = "busy: libvirt is at work on the domain: a save (virsh save, managedsave); wait for its end (virsh domjobinfo)"
+SAVE = "busy: libvirt is working on the domain: a save (virsh save, managedsave); wait for its end (virsh domjobinfo)"
 
 
 @pytest.fixture
@@ -66,7 +66,7 @@ def test_while_it_is_saved(domain: Domain, sets: Sets, directory: Path) -> None:
         assert result_of(result, "web01")["error"] == SAVE
         asked = {"monitor": WEB01, "device": "vda", "target": str(directory / "target.qcow2")}
         told = fail("drive_backup", asked, inside=domain.libvirt.inside)["msg"]
-        assert told.startswith("VM web01 is busy: libvirt is at work on the domain: a save (virsh save, managedsave)")
+        assert told.startswith("VM web01 is busy: libvirt is working on the domain: a save (virsh save, managedsave)")
     assert not sets.directory("web01").exists() or sets.assert_absent("web01") is None
     wait_until(lambda: domain.state == "shut off", "the end of the save")
     domain.start()

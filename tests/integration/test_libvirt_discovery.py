@@ -32,7 +32,7 @@ SECOND = (
 SHUT_OFF = "libvirt:db: the domain is shut off"
 DAILY = (
     "the domain's metadata on its backup: <backup level='daily'>: level is one of: auto, full, incremental,"
-    " differential. See `virsh dumpxml`, and mend it with `virsh metadata`"
+    " differential. See `virsh dumpxml`, and correct it with `virsh metadata`"
 )
 
 

@@ -25,12 +25,12 @@ if t.TYPE_CHECKING:
 SIZE = 8 * MIB
 WEB01 = "libvirt:web01"
 TRANSIENT = (
-    "VM web01: disk vde is transient: the set has what it holds now, and when the domain stops it goes back to what it"
-    " was"
+    "VM web01: disk vde is transient: the set has its present content, and the disk loses that content when the domain"
+    " stops"
 )
 SHAREABLE = (
-    "VM web01: disk vdc is shareable: each copy of it is a full one, and what another VM writes to it meanwhile may be"
-    " in the set or not"
+    "VM web01: disk vdc is shareable: each copy of it is full, and the set may or may not have what another VM writes"
+    " during the copy"
 )
 SERVED = "is served by another program (vhostuser, {}), and not by QEMU"
 NOT_IN_IT = "VM web01: disk vdb is not in the set: it {}. Back it up by other means, and exclude it (exclude_disks)"
@@ -179,7 +179,10 @@ def test_internal_snapshots_and_the_way_back(libvirt: Libvirt, library: Library,
     domain = libvirt.start("web01", DomainDisk(patterned(directory / "a.qcow2", size=SIZE)), machine="pc")
     domain.virsh("snapshot-create-as", "before")
     _plan, warnings = plan_of(library)
-    assert any("has internal snapshots: while it has the bitmaps of its sets" in warning for warning in warnings)
+    assert any(
+        "has internal snapshots: a revert to one of them (virsh snapshot-revert) fails" in warning
+        for warning in warnings
+    )
     assert not any("bitmaps" in warning for warning in plan_of(library, tracking=False)[1])
     domain.io("vda", "write -P 7 0 65536")
     library.back_up(WEB01)

@@ -54,16 +54,16 @@ def test_a_domain_that_was_renamed(domain: Domain, sets: Sets, disk: Path) -> No
     domain.virsh("domrename", "shop")
     write(disk, "write -P 1 0 64k")
     told = (
-        f"libvirt:web: libvirt has no domain of this name, and the one that had it ({uuid}) is shop now. To go on with"
-        " its sets, list it as name: web, monitor: libvirt:shop; to begin anew, name it shop"
+        f"libvirt:web: libvirt has no domain of this name, and the one that had it ({uuid}) is shop now. To continue"
+        " its sets, list it as name: web, monitor: libvirt:shop; to begin new ones, name it shop"
     )
     assert reason(sets, "libvirt:web", domains=["*"], id="s2") == ("fail", told)
     # Both of what is said there.
     sets.back_up(vms=[{"name": "web", "monitor": "libvirt:shop"}], domains=["*"], id="s2")
     warned = (
-        f"VM shop: there are sets of this VM (uuid {uuid}) under the name web, and those under this name begin anew,"
-        " with full images. To go on with the old ones, list it as name: web, monitor: libvirt:shop; else remove them"
-        " when nobody needs them any more"
+        f"VM shop: this VM (uuid {uuid}) has older sets under the name web, and its sets under this name begin with"
+        " full images. To continue the older sets, list the VM as name: web, monitor: libvirt:shop. Otherwise remove"
+        " them when nobody needs them any more"
     )
     assert warned in sets.plan(vms=[], domains=["*"], id="s3")["warnings"]
     sets.back_up(vms=[], domains=["*"], id="s3")
@@ -79,8 +79,8 @@ def test_a_domain_with_another_uuid(domain: Domain, sets: Sets, libvirt: Libvirt
     domain.virsh("undefine")
     domain = libvirt.define("web", DomainDisk(disk))
     told = (
-        f"the directory belongs to another VM of this name ({old}, set s1; this one is {domain.uuid}). Give one of them"
-        " another name; if this VM has taken the other's place, adopt: true goes on there, with a full set"
+        f"the directory belongs to another VM of this name ({old}, set s1; this one is {domain.uuid}). Give one of"
+        " them another name; if this VM replaces the other, adopt: true continues in this directory, with a full set"
     )
     assert reason(sets, "libvirt:web", id="s2") == ("fail", told)
     domain.start("--paused")

@@ -84,7 +84,9 @@ def test_started_while_it_is_copied(turns: Turns) -> None:
     # It goes on from there, and so do its records of changes.
     turns.write(0xA1, MIB)
     turns.domain.virsh("managedsave")
-    assert "its memory was saved (virsh managedsave)" in str(turns.sets.plan(ADDRESS, id="s3")["warnings"])
+    assert "its saved memory (virsh managedsave) is not in the set" in str(
+        turns.sets.plan(ADDRESS, id="s3")["warnings"]
+    )
     turns.back_up("s3")
     turns.domain.start()
     turns.write(0xB1, 2 * MIB)
@@ -107,7 +109,7 @@ def test_started_on_snapshots_while_it_is_copied(turns: Turns) -> None:
     turns.domain.start()
     turns.disks = {target: path.with_suffix(".outside") for target, path in turns.disks.items()}
     made = turns.back_up("s2")
-    assert "a bitmap that is needed no more could not be removed" in str(made["warnings"])
+    assert "a bitmap that no set needs any more could not be removed" in str(made["warnings"])
     turns.assert_released()
     turns.write(0xA1, MIB)
     turns.back_up("s3")
@@ -147,7 +149,9 @@ def test_started_while_its_copies_are_prepared(turns: Turns, monkeypatch: pytest
     monkeypatch.setattr(storage_daemon, "start", start_late)
     made = turns.make(turns.plan("s2"))
     monkeypatch.undo()
-    assert "the VM was started while its copies were prepared, and is backed up as it runs" in str(made["warnings"])
+    assert "somebody started the VM while its copies were prepared, so it is backed up as a running VM" in str(
+        made["warnings"]
+    )
     assert turns.sets.levels("web", "s2") == dict.fromkeys(turns.disks, "incremental")
     turns.assert_released()
     turns.domain.destroy()
@@ -183,8 +187,8 @@ def test_all_kinds_of_disks(libvirt: Libvirt, directory: Path) -> None:
     [planned] = turns.plan("s1")["vms"]
     assert planned["action"] == "fail"
     assert planned["reason"] == (
-        "disk vdc of VM web (network nbd:x) cannot be copied while the VM is off: that can only be done with qcow2 and"
-        " raw images that it writes to; start it, or leave the disk out (exclude_disks)"
+        "disk vdc of VM web (network nbd:x) cannot be copied while the VM is off. Only qcow2 and raw images that the"
+        " VM writes to can be copied then: start the VM, or leave the disk out (exclude_disks)"
     )
     turns.freeze("s1")
     plan = turns.plan("s1", exclude_disks=["vdc"])
@@ -227,7 +231,7 @@ def test_other_policies_leave_it_alone(turns: Turns) -> None:
         assert planned["action"] == offline
     listed = [{"name": "web", "monitor": ADDRESS, "disks": [{"name": "vda", "file": "/a", "format": "raw"}]}]
     said = fail("backup_plan", turns.sets.arguments(vms=listed), inside=turns.inside)["msg"]
-    assert said == "vms: libvirt:web has a list of disks; take it out: libvirt tells those of a domain"
+    assert said == "vms: libvirt:web has a list of disks; remove the list, because libvirt knows the disks of a domain"
 
 
 def test_definition_that_names_other_images_below(libvirt: Libvirt, directory: Path) -> None:

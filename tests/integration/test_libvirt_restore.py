@@ -119,8 +119,8 @@ def test_beside_the_old_domain(backup: Backup, libvirt: Libvirt) -> None:
     assert len(addresses(restored)) == 1
     assert addresses(restored) != addresses(backup.domain)
     assert done["notes"] == [
-        "not in the set, and to be given again: domain: devices/graphics@passwd",
-        "disk vdb is not in the set, and was taken out of the domain",
+        "not in the set, so give the domain again: domain: devices/graphics@passwd",
+        "disk vdb is not in the set, and was removed from the domain",
         "drive sdc is empty: what was in it is not in the set",
         f"it uses of this machine: {FIRMWARE}",
     ]
@@ -147,7 +147,7 @@ def test_on_another_machine_when_the_old_one_is_gone(directory: Path) -> None:
             # The second one is larger than any that is read.
             state.write_bytes(other)
             told = fail("backup_restore", backup.asked(), inside=new.inside)["msg"]
-            assert told.endswith(f"{STATE} exists, and is not of this set; with overwrite: true it is replaced")
+            assert told.endswith(f"{STATE} exists, and is not of this set; overwrite: true replaces it")
         state.unlink()
         hypervisor = Hypervisor(directory, inside=new.inside)
         wanted = {"restore_vm": "web01", "restore_directory": f"{directory}/restored", "restore_domain": "define"}
@@ -156,7 +156,7 @@ def test_on_another_machine_when_the_old_one_is_gone(directory: Path) -> None:
             assert play.rc == 0, play.output
             assert play.recap()["changed"] == changes
         assert f"domain web01 ({uuid}) is defined already at qemu:///system" in play.output
-        assert "not in the set, and to be given again: domain: devices/graphics@passwd" in play.output
+        assert "not in the set, so give the domain again: domain: devices/graphics@passwd" in play.output
         restored = Domain(new, "web01")
         assert addresses(restored) == macs
         backup.assert_restored(restored)
@@ -173,8 +173,8 @@ def test_what_stands_in_the_way_is_found_before_anything_is_written(
 ) -> None:
     uuid = backup.domain.uuid
     assert backup.refuse() == (
-        "domain_name: there is a domain web01, which is not this restore; give another name, or with overwrite: true it"
-        " is defined anew"
+        "domain_name: domain web01 exists, and this restore has not defined it; give another name, or replace its"
+        " definition with overwrite: true"
     )
     assert backup.refuse(overwrite=True) == "domain_name: domain web01 runs; it was left as it is"
     assert backup.refuse(domain_name="web02").startswith(f"domain_uuid: domain web01 has the uuid {uuid}; domain_uuid")
@@ -200,11 +200,11 @@ def test_what_stands_in_the_way_is_found_before_anything_is_written(
         (
             "/usr/share/OVMF/OVMF_CODE_4M.fd",
             "/usr/share/OVMF/NONE.fd",
-            "domain: it starts from /usr/share/OVMF/NONE.fd",
+            "domain: the domain starts from /usr/share/OVMF/NONE.fd",
         ),
         ("machine='pc-q35", "machine='pc-q99", "domain: libvirt at qemu:///system cannot run such a VM"),
         ("<domain type", "<!DOCTYPE d><domain type", "VM web01: vm.json of set s1: the XML has a document type"),
-        ('"xml": "<', '"xml": "", "x": "<', "domain: set s1 does not say how a domain was defined"),
+        ('"xml": "<', '"xml": "", "x": "<', "domain: set s1 has no definition of a domain"),
         (STATE, "../../x", "vm.json: '../../x' is no file of a TPM"),
     ):
         assert old in whole
@@ -257,7 +257,7 @@ def test_the_old_domain_is_defined_anew(backup: Backup, monkeypatch: pytest.Monk
     domain.destroy()
     # The newest set is that of a domain that is off.
     backup.sets.back_up("libvirt:web01", id="s2", exclude_disks=["vdb"])
-    assert backup.refuse().startswith("domain_name: there is a domain web01")
+    assert backup.refuse().startswith("domain_name: domain web01 exists")
     beside = {"domain_name": "web02", "domain_uuid": "new", "overwrite": True, "directory": str(backup.directory)}
     assert backup.refuse(**beside).startswith(f"target: {backup.directory}/vda.qcow2 is a file of domain web01")
     # A domain that is off may have its disk in a storage pool.

@@ -23,13 +23,13 @@ if t.TYPE_CHECKING:
 
 ADDRESS = "libvirt:web"
 WITHOUT = (
-    "VM web: disk sdb is not in the set: the domain {} without it, and has it when it is started anew, as it is defined"
-    " (virsh dumpxml --inactive)"
+    "VM web: disk sdb is not in the set: the domain {} without it, and gets it at its next start (virsh dumpxml"
+    " --inactive)"
 )
 NBD = "<nvram type='network'><source protocol='nbd' name='vars'><host name='127.0.0.1' port='1'/></source></nvram>"
 MEMORY = (
-    "VM web: its memory was saved (virsh managedsave), and is not in the set: what the guest had not written to its"
-    " disks by then is not, either"
+    "VM web: its saved memory (virsh managedsave) is not in the set, nor is data that the guest had not yet written to"
+    " its disks"
 )
 
 
@@ -78,7 +78,7 @@ class Changed:
         arguments = {"repository": str(self.sets.path), "vm": "web", "domain_uuid": "new", **wanted}
         notes = succeed("backup_restore", arguments, inside=self.inside)["notes"]
         assert "disk sdc was restored, but belongs to no disk of the domain as it was defined; attach it" in notes
-        assert "disk sdb is not in the set, and was taken out of the domain" in notes
+        assert "disk sdb is not in the set, and was removed from the domain" in notes
 
     def refusal(self, set_id: str) -> str:
         """Return why there can be no set."""
@@ -118,8 +118,8 @@ def test_variables_that_are_in_no_file(libvirt: Libvirt, directory: Path) -> Non
     [planned] = sets.plan(ADDRESS, id="s1")["plan"]["vms"]
     assert planned["action"] == "fail"
     assert planned["reason"] == (
-        "disk nvram of VM web (network nbd:vars) cannot be copied while the VM is off: that can only be done with qcow2"
-        " and raw images that it writes to; start it, or leave the disk out (exclude_disks)"
+        "disk nvram of VM web (network nbd:vars) cannot be copied while the VM is off. Only qcow2 and raw images that"
+        " the VM writes to can be copied then: start the VM, or leave the disk out (exclude_disks)"
     )
     [planned] = sets.plan(ADDRESS, id="s1", exclude_disks=["nvram"])["plan"]["vms"]
     assert planned["left_out"] == [{"name": "nvram", "reason": "is excluded"}]
@@ -137,9 +137,9 @@ def test_what_was_saved_cannot_be_read(changed: Changed) -> None:
     content = state.read_bytes()
     state.write_bytes(content[:50])
     reason = changed.refusal("s1")
-    assert "its memory was saved (virsh managedsave), and libvirt cannot read that (" in reason
+    assert "libvirt cannot read the saved memory of the domain (" in reason
     assert reason.endswith(
-        "so that nobody knows which disks it goes on with. Start it, or remove what was saved (virsh"
+        "so the disks of its next start are unknown. Start the domain, or remove its saved memory (virsh"
         " managedsave-remove web)"
     )
     # libvirt itself does not know yet that it has gone.

@@ -160,8 +160,8 @@ class TestSets:
             plan = begin(outside, sets, vm)
             before, job = staging(sets), vm.job["device"]
             result = inside("backup_set", {"plan": plan, "state": state}, hidden=vm.directory)
-            assert "whether its QEMU still copies cannot be told from here" in result["msg"]
-            assert "Run the backup where it was begun" in result["msg"]
+            assert "This process cannot see whether its QEMU still copies" in result["msg"]
+            assert "Run the backup where it began" in result["msg"]
             assert (staging(sets), vm.job["device"]) == (before, job)
             release(vm)
             assert succeed("backup_set", {"plan": plan})["summary"]["published"] == 1
@@ -171,7 +171,7 @@ class TestSets:
             plan = begin(outside, sets, f"tcp:127.0.0.1:{vm.tcp_port}")
             before, job = staging(sets), vm.job["device"]
             result = inside("backup_set", {"plan": plan}, net=True)
-            assert "cannot be told from here" in result["msg"]
+            assert "This process cannot see whether" in result["msg"]
             assert (staging(sets), vm.job["device"]) == (before, job)
 
     def test_another_vm_of_the_name_does_not_tell_of_it(self, sets: Sets, tmp_path: Path) -> None:
@@ -183,7 +183,7 @@ class TestSets:
             with Qemu(Disk(other), name="web01") as twin:
                 hiding = {**plan["vms"][0], "monitor": f"unix:{twin.monitor}"}
                 result = inside("backup_set", {"plan": {**plan, "vms": [hiding]}})
-                assert "cannot be told from here" in result["msg"]
+                assert "This process cannot see whether" in result["msg"]
             assert staging(sets) == before
             assert vm.job["status"] == "running"
 
@@ -228,7 +228,7 @@ class TestDriveBackup:
         with made(tmp_path, UUID) as vm:
             start_slowly(vm, target, job_id="mine")
             result = inside("drive_backup", arguments(vm, target, job_id="mine"))
-            assert "job mine still writes it cannot be told from here" in result["msg"]
+            assert "This process cannot see whether job mine still writes it" in result["msg"]
             assert partial(target).exists()
             release(vm)
             backup(vm, target, job_id="mine")
@@ -260,7 +260,7 @@ class TestDriveBackup:
             start_slowly(vm, target)
             with Qemu(Disk(patterned(tmp_path / "other.qcow2")), name="web01", uuid=uuid) as twin:
                 result = inside("drive_backup", arguments(twin, target))
-                assert "cannot be told from here" in result["msg"]
+                assert "This process cannot see whether" in result["msg"]
             assert partial(target).exists()
             assert vm.job["status"] == "running"
 

@@ -37,7 +37,7 @@ def test_reason_is_told_and_nothing_stays(room: int, vms: Vms, target: Path) -> 
     limit = [next(free) for _dummy in range(2 + room)][-1]
     resource.prlimit(vm.pid, resource.RLIMIT_NOFILE, (limit, before[1]))
     found = fail_backup(vm, target)
-    assert found["msg"].startswith(f"QEMU was not given {target}.partial, which was handed over to it open: ")
+    assert found["msg"].startswith(f"QEMU did not receive the open file {target}.partial: ")
     assert "Max open files" in found["msg"]
     assert not list(target.parent.iterdir())
     resource.prlimit(vm.pid, resource.RLIMIT_NOFILE, before)

@@ -31,7 +31,7 @@ def disk(name: str = "drive0", file: str = "/vms/a.qcow2", **more: t.Any) -> dic
 @pytest.mark.parametrize(
     ("listed", "told"),
     [
-        ([{"monitor": "/m", "disks": [disk()]}], "vms: /m has a list of disks, and a VM that is off tells no name"),
+        ([{"monitor": "/m", "disks": [disk()]}], "vms: /m has a list of disks, but no name; add name"),
         ([{"name": "a", "monitor": "/m", "disks": [disk(), disk(file="/b")]}], "vms: disk drive0 of a is listed twice"),
         (
             [
@@ -115,7 +115,7 @@ def test_nobody_has_told_the_uuid(off: OffHistory) -> None:
     machine, boot = (off.sets.manifest(NAME, "s1")["hypervisor"][name] for name in ("machine_id", "boot_id"))
     manifest.chmod(0o600)
     manifest.write_text(text.replace(machine, "0" * 32).replace(boot, "00000000-0000-4000-8000-000000000000"))
-    assert "nobody has told its uuid: if it has one, list it (vms: uuid)" in planned(off, id="s2")
+    assert "its uuid is unknown: if it has one, list it (vms: uuid)" in planned(off, id="s2")
     off.entry["uuid"] = UUID
     assert off.plan("s2")["vms"][0]["action"] == "start"
 
@@ -126,7 +126,7 @@ def test_what_is_listed_otherwise_than_the_vm_has_it(off: OffHistory, directory:
     first["file"], second["file"] = second["file"], first["file"]
     second["name"] = "drive7"
     warnings = " ".join(off.plan("s1")["warnings"])
-    assert f"disk drive0 is listed as {directory}/source1.qcow2 (qcow2), and the VM has it in" in warnings
+    assert f"disk drive0 is listed as {directory}/source1.qcow2 (qcow2), but the VM has it in" in warnings
     assert "disk drive7 is listed (vms: disks), and the VM has none of that name" in warnings
 
 

@@ -85,8 +85,8 @@ def test_a_person_sees_how_far_it_is(vms: Vms, directory: Path, hypervisor: Hype
         release(vm)
         play = screen.end()
     assert play.rc == 0, play.output
-    assert "leaves the copies running" in play.output
-    assert f"-e vm_backup_id={ID};" in play.output
+    assert "The copies continue after Ctrl-C" in play.output
+    assert f"-e vm_backup_id={ID}." in play.output
     assert "hv1: 0 of 1 VMs done, 1 running; " in play.output
     assert BAR.search(play.output), play.output
     assert "\nhv1: 1 of 1 VMs done; 64.0 MiB of 64.0 MiB (100 %)\n" in play.output
@@ -109,7 +109,7 @@ def test_hypervisors_in_parallel_do_not_get_mixed_up(vms: Vms, directory: Path) 
             release(vm)
         play = screen.end()
     assert play.rc == 0, play.output
-    assert play.output.count("leaves the copies running") == 1
+    assert play.output.count("The copies continue after Ctrl-C") == 1
     lines = play.output.splitlines()
     for number, line in enumerate(lines):
         if "VMs done, 1 running" in line:
@@ -238,7 +238,7 @@ def test_a_repository_that_goes_away_between_slices(vms: Vms, directory: Path, h
         screen.end()
     said = returned(hypervisor)["msg"]
     assert "1 of 1 VMs are unfinished, and their copies may still run: web01." in said
-    assert f"Run the backup again with id {ID} to go on with them" in said
+    assert f"Run the backup again with id {ID} to continue them" in said
     assert_it_goes_on(hypervisor, vm, aside, copies)
 
 

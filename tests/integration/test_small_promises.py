@@ -32,12 +32,12 @@ def test_a_set_that_nobody_wanted_frozen_is_not_said_to_have_resisted(vms: Vms, 
     asked = [str(vm.monitor)]
     assert hypervisor.run(sockets=asked).rc == 0
     assert hypervisor.sets.manifest(NAME, ID)["consistency_reason"] == (
-        "freezing the guest was not asked for when the set was made"
+        "the run that made the set did not ask to freeze the guest"
     )
     again = hypervisor.run(sockets=asked, quiesce="try")
     assert again.rc == 0, again.output
     assert (
-        "were not frozen: freezing the guest was not asked for when the set was made; for a set of a frozen guest use"
+        "were not frozen: the run that made the set did not ask to freeze the guest; for a set of a frozen guest use"
         " another id" in again.output
     )
 

@@ -133,5 +133,5 @@ async def _tracked(session: VmSession) -> tuple[str, list[tuple[str, str]]]:
     if vm is None:
         return session.seen.error, []
     if planned.identity and vm.identity != planned.identity:
-        return f"another VM is behind {planned.monitor} now ({vm.identity}; it was {planned.identity})", []
+        return f"{planned.monitor} belongs to another VM now ({vm.identity}; it was {planned.identity})", []
     return await cleanup.other_name(session), cleanup.own_bitmaps(session.run, vm)

@@ -189,7 +189,7 @@ async def _remove_unneeded(locked: LockedVm, found: Iterable[tuple[str, str]]) -
     try:
         await remove_bitmaps(locked, found)
     except (CommandError, ToolError) as error:
-        locked.task.warn(f"a bitmap that is needed no more could not be removed: {error}")
+        locked.task.warn(f"a bitmap that no set needs any more could not be removed: {error}")
 
 
 async def remove_bitmaps(locked: LockedVm, found: Iterable[tuple[str, str]]) -> None:
@@ -223,7 +223,7 @@ async def _remove_jobs(locked: LockedVm, monitor: Monitor, vm: Vm, attempt: str)
     # As long as its jobs are listed, a later call comes here again.
     refusal = await close_detached(monitor, _nodes_of(locked.records, attempt))
     if refusal:
-        locked.task.warn(f"a disk was detached while it was copied, and QEMU keeps its image open: {refusal}")
+        locked.task.warn(f"somebody detached a disk during its copy, and QEMU still has its image open: {refusal}")
     await block_jobs.dismiss_jobs(monitor, (job.id for job in jobs))
     await block_jobs.remove_fdsets(monitor, vm, tag)
 
@@ -252,7 +252,7 @@ async def other_name(session: VmSession) -> str:
     elsewhere, doubt = await _elsewhere(session)
     for other in elsewhere.values():
         return f"the same VM is being backed up under the name {other.vm.name} (set {other.id}); give it one name"
-    return f"QEMU knows of a set that is being made, and nobody can tell which: {doubt}" if doubt else ""
+    return f"QEMU has jobs or bitmaps of an unfinished set, and it is unknown of which set: {doubt}" if doubt else ""
 
 
 def own_bitmaps(run: BackupRun, vm: Vm) -> list[tuple[str, str]]:
@@ -337,7 +337,7 @@ async def abandon(run: BackupRun, task: VmTask, reason: str) -> Outcome:
     except BackupError as error:
         # Why the repository cannot be used is still the first thing to be told.
         fate = f"its jobs could not be cancelled: {error}"
-    told = f"{reason}; {fate}. Run the backup again when it is back"
+    told = f"{reason}; {fate}. Run the backup again when the repository answers"
     return results.outcome(run, task, VmState.FAILED, error=told)
 
 
@@ -364,5 +364,9 @@ async def _cancel_jobs(monitor: Monitor, intent: Intent) -> str:
     resting = [job for job in jobs if job.paused or 0 < job.speed < slow]
     not_cancelled = await block_jobs.cancel_jobs(monitor, (job.id for job in jobs if job not in resting))
     if resting:
-        return "its jobs are so slow, or paused, that they are left to the next run"
-    return "its jobs were cancelled, but do not end before that" if not_cancelled else "its jobs were cancelled"
+        return "its jobs are too slow, or paused: the next run continues with them"
+    return (
+        "its jobs were cancelled, but cannot end until the repository answers"
+        if not_cancelled
+        else "its jobs were cancelled"
+    )

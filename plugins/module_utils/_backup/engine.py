@@ -344,7 +344,7 @@ async def _wait(run: BackupRun, task: VmTask, pending: Pending) -> Outcome | Non
     elif pending.wait_for == WaitFor.MONITOR:
         task.silent_since = task.silent_since or time.monotonic()
         if starting or time.monotonic() - task.silent_since > UNREACHABLE_PATIENCE:
-            error = f"{pending.reason}; the set is unfinished: run the backup again to go on with it"
+            error = f"{pending.reason}; the set is unfinished: run the backup again to continue it"
             return results.outcome(run, task, VmState.FAILED, error=error)
         run.board.note(task.place, results.outcome(run, task, VmState.RUNNING, reason=pending.reason))
         # The next call would not know for how long it has been silent.

@@ -83,7 +83,7 @@ async def _start_frozen(
                 raise AgentError("the VM has stopped, and its guest agent with it")
             await block_jobs.start_backups(monitor, starts, "individual", bitmaps, freezer, way)
             if not freezer.held:
-                reason = freezer.thaw_error or "the guest was thawed by others before all jobs had started"
+                reason = freezer.thaw_error or "another program thawed the guest before all jobs had started"
         except AgentError as error:
             reason = str(error)
             if quiesce == Quiesce.TRY:

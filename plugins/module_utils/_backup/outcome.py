@@ -190,8 +190,8 @@ def failure(outcomes: Sequence[Outcome], set_id: str, wanted: str) -> str:
     if wanted in STOPPING:
         return f"{len(bad)} of {len(outcomes)} VMs could not be {wanted}: {_reasons(bad)}"
     return (
-        f"{len(bad)} of {len(outcomes)} VMs have no set {set_id}: {_reasons(bad)}."
-        f" Run the backup again with id {set_id}: sets that are there stay as they are"
+        f"{len(bad)} of {len(outcomes)} VMs have no set {set_id}: {_reasons(bad)}. Run the backup again with id"
+        f" {set_id}: it does not change sets that exist"
     )
 
 

@@ -50,8 +50,8 @@ class Consistency(Word):
     FILESYSTEM = "filesystem"
 
 
-WAS_OFF = "the VM was off: its file systems are as its last end has left them"
-NOT_ASKED = "freezing the guest was not asked for when the set was made"
+WAS_OFF = "the VM was off: its file systems are as they were when it stopped"
+NOT_ASKED = "the run that made the set did not ask to freeze the guest"
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,8 @@ async def draft_attempt(
         level=decision.plan.level,
         consistency=Consistency.CRASH,
         # Until it is known better.
-        consistency_reason=reason or "the process was killed before it had seen its jobs start in a frozen guest",
+        consistency_reason=reason
+        or "the process was killed before it could see that its jobs had started in a frozen guest",
         qemu=vm.version,
         guest=vm.status,
         started=utc_now(),
@@ -192,7 +193,7 @@ async def prepare_attempt(locked: LockedVm, draft: AttemptDraft) -> Intent:
         try:
             await repository.begin(intent)
         except FileExistsError:
-            raise BackupError(f"VM {intent.vm.name}: somebody else has begun set {intent.id}") from None
+            raise BackupError(f"VM {intent.vm.name}: another process has begun set {intent.id}") from None
         shared.space.note(intent)
         await repository.write_description(intent, draft.description)
         intent = await _make_images(locked, intent, draft.links, layouts)
@@ -240,8 +241,8 @@ async def _make_images(
         calls.close(staging.fd)
     if not reserved and not run.watched:
         raise BackupError(
-            f"{run.repository.path} cannot reserve space: when it fills up while nobody looks, the guest's writes"
-            " fail; use state: completed, or unattended: true"
+            f"{run.repository.path} cannot reserve space. If it becomes full while no module watches, the writes of"
+            " the guest fail. Use state: completed, or allow this with unattended: true"
         )
     return replace(intent, disks=tuple(grown), reserved=reserved)
 

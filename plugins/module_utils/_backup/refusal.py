@@ -52,7 +52,7 @@ async def _record(run: BackupRun, task: VmTask, error: str, vm: Vm | None) -> No
                 await run.repository.run(_remove_older, task.name, records, run.plan.id)
     except (BackupError, OSError) as trouble:
         # Why the VM has failed is told all the same.
-        task.warn(f"that it has failed could not be written down, so that status does not show it: {in_words(trouble)}")
+        task.warn(f"the failure of this VM could not be recorded, so the status does not show it: {in_words(trouble)}")
 
 
 def may_record(run: BackupRun, task: VmTask, vm: Vm | None, records: VmRecords) -> bool:

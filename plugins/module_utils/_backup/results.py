@@ -98,7 +98,7 @@ def running(run: BackupRun, task: VmTask) -> Outcome:
     jobs = jobs_of(intent, vm)
     advance = {"offset": sum(job.offset for job in jobs), "len": sum(job.len for job in jobs)}
     if intent.id != run.plan.id:
-        reason = f"the jobs of set {intent.id} are copying, which comes first"
+        reason = f"the jobs of set {intent.id} are copying; that set is completed first"
         return outcome(run, task, VmState.RUNNING, reason=reason, **advance)
     return outcome(
         run,

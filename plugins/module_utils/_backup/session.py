@@ -235,7 +235,9 @@ async def hold_now(session: VmSession) -> AsyncIterator[LockedVm]:
         found = hold(session.run, session.task, session.address, seen.process, seen if seen.alone else None)
         held = await stack.enter_async_context(found)
         if isinstance(held, Pending):
-            raise BackupError(held.reason or "another QEMU has taken the VM's place; call again")
+            raise BackupError(
+                held.reason or "the VM has another QEMU than at the start of this call; run the backup again"
+            )
         yield held
 
 

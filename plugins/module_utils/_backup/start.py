@@ -105,7 +105,9 @@ async def _undo(locked: LockedVm, monitor: Monitor | None, drafted: Intent, erro
         await cleanup.thaw(now, intent)
     if monitor is None and now.seen.vm and not now.seen.vm.is_off:
         # The next look finds an attempt without jobs, which is withdrawn, and begins another.
-        locked.task.warn(f"the VM was started while its copies were prepared, and is backed up as it runs ({error})")
+        locked.task.warn(
+            f"somebody started the VM while its copies were prepared, so it is backed up as a running VM ({error})"
+        )
         return AGAIN
     await cleanup.fail_attempt(now, intent, error)
     return AGAIN

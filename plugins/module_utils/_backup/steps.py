@@ -155,7 +155,7 @@ def _judge_sizes(intent: Intent, vm: Vm) -> AttemptState:
 
 def _job_error(job: Job | None) -> str:
     """Return why a job comes to nothing; empty while it runs, and where it has ended well."""
-    return job.failure_in_words if job else "its job was dismissed by somebody else: nobody knows how it ended"
+    return job.failure_in_words if job else "another program dismissed its job, so its result is unknown"
 
 
 def guest_stopped_by(intent: Intent, seen: Observation) -> bool:
@@ -176,38 +176,38 @@ class Step(Enum):
     FAIL = "fail"
     """The VM fails. Nothing is touched."""
     REFUSE = "refuse"
-    """The VM fails, and that is written down in its directory, if it is its own. Nothing else is touched."""
+    """The VM fails. Its directory records the failure, if the directory belongs to it. Nothing else is touched."""
     QUEUE = "queue"
     """The VM waits for its turn."""
     ASK_AGAIN = "ask again"
-    """QEMU is asked again for a minute. Then the VM fails, and the next run goes on."""
+    """The module asks QEMU again for a minute. Then the VM fails, and the next run continues."""
     FOLLOW = "follow"
-    """The jobs are waited for, with an eye on the guest, the space and the time."""
+    """The module waits for the jobs, and watches the guest, the space and the time."""
     COME_BACK = "come back"
-    """The next call goes on."""
+    """The next call continues."""
     FLUSH = "flush"
-    """The images are brought to stable storage, and read for their checksums."""
+    """The module flushes the images to stable storage, and reads them for their checksums."""
     # With the VM's locks.
     DISOWN = "disown"
     """The jobs are removed, and the VM fails for a reason below."""
     TIDY = "tidy"
-    """What is left is removed, and the set is reported."""
+    """The module removes the remains, and reports the set."""
     REMOVE = "remove"
     """The unfinished set is cancelled and removed."""
     WITHDRAW = "withdraw"
     """All traces of the attempt are removed."""
     GIVE_UP = "give up"
-    """The failure is written down, the other jobs are cancelled, and all traces of the attempt are removed."""
+    """The module records the failure, cancels the other jobs, and removes all traces of the attempt."""
     PUBLISH = "publish"
-    """The manifest is written, the set gets its name, and what its making has left in QEMU is removed."""
+    """The module writes the manifest, gives the set its name, and removes what the attempt left in QEMU."""
     STOP = "stop"
-    """If it is still so, the attempt ends as if a job had failed, and the guest goes on."""
+    """If this is still true, the attempt ends as if a job had failed, and the guest runs again."""
     THAW = "thaw"
     """The guest is thawed."""
     RELEASE = "release"
-    """If the copies are good, that is written down. The storage daemon ends, and the VM can be started again."""
+    """The module records good copies. The storage daemon ends, and the VM can be started again."""
     START = "start"
-    """What dead attempts have left is removed, the images are made, and the jobs are started."""
+    """The module removes the remains of dead attempts, makes the images, and starts the jobs."""
 
 
 @dataclass(frozen=True)
@@ -274,26 +274,26 @@ WAITS = "at most {max_vms} VMs copy at a time"
 
 RULES = (
     Rule(
-        "a storage daemon has the disks of a VM open that is off, and is needed no more",
+        "a storage daemon still has the disks of the VM open, and nobody needs it any more",
         lambda seen: seen.kept,
         Step.RELEASE,
     ),
     # What others have to do with it.
     Rule(
-        "the set that the VM's jobs make was taken over or removed by others",
+        "another run took over or removed the set that the VM's jobs make",
         lambda seen: seen.action == Action.FAIL and seen.remains,
         Step.DISOWN,
     ),
     Rule(
-        "the lists of disks name one that is not there, or the VM has another uuid than is listed",
+        "a list of disks names a disk that does not exist, or the VM does not have the uuid of the list",
         _is(Case.WRONG_DISKS),
         Step.REFUSE,
     ),
     Rule("the set is published, of another VM of this name", _is(Case.OTHER_VM), Step.FAIL),
     Rule("the set is published, without a disk that is chosen now", _is(Case.WITHOUT_DISK), Step.FAIL),
-    Rule("the set is published, and something is left of its making", _is(Case.PUBLISHED, remains=True), Step.TIDY),
+    Rule("the set is published, and remains of its attempt exist", _is(Case.PUBLISHED, remains=True), Step.TIDY),
     Rule("the set is published", _is(Case.PUBLISHED), Step.DONE),
-    Rule("this very run has failed at it", _is(Case.FAILED), Step.FAIL),
+    Rule("this run has already failed with this set", _is(Case.FAILED), Step.FAIL),
     Rule("another hypervisor, or another VM of this name, is making a set", _is(Case.FOREIGN), Step.FAIL),
     # What is unfinished.
     Rule(
@@ -311,8 +311,12 @@ RULES = (
     Rule("others are making a set, with ``takeover: true``", _is(Case.TAKEN_OVER), Step.REMOVE),
     Rule("we are making a set of another id, with ``supersede: true``", _is(Case.SUPERSEDED), Step.REMOVE),
     Rule(f"{OURS}: QEMU does not answer", _attempt(AttemptStatus.UNREACHABLE), Step.ASK_AGAIN, "{error}"),
-    Rule(f"{OURS}: its jobs were not started, or not as asked for", _attempt(AttemptStatus.INTERRUPTED), Step.WITHDRAW),
-    Rule(f"{OURS}: its failure is written down", _attempt(AttemptStatus.GIVEN_UP), Step.WITHDRAW),
+    Rule(
+        f"{OURS}: its jobs were not started, or not as it was asked for",
+        _attempt(AttemptStatus.INTERRUPTED),
+        Step.WITHDRAW,
+    ),
+    Rule(f"{OURS}: its failure is recorded", _attempt(AttemptStatus.GIVEN_UP), Step.WITHDRAW),
     Rule(
         f"{OURS}: a job has failed, was cancelled, is gone, or is too late",
         _attempt(AttemptStatus.BROKEN),
@@ -348,9 +352,9 @@ RULES = (
     ),
     Rule(f"{OURS}: a job runs", _attempt(AttemptStatus.RUNNING), Step.FOLLOW),
     # What is not begun.
-    Rule(f"{NONE}, and the domain's own metadata say that there is to be none", _is(Case.EXCLUDED), Step.SKIP),
+    Rule(f"{NONE}, and the domain's own metadata exclude it from backups", _is(Case.EXCLUDED), Step.SKIP),
     Rule("the VM's other sets are of another VM of this name, without ``adopt``", _is(Case.OTHER_DIRECTORY), Step.FAIL),
-    Rule("something that is no set stands in its place", _is(Case.IN_THE_WAY), Step.FAIL),
+    Rule("the place of the set is taken by something that is no set", _is(Case.IN_THE_WAY), Step.FAIL),
     Rule(f"{NONE}, and the VM is off, with ``offline: skip``", _is(Case.OFF), Step.SKIP),
     Rule(f"{NONE}, and QEMU does not answer", _is(Case.SILENT), Step.REFUSE),
     Rule(f"{NONE}, and the VM has another block job", _is(Case.BUSY), Step.REFUSE),
@@ -359,7 +363,7 @@ RULES = (
     Rule(f"{NONE}, and a disk is encrypted, with ``encrypted_source: refuse``", _is(Case.ENCRYPTED), Step.REFUSE),
     Rule(f"{NONE}, and a security module would not give QEMU the images", _is(Case.CONFINED), Step.REFUSE),
     Rule(
-        f"{NONE} any more, though there was one for the plan",
+        f"{NONE}, but it existed when the plan was made",
         _is(Case.NOT_BEGUN, planned_published=True),
         Step.REFUSE,
         "its set has been removed since the plan; plan again",

@@ -88,7 +88,7 @@ def leave(module: AnsibleModule, main: Main) -> None:
         key = _begin(module, main, plan, place) or _join(module, plan, place)
         found = place.follow(key, module.params["slice"]) if key else Standing(None, running=False)
         if key and not found.running and not found.result and module.params["detach"] == Detach.REQUIRED:
-            raise BackupError(f"detach: the worker has ended before it began; {place.log} has its last words")
+            raise BackupError(f"detach: the worker ended before it began; read its last output in {place.log}")
     except (BackupError, OSError) as error:
         said = str(error) if isinstance(error, BackupError) else f"detach: no worker could begin: {why(error)}"
         if isinstance(error, Refused) or module.params["detach"] == Detach.REQUIRED:
@@ -182,7 +182,7 @@ def _join(module: AnsibleModule, plan: Plan, place: WorkerPlace) -> str:
                 if who
                 else f"another process begins to make sets in {plan.repository}"
             )
-            + "; wait for its end, back up without detach beside it, or cancel all sets that are being made",
+            + "; wait until it ends, run the backup without detach, or cancel all sets in progress",
         )
     return ""
 
@@ -307,12 +307,14 @@ async def stop(repository: str, chosen: Callable[[str], bool]) -> None:
             if queued:
                 raise Refused(
                     "names",
-                    f"{', '.join(queued)}: the worker of {repository}, process {found.who.pid}, would begin the sets"
+                    f"{', '.join(queued)}: the worker of {repository}, process {found.who.pid}, would start the sets"
                     f" {found.who.id} of these VMs later. Cancel the sets of all VMs, or wait until they are copied",
                 )
             return
         if time.monotonic() > deadline:
-            raise BackupError(f"{repository}: a process on this hypervisor begins to make sets; cancel them again")
+            raise BackupError(
+                f"{repository}: a process on this hypervisor is about to make sets; repeat the cancellation"
+            )
         await asyncio.sleep(0.02)
 
 
@@ -329,8 +331,8 @@ async def _end(who: Who, place: WorkerPlace, repository: str) -> None:
     """End a worker, and wait until it has let its lock go."""
     if who.space != spaces()[PROCESSES] or _process(who.pid) != Process(who.pid, who.start):
         raise BackupError(
-            f"{repository}: the worker that makes the sets {who.id}, process {who.pid}, is not a process here but in"
-            " another container; cancel them there"
+            f"{repository}: the worker that makes the sets {who.id}, process {who.pid}, runs in another container;"
+            " cancel them there"
         )
     # Who follows it is not to take it for dead, and to leave the sets to another one.
     mark = _new(place.stop)

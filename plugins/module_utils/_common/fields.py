@@ -358,7 +358,7 @@ def load(raw: bytes) -> Any:
         text = raw.decode("utf-8").strip(BLANKS)
         found, end = JSON.raw_decode(text)
         if end < len(text):
-            raise ValueError("something follows its end")
+            raise ValueError("there is more text after the end of its JSON")
         # One character is looked for much faster than two.
         if "\\" in text and "\\u" in text:
             _check_texts(found)

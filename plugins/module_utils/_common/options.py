@@ -73,7 +73,7 @@ def check_path(option: str, path: str) -> str:
 def check_text(option: str, text: str) -> str:
     """Return a text that can name something. Refused where it is empty, or has characters that no name has."""
     if not text:
-        raise Refused(option, "it is empty; leave the option out, or say what is meant")
+        raise Refused(option, "it is empty; give a value, or leave the option out")
     if CONTROL.search(text) and (option not in OF_SETS or "\0" in text):
         raise Refused(option, f"{text!r} has control characters")
     try:
@@ -90,9 +90,9 @@ def check_libvirt_uri(option: str, uri: str) -> str:
         shown = re.sub("//[^/]*@", "//", uri)
         raise Refused(
             option,
-            f"{shown!r} is no libvirt of this machine; give qemu:///system, qemu:///session, or either with"
-            " a socket, as qemu+unix:///session?socket=/PATH. The domains of another machine are backed up by that"
-            " machine: files that are open here cannot be handed to a QEMU there",
+            f"{shown!r} is no libvirt of this machine; give qemu:///system, qemu:///session, or either with a socket,"
+            " as qemu+unix:///session?socket=/PATH. To back up domains of another machine, run the backup on that"
+            " machine: a QEMU there cannot use files that are open here",
         )
     return uri
 

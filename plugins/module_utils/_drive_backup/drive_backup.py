@@ -110,7 +110,7 @@ async def look(session: Session, process: Process | None, attempt: str) -> tuple
 async def _time_out(session: Session, attempt: str, known: list[dict[str, Any]], reason: str) -> None:
     """End the wait: cancel and clean up, or leave the job, as on_timeout says. Returns if it just ended well."""
     if session.request.on_timeout == OnTimeout.LEAVE:
-        raise JobFailed(f"{reason}; the job is left running, as on_timeout says", jobs=known)
+        raise JobFailed(f"{reason}; the job continues, because on_timeout says so", jobs=known)
     try:
         jobs = await cancel_attempt(session, attempt, reason)
     except MonitorError as error:
@@ -130,13 +130,13 @@ async def _save_guest(session: Session, attempt: str) -> None:
     jobs = await cancel_attempt(session, attempt, reason)
     if at_fault:
         raise JobFailed(
-            f"VM {now.vm.name}: {reason}: No space left on device, or an error, at {', '.join(at_fault)}. The backup is"
-            " cancelled, and the guest goes on",
+            f"VM {now.vm.name}: {reason}: No space left on device, or an error, at {', '.join(at_fault)}. The backup"
+            " is cancelled, and the guest runs again",
             jobs=jobs,
         )
     raise JobFailed(
-        f"VM {now.vm.name}: {reason}. The backup is cancelled; its targets show no fault, and so the VM was left as it"
-        " is: look at its own disks, then `cont`",
+        f"VM {now.vm.name}: {reason}. The backup is cancelled. Its targets show no error, so the VM stays stopped:"
+        " check the VM's own disks, then resume it with `cont`",
         jobs=jobs,
     )
 

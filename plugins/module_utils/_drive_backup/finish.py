@@ -49,8 +49,8 @@ async def finish(locked: Locked, copies: Sequence[Copy]) -> list[Copy]:
         done = [_take_name(session, copy) for copy in safe]
     except OSError as error:
         raise JobFailed(
-            f"the copy ended, but its image could not be made safe: {in_words(error)}; repeat the call when the cause"
-            " is gone",
+            f"the copy ended, but its image could not be written to stable storage: {in_words(error)}; remove the"
+            " cause, then repeat the call",
             jobs=[copy.result(JobState.FAILED if copy in unfinished else None, in_words(error)) for copy in copies],
         ) from error
     ended = [copy for copy in copies if copy.job]
@@ -64,7 +64,7 @@ async def _dismiss(locked: Locked, copies: Sequence[Copy]) -> None:
     refusal = await close_detached(locked.monitor, [copy.disk.node for copy in copies])
     if refusal:
         locked.session.warnings.append(
-            f"a disk was detached while it was copied, and QEMU keeps its image open: {refusal}"
+            f"somebody detached a disk during its copy, and QEMU still has its image open: {refusal}"
         )
     await block_jobs.dismiss_jobs(locked.monitor, [copy.job_id for copy in copies])
 
@@ -199,7 +199,7 @@ def bad_end(now: Situation) -> str:
 
 def note_replaced(session: Session, now: Situation, cause: str) -> None:
     """Warn that an attempt is made anew, and say why."""
-    session.warnings.append(f"VM {now.vm.name}: an earlier attempt came to nothing and is replaced: {cause}")
+    session.warnings.append(f"VM {now.vm.name}: an earlier attempt failed, and this one replaces it: {cause}")
 
 
 def given_up(now: Situation) -> list[Copy]:

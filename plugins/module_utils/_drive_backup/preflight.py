@@ -39,9 +39,9 @@ async def prepare_target(vm: Vm, copy: Copy, overwrite: bool, may_label: bool = 
     if drive.sync == Sync.TOP and not drive.existing and REMOVED in disk.backing_file:
         raise Refused(
             "sync",
-            f"the name of the backing file of disk {disk.name} of VM {vm.name} holds a secret ({disk.backing_file}),"
-            " and the target would have to name it; make the target yourself, with mode: existing, or copy the whole"
-            " disk with sync: full",
+            f"disk {disk.name} of VM {vm.name}: the name of its backing file contains a secret ({disk.backing_file}),"
+            " and the target would contain that name. Make the target yourself and use mode: existing, or copy the"
+            " whole disk with sync: full",
         )
     _refuse_bitmap(drive, disk, vm)
     image_format = drive.format or "qcow2"
@@ -110,8 +110,8 @@ def refuse_busy(vm: Vm, starting: list[Copy]) -> None:
         )
     if vm.domain and vm.domain.job:
         raise BackupError(
-            f"VM {vm.name} is busy: libvirt is at work on the domain: {vm.domain.job}; wait for its end"
-            f" (virsh domjobinfo), then repeat the backup of {', '.join(copy.who for copy in starting)}"
+            f"VM {vm.name} is busy: libvirt is working on the domain: {vm.domain.job}; wait for its end (virsh"
+            f" domjobinfo), then repeat the backup of {', '.join(copy.who for copy in starting)}"
         )
     for copy in starting:
         if copy.drive.job_id and vm.job(copy.drive.job_id):
@@ -126,8 +126,8 @@ def refuse_strangers(vm: Vm, copies: Sequence[Copy]) -> None:
     jobs = ", ".join(copy.job_id for copy in copies if copy.running)
     rest = ", ".join(copy.who for copy in copies if copy.missing)
     raise BackupError(
-        f"VM {vm.name} is busy with {jobs}, which leaves out {rest}; wait for it or cancel it, then ask for all"
-        " together"
+        f"VM {vm.name} is busy with {jobs}, but not with {rest}; wait until the jobs end, or cancel them, then repeat"
+        " the call"
     )
 
 
@@ -136,7 +136,7 @@ def refuse_mixed(vm: Vm, copies: Sequence[Copy]) -> None:
     records = ", ".join(f"{copy.record.target} ({copy.record.started})" for copy in copies if copy.record)
     raise Refused(
         "target",
-        f"VM {vm.name}: the targets are there, but come from different moments: {records}; use other targets, or"
+        f"VM {vm.name}: the targets exist, but are of different moments: {records}; use other targets, or"
         " completion_mode individual",
     )
 
@@ -147,8 +147,8 @@ def refuse_encrypted(vm: Vm, starting: list[Copy]) -> None:
     if encrypted:
         raise Refused(
             "encrypted_source",
-            f"disk {encrypted} of VM {vm.name} is encrypted at rest, and its copy would not be; leave it out, or let it"
-            " be copied with encrypted_source: warn",
+            f"disk {encrypted} of VM {vm.name} is encrypted at rest, but its copy would not be encrypted; leave the"
+            " disk out, or allow the copy with encrypted_source: warn",
         )
 
 
@@ -161,8 +161,8 @@ def refuse_lost_increment(copy: Copy, accepted: bool) -> None:
         return
     raise BackupError(
         f"bitmap: the increment of {copy.who} that was started at {record.started} is lost ({copy.reason}), and QEMU"
-        f" may have cleared bitmap {record.bitmap} by then: further increments could miss its changes. Make a full"
-        f" backup and begin a new chain; overwrite: true goes on all the same, and removes {copy.record_path}"
+        f" may have cleared bitmap {record.bitmap}, so later increments can miss its changes. Make a full backup and"
+        f" begin a new chain. overwrite: true continues the old chain in spite of this, and removes {copy.record_path}"
     )
 
 
@@ -195,9 +195,9 @@ def _refuse_hidden(copy: Copy, vm: Vm) -> None:
     if hidden_files(vm) and not is_ours:
         raise Refused(
             "target",
-            f"{target} exists, no receipt says that it is a backup, and it may be an image of VM {vm.name} itself:"
-            f" which files {', '.join(hidden_files(vm))} of that VM are cannot be seen from here. Use another target;"
-            " or remove it yourself, if it may go; or run this where QEMU can be seen, over a monitor on a UNIX socket",
+            f"{target} exists without a receipt, and it may be an image of VM {vm.name} itself: this process cannot"
+            f" see which files {', '.join(hidden_files(vm))} of that VM are. Use another target. Or remove the file"
+            " yourself if nobody needs it. Or run this on the machine of the QEMU, over a monitor on a UNIX socket",
         )
 
 
@@ -250,7 +250,8 @@ async def _existing_format(drive: Drive, disk: Disk) -> str:
     if info.get("encrypted") and drive.compress:
         raise Refused(
             "compress",
-            f"{drive.target} is encrypted, and QEMU writes compressed data into such an image in the clear; {NO_KEY}",
+            f"{drive.target} is encrypted, and QEMU writes compressed data into such an image without encryption;"
+            f" {NO_KEY}",
         )
     if info.get("encrypted"):
         raise Refused("target", f"{drive.target} is encrypted: {NO_KEY}")

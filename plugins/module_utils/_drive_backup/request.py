@@ -24,8 +24,7 @@ if TYPE_CHECKING:
 
 
 NO_KEY = (
-    "an encrypted target needs a key, which cannot be given here; use a target that is not encrypted, in a directory"
-    " whose storage is"
+    "this module cannot give QEMU the key of an encrypted target. Use a target without encryption, on encrypted storage"
 )
 JOB_ID = re.compile(r"[A-Za-z][A-Za-z0-9._-]{,254}")
 
@@ -248,4 +247,4 @@ def _check_place(drive: Drive) -> None:
     if drive.existing and not os.path.exists(drive.target):
         raise Refused("target", f"{drive.target} does not exist, and mode is existing")
     if not drive.existing and is_block_device(drive.target):
-        raise Refused("mode", f"{drive.target} is a block device, which is there already; use mode existing")
+        raise Refused("mode", f"{drive.target} is a block device, which exists already; use mode existing")

@@ -54,7 +54,7 @@ def _examine(drive: Drive, vm: Vm, owners: dict[str, str]) -> Copy:
     if record.identity != vm.identity:
         return replace(copy, job=None, reason=f"it was for VM {record.vm}, which has ended")
     if record.phase == ReceiptPhase.CANCELLING:
-        return replace(copy, reason="it had been given up")
+        return replace(copy, reason="an earlier call cancelled it")
     if record.whole:
         return _examine_whole(copy, record)
     if record.origin.is_other_process(vm):
@@ -93,9 +93,9 @@ def _refuse_other_request(copy: Copy, record: Record) -> None:
     begun = (plain_path(record.target), record.device, record.sync, record.bitmap, record.bitmap_mode)
     if asked != begun or drive.format not in ("", record.format):
         raise BackupError(
-            f"target: {record.target} is being made by job {record.job} from disk {record.device} (sync {record.sync},"
-            f" format {record.format}, since {record.started}), and that is not what is asked for now; repeat the call"
-            " that began it, or use another target"
+            f"target: {record.target}: job {record.job} is already making it from disk {record.device} (sync"
+            f" {record.sync}, format {record.format}, since {record.started}), with other options than this call;"
+            " repeat the call that began it, or use another target"
         )
 
 
@@ -117,10 +117,9 @@ def _refuse_foreign(drive: Drive, vm: Vm, record: Record, owners: dict[str, str]
     unknown = listed is not None and not is_told
     if (ended is None or unknown) and not record.whole:
         raise BackupError(
-            f"target: {drive.target} is being made of VM {record.vm} since {record.started}, and was begun where"
-            " processes and sockets have other names than here (in a container, or outside of this one): whether job"
-            f" {record.job} still writes it cannot be told from here. Repeat the call where it was begun; if nobody"
-            f" makes it any more, remove {record_path(drive.receipt_path)}"
+            f"target: {drive.target}: a call in another container, or outside of this one, began it for VM {record.vm}"
+            f" at {record.started}. This process cannot see whether job {record.job} still writes it. Repeat the call"
+            f" where it began. If nobody makes this target any more, remove {record_path(drive.receipt_path)}"
         )
     alive = bool(record.process) and not ended
     if (alive and record.origin.is_other_process(vm)) or (record.identity != vm.identity and (alive or record.whole)):
@@ -143,10 +142,10 @@ def _refuse_ownerless(drive: Drive, vm: Vm, record: Record, owners: dict[str, st
     if record.identity != vm.identity or record.origin.is_other_process(vm):
         return
     raise BackupError(
-        f"target: {drive.target} is being made by job {record.job} of VM {vm.name} since {record.started}, and the note"
-        " whose job that is has been lost with the directory of locks, or was made by another version of this"
-        " collection. Repeat the call with the version that has begun it; or wait for the job's end, or cancel it, and"
-        " dismiss it (block_job): the next call then makes the image anew"
+        f"target: {drive.target}: job {record.job} of VM {vm.name} is making it since {record.started}, but no note of"
+        " this version says who began the job: the directory of locks was removed, or another version of this"
+        " collection began the job. Repeat the call with the version that began it. Or wait until the job ends, or"
+        " cancel it, then dismiss it (block_job): the next call makes the image again"
     )
 
 
@@ -168,12 +167,13 @@ def _examine_unrecorded(drive: Drive, vm: Vm, disk: Disk, owners: dict[str, str]
         )
     if job is not None and not job.ended:
         raise BackupError(
-            f"VM {vm.name}: job {job.id} runs, but {record_path(drive.receipt_path)}, which would tell"
-            " about it, is gone; cancel the job (block_job), or wait for"
-            " its end"
+            f"VM {vm.name}: job {job.id} runs, but {record_path(drive.receipt_path)}, the record of the job, is"
+            " missing; cancel the job (block_job), or wait until it ends"
         )
     if not drive.existing and os.path.lexists(drive.image_path):
-        raise Refused("target", f"{drive.image_path} is in the way, and no record says that it is ours; move it away")
+        raise Refused(
+            "target", f"{drive.image_path} exists, and no record says that this collection made it; move it away"
+        )
     receipt = read(drive.receipt_path)
     if not os.path.lexists(drive.target):
         return copy
@@ -214,8 +214,8 @@ def lost(request: DriveBackupRequest, attempt: str, reason: str) -> JobFailed:
         if record and record.attempt == attempt and not record.whole:
             jobs.append(lost_result(drive, record, reason))
     return JobFailed(
-        f"{reason}. QEMU has ended, and the backup with it; repeat the call when the VM is up: it removes what is left,"
-        " and starts anew",
+        f"{reason}. QEMU has ended, so the backup has failed. Repeat the call when the VM runs: it removes the remains"
+        " and starts again",
         jobs=jobs,
     )
 

@@ -152,8 +152,8 @@ def _reserve(session: Session, target: target_image.Target) -> bool:
             f" and {free} are free"
         )
     session.warnings.append(
-        f"{target.path}: its file system cannot reserve space. If it fills up before the copy has ended, the backup is"
-        " cancelled for the guest's sake; only a call with state completed watches for that"
+        f"{target.path}: its file system cannot reserve space. If it becomes full during the copy, the backup is"
+        " cancelled to protect the guest, but only while a call with state completed waits"
     )
     return False
 

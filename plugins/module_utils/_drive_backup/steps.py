@@ -227,7 +227,7 @@ def _reason(copy: Copy) -> str:
 def failed(vm: Vm, copies: Iterable[Copy], reason: str) -> JobFailed:
     """Return the error of a call whose copies have come to a bad end."""
     return JobFailed(
-        f"VM {vm.name}: the backup failed: {reason}. What it left is removed; repeat the call when the cause is gone",
+        f"VM {vm.name}: the backup failed: {reason}. Its remains are removed. Remove the cause, then repeat the call",
         jobs=[copy.result(JobState.CANCELLED if copy.running else None) for copy in copies],
     )
 
@@ -238,11 +238,11 @@ def paused(vm: Vm, copies: Sequence[Copy]) -> JobFailed:
     for copy in copies:
         if copy.job and copy.stuck:
             full = copy.job.io_status == "nospace"
-            remedy = "No space left on device: free some" if full else "after an I/O error: mend its cause"
+            remedy = "No space left on device: free some" if full else "after an I/O error: remove its cause"
             advice.append(f"{copy.who}: job {copy.job_id} is paused, {remedy}")
     return JobFailed(
-        f"VM {vm.name}: {'; '.join(advice)}; then let it go on (block_job with state running), and repeat this call."
-        " State cancelled gives it up",
+        f"VM {vm.name}: {'; '.join(advice)}; then resume the job (block_job with state running), and repeat this call."
+        " State cancelled cancels the backup",
         jobs=results(copies),
     )
 
@@ -321,12 +321,12 @@ RULES = (
         DriveStep.CANCEL,
     ),
     DriveRule(
-        "one image of a group came to a bad end: the others are of no use without it",
+        "one image of a group failed: the others are useless without it",
         lambda now: now.any_bad and now.request.grouped,
         DriveStep.CLEAN_UP,
     ),
     DriveRule(
-        "an image came to a bad end, and the others have ended as well",
+        "an image failed, and the jobs of the others have ended",
         lambda now: now.any_bad and not now.any_running,
         DriveStep.CLEAN_UP,
     ),
@@ -337,7 +337,7 @@ RULES = (
     ),
     DriveRule("jobs run", lambda now: now.any_running, DriveStep.JOIN),
     DriveRule(
-        "what was waited for is gone",
+        "the jobs that the call waited for are gone",
         lambda now: now.any_missing and bool(now.followed),
         DriveStep.FAIL,
     ),

@@ -274,14 +274,14 @@ def open_labels(process: int, files: Collection[str], root: str = "/") -> list[s
 def not_given(process: int | None, path: str, fd: int, place: str, root: str = "/") -> str:
     """Return why QEMU has not received a file that was handed over to it, and what to do about that."""
     qemu, own = label_of(process, root) if process else Label(), label_of(root=root)
-    start = f"QEMU was not given {path}, which was handed over to it open"
+    start = f"QEMU did not receive the open file {path}"
     if qemu.is_held and own.profile:
         return f"{start}: {_other_opener(qemu, own)}"
     if qemu.context:
         return f"{start}: {_other_label(qemu, path, file_label(fd))}; {_remedy(Selinux(root), place)}"
     return (
-        f"{start}: QEMU has no room for another open file (Max open files in /proc/PID/limits), or a security module"
-        " lets it have none that this process has opened"
+        f"{start}: QEMU has reached its limit of open files (Max open files in /proc/PID/limits), or a security module"
+        " does not let it use files that this process has opened"
     )
 
 
@@ -291,14 +291,14 @@ def keeps_length(qemu: Label, image_format: str) -> str:
         return ""
     return (
         f"QEMU changes the length of a {image_format} image while it writes it, and AppArmor (profile {qemu.profile})"
-        " does not let it do that with a file that it was handed over; use qcow2 or raw"
+        " does not let it do that with a file that it received open; use qcow2 or raw"
     )
 
 
 def _other_opener(qemu: Label, own: Label) -> str:
     return (
-        f"this process is confined by AppArmor profile {own.profile}; QEMU, which is confined by {qemu.profile}, would"
-        " not be given files opened by it; run it unconfined"
+        f"this process is confined by AppArmor profile {own.profile}; QEMU, which is confined by {qemu.profile}, could"
+        " not use the files that it opens; run the backup unconfined"
     )
 
 

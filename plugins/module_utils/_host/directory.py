@@ -50,8 +50,9 @@ def exposed(path: str, status: os.stat_result) -> str:
     if status.st_uid in (0, user) and not status.st_mode & OF_OTHERS:
         return ""
     return (
-        f"{path} is {stat.filemode(status.st_mode)} of user {status.st_uid}, so that others than root and user {user}"
-        " can change what is in it. Take that from them (chown, chmod go-w), or allow it with trust_others: true"
+        f"{path} is {stat.filemode(status.st_mode)} of user {status.st_uid}, so users other than root and user {user}"
+        " can change its content. Remove their right to write (chown, chmod go-w), or accept it with trust_others:"
+        " true"
     )
 
 
@@ -142,8 +143,8 @@ class Directory:
             # Nobody reads it but people.
             target = os.readlink(name, dir_fd=self.fd)
             return LinkedEntry(
-                f"{self.join(name)} is {kind} to {target}, and not {wanted}; links are not followed here: move what it"
-                " stands for back to this place, or mount it here",
+                f"{self.join(name)} is {kind} to {target}, and not {wanted}; a repository may not contain such links:"
+                " move the target of the link back to this place, or mount it here",
                 target,
             )
         return WrongEntry(f"{self.join(name)} is {kind}, and not {wanted}; it does not belong there: move it away")
@@ -181,7 +182,10 @@ class Directory:
         except OSError as error:
             raise self._told(error, name) from None
         if len(content) > limit:
-            raise WrongEntry(f"{self.join(name)} has more than {limit} bytes, as no such file has; move it away")
+            raise WrongEntry(
+                f"{self.join(name)} has more than {limit} bytes, and a file of this kind never has so many; move it"
+                " away"
+            )
         return content
 
     def open(self, name: str, flags: int = os.O_RDONLY) -> int:

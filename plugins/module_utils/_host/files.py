@@ -77,9 +77,8 @@ def _warn_of_permissions(path: str, why: str) -> None:
     mount_point = _mount_point(path)
     warn_once(
         mount_point,
-        f"{mount_point}: its file system does not keep permissions ({why}). What is written there can be as open to"
-        " others as the mount makes it: mount it so that nobody else can read it (vfat: umask=077; SMB: file_mode=0600,"
-        "dir_mode=0700)",
+        f"{mount_point}: its file system does not keep permissions ({why}). The mount options decide who can read the"
+        " files there: mount it so that nobody else can read it (vfat: umask=077; SMB: file_mode=0600,dir_mode=0700)",
     )
 
 

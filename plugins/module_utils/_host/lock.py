@@ -76,8 +76,8 @@ def _checked(directory: str, user: int) -> str:
             place = os.path.dirname(directory)
             remedy = f"It is that of the machine, and this is root of a container: mount a {place} of its own there"
         raise BackupError(
-            f"{fault}. It is for this collection's locks, and has to be a directory of user {user} that nobody else can"
-            f" write to: a lock in it would hold nobody off. {remedy}"
+            f"{fault}. It is for this collection's locks, and must be a directory of user {user} that nobody else can"
+            f" write to: otherwise its locks protect nothing. {remedy}"
         )
     return directory
 

@@ -60,8 +60,8 @@ def refuse_used(option: str, path: str) -> None:
     if not users.complete:
         warn_once(
             path,
-            f"{path}: user {os.geteuid()} cannot see here whether a process of another user, or outside of a container,"
-            " has it open; a VM that takes no locks would go on with a file that is gone",
+            f"{path}: user {os.geteuid()} cannot see here whether a process of another user, or outside of a"
+            " container, has it open. A VM that takes no locks would continue with the deleted file",
         )
 
 

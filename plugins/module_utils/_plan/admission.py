@@ -34,8 +34,8 @@ def _admission(vm: Vm, process: int, repository: Repository, name: str) -> Admis
         with _nearest(repository, name) as directory:
             if is_smb(directory.fd):
                 return Admission(
-                    f"{repository.path} is on SMB: its server does not let a set get its name while QEMU has its images"
-                    " open; use a local disk, NFS or CephFS, and copy the sets to SMB from there"
+                    f"{repository.path} is on SMB: an SMB server does not rename the directory of a set while QEMU has"
+                    " its images open; use a local disk, NFS or CephFS, and copy the sets to SMB from there"
                 )
         if not (qemu.is_held or qemu.context):
             return ADMITTED

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from .model import Observation, Request, RunContext
 
 
-UNTOLD = ". It is off, and nobody has told its uuid: if it has one, list it (vms: uuid)"
+UNTOLD = ". The VM is off, and its uuid is unknown: if it has one, list it (vms: uuid)"
 SKIPPED = "its own metadata say that it is not backed up (skip='yes')"
 MIGRATING = frozenset({"inmigrate", "postmigrate", "finish-migrate"})
 
@@ -103,7 +103,7 @@ def _being_made(intent: Intent, seen: Observation, context: RunContext) -> tuple
     if foreign and not context.takeover:
         return (
             Case.FOREIGN,
-            f"{foreign}; let it end. If nobody makes it any more, takeover: true removes what is there of it",
+            f"{foreign}; wait until it ends. If nobody makes it any more, takeover: true removes the unfinished set",
             "",
         )
     if foreign:
@@ -121,7 +121,7 @@ def _not_begun(
     if context.id in records.strays:
         return (
             Case.IN_THE_WAY,
-            f"in the place of set {context.id} stands something that is no set (no valid manifest); move it away",
+            f"the place of set {context.id} is taken by something that is no set (no valid manifest); move it away",
         )
     if seen.vm is None:
         return _silent(request, seen, context)
@@ -130,7 +130,7 @@ def _not_begun(
         return Case.BUSY, f"busy: {busy}; wait for its end, or cancel it with block_job"
     if seen.vm.domain and seen.vm.domain.job:
         return Case.BUSY, (
-            f"busy: libvirt is at work on the domain: {seen.vm.domain.job}; wait for its end (virsh domjobinfo)"
+            f"busy: libvirt is working on the domain: {seen.vm.domain.job}; wait for its end (virsh domjobinfo)"
         )
     if seen.vm.status in MIGRATING:
         return Case.MIGRATING, f"migrating ({seen.vm.status})"
@@ -144,8 +144,8 @@ def _not_begun(
         )
     if encrypted and context.policy.encrypted_source == EncryptedSource.REFUSE:
         return Case.ENCRYPTED, (
-            f"encrypted_source: disk {encrypted} is encrypted at rest, and its copy would not be; exclude it"
-            " (exclude_disks), or let it be copied with encrypted_source: warn (vm_backup_encrypted_source)"
+            f"encrypted_source: disk {encrypted} is encrypted at rest, but its copy would not be encrypted; exclude"
+            " the disk (exclude_disks), or allow the copy with encrypted_source: warn (vm_backup_encrypted_source)"
         )
     refusal = seen.admission.refusal(context.policy.selinux_label)
     if refusal:
@@ -198,8 +198,8 @@ def _belongs_to_another(seen: Observation, records: VmRecords) -> str:
         return ""
     return (
         f"the directory belongs to another VM of this name ({newest.vm.identity}, set {newest.id}; this one is"
-        f" {seen.vm.identity}). Give one of them another name; if this VM has taken the other's place, adopt: true"
-        f" goes on there, with a full set{UNTOLD if seen.vm.is_off and not seen.vm.uuid else ''}"
+        f" {seen.vm.identity}). Give one of them another name; if this VM replaces the other, adopt: true continues in"
+        f" this directory, with a full set{UNTOLD if seen.vm.is_off and not seen.vm.uuid else ''}"
     )
 
 
@@ -239,9 +239,8 @@ def _foreign(intent: Intent, seen: Observation, hypervisor: Hypervisor) -> str:
 def in_doubt(intent: Intent) -> str:
     """Return what is said of an attempt whose QEMU can neither be asked nor be seen to have ended."""
     return (
-        f"set {intent.id} is being made since {intent.started}, and was begun where processes and sockets have other"
-        " names than here (in a container, or outside of this one): whether its QEMU still copies cannot be told from"
-        " here. Run the backup where it was begun"
+        f"a run in another container, or outside of this one, began set {intent.id} at {intent.started}. This process"
+        " cannot see whether its QEMU still copies. Run the backup where it began"
     )
 
 

@@ -140,8 +140,8 @@ def _otherwise(file: DiskFile, disk: Disk | None) -> str:
     return (
         ""
         if is_same
-        else f"disk {file.name} is listed as {file.file} ({file.format}), and the VM has it in {disk.file}"
-        f" ({disk.driver}); while it is off, another disk would be backed up in its place"
+        else f"disk {file.name} is listed as {file.file} ({file.format}), but the VM has it in {disk.file}"
+        f" ({disk.driver}). While the VM is off, the backup would copy the wrong file: correct the list"
     )
 
 
@@ -197,7 +197,7 @@ def link(
     if not wish.tracking:
         return ChainLink(Level.FULL, "changes are not tracked")
     if not disk.stable_name:
-        return ChainLink(Level.FULL, "it has no name that holds beyond a restart; give the drive or its device an id")
+        return ChainLink(Level.FULL, "its name changes when QEMU restarts; give the drive or its device an id")
     if not sets:
         return ChainLink(Level.FULL, "it is the VM's first set")
     newest = sets[-1].find(disk.names)
@@ -255,7 +255,7 @@ def written_elsewhere(disk: Disk, disks: Iterable[Disk]) -> str:
     if disk.shared:
         return "it is shareable: what other VMs write to it is not recorded"
     twin = next((other for other in disks if other.shares_file(disk) and not other.read_only), None)
-    return f"disk {twin.name} is on the same file, and what is written through that one is not recorded" if twin else ""
+    return f"disk {twin.name} is on the same file, and its writes are not recorded" if twin else ""
 
 
 def _lost_record(

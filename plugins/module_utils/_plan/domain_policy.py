@@ -78,7 +78,7 @@ def apply_policy(request: Request, policy: DomainPolicy) -> Request:
 
 def _excluded(child: Note) -> str:
     if child.name != "exclude":
-        raise _refusal(f"<backup> has an element <{child.name[:60]}>, which nobody knows; it may have: <exclude>")
+        raise _refusal(f"<backup> has an element <{child.name[:60]}>, which is unknown; it may have: <exclude>")
     _refuse_unknown("<exclude>", (name for name, _value in child.attributes), ("disk",))
     _refuse_text("<exclude>", child)
     disk = dict(child.attributes).get("disk", "")
@@ -91,7 +91,7 @@ def _refuse_unknown(element: str, names: Iterable[str], known: Iterable[str]) ->
     unknown = next((name for name in names if name not in known), "")
     if unknown:
         raise _refusal(
-            f"{element} has an attribute {unknown[:60]!r}, which nobody knows; it may have: {', '.join(known)}"
+            f"{element} has an attribute {unknown[:60]!r}, which is unknown; it may have: {', '.join(known)}"
         )
 
 
@@ -102,5 +102,5 @@ def _refuse_text(element: str, note: Note) -> None:
 
 def _refusal(what: str) -> BackupError:
     return BackupError(
-        f"the domain's metadata on its backup: {what}. See `virsh dumpxml`, and mend it with `virsh metadata`"
+        f"the domain's metadata on its backup: {what}. See `virsh dumpxml`, and correct it with `virsh metadata`"
     )

@@ -33,19 +33,19 @@ def domain_warnings(vm: Vm, copied: Iterable[Disk], left_out: Iterable[LeftOut],
         known = vm.domain.xml.disk(disk.name)
         if known and known.transient:
             yield (
-                f"disk {disk.name} is transient: the set has what it holds now, and when the domain stops it goes back"
-                " to what it was"
+                f"disk {disk.name} is transient: the set has its present content, and the disk loses that content when"
+                " the domain stops"
             )
         if disk.shared:
             yield (
-                f"disk {disk.name} is shareable: each copy of it is a full one, and what another VM writes to it"
-                " meanwhile may be in the set or not"
+                f"disk {disk.name} is shareable: each copy of it is full, and the set may or may not have what another"
+                " VM writes during the copy"
             )
         if tracking and disk.snapshots and disk.keeps_bitmaps:
             yield (
-                f"disk {disk.name} has internal snapshots: while it has the bitmaps of its sets, a revert to one of"
-                " them (virsh snapshot-revert) fails, and leaves the domain off. Take the bitmaps away before, with"
-                " backup_set and state=untracked; the set after that is a full one"
+                f"disk {disk.name} has internal snapshots: a revert to one of them (virsh snapshot-revert) fails and"
+                " leaves the domain off, as long as the disk has the bitmaps of its sets. Remove the bitmaps first,"
+                " with backup_set and state=untracked; the next set is full"
             )
 
 
@@ -53,8 +53,8 @@ def _not_in_the_set(vm: Vm, domain: Domain) -> Iterator[str]:
     """Return what belongs to a domain, and is no disk that it has now."""
     if domain.saved:
         yield (
-            "its memory was saved (virsh managedsave), and is not in the set: what the guest had not written to its"
-            " disks by then is not, either"
+            "its saved memory (virsh managedsave) is not in the set, nor is data that the guest had not yet written to"
+            " its disks"
         )
     if domain.xml.firmware.varstore:
         yield (
@@ -64,6 +64,6 @@ def _not_in_the_set(vm: Vm, domain: Domain) -> Iterator[str]:
     for target in for_next_start(vm):
         without = "was saved" if domain.saved else "runs"
         yield (
-            f"disk {target} is not in the set: the domain {without} without it, and has it when it is started anew, as"
-            " it is defined (virsh dumpxml --inactive)"
+            f"disk {target} is not in the set: the domain {without} without it, and gets it at its next start (virsh"
+            " dumpxml --inactive)"
         )

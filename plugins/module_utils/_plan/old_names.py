@@ -41,7 +41,7 @@ def _told(names: Sequence[str], vm: Vm, request: Request) -> Iterator[str]:
     for name in names:
         if name != request.name:
             yield (
-                f"there are sets of this VM (uuid {vm.uuid}) under the name {name}, and those under this name begin"
-                f" anew, with full images. To go on with the old ones, list it as name: {name}, monitor:"
-                f" {request.monitor}; else remove them when nobody needs them any more"
+                f"this VM (uuid {vm.uuid}) has older sets under the name {name}, and its sets under this name begin"
+                f" with full images. To continue the older sets, list the VM as name: {name}, monitor:"
+                f" {request.monitor}. Otherwise remove them when nobody needs them any more"
             )

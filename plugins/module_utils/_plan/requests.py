@@ -64,8 +64,8 @@ def with_new_name(seen: Observation, request: Request, found: Discovery, sets: S
     if not name:
         return seen
     told = (
-        f"{address}: libvirt has no domain of this name, and the one that had it ({uuid}) is {name} now. To go on with"
-        f" its sets, list it as name: {request.name}, monitor: libvirt:{name}; to begin anew, name it {name}"
+        f"{address}: libvirt has no domain of this name, and the one that had it ({uuid}) is {name} now. To continue"
+        f" its sets, list it as name: {request.name}, monitor: libvirt:{name}; to begin new ones, name it {name}"
     )
     return replace(seen, error=told)
 

@@ -112,10 +112,10 @@ def _unchanged(
     now = read_catalog(repository, manifest.vm.name)
     there = now.records.published(manifest.id)
     if there is None or there.attempt != manifest.attempt or there.disk(image.name) != image:
-        raise BackupError("somebody else has changed it meanwhile")
+        raise BackupError("another process has changed it meanwhile")
     with repository.opened(manifest.vm.name) as again, again.directory(manifest.id) as set_again:
         if not (os.path.sameopenfile(again.fd, directory.fd) and os.path.sameopenfile(set_again.fd, place.fd)):
-            raise BackupError(f"{place.path} is another directory by now, which somebody has put there")
+            raise BackupError(f"somebody has replaced the directory {place.path}")
     reader = _reader(now, manifest.id)
     if reader:
         raise BackupError(reader)
@@ -126,7 +126,7 @@ def _check_open(directory: Directory, name: str, fd: int) -> None:
     """Raise BackupError where an entry is not the file that is open."""
     found = directory.status(name)
     if found is None or not os.path.samestat(found, os.fstat(fd)):
-        raise BackupError(f"{directory.join(name)} is another file by now, which somebody has put there")
+        raise BackupError(f"somebody has replaced the file {directory.join(name)}")
 
 
 def _reader(catalog: VmCatalog, set_id: str) -> str:

@@ -139,7 +139,7 @@ def _within(good: Sequence[Manifest], span: timedelta, now: datetime) -> Iterato
     newest = next((manifest for manifest in good if start_time(manifest) - now <= CLOCK_TOLERANCE), None)
     for manifest in good:
         if start_time(manifest) - now > CLOCK_TOLERANCE:
-            yield manifest, f"it is from the future ({manifest.started}), and so its age is not known"
+            yield manifest, f"its start {manifest.started} is in the future, so its age is unknown"
         elif newest and start_time(newest) - start_time(manifest) <= span:
             yield manifest, f"within {told} before set {newest.id}"
 
@@ -225,7 +225,9 @@ def read_constraints(catalog: VmCatalog, allow_remove_last: bool) -> Constraints
     harmless = [name for name in catalog.odd if name.startswith(".") and name.endswith((FAILED, REMOVED))]
     silent = [reason for name, reason in catalog.odd.items() if name not in harmless]
     if silent:
-        raise BackupError("what keeps its sets cannot be read, and so none is removed: " + "; ".join(silent))
+        raise BackupError(
+            "no set of this VM is removed, because a file that may protect a set cannot be read: " + "; ".join(silent)
+        )
     guarded = {protection.id: "it is protected" for protection in catalog.annotations.protections}
     in_use = {}
     for pin in catalog.annotations.pins:

@@ -105,8 +105,8 @@ def _domain(text: str, option: str, uri: str) -> Address:
     if not name or "/" in name or name in NO_DOMAINS:
         raise Refused(
             option,
-            f"{text!r} names no domain: libvirt takes neither an empty name, nor one with '/'; which libvirt is meant"
-            " is said by libvirt_uri",
+            f"{text!r} names no domain: libvirt allows no empty name, and no '/' in a name; libvirt_uri selects the"
+            " libvirt",
         )
     return Address(domain=name, uri=check_libvirt_uri("libvirt_uri", uri or DEFAULT_URI))
 

@@ -260,8 +260,8 @@ async def stop_jobs(monitor: Monitor, job_ids: Iterable[str]) -> None:
     stubborn = ", ".join(job.id for job in await cancel_jobs(monitor, job_ids))
     if stubborn:
         raise JobFailed(
-            f"{monitor.address}: job {stubborn} does not end after block-job-cancel: its target hangs. Bring the target"
-            " back; the next call removes what is left"
+            f"{monitor.address}: job {stubborn} does not end after block-job-cancel: its target hangs. Repair the"
+            " target; the next call removes the remains"
         )
 
 

@@ -87,7 +87,7 @@ def no_greeting(address: Address, process: Process | None) -> str:
         " (libvirt, another backup, an open shell), or give the VM a second -qmp socket"
     )
     frozen = "QEMU does not accept connections: it is stopped, or its main loop is blocked by a hung disk or target"
-    other = "the connection was accepted in silence: this is no QMP monitor, or its QEMU hangs"
+    other = "it accepted the connection and sent nothing: it is no QMP monitor, or its QEMU hangs"
     if not address.path:
         return f"{start}{held}, or {frozen}"
     stopped = f" (process {process.pid} is stopped)" if process and process.stopped else ""

@@ -93,9 +93,9 @@ def _saved_xml(libvirt: LibvirtDomain) -> str:
             raise
         name = libvirt.address.domain
         raise MonitorError(
-            f"{libvirt.address}: its memory was saved (virsh managedsave), and libvirt cannot read that"
-            f" ({quoted(error.get_error_message())}), so that nobody knows which disks it goes on with. Start it, or"
-            f" remove what was saved (virsh managedsave-remove {name})"
+            f"{libvirt.address}: libvirt cannot read the saved memory of the domain"
+            f" ({quoted(error.get_error_message())}), so the disks of its next start are unknown. Start the domain, or"
+            f" remove its saved memory (virsh managedsave-remove {name})"
         ) from None
 
 

@@ -97,17 +97,17 @@ async def _ask_each(libvirt: Any, uri: str) -> list[DomainEntry | None]:
                 return await within(EACH_TIMEOUT, _ask_one, libvirt, uri, name)
             except asyncio.TimeoutError:
                 error = (
-                    f"libvirt has not told its XML within {EACH_TIMEOUT:g} s: it holds this domain locked, as something"
-                    " that it does with it hangs: a start, say, that waits for a file system or a hook"
-                    " (/etc/libvirt/hooks)"
+                    f"libvirt did not return the XML of this domain within {EACH_TIMEOUT:g} s, because another"
+                    " operation of libvirt on this domain hangs: for example a start that waits for a file system or a"
+                    " hook (/etc/libvirt/hooks)"
                 )
                 return DomainEntry(name, error=error)
 
     entries = await asyncio.gather(*map(ask, names))
     if not any(entry and entry.uuid for entry in entries):
         raise MonitorTimeout(
-            f"libvirt at {uri} has not told its domains within {CALL_TIMEOUT:g} s: its daemon hangs, or has no worker"
-            " left (see `virt-admin srv-threadpool-info libvirtd`)"
+            f"libvirt at {uri} did not list its domains within {CALL_TIMEOUT:g} s: its daemon hangs, or has no free"
+            " worker (see `virt-admin srv-threadpool-info libvirtd`)"
         )
     return entries
 
@@ -140,7 +140,7 @@ def _entry(libvirt: Any, domain: Any) -> DomainEntry | None:
     except libvirt.libvirtError as error:
         if error.get_error_code() == NO_DOMAIN:
             return None
-        return DomainEntry(name, uuid, error=f"libvirt does not tell its XML: {quoted(error)}")
+        return DomainEntry(name, uuid, error=f"libvirt does not return its XML: {quoted(error)}")
     try:
         live, defined = map(parse_domain, texts)
     except Odd as odd:

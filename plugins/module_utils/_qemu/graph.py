@@ -70,7 +70,7 @@ class Graph:
         """Add the node below the last one."""
         path.append(self.below[path[-1]])
         if len(path) > DEEPEST:
-            raise Odd(f"leads on from node {path[0]} without an end")
+            raise Odd(f"lists layers below node {path[0]} without an end")
 
     def layers(self) -> dict[str, tuple[str, ...]]:
         """Return the layers below each node, top first."""
@@ -92,7 +92,7 @@ class Graph:
                     found[upper] = tuple(lower)
                     room -= len(lower)
                     if room < 0:
-                        raise Odd(f"tells of more layers than QEMU can open: {len(lower)} below {upper}")
+                        raise Odd(f"lists more layers than QEMU can open: {len(lower)} below {upper}")
         return found
 
     def _layer(self, backing: Iterable[str]) -> list[str]:
@@ -126,7 +126,7 @@ async def _query_children(monitor: Monitor, devices_asked: dict[str, Any]) -> tu
     graph = Graph(devices, {node["node-name"]: node for node in nodes})
     for name, node in graph.nodes.items():
         if "children" not in node:
-            raise Odd(f"tells no children of {name}")
+            raise Odd(f"lists no children of {name}")
         for child in node["children"]:
             graph.used.add(child["node-name"])
             if child["child"] == "file":

@@ -107,8 +107,8 @@ class GuestAgent:
         """Raise AgentError where freezing, or the thawing that has to follow, is not to be had."""
         if await self.frozen():
             raise AgentError(
-                f"{self.place}: the guest's file systems are frozen by somebody else; left as it is. Where no other"
-                " backup is at work, thaw them (guest-fsfreeze-thaw)"
+                f"{self.place}: another program has frozen the guest's file systems, and they stay frozen. If no other"
+                " backup runs, thaw them (guest-fsfreeze-thaw)"
             )
         info = await self._ask("guest-info", ANSWER_TIMEOUT)
         try:

@@ -110,7 +110,7 @@ class Freezer:
     async def __aenter__(self) -> Freezer:
         self._channel = _start_guard(self._place)
         self.thaw_error = (
-            f"{self._place.name}: the guest's file systems were not seen thawed yet; a guard process goes on trying for"
+            f"{self._place.name}: the guest's file systems may still be frozen; a guard process tries to thaw them for"
             f" {THAW_LIMIT:g} s"
         )
         try:
@@ -163,7 +163,10 @@ class Freezer:
     async def _hear(self, seconds: float) -> dict[str, Any]:
         """Return the guard's next word; an empty one from a guard that is dead."""
         if not await wait_in_loop(self._channel, seconds):
-            return {"silent": True, "error": f"{self._place.name}: no word from the guard process within {seconds:g} s"}
+            return {
+                "silent": True,
+                "error": f"{self._place.name}: the guard process did not answer within {seconds:g} s",
+            }
         word: dict[str, Any] = json.loads(self._channel.recv(65536) or b"{}")
         return word
 

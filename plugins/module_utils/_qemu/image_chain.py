@@ -139,15 +139,15 @@ def _check(fd: int, layer: Layer) -> int:
 def _strange(header: Header, layer: Layer) -> str:
     """Return what a header says that the manifest does not; empty where the two fit."""
     if header.encrypted:
-        return "it is encrypted, as no image of a set is"
+        return "it is encrypted, and images of a set never are"
     if header.data_file is not None:
-        return f"its data are in another file ({_told(header.data_file)}), as those of no image of a set are"
+        return f"its data is in another file ({_told(header.data_file)}), and images of a set never have one"
     if header.size != layer.size:
         return f"it has {header.size} bytes, and the disk had {layer.size}"
     if header.backing != layer.backing:
-        return f"it builds on {_told(header.backing)}, and should on {_told(layer.backing)}"
+        return f"it builds on {_told(header.backing)}, but must build on {_told(layer.backing)}"
     if header.backing and header.backing_format not in (None, FORMAT):
-        return f"it builds on {_told(header.backing)} as {header.backing_format!r}, and should as {FORMAT}"
+        return f"it builds on {_told(header.backing)} as {header.backing_format!r}, but must do so as {FORMAT}"
     return ""
 
 

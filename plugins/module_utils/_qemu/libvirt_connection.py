@@ -155,7 +155,7 @@ class LibvirtConnection:
             )
         if code == OPERATION_TIMEOUT:
             return MonitorTimeout(
-                f"{self.address}: {what} was not begun: another command to this domain, of whomever, does not end"
+                f"{self.address}: {what} was not begun: another command to this domain, from any program, does not end"
                 f" ({said}); see `virsh domcontrol` and `virsh domjobinfo`"
             )
         if code in NO_RIGHTS:

@@ -89,12 +89,12 @@ class LibvirtDomain:
                 if not answer.done():
                     answer.cancel()
             if answer.cancelled():
-                who = "QEMU's main loop is blocked, by a hung disk or backup target most often, or " * (
+                who = "QEMU's main loop is blocked, usually by a hung disk or backup target, or " * (
                     self.connection.domain is not None
                 )
                 self._hangs = (
-                    f"{self.address}: no answer to {what} within {CALL_TIMEOUT:g} s: {who}libvirt itself hangs. Nothing"
-                    " more was asked of this domain"
+                    f"{self.address}: no answer to {what} within {CALL_TIMEOUT:g} s: {who}libvirt itself hangs. The"
+                    " module sends no more commands to this domain"
                 )
                 raise MonitorTimeout(self._hangs)
             return answer.result()
@@ -109,9 +109,9 @@ class LibvirtDomain:
                 return
             if milliseconds >= OCCUPIED_LIMIT * 1000:
                 raise MonitorTimeout(
-                    f"{self.address}: a command to this domain, of whomever, has had no answer for"
-                    f" {milliseconds / 1000:.0f} s (virsh domcontrol): QEMU is stopped, or its main loop is blocked by"
-                    " a hung disk or target. Nothing was asked of it"
+                    f"{self.address}: QEMU has not answered a command to this domain, from any program, for"
+                    f" {milliseconds / 1000:.0f} s (virsh domcontrol): QEMU is stopped, or a hung disk or target"
+                    " blocks its main loop. This module sent no command to it"
                 )
             if time.monotonic() >= deadline:
                 # Those were several: it takes its turn among them.

@@ -32,6 +32,6 @@ def _losses(disk: Disk, among: tuple[Disk, ...]) -> Iterator[str]:
     for other in among[among.index(disk) + 1 :]:
         if disk.shares_file(other) and not (disk.read_only and other.read_only):
             yield (
-                f"disks {disk.name} and {other.name} are on one file ({disk.file}): what is written through one of them"
-                " gets into the copy of the other at any moment"
+                f"disks {disk.name} and {other.name} are on one file ({disk.file}): a write through one of them can"
+                " get into the copy of the other at any moment"
             )

@@ -229,14 +229,14 @@ class Vm:
         if self.is_off and not disk.node:
             return (
                 f"disk {disk.name} of VM {self.name} ({disk.driver} {disk.filename}) cannot be copied while the VM is"
-                " off: that can only be done with qcow2 and raw images that it writes to; start it"
+                " off. Only qcow2 and raw images that the VM writes to can be copied then: start the VM"
             )
         names = [name for layer in self.chain(disk) for name in (layer.filename, layer.backing_file)]
         if not self.monitor.startswith("tcp:") or not any(TEMPORARY.search(name) for name in names):
             return ""
         return (
-            f"disk {disk.name} of VM {self.name} is temporary (-snapshot, snapshot=on). QEMU deletes each image that it"
-            " copies such a disk to by name, and over TCP there is no other way; give the VM a monitor on a UNIX socket"
+            f"disk {disk.name} of VM {self.name} is temporary (-snapshot, snapshot=on). QEMU deletes the copy of such"
+            " a disk if it opened the copy by its name, as it must over TCP. Give the VM a monitor on a UNIX socket"
         )
 
     def chain(self, disk: Disk) -> tuple[Disk, ...]:

@@ -105,7 +105,7 @@ class Monitor:
             return await asyncio.wait_for(looking, LOOK_TIMEOUT)
         except asyncio.TimeoutError:
             raise MonitorTimeout(
-                f"{self.address}: QEMU has not told all that was asked within {LOOK_TIMEOUT:g} s: it answers too slowly"
+                f"{self.address}: QEMU did not answer all questions within {LOOK_TIMEOUT:g} s: it answers too slowly"
             ) from None
 
     async def add_fdset(self, fds: Sequence[int], opaque: str) -> int:

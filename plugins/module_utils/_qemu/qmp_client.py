@@ -86,7 +86,7 @@ try:
                         raise QMPError(f"it answers a question that nobody has asked: {json.dumps(dict(msg))}")
                 elif "event" not in msg and "QMP" not in msg:
                     # The library would drop it, and whoever has asked would wait until the time-out.
-                    raise QMPError(f"it does not tell which question it answers: {json.dumps(dict(msg))}")
+                    raise QMPError(f"it does not say which question it answers: {json.dumps(dict(msg))}")
             return msg
 
 except ImportError:
@@ -151,7 +151,7 @@ class QmpClient:
         try:
             return version_text(greeting.QMP.version)
         except ValueError as error:
-            raise self._bad_greeting(QMPError("its greeting tells no version of QEMU")) from error
+            raise self._bad_greeting(QMPError("its greeting has no version of QEMU")) from error
 
     async def execute(self, command: str, arguments: dict[str, Any] | None, fd: int | None = None) -> Any:
         """Run one QMP command and return its C(return) member. The open file C(fd) goes with it."""
@@ -163,7 +163,7 @@ class QmpClient:
         except asyncio.TimeoutError:
             raise MonitorTimeout(
                 f"{self.address}: no answer to {command} within {COMMAND_TIMEOUT:g} s: QEMU's main loop is blocked,"
-                " by a hung disk or backup target most often"
+                " usually by a hung disk or backup target"
             ) from None
         except ExecuteError as error:
             said = redact_text(str(error))

@@ -264,8 +264,8 @@ async def _wait_for_end(process: Process | None, place: str) -> None:
     while process.alive if process else os.path.exists(pid):
         if time.monotonic() >= deadline:
             raise BackupError(
-                f"{PROGRAM} of {pid} does not end within {END_TIMEOUT:g} s: the target of a job hangs. Bring it back;"
-                " until then the VM cannot be started"
+                f"{PROGRAM} of {pid} does not end within {END_TIMEOUT:g} s: the target of a job hangs. Repair the"
+                " target; the VM cannot be started before that"
             )
         await asyncio.sleep(INTERVAL)
 

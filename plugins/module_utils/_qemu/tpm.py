@@ -41,7 +41,9 @@ STORE = "/var/lib/libvirt/swtpm/{}/{}"
 EMULATOR, EXTERNAL = "emulator", "external"
 """The backends that are swtpm, started by libvirt or by somebody else; with others, the state is not in a file."""
 CHIP = "it is in a chip of the hypervisor, which keeps it"
-UNKNOWN = "somebody else than libvirt starts its swtpm, and only that one tells where it is; start the domain"
+UNKNOWN = (
+    "another program than libvirt starts its swtpm, so the place is known only while the domain runs; start the domain"
+)
 FILE = "file://"
 """What begins the place of a state that is one file."""
 IN_FILE = "swtpm has it in one file, {}, and not in a directory; back that up by other means, while the VM is off"
@@ -100,9 +102,10 @@ def tpm_warnings(vm: Vm, uri: str) -> list[str]:
         return [f"the state of the TPM is not in the set: {UNKNOWN}"]
     if tpm.backend == EMULATOR and not (tpm.place or store(uri, vm.uuid, "")):
         told = (
-            f"the libvirt at {uri} keeps the state of the TPM elsewhere, and only a set that is made while the domain"
+            f"the libvirt at {uri} keeps the state of the TPM elsewhere, and the place is known only after a set"
+            " that was made while the domain"
         )
-        return [f"{told} runs tells where"]
+        return [f"{told} ran"]
     return []
 
 

@@ -187,7 +187,7 @@ def fleet_status(heres: Sequence[Mapping[str, Any]], max_age: str = "", silent: 
         *(f"{left['vm']}: {left['what']}" for one in leaders for left in one.found["leftovers"]),
         *_workers(fleet),
         *(f"! {name} could not be asked" for name in silent),
-        *(f"! what {what} has told of {one.name} cannot be used" for one in fleet for what in one.odd),
+        *(f"! the answer of {what} about {one.name} cannot be used" for one in fleet for what in one.odd),
     ]
     bad = {one.name: _bad_of(one, fleet, any(one is leader for leader in leaders), oldest) for one in fleet}
     there = sorted(known, key=str.lower)

@@ -45,7 +45,7 @@ class HypervisorNotes:
         problem = variables.get("__vm_backup_problem") or ""
         if "vms" in done and not fits(done, DONE):
             # Nothing of it is believed, and the others do not depend on it.
-            done, problem = {}, problem or "what backup_set has told of its VMs cannot be used"
+            done, problem = {}, problem or "the result of backup_set for its VMs cannot be used"
         unknown = (variables.get("__vm_backup_planned") or {}).get("unknown")
         return cls(
             name,
@@ -143,10 +143,10 @@ def _for_report(found: Sequence[HypervisorNotes], run: FleetRun, active: Sequenc
 
 def describe(run: FleetRun, own: bool, inventories: Sequence[str]) -> list[str]:
     """Return the summary for people, what went wrong last: that is what is seen at the end of a long output."""
-    lines = [_headline(run), *(f"FAILED  {name}: it was lost before; the reason is above" for name in run.lost)]
+    lines = [_headline(run), *(f"FAILED  {name}: it failed before; its error is above" for name in run.lost)]
     for one in run.members:
         if one.problem or not one.answered:
-            problem = one.problem or "nothing is known of its VMs; the reason is above"
+            problem = one.problem or "the state of its VMs is unknown; its error is above"
             lines.append(f"FAILED  {one.name}: {problem}")
         lines += [
             f"FAILED  {one.name}, {printable(vm['name'])}: {printable(vm['error'] or vm['reason'])}"
@@ -155,8 +155,8 @@ def describe(run: FleetRun, own: bool, inventories: Sequence[str]) -> list[str]:
         ]
     if run.again:
         lines.append(
-            "Run it again when the reasons are gone, with the same options and"
-            f" -e vm_backup_id={run.id}; sets that are there stay as they are:"
+            f"Remove the reasons, then run it again with the same options and -e vm_backup_id={run.id}. Sets that"
+            " exist are not changed:"
         )
         lines.append(_command(run, own, inventories))
     return [printable(each) for line in lines for each in line.splitlines()]

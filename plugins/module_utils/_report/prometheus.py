@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 DAMAGED = "vmfleet_backup_damaged"
 HELP = {
     "vmfleet_backup_last_run_timestamp_seconds": "When the last run of the hypervisor ended.",
-    "vmfleet_backup_last_run_vms": "VMs of the last run by what has become of them.",
-    "vmfleet_backup_last_success_timestamp_seconds": "When the VM's newest good set was begun; 0 where there is none.",
+    "vmfleet_backup_last_run_vms": "VMs of the last run by their result.",
+    "vmfleet_backup_last_success_timestamp_seconds": "Start of the VM's newest good set; 0 if there is none.",
     "vmfleet_backup_duration_seconds": "How long the newest good set took.",
     "vmfleet_backup_size_bytes": "Size of the images of the newest good set.",
     "vmfleet_backup_level": "Level of the newest good set: 1 for the one it has.",

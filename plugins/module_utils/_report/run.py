@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from typing import Any
 
 
-NO_REASON = "it has told nothing: it could not be reached, or has failed before its VMs; the output of the run says why"
+NO_REASON = (
+    "it reported nothing: Ansible could not reach it, or it failed before its VMs were read; see the output of the run"
+)
 BLANK: dict[str, Any] = {"repository": "", "id": "", "written": "", "error": "", "vms": []}
 """Stands for the record of a hypervisor that has reported nothing."""
 
@@ -81,7 +83,7 @@ def _checked(record: Mapping[str, Any]) -> dict[str, Any]:
     try:
         return {**RECORD.read(record), "state": HypervisorState.REPORTED}
     except DocumentError as error:
-        return {"state": HypervisorState.UNREACHED, "error": f"what it has told cannot be used: {error}"}
+        return {"state": HypervisorState.UNREACHED, "error": f"its result cannot be used: {error}"}
 
 
 def summarize(hypervisors: Iterable[Mapping[str, Any]]) -> dict[str, Any]:

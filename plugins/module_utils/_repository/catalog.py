@@ -178,9 +178,7 @@ def require_newest(repository: Repository, catalog: VmCatalog) -> None:
         place = repository.directory(catalog.name)
         reasons = "; ".join(catalog.records.odd.get(one, f"{place}/{one} has no manifest") for one in lost)
         ids = ", ".join(one.id for one in catalog.records.sets) or "none"
-        raise Refused(
-            "id", f"VM {catalog.name}: nobody can tell which set is the newest: {reasons}. Name one of: {ids}"
-        )
+        raise Refused("id", f"VM {catalog.name}: it is unknown which set is the newest: {reasons}. Name one of: {ids}")
 
 
 def lost_sets(repository: Repository, vm: str, records: VmRecords) -> list[str]:

@@ -135,8 +135,8 @@ class Repository:
         """Raise BackupError where another repository is at this path by now, or none."""
         if open_repository(self.path) != self:
             raise BackupError(
-                f"repository: {self.path} is another repository now: its file system was unmounted, or its disk"
-                " exchanged; bring the right one back"
+                f"repository: {self.path} is another repository now: its file system was unmounted, or its disk was"
+                " exchanged; mount the right one again"
             )
 
     def records(self, vm: str) -> VmRecords:

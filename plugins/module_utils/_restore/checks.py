@@ -51,7 +51,7 @@ def refuse_collisions(disks: Sequence[DiskRestore]) -> None:
         refuse_inside("target", target)
         names = {target, target + PARTIAL, target + RECEIPT}
         if names & taken:
-            raise Refused("target", f"{disk.target} comes in the way of another disk's target")
+            raise Refused("target", f"{disk.target} conflicts with the target of another disk")
         taken |= names
 
 
@@ -120,7 +120,7 @@ def check_target(disk: DiskRestore, overwrite: bool) -> None:
             raise Refused("target", f"{disk.target} is neither a file nor a block device")
         if not overwrite:
             raise Refused(
-                "target", f"{disk.target} exists, and is not this restore; with overwrite: true it is replaced"
+                "target", f"{disk.target} exists, and this restore has not written it; overwrite: true replaces it"
             )
         check_unused(disk.target)
 
@@ -130,7 +130,7 @@ def check_device(disk: DiskRestore, overwrite: bool) -> None:
     if disk.overlay or disk.format != "raw":
         raise Refused("target", f"{disk.target} is a block device: it takes a copy in format raw only")
     if not overwrite:
-        raise Refused("target", f"{disk.target} is a block device: overwrite: true says that its content may go")
+        raise Refused("target", f"{disk.target} is a block device: to replace its content, use overwrite: true")
     fd = os.open(disk.target, os.O_RDONLY | os.O_CLOEXEC)
     try:
         size = os.lseek(fd, 0, os.SEEK_END)
@@ -238,7 +238,7 @@ async def check_checksums(
     if errors:
         wrong = "; ".join(f"set {set_id}, disk {disk}: {error}" for (set_id, disk), error in errors.items())
         spoilt = [disk.target for disk in disks if disk.block_device and disk.target in paces]
-        devices = f" but {', '.join(spoilt)}, which must not be used" if spoilt else ""
+        devices = f", except {', '.join(spoilt)}: do not use its content" if spoilt else ""
         raise BackupError(f"VM {vm}: {wrong}. Nothing was restored{devices}")
 
 

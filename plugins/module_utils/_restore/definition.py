@@ -146,7 +146,7 @@ def _replace_disks(root: Element, restored: Mapping[str, DiskRestore]) -> Iterat
                 yield f"drive {name} is empty: what was in it is not in the set"
         else:
             devices.remove(element)
-            yield f"disk {name} is not in the set, and was taken out of the domain"
+            yield f"disk {name} is not in the set, and was removed from the domain"
     for name in restored:
         if name not in known:
             yield f"disk {name} was restored, but belongs to no disk of the domain as it was defined; attach it"
@@ -190,7 +190,7 @@ def _drop_tpm_place(root: Element) -> Iterator[str]:
     for backend in root.iterfind("devices/tpm/backend[@type='emulator']"):
         if backend.find("source") is not None:
             _remove(backend, "source")
-            yield "the state of its TPM is where libvirt keeps it by itself, and not where the old domain has had it"
+            yield "the state of its TPM is in the default place of libvirt, not in the place of the old domain"
 
 
 def _check_emulator(root: Element, emulators: frozenset[str]) -> Iterator[str]:
@@ -200,7 +200,7 @@ def _check_emulator(root: Element, emulators: frozenset[str]) -> Iterator[str]:
     path = "" if emulator is None else (emulator.text or "").strip()
     if emulator is not None and path not in emulators:
         devices.remove(emulator)
-        yield f"libvirt does not know the emulator {path} here, and takes its own"
+        yield f"libvirt does not know the emulator {path} here, and uses its own"
 
 
 def _tell_uses(root: Element) -> Iterator[str]:

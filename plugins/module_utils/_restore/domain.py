@@ -116,7 +116,9 @@ async def plan_domain(
     address = parse_address(f"libvirt:{request.name or old.name}", "domain_name", request.libvirt_uri)
     missing = await _missing(needed_files(root))
     if missing:
-        raise Refused("domain", f"it starts from {missing[0]}, which is not on this machine; bring it there first")
+        raise Refused(
+            "domain", f"the domain starts from {missing[0]}, which does not exist on this machine; copy it there first"
+        )
     system = root.find("os/type")
     arch = "" if system is None else system.get("arch", "")
     look = await libvirt_host.ask(
@@ -132,7 +134,7 @@ async def plan_domain(
     files, notes = _tpm_files(description, address, uuid)
     for path, content in files.items():
         if not request.overwrite and os.path.lexists(path) and _content(path) != content:
-            raise Refused("domain", f"{path} exists, and is not of this set; with overwrite: true it is replaced")
+            raise Refused("domain", f"{path} exists, and is not of this set; overwrite: true replaces it")
     wanted = Wanted(address.domain, uuid, request.mac == Identity.NEW)
     xml, more = redefine(root, wanted, disks, origin, look.emulators)
     closed = _closed_directory(disks, look.user)
@@ -140,7 +142,7 @@ async def plan_domain(
         notes.append(f"it cannot be started yet: the user that QEMU runs as ({look.user[0]}) cannot enter {closed}")
     absent = [entry for entry in description.get("removed", ()) if entry.startswith(DOMAIN)]
     if absent:
-        notes.append("not in the set, and to be given again: {}".format("; ".join(absent)))
+        notes.append("not in the set, so give the domain again: {}".format("; ".join(absent)))
     is_placed = all(_content(path) == content for path, content in files.items())
     return DomainRestore(address, uuid, xml, files, is_defined, is_placed, look.xml, (*notes, *more))
 
@@ -192,8 +194,8 @@ def _read(repository: Repository, manifest: Manifest) -> dict[str, Any]:
         return read_description(repository, manifest)
     except (OSError, ValueError, WrongEntry) as error:
         raise BackupError(
-            f"VM {manifest.vm.name}: vm.json of set {manifest.id} cannot be read ({in_words(error)}), and nothing else"
-            " tells how the domain was defined"
+            f"VM {manifest.vm.name}: vm.json of set {manifest.id} cannot be read ({in_words(error)}), and no other"
+            " file has the definition of the domain"
         ) from error
 
 
@@ -203,8 +205,8 @@ def _parse(manifest: Manifest, description: dict[str, Any]) -> Element:
     if not domain.get("xml"):
         raise Refused(
             "domain",
-            f"set {manifest.id} does not say how a domain was defined: its VM was not reached through libvirt"
-            " (libvirt:NAME), or an earlier release has made it. Restore the disks, and define the domain by hand",
+            f"set {manifest.id} has no definition of a domain: the backup did not reach its VM through libvirt"
+            " (libvirt:NAME), or an earlier release made the set. Restore the disks, and define the domain by hand",
         )
     try:
         parse_domain(domain["xml"])
@@ -262,8 +264,8 @@ def _check_names(look: Look, address: Address, uuid: str, is_defined: bool, over
     if not overwrite:
         raise Refused(
             "domain_name",
-            f"there is a domain {name}, which is not this restore; give another name, or with overwrite: true it is"
-            " defined anew",
+            f"domain {name} exists, and this restore has not defined it; give another name, or replace its definition"
+            " with overwrite: true",
         )
     if known != uuid:
         raise Refused(
@@ -309,7 +311,9 @@ def _tpm_files(description: dict[str, Any], address: Address, uuid: str) -> tupl
         except binascii.Error as error:
             raise BackupError(f"vm.json: the state of the TPM is damaged: {error}") from None
         if len(content) > LARGEST:
-            raise BackupError(f"vm.json: the state of the TPM has {len(content)} bytes, as that of no TPM has")
+            raise BackupError(
+                f"vm.json: the state of the TPM has {len(content)} bytes, and the state of a TPM never has so many"
+            )
         files[os.path.join(store(address.uri, uuid, kind), name)] = content
     return files, []
 

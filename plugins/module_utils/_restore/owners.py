@@ -42,9 +42,8 @@ async def refuse_owned(sources: Mapping[str, Sequence[Source]], disks: Sequence[
         found = await within(TIMEOUT, _owner, sources, [disk.target for disk in disks])
     except asyncio.TimeoutError:
         raise BackupError(
-            f"the disks of the other domains have not been looked at within {TIMEOUT:g} s, as a file system hangs, and"
-            " so nobody knows whether one of them builds on a file that would be replaced. Restore to other places,"
-            " where there is nothing yet"
+            f"a file system hangs, so the disks of the other domains could not be checked within {TIMEOUT:g} s. One of"
+            " them may build on a file that would be replaced. Restore to places where no file exists yet"
         ) from None
     if found:
         target, owner = found

@@ -63,8 +63,8 @@ async def put_pin(repository: Repository, vm: str, disk: DiskRestore, warnings: 
         # The set has to be there, with the lock or without.
         images(repository, disk)
         warnings.append(
-            f"{repository.path} cannot be written to ({in_words(error)}), and so nobody is told that set {pin.id} is in"
-            f" use: do not prune it while {pin.path} is there"
+            f"{repository.path} cannot be written to ({in_words(error)}), so no note says that set {pin.id} is in use."
+            f" Do not prune it while {pin.path} exists"
         )
         return False
     return True
@@ -94,8 +94,8 @@ async def _remove_or_warn(repository: Repository, vm: str, pins: Sequence[Pin], 
     except (BackupError, OSError) as error:
         ids = ", ".join(sorted({pin.id for pin in pins}))
         warnings.append(
-            f"{repository.path} cannot be written to ({in_words(error)}), and so set {ids} still counts as in use by"
-            f" {pins[0].path}: restore once more, or leave it to the next prune on this machine"
+            f"{repository.path} cannot be written to ({in_words(error)}), so set {ids} still counts as in use by"
+            f" {pins[0].path}: repeat the restore, or wait for the next prune on this machine"
         )
 
 

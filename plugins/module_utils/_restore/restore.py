@@ -185,8 +185,8 @@ def _check_made(path: str, made: tuple[int, int]) -> None:
     """Raise BackupError where another thing stands at C(path) than the file that was made."""
     if target_files.identity(path) != made:
         raise BackupError(
-            f"{path} is another file by now: somebody else restores to the same place, or has put something there; see"
-            " who it is, and restore again"
+            f"somebody has replaced {path}: another restore uses the same place, or another program has written there."
+            " Find out who, then restore again"
         )
 
 

@@ -197,9 +197,7 @@ async def _wait(
 
 def _early_end(status: int, log: str, tail: tuple[str, ...]) -> BootResult:
     if status == 0:
-        return BootResult(
-            "the guest switched off or restarted before it gave a sign of life; its console tells more", tail
-        )
+        return BootResult("the guest switched off or restarted before it gave a sign of life; see its console", tail)
     reason = "; ".join(log.splitlines()[-3:]) or f"status {status}"
     remedy = "give boot_options that fit this machine"
     if NOT_STARTED in reason:
@@ -211,10 +209,10 @@ def _early_end(status: int, log: str, tail: tuple[str, ...]) -> BootResult:
 def _no_sign(options: BootOptions, tail: tuple[str, ...]) -> str:
     signs = ["its agent's answer"] if options.agent else []
     signs += [f"{options.pattern!r} on its console"] if options.pattern else []
-    hint = "its console tells more" if tail else "its console said nothing (does the guest use the serial console?)"
+    hint = "see its console" if tail else "its console said nothing (does the guest use the serial console?)"
     return (
-        f"the guest gave no sign of life ({' or '.join(signs)}) within {options.timeout:g} s: {hint}. A slow one needs"
-        " a longer boot_timeout, one that misses something boot_options"
+        f"the guest gave no sign of life ({' or '.join(signs)}) within {options.timeout:g} s: {hint}. Give a slow"
+        " guest a longer boot_timeout, and a guest that lacks something boot_options"
     )
 
 

@@ -69,7 +69,7 @@ async def start(run: VerifyRun, check: SetCheck, options: BootOptions) -> boot.B
         # QEMU is told of a descriptor before it is to use it.
         told = [word for fd in files.sets for word in ("-add-fd", f"fd={fd},set={fd}")]
         pins = [_pin(check.manifest, disk) for disk in disks]
-        pinned = await annotate(run, check, pins, "no prune is told that it is in use")
+        pinned = await annotate(run, check, pins, "no note says that it is in use, so a prune may remove it")
         try:
             return await boot.watch([options.qemu, *told, *arguments], directory, options, files.inherited)
         finally:

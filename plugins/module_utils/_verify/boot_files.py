@@ -101,8 +101,8 @@ class BootFiles(contextlib.ExitStack):
             status = os.fstat(place)
             if not (os.path.isabs(path) and stat.S_ISREG(status.st_mode) and self._may_be_used(found)):
                 raise BackupError(
-                    f"{_named(path, what)} is no firmware of this machine, and was not read: what a set names may be"
-                    f" anything; {REMEDY}"
+                    f"{_named(path, what)} is no firmware of this machine, so it was not read: a set can name any"
+                    f" file; {REMEDY}"
                 )
             if status.st_size > most:
                 raise BackupError(f"{_named(path, what)} has {human(status.st_size)}, and {human(most)} is the most")
@@ -117,7 +117,7 @@ class BootFiles(contextlib.ExitStack):
         return bool(FIRMWARE.match(path)) or any(f"{path}/".startswith(f"{one}/") for one in self._allowed)
 
 
-REMEDY = "boot_files says which others may be used, and boot_options takes the place of what the set says"
+REMEDY = "allow it with boot_files, or replace what the set says with boot_options"
 
 
 def _named(path: str, what: str) -> str:

@@ -70,14 +70,19 @@ class BootOptions:
     def check(self) -> None:
         """Raise Refused where these options cannot be used."""
         if not self.pattern and not self.agent:
-            raise Refused("boot_agent", "without the agent, only a boot_pattern could show that the guest lives")
+            raise Refused(
+                "boot_agent", "without the agent, only boot_pattern can show that the guest has started; give one"
+            )
         try:
             re.compile(self.pattern)
         except re.error as error:
             raise Refused("boot_pattern", f"{self.pattern!r} is no regular expression: {error}") from error
         for option, _value in pairs(self.extra):
             if option in FORBIDDEN:
-                raise Refused("boot_options", f"{option}: a throwaway VM has no network, and is waited for")
+                raise Refused(
+                    "boot_options",
+                    f"{option}: a throwaway VM may not have a network, and may not run in the background",
+                )
         for path in self.files:
             if not os.path.isabs(path) or not os.path.exists(path):
                 raise Refused("boot_files", f"there is no file or directory {path}")
@@ -205,8 +210,8 @@ def _memory(wanted: int, available: int) -> str:
     """Return the memory of a VM; BackupError where the machine has too little for it."""
     if wanted > available * MEMORY_SHARE:
         raise BackupError(
-            f"the VM had {human(wanted)} of memory, and of the {human(available)} that are available on this machine"
-            f" it may have {MEMORY_SHARE:.0%}; give it less with boot_options, such as [-m, 1G]"
+            f"the VM had {human(wanted)} of memory. This machine has {human(available)} available, and a throwaway VM"
+            f" may use {MEMORY_SHARE:.0%} of that; give it less with boot_options, such as [-m, 1G]"
         )
     return f"{wanted // MIB}M" if wanted else ""
 
@@ -249,7 +254,9 @@ def _unit(qdev: str) -> int:
     """Return which flash chip it is; BackupError for one that no machine has."""
     unit = re.findall(r"flash(\d+)", qdev)[0]
     if unit not in FLASH_UNITS:
-        raise BackupError(f"the set has flash chip {unit[:9]}, and a throwaway VM is given {' and '.join(FLASH_UNITS)}")
+        raise BackupError(
+            f"the set has flash chip {unit[:9]}, and a throwaway VM can only have {' and '.join(FLASH_UNITS)}"
+        )
     return int(unit)
 
 

@@ -39,6 +39,6 @@ def checked(kind: str, value: str) -> str:
     if not re.fullmatch(PATTERNS[kind], value):
         shown = repr(value[:TOLD]) + ("..." if len(value) > TOLD else "")
         raise BackupError(
-            f"vm.json has {shown} as {kind}, which no throwaway VM is given; boot_options can say what it gets"
+            f"vm.json has {shown} as {kind}, and a throwaway VM cannot have that; choose another with boot_options"
         )
     return value

@@ -63,7 +63,7 @@ def _bad_description(repository: Repository, manifest: Manifest) -> list[str]:
     except (OSError, ValueError) as error:
         path = os.path.join(repository.set_path(manifest.vm.name, manifest.id), DESCRIPTION)
         why = error.strerror if isinstance(error, OSError) else error
-        return [f"{path} cannot be read ({why}), and nothing else tells how the VM was built; {REMEDY}"]
+        return [f"{path} cannot be read ({why}), and no other file says how the VM was built; {REMEDY}"]
     return []
 
 

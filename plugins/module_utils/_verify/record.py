@@ -43,7 +43,7 @@ async def record(run: VerifyRun, check: SetCheck) -> None:
         )
         for manifest, found in faults.values()
     ]
-    await annotate(run, check, verifications, "nobody is told how this verification ended")
+    await annotate(run, check, verifications, "the result of this verification is not recorded")
 
 
 def _damaged_sets(check: SetCheck) -> Iterator[tuple[Manifest, list[Finding]]]:
@@ -98,8 +98,8 @@ def _updated(catalog: VmCatalog, one: Verification | Pin, warnings: list[str]) -
     if before and not before.ok and _is_deeper(before, one):
         if one.ok:
             warnings.append(
-                f"VM {catalog.name}, set {one.id}: it still counts as not good, by what depth {before.depth} found"
-                f" on {before.when}; look as deep again"
+                f"VM {catalog.name}, set {one.id}: it still counts as not good, because depth {before.depth} found"
+                f" damage on {before.when}; verify it with that depth again"
             )
             return None
         # A guest that did not start must not hide that its images are damaged.

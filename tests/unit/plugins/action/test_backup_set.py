@@ -222,8 +222,8 @@ def test_how_to_go_on_is_said_once_for_all_hypervisors(stage: Stage) -> None:
     stage.run(COPYING, COPYING, DONE)
     stage.calls.clear()
     stage.run(COPYING, DONE)
-    assert stage.shown[0].startswith("Ctrl-C, or a lost connection, leaves the copies running.\n")
-    assert "-e vm_backup_id=s1;" in stage.shown[0]
+    assert stage.shown[0].startswith("The copies continue after Ctrl-C, and without a connection.\n")
+    assert "-e vm_backup_id=s1." in stage.shown[0]
     assert "vmfleet.backup.cancel" in stage.shown[0]
     assert "Ctrl-C" not in "".join(stage.shown[1:])
 
@@ -281,7 +281,7 @@ def test_what_cannot_be_reached_is_told_and_left_to_ansible(stage: Stage) -> Non
         stage.run(COPYING, AnsibleConnectionFailure("gone"))
     assert stage.shown[-1] == (
         "hv1: 2 of 2 VMs are unfinished, and their copies may still run: web01, web02."
-        " Run the backup again with id s1 to go on with them"
+        " Run the backup again with id s1 to continue them"
     )
 
 

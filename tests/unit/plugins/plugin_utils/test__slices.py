@@ -166,7 +166,7 @@ def test_a_later_call_that_fails_as_a_whole_says_what_is_unfinished() -> None:
     assert result["failed"]
     assert result["msg"] == (
         "repository: gone; 2 of 3 VMs are unfinished, and their copies may still run: a, c."
-        " Run the backup again with id s1 to go on with them"
+        " Run the backup again with id s1 to continue them"
     )
     assert [vm["state"] for vm in result["vms"]] == ["running", "published", "queued"]
     assert (result["changed"], result["module_stderr"], result["summary"]["published"]) == (True, "trace", 1)

@@ -110,8 +110,8 @@ def test_the_disks_of_a_set() -> None:
 
 def test_failures_are_told_with_their_reasons_and_what_to_do() -> None:
     assert failure(OUTCOMES, "s1", "completed") == (
-        "1 of 4 VMs have no set s1: web01: target full."
-        " Run the backup again with id s1: sets that are there stay as they are"
+        "1 of 4 VMs have no set s1: web01: target full. Run the backup again with id s1: it does not change sets that"
+        " exist"
     )
     cancelled = Outcome("db01", "s1", "cancelled", error="on request")
     assert failure([cancelled], "s1", "started").startswith("1 of 1 VMs have no set s1: db01: on request.")

@@ -94,7 +94,7 @@ def test_start_is_looked_at_and_not_made(tmp_path: Path) -> None:
 
 
 def test_what_would_be_refused(tmp_path: Path) -> None:
-    with pytest.raises(BackupError, match=r"is busy with j0, which leaves out disk drive1 to .*1\.qcow2; wait for it"):
+    with pytest.raises(BackupError, match=r"is busy with j0, but not with disk drive1 to .*1\.qcow2; wait until"):
         predict(copies(tmp_path, RUNNING, ABSENT))
-    with pytest.raises(Refused, match=r"^target: VM web01: the targets are there, but come from different moments"):
+    with pytest.raises(Refused, match=r"^target: VM web01: the targets exist, but are of different moments"):
         predict(copies(tmp_path, DONE, DONE, attempts="ab"))

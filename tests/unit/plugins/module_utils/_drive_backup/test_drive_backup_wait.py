@@ -90,7 +90,9 @@ def test_running_job_is_taken_up(state: RequestedState, speed: int, attempt: str
 def test_job_is_left_running_where_that_is_asked_for() -> None:
     known: list[dict[str, Any]] = [{"state": "running"}]
     session = Session(DriveBackupRequest(ADDRESS, (), on_timeout=OnTimeout.LEAVE))
-    with pytest.raises(JobFailed, match=r"^timeout: not done; the job is left running, as on_timeout says$") as failure:
+    with pytest.raises(
+        JobFailed, match=r"^timeout: not done; the job continues, because on_timeout says so$"
+    ) as failure:
         asyncio.run(drive_backup._time_out(session, "a1", known, "timeout: not done"))
     assert failure.value.details == {"jobs": known}
     assert not session.commands

@@ -96,7 +96,7 @@ class TestFinish:
         fake = FakeMonitor(ENDED)
         copy = ended(target)
         target.write_text("somebody else's")
-        with pytest.raises(JobFailed, match=r"could not be made safe: .*something has appeared there"):
+        with pytest.raises(JobFailed, match=r"could not be written to stable storage: .*something has appeared there"):
             asyncio.run(finish(locked(fake), [copy]))
         assert (target.read_text(), fake.commands) == ("somebody else's", [])
         left = receipt.read(copy.record_path)

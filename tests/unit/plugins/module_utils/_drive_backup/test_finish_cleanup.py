@@ -119,7 +119,7 @@ class TestCleanUp:
         asyncio.run(finish.clean_up(hands, self.pair(tmp_path, mode, **values)))
         assert sorted(os.listdir(tmp_path)) == left
         [warning] = hands.session.warnings
-        assert warning.endswith(f"is replaced: disk drive1 to {tmp_path}/y.qcow2: its QEMU has ended")
+        assert warning.endswith(f"this one replaces it: disk drive1 to {tmp_path}/y.qcow2: its QEMU has ended")
 
     def test_call_that_has_waited_fails(self, tmp_path: Path) -> None:
         hands = locked(qemu("j0"))

@@ -93,13 +93,17 @@ class TestRecorded:
                 {}, {"jobs": (job("other"),)}, CopyState.DEAD, f"does not list its job {JOB}", id="not listed"
             ),
             pytest.param(
-                {"phase": "cancelling"}, {"jobs": (job(JOB),)}, CopyState.DEAD, "it had been given up", id="given up"
+                {"phase": "cancelling"},
+                {"jobs": (job(JOB),)},
+                CopyState.DEAD,
+                "an earlier call cancelled it",
+                id="given up",
             ),
             pytest.param(
                 {"phase": "cancelling", "finished": "2026-11-22T01:31:00.000Z"},
                 {},
                 CopyState.DEAD,
-                "it had been given up",
+                "an earlier call cancelled it",
                 id="given up after it was finished",
             ),
             pytest.param(
@@ -152,24 +156,27 @@ class TestRecorded:
     @pytest.mark.parametrize(
         ("values", "reason"),
         [
-            ({"hypervisor": "elsewhere"}, "is being made on another hypervisor (machine-id elsewhere, VM web01"),
-            ({"identity": OTHER}, "is being made for another VM (web01"),
+            ({"hypervisor": "elsewhere"}, " is being made on another hypervisor (machine-id elsewhere, VM web01"),
+            ({"identity": OTHER}, " is being made for another VM (web01"),
             # Nobody can tell over TCP whether the other VM's QEMU has ended.
-            ({"identity": OTHER, "process": []}, "is being made of VM web01 since"),
+            (
+                {"identity": OTHER, "process": []},
+                ": a call in another container, or outside of this one, began it for VM web01 at ",
+            ),
             (
                 {"identity": OTHER, "process": [], "phase": "copied", "finished": "2026-11-22T01:31:00.000Z"},
-                "is being made for another VM (web01",
+                " is being made for another VM (web01",
             ),
-            ({"device": "drive1"}, f"is being made by job {JOB} from disk drive1 (sync full,"),
-            ({"sync": "top"}, f"is being made by job {JOB} from disk drive0 (sync top,"),
-            ({"bitmap": "b1"}, f"is being made by job {JOB}"),
+            ({"device": "drive1"}, f": job {JOB} is already making it from disk drive1 (sync full,"),
+            ({"sync": "top"}, f": job {JOB} is already making it from disk drive0 (sync top,"),
+            ({"bitmap": "b1"}, f": job {JOB} is already making it from disk drive0"),
         ],
     )
     def test_what_somebody_else_makes_is_left_alone(self, values: dict[str, Any], reason: str, target: Path) -> None:
         remember(target, **values)
         with pytest.raises(BackupError) as refused:
             examine(ask(target), vm(jobs=(job(JOB),)))
-        assert str(refused.value).startswith(f"target: {target} {reason}")
+        assert str(refused.value).startswith(f"target: {target}{reason}")
 
     def test_unreadable_record_is_refused(self, target: Path) -> None:
         Path(f"{target}.receipt.json.partial").write_text("{}")
@@ -206,7 +213,7 @@ class TestUnrecorded:
 
     def test_job_without_its_record_is_left_alone(self, target: Path) -> None:
         drive = ask(target, job_id="mine")
-        with pytest.raises(BackupError, match=r"job mine runs, but .*x\.qcow2\.receipt\.json\.partial, .* is gone"):
+        with pytest.raises(BackupError, match=r"job mine runs, but .*x\.qcow2\.receipt\.json\.partial, .* is missing"):
             examine(drive, vm(jobs=(job("mine"),)), {"mine": digest(drive, disk())})
 
     @pytest.mark.parametrize("owners", [{}, {"mine": "0123456789ab"}])
@@ -221,7 +228,7 @@ class TestUnrecorded:
         remember(target, job="mine")
         drive = ask(target, job_id="mine")
         listed = vm(jobs=(job("mine", status),), process=own_process())
-        with pytest.raises(BackupError, match=r"made by job mine of VM .* the note whose job that is has been lost"):
+        with pytest.raises(BackupError, match=r"job mine of VM .* but no note of this version says who began the job"):
             examine(drive, listed)
         assert examine(drive, listed, {"mine": digest(drive, disk())}).found != CopyState.DEAD
         # Another copy's job of that id leaves no doubt.
@@ -239,7 +246,7 @@ class TestUnrecorded:
             image.touch()
         else:
             image.symlink_to("nowhere")
-        with pytest.raises(Refused, match=r"^target: .*x\.qcow2\.partial is in the way"):
+        with pytest.raises(Refused, match=r"^target: .*x\.qcow2\.partial exists, and no record"):
             examine(ask(target), vm())
 
     def test_target_that_exists_is_its_own_image(self, target: Path) -> None:

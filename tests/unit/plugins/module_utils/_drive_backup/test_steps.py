@@ -57,11 +57,11 @@ ROWS: dict[str, tuple[Situation, DriveStep]] = {
         situation(copy(RUNNING), copy(DEAD), state=RequestedState.CANCELLED),
         DriveStep.CANCEL,
     ),
-    "one image of a group came to a bad end: the others are of no use without it": (
+    "one image of a group failed: the others are useless without it": (
         situation(copy(RUNNING), copy(BROKEN)),
         DriveStep.CLEAN_UP,
     ),
-    "an image came to a bad end, and the others have ended as well": (
+    "an image failed, and the jobs of the others have ended": (
         situation(copy(ENDED), copy(DEAD), **INDIVIDUAL),
         DriveStep.CLEAN_UP,
     ),
@@ -70,7 +70,10 @@ ROWS: dict[str, tuple[Situation, DriveStep]] = {
         DriveStep.REFUSE_BUSY,
     ),
     "jobs run": (situation(copy(RUNNING), copy(BROKEN), copy(DONE, "b"), **INDIVIDUAL), DriveStep.JOIN),
-    "what was waited for is gone": (situation(copy(ENDED), copy(OCCUPIED), followed="a"), DriveStep.FAIL),
+    "the jobs that the call waited for are gone": (
+        situation(copy(ENDED), copy(OCCUPIED), followed="a"),
+        DriveStep.FAIL,
+    ),
     "an image is not there": (situation(copy(DONE, "b"), copy(OCCUPIED)), DriveStep.START),
     "the images are of several moments": (situation(copy(DONE), copy(DONE, "b")), DriveStep.REFUSE_MIXED),
     "all images are there, or whole": (

@@ -239,8 +239,8 @@ class TestAppArmor:
         with (tmp_path / "x").open("w") as sample:
             found = admit(label_of(PID, str(tmp_path)), Sample(sample.fileno(), "/srv"), root=str(tmp_path))
         assert found.reason == (
-            f"this process is confined by AppArmor profile backupper; QEMU, which is confined by {PROFILE}, would not"
-            " be given files opened by it; run it unconfined"
+            f"this process is confined by AppArmor profile backupper; QEMU, which is confined by {PROFILE}, could not"
+            " use the files that it opens; run the backup unconfined"
         )
         assert not found.label
 
@@ -388,8 +388,8 @@ class TestNotGiven:
         machine.process(PID, f"{PROFILE} (enforce)".encode())
         machine.process("self", b"backupper (enforce)")
         found = self.said(machine)
-        assert found.startswith("QEMU was not given /srv/backup/web01/x.qcow2, which was handed over to it open: ")
-        assert all(part in found for part in ("profile backupper", PROFILE, "run it unconfined"))
+        assert found.startswith("QEMU did not receive the open file /srv/backup/web01/x.qcow2: ")
+        assert all(part in found for part in ("profile backupper", PROFILE, "run the backup unconfined"))
 
     @as_root
     def test_label(self, machine: Machine) -> None:

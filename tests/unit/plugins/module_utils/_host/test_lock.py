@@ -59,7 +59,7 @@ def test_directory_of_somebody_else_is_refused(directory: Path, monkeypatch: pyt
     """As one that libvirt's QEMUs make their sockets in: owned by their user."""
     directory.mkdir(mode=0o700)
     monkeypatch.setattr(os, "lstat", lambda _path: SimpleNamespace(st_uid=64055, st_mode=stat.S_IFDIR | 0o700))
-    with pytest.raises(BackupError, match=r"is drwx------ of user 64055\. .* a lock in it would hold nobody off"):
+    with pytest.raises(BackupError, match=r"is drwx------ of user 64055\. .* otherwise its locks protect nothing"):
         host_lock_path(None, Address(path="/run/qemu/web01.qmp"))
 
 

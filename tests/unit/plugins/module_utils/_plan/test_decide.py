@@ -144,7 +144,7 @@ DECISIONS = {
         Observation(vm(domain=Domain(DomainXml("web01", UUID), "a save"))),
         VmRecords(),
         "fail",
-        "busy: libvirt is at work on the domain: a save; wait for its end",
+        "busy: libvirt is working on the domain: a save; wait for its end",
     ),
     "a domain": (Observation(vm(domain=Domain(DomainXml("web01", UUID)))), VmRecords(), "start", "no set"),
     "somebody's ended job": (Observation(vm(jobs=(job("job7", "concluded"),))), VmRecords(), "start", "no set"),
@@ -239,7 +239,7 @@ def test_takeover_removes_what_others_make(facts: Observation, theirs: Intent) -
     records = VmRecords(intents=(theirs,))
     refused = decide(REQUEST, facts, records, replace(TERMS, supersede=True, adopt=True))
     assert (refused.plan.action, refused.plan.unless, refused.removal) == ("fail", "takeover", "")
-    assert "takeover: true removes what is there of it" in refused.plan.reason
+    assert "takeover: true removes the unfinished set" in refused.plan.reason
     taken = decide(REQUEST, facts, records, replace(TERMS, takeover=True))
     assert (taken.plan.action, taken.intent, taken.removal) == ("finish", theirs, "taken over by hypervisor hv1")
     assert [disk.level for disk in taken.plan.disks] == ["full", "full"]

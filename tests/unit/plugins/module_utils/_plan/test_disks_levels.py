@@ -68,7 +68,7 @@ OLD = manifest("s1", 1, image("s1", name="virtio-disk0", qdev="virtio-disk0", bi
 FULLS: dict[str, tuple[ChainLink, str]] = {
     "asked for": (decide(disk("b-s1"), S1, wish=LevelPolicy("full")), "a full image is asked for"),
     "not tracked": (decide(disk("b-s1"), S1, wish=LevelPolicy(tracking=False)), "changes are not tracked"),
-    "no lasting name": (decide(disk("b-s1", stable_name=False), S1), "no name that holds beyond a restart"),
+    "no lasting name": (decide(disk("b-s1", stable_name=False), S1), "its name changes when QEMU restarts"),
     "shareable": (decide(disk("b-s1", shared=True), S1), "it is shareable: what other VMs write to it is not recorded"),
     "first set": (decide(disk("b-s1")), "the VM's first set"),
     "new disk": (decide(disk("b-s1", name="vdb"), S1), "it is not in set s1"),

@@ -58,7 +58,7 @@ def test_what_is_copied_and_not_what_it_seems() -> None:
     [said] = warned(both, of=replace(PLAIN, transient=True))
     assert said.startswith("disk vda is transient: ")
     [said] = warned(both, shared=True)
-    assert said.startswith("disk vda is shareable: each copy of it is a full one")
+    assert said.startswith("disk vda is shareable: each copy of it is full")
     [said] = warned(both, snapshots=2)
     assert "backup_set and state=untracked" in said
     # Without bitmaps nothing is in the way of a revert.
@@ -75,6 +75,6 @@ def test_what_belongs_to_it_and_is_no_disk_of_it_now() -> None:
     xml = DomainXml("web01", UUID, disks=(PLAIN,), firmware=Firmware(varstore="/v.json"))
     seen = replace(VM, domain=Domain(xml, saved=True, defined=(PLAIN, later, *others)))
     memory, variables, disk_told = domain_warnings(seen, (), (), True)
-    assert memory.startswith("its memory was saved (virsh managedsave), and is not in the set")
+    assert memory.startswith("its saved memory (virsh managedsave) is not in the set")
     assert variables.startswith("its UEFI variables are not in the set: they are in /v.json (<varstore>)")
     assert disk_told.startswith("disk vdz is not in the set: the domain was saved without it")

@@ -127,7 +127,7 @@ def test_other_libvirts_are_refused_under_the_options_name(uri: str) -> None:
         with pytest.raises(Refused) as refused:
             parse_address("libvirt:web01", "monitors", uri)
         assert refused.value.option == "libvirt_uri"
-        assert "The domains of another machine are backed up by that machine" in str(refused.value)
+        assert "To back up domains of another machine, run the backup on that machine" in str(refused.value)
 
 
 def test_a_password_is_not_told() -> None:

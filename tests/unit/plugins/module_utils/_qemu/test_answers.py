@@ -136,7 +136,7 @@ def test_many_slow_answers_have_one_time_limit(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(qemu_monitor, "LOOK_TIMEOUT", 0.2)
     with Liar(tmp_path / "odd.qmp", ODD["no answer"]) as odd:
         [told] = describe(odd.path)
-    assert told["error"].endswith("QEMU has not told all that was asked within 0.2 s: it answers too slowly")
+    assert told["error"].endswith("QEMU did not answer all questions within 0.2 s: it answers too slowly")
 
 
 def test_a_message_names_the_place() -> None:

@@ -136,7 +136,11 @@ def test_guest_that_can_be_frozen(agent: ScriptedAgent) -> None:
         ("guest-sync", hang_up, "the connection to the guest agent broke off"),
         (STATUS, silence, f"did not answer {STATUS} within"),
         (STATUS, refusal("The command has been disabled"), f"refused {STATUS}: The command has been disabled"),
-        (STATUS, says({"return": "frozen"}), "frozen by somebody else; left as it is"),
+        (
+            STATUS,
+            says({"return": "frozen"}),
+            "another program has frozen the guest's file systems, and they stay frozen",
+        ),
         (STATUS, says({"return": ["odd"]}), "is no guest agent"),
         ("guest-info", says({"return": {"supported_commands": []}}), f"does not offer {FREEZE} and {THAW}"),
         (
@@ -259,7 +263,7 @@ def test_freeze_of_nothing(agent: ScriptedAgent) -> None:
 
 def test_frozen_by_somebody_else(agent: ScriptedAgent) -> None:
     agent.frozen = True
-    freezer = fail(agent, "frozen by somebody else; left as it is")
+    freezer = fail(agent, "another program has frozen the guest's file systems, and they stay frozen")
     assert freezer.thaw_error == ""
     assert agent.frozen
     assert THAW not in agent.commands
@@ -271,7 +275,7 @@ def test_freeze_without_an_answer(agent: ScriptedAgent, monkeypatch: pytest.Monk
     # The module does not wait until the guard has thawed.
     monkeypatch.setattr(guest_freeze, "THAW_TIMEOUT", 60.0)
     freezer = fail(agent, f"did not answer {FREEZE} within")
-    assert "not seen thawed yet" in freezer.thaw_error
+    assert "may still be frozen; a guard process" in freezer.thaw_error
     wait_until(lambda: not agent.frozen, "the guard's thaw")
 
 
@@ -302,7 +306,7 @@ def kill(pid: int) -> None:
 def test_thaw_that_is_not_seen(agent: ScriptedAgent) -> None:
     agent.script[THAW] = [silence] * 3
     freezer = freeze(agent)
-    assert "not seen thawed yet" in freezer.thaw_error
+    assert "may still be frozen; a guard process" in freezer.thaw_error
     assert freezer.frozen_ms == 0
     assert not freezer.held
     wait_until(lambda: not agent.frozen, "the guard's thaw")
@@ -391,7 +395,7 @@ def test_module_cancelled_while_it_freezes(agent: ScriptedAgent) -> None:
     wait_until(lambda: THAW in agent.commands, "the guard")
     wait_until(lambda: not agent.frozen, "the thaw")
     # Nobody waited for that.
-    assert "not seen thawed yet" in freezer.thaw_error
+    assert "may still be frozen; a guard process" in freezer.thaw_error
 
 
 def test_guard_killed_while_frozen(agent: ScriptedAgent) -> None:

@@ -111,11 +111,11 @@ def test_more_images_than_a_process_may_have_open_by_itself(layers: list[Layer])
     ("options", "changed", "reason"),
     [
         ([], {"size": SIZE + 512}, f"it has {SIZE} bytes, and the disk had {SIZE + 512}"),
-        ([], {"backing": "../s1/a.qcow2"}, "it builds on nothing, and should on '../s1/a.qcow2'"),
-        (["-u", "-b", "/srv/x", "-F", "qcow2"], {}, "it builds on '/srv/x', and should on nothing"),
-        (["-u", "-b", "../s2/a", "-F", "qcow2"], {"backing": "../s1/a"}, "it builds on '../s2/a', and should on"),
-        (["-u", "-b", "../s1/a", "-F", "raw"], {"backing": "../s1/a"}, "it builds on '../s1/a' as 'raw', and should"),
-        (["-o", "data_file={}/data"], {}, "its data are in another file ('{}/data')"),
+        ([], {"backing": "../s1/a.qcow2"}, "it builds on nothing, but must build on '../s1/a.qcow2'"),
+        (["-u", "-b", "/srv/x", "-F", "qcow2"], {}, "it builds on '/srv/x', but must build on nothing"),
+        (["-u", "-b", "../s2/a", "-F", "qcow2"], {"backing": "../s1/a"}, "it builds on '../s2/a', but must build on"),
+        (["-u", "-b", "../s1/a", "-F", "raw"], {"backing": "../s1/a"}, "it builds on '../s1/a' as 'raw', but must"),
+        (["-o", "data_file={}/data"], {}, "its data is in another file ('{}/data')"),
         (
             ["--object", "secret,id=s,data=abc", "-o", "encrypt.format=aes,encrypt.key-secret=s"],
             {},

@@ -48,7 +48,7 @@ class TestOneFile:
     def test_two_disks_on_it_are_told_once(self) -> None:
         one, two = disk(file="/f"), disk("drive1", "n1", file="/x/../f")
         (said,) = lost_in_copy([one, two], [one, two])
-        assert said.startswith("disks drive0 and drive1 are on one file (/f): what is written through one of them")
+        assert said.startswith("disks drive0 and drive1 are on one file (/f): a write through one of them")
         assert lost_in_copy([one], [one, two]) == (said,)
 
     def test_which_only_one_of_them_writes(self) -> None:

@@ -221,7 +221,7 @@ class TestNoGreeting:
         listener = listen(5)
         thread = threading.Thread(target=lambda: resources.enter_context(listener.accept()[0]))
         thread.start()
-        assert "the connection was accepted in silence" in self.refused(path)
+        assert "it accepted the connection and sent nothing" in self.refused(path)
         thread.join(10)
 
     def test_nothing_is_left_in_the_queue(self, path: str, listen: Callable[[int], socket.socket]) -> None:

@@ -115,10 +115,10 @@ def refused(address: str, *commands: str) -> str:
         (b'{"return": "\xff\xfe", "id": %s}\n', "cannot be read: UnicodeDecodeError: 'utf-8' codec can't decode byte"),
         (b"[" * 300_000 + b"\n", "cannot be read: RecursionError: "),
         (b"[1]\n", "cannot be read: QMP message is not a JSON object. json value was: [ 1 ]"),
-        (b'{"return": 1}\n', 'cannot be read: it does not tell which question it answers: {"return": 1}'),
+        (b'{"return": 1}\n', 'cannot be read: it does not say which question it answers: {"return": 1}'),
         (
             b'{"error": {"class": "GenericError", "desc": "JSON parse error, stray"}}\n',
-            'cannot be read: it does not tell which question it answers: {"error": {"class": "GenericError", ',
+            'cannot be read: it does not say which question it answers: {"error": {"class": "GenericError", ',
         ),
         (b'{"return": 1, "id": ["not", "ours"]}\n', "cannot be read: it answers a question that nobody has"),
     ],
@@ -241,7 +241,7 @@ def test_a_greeting_without_a_version(serve: Serve, version: dict[str, Any]) -> 
         async with Monitor(parse_address(address)) as monitor:
             return monitor.version
 
-    with pytest.raises(MonitorError, match="not a QMP monitor \\(its greeting tells no version of QEMU\\)"):
+    with pytest.raises(MonitorError, match="not a QMP monitor \\(its greeting has no version of QEMU\\)"):
         asyncio.run(run())
 
 

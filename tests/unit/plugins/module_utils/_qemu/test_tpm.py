@@ -116,7 +116,7 @@ def test_state_that_is_larger_than_any(tmp_path: Path) -> None:
     ("tpm", "uri", "told"),
     [
         (Tpm("tpm-tis", "emulator", place="file:///srv/tpm"), SYSTEM[0], "swtpm has it in one file, /srv/tpm, and"),
-        (Tpm("tpm-tis", "external"), SYSTEM[0], "somebody else than libvirt starts its swtpm"),
+        (Tpm("tpm-tis", "external"), SYSTEM[0], "another program than libvirt starts its swtpm"),
         (
             Tpm("tpm-tis", "emulator"),
             "qemu+unix:///session?socket=/run/user/1/s",

@@ -132,7 +132,7 @@ def test_a_worker_is_told() -> None:
 @pytest.mark.parametrize("odd", [{"vms": None}, {"since": 1}, {"vms": ["web01"]}])
 def test_a_worker_that_is_told_oddly(odd: dict[str, Any]) -> None:
     lines = fleet_status([here("hv01", worker=worker(**odd))])["text"]
-    assert lines[-1] == "! what backup_follow has told of hv01 cannot be used"
+    assert lines[-1] == "! the answer of backup_follow about hv01 cannot be used"
 
 
 def test_names_limit_what_is_missing() -> None:
@@ -236,7 +236,7 @@ def test_what_one_hypervisor_tells_oddly_costs_its_own_vms(odd: Any) -> None:
     fleet = [{**here("hv1", vms=("a",)), "found": odd}, here("hv2", row("b"), vms=("b",), repository="/srv/other")]
     found = fleet_status(fleet)
     assert found["bad"] == {"hv1": ["a"], "hv2": []}
-    assert "! what backup_info has told of hv1 cannot be used" in found["text"]
+    assert "! the answer of backup_info about hv1 cannot be used" in found["text"]
     assert [line.split()[0] for line in found["text"][2:4]] == ["!", "b"]
 
 
@@ -244,7 +244,7 @@ def test_what_one_hypervisor_tells_oddly_costs_its_own_vms(odd: Any) -> None:
 def test_odd_vms_that_run(odd: Any) -> None:
     found = fleet_status([here("hv1", row("a"), vms=("a",), running=odd)])
     assert found["bad"] == {"hv1": []}
-    assert "! what vm_info has told of hv1 cannot be used" in found["text"]
+    assert "! the answer of vm_info about hv1 cannot be used" in found["text"]
 
 
 def test_what_others_have_named_makes_no_line_of_its_own() -> None:

@@ -14,7 +14,8 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._report.fleet_summa
 
 HERE = {"repository": "/srv/backup", "number": 1}
 AGAIN = (
-    "Run it again when the reasons are gone, with the same options and -e vm_backup_id=s1; sets that are there stay as"
+    "Remove the reasons, then run it again with the same options and -e vm_backup_id=s1."
+    " Sets that exist are not changed:"
 )
 
 
@@ -68,10 +69,10 @@ def test_what_went_wrong_comes_last_with_the_way_to_repeat_it() -> None:
         "FAILED  hv1, a: target full",
         "FAILED  hv1, b: asked",
         "FAILED  hv2: there is no qemu-img",
-        "FAILED  hv3: nothing is known of its VMs; the reason is above",
+        "FAILED  hv3: the state of its VMs is unknown; its error is above",
         "FAILED  hv5: its report could not be written",
     ]
-    assert again == f"{AGAIN} they are:"
+    assert again == AGAIN
     assert command == "the playbook of this play, with -e vm_backup_id=s1 --limit hv1,hv2,hv3,hv5"
 
 
@@ -119,7 +120,7 @@ def test_all_take_part_in_the_playbook_of_the_collection() -> None:
 
 def test_who_was_lost_before_is_to_be_repeated() -> None:
     found = summary(lost=("hv1",), hv1={}, hv2=noted(**done(vm("a"))))
-    assert found["text"][1] == "FAILED  hv1: it was lost before; the reason is above"
+    assert found["text"][1] == "FAILED  hv1: it failed before; its error is above"
     assert found["text"][-1].endswith("--limit hv1")
     assert (found["hypervisors"], found["errors"], found["pending"]) == (
         {"hv1": {}, "hv2": {}},
@@ -133,7 +134,7 @@ def test_what_is_told_of_another_use_is_not_told_of_this_one() -> None:
         "of another use", told={"id": "s0"}, use={"id": "s0"}, **done(vm("b", "failed", error="of another use"))
     )
     found = summary(lost=("hv1",), hv1=lost, hv2=noted(**done(vm("a"))))
-    assert found["text"][1] == "FAILED  hv1: it was lost before; the reason is above"
+    assert found["text"][1] == "FAILED  hv1: it failed before; its error is above"
     assert "1 of 1 VMs" in found["text"][0]
     assert (found["hypervisors"]["hv1"], found["errors"]["hv1"]) == ({}, "")
 
@@ -167,7 +168,7 @@ def test_odd_notes_cost_their_own_hypervisor(odd: dict[str, Any]) -> None:
     found = summary(hv1=noted(**odd), hv2=noted(**done(vm("b"), size=1024)))
     assert found["text"][:2] == [
         "Backup s1 of 2 hypervisors: 1 of 1 VMs have their set, 0 failed, 0 skipped, 1.0 KiB written",
-        "FAILED  hv1: what backup_set has told of its VMs cannot be used",
+        "FAILED  hv1: the result of backup_set for its VMs cannot be used",
     ]
 
 

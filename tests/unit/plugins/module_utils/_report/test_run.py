@@ -110,7 +110,7 @@ def test_an_odd_record_costs_that_hypervisor_only(vm: dict[str, Any], reason: st
     found = report(hv1=told(a_vm()), hv2=told(vm))
     assert (found["summary"]["published"], found["summary"]["hypervisors_failed"]) == (1, 1)
     odd = found["hypervisors"][1]
-    assert odd["error"].startswith(f"what it has told cannot be used: {reason}")
+    assert odd["error"].startswith(f"its result cannot be used: {reason}")
     assert parse_report(json.loads(json.dumps(found))) == found
 
 

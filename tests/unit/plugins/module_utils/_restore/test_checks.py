@@ -43,7 +43,7 @@ class TestCollisions:
     def test_one_file(self, tmp_path: Path, other: str) -> None:
         (tmp_path / "x").mkdir()
         (tmp_path / "link").symlink_to(tmp_path)
-        with pytest.raises(Refused, match=r"^target: .* comes in the way"):
+        with pytest.raises(Refused, match=r"^target: .* conflicts with"):
             refuse_collisions([disk_restore(tmp_path / "a"), disk_restore(f"{tmp_path}/{other}")])
 
     @pytest.mark.parametrize("target", ["repository/x", "repository/web01/s1/vda.qcow2", "link/x", "x/../repository/y"])

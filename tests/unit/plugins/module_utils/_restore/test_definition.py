@@ -94,11 +94,11 @@ def test_restored_disks_take_the_places_of_the_old_ones() -> None:
     assert (nvram.text, nvram.attrib) == ("/new/nvram.fd", {"template": "/usr/share/VARS.fd"})
     assert root.find("devices/emulator") is None
     assert notes == [
-        "disk vdb is not in the set, and was taken out of the domain",
-        "disk vdc is not in the set, and was taken out of the domain",
+        "disk vdb is not in the set, and was removed from the domain",
+        "disk vdc is not in the set, and was removed from the domain",
         "drive sda is empty: what was in it is not in the set",
         "disk vdx was restored, but belongs to no disk of the domain as it was defined; attach it",
-        "libvirt does not know the emulator /opt/evil here, and takes its own",
+        "libvirt does not know the emulator /opt/evil here, and uses its own",
         f"it uses of this machine: {USES}",
     ]
 
@@ -168,4 +168,4 @@ def test_the_state_of_a_tpm_is_not_where_the_old_domain_has_it() -> None:
     root, notes = defined(restored("vda", "/new/a.qcow2"), text=OLD.replace("<devices>", f"<devices>{tpm}", 1))
     [backend] = root.findall("devices/tpm/backend[@type='emulator']")
     assert list(backend) == []
-    assert "the state of its TPM is where libvirt keeps it by itself, and not where the old domain has had it" in notes
+    assert "the state of its TPM is in the default place of libvirt, not in the place of the old domain" in notes

@@ -51,7 +51,7 @@ def test_a_file_system_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     # Nothing builds on what is not there.
     refuse(tmp_path / "a.qcow2")
     (tmp_path / "a.qcow2").write_bytes(b"")
-    with pytest.raises(BackupError, match=r"have not been looked at within 0\.01 s, as a file system hangs"):
+    with pytest.raises(BackupError, match=r"a file system hangs, so .* could not be checked within 0\.01 s"):
         refuse(tmp_path / "a.qcow2")
 
 
@@ -63,5 +63,7 @@ def test_the_state_of_a_tpm_has_an_end() -> None:
             place = f"{STORE.format(UUID, 'tpm2')}/{STATE}"
             assert domain._tpm_files(description, address, UUID) == ({place: bytes(size)}, [])
             continue
-        with pytest.raises(BackupError, match=f"the state of the TPM has {size} bytes, as that of no TPM has"):
+        with pytest.raises(
+            BackupError, match=f"the state of the TPM has {size} bytes, and the state of a TPM never has so many"
+        ):
             domain._tpm_files(description, address, UUID)

@@ -279,7 +279,9 @@ def test_memory_that_others_need_is_not_taken(memory: int, available: int, refus
     description, host = {**PLAIN, "memory": memory * MIB}, replace(TCG, memory=available * MIB)
     assert one(built(description, options=("-m", "1G"), host=host), "-m") == "1G"
     if refused:
-        with pytest.raises(BackupError, match=r"the VM had .* MiB of memory, and of the .* available .* boot_options"):
+        with pytest.raises(
+            BackupError, match=r"the VM had .* MiB of memory\. This machine has .* available.* boot_options"
+        ):
             built(description, host=host)
     else:
         assert one(built(description, host=host), "-m") == f"{memory}M"

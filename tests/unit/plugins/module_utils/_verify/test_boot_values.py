@@ -119,6 +119,6 @@ def test_odd_values_are_refused_by_name(kind: str, value: str) -> None:
         checked(kind, value)
     said = str(refused.value)
     assert f"vm.json has {value[:80]!r}" in said
-    assert f"as {kind}, which no throwaway VM is given; boot_options" in said
+    assert f"as {kind}, and a throwaway VM cannot have that; choose another with boot_options" in said
     assert said.isprintable()
     assert len(said) < 300
