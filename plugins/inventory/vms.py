@@ -13,19 +13,19 @@ version_added: 0.1.0
 author:
   - vmfleet contributors (@vmfleet)
 description:
-  - Makes a host of each VM that the runs of the playbook C(vmfleet.backup.backup) have told of, with and without a set.
-    Plays can loop over the VMs that lack a backup, and groups can be made of them.
-  - Reads the reports that the backup has written where C(vm_backup_report_dir) says. It asks no hypervisor, so that it
-    tells what was so after the last run.
+  - Makes a host of each VM in the reports of the playbook C(vmfleet.backup.backup), with and without a set. Plays can
+    loop over the VMs that lack a backup, and groups can be made of them.
+  - Reads the reports that the backup has written where C(vm_backup_report_dir) says. It asks no hypervisor, so it
+    shows the state after the last run.
   - The name of the file has to end in C(vms.yml) or C(vms.yaml).
 notes:
   - A host is called after the directory of its VM in a repository, which is the name of the VM where that is made of
     letters, digits, C(.), C(_) and C(-). Where VMs of several hypervisors have the same name, or where it is that of a
     hypervisor or a group, it is C(VM@HYPERVISOR).
   - All of them are in the group C(vmfleet_vms). C(all:!vmfleet_vms) are the other hosts.
-  - The last 30 reports are read. What counts of a hypervisor is the last one in which it has told something. A VM that
-    it told of before, and that was not among those that the last run was for, stays as it was then.
-  - What hypervisors have told is never taken as a template.
+  - The last 30 reports are read. For each hypervisor, the last report with a result counts. A VM that was not in that
+    run keeps the values of an earlier report.
+  - Results of hypervisors are never evaluated as templates.
 extends_documentation_fragment:
   - constructed
   - inventory_cache

@@ -11,8 +11,8 @@ short_description: Follow the worker that makes backup sets
 version_added: 0.1.0
 description:
   - A worker is the process on a hypervisor to which M(vmfleet.backup.backup_set) leaves the sets of a plan
-    (O(vmfleet.backup.backup_set#module:detach)). This module reads what the worker of a repository says of itself, and
-    waits for its end.
+    (O(vmfleet.backup.backup_set#module:detach)). This module reads the notes of the worker of a repository, and waits
+    until it ends.
   - It reads a few files in V(/run/vmfleet-locks). It asks neither QEMU nor the repository, and needs no library.
 author:
   - vmfleet contributors (@vmfleet)
@@ -31,13 +31,13 @@ attributes:
     support: full
 options:
   repository:
-    description: The repository's directory, written as for the call that has left the sets to the worker.
+    description: The directory of the repository, spelled as in the call that started the worker.
     type: path
     required: true
   worker:
     description:
-      - The worker to follow, as RV(vmfleet.backup.backup_set#module:worker) says. Without it, the module tells of the
-        worker that there is now, and does not wait.
+      - The worker to follow, as RV(vmfleet.backup.backup_set#module:worker) says. Without it, the module reports the
+        present worker, and does not wait.
     type: str
   wait:
     description: The longest time to wait for the end of the worker, in seconds.
@@ -57,10 +57,10 @@ EXAMPLES = r"""
 RETURN = r"""
 running:
   description:
-    - Whether the worker is at work. If V(false), and there is no RV(vms), the worker is unknown here, or has died
-      before it came to its end. If it came to its end, all return values are those that
-      M(vmfleet.backup.backup_set) returns for its sets.
-  returned: unless the worker has come to its end
+    - Whether the worker is at work. If V(false), and there is no RV(vms), the worker is unknown here, or was killed.
+      If the worker has ended normally, all return values are those that M(vmfleet.backup.backup_set) returns for its
+      sets.
+  returned: unless the worker has ended normally
   type: bool
   sample: true
 pid:

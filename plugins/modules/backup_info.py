@@ -78,7 +78,7 @@ sets:
       description: The id of the set.
       type: str
     sequence:
-      description: Its number. A later set has a higher one, whatever the clocks said.
+      description: The number of the set. A later set has a higher number. Clocks do not matter.
       type: int
     level:
       description: V(full), V(incremental) or V(differential).
@@ -96,9 +96,8 @@ sets:
       description: The sizes of its images, by the names of the disks.
       type: dict
     decrypted:
-      description: >-
-        The disks that were encrypted where they stood, and are not in this set. There are none in sets of a release
-        that did not look.
+      description: >- The disks that are encrypted on the hypervisor, and not in this set. The list is empty in sets of
+        releases that did not check this.
       type: list
       elements: str
     parents:
@@ -106,7 +105,7 @@ sets:
       type: list
       elements: str
     chain:
-      description: How many images a disk of it is made of. Where the disks differ, the most.
+      description: How many images the longest chain of its disks has.
       type: int
     broken:
       description: Why it cannot be restored whole. Empty where nothing is missing.
@@ -160,7 +159,7 @@ vms:
       verified: ""
       ok: true
 leftovers:
-  description: What else is there, each with C(vm), C(path) and C(what).
+  description: Other files in the repository, each with C(vm), C(path) and C(what).
   returned: always, also where a VM could not be read
   type: list
   elements: dict

@@ -299,7 +299,7 @@ plan:
       description: Whether it is to be made.
       type: bool
     run:
-      description: A random name of this run. What it has tried in vain it does not try again.
+      description: A random name of this run. A run does not try again a VM that has failed in it.
       type: str
     id:
       description: The id of the sets.
@@ -347,7 +347,7 @@ plan:
           elements: dict
     warnings:
       description:
-        - What is odd about the request, and what the copies to be made will not keep of their disks.
+        - Problems of the request, and properties of the disks that the copies will not keep.
       type: list
       elements: str
   sample:
@@ -397,7 +397,7 @@ plan:
         left_out: []
     warnings: []
 unknown:
-  description: What in O(names) stands for no VM of this hypervisor.
+  description: The names in O(names) that match no VM of this hypervisor.
   returned: success
   type: list
   elements: str

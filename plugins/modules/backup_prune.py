@@ -62,8 +62,8 @@ options:
     type: str
   consolidate:
     description:
-      - Make a full set from the oldest increment that is kept of a chain, if older sets can be removed then. With this,
-        a chain of increments never needs a new full backup.
+      - Make a full set from the oldest increment of a chain that is kept, if older sets can be removed after that.
+        With this, a chain of increments never needs a new full backup.
       - Needs the space of one more full image of each disk at the same time.
     type: bool
     default: false
@@ -147,7 +147,7 @@ kept:
       bytes: 67764224
       consolidated: false
 bytes:
-  description: What the images of the sets took that are gone.
+  description: The size of the images of the removed sets.
   returned: always
   type: int
   sample: 589832

@@ -10,11 +10,11 @@ module: backup_report
 short_description: Write the report of a backup run
 version_added: 0.1.0
 description:
-  - Writes C(ID.html), a page that needs nothing but itself, and C(ID.json), the same as data. C(index.html) is the page
-    of the newest run that is there, and C(_runs.html) the list of all runs.
+  - Writes C(ID.html), a page that loads no other file, and C(ID.json), the same as data. C(index.html) is the page of
+    the newest run that is there, and C(_runs.html) the list of all runs.
   - The pages of the runs before and after this one are written again, so that each page leads to its neighbours.
-  - A run that is repeated with the same id replaces its report. What that said of hypervisors that have told nothing
-    new stays in it.
+  - A second run with the same id replaces the report of the first one, but keeps the results of hypervisors that have
+    no new ones.
   - It is meant to be run once, on the controller, with what M(vmfleet.backup.backup_metrics) has returned on each
     hypervisor. The role P(vmfleet.backup.vm_backup#role) does it where C(vm_backup_report_dir) is set.
 author:
@@ -33,8 +33,8 @@ attributes:
 options:
   directory:
     description:
-      - The directory of the reports. It is made if it is not there, so that its owner can write and its group can read
-        (mode 0750). One that is there stays as it is.
+      - The directory of the reports. The module makes a missing directory with mode 0750, so its owner can write and
+        its group can read. It does not change an existing one.
     type: path
     required: true
   id:
@@ -44,17 +44,17 @@ options:
   hypervisors:
     description:
       - By the name of each hypervisor of the run, what M(vmfleet.backup.backup_metrics) has returned as
-        RV(vmfleet.backup.backup_metrics#module:hypervisor). Empty for one that has told nothing.
+        RV(vmfleet.backup.backup_metrics#module:hypervisor). Empty for a hypervisor without a result.
     type: dict
     required: true
   errors:
-    description: By the name of a hypervisor that has told nothing, why.
+    description: By the name of each hypervisor without a result, the reason.
     type: dict
     default: {}
   pending:
     description:
-      - The hypervisors that may still tell something, such as those of later batches (C(serial)). Any other that has
-        told nothing counts as failed.
+      - The hypervisors that may still get a result, such as those of later batches (C(serial)). Any other one without
+        a result counts as failed.
     type: list
     elements: str
     default: []

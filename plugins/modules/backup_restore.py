@@ -100,10 +100,10 @@ options:
       - With V(true), this is done while image files are written. They get their names only when the checksums of all
         disks are right, and are removed otherwise. Before a block device is written, or an overlay made, the checksums
         are compared first.
-      - V(during) writes block devices at the same time, too, so that each image is read once. Where a checksum is not
-        right, the task fails, and what is on the block device must not be used.
+      - V(during) writes block devices at the same time, too, so that each image is read once. If a checksum is wrong,
+        the task fails. Do not use the content of the block device then.
       - With V(false), an overlay is ready at once.
-      - What the headers of the images say is compared with the manifests in any case, before anything is written.
+      - The module always compares the headers of the images with the manifests before it writes anything.
     type: str
     choices: ["true", "false", "during"]
     default: "true"
@@ -117,8 +117,8 @@ options:
         libvirt are not in the set. RV(notes) lists all of this.
       - Finds all obstacles before anything is written, such as a domain with this name or uuid, a machine type that
         this libvirt cannot run, or a missing firmware.
-      - A domain does what its XML says, also with files and devices of the machine. Therefore no others may be able to
-        write to the repository, unless O(trust_others=true).
+      - A domain does what its XML says, also with files and devices of the machine. Therefore no other user may have
+        the right to write to the repository, unless O(trust_others=true).
     type: str
     choices: [none, define]
     default: none
@@ -266,7 +266,7 @@ domain:
     libvirt_uri: qemu:///system
     changed: true
 notes:
-  description: What is to be known of the domain before it is started, such as disks and secrets that it lacks.
+  description: Facts to read before the domain is started, such as missing disks and secrets.
   returned: with O(domain=define)
   type: list
   elements: str

@@ -132,8 +132,8 @@ options:
     default: never
   nice:
     description:
-      - The CPU priority of the worker with O(detach), as C(nice) takes it. V(0) changes nothing, V(19) gives way to all
-        others.
+      - The CPU priority of the worker with O(detach), as C(nice) takes it. V(0) changes nothing, V(19) is the lowest
+        priority.
       - It concerns checksums, C(qemu-img) and the copies of VMs that are off. The copies of running VMs are made by
         their own QEMU.
     type: int
@@ -261,7 +261,7 @@ vms:
       description: Why the VM is in this state, where that is no error.
       type: str
     warnings:
-      description: What went otherwise than planned or asked for, such as a full image instead of an increment.
+      description: Differences from the plan or the request, such as a full image instead of an increment.
       type: list
       elements: str
     disks:
@@ -337,15 +337,14 @@ summary:
     bytes: 589832
 worker:
   description:
-    - The worker that brings the sets to their end, to be given as O(worker). There is none if it has come to its end,
-      or if the repository has a worker for other sets.
+    - The worker that makes the sets, as a value for O(worker). Missing if the worker has ended, or if the repository
+      has a worker for other sets.
   returned: with O(detach=preferred) and O(detach=required), while the worker is at work
   type: str
   sample: 4f1e7c2a90d35b68
 headline:
-  description: >-
-    What has become of all VMs, to be read by people. A second line says how many of the sets are of which level, and
-    how many are consistent in which way.
+  description: >- The result of all VMs, to be read by people. A second line says how many of the sets are of which
+    level, and how many are consistent in which way.
   returned: always
   type: str
   sample: |-

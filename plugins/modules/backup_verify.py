@@ -46,8 +46,8 @@ options:
     required: true
   id:
     description:
-      - The set. The default is the newest one of each VM. Then directories beside it that were sets, and have no
-        readable manifest any more, are found as well.
+      - The set. The default is the newest one of each VM. With the default, the module also finds directories that
+        were sets and have lost their manifest.
     type: str
   depth:
     description:
@@ -83,29 +83,29 @@ options:
   boot_options:
     description:
       - More options for QEMU, each word as one element.
-      - The throwaway VM gets machine, processors, memory, firmware and kernel as the set's C(vm.json) has them, and its
-        disks on devices like their own. KVM is used where the VM had it and its user may use it. An option that is
-        given here takes the place of the one from there.
-      - What is given here is not checked, but for a network and C(-daemonize), which are refused. Files that it names
-        are opened by O(boot_user).
+      - The throwaway VM gets machine, processors, memory, firmware and kernel as the set's C(vm.json) has them, and
+        its disks on devices like their own. KVM is used where the VM had it and its user may use it. An option that is
+        given here replaces the same option of the set.
+      - Only a network and C(-daemonize) are refused here. Nothing else is checked. Files that it names are opened by
+        O(boot_user).
     type: list
     elements: str
     default: []
   boot_files:
     description:
       - Files and directories of this machine that a set may name as kernel, initrd, device tree or firmware.
-      - Without, a set may only name files in the directories that distributions have for firmware, such as
-        C(/usr/share/OVMF). C(vm.json) may have been changed by whoever can write to the repository, and what it names
-        is shown to the guest.
+      - Without this option, a set may only name files in the directories that distributions have for firmware, such as
+        C(/usr/share/OVMF). Everybody who can write to the repository can change C(vm.json), and the guest sees the
+        files that it names.
     type: list
     elements: path
     default: []
   boot_user:
     description:
       - The user that throwaway VMs run as. The default is V(nobody) for root, and for all others themselves.
-      - All images are handed over as open files, so that this user needs no right to read them. It has to be able to
-        start QEMU.
-      - In a container that has no user but V(root), name that one. Outside it is the user whose container it is.
+      - QEMU gets all images as open files, so this user needs no right to read them. The user must be able to start
+        QEMU.
+      - In a container whose only user is V(root), use V(root). Outside the container, this is the user who owns it.
     type: str
   qemu:
     description: The path of QEMU. The default is the C(qemu-system-) of this machine's architecture.
@@ -118,11 +118,12 @@ options:
     default: /var/tmp
 notes:
   - Throwaway VMs run one after the other, with a low priority. Each takes as much memory as the VM that was backed up.
-    It is not started where that is more than three quarters of what is available. Give less with O(boot_options) then.
-  - A throwaway VM has no network, its QEMU is held by C(-sandbox), and may open no file. A value in C(vm.json) that no
+    It is not started if that is more than three quarters of the available memory. Then give it less with
+    O(boot_options).
+  - A throwaway VM has no network. C(-sandbox) confines its QEMU, which can open no file. A value in C(vm.json) that no
     VM of QEMU or libvirt has is refused.
   - A disk that is not in the set is missing in the throwaway VM, too.
-  - Where it is not the set's fault that a VM could not be started, such as a kernel that is not on this machine, the
+  - If a VM cannot be started for a reason outside the set, such as a kernel that is missing on this machine, the
     module fails, and the set counts as verified up to V(image).
 seealso:
   - module: vmfleet.backup.backup_info
@@ -176,16 +177,16 @@ results:
       description: The disk. Empty for what concerns the set as a whole, and for the start of a VM from it.
       type: str
     depth:
-      description: How deep the look went. Where it found something wrong, the depth at which it did.
+      description: The depth of the check. If the check found damage, the depth that found it.
       type: str
     ok:
       description: Whether all is well.
       type: bool
     error:
-      description: What is wrong, and what to do. Empty where nothing is.
+      description: What is wrong, and what to do. Empty if the disk is good.
       type: str
     note:
-      description: What could not be looked at, such as the checksum of images that were made without one.
+      description: What could not be checked, such as an image that was made without a checksum.
       type: str
     console:
       description: The last lines on the console of a VM that gave no sign of life.

@@ -12,8 +12,8 @@ version_added: 0.1.0
 author:
   - vmfleet contributors (@vmfleet)
 description:
-  - Brings a block job to a state, and does nothing where it is in that state already.
-  - Waits for a moment until the job has got there, and fails if it does not.
+  - Brings a block job into a state. Does nothing if the job is already in that state.
+  - Waits a moment for the job to reach the state, and fails if it does not.
 extends_documentation_fragment:
   - vmfleet.backup.attributes
   - vmfleet.backup.attributes.actiongroup_monitor
@@ -26,12 +26,12 @@ options:
     required: true
   state:
     description:
-      - V(cancelled) stops the job (C(block-job-cancel) with C(force)). Nothing is done where it has ended, or is not
+      - V(cancelled) stops the job (C(block-job-cancel) with C(force)). Does nothing if the job has ended or is not
         listed.
       - V(paused) and V(running) pause the job and let it go on (C(job-pause), C(job-resume)), also after an error had
         paused it.
       - V(finalized) lets a pending job take effect.
-      - V(dismissed) removes an ended job from QEMU's list, and with it all that QEMU knows of its outcome. A job of
+      - V(dismissed) removes an ended job from QEMU's list, together with its result. A job of
         M(vmfleet.backup.drive_backup) is dismissed by that module.
     type: str
     choices: [cancelled, paused, running, finalized, dismissed]

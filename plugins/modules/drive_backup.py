@@ -39,7 +39,7 @@ options:
   device:
     description:
       - The disk, by the name of its backend, of its block node, or the id of its device (QEMU's C(device)).
-      - QEMU is given the name of the node in any case, and never a second job for a disk that has one.
+      - The module always gives QEMU the name of the node, and never starts a second job for a disk.
     type: str
   target:
     description:
@@ -55,9 +55,9 @@ options:
   mode:
     description:
       - With V(absolute-paths) a new file is made.
-      - With V(existing) an image or block device that is there, and has the disk's very size, is written to. An image
-        that holds data and has no receipt is written to with O(overwrite=true) only. A block device is written to
-        unless it is in use, or its O(receipt) is for another backup.
+      - With V(existing) the module writes to an existing image or block device, which must have exactly the size of
+        the disk. It writes to an image that holds data and has no receipt only with O(overwrite=true). It writes to a
+        block device unless the device is in use, or its O(receipt) is for another backup.
     type: str
     choices: [absolute-paths, existing]
     default: absolute-paths
@@ -72,14 +72,14 @@ options:
     description:
       - What the job does when reading fails. V(report) ends it, V(stop) pauses it, V(enospc) pauses it when there is no
         space and else ends it, V(ignore) tries again without end.
-      - A paused job makes a waiting call fail at once with what to do, and is left to you.
+      - If the job is paused, a waiting call fails at once and says what to do. The module does not resume the job.
     type: str
     choices: [report, ignore, enospc, stop]
     default: report
   on_target_error:
     description:
       - What the job does when writing fails, see O(on_source_error).
-      - It says nothing about the writes of the guest.
+      - It does not change what happens to writes of the guest.
     type: str
     choices: [report, ignore, enospc, stop]
     default: report
@@ -87,8 +87,8 @@ options:
     description:
       - V(full) copies the whole disk as the guest sees it, V(top) the topmost image of its chain only, V(incremental)
         and V(bitmap) what O(bitmap) has marked.
-      - V(incremental) clears the bitmap in QEMU when the copy ends well. If the image is lost after that, so are the
-        changes for every later increment. A call that finds this says so and fails, until a full backup is made or
+      - V(incremental) clears the bitmap in QEMU when the copy ends well. If the image is lost after that, its changes
+        are missing in every later increment. A call that finds this says so and fails, until a full backup is made or
         O(overwrite=true) accepts the gap. V(bitmap) with O(bitmap_mode=never) never loses a change and is recommended.
     type: str
     choices: [full, top, incremental, bitmap]
@@ -196,8 +196,8 @@ options:
     description:
       - The time without any progress after which the wait ends, given like O(timeout), V(0) without limit.
       - A job that somebody has paused makes no progress either.
-      - Where the VM cannot be asked for so long, as another client holds its monitor, the wait ends as well, and the
-        job is left running.
+      - The wait also ends if the VM does not answer for so long, because another client holds its monitor. Then the
+        job continues.
     type: str
     default: "600"
   on_timeout:

@@ -10,8 +10,8 @@ short_description: Show plans and reports as plain text
 description:
   - Shows lines on the terminal of the controller, without quotes. The modules of this collection return such lines, for
     instance in RV(vmfleet.backup.backup_plan#module:text).
-  - A line that is longer than the terminal is wide goes on below its last column. What goes to a file or a pipe is not
-    wrapped; the environment variable E(COLUMNS) sets a width there.
+  - A line that is longer than the terminal is wrapped, and continues below its last column. Output to a file or a pipe
+    is not wrapped. The environment variable E(COLUMNS) sets a width there.
   - Lines that tell of a failure have the colour of an error.
   - Nothing is shown where the output is for programs, as with the callbacks C(json) and C(jsonl). They get the lines as
     a result.

@@ -123,7 +123,7 @@ vms:
         layers:
           description:
             - The nodes of the image's backing files, such as snapshots, the topmost first. QEMU before 10.1 does not
-              always tell which node that is for a node without a device. All that it may be are listed then.
+              always say which node this is if the node has no device. Then all candidates are listed.
           type: list
           elements: str
         driver:
@@ -149,8 +149,8 @@ vms:
           type: bool
         stable_name:
           description:
-            - Whether RV(vms[].disks[].name) means this disk after a restart of QEMU as well. It does not where neither
-              backend nor device nor node has a name, and the disks are merely counted.
+            - Whether RV(vms[].disks[].name) stays the same after a restart of QEMU. It does not if neither backend nor
+              device nor node has a name. Then the name is only a number.
           type: bool
         keeps_bitmaps:
           description:
