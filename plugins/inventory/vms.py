@@ -8,7 +8,7 @@ from __future__ import annotations
 
 DOCUMENTATION = r"""
 name: vms
-short_description: VMs as hosts, with what is known of their backups
+short_description: Make hosts of VMs, with the state of their backups
 version_added: 0.1.0
 author:
   - vmfleet contributors (@vmfleet)

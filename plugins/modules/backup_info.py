@@ -96,7 +96,8 @@ sets:
       description: The sizes of its images, by the names of the disks.
       type: dict
     decrypted:
-      description: >- The disks that are encrypted on the hypervisor, and not in this set. The list is empty in sets of
+      description: >-
+        The disks that are encrypted on the hypervisor, and not in this set. The list is empty in sets of
         releases that did not check this.
       type: list
       elements: str

@@ -343,7 +343,8 @@ worker:
   type: str
   sample: 4f1e7c2a90d35b68
 headline:
-  description: >- The result of all VMs, to be read by people. A second line says how many of the sets are of which
+  description: >-
+    The result of all VMs, to be read by people. A second line says how many of the sets are of which
     level, and how many are consistent in which way.
   returned: always
   type: str

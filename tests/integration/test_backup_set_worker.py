@@ -295,7 +295,7 @@ def test_the_role_leaves_all_to_it(three: list[Qemu], sets: Sets, vms: Vms, dire
     assert play.rc == 0, play.output
     assert "0 of 4 VMs have their set, 0 failed, 0 skipped, nothing written, 1 running, 3 queued" in play.output
     assert (
-        "The hypervisor goes on by itself. Run the same playbook with -e vm_backup_id=s1 for the results."
+        "The hypervisor continues without Ansible. Run the same playbook with -e vm_backup_id=s1 for the results."
         in play.output
     )
     # Whose turn it is depends on what was planned.

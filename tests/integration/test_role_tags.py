@@ -132,7 +132,7 @@ def test_a_start_in_the_middle_says_what_is_missing(
         metrics_dir=str(directory),
     )
     assert play.rc != 0, play.output
-    assert "cannot begin in its middle (--start-at-task)" in play.output
+    assert "cannot start at a later task (--start-at-task)" in play.output
     assert "ndefined" not in play.output
     assert "has no attribute" not in play.output
     assert vm.block_jobs == []
