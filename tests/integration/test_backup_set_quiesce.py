@@ -230,7 +230,7 @@ def test_a_set_that_is_there_is_not_made_again_for_being_less(vm: Qemu, agent: S
     sets.back_up(**options(vm, agent, "none"))
     result = sets.back_up(**options(vm, agent, "require"))
     assert result["changed"] is False
-    assert_crash(sets, result, "not asked for")
+    assert_crash(sets, result, "did not ask")
     assert agent.commands == []
 
 

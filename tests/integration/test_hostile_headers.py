@@ -77,11 +77,11 @@ CASES: dict[str, tuple[Change, str]] = {
     "file outside": (header("{canary}"), BUILDS),
     "file outside by a relative path": (
         header("../../../outside/notes.txt"),
-        f"{BUILDS}'../../../outside/notes.txt', and",
+        f"{BUILDS}'../../../outside/notes.txt', but",
     ),
     "file outside by a URL": (header("file:{canary}"), f"{BUILDS}'file:"),
     "file outside by JSON": (header('json:{{"driver": "file", "filename": "{canary}"}}'), f"{BUILDS}'json:"),
-    "device": (header("/dev/null"), f"{BUILDS}'/dev/null', and"),
+    "device": (header("/dev/null"), f"{BUILDS}'/dev/null', but"),
     "NBD server": (header("nbd://127.0.0.1:{port}/x"), f"{BUILDS}'nbd://127.0.0.1:"),
     "NBD server, old form": (header("nbd:127.0.0.1:{port}:exportname=x"), f"{BUILDS}'nbd:127.0.0.1:"),
     "NBD server by JSON": (
