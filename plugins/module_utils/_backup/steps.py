@@ -311,11 +311,7 @@ RULES = (
     Rule("others are making a set, with ``takeover: true``", _is(Case.TAKEN_OVER), Step.REMOVE),
     Rule("we are making a set of another id, with ``supersede: true``", _is(Case.SUPERSEDED), Step.REMOVE),
     Rule(f"{OURS}: QEMU does not answer", _attempt(AttemptStatus.UNREACHABLE), Step.ASK_AGAIN, "{error}"),
-    Rule(
-        f"{OURS}: its jobs were not started, or not as it was asked for",
-        _attempt(AttemptStatus.INTERRUPTED),
-        Step.WITHDRAW,
-    ),
+    Rule(f"{OURS}: its jobs were not started, or not as asked for", _attempt(AttemptStatus.INTERRUPTED), Step.WITHDRAW),
     Rule(f"{OURS}: its failure is recorded", _attempt(AttemptStatus.GIVEN_UP), Step.WITHDRAW),
     Rule(
         f"{OURS}: a job has failed, was cancelled, is gone, or is too late",
