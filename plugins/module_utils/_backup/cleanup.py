@@ -242,7 +242,8 @@ async def leftover_bitmaps(session: VmSession) -> list[tuple[str, str]]:
     vm, records = session.seen.vm, session.records
     if vm is None or any(await _elsewhere(session)):
         return []
-    keep = chain.bitmaps_to_keep(records.sets, session.task.request.wanted == Level.DIFFERENTIAL)
+    differential = session.task.request.wanted == Level.DIFFERENTIAL
+    keep = chain.bitmaps_to_keep(records.sets, differential, (disk.names for disk in vm.disks))
     keep = keep.union(*(intent.bitmaps for intent in records.intents))
     return [(node, name) for node, name in own_bitmaps(session.run, vm) if name not in keep]
 

@@ -62,10 +62,14 @@ def keep_planned_fulls(decision: Decision, planned: VmPlan) -> Decision:
 def changes(planned: VmPlan, disks: Iterable[DiskPlan]) -> tuple[str, ...]:
     """Return what goes otherwise than planned."""
     before = {disk.name: disk for disk in planned.disks} if planned.action == Action.START else {}
-    return tuple(
-        f"disk {disk.name} is {disk.level} instead of {before[disk.name].level}: {disk.reason}"
-        for disk in disks
-        if disk.name in before and disk.level != before[disk.name].level
+    now = {disk.name: disk for disk in disks}
+    return (
+        *(
+            f"disk {disk.name} is {disk.level} instead of {before[disk.name].level}: {disk.reason}"
+            for disk in now.values()
+            if disk.name in before and disk.level != before[disk.name].level
+        ),
+        *(f"disk {name} is not in the set, because the VM has lost it since the plan" for name in before.keys() - now),
     )
 
 

@@ -84,12 +84,17 @@ def set_level(levels: Iterable[str]) -> Level:
     return next((level for level in (Level.INCREMENTAL, Level.DIFFERENTIAL) if level in found), Level.FULL)
 
 
-def bitmaps_to_keep(sets: Sequence[Manifest], differential: bool) -> frozenset[str]:
-    """Return the bitmaps that the next set may need: those of the newest set, and for differentials of the fulls."""
+def bitmaps_to_keep(
+    sets: Sequence[Manifest], differential: bool, disks: Iterable[Sequence[str]] = ()
+) -> frozenset[str]:
+    """Return the bitmaps that the next set may need: those of the newest set, and for differentials of the fulls.
+
+    C(disks) are the names of each disk that the VM has now: the newest set may have been made without it.
+    """
     if not sets:
         return frozenset()
     images = list(sets[-1].disks)
     if differential:
-        fulls = (newest_full(sets, disk.names) for disk in sets[-1].disks)
+        fulls = (newest_full(sets, names) for names in (*(disk.names for disk in sets[-1].disks), *disks))
         images += [full[1] for full in fulls if full]
     return frozenset(image.bitmap for image in images if image.bitmap)

@@ -106,6 +106,9 @@ def test_the_bitmaps_that_the_next_set_may_need() -> None:
     later = manifest("s5", 5, image("s5", parent("s4"), name="vdb"))
     assert bitmaps_to_keep([S1, S2, S3, both], differential=True) == {"b-s1", "b-s4", "b-s4-vdb"}
     assert bitmaps_to_keep([S1, S2, S3, both, later], differential=True) == {"b-s4-vdb", "b-s5-vdb"}
+    # The newest set was made without a disk that the VM has.
+    sets = [S1, S2, S3, both, later]
+    assert bitmaps_to_keep(sets, True, [both.disks[0].names]) == {"b-s1", "b-s4-vdb", "b-s5-vdb"}
 
 
 DEVICE = {"qdev": "/machine/peripheral/virtio-disk0/virtio-backend"}
