@@ -6,19 +6,23 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import signal
 import sys
 import time
 from multiprocessing import get_context
 from typing import TYPE_CHECKING
 
+from ansible import constants
 from ansible.errors import AnsibleConnectionFailure
 from ansible.module_utils.parsing.convert_bool import boolean
 from ansible.plugins.action import ActionBase
 
-from ansible_collections.vmfleet.backup.plugins.module_utils._backup.outcome import VmState
+from ansible_collections.vmfleet.backup.plugins.module_utils._backup.outcome import Outcome, VmState, outcome_of
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.printable import printable
-from ansible_collections.vmfleet.backup.plugins.plugin_utils._progress import Progress
+from ansible_collections.vmfleet.backup.plugins.plugin_utils._fleet import Fleet, Phase
+from ansible_collections.vmfleet.backup.plugins.plugin_utils._progress import Progress, standing_of
 from ansible_collections.vmfleet.backup.plugins.plugin_utils._slices import UNWATCHED, WATCHED, Slices
 
 if TYPE_CHECKING:
@@ -29,6 +33,9 @@ if TYPE_CHECKING:
 
 QUIET_PACE = 60.0
 """Seconds between two lines where nobody watches."""
+
+FLEET_PACE = 10.0
+"""Seconds between two lines about all hypervisors where somebody looks on: each of them has lines of its own."""
 
 MANY = 12
 """Running VMs of all hypervisors together beyond which nobody could follow a bar for each."""
@@ -63,13 +70,15 @@ class ActionModule(ActionBase):
 
     def _waits(self) -> bool:
         """Whether there may be something to show; whatever is wrong with the arguments, the module says."""
-        args = self._task.args
-        plan = args.get("plan")
+        state = self._task.args.get("state")
+        return self._is_followed() and self._task.args.get("slice") is None and state in (None, "completed")
+
+    def _is_followed(self) -> bool:
+        """Whether somebody may want to know how far the sets of a plan are."""
+        plan = self._task.args.get("plan")
         return (
             not self._task.async_val
             and not self._task.check_mode
-            and args.get("slice") is None
-            and args.get("state") in (None, "completed")
             and isinstance(plan, dict)
             and {"id", "repository"} <= plan.keys()
             and isinstance(plan.get("vms"), list)
@@ -79,6 +88,10 @@ class ActionModule(ActionBase):
     def _once(self, task_vars: dict[str, Any]) -> dict[str, Any]:
         wrap_async = bool(self._task.async_val) and not self._connection.has_native_async
         found: dict[str, Any] = self._execute_module(task_vars=task_vars, wrap_async=wrap_async)
+        if self._task.args.get("state") == "started" and self._is_followed() and "vms" in found:
+            # Others tell of the fleet until this hypervisor has its turn to be followed.
+            outcomes = list(map(outcome_of, found["vms"]))
+            _fleet(self._task, task_vars).note(Phase.BEGUN, standing_of(_expected(self._task), outcomes))
         return found
 
     def _in_slices(self, task_vars: dict[str, Any]) -> dict[str, Any]:
@@ -96,12 +109,30 @@ class ActionModule(ActionBase):
             if calls.is_lost(found):
                 continue
             if "vms" not in found:
+                speaker.lose()
                 return slices.broken_off(found)
             slices.note(found)
             if not slices.unfinished:
                 speaker.end()
                 return slices.result()
             speaker.speak()
+
+
+def _expected(task: Task) -> list[int]:
+    """The bytes that the plan has for each VM."""
+    return [vm.get("bytes", 0) for vm in task.args["plan"]["vms"]]
+
+
+def _fleet(task: Task, task_vars: dict[str, Any]) -> Fleet:
+    """What the hypervisors of this play have in common, for the sets of one id and one use of a role."""
+    host = task_vars["inventory_hostname"]
+    hosts = task_vars.get("ansible_play_hosts_all", [])
+    hosts = hosts if host in hosts else [host]
+    use = (task.args["plan"]["id"], getattr(getattr(task, "_role", None), "_uuid", ""), *hosts)
+    digest = hashlib.sha256(repr(tuple(map(str, use))).encode()).hexdigest()[:16]
+    # Every run of Ansible has a directory of its own there, which it removes.
+    path = os.path.join(str(constants.DEFAULT_LOCAL_TMP), f"vmfleet-{digest}")
+    return Fleet(path, hosts, host)
 
 
 class _Calls:
@@ -147,10 +178,12 @@ class _Speaker:
     def __init__(self, display: Display, task: Task, slices: Slices, task_vars: dict[str, Any], quiet: bool) -> None:
         hosts = task_vars.get("ansible_play_batch") or [task_vars["inventory_hostname"]]
         width = max(len(host) for host in hosts) + 1
-        expected = [vm.get("bytes", 0) for vm in task.args["plan"]["vms"]]
         self._display = display
         self._slices = slices
-        self._progress = Progress(f"{task_vars['inventory_hostname']}:".ljust(width), expected)
+        self._progress = Progress(f"{task_vars['inventory_hostname']}:".ljust(width), _expected(task))
+        self._fleet = _fleet(task, task_vars)
+        queued = [Outcome(vm["name"], slices.id, VmState.QUEUED) for vm in task.args["plan"]["vms"]]
+        self._fleet.begin(standing_of(_expected(task), queued))
         self._hosts = len(hosts)
         self._silent = task.args.get("progress") == "none" or task.no_log
         self._quiet = quiet
@@ -167,23 +200,34 @@ class _Speaker:
         if self._spoke is None and FIRST_TO_SPEAK.acquire(block=False):
             lines[:0] = HOW_TO_GO_ON.format(self._slices.id).splitlines()
         self._spoke = now
-        self._say(lines)
+        self._say([*lines, *self._of_fleet(now)])
 
     def end(self) -> None:
         """Tell that they are at their end, where somebody has been watching."""
-        self._note()
+        now = self._note()
         if self._spoke is not None and not self._quiet:
-            self._say(self._progress.lines(bars=False))
+            self._say([*self._progress.lines(bars=False), *self._of_fleet(now)])
+
+    def lose(self) -> None:
+        """Have it known that nobody follows them any more."""
+        self._fleet.lose()
 
     def give_up(self) -> None:
         """Tell what becomes of them when the hypervisor cannot be reached any more."""
+        self.lose()
         if self._slices.unfinished and not self._silent:
             self._say([self._progress.about(self._slices.how_to_go_on())])
 
     def _note(self) -> float:
         now = time.monotonic()
         self._progress.note(now, self._slices.outcomes)
+        self._fleet.note(Phase.FOLLOWED, self._progress.standing)
         return now
+
+    def _of_fleet(self, now: float) -> list[str]:
+        """What is to be told now of all hypervisors: nothing where there is but one."""
+        line = self._fleet.line(now, QUIET_PACE if self._quiet else FLEET_PACE)
+        return [f"fleet: {line}"] if line else []
 
     def _say(self, lines: list[str]) -> None:
         # Ctrl-C ends a worker wherever it is. In the middle of this it would keep the lock of the queue to the main

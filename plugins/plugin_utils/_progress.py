@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._backup.outcome import BAD, STATES, UNFINISHED, VmState
@@ -13,7 +14,7 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._common.formats imp
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.names import column
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from ansible_collections.vmfleet.backup.plugins.module_utils._backup.outcome import Outcome
 
@@ -24,6 +25,49 @@ SOONEST = 5.0
 """Seconds that have to be seen before anything is said of the time that is left."""
 
 WIDTH = 20
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How far VMs are: how many are in each of STATES, and how many bytes of how many are copied.
+
+    C(guessed) tells that nobody knows yet how many there are.
+    """
+
+    states: tuple[int, ...]
+    copied: int
+    total: int
+    guessed: bool
+
+    @classmethod
+    def sum(cls, several: Iterable[Standing]) -> Standing:
+        """All of them together."""
+        among = list(several)
+        return cls(
+            tuple(map(sum, zip(*(each.states for each in among)))),
+            sum(each.copied for each in among),
+            sum(each.total for each in among),
+            any(each.guessed for each in among),
+        )
+
+    @property
+    def unfinished(self) -> int:
+        """How many are not at their end."""
+        return sum(self.states[STATES.index(state)] for state in UNFINISHED)
+
+    @property
+    def counts(self) -> str:
+        """How many are where."""
+        found = {state: count for state, count in zip(STATES, self.states) if count}
+        done = f"{found.pop(VmState.PUBLISHED, 0)} of {sum(self.states)} VMs done"
+        return ", ".join((done, *(f"{count} {state}" for state, count in found.items())))
+
+    @property
+    def amount(self) -> str:
+        """How much is copied; empty where nothing is to be copied."""
+        about = "about " if self.guessed else ""
+        percent = _percent(self.copied, self.total)
+        return f"{human(self.copied)} of {about}{human(self.total)} ({percent} %)" if self.total else ""
 
 
 class _Share:
@@ -80,6 +124,14 @@ class Progress:
         drawn = [_bar(outcome, share, width) for outcome, share in zip(running, shares)]
         return [self.about(line) for line in (*self._news(), self._overview(), *drawn)]
 
+    @property
+    def standing(self) -> Standing:
+        """Where all VMs are together."""
+        states = [outcome.state for outcome in self._outcomes]
+        counts = tuple(states.count(state) for state in STATES)
+        copied = sum(share.copied for share in self._shares)
+        return Standing(counts, copied, self._total(), any(share.waits for share in self._shares))
+
     def about(self, text: str) -> str:
         """A line that is about this hypervisor."""
         return f"{self._label} {text}"
@@ -91,19 +143,13 @@ class Progress:
         return [f"{outcome.name} {outcome.state}: {outcome.error}" for outcome in news]
 
     def _overview(self) -> str:
-        states = [outcome.state for outcome in self._outcomes]
-        counts = [
-            f"{states.count(state)} {state}" for state in STATES if state in states and state != VmState.PUBLISHED
-        ]
-        done = f"{states.count(VmState.PUBLISHED)} of {len(states)} VMs done"
-        return "; ".join((", ".join((done, *counts)), *self._amounts()))
+        standing = self.standing
+        return "; ".join((standing.counts, *self._amounts(standing)))
 
-    def _amounts(self) -> list[str]:
-        copied, total = self._seen[-1][1], self._total()
-        if not total:
+    def _amounts(self, standing: Standing) -> list[str]:
+        copied, total, amount = standing.copied, standing.total, standing.amount
+        if not amount:
             return []
-        about = "about " if any(share.waits for share in self._shares) else ""
-        amount = f"{human(copied)} of {about}{human(total)} ({_percent(copied, total)} %)"
         span = self._seen[-1][0] - self._seen[0][0]
         if copied == total or span <= 0:
             return [amount]
@@ -120,6 +166,13 @@ class Progress:
         expected = sum(share.expected for share in begun)
         scale = sum(share.len for share in begun) / expected if expected else 1.0
         return sum(share.len or int(share.expected * scale * share.waits) for share in self._shares)
+
+
+def standing_of(expected: Sequence[int], outcomes: Sequence[Outcome]) -> Standing:
+    """Where VMs are that nobody has followed so far."""
+    progress = Progress("", expected)
+    progress.note(0.0, outcomes)
+    return progress.standing
 
 
 def _bar(outcome: Outcome, share: _Share, width: int) -> str:

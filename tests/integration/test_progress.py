@@ -88,6 +88,8 @@ def test_a_person_sees_how_far_it_is(vms: Vms, directory: Path, hypervisor: Hype
     assert "The copies continue after Ctrl-C" in play.output
     assert f"-e vm_backup_id={ID}." in play.output
     assert "hv1: 0 of 1 VMs done, 1 running; " in play.output
+    # Nobody needs a total of one.
+    assert "fleet: " not in play.output
     assert BAR.search(play.output), play.output
     assert "\nhv1: 1 of 1 VMs done; 64.0 MiB of 64.0 MiB (100 %)\n" in play.output
     hypervisor.sets.assert_good("web01", copies)
@@ -112,9 +114,57 @@ def test_hypervisors_in_parallel_do_not_get_mixed_up(vms: Vms, directory: Path) 
     assert play.output.count("The copies continue after Ctrl-C") == 1
     lines = play.output.splitlines()
     for number, line in enumerate(lines):
-        if "VMs done, 1 running" in line:
+        if "VMs done, 1 running" in line and not line.startswith("fleet: "):
             # What belongs together stands together.
             assert re.match(rf"{line[:4]}   vm{line[2]}  \[", lines[number + 1]), play.output
+
+
+def in_turns(vms: Vms, directory: Path) -> tuple[Hypervisor, list[Qemu], dict[str, str]]:
+    """Three hypervisors, a VM of each, and variables to back them up slowly."""
+    machines = [vms.start(vms.disk(number, size=8 * MIB), name=f"vm{number}") for number in (1, 2, 3)]
+    hypervisor = Hypervisor(directory, ("hv1", "hv2", "hv3"))
+    of_hosts = {f"hv{number}": sockets(vm) for number, vm in enumerate(machines, 1)}
+    variables = {
+        "sockets": f"{{{{ {of_hosts}[inventory_hostname] }}}}",
+        "repository": f"{directory}/{{{{ inventory_hostname }}}}",
+        # After its first pieces QEMU waits for so long that nobody is done before it is let go.
+        "speed": "64K",
+    }
+    return hypervisor, machines, variables
+
+
+def test_all_are_told_of_though_they_are_followed_in_turns(vms: Vms, directory: Path) -> None:
+    hypervisor, machines, variables = in_turns(vms, directory)
+    with hypervisor.on_terminal("backup", "--forks", "1", **variables) as screen:
+        # The only fork follows the first one; the others copy, and are counted.
+        screen.wait_for("^fleet: 0 of 3 VMs done, 3 running; .*; 0 of 3 hypervisors done, 2 not followed yet$")
+        for vm in machines:
+            release(vm)
+        play = screen.end()
+    assert play.rc == 0, play.output
+    assert "Backup s1 of 3 hypervisors: 3 of 3 VMs have their set" in " ".join(play.output.split())
+
+
+def test_where_none_waits_for_another_all_are_told_of(vms: Vms, directory: Path) -> None:
+    hypervisor, machines, variables = in_turns(vms, directory)
+    with hypervisor.on_terminal("backup", "-e", "vm_backup_strategy=free", **variables) as screen:
+        screen.wait_for("^fleet: 0 of 3 VMs done, 3 running; .*; 0 of 3 hypervisors done$")
+        for vm in machines:
+            release(vm)
+        play = screen.end()
+    assert play.rc == 0, play.output
+
+
+def test_batches_are_a_fleet(vms: Vms, directory: Path) -> None:
+    hypervisor, machines, variables = in_turns(vms, directory)
+    with hypervisor.on_terminal("backup", "-e", "vm_backup_serial=2", **variables) as screen:
+        screen.wait_for("^fleet: 0 of 2 VMs done, 2 running; .*; 0 of 2 hypervisors done$")
+        for vm in machines[:2]:
+            release(vm)
+        screen.wait_for("^fleet: 2 of 3 VMs done, 1 running; .*; 2 of 3 hypervisors done$")
+        release(machines[2])
+        play = screen.end()
+    assert play.rc == 0, play.output
 
 
 def test_elsewhere_it_is_quiet(vms: Vms, hypervisor: Hypervisor) -> None:

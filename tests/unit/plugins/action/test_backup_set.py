@@ -18,6 +18,7 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._backup.outcome imp
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
 PLAN = {
     "repository": "/srv/backup",
@@ -41,6 +42,8 @@ class Stage:
         self.pace = 10.0
         """Seconds that a call takes."""
         self.hosts = ["hv1"]
+        self.all_hosts: list[str] = []
+        """Those of all batches, where there are several."""
         self.verbosity = 0
         monkeypatch.setattr(backup_set, "FIRST_TO_SPEAK", get_context("fork").Lock())
         monkeypatch.setattr(backup_set, "ON_TERMINAL", True)
@@ -80,14 +83,19 @@ class Stage:
         action._execute_module = self.execute
         action._display = SimpleNamespace(display=self.shown.append, verbosity=self.verbosity)
         result: dict[str, Any] = action.run(
-            task_vars={"inventory_hostname": self.hosts[0], "ansible_play_batch": self.hosts}
+            task_vars={
+                "inventory_hostname": self.hosts[0],
+                "ansible_play_batch": self.hosts,
+                "ansible_play_hosts_all": self.all_hosts or self.hosts,
+            }
         )
         assert len(self.calls) == len(self.answers)
         return result
 
 
 @pytest.fixture
-def stage(monkeypatch: pytest.MonkeyPatch) -> Stage:
+def stage(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Stage:
+    monkeypatch.setattr(backup_set.constants, "DEFAULT_LOCAL_TMP", str(tmp_path))
     return Stage(monkeypatch)
 
 
@@ -289,3 +297,79 @@ def test_what_cannot_be_reached_from_the_start_is_ansibles_matter(stage: Stage) 
     with pytest.raises(AnsibleConnectionFailure, match="gone"):
         stage.run(AnsibleConnectionFailure("gone"))
     assert not stage.shown
+
+
+def fleet_lines(stage: Stage) -> list[str]:
+    return [line for text in stage.shown for line in text.splitlines() if line.startswith("fleet: ")]
+
+
+def test_one_hypervisor_is_no_fleet(stage: Stage) -> None:
+    stage.run(COPYING, COPYING, DONE)
+    assert fleet_lines(stage) == []
+
+
+def take_turns(stage: Stage) -> None:
+    """Begin on both of two hypervisors, and follow one."""
+    for host in ("hv2", "hv1"):
+        stage.hosts, stage.all_hosts = [host], ["hv1", "hv2"]
+        stage.calls.clear()
+        stage.run(left("w1"), state="started", detach="preferred")
+    assert not stage.shown
+    stage.calls.clear()
+
+
+def test_the_fleet_is_told_of_by_whoever_follows_one_of_it(stage: Stage) -> None:
+    take_turns(stage)
+    stage.run(AT_WORK, AT_WORK, AT_ITS_END, detach="preferred", worker="w1")
+    copying = "; 100 B of about 400 B (25 %); 0 of 2 hypervisors done, 1 not followed yet"
+    assert fleet_lines(stage) == [
+        f"fleet: 0 of 4 VMs done, 2 running, 2 queued{copying}",
+        f"fleet: 0 of 4 VMs done, 2 running, 2 queued{copying}",
+        (
+            "fleet: 2 of 4 VMs done, 1 running, 1 queued; 250 B of about 400 B (62 %);"
+            " 1 of 2 hypervisors done, 1 not followed yet"
+        ),
+    ]
+
+
+def test_a_hypervisor_that_was_lost_is_counted(stage: Stage) -> None:
+    take_turns(stage)
+    with pytest.raises(AnsibleConnectionFailure):
+        stage.run(AnsibleConnectionFailure("gone"), detach="preferred", worker="w1")
+    stage.hosts = ["hv2"]
+    stage.calls.clear()
+    stage.run(AT_WORK, AT_ITS_END, detach="preferred", worker="w1")
+    assert fleet_lines(stage)[-1] == (
+        "fleet: 2 of 4 VMs done, 1 running, 1 queued; 250 B of about 400 B (62 %); 1 of 2 hypervisors done, 1 lost"
+    )
+
+
+def test_the_fleet_is_told_of_once_in_a_while(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    take_turns(stage)
+    stage.pace = 4.0
+    stage.run(*[AT_WORK] * 6, AT_ITS_END, detach="preferred", worker="w1")
+    # Of 4, 8, ... 28 s: at 4, 16 and 28.
+    assert ["fleet: " in text for text in stage.shown] == [True, False, False, True, False, False, True]
+    monkeypatch.setattr(backup_set, "ON_TERMINAL", False)
+    stage.hosts, stage.pace = ["hv2"], 40.0
+    stage.calls.clear()
+    stage.shown.clear()
+    stage.run(*[AT_WORK] * 4, AT_ITS_END, detach="preferred", worker="w1")
+    assert ["fleet: " in text for text in stage.shown] == [False, True]
+
+
+def test_where_the_fleet_cannot_be_told_of_all_else_goes_on(stage: Stage, tmp_path: Path) -> None:
+    take_turns(stage)
+    [file] = tmp_path.iterdir()
+    file.unlink()
+    file.mkdir()
+    result = stage.run(AT_WORK, AT_ITS_END, detach="preferred", worker="w1")
+    assert [vm["state"] for vm in result["vms"]] == ["published", "published"]
+    assert stage.shown
+    assert fleet_lines(stage) == []
+
+
+def test_the_ids_of_two_runs_are_two_fleets(stage: Stage) -> None:
+    take_turns(stage)
+    stage.run(COPYING, DONE, plan={**PLAN, "id": "s2"})
+    assert fleet_lines(stage) == []
