@@ -26,6 +26,7 @@ import sys
 import typing as t
 from pathlib import Path
 
+from ansible_collections.vmfleet.backup.plugins.module_utils._backup import worker
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu import libvirt_client
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu import monitor as qemu_monitor
 
@@ -34,15 +35,20 @@ if t.TYPE_CHECKING:
 
 MODULE = 0
 ASKER = -1
-"""Stand among the victims for the module, and for the one whose step it is: the module, or the guard of its guest."""
+WORKER = -3
+"""Stand among the victims for the module, for the one whose step it is (the module, its worker, or the guard of its
+guest), and for the worker to which the module leaves the sets, with its child that works; before that, the module."""
 
 BEFORE = "before"
 AFTER = "after"
 """Right after is another moment than right before the next step where others act by themselves from then on."""
 
 STEPS = {
+    "_backup/board": {"_write_later": "tell", "note": "tell"},
+    "_backup/worker": {"leave": "leave"},
+    "_backup/worker_place": {"take": "take place"},
     "_host/directory": {"remove": "remove", "sync": "sync directory"},
-    "_host/lock": {"locked": "lock", "_open": "open lock"},
+    "_host/lock": {"locked": "lock", "_open": "open lock", "take_at_once": "open lock"},
     "_host/preallocate": {
         "allocate": "allocate",
         "flush": "flush",
@@ -116,6 +122,7 @@ A function that has none here is called by its file and its name.
 """
 PASSED_THROUGH = frozenset(
     {
+        "_backup/worker",
         "_host/directory",
         "_host/files",
         "_host/target_files",
@@ -133,6 +140,10 @@ PASSED_THROUGH = frozenset(
 """What takes no step of its own, but where a name above says so."""
 JOBS = frozenset({*STEPS["_qemu/block_jobs"].values(), *STEPS["_qemu/bitmaps"].values()})
 """The steps that tell QEMU's block jobs what to do."""
+
+WORKER_BEGINS = ("_backup/worker", "_begin")
+CHILD_BEGINS = ("_host/worker", "run_in_worker")
+"""Where a worker is forked, and where the process that works is."""
 
 COLLECTION = str(Path(qemu_monitor.__file__).parents[1])
 
@@ -170,15 +181,21 @@ def arm(
     A victim that is not there yet is given by the file that will have its process id. `deed` is what this process does
     to the world before that.
 
-    From asyncio.run on: before, there are only imports and the reading of arguments.
+    From asyncio.run on: before, there are only imports and the reading of arguments. Where the sets are left to a
+    worker, from there on, in the module as well as in the worker.
     """
-    run = asyncio.run
+    run, leave = asyncio.run, worker.leave
 
     def run_watched(*args: t.Any, **kwargs: t.Any) -> t.Any:
         _Watch(at, victims, record, deed).begin()
         return run(*args, **kwargs)
 
-    asyncio.run = run_watched
+    def leave_watched(*args: t.Any) -> None:
+        asyncio.run = run
+        _Watch(at, victims, record, deed).begin()
+        leave(*args)
+
+    asyncio.run, worker.leave = run_watched, leave_watched
 
 
 def read(record: Path) -> list[Point]:
@@ -199,7 +216,7 @@ class _Watch:
         self._victims = victims
         self._deed = deed
         self._record = str(record) if record else ""
-        self._module = os.getpid()
+        self._module = self._worker = os.getpid()
         self._active = True
         self._struck = mmap.mmap(-1, 1)
         """Not 0 once the victims are dead. A guard has this in common with the module, which may do its work then."""
@@ -303,8 +320,12 @@ class _Watch:
         subprocess.Popen.__init__ = announced
 
     def _in_child(self) -> None:
-        """A guard goes on touching the guest. What a probe does is seen by nobody."""
-        self._active = self._active and "_qemu/guest_freeze" in [room for room, _function in _rooms()[0]]
+        """A guard goes on touching the guest, and a worker everything. What a probe does is seen by nobody."""
+        forked_by = _room(sys._getframe(1).f_code)
+        if forked_by == WORKER_BEGINS:
+            self._worker = os.getpid()
+        elif forked_by != CHILD_BEGINS:
+            self._active = self._active and "_qemu/guest_freeze" in [room for room, _function in _rooms()[0]]
 
     # What comes of it
 
@@ -332,7 +353,7 @@ class _Watch:
             self._active = False
             self._deed()
             self._active = True
-        meant = {ASKER: me, MODULE: self._module}
+        meant = {ASKER: me, MODULE: self._module, WORKER: self._worker}
         pids = {int(one.read_text()) if isinstance(one, Path) else meant.get(one, one) for one in self._victims}
         for pid in pids - {me}:
             _kill(pid)
@@ -382,9 +403,9 @@ def _rooms() -> tuple[list[tuple[str, str]], str]:
     engine = ""
     while frame:
         room, function = _room(frame.f_code)
-        if (room, function) == ("_host/worker", "run_in_worker"):
+        if (room, function) == CHILD_BEGINS:
             # The process that waits for the one that works does nothing of its own.
-            return [], ""
+            break
         if room in STEPS and (function in STEPS[room] or room not in PASSED_THROUGH):
             if rooms and rooms[-1][0] == room:
                 rooms.pop()

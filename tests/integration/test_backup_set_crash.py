@@ -24,7 +24,7 @@ from ansible_collections.vmfleet.backup.tests.harness.backup import release
 from ansible_collections.vmfleet.backup.tests.harness.images import MIB, identical
 from ansible_collections.vmfleet.backup.tests.harness.matrix import WHOLE, assert_listed, deal, dice, document
 from ansible_collections.vmfleet.backup.tests.harness.modules import ModuleProcess, succeed
-from ansible_collections.vmfleet.backup.tests.harness.qemu import wait_until
+from ansible_collections.vmfleet.backup.tests.harness.qemu import PATIENCE, wait_until
 from ansible_collections.vmfleet.backup.tests.harness.sets import ID, Sets
 from ansible_collections.vmfleet.backup.tests.unit.plugins.guest_agent import ScriptedAgent
 
@@ -40,6 +40,8 @@ if t.TYPE_CHECKING:
 pytestmark = pytest.mark.usefixtures("clean")
 
 NAME = "web01"
+LEFT = {"state": "started", "detach": "required", "slice": PATIENCE}
+"""How a set is left to a worker, and waited for."""
 
 # The points, by what is done there, and in what runs that is done.
 LOOK = {"look: fork"}
@@ -132,6 +134,8 @@ class Scene:
         self._restarted = False
         self.same_run = False
         """Whether the next run is the same again, which does not try again what has failed for the VM."""
+        self.detached = False
+        """Whether the next run leaves the set to a worker."""
         self.vm = vms.start(vms.disk(0, size=8 * MIB), vms.disk(1, size=8 * MIB), name=NAME)
         self.copies = self._freeze(directory, "frozen")
 
@@ -154,8 +158,12 @@ class Scene:
 
     def recover(self) -> None:
         """One more run has to be enough."""
-        succeed("backup_set", self._call if self.same_run else self._plan())
+        self._make(self._call if self.same_run else self._plan())
         self._assert_good()
+
+    def _make(self, call: dict[str, t.Any]) -> None:
+        made = succeed("backup_set", {**call, **(LEFT if self.detached else {})})
+        assert [vm["state"] for vm in made["vms"]] == ["published"]
 
     def assert_listed_good(self) -> None:
         """If the set is listed, it is whole and has the right content, whatever has just been killed."""
@@ -223,7 +231,7 @@ class Increment(Scene):
         return self._plan(id=self.id)
 
     def recover(self) -> None:
-        self.sets.back_up(self.vm, id=self.id, **self.options)
+        self._make(self._plan(id=self.id))
         levels = self.sets.levels(NAME, self.id)
         self.sets.assert_good(NAME, self._history[self.id], self.id, levels)
         records = [(disk["node"], disk["bitmap"]) for disk in self.sets.manifest(NAME, self.id)["disks"]]
@@ -375,7 +383,7 @@ class Stage:
     """Plays a scene again and again: without a crash, and with one."""
 
     def __init__(self, scene: Scene, chance: random.Random, directory: Path, start: Start, clean: Clean) -> None:
-        self._scene = scene
+        self.scene = scene
         self._chance = chance
         self._record = directory / "points"
         self._start = start
@@ -393,23 +401,31 @@ class Stage:
 
     def _play(self, at: int | crash.Point, victims: t.Sequence[int]) -> list[crash.Point]:
         self._record.unlink(missing_ok=True)
-        call = self._scene.begin()
-        pids = [self._scene.vm.pid if victim == QEMU else victim for victim in victims]
-        process = self._start("backup_set", call, crash_at=at, victims=pids, record=self._record)
+        call = self.scene.begin()
+        pids = [self.scene.vm.pid if victim == QEMU else victim for victim in victims]
+        self._run(call, at, pids)
+        self.scene.assert_listed_good()
+        if QEMU in victims:
+            self.scene.restart()
+        # Where but processes of ours have ended, any run goes on.
+        self.scene.same_run = bool(victims) and QEMU not in victims and self._chance.random() < 0.5
+        self.scene.recover()
+        self._recovered()
+        self._clean()
+        self.scene.forget()
+        return crash.read(self._record)
+
+    def _recovered(self) -> None:
+        """Look at what else there is after the run that was enough."""
+
+    def _run(self, call: dict[str, t.Any], at: int | crash.Point, victims: t.Sequence[int]) -> None:
+        """Run the module, which may be killed."""
+        process = self._start("backup_set", call, crash_at=at, victims=victims, record=self._record)
         if crash.MODULE in victims:
             process.wait()
             assert process.killed
         else:
             process.result()
-        self._scene.assert_listed_good()
-        if QEMU in victims:
-            self._scene.restart()
-        # Where but processes of ours have ended, any run goes on.
-        self._scene.same_run = crash.MODULE in victims and QEMU not in victims and self._chance.random() < 0.5
-        self._scene.recover()
-        self._clean()
-        self._scene.forget()
-        return crash.read(self._record)
 
 
 @pytest.fixture
