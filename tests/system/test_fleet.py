@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 
+from ansible_collections.vmfleet.backup.plugins.module_utils._backup.worker_place import WorkerPlace
 from ansible_collections.vmfleet.backup.tests.harness.backup import release
 from ansible_collections.vmfleet.backup.tests.harness.fleet import Fleet
 from ansible_collections.vmfleet.backup.tests.harness.images import MIB
@@ -284,6 +285,54 @@ def test_nobody_is_needed_once_the_copies_have_been_started(fleet: Fleet) -> Non
     again = fleet.back_up(id=ID)
     assert again.rc == 0, again.output
     assert [again.recap(hypervisor.name)["changed"] for hypervisor in fleet.hypervisors] == [0, 0, 0]
+
+
+@pytest.mark.parametrize("lost", ["controller", "sshd"])
+def test_all_sets_are_made_though_their_followers_are_lost(fleet: Fleet, lost: str) -> None:
+    for _number in range(3):
+        fleet.add(vms=2)
+    wanted = {"id": ID, "speed": SLOW, "max_vms": 1}
+    run = fleet.start("vmfleet.backup.backup", "--forks", "2", **wanted)
+    for hypervisor in fleet.hypervisors:
+        wait_until(lambda it=hypervisor: any(map(copies, it.vms)) or not run.running, "the first copy", PLENTY)
+    assert run.running, run.output
+    assert manifests(fleet) == []
+    if lost == "controller":
+        # What it has forked would go on as well.
+        there = [pid for program in ("ansible-playboo", "ssh") for pid in fleet.controller.pids(program)]
+        assert len(there) > 2
+        run.kill()
+        for pid in there:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        assert not any(map(fleet.controller.pids, ("ansible-playboo", "ssh")))
+    else:
+        for hypervisor in fleet.hypervisors:
+            hypervisor.cut_off()
+    # From here on, nobody reaches a hypervisor. The second VM of each gets its turn all the same.
+    wait_until(lambda: not release_all(fleet.vms) and len(manifests(fleet)) == 6, "the sets of all VMs", PLENTY)
+    wait_until(lambda: not any(map(works, fleet.hypervisors)), "the end of the workers", PLENTY)
+    assert_all_good(fleet)
+    if lost == "sshd":
+        play = run.wait()
+        assert play.rc != 0
+        assert_named_once(play, [hypervisor.name for hypervisor in fleet.hypervisors])
+        for hypervisor in fleet.hypervisors:
+            hypervisor.connect()
+    before = {path: path.stat() for path in manifests(fleet)}
+    again = fleet.back_up(**wanted)
+    assert again.rc == 0, again.output
+    told = "Backup s1 of 3 hypervisors: 6 of 6 VMs have their set, 0 failed, 0 skipped, 0 Bytes written"
+    assert told in " ".join(again.output.split())
+    assert again.output.count("(was there)") == 6
+    assert [again.recap(hypervisor.name)["changed"] for hypervisor in fleet.hypervisors] == [0, 0, 0]
+    assert {path: path.stat().st_mtime_ns for path in before} == {path: it.st_mtime_ns for path, it in before.items()}
+
+
+def works(hypervisor: Hypervisor) -> bool:
+    """Whether there is a worker."""
+    there = WorkerPlace.of(str(hypervisor.repository))
+    return WorkerPlace(*(str(hypervisor.seen_here(Path(path))) for path in there)).is_held()
 
 
 LEFT_ALONE = """
