@@ -88,7 +88,8 @@ options:
     description:
       - What to show while O(state=completed) waits.
       - On a terminal, V(auto) shows bars and the time that is left. Elsewhere it means V(quiet), which shows one line a
-        minute for each hypervisor. V(none) shows nothing.
+        minute for each hypervisor that is followed. V(none) shows nothing.
+      - With several hypervisors, a line that begins with C(fleet:) has their total.
       - With C(async), in check mode and with O(slice), nothing is shown.
     type: str
     choices: [auto, quiet, none]
