@@ -130,9 +130,9 @@ def _fleet(task: Task, task_vars: dict[str, Any]) -> Fleet:
     hosts = hosts if host in hosts else [host]
     use = (task.args["plan"]["id"], getattr(getattr(task, "_role", None), "_uuid", ""), *hosts)
     digest = hashlib.sha256(repr(tuple(map(str, use))).encode()).hexdigest()[:16]
-    # Every run of Ansible has a directory of its own there, which it removes.
-    path = os.path.join(str(constants.DEFAULT_LOCAL_TMP), f"vmfleet-{digest}")
-    return Fleet(path, hosts, host)
+    # Every run of Ansible has a directory of its own, which it removes.
+    directory: str = constants.DEFAULT_LOCAL_TMP  # type: ignore[attr-defined]
+    return Fleet(os.path.join(directory, f"vmfleet-{digest}"), hosts, host)
 
 
 class _Calls:

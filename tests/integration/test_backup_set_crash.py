@@ -407,8 +407,9 @@ class Stage:
         self.scene.assert_listed_good()
         if QEMU in victims:
             self.scene.restart()
-        # Where but processes of ours have ended, any run goes on.
-        self.scene.same_run = bool(victims) and QEMU not in victims and self._chance.random() < 0.5
+        # Where but processes of ours have ended, any run goes on. With a guard, the set has failed.
+        ours = not {crash.MODULE, crash.WORKER}.isdisjoint(victims)
+        self.scene.same_run = ours and QEMU not in victims and self._chance.random() < 0.5
         self.scene.recover()
         self._recovered()
         self._clean()
