@@ -141,7 +141,7 @@ PASSED_THROUGH = frozenset(
 JOBS = frozenset({*STEPS["_qemu/block_jobs"].values(), *STEPS["_qemu/bitmaps"].values()})
 """The steps that tell QEMU's block jobs what to do."""
 
-WORKER_BEGINS = ("_backup/worker", "_begin")
+WORKER_BEGINS = ("_backup/worker", "_fork")
 CHILD_BEGINS = ("_host/worker", "run_in_worker")
 """Where a worker is forked, and where the process that works is."""
 
