@@ -98,7 +98,7 @@ class DomainMachine(Machine):
 
     def freeze(self) -> None:
         """Remember the disks as they are now."""
-        self.truth.freeze(self.vm)
+        self.truth.freeze(self.vm, {disk.name for disk in self.vm.disks} - self.defined())
 
     def leftovers(self) -> list[str]:
         """Return what a set has left behind."""

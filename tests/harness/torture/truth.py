@@ -32,6 +32,13 @@ def virtual_size(path: Path) -> int:
         return int.from_bytes(image.read(32)[24:], "big")
 
 
+class Moment(t.NamedTuple):
+    """What the disks held, by their names, and which of them a VM loses when its QEMU ends."""
+
+    copies: dict[str, Path]
+    passing: frozenset[str]
+
+
 class Truth:
     """The copies of the disks as they were, and what the repository makes of them."""
 
@@ -39,8 +46,8 @@ class Truth:
         self._directory = directory
         self._sets = sets
         self._fresh: dict[str, Path] = {}
-        self._moment: dict[str, Path] = {}
-        self._of: dict[str, dict[str, Path]] = {}
+        self._moment = Moment({}, frozenset())
+        self._of: dict[str, Moment] = {}
         self._seen: set[object] = set()
         self._number = 0
 
@@ -49,15 +56,16 @@ class Truth:
         for name in names or tuple(self._fresh):
             self._fresh.pop(name, None)
 
-    def freeze(self, vm: Qemu) -> None:
-        """Remember the disks as they are now. Nobody may be writing to them."""
+    def freeze(self, vm: Qemu, passing: t.Collection[str] = ()) -> None:
+        """Remember the disks as they are now. Nobody may be writing to them. `passing` are lost when QEMU ends."""
         for disk in vm.disks:
             if disk.name not in self._fresh:
                 self._number += 1
                 copy = self._directory / f"frozen-{self._number}-{disk.name}.qcow2"
                 self._fresh[disk.name] = vm.freeze(disk, copy)
         # A disk that is gone may have been copied before: what detaches it can do so and be refused the rest.
-        self._moment = {disk.name: self._fresh[disk.name] for disk in vm.disks}
+        copies = {disk.name: self._fresh[disk.name] for disk in vm.disks}
+        self._moment = Moment(copies, frozenset(passing))
 
     def note(self) -> None:
         """The attempts that have come up since the last freeze are of that moment."""
@@ -86,8 +94,11 @@ class Truth:
         sequences = [manifest["sequence"] for manifest in manifests.values()]
         assert len(set(sequences)) == len(sequences), f"two sets of one sequence number: {sequences}"
         for manifest in manifests.values():
-            copies = self._of[manifest["attempt"]]
-            assert {disk["name"] for disk in manifest["disks"]} == set(copies), f"disks of set {manifest['id']}"
+            copies, passing = self._of[manifest["attempt"]]
+            # Where QEMU was killed after the plan, the set may be of the VM that is off.
+            is_off = all(disk["node"].startswith("off") for disk in manifest["disks"])
+            wanted = copies.keys() - passing if is_off else copies.keys()
+            assert {disk["name"] for disk in manifest["disks"]} == wanted, f"disks of set {manifest['id']}"
             for disk in manifest["disks"]:
                 files = tuple(self._chain(manifests, manifest, disk["name"]))
                 if files not in self._seen:

@@ -63,6 +63,10 @@ def test_what_goes_otherwise_than_planned_is_said() -> None:
     )
     [said] = changes(planned, keep_planned_fulls(now, planned).plan.disks)
     assert said.startswith("disk vdb is full instead of incremental: the record of the changes since set monday")
+    lost = decide(REQUEST, Observation(vm(tracked("vda", "b-vda"))), VmRecords(sets=(MONDAY,)), TERMS)
+    assert changes(planned, lost.plan.disks) == (
+        "disk vdb is not in the set, because the VM has lost it since the plan",
+    )
 
 
 BOTH_DONE = (job(JOB0, "concluded"), job(JOB1, "concluded"))
