@@ -276,3 +276,17 @@ def test_an_image_as_old_as_qcow2_v2_chains_like_a_raw_one(vms: Vms, sets: Sets,
     history.vm.restart()
     assert history.back_up("s3") == "full"
     history.check()
+
+
+def test_differential_after_a_set_without_a_disk(vms: Vms, sets: Sets, directory: Path) -> None:
+    vm = vms.start(vms.disk(0, size=SIZE), vms.disk(1, size=SIZE), name="web01")
+    history = History(vm, sets, directory)
+    first, second = (str(disk.name) for disk in vm.disks)
+    history.back_up("s1", level="differential")
+    vm.write(second, 0xA1, MIB, 65536)
+    left_out = [{"monitor": str(vm.monitor), "exclude_disks": [second], "level": "differential"}]
+    history.back_up("s2", first, vms=left_out)
+    vm.write(second, 0xB1, 2 * MIB, 65536)
+    history.back_up("s3", level="differential")
+    assert sets.levels("web01", "s3") == dict.fromkeys((first, second), "differential")
+    history.check()
