@@ -19,8 +19,7 @@ options:
     default: false
   supersede:
     description:
-      - Cancel an unfinished set of the same VM with another id. By default that set is completed first. A worker that
-        makes sets with another id of these VMs, and of no others, is ended.
+      - Cancel an unfinished set of the same VM with another id. By default that set is completed first.
     type: bool
     default: false
   adopt:

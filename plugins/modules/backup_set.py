@@ -473,10 +473,6 @@ async def main_task(module: AnsibleModule, board: Board | None = None) -> dict[s
         # It would begin the sets that are to be cancelled.
         chosen = {vm.name for vm in given.vms} if given else set()
         await stop(path, chosen.__contains__ if given else Selection.of(module.params).takes)
-    if given and settings.supersede and not module.check_mode:
-        from ansible_collections.vmfleet.backup.plugins.module_utils._backup.worker import make_way  # noqa: PLC0415
-
-        await make_way(given)
     async with ThreadedCalls(Watch(path, writing=not module.check_mode)) as calls:
         repository, plan, created = await places(module, given, calls)
         run = BackupRun.of(AsyncRepository(repository, calls), plan, settings, board)

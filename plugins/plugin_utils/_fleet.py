@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 SPOKE = struct.Struct("<d")
 """When the fleet was told of last; at the beginning of the file."""
 PHASE = struct.Struct("<q")
+MOST = (1 << 63) - 1
 RECORD = struct.Struct(f"<{4 + len(STATES)}q")
 """The phase, then bytes copied, bytes in all, whether these are a guess, and how many VMs are in each state."""
 
@@ -88,7 +89,9 @@ class Fleet:
             os.close(fd)
 
     def _write(self, fd: int, phase: Phase, standing: Standing) -> None:
-        record = RECORD.pack(phase, standing.copied, standing.total, standing.guessed, *standing.states)
+        # An estimate can be of any size.
+        copied, total = (min(number, MOST) for number in (standing.copied, standing.total))
+        record = RECORD.pack(phase, copied, total, standing.guessed, *standing.states)
         os.pwrite(fd, record, self._place)
 
 

@@ -249,30 +249,6 @@ def test_what_it_would_begin_later_is_not_cancelled_by_name(three: list[Qemu], s
     assert not who(sets)
 
 
-@pytest.mark.parametrize("detach", ["required", "never"])
-def test_who_supersedes_its_sets_ends_it(three: list[Qemu], sets: Sets, detach: str) -> None:
-    leave(sets, three)
-    plan = sets.plan(*three, id="s2", supersede=True)["plan"]
-    how = {"detach": detach, "slice": 600} if detach == "required" else {"state": "completed", "detach": detach}
-    result = started(plan, **{"max_vms": 3, "supersede": True, **how})
-    assert (states(result), result["rc"]) == (["published"] * 3, 0)
-    assert not who(sets)
-    assert sorted(path.name for path in sets.path.glob("vm*/[!.]*")) == ["s2"] * 3
-
-
-def test_who_supersedes_some_of_its_sets_leaves_it_the_others(three: list[Qemu], sets: Sets) -> None:
-    leave(sets, three)
-    plan = sets.plan(three[0], id="s2", supersede=True)["plan"]
-    assert states(started(plan, "never", state="completed", supersede=True)) == ["published"]
-
-    def ended() -> bool:
-        release_all(three)
-        return not who(sets)
-
-    wait_until(ended, "the end of the worker")
-    assert [path.name for path in sets.path.glob("vm2/[!.]*")] == ["s1"]
-
-
 @pytest.mark.parametrize("other", ["a later process of that number", "a process of another container"])
 def test_nobody_else_is_killed(sets: Sets, other: str) -> None:
     sets.path.mkdir()

@@ -235,9 +235,7 @@ async def hold_now(session: VmSession) -> AsyncIterator[LockedVm]:
         found = hold(session.run, session.task, session.address, seen.process, seen if seen.alone else None)
         held = await stack.enter_async_context(found)
         if isinstance(held, Pending):
-            raise BackupError(
-                held.reason or "the VM has another QEMU than at the start of this call; run the backup again"
-            )
+            raise BackupError(held.reason or "the VM has another QEMU than at the start of this call; repeat the call")
         yield held
 
 

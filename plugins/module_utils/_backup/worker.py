@@ -83,8 +83,6 @@ def leave(module: AnsibleModule, main: Main) -> None:
         check_options(module.argument_spec, module.params)
         plan = parse_plan(module.params["plan"])
         place = WorkerPlace.of(plan.repository)
-        if module.params["supersede"]:
-            asyncio.run(make_way(plan))
         key = _begin(module, main, plan, place) or _join(module, plan, place)
         found = place.follow(key, module.params["slice"]) if key else Standing(None, running=False)
         if key and not found.running and not found.result and module.params["detach"] == Detach.REQUIRED:
@@ -318,18 +316,12 @@ async def stop(repository: str, chosen: Callable[[str], bool]) -> None:
         await asyncio.sleep(0.02)
 
 
-async def make_way(plan: Plan) -> None:
-    """End the worker that makes sets of these VMs under another id, and of no others: it would begin more of them."""
-    place = WorkerPlace.of(plan.repository)
-    found = place.look()
-    names = {vm.name for vm in plan.vms}
-    if found.who and found.running and found.who.id != plan.id and names.issuperset(found.who.vms):
-        await _end(found.who, place, plan.repository)
-
-
 async def _end(who: Who, place: WorkerPlace, repository: str) -> None:
     """End a worker, and wait until it has let its lock go."""
     if who.space != spaces()[PROCESSES] or _process(who.pid) != Process(who.pid, who.start):
+        if not place.is_held():
+            # It has just ended by itself.
+            return
         raise BackupError(
             f"{repository}: the worker that makes the sets {who.id}, process {who.pid}, runs in another container;"
             " cancel them there"

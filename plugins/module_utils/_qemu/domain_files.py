@@ -27,7 +27,7 @@ from .qemu_img import TIMEOUT
 if TYPE_CHECKING:
     from .address import Address
     from .domain_disks import Domain
-    from .domain_xml import DomainDisk, DomainXml
+    from .domain_xml import DomainDisk, DomainXml, Source
     from .model import Vm
 
 
@@ -80,9 +80,7 @@ async def _check_chain(disk: Disk, vm: Vm, xml: DomainXml) -> None:
                 raise _other_chain(disk, above.filename, "nothing", below.filename)
             return
         layer = defined.chain[place]
-        if layer.kind in LOCAL and not (
-            below and layer.format in ("", below.driver) and await _is_same(layer.path, below.filename)
-        ):
+        if not (below and await _is_same(layer, below)):
             said = f"{below.filename} ({below.driver})" if below else "nothing"
             raise _other_chain(disk, above.filename, f"{layer.path} ({layer.format or 'no format'})", said)
 
@@ -95,11 +93,16 @@ def _other_chain(disk: Disk, image: str, defined: str, said: str) -> BackupError
     )
 
 
-async def _is_same(path: str, other: str) -> bool:
-    if path == other:
+async def _is_same(layer: Source, below: Disk) -> bool:
+    """Return whether a layer of a definition may be the one that a header names. Of one far away, no names tell it."""
+    if layer.format not in ("", below.driver):
+        return False
+    if layer.kind not in LOCAL:
+        return not below.filename.startswith("/")
+    if layer.path == below.filename:
         return True
     try:
-        return await within(TIMEOUT, lambda: os.path.realpath(path) == os.path.realpath(other))
+        return await within(TIMEOUT, lambda: os.path.realpath(layer.path) == os.path.realpath(below.filename))
     except asyncio.TimeoutError:
         return False
 

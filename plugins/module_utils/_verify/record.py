@@ -98,8 +98,8 @@ def _updated(catalog: VmCatalog, one: Verification | Pin, warnings: list[str]) -
     if before and not before.ok and _is_deeper(before, one):
         if one.ok:
             warnings.append(
-                f"VM {catalog.name}, set {one.id}: it still counts as not good, because depth {before.depth} found"
-                f" damage on {before.when}; verify it with that depth again"
+                f"VM {catalog.name}, set {one.id}: it still counts as not good, because its verification with depth"
+                f" {before.depth} failed on {before.when}; verify it with that depth again"
             )
             return None
         # A guest that did not start must not hide that its images are damaged.

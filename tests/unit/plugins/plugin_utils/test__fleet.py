@@ -86,3 +86,9 @@ def test_many_processes_at_the_same_time(tmp_path: Path) -> None:
     assert fleet(tmp_path, "hv0").line(1e9, 0.0) == (
         "200 of 200 VMs done; 19.5 GiB of 19.5 GiB (100 %); 200 of 200 hypervisors done"
     )
+
+
+def test_estimates_of_any_size(tmp_path: Path) -> None:
+    for host in HOSTS[:2]:
+        fleet(tmp_path, host).note(Phase.FOLLOWED, standing(1, 1 << 50, guessed=True, running=1))
+    assert fleet(tmp_path, "hv0").line(5.0, 10.0).startswith("0 of 2 VMs done, 2 running; 2.0 MiB of about ")
