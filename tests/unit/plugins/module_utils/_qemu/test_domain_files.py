@@ -65,7 +65,7 @@ def test_the_same(below: str, chain: tuple[Source, ...], ends: bool) -> None:
     ],
 )
 def test_another_disk(below: str, chain: tuple[Source, ...], ends: bool) -> None:
-    with pytest.raises(BackupError, match="disk vda: the definition of the domain says that /images/.*qcow2 builds on"):
+    with pytest.raises(BackupError, match="disk vda: the definition of the domain says that /images/"):
         check(below, chain, ends)
 
 

@@ -84,7 +84,7 @@ def test_of_two_faults_the_deeper_one_is_not_forgotten(repository: Repository) -
     assert [one.depth for one in verify(repository, Depth.IMAGE)] == [Depth.MANIFEST, Depth.MANIFEST, Depth.CHECKSUM]
     missing.with_name("elsewhere").rename(missing)
     _findings, [warning] = asyncio.run(verify_all(repository, [VM], "", VerifyOptions(Depth.MANIFEST)))
-    assert "because depth checksum found damage" in warning
+    assert "because its verification with depth checksum failed" in warning
     [mark] = read_annotations(repository, VM).verifications
     assert (mark.ok, mark.depth) == (False, Depth.CHECKSUM)
 
