@@ -54,7 +54,8 @@ def _ask_for_others(vm: Qemu, target: Path) -> None:
         options = {name: value for name, value in {**NEVER, **other}.items() if value}
         for way in ({}, {"overwrite": True}, {"state": "cancelled"}):
             result = fail_backup(vm, target, **options, **way)
-            assert f"{target} is being made" in result["msg"], options
+            assert f"{target}: job " in result["msg"], options
+            assert " is already making it " in result["msg"], options
             assert not sent(result, "drive-backup")
             assert not target.exists()
 
@@ -117,7 +118,8 @@ def test_receipt_shared_by_two_targets(
     other = target.with_name("other.qcow2")
     for state, overwrite in itertools.product(("completed", "started", "cancelled"), (False, True)):
         result = fail_backup(vm, other, state=state, overwrite=overwrite, **options)
-        assert f"{target} is being made" in result["msg"]
+        assert f"{target}: job " in result["msg"]
+        assert " is already making it " in result["msg"]
         assert_absent(other)
     if moment == "running":
         assert (vm.job["device"], vm.job["status"]) == (job, "running")
