@@ -106,8 +106,7 @@ class DomainMachine(Machine):
     def freeze(self) -> None:
         """Remember the disks as they are now."""
         # What its memory was saved with comes back with that.
-        passing = {disk.name for disk in self.vm.disks} - self.defined() if self.vm.alive else set()
-        self.truth.freeze(self.vm, passing)
+        self.truth.freeze(self.vm, self.defined() if self.vm.alive else ())
 
     def leftovers(self) -> list[str]:
         """Return what a set has left behind."""

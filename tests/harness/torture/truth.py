@@ -33,10 +33,10 @@ def virtual_size(path: Path) -> int:
 
 
 class Moment(t.NamedTuple):
-    """What the disks held, by their names, and which of them a VM loses when its QEMU ends."""
+    """What the disks held, by their names, and the names of those that a VM has when its QEMU has ended."""
 
     copies: dict[str, Path]
-    passing: frozenset[str]
+    lasting: frozenset[str]
 
 
 class Truth:
@@ -56,8 +56,8 @@ class Truth:
         for name in names or tuple(self._fresh):
             self._fresh.pop(name, None)
 
-    def freeze(self, vm: Qemu, passing: t.Collection[str] = ()) -> None:
-        """Remember the disks as they are now. Nobody may be writing to them. `passing` are lost when QEMU ends."""
+    def freeze(self, vm: Qemu, lasting: t.Collection[str] = ()) -> None:
+        """Remember the disks as they are now, while nobody writes. The VM has `lasting` when its QEMU has ended."""
         for disk in vm.disks:
             if disk.name not in self._fresh:
                 self._number += 1
@@ -65,7 +65,7 @@ class Truth:
                 self._fresh[disk.name] = vm.freeze(disk, copy)
         # A disk that is gone may have been copied before: what detaches it can do so and be refused the rest.
         copies = {disk.name: self._fresh[disk.name] for disk in vm.disks}
-        self._moment = Moment(copies, frozenset(passing))
+        self._moment = Moment(copies, frozenset(lasting or copies))
 
     def note(self) -> None:
         """The attempts that have come up since the last freeze are of that moment."""
@@ -94,14 +94,15 @@ class Truth:
         sequences = [manifest["sequence"] for manifest in manifests.values()]
         assert len(set(sequences)) == len(sequences), f"two sets of one sequence number: {sequences}"
         for manifest in manifests.values():
-            copies, passing = self._of[manifest["attempt"]]
+            copies, lasting = self._of[manifest["attempt"]]
             # Where QEMU was killed after the plan, the set may be of the VM that is off.
             is_off = all(disk["node"].startswith("off") for disk in manifest["disks"])
-            wanted = copies.keys() - passing if is_off else copies.keys()
-            assert {disk["name"] for disk in manifest["disks"]} == wanted, f"disks of set {manifest['id']}"
+            names = {disk["name"] for disk in manifest["disks"]}
+            assert names in (set(copies), lasting if is_off else None), f"disks of set {manifest['id']}"
             for disk in manifest["disks"]:
                 files = tuple(self._chain(manifests, manifest, disk["name"]))
-                if files not in self._seen:
+                # What had been detached while it ran is as nobody has looked at it.
+                if files not in self._seen and disk["name"] in copies:
                     self._check_image(manifest["id"], disk, copies[disk["name"]])
                     self._seen.add(files)
 
