@@ -95,16 +95,21 @@ def test_a_person_sees_how_far_it_is(vms: Vms, directory: Path, hypervisor: Hype
     hypervisor.sets.assert_good("web01", copies)
 
 
-def test_hypervisors_in_parallel_do_not_get_mixed_up(vms: Vms, directory: Path) -> None:
-    machines = [vms.start(vms.disk(number), name=f"vm{number}") for number in (1, 2, 3)]
-    hypervisor = Hypervisor(directory, ("hv1", "hv2", "hv3"))
+def spread(vms: Vms, directory: Path, speed: str, **disk: t.Any) -> tuple[Hypervisor, list[Qemu], dict[str, str]]:
+    """Three hypervisors, a VM of each, and variables to back them up at this speed."""
+    machines = [vms.start(vms.disk(number, **disk), name=f"vm{number}") for number in (1, 2, 3)]
     of_hosts = {f"hv{number}": sockets(vm) for number, vm in enumerate(machines, 1)}
-    with hypervisor.on_terminal(
-        "backup",
-        sockets=f"{{{{ {of_hosts}[inventory_hostname] }}}}",
-        repository=f"{directory}/{{{{ inventory_hostname }}}}",
-        speed=SLOW,
-    ) as screen:
+    variables = {
+        "sockets": f"{{{{ {of_hosts}[inventory_hostname] }}}}",
+        "repository": f"{directory}/{{{{ inventory_hostname }}}}",
+        "speed": speed,
+    }
+    return Hypervisor(directory, tuple(of_hosts)), machines, variables
+
+
+def test_hypervisors_in_parallel_do_not_get_mixed_up(vms: Vms, directory: Path) -> None:
+    hypervisor, machines, variables = spread(vms, directory, SLOW)
+    with hypervisor.on_terminal("backup", **variables) as screen:
         for host in hypervisor.hosts:
             screen.wait_for(f"^{host}: 0 of 1 .* left$")
         for vm in machines:
@@ -120,39 +125,32 @@ def test_hypervisors_in_parallel_do_not_get_mixed_up(vms: Vms, directory: Path) 
 
 
 def in_turns(vms: Vms, directory: Path) -> tuple[Hypervisor, list[Qemu], dict[str, str]]:
-    """Three hypervisors, a VM of each, and variables to back them up slowly."""
-    machines = [vms.start(vms.disk(number, size=8 * MIB), name=f"vm{number}") for number in (1, 2, 3)]
-    hypervisor = Hypervisor(directory, ("hv1", "hv2", "hv3"))
-    of_hosts = {f"hv{number}": sockets(vm) for number, vm in enumerate(machines, 1)}
-    variables = {
-        "sockets": f"{{{{ {of_hosts}[inventory_hostname] }}}}",
-        "repository": f"{directory}/{{{{ inventory_hostname }}}}",
-        # After its first pieces QEMU waits for so long that nobody is done before it is let go.
-        "speed": "64K",
-    }
-    return hypervisor, machines, variables
+    """Three hypervisors with small disks: after its first pieces QEMU waits until it is let go."""
+    return spread(vms, directory, "64K", size=8 * MIB)
+
+
+def followed(vms: Vms, directory: Path, *options: str, line: str) -> str:
+    """Back all of them up, and let the copies go when this line is there; returns what was shown."""
+    hypervisor, machines, variables = in_turns(vms, directory)
+    with hypervisor.on_terminal("backup", *options, **variables) as screen:
+        screen.wait_for(line)
+        for vm in machines:
+            release(vm)
+        play = screen.end()
+    assert play.rc == 0, play.output
+    return play.output
 
 
 def test_all_are_told_of_though_they_are_followed_in_turns(vms: Vms, directory: Path) -> None:
-    hypervisor, machines, variables = in_turns(vms, directory)
-    with hypervisor.on_terminal("backup", "--forks", "1", **variables) as screen:
-        # The only fork follows the first one; the others copy, and are counted.
-        screen.wait_for("^fleet: 0 of 3 VMs done, 3 running; .*; 0 of 3 hypervisors done, 2 not followed yet$")
-        for vm in machines:
-            release(vm)
-        play = screen.end()
-    assert play.rc == 0, play.output
-    assert "Backup s1 of 3 hypervisors: 3 of 3 VMs have their set" in " ".join(play.output.split())
+    # The only fork follows the first one; the others copy, and are counted.
+    line = "^fleet: 0 of 3 VMs done, 3 running; .*; 0 of 3 hypervisors done, 2 not followed yet$"
+    output = followed(vms, directory, "--forks", "1", line=line)
+    assert "Backup s1 of 3 hypervisors: 3 of 3 VMs have their set" in " ".join(output.split())
 
 
 def test_where_none_waits_for_another_all_are_told_of(vms: Vms, directory: Path) -> None:
-    hypervisor, machines, variables = in_turns(vms, directory)
-    with hypervisor.on_terminal("backup", "-e", "vm_backup_strategy=free", **variables) as screen:
-        screen.wait_for("^fleet: 0 of 3 VMs done, 3 running; .*; 0 of 3 hypervisors done$")
-        for vm in machines:
-            release(vm)
-        play = screen.end()
-    assert play.rc == 0, play.output
+    line = "^fleet: 0 of 3 VMs done, 3 running; .*; 0 of 3 hypervisors done$"
+    followed(vms, directory, "-e", "vm_backup_strategy=free", line=line)
 
 
 def test_batches_are_a_fleet(vms: Vms, directory: Path) -> None:
