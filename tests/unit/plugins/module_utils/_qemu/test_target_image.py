@@ -161,7 +161,8 @@ class TestCopyOfANewImage:
         for path in paths:
             assert path.read_bytes() == self.CONTENT
             assert stat.S_IMODE(path.stat().st_mode) == 0o600
-        assert paths[1].stat().st_blocks * 512 == 3 * 4096
+        # Three pages, of fourteen, and perhaps a block in which the file system writes down where they are.
+        assert paths[1].stat().st_blocks * 512 <= 4 * 4096
 
     @pytest.mark.parametrize(
         "other",
