@@ -67,7 +67,8 @@ def options(description: str | None) -> argparse.Namespace:
     parser.add_argument(
         "--pairs", type=int, default=5, help="copy, dedup, restore, libvirt, worker: how often each opponent is met"
     )
-    parser.add_argument("--gib", type=float, default=4, help="copy, dedup, restore, libvirt: data on the disk")
+    parser.add_argument("--gib", type=float, default=4, help="copy, dedup, restore, libvirt: data on each disk")
+    parser.add_argument("--domains", type=int, default=1, help="libvirt: domains, all backed up by one plan")
     parser.add_argument("--vms", type=int, default=200, help="control, worker: VMs, of 30 MiB of memory each")
     parser.add_argument("--hypervisors", type=int, default=8, help="fleet, forks: hypervisors")
     parser.add_argument("--each", type=int, default=10, help="fleet: VMs on each hypervisor")
