@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import signal
@@ -19,6 +20,7 @@ from pathlib import Path
 import pytest
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._backup.worker_place import WorkerPlace
+from ansible_collections.vmfleet.backup.plugins.module_utils._report.record import parse_report
 from ansible_collections.vmfleet.backup.tests.harness.backup import release
 from ansible_collections.vmfleet.backup.tests.harness.fleet import Fleet
 from ansible_collections.vmfleet.backup.tests.harness.images import MIB
@@ -291,7 +293,9 @@ def test_nobody_is_needed_once_the_copies_have_been_started(fleet: Fleet) -> Non
 def test_all_sets_are_made_though_their_followers_are_lost(fleet: Fleet, lost: str) -> None:
     for _number in range(3):
         fleet.add(vms=2)
-    wanted = {"id": ID, "speed": SLOW, "max_vms": 1}
+    reports, metrics = fleet.directory / "reports", fleet.directory / "metrics"
+    metrics.mkdir()
+    wanted = {"id": ID, "speed": SLOW, "max_vms": 1, "report_dir": str(reports), "metrics_dir": str(metrics)}
     run = fleet.start("vmfleet.backup.backup", "--forks", "2", **wanted)
     for hypervisor in fleet.hypervisors:
         wait_until(lambda it=hypervisor: any(map(copies, it.vms)) or not run.running, "the first copy", PLENTY)
@@ -319,8 +323,19 @@ def test_all_sets_are_made_though_their_followers_are_lost(fleet: Fleet, lost: s
     told = "Backup s1 of 3 hypervisors: 6 of 6 VMs have their set, 0 failed, 0 skipped, 0 Bytes written"
     assert told in " ".join(again.output.split())
     assert again.output.count("(was there)") == 6
-    assert [again.recap(hypervisor.name)["changed"] for hypervisor in fleet.hypervisors] == [0, 0, 0]
+    # What changes are the metrics, and the report, which the first hypervisor's play writes.
+    assert [again.recap(hypervisor.name)["changed"] for hypervisor in fleet.hypervisors] == [2, 1, 1]
     assert {path: path.stat().st_mtime_ns for path in before} == {path: it.st_mtime_ns for path, it in before.items()}
+    # What was made while nobody looked is told like what is made in a run.
+    report = parse_report(json.loads((reports / f"{ID}.json").read_text()))
+    counts = {name: report["summary"][name] for name in ("vms", "published", "failed", "new")}
+    assert counts == {"vms": 6, "published": 6, "failed": 0, "new": 0}
+    seconds = {path: json.loads(path.read_text())["duration"] for path in before}
+    told = [vm["last"]["duration"] for hypervisor in report["hypervisors"] for vm in hypervisor["vms"]]
+    assert sorted(told) == sorted(seconds.values())
+    text = "".join(path.read_text() for path in metrics.iterdir())
+    for name, value in (("last_success_timestamp_seconds", "[1-9][0-9]*"), ("failed", "0")):
+        assert len(re.findall(rf"(?m)^vmfleet_backup_{name}{{.*}} {value}$", text)) == 6, text
 
 
 def kill_forks(fleet: Fleet) -> list[int]:
