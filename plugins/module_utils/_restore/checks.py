@@ -224,17 +224,23 @@ async def check_checksums(
 
     C(paces) has, by their targets, the disks that are copied at this moment.
     """
-    # The oldest ones are the largest, and what a copy begins with.
-    images = {
-        (manifest.id, image.name): ((manifest, image), paces.get(disk.target))
-        for disk in disks
-        for manifest, image in reversed(disk.chain)
-    }
-    errors = await check_all(
-        repository,
-        [image for image, _pace in images.values()],
-        {name: pace for name, (_image, pace) in images.items() if pace},
-    )
+    while True:
+        chains = [images(repository, disk) for disk in disks]
+        # The oldest ones are the largest, and what a copy begins with.
+        found = {
+            (manifest.id, image.name): ((manifest, image), paces.get(disk.target))
+            for disk, chain in zip(disks, chains)
+            for manifest, image in reversed(chain)
+        }
+        errors = await check_all(
+            repository,
+            [image for image, _pace in found.values()],
+            {name: pace for name, (_image, pace) in found.items() if pace},
+        )
+        # Where no pin can be written, an image may have become a full one meanwhile, and what it has built on may have
+        # gone.
+        if not errors or chains == [images(repository, disk) for disk in disks]:
+            break
     if errors:
         wrong = "; ".join(f"set {set_id}, disk {disk}: {error}" for (set_id, disk), error in errors.items())
         spoilt = [disk.target for disk in disks if disk.block_device and disk.target in paces]

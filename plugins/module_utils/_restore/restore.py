@@ -41,7 +41,7 @@ from .model import Checksum
 from .pins import is_known, make_pin, pinned, put_pin, remove_other_pins
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import AsyncIterator, Mapping, Sequence
     from typing import Any
 
     from .._repository.catalog import VmCatalog
@@ -53,14 +53,16 @@ if TYPE_CHECKING:
 class RestoreRun:
     """What the disks of one restore share.
 
-    C(checked) ends when the checksums of all disks are right, and raises BackupError where one is not; C(paces) has, by
-    their targets, the disks that are written before that.
+    C(settled) has of each disk, by its target, whether its set is pinned, or read all the same; it has failed where not.
+    C(checked) ends when the checksums of all that are pinned are right, and raises BackupError where one is not;
+    C(paces) has, by their targets, the disks that are written before that.
     """
 
     repository: Repository
     vm: str
     options: RestoreOptions
     warnings: list[str]
+    settled: Mapping[str, asyncio.Future[bool]]
     checked: asyncio.Future[None]
     paces: Mapping[str, Pace]
 
@@ -98,8 +100,17 @@ async def _restore_all(
 ) -> None:
     """Restore disks, none of them where an image of any of them is not what was written."""
     paces = {disk.target: Pace() for disk in disks if options.is_written_early(disk)}
-    checked = asyncio.ensure_future(_check(repository, vm, disks, options, paces))
-    run = RestoreRun(repository, vm, options, warnings, checked, paces)
+    loop = asyncio.get_running_loop()
+    settled: dict[str, asyncio.Future[bool]] = {disk.target: loop.create_future() for disk in disks}
+
+    async def check() -> None:
+        # Before its set is pinned, a prune may rewrite or remove what is read here.
+        for is_pinned in settled.values():
+            await asyncio.shield(is_pinned)
+        await _check(repository, vm, [disk for disk in disks if settled[disk.target].result()], options, paces)
+
+    checked = asyncio.ensure_future(check())
+    run = RestoreRun(repository, vm, options, warnings, settled, checked, paces)
     try:
         done = await asyncio.gather(*(_restore_disk(run, disk) for disk in disks), return_exceptions=True)
     finally:
@@ -123,9 +134,6 @@ def _raise_failures(vm: str, disks: Sequence[DiskRestore], done: Sequence[BaseEx
 
 
 async def _restore_disk(run: RestoreRun, disk: DiskRestore) -> None:
-    pace = run.paces.get(disk.target)
-    if not pace:
-        await run.checked
     try:
         # Two processes that write to one target would spoil it.
         async with lock_target(disk.target):
@@ -134,13 +142,25 @@ async def _restore_disk(run: RestoreRun, disk: DiskRestore) -> None:
             else:
                 await _write_file(run, disk)
     finally:
-        if pace:
-            # Where it has failed, the checksums go on for the other disks.
-            pace.end()
+        # Where it has failed, the checksums go on for the other disks.
+        if not run.settled[disk.target].done():
+            run.settled[disk.target].set_result(False)
+        if disk.target in run.paces:
+            run.paces[disk.target].end()
+
+
+@contextlib.asynccontextmanager
+async def _reading(run: RestoreRun, disk: DiskRestore) -> AsyncIterator[None]:
+    """Pin the set of a disk, and have its checksums compared: first, unless the disk is written early."""
+    async with pinned(run.repository, run.vm, disk, run.warnings):
+        run.settled[disk.target].set_result(True)
+        if disk.target not in run.paces:
+            await run.checked
+        yield
 
 
 async def _write_device(run: RestoreRun, disk: DiskRestore) -> None:
-    async with pinned(run.repository, run.vm, disk, run.warnings):
+    async with _reading(run, disk):
         # The first check was before the checksums, which may have taken long.
         check_device(disk, run.options.overwrite)
         await _copy(run, disk, disk.target)
@@ -157,7 +177,7 @@ async def _write_file(run: RestoreRun, disk: DiskRestore) -> None:
     fd = os.open(disk.partial, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     made = target_files.identity(disk.partial)
     try:
-        async with pinned(repository, run.vm, disk, run.warnings):
+        async with _reading(run, disk):
             # By descriptor: another thing may have the path by now.
             if disk.overlay:
                 await _create_overlay(repository, disk, fd)
