@@ -144,6 +144,8 @@ options:
     description:
       - V(absent) removes overlays that were made here, and says that their sets are not in use any more.
       - An overlay that was made independent stays. Only the pin of its set is removed.
+      - A file that is not the overlay that was made there stays, and so does the pin. The task removes the other
+        overlays, and then fails with the reason.
     type: str
     choices: [present, absent]
     default: present

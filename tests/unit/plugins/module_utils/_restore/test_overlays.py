@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import Refused
+from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import BackupError
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.annotations import read_annotations
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.catalog import read_catalog
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.published import write_annotation
@@ -72,7 +72,7 @@ def test_what_is_no_overlay_of_this_vm_stays(
 ) -> None:
     path = images / "disk"
     write_receipt(replace(repository, uuid=uuid or repository.uuid), path, vm, method)
-    with pytest.raises(Refused, match=message):
+    with pytest.raises(BackupError, match=message):
         asyncio.run(remove_overlays(repository, read_catalog(repository, VM), [str(path)], check_mode=False))
     assert path.exists()
 
