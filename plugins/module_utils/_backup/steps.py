@@ -301,8 +301,9 @@ RULES = (
     Rule("another hypervisor, or another VM of this name, is making a set", _is(Case.FOREIGN), Step.FAIL),
     # What is unfinished.
     Rule(
-        f"{FIRST}, but the plan has refused the VM",
-        lambda seen: seen.action == Action.FINISH and seen.refused,
+        "we have to remove another set first, but the plan has refused the VM",
+        # One that we are making is brought to its end in any case: nobody else would.
+        lambda seen: seen.case in (Case.TAKEN_OVER, Case.SUPERSEDED) and seen.refused,
         Step.FAIL,
         "{planned_reason}",
     ),

@@ -69,13 +69,21 @@ def refuse_duplicates(plans: Iterable[VmPlan], processes: Mapping[str, tuple[int
 
 
 def fit_into(space: Space, plans: Iterable[VmPlan]) -> tuple[Space, tuple[VmPlan, ...]]:
-    """Let each VM in turn take its part of the space; one for which there is not enough fails, and the others go on."""
+    """Let each VM in turn take its part of the space; one for which there is not enough fails, and the others go on.
+
+    One that has an unfinished set does not fail: how much room there is when that set has come to its end, and has
+    given back what it does not need, only the start of the new one can tell.
+    """
     left = space.usable
     needed = 0
     result = []
     for plan in plans:
         if plan.bytes > max(left, 0):
-            result.append(replace(plan, action=Action.FAIL, reason=no_room(plan.bytes, space, left)))
+            refusal = no_room(plan.bytes, space, left)
+            if plan.action == Action.FINISH:
+                result.append(replace(plan, reason=f"{plan.reason}. For the new set there is {refusal}"))
+            else:
+                result.append(replace(plan, action=Action.FAIL, reason=refusal))
             continue
         left -= plan.bytes
         needed += plan.bytes

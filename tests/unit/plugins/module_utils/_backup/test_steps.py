@@ -90,7 +90,7 @@ ROWS: list[tuple[VmSituation, str, Step, str]] = [
     (seen(Case.PUBLISHED), "the set is published", Step.DONE, "why: published"),
     (seen(Case.FAILED), "this run has already failed", Step.FAIL, "why: failed"),
     (seen(Case.FOREIGN), "another hypervisor", Step.FAIL, "why: foreign"),
-    (seen(Case.SUPERSEDED, refused=True), f"{FIRST}, but the plan", Step.FAIL, "the plan said so"),
+    (seen(Case.SUPERSEDED, refused=True), "remove another set first, but the plan", Step.FAIL, "the plan said so"),
     (seen(Case.TAKEN_OVER, slot=False), f"{FIRST}, but ``max", Step.QUEUE, "at most 4 VMs copy at a time"),
     (seen(Case.TAKEN_OVER), "takeover: true", Step.REMOVE, "why: taken over"),
     (seen(Case.SUPERSEDED), "supersede: true", Step.REMOVE, "why: superseded"),

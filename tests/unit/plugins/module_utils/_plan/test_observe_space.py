@@ -43,6 +43,15 @@ def test_each_vm_takes_its_part_of_the_space() -> None:
     assert "not enough space" in plans[1].reason
 
 
+def test_a_set_that_is_unfinished_is_brought_to_its_end_though_there_is_no_room_for_the_next() -> None:
+    space = Space(free=100, reserve=0, promised=0, reservable=True)
+    unfinished = replace(start("a", 101), action="finish", reason="set s0 is unfinished")
+    space, plans = fit_into(space, [unfinished, start("b", 100)])
+    assert [plan.action for plan in plans] == ["finish", "start"]
+    assert space.needed == 100
+    assert plans[0].reason.startswith("set s0 is unfinished. For the new set there is not enough space: the set may")
+
+
 def test_the_reserve_counts_twice_where_nothing_can_be_reserved() -> None:
     space = Space(free=100, reserve=10, promised=0, reservable=False)
     assert [plan.action for plan in fit_into(space, [start("a", 81)])[1]] == ["fail"]
