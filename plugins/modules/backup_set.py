@@ -167,7 +167,7 @@ options:
     description:
       - Start sets that do not exist and that no process makes. With V(false), O(state=started) and O(state=completed)
         only continue sets that an earlier call has started, and RV(vms[].state) is V(skipped) for the other VMs that
-        have no set.
+        have no set. O(takeover) and O(supersede) remove nothing then.
     type: bool
     default: true
   unattended:

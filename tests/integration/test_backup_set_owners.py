@@ -364,6 +364,22 @@ class TestRuns:
         assert history.reason("tuesday").startswith(("changes since set sunday", "the record of the changes since"))
         assert history.bitmaps() == history.recorded("tuesday")
 
+    @pytest.mark.parametrize("state", ["started", "completed"])
+    def test_to_begin_nothing_removes_nothing(self, state: str, vms: Vms, sets: Sets) -> None:
+        vm = vms.start(vms.disk(size=SIZE), name="web01")
+        monday = sets.start(vm, id="monday", speed=SLOW)
+        tuesday = sets.plan(vm, id="tuesday", supersede=True)["plan"]
+        if state == "completed":
+            # It waits for yesterday's.
+            release(vm)
+        seen = succeed("backup_set", {"plan": tuesday, "state": state, "begin": False, "supersede": True})
+        found = result_of(seen, "web01")
+        assert (found["state"], found["warnings"]) == ("running" if state == "started" else "skipped", [])
+        assert bool(vm.block_jobs) == (state == "started")
+        release(vm)
+        done = succeed("backup_set", {"plan": monday})
+        assert (result_of(done, "web01")["state"], done["changed"]) == ("published", state == "started")
+
     def test_a_failed_attempt_is_for_the_next_run(self, vms: Vms, sets: Sets, directory: Path) -> None:
         history = History(vms.start(vms.disk(size=SIZE), name="web01"), sets, directory)
         history.back_up("s1")

@@ -13,6 +13,7 @@ import pytest
 from ansible_collections.vmfleet.backup.tests.harness.backup import release
 from ansible_collections.vmfleet.backup.tests.harness.library import NAME, Chain
 from ansible_collections.vmfleet.backup.tests.harness.playbooks import Hypervisor
+from ansible_collections.vmfleet.backup.tests.harness.qemu import wait_until
 from ansible_collections.vmfleet.backup.tests.harness.sets import ID, SLOW
 
 if t.TYPE_CHECKING:
@@ -88,6 +89,17 @@ def test_without_the_start_goes_on_what_was_begun(vms: Vms, hypervisor: Hypervis
     assert "1 of 2 VMs have their set, 0 failed, 1 skipped" in play.output
     assert not (hypervisor.sets.path / "db01" / ID).exists()
     assert other.block_jobs == []
+
+
+def test_who_only_looks_removes_nothing(vms: Vms, hypervisor: Hypervisor) -> None:
+    vm = vms.start(name=NAME)
+    sockets = [str(vm.monitor)]
+    assert hypervisor.run("--tags", "start", sockets=sockets, speed=SLOW, id="s0").rc == 0
+    seen = hypervisor.run("--tags", "report", sockets=sockets, id="s1", supersede=True, takeover=True)
+    assert seen.rc == 0, seen.output
+    assert (vm.job["status"], "superseded" in seen.output) == ("running", False), seen.output
+    release(vm)
+    wait_until((hypervisor.sets.path / NAME / "s0" / "manifest.json").exists, "the set")
 
 
 @pytest.mark.parametrize("options", ["--tags start", "--skip-tags wait", "--skip-tags report"])

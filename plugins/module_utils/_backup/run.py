@@ -292,8 +292,9 @@ class BackupRun:
             repository.tag,
             Hypervisor(*this_machine()),
             plan.policy,
-            takeover=settings.takeover,
-            supersede=settings.supersede,
+            # A set is removed only to make way for one that is begun.
+            takeover=settings.takeover and settings.begin,
+            supersede=settings.supersede and settings.begin,
             adopt=settings.adopt,
         )
         return cls(

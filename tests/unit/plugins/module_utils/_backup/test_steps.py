@@ -229,6 +229,7 @@ ASKED: dict[str, dict[str, Any]] = {
     "supersede": {"supersede": True},
     "skip and refuse": {"policy": Policy(reserve="0", offline="skip", encrypted_source="refuse")},
     "not to begin": {"begin": False},
+    "not to begin, whatever is ordered": {"begin": False, "takeover": True, "supersede": True, "adopt": True},
 }
 PLANS = [
     PLANNED,
@@ -278,7 +279,7 @@ def is_safe(session: VmSession, step: Step) -> bool:
         Step.PUBLISH: described,
         Step.FLUSH: all_well and not held,
         Step.FOLLOW: not all_well and any(jobs),
-        Step.REMOVE: run.settings.takeover or run.settings.supersede,
+        Step.REMOVE: run.settings.begin and (run.settings.takeover or run.settings.supersede),
         Step.GIVE_UP: first is not None and run.is_ours(first),
         Step.WITHDRAW: first is not None and run.is_ours(first) and (not all_well or bool(session.records.failures)),
         Step.DISOWN: at.vm is not None and left,
