@@ -24,6 +24,7 @@ from ansible_collections.vmfleet.backup.tests.harness.modules import succeed
 from ansible_collections.vmfleet.backup.tests.harness.qemu import wait_until
 from ansible_collections.vmfleet.backup.tests.integration.test_backup_set_crash import (
     LEFT,
+    NAME,
     POINTS,
     QEMU,
     SCENES,
@@ -64,16 +65,31 @@ class WorkerStage(Stage):
     def __init__(self, scene: Scene, chance: random.Random, directory: Path, start: Start, clean: Clean) -> None:
         super().__init__(scene, chance, directory, start, clean)
         self.place = WorkerPlace.of(str(scene.sets.path))
+        self._left: dict[Path, bytes] = {}
+        """What a worker that has ended well leaves, by the files that it is in."""
 
     def _run(self, call: dict[str, t.Any], at: int | crash.Point, victims: t.Sequence[int]) -> None:
+        for path, content in self._left.items():
+            path.write_bytes(content)
         process = self._start("backup_set", {**call, **LEFT}, crash_at=at, victims=victims, record=self._record)
         process.wait()
         # Where but the module is dead, the worker goes on.
         wait_until(lambda: not self.place.is_held(), "the end of the worker")
         if victims:
-            # Nobody takes a dead one for alive.
+            # Nobody takes a dead one for alive, nor what the one before has made for what this one has.
             assert self._follow() == {"running": False}
+        if not process.killed:
+            self._assert_true(process.result())
+        if not victims:
+            self._left = {Path(path): Path(path).read_bytes() for path in (self.place.lock, self.place.result)}
         self.scene.detached = self._chance.random() < 0.5
+
+    def _assert_true(self, told: dict[str, t.Any]) -> None:
+        """What is told of a set is of the one that was wanted, and that is there if it says so."""
+        there = (self.scene.sets.directory(NAME) / self.scene.id).is_dir()
+        for vm in told.get("vms", []):
+            assert vm["id"] == self.scene.id, vm
+            assert there or vm["state"] != "published", vm
 
     def _recovered(self) -> None:
         """The next worker has left nothing but what it has said; what a dead one has left stays until then."""
@@ -124,7 +140,9 @@ def test_worker_killed(stage: Set, name: str, hand: int) -> None:
 def test_killed_where_it_begins(stage: Set, name: str) -> None:
     chance = dice()
     play = stage(name, chance)
-    for point in deal((point for point in play.rehearse() if point.name in OWN), chance, 0, 1):
+    own = [point for point in play.rehearse() if point.name in OWN]
+    told = deal((point for point in own if point.name.startswith("tell")), chance, 0, 1)
+    for point in (*(point for point in own if point.name.startswith("leave")), *told):
         play.strike(point, crash.ASKER)
 
 

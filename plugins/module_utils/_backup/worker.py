@@ -211,9 +211,12 @@ def _live(module: AnsibleModule, main: Main, place: WorkerPlace, lock: int, sink
         me = _process(os.getpid())
         names = [vm.name for vm in plan.vms]
         who = Who(me.pid, me.start, spaces()[PROCESSES], key, plan.id, utc_now(), names, _wanted(module, plan))
+        # What the worker before has printed goes first: it is not to be taken for this one's.
+        result = _new(place.result)
+        os.write(result, f"{key}\n".encode())
         os.pwrite(lock, json.dumps(who._asdict()).encode(), 0)
         # Ansible reads the module's output to its end, and would wait.
-        for number, file in enumerate((os.open(os.devnull, os.O_RDONLY), _new(place.result), _new(place.log))):
+        for number, file in enumerate((os.open(os.devnull, os.O_RDONLY), result, _new(place.log))):
             os.dup2(file, number)
         warnings = _settle(module, f"{plan.repository}, sets {plan.id}", key)
         # They are in its result, too, which may be all that is told.

@@ -136,14 +136,15 @@ class WorkerPlace(NamedTuple):
         """Return how far the worker is that has the lock, or had it last."""
         running = self.is_held()
         who = self.who()
-        progress, result, stopped = _load(self.progress), _read(self.result), _read(self.stop)
+        progress, stopped = _load(self.progress), _read(self.stop)
+        printed_by, _newline, result = _read(self.result).partition("\n")
         # The next worker takes away what the one before has said, before it says anything.
         if who is None or self.who() != who:
             return Standing(None, running)
         if progress.get("key") != who.key:
             progress = {}
         vms = progress.get("vms") or [{**UNKNOWN, "name": name, "id": who.id} for name in who.vms]
-        if running or not _parse(result):
+        if running or printed_by != who.key or not _parse(result):
             result = _cancelled(vms) if stopped == who.key and not running else ""
         return Standing(who, running, bool(progress.get("known")), vms, result)
 
