@@ -310,6 +310,7 @@ text:
 """
 
 import os
+from functools import partial
 from typing import TYPE_CHECKING
 
 from ansible.module_utils.basic import AnsibleModule
@@ -333,6 +334,7 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._restore.domain imp
     IDENTITIES,
     DomainRequest,
     Identity,
+    check_again,
     define_domain,
     plan_domain,
 )
@@ -450,7 +452,8 @@ async def restore_disks(module: AnsibleModule, repository: Repository, catalog: 
     domain = (
         await plan_domain(repository, manifest, disks, domain_request(params)) if params["domain"] == DEFINE else None
     )
-    restored, warnings = await restore(repository, catalog, disks, options)
+    look = partial(check_again, domain, disks) if domain else None
+    restored, warnings = await restore(repository, catalog, disks, options, look)
     for warning in warnings:
         warn(module, warning)
     found = restored_disks(module, catalog, manifest, restored)

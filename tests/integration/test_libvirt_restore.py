@@ -16,10 +16,17 @@ import pytest
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import BackupError
 from ansible_collections.vmfleet.backup.plugins.module_utils._restore import domain as restored_domain
+from ansible_collections.vmfleet.backup.plugins.module_utils._restore import restore as restore_module
 from ansible_collections.vmfleet.backup.plugins.module_utils._restore.libvirt_host import LibvirtHost
-from ansible_collections.vmfleet.backup.tests.harness.images import MIB, identical, patterned, qemu_img
+from ansible_collections.vmfleet.backup.tests.harness.images import (
+    MIB,
+    assert_pattern,
+    identical,
+    patterned,
+    qemu_img,
+)
 from ansible_collections.vmfleet.backup.tests.harness.libvirt import Libvirt
-from ansible_collections.vmfleet.backup.tests.harness.libvirt_domains import FIRMWARE, Domain, DomainDisk
+from ansible_collections.vmfleet.backup.tests.harness.libvirt_domains import FIRMWARE, Domain, DomainDisk, domain_xml
 from ansible_collections.vmfleet.backup.tests.harness.modules import ModuleProcess, fail, run_module, succeed
 from ansible_collections.vmfleet.backup.tests.harness.playbooks import Hypervisor
 from ansible_collections.vmfleet.backup.tests.harness.sets import Sets
@@ -297,8 +304,8 @@ def test_the_old_domain_is_defined_anew(backup: Backup, monkeypatch: pytest.Monk
         patched.setattr(restored_domain, "lock_target", start)
         told = fail("backup_restore", backup.asked(overwrite=True), inside=backup.libvirt.inside)["msg"]
     assert told == (
-        "libvirt:web01: the disks are restored, and the domain is not defined: the domain runs since the restore has"
-        " begun. Call again"
+        "libvirt:web01: the disks are restored, and the domain is not defined: the domain has changed during the"
+        " restore: it runs. Call again"
     )
     domain.destroy()
     assert domain.xml("--inactive").findtext("os/nvram") != str(backup.directory / "restored" / "nvram.fd")
@@ -309,3 +316,57 @@ def test_the_old_domain_is_defined_anew(backup: Backup, monkeypatch: pytest.Monk
     backup.assert_restored(domain)
     # By now it is in use.
     assert "domain web01 runs" in backup.refuse(overwrite=True)
+
+
+def test_what_happens_during_the_copy_keeps_all_disks(
+    backup: Backup, libvirt: Libvirt, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    domain = backup.domain
+    domain.write("vda", 0x99, 6 * MIB, 65536)
+    domain.destroy()
+    old = backup.directory / "vda.qcow2"
+    targets = {"vda": old, "nvram": backup.directory / "restored" / "x.fd"}
+    disks = [{"name": name, "target": str(target)} for name, target in targets.items()]
+    wanted = {"overwrite": True, "directory": None, "disks": disks}
+    whole = f"VM web01: disk vda to {old}, disk nvram to {targets['nvram']}: "
+    copy = restore_module._copy
+
+    def during_the_copy(*commands: tuple[str, ...]) -> str:
+        """Return what is told where somebody does this, after it was seen that all is as it was."""
+
+        async def copy_and_change(run: t.Any, disk: t.Any, *place: t.Any) -> None:
+            if disk.name == "vda":
+                for words in commands:
+                    subprocess.run(["virsh", *words], check=True, capture_output=True)
+            await copy(run, disk, *place)
+
+        inode, files = old.stat().st_ino, sorted(backup.directory.rglob("*"))
+        with monkeypatch.context() as patched:
+            patched.setattr(restore_module, "_copy", copy_and_change)
+            told: str = fail("backup_restore", backup.asked(**wanted), inside=libvirt.inside)["msg"]
+        assert (old.stat().st_ino, sorted(backup.directory.rglob("*"))) == (inode, files)
+        assert_pattern(old, "qcow2", 0x99, 6 * MIB, 65536)
+        return told
+
+    start = ("start", "web01", "--paused")
+    assert during_the_copy(start, ("managedsave", "web01")) == (
+        f"{whole}the domain has changed during the restore: it has a saved state (virsh managedsave), which belongs to"
+        " its old disks. No file was replaced"
+    )
+    domain.virsh("managedsave-remove")
+    assert f"{whole}target: {old} is in use by a running VM" in during_the_copy(start)
+    domain.destroy()
+    # Another domain gets the disk.
+    other = backup.directory / "other.xml"
+    other.write_text(domain_xml("web05", DomainDisk(old)))
+    told = during_the_copy(("define", str(other)))
+    assert f"{whole}target: {old} is a file of domain web05; restore to another place. No file was replaced" == told
+    libvirt.virsh("undefine", "web05")
+    # One disk that cannot be copied keeps the other one from being replaced.
+    taken = targets["nvram"].with_name("x.fd.partial")
+    taken.mkdir()
+    told = backup.refuse(**wanted)
+    assert f"disk vda to {old}: it was not put in its place, because another disk of the domain was not restored" in told
+    taken.rmdir()
+    backup.restore(**wanted)
+    assert identical(old, backup.disk)

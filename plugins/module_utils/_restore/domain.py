@@ -75,7 +75,8 @@ class DomainRestore:
     """A domain that is restored: its definition, and the files of its TPM, by their paths.
 
     C(is_defined) says that libvirt has it already, from this set and with these disks. C(found) is how the domain of
-    its name was defined when all was checked. C(notes) is what is to be known before it is started.
+    its name was defined when all was checked. C(notes) is what is to be known before it is started. With C(overwrite),
+    files are replaced.
     """
 
     address: Address
@@ -86,6 +87,7 @@ class DomainRestore:
     is_placed: bool
     found: str = field(default="", repr=False)
     notes: tuple[str, ...] = ()
+    overwrite: bool = False
 
     @property
     def is_needed(self) -> bool:
@@ -132,9 +134,8 @@ async def plan_domain(
     _check_names(look, address, uuid, is_defined, request.overwrite)
     await refuse_owned(look.others, disks)
     files, notes = _tpm_files(description, address, uuid)
-    for path, content in files.items():
-        if not request.overwrite and os.path.lexists(path) and _content(path) != content:
-            raise Refused("domain", f"{path} exists, and is not of this set; overwrite: true replaces it")
+    if not request.overwrite:
+        _check_state(files)
     wanted = Wanted(address.domain, uuid, request.mac == Identity.NEW)
     xml, more = redefine(root, wanted, disks, origin, look.emulators)
     closed = _closed_directory(disks, look.user)
@@ -144,7 +145,7 @@ async def plan_domain(
     if absent:
         notes.append("not in the set, so give the domain again: {}".format("; ".join(absent)))
     is_placed = all(_content(path) == content for path, content in files.items())
-    return DomainRestore(address, uuid, xml, files, is_defined, is_placed, look.xml, (*notes, *more))
+    return DomainRestore(address, uuid, xml, files, is_defined, is_placed, look.xml, (*notes, *more), request.overwrite)
 
 
 async def define_domain(domain: DomainRestore, restored: Sequence[Mapping[str, Any]]) -> None:
@@ -152,7 +153,8 @@ async def define_domain(domain: DomainRestore, restored: Sequence[Mapping[str, A
     address = domain.address
     async with lock_target(f"/{address.uri}/{address}"):
         try:
-            await _check_again(domain)
+            if domain.is_needed:
+                await _look_unchanged(domain)
             for path, content in domain.tpm.items():
                 if _content(path) != content:
                     _place(path, content)
@@ -165,13 +167,30 @@ async def define_domain(domain: DomainRestore, restored: Sequence[Mapping[str, A
             ) from error
 
 
-async def _check_again(domain: DomainRestore) -> None:
-    """Raise BackupError where a domain must not be defined any more: the copy of its disks has taken long."""
-    if not domain.is_needed:
+async def check_again(domain: DomainRestore, disks: Sequence[DiskRestore]) -> None:
+    """Raise BackupError where the disks of a domain must not be replaced any more: their copy has taken long."""
+    if not (domain.is_needed or domain.overwrite):
         return
-    xml, held = await libvirt_host.ask(domain.address, "the look at the domain", LibvirtHost.look_again)
-    if xml != domain.found or held:
-        raise BackupError(f"the domain {held or 'was defined by others'} since the restore has begun")
+    look = await _look_unchanged(domain)
+    _check_names(look, domain.address, domain.uuid, domain.is_defined, domain.overwrite)
+    await refuse_owned(look.others, disks)
+    if not domain.overwrite:
+        _check_state(domain.tpm)
+
+
+async def _look_unchanged(domain: DomainRestore) -> Look:
+    """Return a new look at a domain. BackupError where it has changed."""
+    look = await libvirt_host.ask(domain.address, "the look at the domain", LibvirtHost.look_again)
+    if look.xml != domain.found or look.held:
+        raise BackupError(f"the domain has changed during the restore: it {look.held or 'was defined by others'}")
+    return look
+
+
+def _check_state(files: Mapping[str, bytes]) -> None:
+    """Refuse to replace the state of a TPM that is another one."""
+    for path, content in files.items():
+        if os.path.lexists(path) and _content(path) != content:
+            raise Refused("domain", f"{path} exists, and is not of this set; overwrite: true replaces it")
 
 
 def _check_disks(manifest: Manifest, disks: Sequence[DiskRestore]) -> None:

@@ -45,7 +45,7 @@ class Look:
     """
 
     unfit: str
-    uuids: Mapping[str, str]
+    uuids: Mapping[str, str] = field(default_factory=dict)
     emulators: frozenset[str] = frozenset()
     user: tuple[int, ...] = ()
     xml: str = ""
@@ -63,23 +63,22 @@ class LibvirtHost(LibvirtConnection):
     def look(self, kind: str, arch: str, machine: str) -> Look:
         """Look at what there is, and whether a VM of this kind can run here."""
         connection = self._connection
-        uuids = {domain.name(): domain.UUIDString() for domain in connection.listAllDomains(0)}
         try:
             told = connection.getDomainCapabilities(None, arch or None, machine or None, kind or None, 0)
             default = parse_xml(told).findtext("path", "")
             known = parse_xml(connection.getCapabilities())
         except (self.libvirt.libvirtError, Odd) as error:
-            return Look(quoted(error), uuids)
+            return Look(quoted(error))
         emulators = frozenset({default, *(element.text or "" for element in known.iter("emulator"))})
-        look = Look("", uuids, emulators, _user(known, kind), others=self._others_images())
-        xml, held = self.look_again()
-        return replace(look, xml=xml, held=held)
+        return replace(self.look_again(), emulators=emulators, user=_user(known, kind))
 
-    def look_again(self) -> tuple[str, str]:
-        """Return how the domain is defined, and why it must not be defined anew; nothing where there is none."""
+    def look_again(self) -> Look:
+        """Look at what may have changed since the first look: the domains."""
+        uuids = {domain.name(): domain.UUIDString() for domain in self._connection.listAllDomains(0)}
+        look = Look("", uuids, others=self._others_images())
         if self.domain is None:
-            return "", ""
-        return self.domain.XMLDesc(self.libvirt.VIR_DOMAIN_XML_INACTIVE), self._held()
+            return look
+        return replace(look, xml=self.domain.XMLDesc(self.libvirt.VIR_DOMAIN_XML_INACTIVE), held=self._held())
 
     def define(self, xml: str) -> str:
         """Define a domain, and return its uuid."""

@@ -5,7 +5,8 @@
 
 Everything is checked before the first byte is written, but the checksums of images that are copied to files: these are
 taken of what the copy reads, while it does. A file gets its name only when all checksums are right, and it is complete
-and on stable storage; a receipt beside it then says what it is, so that the same restore is not made twice.
+and on stable storage; a receipt beside it then says what it is, so that the same restore is not made twice. The files of
+a domain wait for each other (C(_restore/agreement.py)).
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from .._host.probe import answers
 from .._qemu import image_commands, qemu_img
 from .._repository.annotations import read_annotations
 from .._repository.json_file import write_document
+from .agreement import Agreement
 from .checks import (
     check_checksums,
     check_device,
@@ -41,7 +43,7 @@ from .model import Checksum
 from .pins import is_known, make_pin, pinned, put_pin, remove_other_pins
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Mapping, Sequence
+    from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
     from typing import Any
 
     from .._repository.catalog import VmCatalog
@@ -55,7 +57,8 @@ class RestoreRun:
 
     C(settled) has of each disk, by its target, whether its set is pinned, or read all the same; it has failed where not.
     C(checked) ends when the checksums of all that are pinned are right, and raises BackupError where one is not;
-    C(paces) has, by their targets, the disks that are written before that.
+    C(paces) has, by their targets, the disks that are written before that. C(agreement) is there where the disks are
+    those of a domain.
     """
 
     repository: Repository
@@ -65,12 +68,20 @@ class RestoreRun:
     settled: Mapping[str, asyncio.Future[bool]]
     checked: asyncio.Future[None]
     paces: Mapping[str, Pace]
+    agreement: Agreement | None = None
 
 
 async def restore(
-    repository: Repository, catalog: VmCatalog, disks: Sequence[DiskRestore], options: RestoreOptions
+    repository: Repository,
+    catalog: VmCatalog,
+    disks: Sequence[DiskRestore],
+    options: RestoreOptions,
+    look: Callable[[], Awaitable[None]] | None = None,
 ) -> tuple[list[dict[str, Any]], list[str]]:
-    """Restore all disks, after all checks; return the results, and warnings."""
+    """Restore all disks, after all checks; return the results, and warnings.
+
+    C(look) is given where they are those of a domain: it raises BackupError where the domain is not as it was.
+    """
     refuse_collisions(disks)
     waiting = [disk for disk in disks if not is_restored(repository, disk)]
     for disk in waiting:
@@ -81,7 +92,7 @@ async def restore(
     if options.check_mode:
         await _check(repository, catalog.name, waiting, options, {})
     else:
-        await _restore_all(repository, catalog.name, waiting, options, warnings)
+        await _restore_all(repository, catalog.name, waiting, options, warnings, look)
         for disk in disks:
             if disk not in waiting:
                 await _finish(repository, catalog.name, disk, warnings)
@@ -96,7 +107,12 @@ async def _check(
 
 
 async def _restore_all(
-    repository: Repository, vm: str, disks: Sequence[DiskRestore], options: RestoreOptions, warnings: list[str]
+    repository: Repository,
+    vm: str,
+    disks: Sequence[DiskRestore],
+    options: RestoreOptions,
+    warnings: list[str],
+    look: Callable[[], Awaitable[None]] | None,
 ) -> None:
     """Restore disks, none of them where an image of any of them is not what was written."""
     paces = {disk.target: Pace() for disk in disks if options.is_written_early(disk)}
@@ -110,15 +126,36 @@ async def _restore_all(
         await _check(repository, vm, [disk for disk in disks if settled[disk.target].result()], options, paces)
 
     checked = asyncio.ensure_future(check())
-    run = RestoreRun(repository, vm, options, warnings, settled, checked, paces)
+    agreement = _agreement(disks, look) if look else None
+    run = RestoreRun(repository, vm, options, warnings, settled, checked, paces, agreement)
     try:
         done = await asyncio.gather(*(_restore_disk(run, disk) for disk in disks), return_exceptions=True)
     finally:
         # Where all of them have failed, nobody needs it any more.
         checked.cancel()
+        if agreement:
+            await agreement.end()
     with contextlib.suppress(asyncio.CancelledError):
         await checked
     _raise_failures(vm, disks, done)
+
+
+def _agreement(disks: Sequence[DiskRestore], look: Callable[[], Awaitable[None]]) -> Agreement:
+    """Return what the disks of a domain wait for: nothing is to be in the way of any of their files."""
+    before = {disk.target: target_files.identity(disk.target) for disk in disks if not disk.block_device}
+
+    async def look_at_all() -> None:
+        try:
+            for target, there in before.items():
+                if target_files.identity(target) != there:
+                    raise BackupError(f"somebody has replaced {target} during the restore")
+                if there[0]:
+                    check_unused(target)
+            await look()
+        except BackupError as error:
+            raise BackupError(f"{in_words(error)}. No file was replaced") from error
+
+    return Agreement(look_at_all, [disk.target for disk in disks])
 
 
 def _raise_failures(vm: str, disks: Sequence[DiskRestore], done: Sequence[BaseException | None]) -> None:
@@ -128,7 +165,15 @@ def _raise_failures(vm: str, disks: Sequence[DiskRestore], done: Sequence[BaseEx
         if not isinstance(error, (BackupError, OSError)):
             raise error
     if failed:
-        reasons = "; ".join(f"disk {disk.name} to {disk.target}: {in_words(error)}" for disk, error in failed)
+        # What they have waited for together is told once.
+        shared: dict[int, list[DiskRestore]] = {}
+        for disk, error in failed:
+            shared.setdefault(id(error), []).append(disk)
+        words = {id(error): in_words(error) for _disk, error in failed}
+        reasons = "; ".join(
+            "{}: {}".format(", ".join(f"disk {disk.name} to {disk.target}" for disk in those), words[error])
+            for error, those in shared.items()
+        )
         good = [disk.result(True) for disk, error in zip(disks, done) if not error]
         raise BackupError(f"VM {vm}: {reasons}", restored=good)
 
@@ -147,6 +192,8 @@ async def _restore_disk(run: RestoreRun, disk: DiskRestore) -> None:
             run.settled[disk.target].set_result(False)
         if disk.target in run.paces:
             run.paces[disk.target].end()
+        if run.agreement:
+            run.agreement.leave(disk.target)
 
 
 @contextlib.asynccontextmanager
@@ -163,9 +210,14 @@ async def _write_device(run: RestoreRun, disk: DiskRestore) -> None:
     async with _reading(run, disk):
         # The first check was before the checksums, which may have taken long.
         check_device(disk, run.options.overwrite)
+        if run.agreement:
+            # It has no other name to be written under, so that it cannot wait for the files.
+            await run.agreement.look()
         await _copy(run, disk, disk.target)
         preallocate.flush(disk.target)
     await run.checked
+    if run.agreement:
+        run.agreement.complete(disk.target)
 
 
 async def _write_file(run: RestoreRun, disk: DiskRestore) -> None:
@@ -185,6 +237,9 @@ async def _write_file(run: RestoreRun, disk: DiskRestore) -> None:
                 await _copy(run, disk, qemu_img.by_descriptor(fd), (fd,))
             preallocate.flush_open(disk.partial, fd)
             await run.checked
+            if run.agreement:
+                run.agreement.complete(disk.target)
+                await run.agreement.reached()
             if replaces[0]:
                 check_unused(disk.target)
             _check_made(disk.partial, made)
