@@ -271,12 +271,25 @@ def test_the_old_domain_is_defined_anew(backup: Backup, monkeypatch: pytest.Monk
     volume = backup.directory / "pool" / "v.qcow2"
     volume.parent.mkdir()
     patterned(volume, size=MIB)
-    backup.libvirt.virsh("pool-create-as", "images", "dir", "--target", volume.parent)
+    backup.libvirt.virsh("pool-define-as", "images", "dir", "--target", volume.parent)
+    backup.libvirt.virsh("pool-start", "images")
     backup.libvirt.define("web03", devices=VOLUME)
     targets = {"vda": volume, "nvram": backup.directory / "restored" / "x.fd"}
     disks = [{"name": name, "target": str(target)} for name, target in targets.items()]
-    told = backup.refuse(**{**beside, "directory": None, "disks": disks})
-    assert told == f"target: {volume} is a file of domain web03; restore to another place"
+    for pool in ("is active", "is inactive"):
+        told = backup.refuse(**{**beside, "directory": None, "disks": disks})
+        assert told == f"target: {volume} is a file of domain web03; restore to another place", pool
+        if pool == "is active":
+            backup.libvirt.virsh("pool-destroy", "images")
+    # Nobody knows where the volumes of a pool are that is no more.
+    backup.libvirt.virsh("pool-undefine", "images")
+    assert backup.refuse(**{**beside, "directory": None, "disks": disks}) == (
+        f"target: {volume} exists, and may be a disk of domain web03: that is volume v.qcow2 of storage pool images,"
+        " and libvirt does not tell where this is. Start the pool (virsh pool-start images), or restore to places where"
+        " no file exists yet"
+    )
+    new = {**beside, "directory": str(backup.directory / "restored")}
+    assert succeed("backup_restore", backup.asked(**new), check=True, inside=backup.libvirt.inside)["changed"]
     # The definition of one that is off does not name what its disk builds on.
     base, between, top = (backup.directory / f"{name}.qcow2" for name in ("base", "between", "top"))
     patterned(base, size=MIB)
@@ -288,7 +301,6 @@ def test_the_old_domain_is_defined_anew(backup: Backup, monkeypatch: pytest.Monk
         disks[0]["target"] = str(image)
         told = backup.refuse(**{**beside, "directory": None, "disks": disks})
         assert told == f"target: {image} is a file of domain web04; restore to another place"
-    backup.libvirt.virsh("pool-destroy", "images")
     told = f"domain_name: domain web01 is another one, of uuid {uuid}"
     assert backup.refuse(overwrite=True, domain_uuid="new").startswith(told)
     assert "has snapshots or checkpoints" in backup.refuse(overwrite=True)
@@ -366,7 +378,9 @@ def test_what_happens_during_the_copy_keeps_all_disks(
     taken = targets["nvram"].with_name("x.fd.partial")
     taken.mkdir()
     told = backup.refuse(**wanted)
-    assert f"disk vda to {old}: it was not put in its place, because another disk of the domain was not restored" in told
+    assert (
+        f"disk vda to {old}: it was not put in its place, because another disk of the domain was not restored" in told
+    )
     taken.rmdir()
     backup.restore(**wanted)
     assert identical(old, backup.disk)

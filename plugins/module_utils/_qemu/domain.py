@@ -8,13 +8,14 @@ Reference: libvirt 9.0, libvirt-domain.h and libvirt-storage.h.
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from .._common.errors import MonitorError
 from .answers import Odd, quoted
 from .domain_disks import Domain
-from .domain_xml import parse_domain
+from .domain_xml import parse_domain, parse_xml
 from .libvirt_connection import NO_RIGHTS, OPERATION_INVALID, OPERATION_TIMEOUT
 from .libvirt_domain import LibvirtDomain
 
@@ -43,6 +44,12 @@ INACTIVE = 2
 """VIR_DOMAIN_XML_INACTIVE: a domain as it will be started next time."""
 VOLUMES = {0: "file", 1: "block"}
 """The types of volumes that stand on this machine, by virStorageVolType."""
+VOLUME = "volume"
+"""The kind of an image that is named by its storage pool."""
+BELOW = ("dir", "fs", "netfs", "vstorage", "logical", "zfs")
+"""The types of storage pools whose volumes stand below the path of the pool, under their own names."""
+FAR = ("rbd", "sheepdog", "gluster", "iscsi-direct")
+"""The types of storage pools whose volumes are no files and no block devices."""
 
 
 async def read_domain(libvirt: LibvirtDomain) -> Domain:
@@ -114,7 +121,7 @@ def saved_xml(library: Any, domain: Any) -> str:
 
 def file_of(library: Any, connection: Any, source: Source) -> Source:
     """Return where an image stands that is a volume of a storage pool. A pool that is not active tells nothing."""
-    if source.kind != "volume":
+    if source.kind != VOLUME:
         return source
     pool, _slash, name = source.path.partition("/")
     try:
@@ -123,6 +130,25 @@ def file_of(library: Any, connection: Any, source: Source) -> Source:
     except library.libvirtError:
         return source
     return replace(source, kind=kind, path=path) if kind else source
+
+
+def place_of(library: Any, connection: Any, source: Source) -> Source:
+    """Return where an image stands, of which a pool that is not active tells as much as its definition has.
+
+    It stays a volume where that is not enough.
+    """
+    found = file_of(library, connection, source)
+    if found.kind != VOLUME:
+        return found
+    pool, _slash, name = source.path.partition("/")
+    try:
+        definition = parse_xml(connection.storagePoolLookupByName(pool).XMLDesc(0))
+    except (library.libvirtError, Odd):
+        return source
+    directory = definition.findtext("target/path", "")
+    if definition.get("type") in BELOW and directory:
+        return replace(source, kind="file", path=os.path.join(directory, name))
+    return replace(source, kind="network") if definition.get("type") in FAR else source
 
 
 def _read(address: Address, text: str) -> DomainXml:

@@ -1,7 +1,7 @@
 # Copyright (c) 2026, vmfleet contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Let the files of a domain that is restored get their names together, after one more look at the domain, or not at all.
+"""Let the files of a domain that is restored get their names together, after another look at the domain, or not at all.
 
 Their copies may have taken hours, and with a part of its disks replaced, a domain is neither the old nor the new one.
 """
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Agreement:
-    """What the disks of one domain wait for. C(look) raises BackupError where the domain is not to get them any more."""
+    """What the disks of a domain wait for. C(look) raises BackupError where the domain is not to get them any more."""
 
     def __init__(self, look: Callable[[], Awaitable[None]], targets: Iterable[str]) -> None:
         self.look = look
@@ -37,7 +37,7 @@ class Agreement:
         await self._agreed
 
     def leave(self, target: str) -> None:
-        """Say that nothing more comes of a disk: where it has not become complete, the others do not get their names."""
+        """Say that nothing more comes of a disk: where it is not complete by now, the others do not get their names."""
         if not self._ready[target].done():
             self._ready[target].set_result(False)
 

@@ -30,7 +30,7 @@ from .._qemu.tpm import LARGEST, STATE, losses, read_state, store
 from .._repository.description import read_description
 from .._repository.repository import check_owner
 from . import libvirt_host
-from .checks import lock_target
+from .checks import is_restored, lock_target
 from .definition import RestoredFrom, Wanted, is_nvram, needed_files, origin_of, redefine
 from .libvirt_host import LibvirtHost
 from .owners import refuse_owned
@@ -76,7 +76,7 @@ class DomainRestore:
 
     C(is_defined) says that libvirt has it already, from this set and with these disks. C(found) is how the domain of
     its name was defined when all was checked. C(notes) is what is to be known before it is started. With C(overwrite),
-    files are replaced.
+    files are replaced: those of C(replaced) exist, and are other ones.
     """
 
     address: Address
@@ -88,6 +88,7 @@ class DomainRestore:
     found: str = field(default="", repr=False)
     notes: tuple[str, ...] = ()
     overwrite: bool = False
+    replaced: tuple[str, ...] = ()
 
     @property
     def is_needed(self) -> bool:
@@ -132,7 +133,8 @@ async def plan_domain(
     uuid = old.uuid if request.uuid == Identity.KEEP else _drawn(origin, address)
     is_defined = _is_defined(look, origin, uuid, disks)
     _check_names(look, address, uuid, is_defined, request.overwrite)
-    await refuse_owned(look.others, disks)
+    replaced = [disk.target for disk in disks if os.path.lexists(disk.target) and not is_restored(repository, disk)]
+    await refuse_owned(look.others, disks, replaced)
     files, notes = _tpm_files(description, address, uuid)
     if not request.overwrite:
         _check_state(files)
@@ -145,7 +147,9 @@ async def plan_domain(
     if absent:
         notes.append("not in the set, so give the domain again: {}".format("; ".join(absent)))
     is_placed = all(_content(path) == content for path, content in files.items())
-    return DomainRestore(address, uuid, xml, files, is_defined, is_placed, look.xml, (*notes, *more), request.overwrite)
+    return DomainRestore(
+        address, uuid, xml, files, is_defined, is_placed, look.xml, (*notes, *more), request.overwrite, tuple(replaced)
+    )
 
 
 async def define_domain(domain: DomainRestore, restored: Sequence[Mapping[str, Any]]) -> None:
@@ -173,7 +177,7 @@ async def check_again(domain: DomainRestore, disks: Sequence[DiskRestore]) -> No
         return
     look = await _look_unchanged(domain)
     _check_names(look, domain.address, domain.uuid, domain.is_defined, domain.overwrite)
-    await refuse_owned(look.others, disks)
+    await refuse_owned(look.others, disks, domain.replaced)
     if not domain.overwrite:
         _check_state(domain.tpm)
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from .._common.errors import BackupError, MonitorGone
 from .._host.threads import within
 from .._qemu.answers import Odd, quoted
-from .._qemu.domain import INACTIVE, file_of
+from .._qemu.domain import INACTIVE, VOLUME, place_of
 from .._qemu.domain_xml import LOCAL, Source, parse_domain, parse_xml
 from .._qemu.libvirt_connection import LibvirtConnection
 
@@ -99,19 +99,20 @@ class LibvirtHost(LibvirtConnection):
         return found
 
     def _images(self, look: Callable[[], str]) -> Iterator[Source]:
-        """Return the files and block devices that an XML names."""
+        """Return the files and block devices that an XML names, and the volumes that may be such."""
         try:
             xml = parse_domain(look())
         except (self.libvirt.libvirtError, Odd):
             # It has gone at this moment, was not saved, or is none that anybody could start.
             return
         firmware = xml.firmware
-        for source in (
-            *(file_of(self.libvirt, self._connection, disk.source) for disk in xml.disks),
+        for named in (
+            *(disk.source for disk in xml.disks),
             *(layer for disk in xml.disks for layer in disk.chain),
             Source(firmware.nvram_kind, firmware.nvram, firmware.nvram_format),
         ):
-            if source.kind in LOCAL and source.path:
+            source = place_of(self.libvirt, self._connection, named)
+            if source.kind in (*LOCAL, VOLUME) and source.path:
                 yield source
 
     def _held(self) -> str:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from .._common.errors import BackupError, Refused
 from .._host.threads import within
 from .._qemu.disk_file import QCOW2
+from .._qemu.domain import VOLUME
 from .._qemu.qcow2 import read_header
 
 if TYPE_CHECKING:
@@ -33,10 +34,12 @@ TIMEOUT = 60.0
 """Seconds for all of them. One takes far less than a millisecond, unless its file system hangs."""
 
 
-async def refuse_owned(sources: Mapping[str, Sequence[Source]], disks: Sequence[DiskRestore]) -> None:
+async def refuse_owned(
+    sources: Mapping[str, Sequence[Source]], disks: Sequence[DiskRestore], replaced: Sequence[str]
+) -> None:
     """Refuse to write to a file of another domain. C(sources) are the images that each one names.
 
-    BackupError where that cannot be told.
+    BackupError where that cannot be told. C(replaced) are the targets that exist, and are going to be written.
     """
     try:
         found = await within(TIMEOUT, _owner, sources, [disk.target for disk in disks])
@@ -48,6 +51,22 @@ async def refuse_owned(sources: Mapping[str, Sequence[Source]], disks: Sequence[
     if found:
         target, owner = found
         raise Refused("target", f"{target} is a file of domain {owner}; restore to another place")
+    if replaced:
+        _refuse_unknown(sources, replaced[0])
+
+
+def _refuse_unknown(sources: Mapping[str, Sequence[Source]], target: str) -> None:
+    """Refuse to replace a file where another domain has one of which nobody knows where it is."""
+    for owner, named in sources.items():
+        for source in named:
+            if source.kind == VOLUME:
+                pool, _slash, name = source.path.partition("/")
+                raise Refused(
+                    "target",
+                    f"{target} exists, and may be a disk of domain {owner}: that is volume {name} of storage pool"
+                    f" {pool}, and libvirt does not tell where this is. Start the pool (virsh pool-start {pool}), or"
+                    " restore to places where no file exists yet",
+                )
 
 
 def _owner(sources: Mapping[str, Sequence[Source]], targets: Sequence[str]) -> tuple[str, str] | None:
@@ -58,6 +77,8 @@ def _owner(sources: Mapping[str, Sequence[Source]], targets: Sequence[str]) -> t
     seen: set[str] = set()
     for owner, named in sources.items():
         for source in named:
+            if source.kind == VOLUME:
+                continue
             for path in _files(source, seen) if there else [source.path]:
                 target = by_path.get(os.path.realpath(path))
                 if target:

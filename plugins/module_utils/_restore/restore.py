@@ -5,8 +5,8 @@
 
 Everything is checked before the first byte is written, but the checksums of images that are copied to files: these are
 taken of what the copy reads, while it does. A file gets its name only when all checksums are right, and it is complete
-and on stable storage; a receipt beside it then says what it is, so that the same restore is not made twice. The files of
-a domain wait for each other (C(_restore/agreement.py)).
+and on stable storage; a receipt beside it then says what it is, so that the same restore is not made twice. The files
+of a domain wait for each other (C(_restore/agreement.py)).
 """
 
 from __future__ import annotations

@@ -9,12 +9,14 @@ from __future__ import annotations
 import asyncio
 import base64
 import threading
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import pytest
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import BackupError, Refused
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.address import parse_address
+from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.domain import place_of
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.domain_xml import Source
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.tpm import LARGEST, STORE
 from ansible_collections.vmfleet.backup.plugins.module_utils._restore import domain, owners
@@ -30,7 +32,7 @@ STATE = "tpm2-00.permall"
 def refuse(target: Path, path: str = "/srv/a.qcow2", image_format: str = "qcow2") -> None:
     """Refuse a target that is a file of another domain, which has this image."""
     sources = {"db": (Source("file", path, image_format),)}
-    asyncio.run(owners.refuse_owned(sources, [disk_restore(str(target))]))
+    asyncio.run(owners.refuse_owned(sources, [disk_restore(str(target))], []))
 
 
 def test_a_file_that_is_named_need_not_be_there(tmp_path: Path) -> None:
@@ -53,6 +55,41 @@ def test_a_file_system_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     (tmp_path / "a.qcow2").write_bytes(b"")
     with pytest.raises(BackupError, match=r"a file system hangs, so .* could not be checked within 0\.01 s"):
         refuse(tmp_path / "a.qcow2")
+
+
+def test_a_volume_that_may_be_anywhere(tmp_path: Path) -> None:
+    target = str(tmp_path / "a.qcow2")
+    sources = {"db": (Source("file", "/srv/b.qcow2", "qcow2"), Source("volume", "san/unit:0:0:1", "raw"))}
+    # It is no file that does not exist yet, or that this restore has made.
+    asyncio.run(owners.refuse_owned(sources, [disk_restore(target)], []))
+    with pytest.raises(Refused, match=r"a\.qcow2 exists, and may be a disk of domain db: that is volume unit:0:0:1 of"):
+        asyncio.run(owners.refuse_owned(sources, [disk_restore(target)], [target]))
+
+
+@pytest.mark.parametrize(
+    ("pool", "kind", "path"),
+    [
+        ("<pool type='dir'><target><path>/srv/p</path></target></pool>", "file", "/srv/p/v"),
+        ("<pool type='logical'><target><path>/dev/vg</path></target></pool>", "file", "/dev/vg/v"),
+        ("<pool type='iscsi'><target><path>/dev/disk/by-path</path></target></pool>", "volume", "p/v"),
+        ("<pool type='rbd'><source/></pool>", "network", "p/v"),
+        ("<pool type='dir'/>", "volume", "p/v"),
+        ("<pool", "volume", "p/v"),
+        ("", "volume", "p/v"),
+    ],
+)
+def test_where_a_volume_is_of_a_pool_that_is_not_active(pool: str, kind: str, path: str) -> None:
+    def look_up_volume(_name: str) -> None:
+        raise OSError("storage pool is not active")
+
+    def look_up_pool(_name: str) -> SimpleNamespace:
+        if not pool:
+            raise OSError("no storage pool with matching name")
+        return SimpleNamespace(storageVolLookupByName=look_up_volume, XMLDesc=lambda _flags: pool)
+
+    library = SimpleNamespace(libvirtError=OSError)
+    found = place_of(library, SimpleNamespace(storagePoolLookupByName=look_up_pool), Source("volume", "p/v", "raw"))
+    assert (found.kind, found.path, found.format) == (kind, path, "raw")
 
 
 def test_the_state_of_a_tpm_has_an_end() -> None:
