@@ -22,7 +22,7 @@ from ansible_collections.vmfleet.backup.tests.harness.images import MIB, identic
 from ansible_collections.vmfleet.backup.tests.harness.libvirt_domains import Domain, DomainDisk
 from ansible_collections.vmfleet.backup.tests.harness.modules import fail, succeed
 from ansible_collections.vmfleet.backup.tests.harness.offline import Daemon
-from ansible_collections.vmfleet.backup.tests.harness.sets import Sets
+from ansible_collections.vmfleet.backup.tests.harness.sets import Sets, result_of
 from ansible_collections.vmfleet.backup.tests.harness.turns import ADDRESS, Turns
 
 if t.TYPE_CHECKING:
@@ -37,6 +37,21 @@ STAYS_OFF = "it is off, and cannot be started while it is copied"
 @pytest.fixture
 def turns(libvirt: Libvirt, directory: Path) -> Turns:
     return Turns(libvirt, directory)
+
+
+def start_slowly(turns: Turns, set_id: str, **options: t.Any) -> dict[str, t.Any]:
+    """Start copies that run until the test lets them go; returns the plan."""
+    turns.freeze(set_id)
+    plan = turns.plan(set_id, speed="64K", **options)
+    succeed("backup_set", {"plan": plan, "state": "started"}, inside=turns.inside)
+    return plan
+
+
+def let_go(turns: Turns) -> None:
+    """Have the copies come to their end, and nobody look at them."""
+    [place] = turns.domain.libvirt.seen_here("/run/vmfleet-locks").glob(f"{daemon_place.PLACE}*")
+    Daemon(place).release()
+    Daemon(place).wait_copied()
 
 
 def test_on_and_off_in_turns(turns: Turns) -> None:
@@ -67,9 +82,7 @@ def test_on_and_off_in_turns(turns: Turns) -> None:
 
 
 def test_started_while_it_is_copied(turns: Turns) -> None:
-    turns.freeze("s1")
-    plan = turns.plan("s1", speed="64K")
-    succeed("backup_set", {"plan": plan, "state": "started"}, inside=turns.inside)
+    plan = start_slowly(turns, "s1")
     said = turns.domain.libvirt.attempt("virsh", "start", "web")
     assert 'Failed to get "write" lock' in said.stderr
     assert turns.domain.state == "shut off"
@@ -119,12 +132,9 @@ def test_started_on_snapshots_while_it_is_copied(turns: Turns) -> None:
 
 def test_libvirt_is_killed_while_it_is_copied(turns: Turns) -> None:
     libvirt = turns.domain.libvirt
-    turns.freeze("s1")
-    plan = turns.plan("s1", speed="64K")
-    succeed("backup_set", {"plan": plan, "state": "started"}, inside=turns.inside)
+    plan = start_slowly(turns, "s1")
     libvirt.stop_daemon(signal.SIGKILL)
-    [place] = libvirt.seen_here("/run/vmfleet-locks").glob(f"{daemon_place.PLACE}*")
-    Daemon(place).release()
+    let_go(turns)
     turns.make(plan)
     libvirt.start_daemon()
     turns.assert_released()
@@ -223,6 +233,49 @@ def test_all_kinds_of_disks(libvirt: Libvirt, directory: Path) -> None:
     libvirt.virsh("pool-destroy", "images")
     [planned] = turns.plan("s2", exclude_disks=["vdc"])["vms"]
     assert "disk vdd of VM web (volume images/vdd.qcow2) cannot be copied while the VM is off" in planned["reason"]
+
+
+def test_a_disk_that_cannot_be_copied_is_added_while_others_are_copied(turns: Turns, directory: Path) -> None:
+    """The copies come to their end, and the domain can be started: what the next set is told to do works."""
+    plan = start_slowly(turns, "s1")
+    added = directory / "added.xml"
+    added.write_text(NETWORK)
+    turns.domain.virsh("attach-device", added, "--config")
+    let_go(turns)
+    turns.make(plan)
+    turns.assert_released()
+    assert result_of(succeed("backup_set", {"plan": plan}, inside=turns.inside), "web")["state"] == "published"
+    [planned] = turns.plan("s2")["vms"]
+    assert "disk vdc of VM web (network nbd:x) cannot be copied while the VM is off" in planned["reason"]
+    turns.domain.virsh("detach-device", added, "--config")
+    turns.domain.start()
+    turns.check()
+
+
+def test_a_set_of_before_comes_to_its_end_though_the_next_one_cannot_be_begun(turns: Turns, directory: Path) -> None:
+    start_slowly(turns, "s1")
+    added = directory / "added.xml"
+    added.write_text(NETWORK)
+    turns.domain.virsh("attach-device", added, "--config")
+    let_go(turns)
+    plan = turns.plan("s2")
+    assert plan["vms"][0]["action"] == "finish"
+    found = result_of(fail("backup_set", {"plan": plan}, inside=turns.inside), "web")
+    assert "disk vdc of VM web (network nbd:x) cannot be copied while the VM is off" in found["error"]
+    turns.assert_released()
+    turns.check()
+
+
+def test_libvirt_ends_while_a_domain_is_copied_of_which_a_disk_is_excluded(libvirt: Libvirt, directory: Path) -> None:
+    """Nobody tells of that disk any more."""
+    turns = Turns(libvirt, directory, devices=NETWORK)
+    plan = start_slowly(turns, "s1", exclude_disks=["vdc"])
+    libvirt.stop_daemon(signal.SIGKILL)
+    let_go(turns)
+    turns.make(plan)
+    turns.assert_released()
+    libvirt.start_daemon()
+    turns.check()
 
 
 def test_other_policies_leave_it_alone(turns: Turns) -> None:

@@ -288,11 +288,6 @@ RULES = (
         lambda seen: seen.action == Action.FAIL and seen.remains,
         Step.DISOWN,
     ),
-    Rule(
-        "a list of disks names a disk that does not exist, or the VM does not have the uuid of the list",
-        _is(Case.WRONG_DISKS),
-        Step.REFUSE,
-    ),
     Rule("the set is published, of another VM of this name", _is(Case.OTHER_VM), Step.FAIL),
     Rule("the set is published, without a disk that is chosen now", _is(Case.WITHOUT_DISK), Step.FAIL),
     Rule("the set is published, and remains of its attempt exist", _is(Case.PUBLISHED, remains=True), Step.TIDY),
@@ -354,6 +349,11 @@ RULES = (
     Rule(f"{OURS}: a job runs", _attempt(AttemptStatus.RUNNING), Step.FOLLOW),
     # What is not begun.
     Rule(f"{NONE}, and the domain's own metadata exclude it from backups", _is(Case.EXCLUDED), Step.SKIP),
+    Rule(
+        f"{NONE}, and a list names a disk that does not exist or cannot be copied, or another uuid than the VM's",
+        _is(Case.WRONG_DISKS),
+        Step.REFUSE,
+    ),
     Rule("the VM's other sets are of another VM of this name, without ``adopt``", _is(Case.OTHER_DIRECTORY), Step.FAIL),
     Rule("the place of the set is taken by something that is no set", _is(Case.IN_THE_WAY), Step.FAIL),
     Rule(f"{NONE}, and the VM is off, with ``offline: skip``", _is(Case.OFF), Step.SKIP),

@@ -31,18 +31,21 @@ def decide(request: Request, seen: Observation, records: VmRecords, context: Run
     """Decide what to do with one VM; the first case that holds wins."""
     choice = choose_disks(seen.vm, request) if seen.vm else Choice()
     intent, removal = None, ""
-    wrong = choice.error or _has_other_uuid(request, seen)
-    if wrong and not request.skip:
-        case, reason = Case.WRONG_DISKS, wrong
-    elif records.published(context.id):
-        case, reason = _already_published(seen, records, context, choice)
+    # These are of the set that is to be begun: what we are making comes to its end, whatever they say by now.
+    other = "" if request.skip else _has_other_uuid(request, seen)
+    wrong = "" if request.skip else choice.error or other
+    if records.published(context.id):
+        named = request.include_disks if wrong else ()
+        case, reason = _already_published(seen, records, context, choice, named, other)
     elif _has_given_up(records, context):
         case, reason = Case.FAILED, _has_given_up(records, context)
     elif records.intents:
         intent = _next_intent(records.intents, context.id)
-        case, reason, removal = _being_made(intent, seen, context)
+        case, reason, removal = _being_made(intent, seen, context, wrong, other)
     elif request.skip:
         case, reason = Case.EXCLUDED, SKIPPED
+    elif wrong:
+        case, reason = Case.WRONG_DISKS, wrong
     elif records.barred:
         case, reason = Case.IN_THE_WAY, records.barred
     elif _belongs_to_another(seen, records) and not context.adopt:
@@ -76,14 +79,28 @@ def decide(request: Request, seen: Observation, records: VmRecords, context: Run
     return Decision(case, plan, choice, links, intent, records.published(context.id), removal)
 
 
-def _already_published(seen: Observation, records: VmRecords, context: RunContext, choice: Choice) -> tuple[Case, str]:
+def _already_published(
+    seen: Observation,
+    records: VmRecords,
+    context: RunContext,
+    choice: Choice,
+    named: Iterable[str],
+    other: str,
+) -> tuple[Case, str]:
+    """Return the case, and the reason, of a VM that has its set.
+
+    C(named) are the disks that are asked for where the lists of disks are wrong, and C(other) says that the VM has
+    another uuid than the one of the list.
+    """
     manifest = records.published(context.id)
+    if other:
+        return Case.OTHER_VM, other
     if manifest and seen.vm and manifest.vm.identity != seen.vm.identity:
         return Case.OTHER_VM, (
             f"set {manifest.id} belongs to another VM of this name ({manifest.vm.identity};"
             f" this one is {seen.vm.identity}); rename one of them, or use another id, with adopt: true"
         )
-    missing = _missing_disks(manifest, choice) if manifest else ""
+    missing = _missing_disks(manifest, choice, named) if manifest else ""
     if missing:
         return Case.WITHOUT_DISK, f"set {context.id} exists without disk {missing}; use another id"
     return Case.PUBLISHED, PUBLISHED_ALREADY
@@ -97,9 +114,17 @@ def _has_given_up(records: VmRecords, context: RunContext) -> str:
     return ""
 
 
-def _being_made(intent: Intent, seen: Observation, context: RunContext) -> tuple[Case, str, str]:
-    """Return the case, the reason, and why the intent is to be removed."""
+def _being_made(
+    intent: Intent, seen: Observation, context: RunContext, wrong: str, other: str
+) -> tuple[Case, str, str]:
+    """Return the case, the reason, and why the intent is to be removed.
+
+    C(wrong) says why no set could be begun instead, and C(other) that the VM has another uuid than the one of the list.
+    """
     foreign = _foreign(intent, seen, context.hypervisor)
+    if foreign and other:
+        # A set is not taken over for a VM that is not the one that is meant.
+        return Case.FOREIGN, other, ""
     if foreign and not context.takeover:
         return (
             Case.FOREIGN,
@@ -108,7 +133,7 @@ def _being_made(intent: Intent, seen: Observation, context: RunContext) -> tuple
         )
     if foreign:
         return Case.TAKEN_OVER, f"{foreign}; it is taken over", f"taken over by hypervisor {context.hypervisor.name}"
-    if intent.id != context.id and context.supersede:
+    if intent.id != context.id and context.supersede and not wrong:
         return Case.SUPERSEDED, f"set {intent.id} is unfinished, and superseded", f"superseded by set {context.id}"
     if intent.id != context.id:
         return Case.OTHER_SET, f"set {intent.id} of this VM is unfinished, and comes first", ""
@@ -209,9 +234,15 @@ def _next_intent(intents: tuple[Intent, ...], set_id: str) -> Intent:
     return [*others, *intents][0]
 
 
-def _missing_disks(published: Manifest, choice: Choice) -> str:
-    """Return the chosen disks that a published set lacks; empty where it has all."""
-    return ", ".join(disk.name for disk in choice.disks if not published.find(disk.names))
+def _missing_disks(published: Manifest, choice: Choice, named: Iterable[str]) -> str:
+    """Return the disks that are chosen, or C(named), and that a published set lacks; empty where it has all."""
+    known = {name for image in published.disks for name in (*image.names, image.node)}
+    return ", ".join(
+        (
+            *(disk.name for disk in choice.disks if not published.find(disk.names)),
+            *(name for name in named if name not in known),
+        )
+    )
 
 
 def _foreign(intent: Intent, seen: Observation, hypervisor: Hypervisor) -> str:

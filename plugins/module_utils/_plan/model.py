@@ -44,8 +44,6 @@ class Action(Word):
 class Case(Word):
     """What is found of a VM's set. The first case that holds decides, in this order."""
 
-    WRONG_DISKS = "wrong disks"
-    """The lists of disks name one that the VM does not have."""
     OTHER_VM = "other VM"
     """The set is published, and is of another VM of this name."""
     WITHOUT_DISK = "without disk"
@@ -64,6 +62,8 @@ class Case(Word):
     BEING_MADE = "being made"
     EXCLUDED = "excluded"
     """The domain itself says that it is not backed up."""
+    WRONG_DISKS = "wrong disks"
+    """A list names a disk that the VM does not have or that cannot be copied, or another uuid than the VM's."""
     OTHER_DIRECTORY = "other directory"
     """The newest set in the VM's directory is of another VM."""
     IN_THE_WAY = "in the way"

@@ -220,9 +220,49 @@ def test_of_a_vm_that_wants_no_set_the_one_that_is_being_made_comes_to_its_end()
     assert decide(skipped, seen, VmRecords(intents=(intent(),)), TERMS).plan.action == "attach"
 
 
-def test_a_wrong_list_of_disks_comes_before_everything_else() -> None:
-    request = replace(REQUEST, include_disks=("vdx",))
-    assert decide(request, Observation(vm()), VmRecords(sets=(manifest(),)), TERMS).plan.action == "fail"
+WRONG = {
+    "a list of disks": (replace(REQUEST, exclude_disks=("vdx",)), "vdx"),
+    "a uuid": (replace(REQUEST, uuid=UUID.replace("6", "7")), "is listed with uuid"),
+}
+
+
+@pytest.mark.parametrize(("request_", "reason"), WRONG.values(), ids=list(WRONG))
+def test_what_is_asked_for_wrongly_is_not_begun_and_what_is_being_made_comes_to_its_end(
+    request_: Request, reason: str
+) -> None:
+    seen = Observation(vm(uuid=UUID, jobs=(job(JOB0), job(JOB1))))
+    plan = decide(request_, seen, VmRecords(), TERMS).plan
+    assert (plan.action, reason in plan.reason) == ("fail", True)
+    assert decide(request_, seen, VmRecords(intents=(intent(),)), TERMS).plan.action == "attach"
+    older = VmRecords(intents=(intent(id="monday"),))
+    assert decide(request_, seen, older, TERMS).plan.action == "finish"
+    # There is nothing that could stand in its place.
+    assert decide(request_, seen, older, replace(TERMS, supersede=True)).removal == ""
+
+
+def test_a_set_is_there_though_the_lists_of_disks_are_wrong_by_now() -> None:
+    records, at = VmRecords(sets=(manifest(),)), Observation(vm())
+    for lists in ({"exclude_disks": ("vdx",)}, {"exclude_disks": ("vdx",), "include_disks": ("vda", "n-vdb")}):
+        assert decide(replace(REQUEST, **lists), at, records, TERMS).plan.reason == "the set is published"
+    plan = decide(replace(REQUEST, include_disks=("vda", "vdx")), at, records, TERMS).plan
+    assert (plan.action, plan.reason) == ("fail", "set today exists without disk vdx; use another id")
+
+
+def test_a_set_is_not_of_a_vm_that_is_not_meant() -> None:
+    other = replace(REQUEST, uuid=UUID.replace("6", "7"))
+    for identity in (UUID, other.uuid):
+        made = manifest(vm=VmName("web01", identity, identity))
+        plan = decide(other, Observation(vm(uuid=UUID)), VmRecords(sets=(made,)), TERMS).plan
+        assert (plan.action, "is listed with uuid" in plan.reason) == ("fail", True)
+
+
+def test_nothing_is_taken_over_for_a_vm_that_is_not_meant() -> None:
+    other = replace(REQUEST, uuid=UUID.replace("6", "7"))
+    seen = Observation(vm(uuid=UUID, identity=UUID))
+    theirs = intent(vm=VmName("web01", other.uuid, other.uuid))
+    decision = decide(other, seen, VmRecords(intents=(theirs,)), replace(TERMS, takeover=True))
+    assert (decision.plan.action, decision.intent, decision.removal) == ("fail", theirs, "")
+    assert "is listed with uuid" in decision.plan.reason
 
 
 FOREIGN = {
