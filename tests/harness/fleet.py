@@ -255,6 +255,11 @@ class Run:
         self._log = log
 
     @property
+    def pid(self) -> int:
+        """The process id of ansible-playbook."""
+        return self._process.pid
+
+    @property
     def running(self) -> bool:
         """Whether it has not ended yet."""
         return self._process.poll() is None
