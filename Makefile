@@ -44,7 +44,7 @@ integration molecule system thorough torture crashes package confined versions m
 
 bench: ## Measure against qemu-img, restic, virtnbdbackup and others, and what there is to do beside copying for many VMs, sets and hypervisors
 	@tools/setup bench
-	@tools/tree sh -c 'export PYTHONPATH="$$ROOT"; s=0; for b in copy dedup control worker restore info start fleet forks libvirt; do benchmarks/$$b $(ARGS) || s=1; done; exit $$s'
+	@tools/tree sh -c 'export PYTHONPATH="$$ROOT"; s=0; for b in copy dedup control worker restore info start fleet forks scale libvirt; do benchmarks/$$b $(ARGS) || s=1; done; exit $$s'
 
 format: ## Bring the Python files into shape, mend what ruff can mend, and write the table of steps into its guide
 	@tools/setup

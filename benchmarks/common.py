@@ -60,8 +60,11 @@ def export(revision: str, root: Path) -> None:
     subprocess.run(["tar", "-x", "-C", place], input=archive, check=True)
 
 
-def options(description: str | None) -> argparse.Namespace:
-    """What the command line says: all benchmarks take the same options, and each uses those that concern it."""
+def options(description: str | None, **defaults: t.Any) -> argparse.Namespace:
+    """What the command line says: all benchmarks take the same options, and each uses those that concern it.
+
+    `defaults` are those of one benchmark alone.
+    """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--directory", type=Path, help="where to work; needs three times the data, dedup six")
     parser.add_argument(
@@ -70,8 +73,8 @@ def options(description: str | None) -> argparse.Namespace:
     parser.add_argument("--gib", type=float, default=4, help="copy, dedup, restore, libvirt: data on each disk")
     parser.add_argument("--domains", type=int, default=1, help="libvirt: domains, all backed up by one plan")
     parser.add_argument("--vms", type=int, default=200, help="control, worker: VMs, of 30 MiB of memory each")
-    parser.add_argument("--hypervisors", type=int, default=8, help="fleet, forks: hypervisors")
-    parser.add_argument("--each", type=int, default=10, help="fleet: VMs on each hypervisor")
+    parser.add_argument("--hypervisors", type=int, default=8, help="fleet, forks, scale: hypervisors (%(default)s)")
+    parser.add_argument("--each", type=int, default=10, help="fleet, scale: VMs on each hypervisor (%(default)s)")
     parser.add_argument("--mib", type=int, default=16, help="fleet: size of each disk, half of which is data")
     parser.add_argument("--growth", default="1,10,50,200", help="fleet: numbers of VMs on one hypervisor")
     parser.add_argument("--opponent", type=int, default=50, help="fleet: most VMs there that the obvious role is given")
@@ -81,6 +84,7 @@ def options(description: str | None) -> argparse.Namespace:
     parser.add_argument(
         "--against", metavar="REV", help="dedup, forks, info, start, worker: the revision to compare with"
     )
+    parser.set_defaults(**defaults)
     return parser.parse_args()
 
 
