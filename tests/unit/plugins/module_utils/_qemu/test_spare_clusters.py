@@ -36,8 +36,8 @@ CLUSTER = 65536
 def apply(path: Path) -> int:
     """Give back what is spare; return how many bytes that were, in whole clusters.
 
-    A file system may need a block of its own to write down where the holes are (ext4, once an inode has no room for more
-    extents), so that the file's blocks shrink by a little less.
+    A file system may need a block of its own to write down where the holes are (ext4, once an inode has no room for
+    more extents), so that the file's blocks shrink by a little less.
     """
     fd = os.open(path, os.O_RDWR)
     try:
