@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from .._common.errors import BackupError
 from .._repository.catalog import start_time
 from .._repository.documents import Level
-from .._repository.pins import is_read
+from .._repository.pins import reader
 from .._repository.repository import FAILED, REMOVED
 
 if TYPE_CHECKING:
@@ -231,8 +231,9 @@ def read_constraints(catalog: VmCatalog, allow_remove_last: bool) -> Constraints
     guarded = {protection.id: "it is protected" for protection in catalog.annotations.protections}
     in_use = {}
     for pin in catalog.annotations.pins:
-        if is_read(pin):
-            guarded[pin.id] = in_use[pin.id] = f"{pin.path} on {pin.host} reads it"
+        reads = reader(pin)
+        if reads:
+            guarded[pin.id] = in_use[pin.id] = reads
     for intent in catalog.records.intents:
         for disk in intent.disks:
             if disk.image.parent:

@@ -59,7 +59,11 @@ class Protection(Document):
 
 @dataclass(frozen=True)
 class Pin(Document):
-    """Somebody's overlay on an image of a set: C(path) on the machine C(host), made by which that image is read."""
+    """Somebody's overlay on an image of a set: C(path) on the machine C(host), made by which that image is read.
+
+    C(mount) and C(file_system) are the place of an overlay (C(_host/mounts.py)). They are empty where it goes with its
+    file system, and in what version 0.1.0 has written.
+    """
 
     id: str = field(metadata=SET_ID)
     disk: str = field(metadata=NAME)
@@ -67,6 +71,8 @@ class Pin(Document):
     host: str = field(metadata=TEXT)
     machine_id: str = field(metadata=TEXT)
     since: str = field(metadata=TIME)
+    mount: str = field(default="", metadata=TEXT)
+    file_system: str = field(default="", metadata=TEXT)
     schema: int = field(default=SCHEMA, metadata=NUMBER_OF_SCHEMA)
 
 

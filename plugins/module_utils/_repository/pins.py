@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
+from .._host.mounts import Place, place_of
 from .._host.process import machine_id
 
 if TYPE_CHECKING:
@@ -19,8 +20,30 @@ PARTIAL = ".partial"
 
 
 def is_read(pin: Pin) -> bool:
-    """Return whether what a pin stands for is still there. Only the machine that it is on can say that it is gone."""
-    return pin.machine_id != machine_id() or any(may_be_there(pin.path + end) for end in ("", PARTIAL))
+    """Return whether what a pin stands for may be there still."""
+    return bool(reader(pin))
+
+
+def reader(pin: Pin) -> str:
+    """Return who reads a set, as its pin says; empty where that is gone.
+
+    Only the machine that it is on can say that, and only where its file system is mounted: a VM may go on with the
+    overlay when that is back.
+    """
+    reads = f"{pin.path} on {pin.host} reads it"
+    if pin.machine_id != machine_id() or any(may_be_there(pin.path + end) for end in ("", PARTIAL)):
+        return reads
+    if is_elsewhere(pin):
+        return (
+            f"{reads}, or did: the file system that it is on is not mounted at {pin.mount}. Mount it, or remove the"
+            " overlay's pin with state: absent if it is gone for good"
+        )
+    return ""
+
+
+def is_elsewhere(pin: Pin) -> bool:
+    """Return whether the path of a pin is on another file system now than its overlay, which is not mounted."""
+    return bool(pin.mount) and place_of(pin.path) != Place(pin.mount, pin.file_system)
 
 
 def may_be_there(path: str) -> bool:

@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING
 
 from .._common.errors import BackupError, in_words
 from .._common.formats import utc_now
+from .._host.mounts import Place, place_of
 from .._host.process import machine_id
 from .._repository.annotations import Pin, read_annotations
+from .._repository.pins import is_elsewhere
 from .._repository.published import remove_annotations, write_annotation
 from .checks import images
 
@@ -24,11 +26,26 @@ if TYPE_CHECKING:
     from .model import DiskRestore
 
 
+NOWHERE = {"mount": "", "file_system": ""}
+"""The fields of a pin that tell of its file system, as they are where nothing was written down of it."""
+
+
 def make_pin(disk: DiskRestore) -> Pin:
     """Return the pin of the file that reads the set, which is the unfinished copy, or an overlay."""
     # A block device has no other name while it is written to.
     path = disk.target if disk.overlay or disk.block_device else disk.partial
-    return Pin(disk.manifest.id, disk.name, path, os.uname().nodename, machine_id(), utc_now())
+    # Only an overlay is to outlive this process.
+    place = place_of(path) if disk.overlay else Place()
+    return Pin(
+        disk.manifest.id,
+        disk.name,
+        path,
+        os.uname().nodename,
+        machine_id(),
+        utc_now(),
+        mount=place.mount,
+        file_system=place.file_system,
+    )
 
 
 @asynccontextmanager
@@ -56,9 +73,9 @@ async def put_pin(repository: Repository, vm: str, disk: DiskRestore, warnings: 
     try:
         async with repository.lock(vm):
             images(repository, disk)
-            if is_known(pin, read_annotations(repository, vm).pins):
-                return False
-            write_annotation(repository, vm, pin)
+            pins = read_annotations(repository, vm).pins
+            if not is_noted(pin, pins):
+                write_annotation(repository, vm, pin)
     except (BackupError, OSError) as error:
         # The set has to be there, with the lock or without.
         images(repository, disk)
@@ -67,21 +84,32 @@ async def put_pin(repository: Repository, vm: str, disk: DiskRestore, warnings: 
             f" Do not prune it while {pin.path} exists"
         )
         return False
-    return True
+    return not is_known(pin, pins)
 
 
 def is_known(pin: Pin, pins: Iterable[Pin]) -> bool:
-    """Return whether there is such a pin, however old."""
+    """Return whether there is such a pin, however old, and wherever its path was then."""
+    return is_noted(replace(pin, **NOWHERE), [replace(other, **NOWHERE) for other in pins])
+
+
+def is_noted(pin: Pin, pins: Iterable[Pin]) -> bool:
+    """Return whether there is just this pin, however old."""
     return any(replace(other, since="") == replace(pin, since="") for other in pins)
 
 
 async def remove_other_pins(repository: Repository, vm: str, disk: DiskRestore, warnings: list[str]) -> None:
-    """Remove the pins of what stood at the target before, or was to. The pin of an overlay that is there stays."""
+    """Remove the pins of what stood at the target before, or was to. The pin of an overlay that is there stays.
+
+    So does that of one on another file system, which was mounted there before.
+    """
     needed = [make_pin(disk)] if disk.overlay else []
     others = [
         pin
         for pin in read_annotations(repository, vm).pins
-        if pin.machine_id == machine_id() and pin.path in (disk.target, disk.partial) and not is_known(pin, needed)
+        if pin.machine_id == machine_id()
+        and pin.path in (disk.target, disk.partial)
+        and not is_known(pin, needed)
+        and not is_elsewhere(pin)
     ]
     if others:
         await _remove_or_warn(repository, vm, others, warnings)

@@ -40,7 +40,7 @@ from .checks import (
     refuse_collisions,
 )
 from .model import Checksum
-from .pins import is_known, make_pin, pinned, put_pin, remove_other_pins
+from .pins import is_noted, make_pin, pinned, put_pin, remove_other_pins
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
@@ -320,6 +320,6 @@ async def _finish(repository: Repository, vm: str, disk: DiskRestore, warnings: 
             # A process that still writes it removes it in the end.
             with contextlib.suppress(Refused):
                 _remove_partial(disk.partial)
-    if disk.overlay and not is_known(make_pin(disk), read_annotations(repository, vm).pins):
+    if disk.overlay and not is_noted(make_pin(disk), read_annotations(repository, vm).pins):
         await put_pin(repository, vm, disk, warnings)
     await remove_other_pins(repository, vm, disk, warnings)

@@ -1,0 +1,81 @@
+# Copyright (c) 2026, vmfleet contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Tell which file system a path is on, by what stays the same when the machine starts again."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+
+BY_UUID = "/dev/disk/by-uuid"
+FROM_UUID = frozenset({"ext2", "ext3", "ext4", "btrfs"})
+"""File systems whose id (statfs(2)) comes from their UUID. That of XFS is the number of its device."""
+VOLATILE = frozenset({"tmpfs", "ramfs", "rootfs", "devtmpfs"})
+"""File systems whose files are gone for good when they are unmounted."""
+ESCAPED = re.compile(rb"\\([0-7]{3})")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a file system is mounted, and what it is known by. Both are empty where nobody can tell."""
+
+    mount: str = ""
+    file_system: str = ""
+
+
+def place_of(path: str) -> Place:
+    """Return where a path is, or would be if its directories were there. Nothing for what is in memory only."""
+    try:
+        fd = _open_above(path)
+    except OSError:
+        return Place()
+    try:
+        mount, kind, source = _mount_of(fd)
+        if not mount or kind in VOLATILE:
+            return Place()
+        if kind in FROM_UUID:
+            return Place(mount, f"{os.fstatvfs(fd).f_fsid:016x}")
+    except OSError:
+        return Place()
+    finally:
+        os.close(fd)
+    # A device may have another name each time. What is no device is named by a server and its path, or by a pool.
+    return Place(mount, _uuid(source) if source.startswith("/dev/") else source)
+
+
+def _open_above(path: str) -> int:
+    """Open the next directory above a path that is there."""
+    above = os.path.dirname(path)
+    try:
+        return os.open(above, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    except (FileNotFoundError, NotADirectoryError):
+        if above in ("", path):
+            raise
+        return _open_above(above)
+
+
+def _mount_of(fd: int) -> tuple[str, str, str]:
+    """Return the mount point, type and source of what is open; empty where it is not mounted here (proc(5))."""
+    with open(f"/proc/self/fdinfo/{fd}", "rb") as info:
+        number = next((line.split()[1] for line in info if line.startswith(b"mnt_id:")), b"")
+    with open("/proc/self/mountinfo", "rb") as mounts:
+        for words in map(bytes.split, mounts):
+            if words[0] == number:
+                kind, source = words[words.index(b"-", 6) + 1 :][:2]
+                return _text(words[4]), _text(kind), _text(source)
+    return "", "", ""
+
+
+def _text(word: bytes) -> str:
+    return os.fsdecode(ESCAPED.sub(lambda found: bytes([int(found[1], 8)]), word))
+
+
+def _uuid(device: str) -> str:
+    """Return the UUID of the file system on a device; empty where udev does not tell."""
+    try:
+        number = os.stat(device).st_rdev
+        return next((name for name in os.listdir(BY_UUID) if os.stat(os.path.join(BY_UUID, name)).st_rdev == number), "")
+    except OSError:
+        return ""
