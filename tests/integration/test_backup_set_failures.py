@@ -18,9 +18,10 @@ import pytest
 from ansible_collections.vmfleet.backup.plugins.module_utils._backup import finish as finishing
 from ansible_collections.vmfleet.backup.plugins.module_utils._plan import decide as plan_decide
 from ansible_collections.vmfleet.backup.plugins.module_utils._plan import model
+from ansible_collections.vmfleet.backup.tests.harness import crash
 from ansible_collections.vmfleet.backup.tests.harness.backup import release, wait_concluded
 from ansible_collections.vmfleet.backup.tests.harness.images import MIB, patterned
-from ansible_collections.vmfleet.backup.tests.harness.modules import fail, succeed
+from ansible_collections.vmfleet.backup.tests.harness.modules import ModuleProcess, fail, succeed
 from ansible_collections.vmfleet.backup.tests.harness.qemu import Disk, wait_until
 from ansible_collections.vmfleet.backup.tests.harness.sets import ID, SLOW, Sets, result_of
 
@@ -28,7 +29,6 @@ if t.TYPE_CHECKING:
     from pathlib import Path
 
     from ansible_collections.vmfleet.backup.tests.harness.fixtures import Storage, Vms
-    from ansible_collections.vmfleet.backup.tests.harness.modules import ModuleProcess
     from ansible_collections.vmfleet.backup.tests.harness.qemu import Qemu
 
 pytestmark = pytest.mark.usefixtures("clean")
@@ -284,6 +284,29 @@ def test_qemu_ends_while_finished_images_are_brought_to_the_disk(
 
     monkeypatch.setattr(finishing, "finish_image", finish_last)
     assert sets.back_up(vm)["vms"][0]["state"] == "published"
+    vm.kill()
+    sets.assert_good("web01", copies)
+
+
+@pytest.mark.parametrize(
+    ("moment", "killed"),
+    [("publish: rename", False), ("dismiss jobs: job-dismiss", False), ("dismiss jobs: job-dismiss", True)],
+)
+def test_qemu_ends_when_the_set_has_its_name(
+    moment: str, killed: bool, vms: Vms, directory: Path, sets: Sets
+) -> None:
+    vm = vms.start(vms.disk(0, size=8 * MIB), name="web01")
+    copies = copy_of(vm, directory)
+    plan = sets.plan(vm)["plan"]
+    if killed:
+        # An earlier call has published it, and could do no more.
+        ModuleProcess("backup_set", {"plan": plan}, crash_at=crash.Point("publish > sync directory: fsync")).wait()
+        assert vm.block_jobs
+    result = ModuleProcess("backup_set", {"plan": plan}, crash_at=crash.Point(moment), victims=(vm.pid,)).result()
+    [found] = result["vms"]
+    assert (result["rc"], found["state"], found["error"]) == (0, "published", "")
+    [warning] = found["warnings"]
+    assert warning.startswith(f"what the making of set {ID} has left in QEMU could not be removed: ")
     vm.kill()
     sets.assert_good("web01", copies)
 

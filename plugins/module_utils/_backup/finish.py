@@ -10,7 +10,7 @@ import os
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from .._common.errors import BackupError, MonitorError, RepositoryHangs, in_words
+from .._common.errors import BackupError, MonitorError, MonitorLost, RepositoryHangs, in_words
 from .._common.formats import boottime, utc_now
 from .._host import preallocate
 from .._host.checksum import sha256
@@ -234,7 +234,13 @@ async def publish(locked: LockedVm, _reason: str) -> Outcome | Pending:
     task.changed = True
     # From here on the set is good; what is left in QEMU is removed now or by any later run.
     records = await run.repository.records(intent.vm.name)
-    await _tidy(replace(locked, records=records), manifest)
+    try:
+        await _tidy(replace(locked, records=records), manifest)
+    except MonitorLost:
+        # Libvirt was restarted, most often: the next look finds what is left, and removes it.
+        return AGAIN
+    except MonitorError as error:
+        await _leave(locked, manifest, error)
     return results.published(run, task, manifest) if intent.id == run.plan.id else AGAIN
 
 
@@ -252,12 +258,24 @@ async def _restore_labels(locked: LockedVm) -> None:
 
 async def tidy(locked: LockedVm, _reason: str) -> Outcome:
     """Remove what is left of the making of a published set."""
-    await _tidy(locked, locked.manifest)
+    try:
+        await _tidy(locked, locked.manifest)
+    except MonitorError as error:
+        await _leave(locked, locked.manifest, error)
     return results.published(locked.run, locked.task, locked.manifest)
 
 
 async def _tidy(locked: LockedVm, manifest: Manifest) -> None:
     await cleanup.remove_leftovers(locked, manifest.attempt)
+    await locked.run.repository.tidy(manifest.vm.name, manifest.id)
+
+
+async def _leave(locked: LockedVm, manifest: Manifest, error: MonitorError) -> None:
+    """Leave in QEMU what cannot be removed now: the set is good, whatever becomes of QEMU."""
+    locked.task.warn(
+        f"what the making of set {manifest.id} has left in QEMU could not be removed: {error}; if that QEMU still"
+        " runs, the next backup removes it"
+    )
     await locked.run.repository.tidy(manifest.vm.name, manifest.id)
 
 
