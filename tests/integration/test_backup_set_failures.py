@@ -16,6 +16,7 @@ import typing as t
 import pytest
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._backup import finish as finishing
+from ansible_collections.vmfleet.backup.plugins.module_utils._backup import prepare
 from ansible_collections.vmfleet.backup.plugins.module_utils._plan import decide as plan_decide
 from ansible_collections.vmfleet.backup.plugins.module_utils._plan import model
 from ansible_collections.vmfleet.backup.tests.harness import crash
@@ -150,6 +151,25 @@ def test_case_23_qemu_killed_while_it_copies(
     copies = copy_of(vm, directory)
     sets.back_up(vm)
     sets.assert_good("web01", copies)
+
+
+def test_qemu_killed_before_anything_of_a_set_exists(
+    vms: Vms, sets: Sets, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vm = vms.start(vms.disk(0, size=8 * MIB), name="web01")
+    sets.back_up(vm, id="s0")
+    describe_vm = prepare.describe_vm
+
+    async def kill_and_describe(*args: t.Any) -> t.Any:
+        os.kill(vm.pid, signal.SIGKILL)
+        return await describe_vm(*args)
+
+    monkeypatch.setattr(prepare, "describe_vm", kill_and_describe)
+    [found] = sets.fail(vm)["vms"]
+    # It is said as of any VM that is off, and written down.
+    assert "nobody listens there: the VM is off" in found["error"]
+    assert found["error"] in (sets.path / "web01" / f".{ID}.failed.json").read_text()
+    vm.kill()
 
 
 def test_qemu_killed_and_restarted_between_two_runs(vms: Vms, directory: Path, sets: Sets) -> None:

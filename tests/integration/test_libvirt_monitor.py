@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from ansible_collections.vmfleet.backup.plugins.module_utils._backup import prepare
 from ansible_collections.vmfleet.backup.plugins.module_utils._common import errors
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu import block_jobs, libvirt_domain
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.address import parse_address
@@ -222,6 +223,34 @@ def test_libvirtd_is_restarted_in_the_middle_of_a_set(domain: Domain, sets: Sets
     sets.assert_good("web01", {"vda": copy})
 
 
+def restart_in_here() -> int:
+    """Kill libvirtd from a process that sees it, and start it again; return its process id of before."""
+    pid = int(Path("/run/libvirtd.pid").read_text())
+    os.kill(pid, signal.SIGKILL)
+    environment = os.environ | {"PATH": os.environ["PATH"] + ":/usr/sbin:/sbin"}
+    subprocess.run(["libvirtd", "--daemon"], check=True, env=environment)
+    return pid
+
+
+def test_libvirtd_is_restarted_before_anything_of_a_set_exists(
+    domain: Domain, sets: Sets, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    describe_vm = prepare.describe_vm
+    restarted: list[int] = []
+
+    async def restart_and_describe(*args: t.Any) -> t.Any:
+        if not restarted:
+            restarted.append(restart_in_here())
+        return await describe_vm(*args)
+
+    monkeypatch.setattr(prepare, "describe_vm", restart_and_describe)
+    pid = domain.libvirt.daemon
+    done = succeed("backup_set", {"plan": sets.plan(ADDRESS)["plan"]}, inside=domain.libvirt.inside)
+    assert result_of(done, "web01")["state"] == "published"
+    assert domain.libvirt.daemon != pid
+    sets.assert_tidy("web01")
+
+
 @pytest.mark.parametrize("module", ["drive_backup", "backup_set"])
 def test_libvirtd_is_restarted_in_the_middle_of_the_last_step(
     domain: Domain, sets: Sets, target: Path, monkeypatch: pytest.MonkeyPatch, module: str
@@ -231,10 +260,7 @@ def test_libvirtd_is_restarted_in_the_middle_of_the_last_step(
 
     async def restart_and_dismiss(*args: t.Any) -> None:
         if not restarted and any(job.ended for job in await query_jobs(args[0])):
-            restarted.append(int(Path("/run/libvirtd.pid").read_text()))
-            os.kill(restarted[0], signal.SIGKILL)
-            environment = os.environ | {"PATH": os.environ["PATH"] + ":/usr/sbin:/sbin"}
-            subprocess.run(["libvirtd", "--daemon"], check=True, env=environment)
+            restarted.append(restart_in_here())
         await dismiss_jobs(*args)
 
     monkeypatch.setattr(block_jobs, "dismiss_jobs", restart_and_dismiss)

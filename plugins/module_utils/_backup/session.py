@@ -91,7 +91,7 @@ class VmTask:
     last_attempt: Intent | None = None
     """The last attempt whose jobs may run on this hypervisor."""
     reconnected: bool = False
-    """Whether the connection has broken off once while a set was started."""
+    """Whether the connection has broken off once while a set was drafted or started."""
     silent_since: float = 0.0
     """When its monitor was first found not to answer."""
     pause: float = FIRST_PAUSE

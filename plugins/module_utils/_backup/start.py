@@ -41,7 +41,14 @@ async def start(locked: LockedVm, _reason: str) -> Pending:
     await cleanup.clear(locked)
     try:
         draft = await _draft(locked, vm, decision)
+    except MonitorLost:
+        # Libvirt was restarted, most often: the VM is asked again, as after any other question.
+        raise
     except BackupError as error:
+        if isinstance(error, MonitorGone) and not task.reconnected:
+            # Nothing is begun. Whether the VM is off now is for the next look to tell, but once only.
+            task.reconnected = True
+            return AGAIN
         return await _refuse(locked, str(error))
     try:
         task.last_attempt = draft.intent

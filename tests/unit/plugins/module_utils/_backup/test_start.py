@@ -15,7 +15,12 @@ import pytest
 from ansible_collections.vmfleet.backup.plugins.module_utils._backup import launch, prepare, start
 from ansible_collections.vmfleet.backup.plugins.module_utils._backup.prepare import AttemptDraft
 from ansible_collections.vmfleet.backup.plugins.module_utils._backup.session import AGAIN, VmTask, WaitFor
-from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import MonitorGone
+from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import (
+    MonitorError,
+    MonitorGone,
+    MonitorLost,
+    MonitorTimeout,
+)
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.confinement import Admission, file_label
 from ansible_collections.vmfleet.backup.plugins.module_utils._plan.disks import ChainLink
 from ansible_collections.vmfleet.backup.plugins.module_utils._plan.model import Observation, Policy
@@ -43,6 +48,8 @@ from ansible_collections.vmfleet.backup.tests.unit.plugins.runs import (
 from ansible_collections.vmfleet.backup.tests.unit.plugins.today import intent, vm
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from ansible_collections.vmfleet.backup.plugins.module_utils._backup.run import BackupRun
     from ansible_collections.vmfleet.backup.plugins.module_utils._repository.documents import Intent
     from ansible_collections.vmfleet.backup.plugins.module_utils._repository.repository import Repository
@@ -140,6 +147,49 @@ def test_a_guest_that_cannot_be_frozen_is_not_touched(repository: Repository) ->
     [failure] = records.failures
     assert failure.run == "run"
     assert failure.error.startswith("VM web01: quiesce: the VM does not run (paused)")
+
+
+class TestDraft:
+    """What goes wrong with a monitor before anything of a set exists."""
+
+    @pytest.fixture
+    def begin(self, repository: Repository, monkeypatch: pytest.MonkeyPatch) -> Callable[[VmTask, Exception], Any]:
+        def begin(task: VmTask, error: Exception) -> Any:
+            async def draft(*_args: object) -> AttemptDraft:
+                raise error
+
+            async def begin(run: BackupRun) -> Any:
+                return await start.start(await locked(run, Observation(vm(VDA)), FakeMonitor(), task), "")
+
+            monkeypatch.setattr(start, "draft_attempt", draft)
+            return in_run(repository, begin)
+
+        return begin
+
+    def test_a_way_that_has_broken_off_is_tried_again(
+        self, repository: Repository, begin: Callable[[VmTask, Exception], Any]
+    ) -> None:
+        task = VmTask(PLANNED)
+        for _time in range(2):
+            with pytest.raises(MonitorLost):
+                begin(task, MonitorLost("libvirt was restarted"))
+        assert repository.records("web01").failures == ()
+
+    def test_one_that_has_ended_is_looked_at_again_but_once_only(
+        self, repository: Repository, begin: Callable[[VmTask, Exception], Any]
+    ) -> None:
+        task = VmTask(PLANNED)
+        assert begin(task, MonitorGone("it has ended")) is AGAIN
+        assert repository.records("web01").failures == ()
+        assert begin(task, MonitorGone("it has ended")) is AGAIN
+        assert [failure.error for failure in repository.records("web01").failures] == ["it has ended"]
+
+    @pytest.mark.parametrize("error", [MonitorTimeout("no answer"), MonitorError("it makes no sense")])
+    def test_one_that_does_not_answer_has_failed(
+        self, repository: Repository, begin: Callable[[VmTask, Exception], Any], error: Exception
+    ) -> None:
+        assert begin(VmTask(PLANNED), error) is AGAIN
+        assert [failure.error for failure in repository.records("web01").failures] == [str(error)]
 
 
 class TestUndo:
