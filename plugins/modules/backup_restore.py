@@ -74,7 +74,9 @@ options:
         type: path
         required: true
       format:
-        description: The format of the target. The default is V(qcow2) for a file and V(raw) for a block device.
+        description:
+          - The format of the target. The default is V(qcow2) for a file and V(raw) for a block device.
+          - With O(domain=define), UEFI variables and disks that are C(<shareable/>) are always V(raw).
         type: str
         choices: [qcow2, raw]
   method:
@@ -113,6 +115,8 @@ options:
         reached as V(libvirt:NAME).
       - UEFI variables are restored as C(nvram.fd), in format V(raw), and the state of the TPM is put where libvirt
         looks for it. libvirt gives all files to the users of QEMU and of swtpm when the domain is started.
+      - A disk that other domains may write to (C(<shareable/>)) is restored as C(NAME.raw), in format V(raw), because
+        libvirt takes it in no other one. It is a copy that no other domain uses.
       - Disks that are not in the set are removed from the domain, and CD-ROM drives are empty. Passwords and secrets of
         libvirt are not in the set. RV(notes) lists all of this.
       - Finds all obstacles before anything is written, such as a domain with this name or uuid, a machine type that
@@ -329,7 +333,6 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._repository.catalog
 )
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.names import image_files, refuse_inside
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.repository import open_repository
-from ansible_collections.vmfleet.backup.plugins.module_utils._restore.definition import is_nvram
 from ansible_collections.vmfleet.backup.plugins.module_utils._restore.domain import (
     IDENTITIES,
     DomainRequest,
@@ -349,10 +352,12 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._restore.model impo
     describe,
     headline,
 )
+from ansible_collections.vmfleet.backup.plugins.module_utils._restore.old_domain import read_old_domain
 from ansible_collections.vmfleet.backup.plugins.module_utils._restore.overlays import find_overlays, remove_overlays
 from ansible_collections.vmfleet.backup.plugins.module_utils._restore.restore import restore
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from datetime import datetime
     from typing import Any
 
@@ -373,25 +378,21 @@ def latest_time(params: dict[str, Any]) -> datetime | None:
         raise Refused("before", "{!r} is no time like 2026-11-22T03:00:00Z".format(params["before"])) from None
 
 
-def nvram_names(params: dict[str, Any], manifest: Manifest) -> set[str]:
-    """Return the disks that are the UEFI variables of a domain: libvirt wants them as they are in the chip."""
-    return {image.name for image in manifest.disks if params["domain"] == DEFINE and is_nvram(image)}
-
-
-def chosen_disks(params: dict[str, Any], catalog: VmCatalog, manifest: Manifest) -> list[dict[str, Any]]:
-    """Return the disks that are asked for, each with its target."""
+def chosen_disks(
+    params: dict[str, Any], catalog: VmCatalog, manifest: Manifest, raw_files: Mapping[str, str]
+) -> list[dict[str, Any]]:
+    """Return the disks that are asked for, each with its target. C(raw_files) are the ends of names by their disks."""
     names = [disk.name for disk in manifest.disks]
     if params["disks"] is None:
         refuse_inside("directory", params["directory"])
         if not os.path.isdir(params["directory"]):
             raise Refused("directory", "there is no directory {}; make it first".format(params["directory"]))
         files = image_files(names, "")
-        nvram = nvram_names(params, manifest)
         return [
             {
                 "name": name,
-                "target": os.path.join(params["directory"], files[name] + (".fd" if name in nvram else ".qcow2")),
-                "format": "raw" if name in nvram else "qcow2",
+                "target": os.path.join(params["directory"], files[name] + raw_files.get(name, ".qcow2")),
+                "format": "raw" if name in raw_files else "qcow2",
             }
             for name in names
         ]
@@ -406,12 +407,14 @@ def chosen_disks(params: dict[str, Any], catalog: VmCatalog, manifest: Manifest)
     return asked
 
 
-def disk_restores(params: dict[str, Any], catalog: VmCatalog, manifest: Manifest) -> list[DiskRestore]:
+def disk_restores(
+    params: dict[str, Any], catalog: VmCatalog, manifest: Manifest, raw_files: Mapping[str, str]
+) -> list[DiskRestore]:
     """Return what is to be restored, with the chain of each disk."""
     found = []
-    for asked in chosen_disks(params, catalog, manifest):
+    for asked in chosen_disks(params, catalog, manifest, raw_files):
         target = asked["target"]
-        is_raw = is_block_device(target) or asked["name"] in nvram_names(params, manifest)
+        is_raw = is_block_device(target) or asked["name"] in raw_files
         default = "raw" if is_raw else "qcow2"
         chain = tuple(catalog.chain(manifest, asked["name"]))
         method = RestoreMethod(params["method"])
@@ -448,10 +451,9 @@ async def restore_disks(module: AnsibleModule, repository: Repository, catalog: 
         require_newest(repository, catalog)
     manifest = catalog.find(params["id"] or "", latest_time(params))
     options = RestoreOptions(params["overwrite"], Checksum(params["checksum"]), module.check_mode)
-    disks = disk_restores(params, catalog, manifest)
-    domain = (
-        await plan_domain(repository, manifest, disks, domain_request(params)) if params["domain"] == DEFINE else None
-    )
+    old = read_old_domain(repository, manifest) if params["domain"] == DEFINE else None
+    disks = disk_restores(params, catalog, manifest, old.raw_files() if old else {})
+    domain = await plan_domain(repository, old, disks, domain_request(params)) if old else None
     look = partial(check_again, domain, disks) if domain else None
     restored, warnings = await restore(repository, catalog, disks, options, look)
     for warning in warnings:

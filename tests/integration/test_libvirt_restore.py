@@ -330,6 +330,39 @@ def test_the_old_domain_is_defined_anew(backup: Backup, monkeypatch: pytest.Monk
     assert "domain web01 runs" in backup.refuse(overwrite=True)
 
 
+def test_a_disk_that_others_may_write_to(libvirt: Libvirt, directory: Path) -> None:
+    (directory / "restored").mkdir()
+    shared = DomainDisk(patterned(directory / "vdb.raw", "raw"), "vdb", format="raw", more="<shareable/>")
+    domain = libvirt.define("web01", DomainDisk(patterned(directory / "vda.qcow2")), shared)
+    domain.start("--paused")
+    domain.write("vdb", 0x52, 2 * MIB, 65536)
+    sets = Sets(directory / "repository", libvirt.inside)
+    sets.back_up("libvirt:web01")
+    wanted = {"repository": str(sets.path), "vm": "web01", "domain": "define"}
+    beside = {**wanted, "domain_name": "web02", "domain_uuid": "new"}
+    done = succeed("backup_restore", {**beside, "directory": str(directory / "restored")}, inside=libvirt.inside)
+    assert [disk["format"] for disk in done["restored"]] == ["qcow2", "raw"]
+    restored = Domain(libvirt, "web02")
+    restored.start("--paused")
+    assert restored.image("vdb") == (directory / "restored" / "vdb.raw", "raw")
+    assert restored.disk("vdb").find("shareable") is not None
+    assert_pattern(directory / "restored" / "vdb.raw", "raw", 0x52, 2 * MIB, 65536)
+    # In its place, and in another format: nothing is replaced.
+    domain.destroy()
+    files = {path: path.stat().st_ino for path in directory.glob("vd*")}
+    disks = [{"name": "vda", "target": str(directory / "vda.qcow2")}]
+    disks.append({"name": "vdb", "target": str(directory / "vdb.raw"), "format": "qcow2"})
+    told = fail("backup_restore", {**wanted, "disks": disks, "overwrite": True}, inside=libvirt.inside)["msg"]
+    assert told == (
+        f"format: {directory}/vdb.raw: disk vdb is shareable, and libvirt takes such a disk in format raw only"
+    )
+    assert {path: path.stat().st_ino for path in directory.glob("vd*")} == files
+    succeed("backup_restore", {**wanted, "directory": str(directory), "overwrite": True}, inside=libvirt.inside)
+    domain.start("--paused")
+    assert domain.image("vdb") == (directory / "vdb.raw", "raw")
+    assert_pattern(directory / "vdb.raw", "raw", 0x52, 2 * MIB, 65536)
+
+
 def test_what_happens_during_the_copy_keeps_all_disks(
     backup: Backup, libvirt: Libvirt, monkeypatch: pytest.MonkeyPatch
 ) -> None:

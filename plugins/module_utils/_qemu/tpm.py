@@ -24,6 +24,7 @@ from .._host.threads import within
 from .address import SYSTEM
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from typing import Any
 
     from .model import Vm
@@ -143,7 +144,7 @@ def read_state(directory: str) -> tuple[dict[str, str], str]:
     return found, f"there is none in {directory}"
 
 
-def losses(description: dict[str, Any]) -> list[str]:
+def losses(description: Mapping[str, Any]) -> list[str]:
     """Return what is to be told of a set whose VM has a TPM, and which does not have its state."""
     found = (entry[len(LOST) :] for entry in description.get("removed", ()) if entry.startswith(LOST))
     return [f"the state of the TPM is not in the set: {reason}" for reason in found]

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 from xml.etree import ElementTree
 
+from .._qemu.disk_file import QCOW2
 from .._qemu.domain_config import QEMU
 from .._qemu.domain_disks import NVRAM
 
@@ -161,6 +162,10 @@ def _replace_disk(element: Element, disk: DiskRestore) -> None:
         driver = ElementTree.Element("driver", {"name": "qemu"})
         element.insert(0, driver)
     driver.set("type", disk.format)
+    if disk.format != QCOW2:
+        # libvirt refuses what is only for the other format.
+        _remove(driver, "metadata_cache")
+        driver.attrib.pop("discard_no_unref", None)
     source = ElementTree.Element("source", {"dev" if disk.block_device else "file": disk.target})
     element.insert(list(element).index(driver) + 1, source)
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from .._common.errors import BackupError, Refused, in_words
 from .._common.formats import Word
-from .._host.directory import Directory, WrongEntry
+from .._host.directory import Directory
 from .._host.process import machine_id
 from .._host.threads import within
 from .._qemu.address import parse_address
@@ -27,8 +27,6 @@ from .._qemu.answers import Odd
 from .._qemu.domain_config import DOMAIN
 from .._qemu.domain_xml import parse_domain, parse_xml
 from .._qemu.tpm import LARGEST, STATE, losses, read_state, store
-from .._repository.description import read_description
-from .._repository.repository import check_owner
 from . import libvirt_host
 from .checks import is_restored, lock_target
 from .definition import RestoredFrom, Wanted, is_nvram, needed_files, origin_of, redefine
@@ -38,13 +36,12 @@ from .owners import refuse_owned
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
     from typing import Any
-    from xml.etree.ElementTree import Element
 
     from .._qemu.address import Address
-    from .._repository.documents import Manifest
     from .._repository.repository import Repository
     from .libvirt_host import Look
     from .model import DiskRestore
+    from .old_domain import OldDomain
 
 
 class Identity(Word):
@@ -107,15 +104,11 @@ class DomainRestore:
 
 
 async def plan_domain(
-    repository: Repository, manifest: Manifest, disks: Sequence[DiskRestore], request: DomainRequest
+    repository: Repository, domain: OldDomain, disks: Sequence[DiskRestore], request: DomainRequest
 ) -> DomainRestore:
     """Return the domain that is to be defined. Refused, BackupError for what stands in its way."""
-    # Whoever can write its XML can have the domain do anything.
-    check_owner(repository, manifest.vm.name)
-    _check_disks(manifest, disks)
-    description = _read(repository, manifest)
-    root = _parse(manifest, description)
-    old = parse_domain(description["domain"]["xml"])
+    domain.check_disks(disks)
+    manifest, description, old, root = domain.manifest, domain.description, domain.xml, domain.parse()
     address = parse_address(f"libvirt:{request.name or old.name}", "domain_name", request.libvirt_uri)
     missing = await _missing(needed_files(root))
     if missing:
@@ -197,47 +190,6 @@ def _check_state(files: Mapping[str, bytes]) -> None:
             raise Refused("domain", f"{path} exists, and is not of this set; overwrite: true replaces it")
 
 
-def _check_disks(manifest: Manifest, disks: Sequence[DiskRestore]) -> None:
-    """Refuse disks that a domain cannot be defined with."""
-    names = {disk.name for disk in disks}
-    left_out = [image.name for image in manifest.disks if image.name not in names]
-    if left_out:
-        raise Refused(
-            "disks", f"disk {left_out[0]} of set {manifest.id} is missing; a domain is defined with all of them"
-        )
-    for disk in disks:
-        if not os.path.isabs(disk.target):
-            raise Refused("target", f"{disk.target} is no absolute path, as libvirt needs it")
-        if is_nvram(disk.image) and disk.format != "raw":
-            raise Refused("format", f"{disk.target}: UEFI variables are restored in format raw")
-
-
-def _read(repository: Repository, manifest: Manifest) -> dict[str, Any]:
-    try:
-        return read_description(repository, manifest)
-    except (OSError, ValueError, WrongEntry) as error:
-        raise BackupError(
-            f"VM {manifest.vm.name}: vm.json of set {manifest.id} cannot be read ({in_words(error)}), and no other"
-            " file has the definition of the domain"
-        ) from error
-
-
-def _parse(manifest: Manifest, description: dict[str, Any]) -> Element:
-    """Return the XML of the old domain."""
-    domain = description.get("domain") or {}
-    if not domain.get("xml"):
-        raise Refused(
-            "domain",
-            f"set {manifest.id} has no definition of a domain: the backup did not reach its VM through libvirt"
-            " (libvirt:NAME), or an earlier release made the set. Restore the disks, and define the domain by hand",
-        )
-    try:
-        parse_domain(domain["xml"])
-        return parse_xml(domain["xml"])
-    except Odd as odd:
-        raise BackupError(f"VM {manifest.vm.name}: vm.json of set {manifest.id}: {odd}") from None
-
-
 async def _missing(paths: Iterable[str]) -> list[str]:
     """Return which of these files are not there."""
     try:
@@ -316,7 +268,7 @@ def _closed_directory(disks: Sequence[DiskRestore], user: tuple[int, ...]) -> st
     return ""
 
 
-def _tpm_files(description: dict[str, Any], address: Address, uuid: str) -> tuple[dict[str, bytes], list[str]]:
+def _tpm_files(description: Mapping[str, Any], address: Address, uuid: str) -> tuple[dict[str, bytes], list[str]]:
     """Return the files of the TPM's state by the paths that libvirt has for them, and what is to be known of it."""
     tpm = description.get("tpm") or {}
     state = tpm.get("state") or {}

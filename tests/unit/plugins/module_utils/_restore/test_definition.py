@@ -115,6 +115,16 @@ def test_a_disk_on_a_volume(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
 
 
+def test_what_is_only_for_the_old_format_goes() -> None:
+    old = "<driver name='qemu' type='qcow2' discard_no_unref='on'><metadata_cache/></driver>"
+    text = OLD.replace("<disk type='file'><source file='/old/b'/>", f"<disk type='file'>{old}<source file='/old/b'/>")
+    for image_format, attributes, parts in (("raw", 2, 0), ("qcow2", 3, 1)):
+        root, _notes = defined(replace(restored("vdb", "/new/b"), format=image_format), text=text)
+        driver = root.find("devices/disk/driver")
+        assert driver is not None
+        assert (driver.attrib["type"], len(driver.attrib), len(driver)) == (image_format, attributes, parts)
+
+
 def test_it_keeps_what_it_was_known_by() -> None:
     root, _notes = defined()
     assert (root.findtext("name"), root.findtext("uuid")) == ("web01", UUID)
