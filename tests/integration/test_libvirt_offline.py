@@ -278,6 +278,31 @@ def test_libvirt_ends_while_a_domain_is_copied_of_which_a_disk_is_excluded(libvi
     turns.check()
 
 
+def test_state_of_the_tpm_has_moved_since_the_last_set(libvirt: Libvirt, directory: Path) -> None:
+    turns = Turns(libvirt, directory, tpm=True)
+    own, old = turns.domain.tpm, directory / "tpm"
+    for place, state in ((own, b"new"), (old, b"old")):
+        place.mkdir(parents=True)
+        (place / STATE).write_bytes(state)
+    turns.back_up("s1")
+    # A set from when the definition named another place, which this libvirt may not know to name.
+    description = turns.sets.directory("web") / "s1" / "vm.json"
+    there = f"/var/lib/libvirt/swtpm/{turns.domain.uuid}/tpm2"
+    for set_id, state, told in (
+        ("s2", b"new", f"is that in {there}, where libvirt has it by itself. There is another one in {old},"),
+        ("s3", b"old", f"is that in {old}, where an earlier set has found it, and it may be an old one: there is none"),
+    ):
+        text = description.read_text()
+        assert f'"{there}"' in text
+        description.write_text(text.replace(f'"{there}"', f'"{old}"'))
+        done = turns.back_up(set_id)
+        assert [told in warning for warning in done["warnings"] if "TPM" in warning] == [True]
+        description = turns.sets.directory("web") / set_id / "vm.json"
+        found = parse_description(description.read_bytes())
+        assert found["tpm"]["state"] == {STATE: base64.b64encode(state).decode()}
+        (own / STATE).unlink(missing_ok=True)
+
+
 def test_other_policies_leave_it_alone(turns: Turns) -> None:
     for offline in ("fail", "skip"):
         [planned] = turns.plan("s1", offline=offline)["vms"]

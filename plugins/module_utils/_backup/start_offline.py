@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 async def describe(locked: LockedVm, vm: Vm) -> dict[str, Any]:
-    """Describe a VM that is off: as it was when it was seen last, where a set of it tells that."""
+    """Describe a VM that is off: as it was when it was seen last, where a set of it tells that. Warn of doubts."""
     last: dict[str, Any] = {}
     newest = locked.records.sets[-1] if locked.records.sets else None
     if newest and newest.vm.identity == vm.identity:
@@ -41,7 +41,10 @@ async def describe(locked: LockedVm, vm: Vm) -> dict[str, Any]:
         with suppress(OSError, ValueError, WrongEntry):
             last = await locked.run.repository.run(read_description, newest)
     if vm.domain:
-        return await describe_shut_off(locked.task.request.address, vm, last)
+        description, doubts = await describe_shut_off(locked.task.request.address, vm, last)
+        for doubt in doubts:
+            locked.task.warn(doubt)
+        return description
     return last or describe_files(vm)
 
 

@@ -49,6 +49,15 @@ FILE = "file://"
 """What begins the place of a state that is one file."""
 IN_FILE = "swtpm has it in one file, {}, and not in a directory; back that up by other means, while the VM is off"
 NO_SOCKET = "the socket of its swtpm is not on the command line of QEMU"
+TWO = (
+    "the state of the TPM in the set is that in {own}, where libvirt has it by itself. There is another one in"
+    " {before}, where an earlier set has found it. Remove the wrong one, or start the domain: while it runs, the place"
+    " is known"
+)
+OLD = (
+    "the state of the TPM in the set is that in {before}, where an earlier set has found it, and it may be an old one:"
+    " {reason}. Start the domain: while it runs, the place is known"
+)
 LOST = "TPM state: "
 """What an entry of C(removed) begins with where the state could not be read."""
 
@@ -69,18 +78,40 @@ async def describe_tpm(monitor: Monitor, vm: Vm, removed: list[str]) -> dict[str
     return await _described(model, EMULATOR, directory, removed)
 
 
-async def describe_stored(vm: Vm, uri: str, last: dict[str, Any] | None, removed: list[str]) -> dict[str, Any] | None:
+async def describe_stored(
+    vm: Vm, uri: str, last: dict[str, Any] | None, removed: list[str], doubts: list[str]
+) -> dict[str, Any] | None:
     """Return the TPM of a domain that is shut off, and its state; None where it has none.
 
-    Its swtpm does not run, but C(last) may say where the state is: what a set has of it, if it was found there.
+    Its swtpm does not run. The state is where the definition says, or where libvirt has it by itself. Where neither is
+    known, or there is none, C(last) may say where it is: what a set has of it, if it was found there. Why it may be
+    another one is added to C(doubts).
     """
     tpm = vm.domain.xml.tpm if vm.domain else None
     if tpm is None:
         return None
+    own = tpm.place or store(uri, vm.uuid, "tpm1.2" if tpm.version == "1.2" else "tpm2")
+    reasons: list[str] = []
+    found = await _described(tpm.model, tpm.backend, own, reasons, f"the libvirt at {uri} keeps it elsewhere")
     known = last or {}
-    directory = known.get("directory", "") if known.get("state") else ""
-    directory = directory or tpm.place or store(uri, vm.uuid, "tpm1.2" if tpm.version == "1.2" else "tpm2")
-    return await _described(tpm.model, tpm.backend, directory, removed, f"the libvirt at {uri} keeps it elsewhere")
+    before = known.get("directory", "") if known.get("state") else ""
+    if tpm.place or tpm.backend != EMULATOR or before in ("", own):
+        removed += reasons
+        return found
+    # The definition may have named that place then, or a restore has put a newer state into libvirt's own.
+    other = await _described(tpm.model, tpm.backend, before, [] if own else removed)
+    if not own:
+        return other
+    if found["state"]:
+        if other["state"] not in ({}, found["state"]):
+            doubts.append(TWO.format(own=own, before=before))
+        return found
+    if other["state"]:
+        # libvirt may have been built with another place; else a domain is backed up with the last state that it had.
+        doubts.append(OLD.format(before=before, reason=reasons[0][len(LOST) :]))
+        return other
+    removed += reasons
+    return found
 
 
 def store(uri: str, uuid: str, kind: str) -> str:

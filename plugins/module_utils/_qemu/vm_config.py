@@ -89,8 +89,11 @@ def describe_files(vm: Vm) -> dict[str, Any]:
     }
 
 
-async def describe_shut_off(address: Address, vm: Vm, last: dict[str, Any]) -> dict[str, Any]:
-    """Describe a domain that is shut off: as C(last) says that it was, but as it is defined now."""
+async def describe_shut_off(address: Address, vm: Vm, last: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Describe a domain that is shut off: as C(last) says that it was, but as it is defined now.
+
+    Return also what may be wrong in that.
+    """
     from .domain_config import DOMAIN  # noqa: PLC0415 (as below)
     from .libvirt_domain import LibvirtDomain  # noqa: PLC0415
 
@@ -102,8 +105,9 @@ async def describe_shut_off(address: Address, vm: Vm, last: dict[str, Any]) -> d
         domain = await _describe_domain(libvirt, removed)
     finally:
         await libvirt.close()
-    tpm = await describe_stored(vm, address.uri, known.get("tpm"), removed)
-    return {**known, "domain": domain, "tpm": tpm, "removed": removed}
+    doubts: list[str] = []
+    tpm = await describe_stored(vm, address.uri, known.get("tpm"), removed, doubts)
+    return {**known, "domain": domain, "tpm": tpm, "removed": removed}, doubts
 
 
 async def _describe_domain(libvirt: LibvirtDomain, removed: list[str]) -> dict[str, Any]:

@@ -23,7 +23,6 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.domain_xml im
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.model import OFF
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.tpm import (
     LARGEST,
-    STORE,
     describe_stored,
     describe_tpm,
     losses,
@@ -80,14 +79,58 @@ def test_state_that_cannot_be_found(tmp_path: Path, arguments: list[str], reason
     assert losses(found)[0].startswith(f"the state of the TPM is not in the set: {reason.format(tmp_path)}")
 
 
-def test_state_of_a_vm_that_is_off_is_where_it_was_found() -> None:
-    domain = Domain(DomainXml("a", UUID, tpm=Tpm("tpm-tis", "emulator", "2.0")))
-    found = vm(uuid=UUID, domain=domain)
-    for state, directory in (({"tpm2-00.permall": "AAE="}, "/gone"), ({}, STORE.format(UUID, "tpm2"))):
+SESSION = "qemu+unix:///session?socket=/run/user/1/s"
+
+
+@pytest.mark.parametrize(
+    ("uri", "named", "states", "known", "used", "told"),
+    [
+        # The definition decides, also where there is no state yet.
+        (SYSTEM[0], True, {"named": b"1", "own": b"2", "before": b"3"}, True, "named", ""),
+        (SYSTEM[0], True, {"own": b"2", "before": b"3"}, True, "named", ""),
+        (SESSION, True, {"named": b"1", "before": b"3"}, True, "named", ""),
+        # Then it is where libvirt has it by itself.
+        (SYSTEM[0], False, {"own": b"2"}, False, "own", ""),
+        (SYSTEM[0], False, {"own": b"2"}, True, "own", ""),
+        (SYSTEM[0], False, {"own": b"2", "before": b"2"}, True, "own", ""),
+        (SYSTEM[0], False, {"own": b"2", "before": b"3"}, True, "own", "There is another one in {before}, where an"),
+        (SYSTEM[0], False, {"before": b"3"}, True, "before", "in {before}, where an earlier set has found it, and it"),
+        (SYSTEM[0], False, {}, True, "own", ""),
         # Where there was none, the directory was a guess.
-        tpm = asyncio.run(describe_stored(found, SYSTEM[0], {"directory": "/gone", "state": state}, []))
-        assert tpm
-        assert tpm["directory"] == directory
+        (SYSTEM[0], False, {"before": b"3"}, False, "own", ""),
+        # That of the libvirt of a user is only known while the domain runs.
+        (SESSION, False, {"own": b"2", "before": b"3"}, True, "before", ""),
+        (SESSION, False, {}, True, "before", ""),
+        (SESSION, False, {"before": b"3"}, False, "", ""),
+    ],
+)
+def test_state_of_a_vm_that_is_off(
+    uri: str,
+    named: bool,
+    states: dict[str, bytes],
+    known: bool,
+    used: str,
+    told: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "STORE", f"{tmp_path}/own")
+    for name, state in states.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "tpm2-00.permall").write_bytes(state)
+    places = {"": "", **{name: str(tmp_path / name) for name in ("named", "own", "before")}}
+    tpm = Tpm("tpm-tis", "emulator", "2.0", place=places["named"] if named else "")
+    last = {"directory": places["before"], "state": {"tpm2-00.permall": "AAE="} if known else {}}
+    removed: list[str] = []
+    doubts: list[str] = []
+    off = vm(uuid=UUID, domain=Domain(DomainXml("a", UUID, tpm=tpm)))
+    found = asyncio.run(describe_stored(off, uri, last, removed, doubts))
+    assert found
+    assert found["directory"] == places[used]
+    state = states.get(used)
+    assert found["state"] == ({"tpm2-00.permall": base64.b64encode(state).decode()} if state else {})
+    assert len(removed) == (state is None)
+    assert [told.format(**places) in doubt for doubt in doubts] == [True] * bool(told)
 
 
 def test_state_is_read_again(tmp_path: Path) -> None:
@@ -128,7 +171,7 @@ def test_state_that_is_larger_than_any(tmp_path: Path) -> None:
 def test_state_that_no_set_has(tpm: Tpm, uri: str, told: str) -> None:
     found = replace(vm(uuid=UUID, domain=Domain(DomainXml("a", UUID, tpm=tpm))), status=OFF)
     removed: list[str] = []
-    assert asyncio.run(describe_stored(found, uri, None, removed))
+    assert asyncio.run(describe_stored(found, uri, None, removed, []))
     assert removed[0].startswith(f"TPM state: {told}")
     # The plan says it, too, but of a chip: that stays where it is.
     assert [told in warning for warning in tpm_warnings(found, uri)] == [True] * (tpm.backend != "passthrough")
@@ -137,7 +180,7 @@ def test_state_that_no_set_has(tpm: Tpm, uri: str, told: str) -> None:
 def test_state_at_a_place_of_its_own(tmp_path: Path) -> None:
     (tmp_path / "tpm2-00.permall").write_bytes(b"\0\1")
     found = vm(uuid=UUID, domain=Domain(DomainXml("a", UUID, tpm=Tpm("tpm-tis", "emulator", place=str(tmp_path)))))
-    stored = asyncio.run(describe_stored(found, "qemu+unix:///session", None, []))
+    stored = asyncio.run(describe_stored(found, "qemu+unix:///session", None, [], []))
     assert stored
     assert stored["state"] == {"tpm2-00.permall": "AAE="}
     assert tpm_warnings(found, "qemu+unix:///session") == []
