@@ -74,7 +74,8 @@ def _owner(sources: Mapping[str, Sequence[Source]], targets: Sequence[str]) -> t
     by_path = {os.path.realpath(target): target for target in targets}
     # What nobody has made yet, nothing builds on.
     there = any(map(os.path.lexists, targets))
-    seen: set[str] = set()
+    # What is raw to one domain may build on other images to another domain.
+    seen: set[tuple[str, str]] = set()
     for owner, named in sources.items():
         for source in named:
             if source.kind == VOLUME:
@@ -86,14 +87,14 @@ def _owner(sources: Mapping[str, Sequence[Source]], targets: Sequence[str]) -> t
     return None
 
 
-def _files(source: Source, seen: set[str]) -> Iterator[str]:
-    """Return the file of an image, and those that it builds on, without those that were C(seen) before."""
+def _files(source: Source, seen: set[tuple[str, str]]) -> Iterator[str]:
+    """Return the file of an image, and those that it builds on, without those that were C(seen) in its format."""
     path, image_format = source.path, source.format
     for _layer in range(LONGEST_CHAIN):
         path = os.path.realpath(path)
-        if path in seen:
+        if (path, image_format) in seen:
             return
-        seen.add(path)
+        seen.add((path, image_format))
         yield path
         header = _header(path) if image_format == QCOW2 else None
         if header is None:

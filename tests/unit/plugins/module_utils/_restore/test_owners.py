@@ -20,6 +20,7 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.domain import
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.domain_xml import Source
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.tpm import LARGEST, STORE
 from ansible_collections.vmfleet.backup.plugins.module_utils._restore import domain, owners
+from ansible_collections.vmfleet.backup.tests.harness.images import MIB, create, qemu_img
 from ansible_collections.vmfleet.backup.tests.unit.plugins.builders import UUID
 from ansible_collections.vmfleet.backup.tests.unit.plugins.restoring import disk_restore
 
@@ -55,6 +56,15 @@ def test_a_file_system_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     (tmp_path / "a.qcow2").write_bytes(b"")
     with pytest.raises(BackupError, match=r"a file system hangs, so .* could not be checked within 0\.01 s"):
         refuse(tmp_path / "a.qcow2")
+
+
+def test_what_is_raw_to_one_domain_builds_on_others_to_another_one(tmp_path: Path) -> None:
+    base, top = create(tmp_path / "base.qcow2", MIB), tmp_path / "top.qcow2"
+    qemu_img("create", "-q", "-f", "qcow2", "-b", base, "-F", "qcow2", top)
+    raw, chain = Source("file", str(top), "raw"), Source("file", str(top), "qcow2")
+    for sources in ({"db": (raw, chain)}, {"web": (raw,), "db": (chain,)}, {"db": (chain,), "web": (raw,)}):
+        with pytest.raises(Refused, match=r"base\.qcow2 is a file of domain db; restore to another place"):
+            asyncio.run(owners.refuse_owned(sources, [disk_restore(str(base))], []))
 
 
 def test_a_volume_that_may_be_anywhere(tmp_path: Path) -> None:
