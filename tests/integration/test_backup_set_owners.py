@@ -17,7 +17,7 @@ import pytest
 
 from ansible_collections.vmfleet.backup.tests.harness.backup import release, sent, snapshot, wait_concluded
 from ansible_collections.vmfleet.backup.tests.harness.history import SIZE, SLOW, History, overwrite
-from ansible_collections.vmfleet.backup.tests.harness.images import MIB, create
+from ansible_collections.vmfleet.backup.tests.harness.images import MIB
 from ansible_collections.vmfleet.backup.tests.harness.modules import ROOT, fail, run_module, succeed
 from ansible_collections.vmfleet.backup.tests.harness.qemu import PATIENCE
 from ansible_collections.vmfleet.backup.tests.harness.sets import Sets, result_of
@@ -274,6 +274,31 @@ class TestVms:
         release(one)
         assert result_of(succeed("backup_set", {"plan": plan}), "web01")["state"] == "published"
 
+    @pytest.mark.parametrize("uuids", [UUIDS, (None, None)], ids=["uuids", "no uuids"])
+    def test_a_set_is_not_cancelled_where_another_vm_answers(
+        self, vms: Vms, sets: Sets, uuids: tuple[str | None, ...]
+    ) -> None:
+        """Its jobs would copy on, into images that are gone."""
+        one, other = (
+            vms.start(vms.disk(number, size=SIZE, id="drive0"), name="web01", uuid=uuid)
+            for number, uuid in enumerate(uuids)
+        )
+        plan = sets.start(one, speed=SLOW)
+        away = one.monitor.with_suffix(".away")
+        one.monitor.rename(away)
+        other.monitor.rename(one.monitor)
+        before = snapshot(sets.path)
+        for args in ({"repository": str(sets.path), "names": ["web01"]}, {"plan": plan}):
+            result = fail("backup_set", {**args, "state": "cancelled"})
+            assert "is being made of another VM of this name" in result["msg"]
+            assert f"another VM answers at unix:{one.monitor} now. Nothing is cancelled" in result["msg"]
+            assert (result["changed"], result["qmp"]) == (False, [])
+        assert snapshot(sets.path) == before
+        one.monitor.rename(other.monitor)
+        away.rename(one.monitor)
+        assert succeed("backup_set", {"plan": plan, "state": "cancelled"})["changed"] is True
+        assert one.block_jobs == []
+
     def test_twins_stay_refused_whatever_the_orders(self, vms: Vms, sets: Sets) -> None:
         twins = [vms.start(vms.disk(number, size=SIZE, id="drive0"), name="web01") for number in range(2)]
         plan = sets.plan(*twins)["plan"]
@@ -305,52 +330,6 @@ class TestVms:
 
 class TestRuns:
     """Yesterday's, today's, and the same one again."""
-
-    @pytest.mark.parametrize("again", ["the same set", "another set"])
-    def test_an_excluded_disk_is_gone_meanwhile(self, vms: Vms, sets: Sets, directory: Path, again: str) -> None:
-        """The list is of what is to be begun: what is being made comes to its end."""
-        history = History(vms.start(vms.disk(size=SIZE), name="web01"), sets, directory)
-        vm = history.vm
-        scratch = create(directory / "scratch.qcow2", SIZE)
-        vm.qmp.execute(
-            "blockdev-add", driver="qcow2", node_name="scratch", file={"driver": "file", "filename": str(scratch)}
-        )
-        overwrite(vm, 0xA1)
-        entry = [{"monitor": str(vm.monitor), "exclude_disks": ["scratch"]}]
-        history.freeze("s1", "drive0")
-        plan = sets.plan(id="s1", vms=entry, speed=SLOW)["plan"]
-        succeed("backup_set", {"plan": plan, "state": "started"})
-        vm.qmp.execute("blockdev-del", node_name="scratch")
-        release(vm)
-        wait_concluded(vm)
-        if again == "the same set":
-            for _dummy in range(2):
-                assert result_of(succeed("backup_set", {"plan": plan}), "web01")["state"] == "published"
-        else:
-            said = result_of(sets.fail(id="s2", vms=entry), "web01")["error"]
-            assert "exclude_disks: VM web01 has no device 'scratch'" in said
-        history.note("s1")
-        assert not vm.block_jobs
-        assert history.back_up("s2") == "incremental"
-        history.check()
-
-    def test_the_list_has_another_uuid_meanwhile(self, vms: Vms, sets: Sets, directory: Path) -> None:
-        """It is the VM of the set that the jobs are of. The next one is not begun of a VM that is not meant."""
-        history = History(vms.start(vms.disk(size=SIZE), name="web01", uuid=UUIDS[0]), sets, directory)
-        overwrite(history.vm, 0xA1)
-        history.freeze("s1")
-        sets.start(history.vm, id="s1", speed=SLOW)
-        release(history.vm)
-        wait_concluded(history.vm)
-        entry = {"name": "web01", "monitor": f"unix:{history.vm.monitor}", "uuid": UUIDS[1]}
-        said = f"vms: web01 is listed with uuid {UUIDS[1]}, and the VM at {entry['monitor']} has uuid {UUIDS[0]}"
-        assert result_of(sets.fail(id="s2", vms=[entry]), "web01")["error"] == said
-        history.note("s1")
-        assert not history.vm.block_jobs
-        # Nor is the set reported as one of the VM that is meant.
-        assert result_of(sets.fail(id="s1", vms=[entry]), "web01")["error"] == said
-        assert history.back_up("s2", vms=[{**entry, "uuid": UUIDS[0]}]) == "incremental"
-        history.check()
 
     def test_yesterdays_set_still_runs(self, vms: Vms, sets: Sets, directory: Path) -> None:
         history = History(vms.start(vms.disk(size=SIZE), name="web01"), sets, directory)

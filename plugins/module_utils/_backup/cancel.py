@@ -19,8 +19,6 @@ from .outcome import VmState
 from .session import hold_now, observe
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from .._common.selection import Selection
     from .._repository.documents import Intent, Manifest
     from .._repository.repository import Repository, VmRecords
@@ -53,7 +51,8 @@ def _last_seen(name: str, records: VmRecords, here: Hypervisor) -> VmPlan:
     found: list[Manifest | Intent] = [*records.sets, *records.intents]
     maker = found[-1].hypervisor if found else None
     if maker and maker.is_same(here):
-        return VmPlan(name, found[-1].monitor, Action.ATTACH, "", found[-1].vm.identity)
+        uri = found[-1].libvirt_uri
+        return VmPlan(name, found[-1].monitor, Action.ATTACH, "", found[-1].vm.identity, libvirt_uri=uri)
     return VmPlan(name, "", Action.ATTACH, "")
 
 
@@ -73,27 +72,44 @@ async def cancel(run: BackupRun, task: VmTask) -> Outcome:
     if foreign:
         error = f"set {foreign[0].id} is being made by hypervisor {foreign[0].hypervisor.name}; cancel it there"
         return results.outcome(run, task, VmState.FAILED, error=error)
-    task.changed = True
-    if not run.settings.check_mode:
-        error = await _cancel_attempts(run, task, wanted)
+    if run.settings.check_mode:
+        task.changed = True
+        return results.outcome(run, task, VmState.CANCELLED, reason="cancelled on request")
+    for intent in wanted:
+        error = await _cancel_attempt(run, task, intent)
         if error:
             return results.outcome(run, task, VmState.FAILED, error=error)
     return results.outcome(run, task, VmState.CANCELLED, reason="cancelled on request")
 
 
-async def _cancel_attempts(run: BackupRun, task: VmTask, wanted: Sequence[Intent]) -> str:
-    """Put an end to the attempts at these sets that are still there; return why that cannot be done, if so."""
-    task.planned = replace(task.planned, monitor=wanted[0].monitor)
-    task.last_attempt = wanted[0]
+async def _cancel_attempt(run: BackupRun, task: VmTask, wanted: Intent) -> str:
+    """Put an end to an attempt that is still there; return why that cannot be done, if so."""
+    uri = wanted.libvirt_uri or task.planned.libvirt_uri
+    task.planned = replace(task.planned, monitor=wanted.monitor, libvirt_uri=uri)
+    task.last_attempt = wanted
     async with hold_now(await observe(run, task)) as locked:
-        doubtful = [intent for intent in wanted if intent.attempt in locked.seen.doubtful]
-        if doubtful:
-            return f"{decide.in_doubt(doubtful[0])}, and cancel it there"
         for intent in locked.records.intents:
-            if intent.id in [other.id for other in wanted]:
-                await cleanup.thaw(locked, intent)
-                await cleanup.fail_attempt(locked, intent, "cancelled on request", VmState.CANCELLED)
+            if intent.id != wanted.id:
+                continue
+            error = _not_its_vm(locked, intent)
+            if error:
+                return error
+            await cleanup.thaw(locked, intent)
+            await cleanup.fail_attempt(locked, intent, "cancelled on request", VmState.CANCELLED)
     return ""
+
+
+def _not_its_vm(session: VmSession, intent: Intent) -> str:
+    """Return why an attempt cannot be cancelled by what answers: its jobs would copy on, into images that are gone."""
+    if intent.attempt in session.seen.doubtful:
+        return f"{decide.in_doubt(intent)}, and cancel it there"
+    foreign = decide.foreign(intent, session.seen, session.run.context.hypervisor)
+    if not foreign:
+        return ""
+    return (
+        f"{foreign}, and another VM answers at {session.address} now. Nothing is cancelled: repeat this when the VM of"
+        " the set answers there. If nobody makes the set any more, the next backup removes it with takeover: true"
+    )
 
 
 async def _sweep(run: BackupRun, name: str) -> None:
@@ -130,8 +146,20 @@ async def _tracked(session: VmSession) -> tuple[str, list[tuple[str, str]]]:
         return f"set {records.intents[0].id} is being made; wait for its end, or cancel it", []
     if records.barred:
         return records.barred, []
+    unknown = _of_some_libvirt(planned)
     if vm is None:
-        return session.seen.error, []
+        return f"{session.seen.error}{unknown}", []
     if planned.identity and vm.identity != planned.identity:
-        return f"{planned.monitor} belongs to another VM now ({vm.identity}; it was {planned.identity})", []
+        other = f"{planned.monitor} belongs to another VM now ({vm.identity}; it was {planned.identity})"
+        return f"{other}{unknown}", []
     return await cleanup.other_name(session), cleanup.own_bitmaps(session.run, vm)
+
+
+def _of_some_libvirt(planned: VmPlan) -> str:
+    """Return what is to be given where nobody has written down of which libvirt a domain is."""
+    if planned.libvirt_uri or not planned.request.address.domain:
+        return ""
+    return (
+        ". Its sets do not say of which libvirt it is: give a plan instead of names, which backup_plan has made with"
+        " libvirt_uri"
+    )

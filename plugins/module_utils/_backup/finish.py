@@ -299,4 +299,5 @@ def _manifest(run: BackupRun, intent: Intent, images: tuple[DiskImage, ...]) -> 
         disks=images,
         hypervisor=intent.hypervisor,
         monitor=intent.monitor,
+        libvirt_uri=intent.libvirt_uri,
     )

@@ -121,18 +121,18 @@ def _being_made(
 
     C(wrong) says why no set could be begun instead, and C(other) that the VM has another uuid than the one of the list.
     """
-    foreign = _foreign(intent, seen, context.hypervisor)
-    if foreign and other:
+    theirs = foreign(intent, seen, context.hypervisor)
+    if theirs and other:
         # A set is not taken over for a VM that is not the one that is meant.
         return Case.FOREIGN, other, ""
-    if foreign and not context.takeover:
+    if theirs and not context.takeover:
         return (
             Case.FOREIGN,
-            f"{foreign}; wait until it ends. If nobody makes it any more, takeover: true removes the unfinished set",
+            f"{theirs}; wait until it ends. If nobody makes it any more, takeover: true removes the unfinished set",
             "",
         )
-    if foreign:
-        return Case.TAKEN_OVER, f"{foreign}; it is taken over", f"taken over by hypervisor {context.hypervisor.name}"
+    if theirs:
+        return Case.TAKEN_OVER, f"{theirs}; it is taken over", f"taken over by hypervisor {context.hypervisor.name}"
     if intent.id != context.id and context.supersede and not wrong:
         return Case.SUPERSEDED, f"set {intent.id} is unfinished, and superseded", f"superseded by set {context.id}"
     if intent.id != context.id:
@@ -245,7 +245,7 @@ def _missing_disks(published: Manifest, choice: Choice, named: Iterable[str]) ->
     )
 
 
-def _foreign(intent: Intent, seen: Observation, hypervisor: Hypervisor) -> str:
+def foreign(intent: Intent, seen: Observation, hypervisor: Hypervisor) -> str:
     """Return why an intent is somebody else's; empty where it is ours."""
     maker = intent.hypervisor
     if not maker.is_same(hypervisor):

@@ -184,7 +184,10 @@ class Hypervisor:
 
 @dataclass(frozen=True)
 class Manifest(Document):
-    """A finished set. C(frozen_ms) is how long the guest's file systems were frozen for it."""
+    """A finished set. C(frozen_ms) is how long the guest's file systems were frozen for it.
+
+    C(libvirt_uri) is that of the Intent; documents of before do not have it.
+    """
 
     MOST: ClassVar[int] = LARGE
 
@@ -203,6 +206,7 @@ class Manifest(Document):
     disks: tuple[DiskImage, ...] = field(metadata=holds(Several(part(DiskImage), 1)))
     hypervisor: Hypervisor | None = field(default=None, metadata=holds(Maybe(part(Hypervisor))))
     monitor: str = field(default="", metadata=TEXT)
+    libvirt_uri: str = field(default="", metadata=TEXT)
     consistency_reason: str = field(default="", metadata=TEXT)
     frozen_ms: int = field(default=0, metadata=SIZE)
     collection: str = field(default=COLLECTION_VERSION, metadata=TEXT)

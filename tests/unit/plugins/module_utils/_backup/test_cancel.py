@@ -43,3 +43,13 @@ def test_without_names_those_are_meant_whose_sets_are_being_made_here(repository
     begin(repository, intent("s2", vm=replace(WEB01, name="web02")))
     assert [planned.name for planned in plan_of_names(repository, EVERYTHING).vms] == ["web01"]
     assert plan_of_names(repository, Selection(excluded=("web*",))).vms == ()
+
+
+def test_a_domain_is_asked_for_at_the_libvirt_of_its_newest_set(repository: Repository) -> None:
+    here, uri = Hypervisor(*this_machine()), "qemu:///session"
+    put(repository, manifest("s1", hypervisor=here, monitor="libvirt:web01", libvirt_uri=uri))
+    [planned] = plan_of_names(repository, Selection(("web01",))).vms
+    assert planned.request.address.uri == uri
+    begin(repository, intent("s2", hypervisor=here, monitor="libvirt:web01", libvirt_uri="qemu:///system"))
+    [planned] = plan_of_names(repository, Selection(("web01",))).vms
+    assert planned.request.address.uri == "qemu:///system"
