@@ -467,13 +467,13 @@ async def main_task(module: AnsibleModule, board: Board | None = None) -> dict[s
     )
     given = None if module.params["plan"] is None else parse_plan(module.params["plan"])
     path = given.repository if given else module.params["repository"]
-    if module.params["state"] == "cancelled" and not module.check_mode:
-        from ansible_collections.vmfleet.backup.plugins.module_utils._backup.worker import stop  # noqa: PLC0415
-
-        # It would begin the sets that are to be cancelled.
-        chosen = {vm.name for vm in given.vms} if given else set()
-        await stop(path, chosen.__contains__ if given else Selection.of(module.params).takes)
     async with ThreadedCalls(Watch(path, writing=not module.check_mode)) as calls:
+        if module.params["state"] == "cancelled" and not module.check_mode:
+            from ansible_collections.vmfleet.backup.plugins.module_utils._backup.worker_end import (  # noqa: PLC0415
+                make_way,
+            )
+
+            await make_way(module.params, given, calls)
         repository, plan, created = await places(module, given, calls)
         run = BackupRun.of(AsyncRepository(repository, calls), plan, settings, board)
         outcomes = await reconcile(run)

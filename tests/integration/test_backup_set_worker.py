@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from ansible_collections.vmfleet.backup.plugins.module_utils._backup import worker
+from ansible_collections.vmfleet.backup.plugins.module_utils._backup import worker_end
 from ansible_collections.vmfleet.backup.plugins.module_utils._backup.worker_place import Who, WorkerPlace
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.lock import lock_directory
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.scope import offers_scopes
@@ -47,7 +47,7 @@ def three(vms: Vms) -> list[Qemu]:
 def sets(sets: Sets) -> t.Iterator[Sets]:
     """A repository, whose process ends with the test."""
     yield sets
-    asyncio.run(worker.stop(str(sets.path), bool))
+    asyncio.run(worker_end.stop(str(sets.path)))
     for path in place(sets)[1:]:
         Path(path).unlink(missing_ok=True)
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from ansible_collections.vmfleet.backup.plugins.module_utils._backup import worker
+from ansible_collections.vmfleet.backup.plugins.module_utils._backup import worker_end
 from ansible_collections.vmfleet.backup.plugins.module_utils._backup.worker_place import WorkerPlace
 from ansible_collections.vmfleet.backup.tests.harness import crash
 from ansible_collections.vmfleet.backup.tests.harness.matrix import WHOLE, assert_listed, deal, dice
@@ -118,7 +118,7 @@ def stage(vms: Vms, directory: Path, start_module: Start, clean: Clean) -> t.Ite
 
     yield set_up
     for each in stages:
-        asyncio.run(worker.stop(str(each.scene.sets.path), bool))
+        asyncio.run(worker_end.stop(str(each.scene.sets.path)))
         for path in (*each.place, f"{each.place.progress}.new"):
             Path(path).unlink(missing_ok=True)
 

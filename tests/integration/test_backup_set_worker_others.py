@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from ansible_collections.vmfleet.backup.plugins.module_utils._backup import worker
+from ansible_collections.vmfleet.backup.plugins.module_utils._backup import worker_end
 from ansible_collections.vmfleet.backup.plugins.module_utils._backup.worker_place import Who
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import BackupError
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.process import PROCESSES, Process, spaces
@@ -249,6 +249,57 @@ def test_what_it_would_begin_later_is_not_cancelled_by_name(three: list[Qemu], s
     assert not who(sets)
 
 
+@pytest.mark.parametrize("begun", ["s0", "s1"], ids=["an older set", "a set of an earlier run"])
+def test_what_it_would_begin_next_is_not_cancelled_by_name(three: list[Qemu], sets: Sets, begun: str) -> None:
+    sets.start(three[0], id=begun)
+    assert by_name(leave(sets, three[:2], max_vms=2)) == {"vm0": "running", "vm1": "running"}
+    said = cancel(sets, names=["vm0"])["msg"]
+    assert said.startswith(f"names: vm0: the worker of {sets.path}, process ")
+    assert len(three[0].block_jobs) == 1
+    # What it has begun itself it does not begin again.
+    assert states(cancel(sets, names=["vm1"])) == ["cancelled"]
+    wait_until(lambda: not release_all(three[:1]) and not who(sets), "the end of the worker", 3 * PATIENCE)
+    assert {path.parent.parent.name for path in sets.path.glob("*/s1/manifest.json")} == {"vm0"}
+
+
+def test_it_goes_on_where_not_all_can_be_cancelled(three: list[Qemu], sets: Sets) -> None:
+    found = leave(sets, three)
+    process = who(sets)
+
+    def goes_on() -> bool:
+        told = follow(sets, found["worker"])
+        return who(sets) == process and told["running"] and states(told) == ["queued", "queued", "running"]
+
+    said = cancel(sets, names=["vm*", "typo"])["msg"]
+    assert said.startswith(f"names: typo has no set in {sets.path}; ")
+    assert goes_on()
+    [running] = [name for name, state in by_name(found).items() if state == "running"]
+    for exposed in (sets.path, sets.directory(running)):
+        os.chmod(exposed, 0o777)
+        assert cancel(sets)["msg"].startswith(f"repository: {exposed} ")
+        os.chmod(exposed, 0o700)
+        assert goes_on()
+    # The sets of another plan are not these.
+    other = sets.plan(*three, id="s2")["plan"]
+    assert run_module("backup_set", {"plan": other, "state": "cancelled"})["rc"] == 0
+    assert goes_on()
+    assert states(cancel(sets)) == ["cancelled"]
+    assert not who(sets)
+
+
+def test_it_goes_on_where_the_repository_hangs(three: list[Qemu], sets: Sets, monkeypatch: pytest.MonkeyPatch) -> None:
+    leave(sets, three)
+    process = who(sets)
+    monkeypatch.setattr("ansible_collections.vmfleet.backup.plugins.module_utils._host.probe.TIMEOUT", 0.1)
+    monkeypatch.setattr(
+        "ansible_collections.vmfleet.backup.plugins.module_utils._host.probe._ask", lambda *_asked: time.sleep(2) or 0
+    )
+    assert "does not answer" in cancel(sets)["msg"]
+    assert who(sets) == process
+    monkeypatch.undo()
+    assert states(cancel(sets)) == ["cancelled"]
+
+
 @pytest.mark.parametrize("other", ["a later process of that number", "a process of another container"])
 def test_nobody_else_is_killed(sets: Sets, other: str) -> None:
     sets.path.mkdir()
@@ -259,10 +310,10 @@ def test_nobody_else_is_killed(sets: Sets, other: str) -> None:
         start, space = (process.start, "1") if "container" in other else (process.start - 1, here)
         fd = place(sets).take()
         assert fd is not None
-        said = Who(stranger.pid, start, space, "0" * 16, "s0", "2026-11-30T01:00:05Z", ["vm0"], [])
+        said = Who(stranger.pid, start, space, "0" * 16, "s0", "r0", "2026-11-30T01:00:05Z", ["vm0"], [])
         os.pwrite(fd, json.dumps(said._asdict()).encode(), 0)
         with pytest.raises(BackupError, match=f"process {stranger.pid}, runs in another container"):
-            asyncio.run(worker.stop(str(sets.path), bool))
+            asyncio.run(worker_end.stop(str(sets.path)))
         assert stranger.poll() is None
         os.close(fd)
         stranger.kill()
@@ -271,7 +322,7 @@ def test_nobody_else_is_killed(sets: Sets, other: str) -> None:
 def test_one_that_begins_cannot_be_ended_yet(sets: Sets) -> None:
     sets.path.mkdir()
     with one_that_begins(sets), pytest.raises(BackupError, match="is about to make sets; repeat the cancellation"):
-        asyncio.run(worker.stop(str(sets.path), bool))
+        asyncio.run(worker_end.stop(str(sets.path)))
 
 
 def test_looks_do_not_keep_others_from_looking(sets: Sets) -> None:

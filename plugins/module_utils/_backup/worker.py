@@ -9,15 +9,12 @@ and one that is killed is a killed module. There is one for each repository at a
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import importlib
 import json
 import os
 import secrets
-import signal
 import sys
-import time
 import zipfile
 from collections import Counter
 from contextlib import suppress
@@ -26,14 +23,13 @@ from typing import TYPE_CHECKING
 from .._common.errors import BackupError, Refused, in_words, warn, why
 from .._common.formats import Word, utc_now
 from .._common.options import check_options
-from .._host.lock import locked
 from .._host.priority import give_way
 from .._host.process import PROCESSES, Process, spaces
 from .._host.scope import enter_scope, offers_scopes
 from .._host.worker import run_in_worker
 from .._plan.model import parse_plan
 from .board import Board
-from .outcome import BAD, UNFINISHED, Outcome, VmState, failure, outcome_of, told
+from .outcome import BAD, UNFINISHED, Outcome, failure, outcome_of, told
 from .worker_place import Standing, Who, WorkerPlace, all_of, print_result, vms_of
 
 if TYPE_CHECKING:
@@ -49,10 +45,6 @@ if TYPE_CHECKING:
     Alone = Callable[[AnsibleModule], Result]
 
 
-MOMENT = 2.0
-"""Seconds in which a worker that has the lock says who it is."""
-STOPPING = 30.0
-"""Seconds that a worker takes at most to end. It may hang in the kernel."""
 ORDERS = ("takeover", "supersede", "adopt")
 """What a worker that was left without it does not do."""
 SETTINGS = (
@@ -208,15 +200,16 @@ def _live(module: AnsibleModule, main: Main, place: WorkerPlace, lock: int, sink
     try:
         os.setsid()
         plan = parse_plan(module.params["plan"])
-        me = _process(os.getpid())
+        me = process_of(os.getpid())
         names = [vm.name for vm in plan.vms]
-        who = Who(me.pid, me.start, spaces()[PROCESSES], key, plan.id, utc_now(), names, _wanted(module, plan))
+        wanted = _wanted(module, plan)
+        who = Who(me.pid, me.start, spaces()[PROCESSES], key, plan.id, plan.run, utc_now(), names, wanted)
         # What the worker before has printed goes first: it is not to be taken for this one's.
-        result = _new(place.result)
+        result = new_file(place.result)
         os.write(result, f"{key}\n".encode())
         os.pwrite(lock, json.dumps(who._asdict()).encode(), 0)
         # Ansible reads the module's output to its end, and would wait.
-        for number, file in enumerate((os.open(os.devnull, os.O_RDONLY), result, _new(place.log))):
+        for number, file in enumerate((os.open(os.devnull, os.O_RDONLY), result, new_file(place.log))):
             os.dup2(file, number)
         warnings = _settle(module, f"{plan.repository}, sets {plan.id}", key)
         # They are in its result, too, which may be all that is told.
@@ -264,12 +257,13 @@ def _say(sink: int, kind: bytes, text: str) -> None:
     os.close(sink)
 
 
-def _process(pid: int) -> Process:
-    # Where /proc does not show processes as they are called here, the pid has to do.
+def process_of(pid: int) -> Process:
+    """Return the process of this pid. Where /proc does not show those that are called so here, the pid has to do."""
     return Process.of(pid) or Process(pid, 0)
 
 
-def _new(path: str) -> int:
+def new_file(path: str) -> int:
+    """Make a file, or make it empty, and return its file descriptor."""
     return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
 
 
@@ -286,60 +280,3 @@ def _make(
         how = "with failures" if status else "without failures"
         module.log(f"vmfleet.backup: the worker for the sets {plan.id} in {plan.repository} has ended {how}")
         return status
-
-
-# To end it
-
-
-async def stop(repository: str, chosen: Callable[[str], bool]) -> None:
-    """End the worker of this repository, where there is one whose VMs are all C(chosen). Copies that run stay.
-
-    Raises Refused where it would begin a set later that is chosen, as one of its VMs is not.
-    """
-    place = WorkerPlace.of(repository)
-    deadline = time.monotonic() + MOMENT
-    while place.is_held():
-        found = place.look()
-        if found.who and found.running:
-            if all(map(chosen, found.who.vms)):
-                await _end(found.who, place, repository)
-                return
-            queued = [vm["name"] for vm in found.vms if vm["state"] == VmState.QUEUED and chosen(vm["name"])]
-            if queued:
-                raise Refused(
-                    "names",
-                    f"{', '.join(queued)}: the worker of {repository}, process {found.who.pid}, would start the sets"
-                    f" {found.who.id} of these VMs later. Cancel the sets of all VMs, or wait until they are copied",
-                )
-            return
-        if time.monotonic() > deadline:
-            raise BackupError(
-                f"{repository}: a process on this hypervisor is about to make sets; repeat the cancellation"
-            )
-        await asyncio.sleep(0.02)
-
-
-async def _end(who: Who, place: WorkerPlace, repository: str) -> None:
-    """End a worker, and wait until it has let its lock go."""
-    if who.space != spaces()[PROCESSES] or _process(who.pid) != Process(who.pid, who.start):
-        if not place.is_held():
-            # It has just ended by itself.
-            return
-        raise BackupError(
-            f"{repository}: the worker that makes the sets {who.id}, process {who.pid}, runs in another container;"
-            " cancel them there"
-        )
-    # Who follows it is not to take it for dead, and to leave the sets to another one.
-    mark = _new(place.stop)
-    os.write(mark, who.key.encode())
-    os.close(mark)
-    try:
-        os.kill(who.pid, signal.SIGTERM)
-    except ProcessLookupError:
-        # It has just ended by itself.
-        pass
-    except PermissionError as error:
-        reason = f"process {who.pid}, which makes the sets {who.id}, cannot be stopped: {why(error)}"
-        raise BackupError(reason) from None
-    async with locked(place.lock, f"the sets {who.id} in {repository}", STOPPING):
-        pass

@@ -45,8 +45,9 @@ UNKNOWN: dict[str, Any] = {"state": "queued", "reason": "it is about to be looke
 class Who(NamedTuple):
     """The worker that has the lock, or had it last.
 
-    C(key) is its name, which no other one has; C(id) is that of its sets, C(since) is when it began, in ISO 8601, and
-    C(vms) are the names of its VMs, in the order of its plan. C(wanted) is what is asked for each of them, as a digest.
+    C(key) is its name, which no other one has; C(id) is that of its sets, C(run) that of its run, C(since) is when it
+    began, in ISO 8601, and C(vms) are the names of its VMs, in the order of its plan. C(wanted) is what is asked for
+    each of them, as a digest.
     C(start) and C(space) tell its process from a later one of that pid, and from one of another pid name space.
     """
 
@@ -55,6 +56,7 @@ class Who(NamedTuple):
     space: str
     key: str
     id: str
+    run: str
     since: str
     vms: list[str]
     wanted: list[str]

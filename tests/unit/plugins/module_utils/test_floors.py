@@ -82,6 +82,7 @@ SPARED = {
 
 LATE = {
     "_backup/worker": ("backup_set",),
+    "_backup/worker_end": ("backup_set",),
     "_backup/worker_place": ("backup_set",),
     "_host/priority": ("backup_set",),
     "_host/scope": ("backup_set",),
