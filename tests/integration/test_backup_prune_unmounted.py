@@ -73,10 +73,10 @@ class Look:
         """A prune keeps what it reads, and says why, and what to do."""
         for check in (True, False, False):
             said = self.library.prune(check=check, keep_last=1)
-            assert [one["reason"] for one in said["kept"] if one["id"] == "s2"] == [
-                f"{self.path} on {os.uname().nodename} reads it, or did: the file system that it is on is not mounted at"
-                f" {place}. Mount it, or remove the overlay's pin with state: absent if it is gone for good"
-            ]
+            assert {one["id"]: one["reason"] for one in said["kept"]}["s2"] == (
+                f"{self.path} on {os.uname().nodename} reads it, or did: the file system that it is on is not mounted"
+                f" at {place}. Mount it, or remove the overlay's pin with state: absent if it is gone for good"
+            )
             assert not said["changed"]
         assert self.library.listed() == ["s3", "s2", "s1"]
         assert self.library.info()["leftovers"] == []
@@ -190,9 +190,7 @@ class TestPlaces:
         with unmounted(mount), unmounted(other), mounted("-o", "loop", image_of(mount), other.path):
             assert place_of(str(other.path / "file")) == Place(str(other.path), before.file_system)
 
-    def test_the_uuid_that_udev_tells(
-        self, storage: Storage, directory: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_the_uuid_that_udev_tells(self, storage: Storage, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         mount = storage.mount("ext4", 16 * MIB)
         monkeypatch.setattr(mounts, "FROM_UUID", frozenset())
         monkeypatch.setattr(mounts, "BY_UUID", str(directory / "by-uuid"))

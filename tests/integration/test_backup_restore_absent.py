@@ -44,9 +44,14 @@ class Overlays:
         qemu_img("create", "-q", "-f", "qcow2", "-b", base, "-F", "qcow2", path)
         write(path, "write -P 7 0 1M")
 
+    def state(self) -> tuple[int, ...]:
+        """What shows that a file is another one, or was written to."""
+        found = os.lstat(self.path)
+        return found.st_ino, found.st_mode, found.st_size, found.st_mtime_ns
+
     def assert_left(self) -> None:
         """What stands at the path of the overlay stays, and so does its pin; the other overlay goes."""
-        before = os.lstat(self.path)
+        before = self.state()
         for check in (True, False):
             said = fail("backup_restore", self.library.restoration(**self.given), check=check)
             assert said["removed"] == [str(self.other)]
@@ -54,7 +59,7 @@ class Overlays:
                 f"target: {self.path} is another file than the overlay of set s2 that was made there, so it stays"
             )
             assert self.other.exists() == check
-        assert os.lstat(self.path) == before
+        assert self.state() == before
         assert [(pin["id"], pin["path"]) for pin in pins(self.library)] == [("s2", str(self.path))]
 
 

@@ -76,6 +76,7 @@ def _uuid(device: str) -> str:
     """Return the UUID of the file system on a device; empty where udev does not tell."""
     try:
         number = os.stat(device).st_rdev
-        return next((name for name in os.listdir(BY_UUID) if os.stat(os.path.join(BY_UUID, name)).st_rdev == number), "")
+        names = [name for name in os.listdir(BY_UUID) if os.stat(os.path.join(BY_UUID, name)).st_rdev == number]
     except OSError:
         return ""
+    return names[0] if names else ""

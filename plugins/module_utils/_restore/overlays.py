@@ -63,6 +63,24 @@ async def remove_overlays(
     is among the second. So does a block device. BackupError in the end where something stands that is none of them.
     """
     mine = [pin for pin in catalog.annotations.pins if pin.machine_id == machine_id()]
+    gone, independent, left = _sort(repository, catalog.name, targets, mine)
+    if not check_mode:
+        for path in gone:
+            await _remove(repository, catalog.name, path, mine, ("", PARTIAL, RECEIPT, RECEIPT + UNFINISHED))
+        for path in independent:
+            await _remove(repository, catalog.name, path, mine, (RECEIPT, RECEIPT + UNFINISHED))
+    if left:
+        raise BackupError(f"target: {'; '.join(left)}", removed=gone, independent=independent)
+    return gone, independent
+
+
+def _sort(
+    repository: Repository, vm: str, targets: Iterable[str], mine: Sequence[Pin]
+) -> tuple[list[str], list[str], list[str]]:
+    """Return which targets are overlays, which are disks of their own by now, and why others have to stay.
+
+    C(mine) are the pins of this machine. Refused where a VM uses an overlay: its other disks are not removed, either.
+    """
     gone: list[str] = []
     independent: list[str] = []
     left: list[str] = []
@@ -72,7 +90,7 @@ async def remove_overlays(
             # A killed restore leaves a pin; what is on the device stays.
             independent += [path] if any(pin.path == path for pin in mine) else []
             continue
-        objection = _objection(repository, catalog.name, path, [pin for pin in mine if pin.path == path])
+        objection = _objection(repository, vm, path, [pin for pin in mine if pin.path == path])
         if objection:
             left.append(objection)
             continue
@@ -84,14 +102,7 @@ async def remove_overlays(
                 check_unused(name)
         if any(os.path.lexists(name) for name in names) or any(pin.path in names for pin in mine):
             gone.append(path)
-    if not check_mode:
-        for path in gone:
-            await _remove(repository, catalog.name, path, mine, ("", PARTIAL, RECEIPT, RECEIPT + UNFINISHED))
-        for path in independent:
-            await _remove(repository, catalog.name, path, mine, (RECEIPT, RECEIPT + UNFINISHED))
-    if left:
-        raise BackupError(f"target: {'; '.join(left)}", removed=gone, independent=independent)
-    return gone, independent
+    return gone, independent, left
 
 
 def _objection(repository: Repository, vm: str, path: str, pins: Iterable[Pin]) -> str:

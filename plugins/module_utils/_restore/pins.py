@@ -26,10 +26,6 @@ if TYPE_CHECKING:
     from .model import DiskRestore
 
 
-NOWHERE = {"mount": "", "file_system": ""}
-"""The fields of a pin that tell of its file system, as they are where nothing was written down of it."""
-
-
 def make_pin(disk: DiskRestore) -> Pin:
     """Return the pin of the file that reads the set, which is the unfinished copy, or an overlay."""
     # A block device has no other name while it is written to.
@@ -89,7 +85,11 @@ async def put_pin(repository: Repository, vm: str, disk: DiskRestore, warnings: 
 
 def is_known(pin: Pin, pins: Iterable[Pin]) -> bool:
     """Return whether there is such a pin, however old, and wherever its path was then."""
-    return is_noted(replace(pin, **NOWHERE), [replace(other, **NOWHERE) for other in pins])
+    return is_noted(_without_place(pin), map(_without_place, pins))
+
+
+def _without_place(pin: Pin) -> Pin:
+    return replace(pin, mount="", file_system="")
 
 
 def is_noted(pin: Pin, pins: Iterable[Pin]) -> bool:

@@ -55,10 +55,10 @@ if TYPE_CHECKING:
 class RestoreRun:
     """What the disks of one restore share.
 
-    C(settled) has of each disk, by its target, whether its set is pinned, or read all the same; it has failed where not.
-    C(checked) ends when the checksums of all that are pinned are right, and raises BackupError where one is not;
-    C(paces) has, by their targets, the disks that are written before that. C(agreement) is there where the disks are
-    those of a domain.
+    C(settled) has of each disk, by its target, whether its set is pinned, or read all the same; where not, it has
+    failed. C(checked) ends when the checksums of all that are pinned are right, and raises BackupError where one is
+    not; C(paces) has, by their targets, the disks that are written before that. C(agreement) is there where the disks
+    are those of a domain.
     """
 
     repository: Repository

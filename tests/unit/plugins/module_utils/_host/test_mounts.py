@@ -38,7 +38,8 @@ def test_a_mount_that_is_not_seen_from_here(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize(
-    ("word", "text"), [(b"/mnt/a\\040b\\134c", "/mnt/a b\\c"), (b"/mnt/\xc3\xa4\\012", "/mnt/\u00e4\n"), (b"nfs4", "nfs4")]
+    ("word", "text"),
+    [(b"/mnt/a\\040b\\134c", "/mnt/a b\\c"), (b"/mnt/\xc3\xa4\\012", "/mnt/\u00e4\n"), (b"nfs4", "nfs4")],
 )
 def test_escapes(word: bytes, text: str) -> None:
     assert mounts._text(word) == text
