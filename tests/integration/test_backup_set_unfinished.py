@@ -2,7 +2,10 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Sets that an earlier run has left unfinished, in a repository without room for a second one beside them."""
+"""Sets that an earlier run has left unfinished: in a repository without room for the next one, and cancelled.
+
+Nobody who has begun them follows them any more, but a later run does.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +17,24 @@ from ansible_collections.vmfleet.backup.tests.harness.backup import release
 from ansible_collections.vmfleet.backup.tests.harness.images import MIB
 from ansible_collections.vmfleet.backup.tests.harness.modules import run_module, succeed
 from ansible_collections.vmfleet.backup.tests.harness.qemu import wait_until
-from ansible_collections.vmfleet.backup.tests.harness.sets import Sets
+from ansible_collections.vmfleet.backup.tests.harness.sets import SLOW, Sets
+from ansible_collections.vmfleet.backup.tests.integration.test_backup_set_worker import (
+    follow,
+    leave,
+    sets,
+    states,
+    who,
+)
 
 if t.TYPE_CHECKING:
+    from collections.abc import Callable
+
     from ansible_collections.vmfleet.backup.tests.harness.filesystems import Storage
     from ansible_collections.vmfleet.backup.tests.harness.fixtures import Vms
+    from ansible_collections.vmfleet.backup.tests.harness.modules import ModuleProcess
     from ansible_collections.vmfleet.backup.tests.harness.qemu import Qemu
+
+__all__ = ["sets"]
 
 pytestmark = pytest.mark.usefixtures("clean")
 
@@ -40,6 +55,9 @@ def tight(vm: Qemu, storage: Storage) -> Sets:
 def ended(result: dict[str, t.Any]) -> tuple[int, str, str]:
     [vm] = result["vms"]
     return result["rc"], vm["state"], vm["error"]
+
+
+# Without room
 
 
 def test_the_plan_says_that_there_may_be_no_room(vm: Qemu, tight: Sets) -> None:
@@ -87,3 +105,39 @@ def test_one_that_is_superseded_is_removed(known: bool, vm: Qemu, tight: Sets) -
     found = run_module("backup_set", {"plan": plan, "supersede": True})
     assert ended(found) == (0, "published", "")
     assert not (tight.path / "vm0" / ".s0.staging").exists()
+
+
+# Cancelled while a later run follows them
+
+
+def test_the_run_that_follows_does_not_begin_it_again(
+    vm: Qemu, sets: Sets, start_module: Callable[..., ModuleProcess]
+) -> None:
+    sets.start(vm, id="s1")
+    plan = sets.plan(vm, id="s1", speed=SLOW)["plan"]
+    assert plan["vms"][0]["action"] == "attach"
+    follower = start_module("backup_set", {"plan": plan})
+    wait_until(lambda: follower.children, "its work")
+    offset = vm.job["offset"]
+    wait_until(lambda: vm.job["offset"] >= offset + 2 * MIB, "its first looks")
+    cancelled = succeed("backup_set", {"repository": str(sets.path), "state": "cancelled"})
+    assert ended(cancelled) == (0, "cancelled", "")
+    assert ended(follower.result()) == (1, "cancelled", "cancelled on request")
+    assert not vm.block_jobs
+    # One that begins after that is told nothing of it.
+    assert ended(sets.attempt(vm, id="s1")) == (0, "published", "")
+
+
+def test_the_worker_that_follows_does_not_begin_it_again(vms: Vms, sets: Sets) -> None:
+    two = [vms.start(vms.disk(number), name=f"vm{number}") for number in range(2)]
+    sets.start(two[0], id="s1")
+    key = leave(sets, two, max_vms=2)["worker"]
+    cancelled = succeed("backup_set", {"repository": str(sets.path), "state": "cancelled", "names": ["vm0"]})
+    assert ended(cancelled) == (0, "cancelled", "")
+    wait_until(lambda: states(follow(sets, key)) == ["cancelled", "running"], "the worker's next look")
+    assert not two[0].block_jobs
+    # It goes on with what it has begun itself.
+    release(two[1])
+    wait_until(lambda: not who(sets), "the end of the worker")
+    assert (sets.path / "vm1" / "s1").exists()
+    assert not (sets.path / "vm0" / "s1").exists()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .._plan.model import Action, Quiesce
+from .._plan.model import Action, Case, Quiesce
 from .._qemu.model import IN_THE_CLEAR
 from .._repository.documents import Level
 from .outcome import DiskOutcome, Outcome, VmState
@@ -48,9 +48,8 @@ def skipped(session: VmSession, reason: str) -> Outcome:
 
 def failed(session: VmSession, error: str) -> Outcome:
     """Say that a VM has failed, or that its set was cancelled in this run."""
-    plan = session.run.plan
-    failure = session.records.failure(plan.id)
-    cancelled = failure and failure.run == plan.run and failure.state == VmState.CANCELLED
+    failure = session.records.failure(session.run.plan.id)
+    cancelled = session.decision.case == Case.FAILED and failure and failure.state == VmState.CANCELLED
     return outcome(session.run, session.task, VmState.CANCELLED if cancelled else VmState.FAILED, error=error)
 
 

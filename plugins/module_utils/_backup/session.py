@@ -142,7 +142,8 @@ class VmSession:
 
     @cached_property
     def decision(self) -> Decision:
-        return decide.decide(self.task.request, self.seen, self.records, self.run.context)
+        followed = self.task.last_attempt.attempt if self.task.last_attempt else ""
+        return decide.decide(self.task.request, self.seen, self.records, self.run.context, followed)
 
     @property
     def intent(self) -> Intent:

@@ -27,8 +27,10 @@ SKIPPED = "its own metadata say that it is not backed up (skip='yes')"
 MIGRATING = frozenset({"inmigrate", "postmigrate", "finish-migrate"})
 
 
-def decide(request: Request, seen: Observation, records: VmRecords, context: RunContext) -> Decision:
-    """Decide what to do with one VM; the first case that holds wins."""
+def decide(
+    request: Request, seen: Observation, records: VmRecords, context: RunContext, followed: str = ""
+) -> Decision:
+    """Decide what to do with one VM; the first case that holds wins. C(followed) is the attempt that was seen last."""
     choice = choose_disks(seen.vm, request) if seen.vm else Choice()
     intent, removal = None, ""
     # These are of the set that is to be begun: what we are making comes to its end, whatever they say by now.
@@ -37,8 +39,8 @@ def decide(request: Request, seen: Observation, records: VmRecords, context: Run
     if records.published(context.id):
         named = request.include_disks if wrong else ()
         case, reason = _already_published(seen, records, context, choice, named, other)
-    elif _has_given_up(records, context):
-        case, reason = Case.FAILED, _has_given_up(records, context)
+    elif _has_given_up(records, context, followed):
+        case, reason = Case.FAILED, _has_given_up(records, context, followed)
     elif records.intents:
         intent = _next_intent(records.intents, context.id)
         case, reason, removal = _being_made(intent, seen, context, wrong, other)
@@ -106,12 +108,16 @@ def _already_published(
     return Case.PUBLISHED, PUBLISHED_ALREADY
 
 
-def _has_given_up(records: VmRecords, context: RunContext) -> str:
-    """Return why this run has come to its end without a set: it neither tries again nor stands in the way of others."""
+def _has_given_up(records: VmRecords, context: RunContext, followed: str) -> str:
+    """Return why this run has come to its end without a set: it neither tries again nor stands in the way of others.
+
+    Who cancels an attempt means all who follow it, whoever has begun it. One that has failed is another's failure.
+    """
     failure = records.failure(context.id)
-    if failure and failure.run == context.run and not any(intent.run == context.run for intent in records.intents):
-        return failure.error
-    return ""
+    if failure is None or any(intent.run == context.run for intent in records.intents):
+        return ""
+    is_cancelled = failure.state == "cancelled" and bool(followed) and failure.attempt == followed
+    return failure.error if failure.run == context.run or is_cancelled else ""
 
 
 def _being_made(

@@ -50,7 +50,7 @@ class Case(Word):
     """The set is published, and lacks a disk that is chosen now."""
     PUBLISHED = "published"
     FAILED = "failed"
-    """This very run has failed at it."""
+    """This very run has failed at it, or somebody has cancelled it while this run followed it."""
     FOREIGN = "foreign"
     """Somebody else is making a set of this name."""
     TAKEN_OVER = "taken over"

@@ -185,6 +185,23 @@ def test_decide(facts: Observation, records: VmRecords, action: str, reason: str
     assert reason in plan.reason
 
 
+@pytest.mark.parametrize(
+    ("followed", "state", "attempt", "action"),
+    [
+        ("a1", "cancelled", "a1", "fail"),
+        ("a1", "failed", "a1", "start"),
+        ("a2", "cancelled", "a1", "start"),
+        ("", "cancelled", "a1", "start"),
+        ("", "cancelled", "", "start"),
+    ],
+)
+def test_what_another_run_has_begun_is_cancelled_for_who_follows_it(
+    followed: str, state: str, attempt: str, action: str
+) -> None:
+    records = VmRecords(failures=(replace(FAILED, run="other", state=state, attempt=attempt),))
+    assert decide(REQUEST, Observation(vm()), records, TERMS, followed).plan.action == action
+
+
 def test_all_that_is_asked_for_is_in_the_plan() -> None:
     request = Request(
         "web01",
