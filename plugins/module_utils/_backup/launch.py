@@ -14,7 +14,8 @@ from .._plan.model import Quiesce
 from .._qemu import block_jobs
 from .._qemu.bitmaps import bitmap_add, bitmap_merge
 from .._qemu.jobs import query_lengths
-from .._qemu.model import OFF
+from .._qemu.model import OFF, is_disk_on
+from .._qemu.query import query_disks
 from .._repository.documents import Phase
 from .prepare import Consistency, target_of
 
@@ -30,6 +31,10 @@ if TYPE_CHECKING:
     from .prepare import AttemptDraft
     from .run import BackupRun
     from .session import LockedVm
+
+
+class DisksMoved(BackupError):
+    """A guest writes elsewhere than to what is copied: the copies of its disks are not of one moment."""
 
 
 async def launch(locked: LockedVm, monitor: Monitor, draft: AttemptDraft, intent: Intent, speed: int) -> Intent:
@@ -55,9 +60,31 @@ async def launch(locked: LockedVm, monitor: Monitor, draft: AttemptDraft, intent
         intent = await _start_frozen(run, monitor, intent, starts, bitmaps, locked.task.request.quiesce)
     else:
         await block_jobs.start_backups(monitor, starts, "individual", bitmaps)
+    # Nobody but us changes the nodes of a storage daemon, nor writes to what it has open.
+    if not monitor.address.daemon:
+        await _check_moment(locked, monitor, intent)
     intent = replace(intent, phase=Phase.COPYING)
     await run.repository.update(intent)
     return await _top_up(run, monitor, draft, intent)
+
+
+async def _check_moment(locked: LockedVm, monitor: Monitor, intent: Intent) -> None:
+    """Raise DisksMoved where a disk was taken from under a guest after the look: by an external snapshot, say.
+
+    What the guest has written since then is not in the copy of this disk, and may be in that of another.
+    """
+    known = {disk.node for disk in locked.seen.vm.disks} if locked.seen.vm else set()
+    # A layer that is named to be copied is none that the guest writes to.
+    images = [disk.image for disk in intent.disks if disk.image.node in known]
+    now = await query_disks(monitor)
+    moved = ", ".join(image.name for image in images if not is_disk_on(image.node, image.qdev, now))
+    if moved:
+        # What has become of the guest since it was to be frozen.
+        await locked.run.repository.update(intent)
+        raise DisksMoved(
+            f"disk {moved} got another image on top, or was detached, at the moment when the copies were started"
+            " (virsh snapshot-create, virsh detach-disk). So the copies are not of one moment"
+        )
 
 
 async def _start_frozen(

@@ -92,6 +92,8 @@ class VmTask:
     """The last attempt whose jobs may run on this hypervisor."""
     reconnected: bool = False
     """Whether the connection has broken off once while a set was drafted or started."""
+    begun_again: bool = False
+    """Whether an attempt of this call was withdrawn because its copies were not of one moment."""
     silent_since: float = 0.0
     """When its monitor was first found not to answer."""
     pause: float = FIRST_PAUSE

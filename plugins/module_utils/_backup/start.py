@@ -14,7 +14,7 @@ from .._plan.observe import observe
 from .._qemu.tpm import losses
 from .._repository.documents import Failure, Phase
 from . import cleanup
-from .launch import launch
+from .launch import DisksMoved, launch
 from .outcome import VmState
 from .prepare import draft_attempt, prepare_attempt, renew_description
 from .session import AGAIN, Pending, WaitFor
@@ -70,6 +70,8 @@ async def start(locked: LockedVm, _reason: str) -> Pending:
         return Pending(WaitFor.MONITOR, str(error))
     except RepositoryHangs:
         raise
+    except DisksMoved as error:
+        return await _begin_again(locked, monitor, draft.intent, str(error))
     except (BackupError, OSError) as error:
         return await _undo(locked, monitor, draft.intent, in_words(error))
     task.last_seen = vm, intent
@@ -95,6 +97,20 @@ async def _refuse(locked: LockedVm, error: str) -> Pending:
     failure = Failure(plan.run, "", plan.id, VmState.FAILED, error, now, now)
     with after(error):
         await locked.run.repository.record_failure(locked.task.name, failure)
+    return AGAIN
+
+
+async def _begin_again(locked: LockedVm, monitor: Monitor | None, drafted: Intent, error: str) -> Pending:
+    """Remove every trace of an attempt whose copies are not of one moment: the next look begins another, but once."""
+    run, task = locked.run, locked.task
+    if task.begun_again:
+        return await _undo(locked, monitor, drafted, error)
+    task.begun_again = True
+    with after(error):
+        seen = await observe(task.request, run.context, monitor)
+        records = await run.repository.records(task.name)
+        await cleanup.withdraw(replace(locked, seen=seen, records=records), error)
+    task.warn(f"{error}, and were begun again")
     return AGAIN
 
 

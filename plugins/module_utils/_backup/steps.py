@@ -17,6 +17,7 @@ from .._common.formats import Word
 from .._plan.disks import ChainLink, plan_disks
 from .._plan.model import Action, Case, Quiesce
 from .._qemu.jobs import has_stopped, is_backup_fault
+from .._qemu.model import is_disk_on
 from .._repository import chain
 from .._repository.documents import Level, Phase
 
@@ -130,7 +131,9 @@ def judge(intent: Intent, seen: Observation, records: VmRecords, now: float) -> 
 
 def _judge_jobs(intent: Intent, vm: Vm, now: float) -> AttemptState:
     jobs = {disk.image.name: vm.job(disk.job) for disk in intent.disks if disk.job}
-    if intent.phase == Phase.PREPARING and not any(jobs.values()):
+    # Whoever has started the jobs was killed before it had looked whether their copies are of one moment.
+    same = vm.is_off or all(is_disk_on(disk.image.node, disk.image.qdev, vm.disks) for disk in intent.disks)
+    if intent.phase == Phase.PREPARING and not (same and any(jobs.values())):
         return AttemptState(AttemptStatus.INTERRUPTED)
     errors = [f"disk {disk}: {_job_error(job)}" for disk, job in jobs.items() if _job_error(job)]
     if errors:
@@ -353,11 +356,7 @@ RULES = (
     Rule(f"{OURS}: a job runs", _attempt(AttemptStatus.RUNNING), Step.FOLLOW),
     # What is not begun.
     Rule(f"{NONE}, and the domain's own metadata exclude it from backups", _is(Case.EXCLUDED), Step.SKIP),
-    Rule(
-        f"{NONE}, and a list names a disk that does not exist or cannot be copied, or another uuid than the VM's",
-        _is(Case.WRONG_DISKS),
-        Step.REFUSE,
-    ),
+    Rule(f"{NONE}, and the VM does not have the disks or the uuid of a list", _is(Case.WRONG_DISKS), Step.REFUSE),
     Rule("the VM's other sets are of another VM of this name, without ``adopt``", _is(Case.OTHER_DIRECTORY), Step.FAIL),
     Rule("the place of the set is taken by something that is no set", _is(Case.IN_THE_WAY), Step.FAIL),
     Rule(f"{NONE}, and the VM is off, with ``offline: skip``", _is(Case.OFF), Step.SKIP),

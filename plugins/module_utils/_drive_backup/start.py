@@ -19,12 +19,13 @@ from .._host.preallocate import Writeback, keeps_holes
 from .._host.process import boot_id, machine_id, spaces
 from .._qemu import block_jobs, target_image
 from .._qemu.losses import lost_in_copy
-from .._qemu.model import EncryptedSource
+from .._qemu.model import EncryptedSource, is_disk_on
+from .._qemu.query import query_disks
 from . import preflight, receipt
 from .finish import clean, finish
 from .owners import read_owners, write_owners
 from .receipt import ReceiptPhase
-from .request import RequestedState, Sync
+from .request import BitmapMode, RequestedState, Sync
 from .session import lost
 from .steps import CopyState, attempt_of, digest
 
@@ -185,6 +186,30 @@ async def _launch(locked: Locked, vm: Vm, begun: list[Copy], targets: list[targe
         raise BackupError(
             f"{request.address}: QEMU did not start the backup of {disks}: {error.description}"
         ) from error
+    await _check_moment(locked, vm, begun)
+
+
+async def _check_moment(locked: Locked, vm: Vm, begun: list[Copy]) -> None:
+    """Raise BackupError where a disk was taken from under the guest after the look: by an external snapshot, say.
+
+    What the guest has written since then is not in the copy of this disk, and may be in that of another.
+    """
+    known = {disk.node for disk in vm.disks}
+    now = await query_disks(locked.monitor)
+    # A layer that is named to be copied is none that the guest writes to.
+    moved = [copy for copy in begun if copy.disk.node in known and not is_disk_on(copy.disk.node, copy.disk.qdev, now)]
+    if not moved:
+        return
+    disks = ", ".join(copy.who for copy in moved)
+    told = (
+        f"device: {disks} got another image on top, or was detached, at the moment when the backup was started (virsh"
+        " snapshot-create, virsh detach-disk). So the backup lacks what the guest has written since"
+    )
+    if any(copy.drive.bitmap_mode == BitmapMode.ALWAYS for copy in begun):
+        # Whatever becomes of such a copy, its bitmap is cleared: it is better than nothing.
+        locked.session.warnings.append(told)
+        return
+    raise BackupError(f"{told}. Repeat the call")
 
 
 def _new_record(copy: Copy, vm: Vm, attempt: str, target: target_image.Target) -> Record:

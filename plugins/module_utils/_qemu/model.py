@@ -274,6 +274,14 @@ def chain_of(disk: Disk, nodes: Iterable[Disk]) -> tuple[Disk, ...]:
     return (disk, *(by_name[name] for name in disk.layers if name in by_name))
 
 
+def is_disk_on(node: str, qdev: str, disks: Iterable[Disk]) -> bool:
+    """Tell whether a device still has its disk on a node, as the C(disks) of its VM are now: with filters between only.
+
+    Where somebody has taken an external snapshot, the guest writes to another node, and this one is a layer below.
+    """
+    return any((disk.node, disk.qdev) == (node, qdev) for disk in disks)
+
+
 def plain_path(file: str) -> str:
     """Return one spelling for each file that QEMU names: a block device has many (C(by-id), C(dm-3), a volume's name).
 

@@ -49,6 +49,15 @@ async def inspect_vm(monitor: Monitor, name: str = "", known: Vm | None = None) 
     return vm
 
 
+async def query_disks(monitor: Monitor) -> tuple[Disk, ...]:
+    """Ask a VM for its disks, and for nothing else: what has no other image on top."""
+    try:
+        disks, _others = disks_of(await monitor.within(query_graph(monitor)))
+    except Odd as odd:
+        raise monitor.senseless("query-named-block-nodes", str(odd)) from None
+    return disks
+
+
 async def _inspect_vm(monitor: Monitor, name: str) -> Vm:
     # One after the other would cost a round trip each; QEMU answers them in order.
     named, uuid, status, graph, block_jobs, jobs, fdsets = await asyncio.gather(

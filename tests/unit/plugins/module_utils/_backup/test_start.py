@@ -61,6 +61,11 @@ LINKS = (
     ChainLink("incremental", "", None, "", "old-a", records=(bitmap("old-a", count=65536),)),
     ChainLink("full", ""),
 )
+THERE = answers(
+    [Node("n-vda", filename="/images/vda"), Node("n-vdb", filename="/images/vdb")],
+    [device("n-vda", "vda"), device("n-vdb", "vdb")],
+    transaction={},
+)
 DRAFT = AttemptDraft(MADE, (VDA, VDB), LINKS, {})
 
 
@@ -95,7 +100,7 @@ def test_images_are_labelled_for_a_confined_qemu(repository: Repository, label: 
 
 class TestLaunch:
     def test_all_jobs_and_bitmaps_begin_in_one_transaction(self, repository: Repository) -> None:
-        fake = FakeMonitor({"transaction": {}})
+        fake = FakeMonitor(THERE)
         done = launched(repository, fake, policy=Policy(compression="zstd"))
         [arguments] = [arguments for command, arguments in fake.sent if command == "transaction"]
         assert arguments["properties"] == {"completion-mode": "individual"}
@@ -124,7 +129,7 @@ class TestLaunch:
     def test_an_increment_gets_space_for_what_was_written_since(self, repository: Repository) -> None:
         there = replace(MADE, reserved=True, disks=tuple(replace(disk, expected=0) for disk in MADE.disks))
         listed = jobs(*(block_job(name, len=1 << 20) for name in MADE.jobs))
-        launched(repository, FakeMonitor({"transaction": {}, **listed}), there)
+        launched(repository, FakeMonitor({**THERE, **listed}), there)
         sizes = [os.stat(repository.image_path(MADE, name)).st_blocks * 512 for name in ("vda.qcow2", "vdb.qcow2")]
         assert sizes[0] >= (1 << 20) - 65536
         assert sizes[1] < 65536

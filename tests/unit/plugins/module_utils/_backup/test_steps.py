@@ -105,7 +105,7 @@ ROWS: list[tuple[VmSituation, str, Step, str]] = [
     (ours(AttemptStatus.RUNNING, frozen=True), "still be frozen", Step.THAW, "why: being made"),
     (ours(AttemptStatus.RUNNING, time_over=True), f"{OURS}: a job runs", Step.FOLLOW, "why: being made"),
     (seen(Case.EXCLUDED), "own metadata", Step.SKIP, "why: excluded"),
-    (seen(Case.WRONG_DISKS), "a list names", Step.REFUSE, "why: wrong disks"),
+    (seen(Case.WRONG_DISKS), "disks or the uuid of a list", Step.REFUSE, "why: wrong disks"),
     (seen(Case.OTHER_DIRECTORY), "without ``adopt``", Step.FAIL, "why: other directory"),
     (seen(Case.IN_THE_WAY), "is taken by something", Step.FAIL, "why: in the way"),
     (seen(Case.OFF), "the VM is off", Step.SKIP, "why: off"),

@@ -20,7 +20,7 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._plan.decide import
 from ansible_collections.vmfleet.backup.plugins.module_utils._plan.model import Observation
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.documents import Intent, Phase
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.repository import VmRecords
-from ansible_collections.vmfleet.backup.tests.unit.plugins.builders import SIZE, job
+from ansible_collections.vmfleet.backup.tests.unit.plugins.builders import SIZE, disk, job
 from ansible_collections.vmfleet.backup.tests.unit.plugins.today import (
     FAILED,
     JOB0,
@@ -77,6 +77,24 @@ VERDICTS = {
     "started, not yet written down": (
         intent(phase=Phase.PREPARING),
         Observation(vm(jobs=(job(JOB0), job(JOB1)))),
+        VmRecords(),
+        "running",
+    ),
+    "started, and of another moment": (
+        intent(phase=Phase.PREPARING),
+        Observation(vm(VDA, disk("vdb", "n-overlay"), jobs=(job(JOB0), job(JOB1)))),
+        VmRecords(),
+        "interrupted",
+    ),
+    "started in a storage daemon": (
+        intent(phase=Phase.PREPARING),
+        Observation(vm(VDA, status="off", daemon="a1", jobs=(job(JOB0), job(JOB1)))),
+        VmRecords(),
+        "running",
+    ),
+    "a snapshot since": (
+        intent(),
+        Observation(vm(VDA, disk("vdb", "n-overlay"), jobs=(job(JOB0), job(JOB1)))),
         VmRecords(),
         "running",
     ),

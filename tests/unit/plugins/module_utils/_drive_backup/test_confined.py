@@ -35,7 +35,14 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._host.confinement i
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu import qemu_img
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.address import Address
 from ansible_collections.vmfleet.backup.tests.unit.plugins.builders import SIZE, disk, vm
-from ansible_collections.vmfleet.backup.tests.unit.plugins.doubles import FakeMonitor, jobs, monitor
+from ansible_collections.vmfleet.backup.tests.unit.plugins.doubles import (
+    FakeMonitor,
+    Node,
+    answers,
+    device,
+    jobs,
+    monitor,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -151,7 +158,8 @@ def test_label_of_before_is_written_down(
     copy = Copy(drive, disk(), "vmfleet.db.0", CopyState.OCCUPIED if existing else CopyState.ABSENT)
     address = Address(path="/run/web01.qmp")
     now = Situation(DriveBackupRequest(address, (drive,), state=RequestedState.STARTED), vm(), (copy,))
-    fake = FakeMonitor({**jobs(), "drive-backup": {}, "query-status": {"status": "running"}})
+    there = answers([Node("n0")], [device("n0", "drive0")], query_status={"status": "running"})
+    fake = FakeMonitor({**there, **jobs(), "drive-backup": {}})
     hands = Locked(Session(DriveBackupRequest(address, ())), monitor(fake), 0)
     asyncio.run(start.start(hands, now))
     left = receipt.read(copy.record_path)

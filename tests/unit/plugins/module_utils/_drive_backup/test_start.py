@@ -33,10 +33,24 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._host import lock a
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.lock import host_lock_path
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.address import Address
 from ansible_collections.vmfleet.backup.tests.unit.plugins.builders import disk, job, record, vm
-from ansible_collections.vmfleet.backup.tests.unit.plugins.doubles import FakeMonitor, jobs, monitor, refusal
+from ansible_collections.vmfleet.backup.tests.unit.plugins.doubles import (
+    FakeMonitor,
+    Node,
+    answers,
+    device,
+    jobs,
+    monitor,
+    refusal,
+)
 
 ADDRESS = Address(path="/run/web01.qmp")
-STARTS = {**jobs(), "job-dismiss": {}, "drive-backup": {}, "query-status": {"status": "running"}}
+STARTS = {
+    **answers([Node("n0")], [device("n0", "drive0")]),
+    **jobs(),
+    "job-dismiss": {},
+    "drive-backup": {},
+    "query-status": {"status": "running"},
+}
 
 
 @pytest.fixture(autouse=True)
