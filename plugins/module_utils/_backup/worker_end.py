@@ -66,7 +66,9 @@ async def make_way(params: dict[str, Any], given: Plan | None, calls: ThreadedCa
                 f" {found.who.id} of these VMs afterwards. Cancel the sets of all VMs, or wait until these are copied",
             )
         return
-    plan = given or await calls.run(plan_of_names, repository, selection)
+    plan = given
+    if plan is None:
+        plan = await calls.run(plan_of_names, repository, selection)
     for vm in plan.vms:
         await calls.run(check_owner, repository, vm.name)
     await stop(path)
