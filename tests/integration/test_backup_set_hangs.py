@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import signal
@@ -294,6 +295,48 @@ def test_the_repository_does_not_answer_any_more_while_jobs_copy(
         wait_until(lambda: vm.job["status"] == "concluded", "the end of the job")
     monkeypatch.undo()
     sets.back_up(vm)
+    sets.assert_good("vm", copies)
+
+
+@pytest.mark.parametrize("failing", ["fork", "child"])
+def test_nobody_can_be_sent_to_ask_while_jobs_copy(
+    failing: str,
+    vm: Qemu,
+    directory: Path,
+    sets: Sets,
+    start_module: Start,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    nobody = directory / "nobody"
+    start, ask = probe._start, probe._ask
+
+    def start_or_fail(path: str, writing: bool) -> tuple[int, int]:
+        if nobody.exists():
+            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        return start(path, writing)
+
+    def ask_or_die(path: str, writing: bool) -> int:
+        if nobody.exists():
+            os.kill(os.getpid(), signal.SIGKILL)
+        return ask(path, writing)
+
+    monkeypatch.setattr(probe, "TIMEOUT", 1.0)
+    if failing == "fork":
+        monkeypatch.setattr(probe, "_start", start_or_fail)
+    else:
+        monkeypatch.setattr(probe, "_ask", ask_or_die)
+    copies = copy_of(vm, directory)
+    process = start_module("backup_set", {"plan": sets.plan(vm, speed="2M")["plan"]})
+    wait_for_copies(sets, "vm")
+    nobody.touch()
+    time.sleep(4)
+    assert process.running
+    release(vm)
+    result = process.result()
+    assert [found["state"] for found in result["vms"]] == ["published"]
+    assert [
+        warning.endswith("; that it hangs could not have been seen for more than 1 s") for warning in result["warnings"]
+    ]
     sets.assert_good("vm", copies)
 
 

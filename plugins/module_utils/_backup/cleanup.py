@@ -12,7 +12,7 @@ import os
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from .._common.errors import AgentError, BackupError, CommandError, ToolError, after
+from .._common.errors import AgentError, BackupError, CommandError, ToolError, after, is_unasked
 from .._common.formats import utc_now
 from .._host import probe
 from .._plan.model import Case
@@ -343,12 +343,15 @@ async def abandon(run: BackupRun, task: VmTask, reason: str) -> Outcome:
 
 
 async def _is_gone(run: BackupRun) -> bool:
-    """Tell whether the repository cannot be used any more: unmounted, exchanged, or its disk has failed."""
+    """Tell whether the repository cannot be used any more: unmounted, exchanged, or its disk has failed.
+
+    That nobody can ask is no reason to end good copies.
+    """
     try:
         await probe.probe(run.repository.path, writing=True)
         await run.repository.check_same()
-    except (BackupError, OSError):
-        return True
+    except (BackupError, OSError) as error:
+        return not is_unasked(error)
     return False
 
 

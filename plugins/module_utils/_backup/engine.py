@@ -160,6 +160,8 @@ async def _bring_to_state(run: BackupRun, task: VmTask) -> Outcome:
     while True:
         with run.slice.busy():
             hanging = await watch.ask() if watch else ""
+            if watch and watch.unasked:
+                task.warn(watch.unasked)
             found = await (cleanup.abandon(run, task, hanging) if hanging else _take_step_with_libvirt(run, task))
         run.slots.arrive(task.name)
         outcome = found if isinstance(found, Outcome) else await _wait(run, task, found)

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from ansible.module_utils.basic import AnsibleModule
 
 
+SHORTAGES = frozenset({errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE})
+"""What the operating system says where it has no processes, memory or files left: nobody was asked."""
 _warnings: dict[str, str] = {}
 
 
@@ -77,8 +79,21 @@ class RepositoryHangs(BackupError):
     """The repository's file system does not answer any more. The last call may still be done later, or never."""
 
 
+class Unasked(BackupError):
+    """Nobody could be sent to ask a file system, or has come back. That tells nothing of the file system."""
+
+
 class JobFailed(BackupError):
     """A backup did not end well; everything of that attempt has been cleaned up, or the message says what was not."""
+
+
+def is_unasked(error: BaseException | None) -> bool:
+    """Tell whether an error says only that somebody could not ask, and nothing of what was to be asked."""
+    while error is not None:
+        if isinstance(error, Unasked) or (isinstance(error, OSError) and error.errno in SHORTAGES):
+            return True
+        error = error.__cause__
+    return False
 
 
 def internal(error: Exception) -> str:

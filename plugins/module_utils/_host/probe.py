@@ -17,7 +17,7 @@ import signal
 import time
 from typing import TYPE_CHECKING
 
-from .._common.errors import BackupError, why
+from .._common.errors import SHORTAGES, BackupError, Unasked, why
 from .files import scratch
 
 if TYPE_CHECKING:
@@ -46,7 +46,8 @@ class Probe:
     """One question to the file system of C(path), asked from the moment on that the object is made.
 
     It reads the directory; with C(writing) it also makes, flushes and removes a file, which a file system whose disk
-    is gone cannot do from memory. Belongs to the event loop that runs, and has to be closed.
+    is gone cannot do from memory. Belongs to the event loop that runs, and has to be closed. Raises Unasked where there
+    is nobody to ask.
     """
 
     def __init__(self, path: str, writing: bool = False) -> None:
@@ -54,7 +55,11 @@ class Probe:
         self.asked = time.monotonic()
         _left_behind[:] = [child for child in _left_behind if not _ended(child)]
         loop = asyncio.get_running_loop()
-        self._source, self._child = _start(path, writing)
+        try:
+            self._source, self._child = _start(path, writing)
+        except OSError as error:
+            reason = f"repository: no process could be started to ask the file system of {path}: {why(error)}"
+            raise Unasked(reason) from error
         self._answer: asyncio.Future[bytes] = loop.create_future()
         loop.add_reader(self._source, self._receive)
 
@@ -70,11 +75,14 @@ class Probe:
         return bool(done)
 
     def check(self) -> None:
-        """Raise the OSError that the file system has answered with, where it has."""
+        """Raise the OSError that the file system has answered with, where it has; Unasked where it was not asked."""
         answer = self._answer.result()
+        asker = f"repository: the process that asked the file system of {self.path}"
         if not answer:
-            raise BackupError(f"repository: the process that asked the file system of {self.path} was killed")
+            raise Unasked(f"{asker} was killed")
         code = int(answer)
+        if code in SHORTAGES:
+            raise Unasked(f"{asker} could not do so: {os.strerror(code)}")
         if code:
             raise OSError(code, os.strerror(code), self.path)
 
@@ -133,6 +141,9 @@ class Watch:
         self.writing = writing
         self.hangs = False
         """Whether there was no answer when it was asked last. One that refuses has answered."""
+        self.unasked = ""
+        """Why nobody could ask it for longer than C(timeout); empty where somebody could."""
+        self._unasked_since: float | None = None
         self._question: Probe | None = None
         self._good_until = 0.0
 
@@ -140,7 +151,20 @@ class Watch:
         """Return why the file system cannot be used now; empty where it answers, or has less than C(INTERVAL) ago.
 
         The first one to meet with a file system that hangs waits C(timeout) for it; those after that do not wait.
+        Empty, too, where nobody could ask, which is no fault of the file system: the next time, somebody may.
         """
+        try:
+            reason = await self._ask()
+        except Unasked as error:
+            now = time.monotonic()
+            self._unasked_since = now if self._unasked_since is None else self._unasked_since
+            if now - self._unasked_since > self.timeout:
+                self.unasked = f"{error}; that it hangs could not have been seen for more than {self.timeout:g} s"
+            return ""
+        self._unasked_since, self.unasked = None, ""
+        return reason
+
+    async def _ask(self) -> str:
         if self._question is None and time.monotonic() < self._good_until:
             return ""
         question = self._question = self._question or Probe(self.path, self.writing)
@@ -154,8 +178,6 @@ class Watch:
             question.check()
         except OSError as error:
             return f"repository: {self.path}: {why(error)}"
-        except BackupError as error:
-            return str(error)
         self._good_until = time.monotonic() + INTERVAL
         return ""
 

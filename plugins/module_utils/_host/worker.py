@@ -123,9 +123,7 @@ class ThreadedCalls(DirectCalls):
         try:
             while self._awaited:
                 await asyncio.sleep(MOMENT)
-                # No process could be started to ask: maybe the next time.
-                with contextlib.suppress(OSError):
-                    await self._give_up_what_hangs()
+                await self._give_up_what_hangs()
         finally:
             self._asking = None
 

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,7 @@ import pytest
 from ansible_collections.vmfleet.backup.plugins.module_utils._backup import cleanup
 from ansible_collections.vmfleet.backup.plugins.module_utils._backup.outcome import VmState
 from ansible_collections.vmfleet.backup.plugins.module_utils._backup.session import AGAIN, VmTask
-from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import BackupError, MonitorTimeout
+from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import BackupError, MonitorTimeout, Unasked
 from ansible_collections.vmfleet.backup.plugins.module_utils._plan.model import Observation
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.documents import Phase
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.repository import VmRecords
@@ -232,3 +233,33 @@ class TestLeftovers:
 
     def test_are_not_the_bitmaps_that_differentials_build_on(self, repository: Repository) -> None:
         assert ("n-vda", f"vmfleet-{TAG}-full") not in self.bitmaps(repository, "differential")
+
+
+def short_of(code: int) -> BackupError:
+    error = BackupError("repository: vmfleet.json cannot be read")
+    error.__cause__ = OSError(code, os.strerror(code))
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "gone"),
+    [
+        (Unasked("nobody could be sent"), False),
+        (short_of(errno.EMFILE), False),
+        (OSError(errno.EIO, "Input/output error"), True),
+        (short_of(errno.EIO), True),
+        (BackupError("it is another repository now"), True),
+    ],
+)
+def test_whoever_cannot_ask_does_not_take_a_repository_for_gone(
+    error: Exception, gone: bool, repository: Repository, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def fail(*_arguments: object, **_options: object) -> None:
+        raise error
+
+    async def give_up(run: BackupRun) -> str:
+        task = VmTask(PLANNED, last_attempt=MADE)
+        return (await cleanup.fail_vm(run, task, "no more processes")).error
+
+    monkeypatch.setattr(cleanup.probe, "probe", fail)
+    assert ("its jobs could not be cancelled" in in_run(repository, give_up)) is gone

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import BackupError
+from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import BackupError, Unasked
 from ansible_collections.vmfleet.backup.plugins.module_utils._host import probe as host_probe
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.probe import Probe, Watch, probe, probe_if_there
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.access import check_creatable
@@ -393,7 +393,7 @@ def test_child_that_is_killed(path: str, children: list[int]) -> None:
         finally:
             question.close()
 
-    with pytest.raises(BackupError, match="was killed"):
+    with pytest.raises(Unasked, match="was killed"):
         asyncio.run(kill())
     assert not exists(children[0])
 
@@ -401,7 +401,7 @@ def test_child_that_is_killed(path: str, children: list[int]) -> None:
 def test_no_process_to_ask_with(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "fork", fails_with(errno.EAGAIN))
     before = os.listdir("/proc/self/fd")
-    with pytest.raises(BlockingIOError):
+    with pytest.raises(Unasked, match=f"to ask the file system of {path}: Resource temporarily unavailable"):
         asyncio.run(probe(path))
     assert os.listdir("/proc/self/fd") == before
 
@@ -476,12 +476,48 @@ def test_watch_is_shared(path: str, children: list[int]) -> None:
 def test_watch_whose_child_is_killed(path: str, hung: HungFileSystem, children: list[int]) -> None:
     async def follow() -> None:
         watch = Watch(path, AT_ONCE)
-        await watch.ask()
+        assert "does not answer" in await watch.ask()
         os.kill(children[0], signal.SIGKILL)
-        while "was killed" not in await watch.ask():
+        # That tells nothing, and the next one finds what there is.
+        while await watch.ask():
             pass
+        assert not watch.hangs
+        assert "does not answer" in await watch.ask()
         hung.come_back()
         while await watch.ask():
             pass
+        assert len(children) == 2
+
+    asyncio.run(follow())
+
+
+def kill_itself(*_arguments: object) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize(
+    ("call", "instead"),
+    [
+        ("fork", fails_with(errno.EAGAIN)),
+        ("pipe", fails_with(errno.EMFILE)),
+        ("scandir", fails_with(errno.ENFILE)),
+        ("statvfs", fails_with(errno.ENOMEM)),
+        ("statvfs", kill_itself),
+    ],
+)
+def test_watch_that_cannot_ask_says_so_when_it_lasts(
+    call: str, instead: Callable[..., None], path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def follow() -> None:
+        watch = Watch(path, 0.1)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, call, instead)
+            for _round in range(2):
+                assert await watch.ask() == watch.unasked == ""
+            await asyncio.sleep(0.2)
+            assert await watch.ask() == ""
+            assert watch.unasked.startswith("repository: ")
+            assert watch.unasked.endswith("; that it hangs could not have been seen for more than 0.1 s")
+        assert await watch.ask() == watch.unasked == ""
 
     asyncio.run(follow())
