@@ -121,6 +121,25 @@ def test_what_has_failed_is_tried_again(three: list[Qemu], sets: Sets) -> None:
     assert cancel(sets)["rc"] == 0
 
 
+def test_what_was_skipped_and_can_be_made_now_is_made(three: list[Qemu], sets: Sets) -> None:
+    def plan() -> dict[str, t.Any]:
+        found: dict[str, t.Any] = sets.plan(*three[:2], id="s1", speed=SLOW, offline="skip")["plan"]
+        return found
+
+    three[1].quit()
+    skipped = {"vm0": "running", "vm1": "skipped"}
+    first = started(plan(), max_vms=2)
+    assert by_name(first) == skipped
+    # Who would skip it as well follows the worker.
+    again = started(plan(), max_vms=2)
+    assert (by_name(again), again["worker"]) == (skipped, first["worker"])
+    three[1].restart()
+    assert started(plan(), max_vms=2)["msg"].startswith("detach: process ")
+    beside = started(plan(), "preferred", max_vms=2)
+    assert (by_name(beside), "worker" in beside) == ({"vm0": "running", "vm1": "running"}, False)
+    assert cancel(sets)["rc"] == 0
+
+
 def test_some_of_its_vms(sets: Sets, directory: Path, vms: Vms) -> None:
     two = [vms.start(vms.disk(number, size=16 * MIB), name=f"vm{number}") for number in range(2)]
     hypervisor = Hypervisor(directory)

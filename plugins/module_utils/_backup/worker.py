@@ -27,9 +27,9 @@ from .._host.priority import give_way
 from .._host.process import PROCESSES, Process, spaces
 from .._host.scope import enter_scope, offers_scopes
 from .._host.worker import run_in_worker
-from .._plan.model import parse_plan
+from .._plan.model import Action, parse_plan
 from .board import Board
-from .outcome import BAD, UNFINISHED, Outcome, failure, outcome_of, told
+from .outcome import BAD, UNFINISHED, Outcome, VmState, failure, outcome_of, told
 from .worker_place import Standing, Who, WorkerPlace, all_of, print_result, vms_of
 
 if TYPE_CHECKING:
@@ -155,14 +155,22 @@ def _wanted(module: AnsibleModule, plan: Plan) -> list[str]:
     return [hashlib.sha256(f"{settings}{vm.request}".encode()).hexdigest() for vm in plan.vms]
 
 
+def _leaves_out(found: Standing, plan: Plan) -> bool:
+    """Tell whether a worker is done with a VM that this plan would bring to its set: it has failed, or was skipped."""
+    names = {vm.name for vm in plan.vms}
+    wanted = {vm.name for vm in plan.vms if vm.action != Action.SKIP}
+    return any(
+        (vm["state"] in BAD and vm["name"] in names) or (vm["state"] == VmState.SKIPPED and vm["name"] in wanted)
+        for vm in found.vms
+    )
+
+
 def _join(module: AnsibleModule, plan: Plan, place: WorkerPlace) -> str:
-    """Return the key of the worker that makes the same sets; nothing where it makes others, or has failed with one."""
+    """Return the key of the worker that makes the same sets; nothing where it makes others, or leaves one out."""
     found = place.look()
     who = found.who
     if who and found.running and not any(module.params[order] for order in ORDERS):
-        names = {vm.name for vm in plan.vms}
-        failed = any(vm["name"] in names and vm["state"] in BAD for vm in found.vms)
-        if not failed and not Counter(_wanted(module, plan)) - Counter(who.wanted):
+        if not _leaves_out(found, plan) and not Counter(_wanted(module, plan)) - Counter(who.wanted):
             return who.key
     if module.params["detach"] == Detach.REQUIRED:
         raise Refused(
