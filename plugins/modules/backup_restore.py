@@ -93,7 +93,7 @@ options:
     description:
       - Replace targets that exist. A block device always exists.
       - With O(domain=define), also define a domain again that has the same name and uuid. It must be off, without a
-        saved state, snapshots and checkpoints.
+        saved state, snapshots and checkpoints. If that has changed when all copies are complete, no file is replaced.
     type: bool
     default: false
   checksum:

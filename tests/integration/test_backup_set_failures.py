@@ -153,9 +153,7 @@ def test_case_23_qemu_killed_while_it_copies(
     sets.assert_good("web01", copies)
 
 
-def test_qemu_killed_before_anything_of_a_set_exists(
-    vms: Vms, sets: Sets, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_qemu_killed_before_anything_of_a_set_exists(vms: Vms, sets: Sets, monkeypatch: pytest.MonkeyPatch) -> None:
     vm = vms.start(vms.disk(0, size=8 * MIB), name="web01")
     sets.back_up(vm, id="s0")
     describe_vm = prepare.describe_vm
@@ -312,9 +310,7 @@ def test_qemu_ends_while_finished_images_are_brought_to_the_disk(
     ("moment", "killed"),
     [("publish: rename", False), ("dismiss jobs: job-dismiss", False), ("dismiss jobs: job-dismiss", True)],
 )
-def test_qemu_ends_when_the_set_has_its_name(
-    moment: str, killed: bool, vms: Vms, directory: Path, sets: Sets
-) -> None:
+def test_qemu_ends_when_the_set_has_its_name(moment: str, killed: bool, vms: Vms, directory: Path, sets: Sets) -> None:
     vm = vms.start(vms.disk(0, size=8 * MIB), name="web01")
     copies = copy_of(vm, directory)
     plan = sets.plan(vm)["plan"]

@@ -64,7 +64,9 @@ def test_the_plan_says_that_there_may_be_no_room(vm: Qemu, tight: Sets) -> None:
     plan = tight.plan(vm, id="s1")["plan"]
     assert [planned["action"] for planned in plan["vms"]] == ["finish"]
     said = plan["vms"][0]["reason"]
-    assert said.startswith("set s0 of this VM is unfinished, and comes first. For the new set there is not enough space")
+    assert said.startswith(
+        "set s0 of this VM is unfinished, and comes first. For the new set there is not enough space"
+    )
     assert plan["space"]["needed"] == 0
     succeed("backup_set", {"repository": str(tight.path), "state": "cancelled"})
 

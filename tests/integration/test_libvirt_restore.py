@@ -18,6 +18,7 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors impo
 from ansible_collections.vmfleet.backup.plugins.module_utils._restore import domain as restored_domain
 from ansible_collections.vmfleet.backup.plugins.module_utils._restore import restore as restore_module
 from ansible_collections.vmfleet.backup.plugins.module_utils._restore.libvirt_host import LibvirtHost
+from ansible_collections.vmfleet.backup.plugins.module_utils._restore.model import DiskRestore
 from ansible_collections.vmfleet.backup.tests.harness.images import (
     MIB,
     assert_pattern,
@@ -33,6 +34,8 @@ from ansible_collections.vmfleet.backup.tests.harness.sets import Sets
 
 if t.TYPE_CHECKING:
     from pathlib import Path
+
+    from ansible_collections.vmfleet.backup.tests.harness.fixtures import Storage
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="name spaces need root")
 
@@ -417,3 +420,40 @@ def test_what_happens_during_the_copy_keeps_all_disks(
     taken.rmdir()
     backup.restore(**wanted)
     assert identical(old, backup.disk)
+
+
+def test_a_block_device_is_left_alone_where_the_domain_has_changed(
+    backup: Backup, libvirt: Libvirt, storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backup.domain.destroy()
+    device, variables = storage.loop(64 * MIB), backup.directory / "restored" / "x.fd"
+    disks = [{"name": "vda", "target": str(device)}, {"name": "nvram", "target": str(variables)}]
+    wanted = backup.asked(overwrite=True, directory=None, disks=disks)
+
+    def save_before(name: str) -> str:
+        """Return what is told where the domain is saved right before the call of this function for the device."""
+        function = getattr(restore_module, name)
+
+        def save_and_call(*args: t.Any) -> t.Any:
+            if any(isinstance(disk, DiskRestore) and disk.target == str(device) for disk in args):
+                for words in (("start", "web01", "--paused"), ("managedsave", "web01")):
+                    subprocess.run(["virsh", *words], check=True, capture_output=True)
+            return function(*args)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(restore_module, name, save_and_call)
+            told: str = fail("backup_restore", wanted, inside=libvirt.inside)["msg"]
+        backup.domain.virsh("managedsave-remove")
+        assert not variables.exists()
+        return told
+
+    told = save_before("check_device")
+    assert f"disk vda to {device}: the domain has changed during the restore: it has a saved state" in told
+    assert f"disk nvram to {variables}: it was not put in its place, because another disk of the domain" in told
+    assert_pattern(device, "raw", 0, 5 * MIB, 65536)
+    # What was written to it in its place stays.
+    told = save_before("_copy")
+    assert told.startswith(f"VM web01: disk nvram to {variables}: the domain has changed during the restore: it has a")
+    assert_pattern(device, "raw", 0x51, 5 * MIB, 65536)
+    succeed("backup_restore", wanted, inside=libvirt.inside)
+    assert backup.domain.xml("--inactive").find(f"devices/disk/source[@dev='{device}']") is not None

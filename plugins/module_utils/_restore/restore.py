@@ -126,7 +126,7 @@ async def _restore_all(
         await _check(repository, vm, [disk for disk in disks if settled[disk.target].result()], options, paces)
 
     checked = asyncio.ensure_future(check())
-    agreement = _agreement(disks, look) if look else None
+    agreement = _agreement(disks, look) if look and disks else None
     run = RestoreRun(repository, vm, options, warnings, settled, checked, paces, agreement)
     try:
         done = await asyncio.gather(*(_restore_disk(run, disk) for disk in disks), return_exceptions=True)
