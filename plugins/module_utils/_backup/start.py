@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 
 async def start(locked: LockedVm, _reason: str) -> Pending:
     """Remove what dead attempts have left, prepare an attempt, and start its jobs."""
-    run, task, monitor, vm = locked.run, locked.task, locked.monitor, locked.seen.vm
-    if vm is None or not (monitor or vm.is_off):
+    task, vm = locked.task, locked.seen.vm
+    if vm is None or not (locked.monitor or vm.is_off):
         return AGAIN
     decision = keep_planned_fulls(locked.decision, task.planned)
     for change in changes(task.planned, decision.plan.disks):
@@ -50,6 +50,12 @@ async def start(locked: LockedVm, _reason: str) -> Pending:
             task.reconnected = True
             return AGAIN
         return await _refuse(locked, str(error))
+    return await _begin(locked, vm, draft)
+
+
+async def _begin(locked: LockedVm, vm: Vm, draft: AttemptDraft) -> Pending:
+    """Prepare an attempt, and start its jobs; where that fails, see to what there is of it."""
+    run, task, monitor = locked.run, locked.task, locked.monitor
     try:
         task.last_attempt = draft.intent
         intent = await prepare_attempt(locked, draft)
