@@ -165,18 +165,15 @@ def _leaves_out(found: Standing, plan: Plan) -> bool:
     )
 
 
-def _is_made(module: AnsibleModule, plan: Plan, who: Who) -> bool:
-    """Tell whether a worker makes all that is wanted here."""
-    return not Counter(_wanted(module, plan)) - Counter(who.wanted)
-
-
 def _join(module: AnsibleModule, plan: Plan, place: WorkerPlace) -> str:
     """Return the key of the worker that makes the same sets; nothing where it makes others, or leaves one out."""
     found = place.look()
     who = found.who
     ordered = any(module.params[order] for order in ORDERS)
-    if who and found.running and not (ordered or _leaves_out(found, plan)) and _is_made(module, plan, who):
-        return who.key
+    if who and found.running and not ordered and not _leaves_out(found, plan):
+        others = Counter(_wanted(module, plan)) - Counter(who.wanted)
+        if not others:
+            return who.key
     if module.params["detach"] == Detach.REQUIRED:
         raise Refused(
             "detach",
