@@ -475,6 +475,8 @@ async def main_task(module: AnsibleModule, board: Board | None = None) -> dict[s
 
             await make_way(module.params, given, calls)
         repository, plan, created = await places(module, given, calls)
+        if board:
+            board.open(repository.uuid)
         run = BackupRun.of(AsyncRepository(repository, calls), plan, settings, board)
         outcomes = await reconcile(run)
     for outcome in outcomes:

@@ -44,7 +44,7 @@ AFTER = "after"
 """Right after is another moment than right before the next step where others act by themselves from then on."""
 
 STEPS = {
-    "_backup/board": {"_write_later": "tell", "note": "tell"},
+    "_backup/board": {"_write_later": "tell", "note": "tell", "open": "tell"},
     "_backup/worker": {"leave": "leave"},
     "_backup/worker_place": {"take": "take place"},
     "_host/directory": {"remove": "remove", "sync": "sync directory"},

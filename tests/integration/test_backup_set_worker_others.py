@@ -306,6 +306,21 @@ def test_it_goes_on_where_not_all_can_be_cancelled(three: list[Qemu], sets: Sets
     assert not who(sets)
 
 
+def test_it_is_ended_by_another_path_of_its_repository(three: list[Qemu], sets: Sets, directory: Path) -> None:
+    found = leave(sets, three)
+    other = Sets(directory / "other")
+    other.back_up(three[1])
+    assert (cancel(other)["rc"], bool(who(sets))) == (0, True)
+    (directory / "link").symlink_to(sets.path)
+    linked = Sets(directory / "link")
+    queued = next(name for name, state in by_name(found).items() if state == "queued")
+    assert cancel(linked, names=[queued])["msg"].startswith(f"names: {queued}: the worker of {linked.path}, process ")
+    assert who(sets)
+    assert states(cancel(linked)) == ["cancelled"]
+    assert not who(sets)
+    assert not [vm for vm in three if vm.block_jobs]
+
+
 def test_it_goes_on_where_the_repository_hangs(three: list[Qemu], sets: Sets, monkeypatch: pytest.MonkeyPatch) -> None:
     leave(sets, three)
     process = who(sets)

@@ -31,9 +31,16 @@ class Board:
     def __init__(self, path: str = "", key: str = "") -> None:
         self._path = path
         self._key = key
+        self._repository = ""
         self._outcomes: dict[int, Outcome] = {}
         self._unknown: set[int] = set()
         self._writing: asyncio.Task[None] | None = None
+
+    def open(self, uuid: str) -> None:
+        """Put up which repository it is, before anything is begun there: it may have other paths."""
+        self._repository = uuid
+        if self._path:
+            self._write()
 
     def begin(self, set_id: str, names: Sequence[str]) -> None:
         """Put up the VMs, of which nothing is known yet."""
@@ -63,7 +70,8 @@ class Board:
 
     def _write(self) -> None:
         vms = results(self._outcomes.values())
-        content = printable_result({"key": self._key, "known": not self._unknown, "vms": vms})
+        known = bool(self._outcomes) and not self._unknown
+        content = printable_result({"key": self._key, "repository": self._repository, "known": known, "vms": vms})
         temporary = f"{self._path}.new"
         # The sets are made, too, where nobody can be told how far they are.
         with contextlib.suppress(OSError):

@@ -9,10 +9,11 @@ Without their worker, nobody watches the copies. Whatever keeps the sets from be
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from .._common.errors import BackupError, Refused, why
 from .._common.selection import Selection
@@ -20,20 +21,20 @@ from .._host.lock import locked
 from .._host.probe import probe_if_there
 from .._host.process import PROCESSES, Process, spaces
 from .._repository.access import find_repository
-from .._repository.repository import check_owner
+from .._repository.repository import check_owner, open_repository
 from .cancel import plan_of_names
 from .outcome import UNFINISHED
 from .worker import new_file, process_of
 from .worker_place import WorkerPlace
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from typing import Any
 
     from .._host.worker import ThreadedCalls
     from .._plan.model import Plan
     from .._repository.repository import VmRecords
-    from .worker_place import Standing, Who
+    from .worker_place import Who
 
 
 MOMENT = 2.0
@@ -42,65 +43,85 @@ STOPPING = 30.0
 """Seconds that a worker takes at most to end. It may hang in the kernel."""
 
 
+class Worker(NamedTuple):
+    """A worker that runs, and how far its VMs are, as in Standing."""
+
+    place: WorkerPlace
+    who: Who
+    vms: Sequence[dict[str, Any]]
+
+
 async def make_way(params: dict[str, Any], given: Plan | None, calls: ThreadedCalls) -> None:
     """End the worker where all its sets are to be cancelled: those of the plan C(given), or those of the names.
 
-    Raises Refused where only some are, and it would begin one of them afterwards.
+    Raises Refused where only some are, and it would begin one of them afterwards. There may be more than one, where the
+    repository has more than one path.
     """
     path = calls.watch.path
-    found = await find(path)
-    if found is None or found.who is None or (given and given.id != found.who.id):
+    workers = [worker for worker in [await find(path)] if worker]
+    others = _others(path)
+    if not workers and not others:
         return
     await probe_if_there(path, writing=True)
+    if others:
+        # What is wrong with it is said by whoever needs it.
+        with contextlib.suppress(BackupError):
+            uuid = (await calls.run(open_repository, path, params["trust_others"])).uuid
+            workers += [worker for worker, of in others if of == uuid]
+    workers = [worker for worker in workers if not given or given.id == worker.who.id]
+    if not workers:
+        return
     selection = Selection.of(params)
     chosen = _is_of(given) if given else selection.takes
     creates = bool(given and given.create_repository)
     repository = await calls.run(find_repository, path, creates, params["trust_others"])
-    names = [name for name in dict.fromkeys(found.who.vms) if chosen(name)]
-    if len(names) < len(set(found.who.vms)):
-        later = [name for name in names if begins(found, name, await calls.run(repository.records, name))]
-        if later:
+    for worker in workers:
+        names = [name for name in dict.fromkeys(worker.who.vms) if chosen(name)]
+        later = [name for name in names if begins(worker, name, await calls.run(repository.records, name))]
+        if later and not all(map(chosen, worker.who.vms)):
             raise Refused(
                 "names",
-                f"{', '.join(later)}: the worker of {path}, process {found.who.pid}, would start the sets"
-                f" {found.who.id} of these VMs afterwards. Cancel the sets of all VMs, or wait until these are copied",
+                f"{', '.join(later)}: the worker of {path}, process {worker.who.pid}, would start the sets"
+                f" {worker.who.id} of these VMs afterwards. Cancel the sets of all VMs, or wait until these are copied",
             )
+    ending = [worker for worker in workers if all(map(chosen, worker.who.vms))]
+    if not ending:
         return
     plan = given
     if plan is None:
         plan = await calls.run(plan_of_names, repository, selection)
     for vm in plan.vms:
         await calls.run(check_owner, repository, vm.name)
-    await stop(path)
+    for worker in ending:
+        await _end(worker.who, worker.place, path)
 
 
 def _is_of(plan: Plan) -> Callable[[str], bool]:
     return {vm.name for vm in plan.vms}.__contains__
 
 
-def begins(found: Standing, name: str, records: VmRecords) -> bool:
+def begins(worker: Worker, name: str, records: VmRecords) -> bool:
     """Tell whether a worker would begin its set of a VM, though what is being made of that VM now is cancelled.
 
     It does not where it is done with the VM, or where the attempt is of its own run, which then counts as cancelled.
     An older set that comes first, and an attempt of its set by an earlier run, tell it nothing.
     """
-    who = found.who
-    if who is None or not any(vm["name"] == name and vm["state"] in UNFINISHED for vm in found.vms):
+    if not any(vm["name"] == name and vm["state"] in UNFINISHED for vm in worker.vms):
         return False
-    ours = who.run, who.id
+    ours = worker.who.run, worker.who.id
     told = any((intent.run, intent.id) == ours for intent in records.intents)
     told = told or any((failure.run, failure.id) == ours for failure in records.failures)
-    return not told and not records.published(who.id)
+    return not told and not records.published(worker.who.id)
 
 
-async def find(repository: str) -> Standing | None:
-    """Return how far the worker of this repository is; None where there is none."""
+async def find(repository: str) -> Worker | None:
+    """Return the worker of the repository at this path; None where there is none."""
     place = WorkerPlace.of(repository)
     deadline = time.monotonic() + MOMENT
     while place.is_held():
         found = place.look()
         if found.who and found.running:
-            return found
+            return Worker(place, found.who, found.vms)
         if time.monotonic() > deadline:
             raise BackupError(
                 f"{repository}: a process on this hypervisor is about to make sets; repeat the cancellation"
@@ -109,11 +130,17 @@ async def find(repository: str) -> Standing | None:
     return None
 
 
+def _others(repository: str) -> list[tuple[Worker, str]]:
+    """Return the workers of the repositories at other paths, each with the uuid of its repository."""
+    found = [(place, place.look()) for place in WorkerPlace.every() if place != WorkerPlace.of(repository)]
+    return [(Worker(place, one.who, one.vms), one.repository) for place, one in found if one.who and one.running]
+
+
 async def stop(repository: str) -> None:
-    """End the worker of this repository, where there is one. Copies that run stay."""
-    found = await find(repository)
-    if found and found.who:
-        await _end(found.who, WorkerPlace.of(repository), repository)
+    """End the worker of the repository at this path, where there is one. Copies that run stay."""
+    worker = await find(repository)
+    if worker:
+        await _end(worker.who, worker.place, repository)
 
 
 async def _end(who: Who, place: WorkerPlace, repository: str) -> None:

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 SOON, LATER = 0.02, 0.5
 """Seconds between two looks at the lock: those of the first and of the last ones."""
 GROWTH = 1.3
+STEM = "sets-"
+"""What the names of all files of workers begin with."""
 MOMENT = 0.2
 """Seconds that a lock may be held by those who only look at it."""
 ENDING = 5.0
@@ -66,7 +68,8 @@ class Standing(NamedTuple):
     """How far a worker is. One that does not run, and has no C(result), has died.
 
     C(vms) is what backup_set returns for each of its VMs, as far as the worker knows; C(known) says that it has looked
-    at all of them. C(result) is all that backup_set has printed, as JSON, when it came to its end.
+    at all of them. C(result) is all that backup_set has printed, as JSON, when it came to its end. C(repository) is the
+    uuid of its repository, which may have several paths; empty until it has opened that.
     """
 
     who: Who | None
@@ -74,6 +77,7 @@ class Standing(NamedTuple):
     known: bool = False
     vms: Sequence[dict[str, Any]] = ()
     result: str = ""
+    repository: str = ""
 
     @property
     def at_the_end(self) -> bool:
@@ -94,8 +98,19 @@ class WorkerPlace(NamedTuple):
     def of(cls, repository: str) -> WorkerPlace:
         """Return those for the repository at this path, whose file system may hang."""
         digest = hashlib.sha256(os.fsencode(os.path.normpath(repository))).hexdigest()[:16]
-        stem = os.path.join(lock_directory(), f"sets-{digest}")
-        return cls(*(f"{stem}.{kind}" for kind in ("lock", "progress", "result", "log", "stop")))
+        return cls._of_stem(f"{STEM}{digest}")
+
+    @classmethod
+    def every(cls) -> list[WorkerPlace]:
+        """Return those for all paths of repositories at which this user has had a worker since the machine started."""
+        names = sorted(os.listdir(lock_directory())) if os.path.isdir(lock_directory()) else []
+        stems = (name.rpartition(".")[0] for name in names if name.startswith(STEM) and name.endswith(".lock"))
+        return [cls._of_stem(stem) for stem in stems]
+
+    @classmethod
+    def _of_stem(cls, stem: str) -> WorkerPlace:
+        path = os.path.join(lock_directory(), stem)
+        return cls(*(f"{path}.{kind}" for kind in ("lock", "progress", "result", "log", "stop")))
 
     def take(self) -> int | None:
         """Take the lock, and return its file descriptor; None where a worker has it.
@@ -148,7 +163,7 @@ class WorkerPlace(NamedTuple):
         vms = progress.get("vms") or [{**UNKNOWN, "name": name, "id": who.id} for name in who.vms]
         if running or printed_by != who.key or not _parse(result):
             result = _cancelled(vms) if stopped == who.key and not running else ""
-        return Standing(who, running, bool(progress.get("known")), vms, result)
+        return Standing(who, running, bool(progress.get("known")), vms, result, progress.get("repository", ""))
 
     def follow(self, key: str, seconds: float) -> Standing:
         """Wait for the end of the worker with this C(key), until it has looked at all its VMs and so long at most."""
