@@ -114,7 +114,8 @@ class TestKilled:
         library, record = template.copied(directory).library, directory / "points"
         start_module("backup_prune", {"repository": str(library.path), **options}, record=record).result()
         shutil.rmtree(library.path)
-        points = crash.read(record)
+        # Only on a busy machine a prune takes so long that the file system is asked once more.
+        points = [point for point in crash.read(record) if point.name != "watch: fork"]
         assert_listed(points, POINTS, f"POINTS of {__name__.rpartition('.')[2]}.py")
         for point in deal(points, dice(), hand, HANDS, share=0.25):
             print(point)
