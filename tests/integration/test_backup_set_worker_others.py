@@ -321,6 +321,27 @@ def test_it_is_ended_by_another_path_of_its_repository(three: list[Qemu], sets: 
     assert not [vm for vm in three if vm.block_jobs]
 
 
+def test_there_is_one_whatever_the_path_of_its_repository(three: list[Qemu], sets: Sets, directory: Path) -> None:
+    leave(sets, three[:2])
+    process = who(sets)
+    assert process
+    (directory / "link").symlink_to(sets.path)
+    linked = Sets(directory / "link")
+    try:
+        plan = linked.plan(three[2], speed=SLOW, id="s1")["plan"]
+        assert started(plan)["msg"].startswith(
+            f"detach: process {process.pid} makes the sets s1 in the same repository"
+        )
+        assert not three[2].block_jobs
+        beside = started(plan, "preferred")
+        assert (states(beside), "worker" in beside) == (["running"], False)
+        assert not who(linked)
+    finally:
+        for path in place(linked):
+            Path(path).unlink(missing_ok=True)
+    assert cancel(sets)["rc"] == 0
+
+
 def test_it_goes_on_where_the_repository_hangs(three: list[Qemu], sets: Sets, monkeypatch: pytest.MonkeyPatch) -> None:
     leave(sets, three)
     process = who(sets)

@@ -15,7 +15,7 @@ from .._common.printable import printable_result
 from .outcome import Outcome, VmState, results
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
 
 INTERVAL = 2.0
@@ -25,12 +25,13 @@ INTERVAL = 2.0
 class Board:
     """The file at C(path), which is in nobody else's directory; without a path, nothing is written.
 
-    C(key) is the name of the worker that writes it.
+    C(key) is the name of the worker that writes it, and C(opened) is called with the uuid of its repository.
     """
 
-    def __init__(self, path: str = "", key: str = "") -> None:
+    def __init__(self, path: str = "", key: str = "", opened: Callable[[str], None] | None = None) -> None:
         self._path = path
         self._key = key
+        self._opened = opened
         self._repository = ""
         self._outcomes: dict[int, Outcome] = {}
         self._unknown: set[int] = set()
@@ -41,6 +42,8 @@ class Board:
         self._repository = uuid
         if self._path:
             self._write()
+        if self._opened:
+            self._opened(uuid)
 
     def begin(self, set_id: str, names: Sequence[str]) -> None:
         """Put up the VMs, of which nothing is known yet."""

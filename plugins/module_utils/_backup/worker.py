@@ -30,7 +30,7 @@ from .._host.worker import run_in_worker
 from .._plan.model import Action, parse_plan
 from .board import Board
 from .outcome import BAD, UNFINISHED, Outcome, VmState, failure, outcome_of, told
-from .worker_place import Standing, Who, WorkerPlace, all_of, print_result, vms_of
+from .worker_place import Standing, Who, WorkerPlace, all_of, gives_way, print_result, vms_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
@@ -68,8 +68,8 @@ class Detach(Word):
 def leave(module: AnsibleModule, main: Main) -> None:
     """Leave the sets to a worker that does C(main), and end the module with how far it is.
 
-    Return where this call has to make them itself, because the repository has a worker with other sets, or the new one
-    has died at once.
+    Return where this call has to make them itself, because the repository has a worker with other sets or for another
+    path, or the new one has died at once.
     """
     try:
         check_options(module.argument_spec, module.params)
@@ -79,13 +79,16 @@ def leave(module: AnsibleModule, main: Main) -> None:
         found = place.follow(key, module.params["slice"]) if key else Standing(None, running=False)
         if key and not found.running and not found.result and module.params["detach"] == Detach.REQUIRED:
             raise BackupError(f"detach: the worker ended before it began; read its last output in {place.log}")
+        refusal = gives_way(found.result)
+        if refusal and module.params["detach"] == Detach.REQUIRED:
+            raise BackupError(refusal)
     except (BackupError, OSError) as error:
         said = str(error) if isinstance(error, BackupError) else f"detach: no worker could begin: {why(error)}"
         if isinstance(error, Refused) or module.params["detach"] == Detach.REQUIRED:
             module.fail_json(msg=said)
         warn(module, f"{said}; this call makes the sets itself")
         return
-    if found.running or found.result:
+    if found.running or (found.result and not refusal):
         _tell(module, plan, found, key)
 
 
@@ -230,7 +233,7 @@ def _live(module: AnsibleModule, main: Main, place: WorkerPlace, lock: int, sink
         _say(sink, FAILS, in_words(error) if isinstance(error, OSError) else repr(error))
         os._exit(status)
     try:
-        board = Board(place.progress, key)
+        board = Board(place.progress, key, lambda uuid: _give_way(place, uuid))
 
         async def make(module: AnsibleModule) -> dict[str, Any]:
             try:
@@ -242,6 +245,23 @@ def _live(module: AnsibleModule, main: Main, place: WorkerPlace, lock: int, sink
         status = _make(module, make, plan)
     finally:
         os._exit(status)
+
+
+def _give_way(place: WorkerPlace, uuid: str) -> None:
+    """Raise Refused where the repository has another worker, to which it was given by another path.
+
+    Of two that begin at the same time, at least one sees the other: each has put up its repository before it looks.
+    """
+    for other in WorkerPlace.every():
+        found = other.look()
+        who = found.who
+        if other != place and who and found.running and found.repository == uuid:
+            raise Refused(
+                "detach",
+                f"process {who.pid} makes the sets {who.id} in the same repository, by another path, since {who.since};"
+                " wait until it ends, run the backup without detach, or cancel all sets in progress",
+                gives_way=True,
+            )
 
 
 def _settle(module: AnsibleModule, sets: str, key: str) -> list[str]:

@@ -195,6 +195,12 @@ def vms_of(result: str) -> Sequence[dict[str, Any]]:
     return vms
 
 
+def gives_way(result: str) -> str:
+    """Return why a worker has left its sets to others; empty where it has not."""
+    found = _parse(result)
+    return str(found["msg"]) if found.get("gives_way") else ""
+
+
 def all_of(result: str, set_id: str, names: Sequence[str]) -> bool:
     """Tell whether a result is about these VMs, and no others, with all that backup_set returns."""
     found = _parse(result)
