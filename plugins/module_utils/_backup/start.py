@@ -45,11 +45,7 @@ async def start(locked: LockedVm, _reason: str) -> Pending:
         # Libvirt was restarted, most often: the VM is asked again, as after any other question.
         raise
     except BackupError as error:
-        if isinstance(error, MonitorGone) and not task.reconnected:
-            # Nothing is begun. Whether the VM is off now is for the next look to tell, but once only.
-            task.reconnected = True
-            return AGAIN
-        return await _refuse(locked, str(error))
+        return await _refuse(locked, error)
     return await _begin(locked, vm, draft)
 
 
@@ -96,13 +92,17 @@ async def _draft(locked: LockedVm, vm: Vm, decision: Decision) -> AttemptDraft:
     return draft
 
 
-async def _refuse(locked: LockedVm, error: str) -> Pending:
+async def _refuse(locked: LockedVm, error: BackupError) -> Pending:
     """Write down that this run need not try again, though nothing was begun."""
+    task, plan = locked.task, locked.run.plan
+    if isinstance(error, MonitorGone) and not task.reconnected:
+        # Whether the VM is off now is for the next look to tell, but once only.
+        task.reconnected = True
+        return AGAIN
     now = utc_now()
-    plan = locked.run.plan
-    failure = Failure(plan.run, "", plan.id, VmState.FAILED, error, now, now)
+    failure = Failure(plan.run, "", plan.id, VmState.FAILED, str(error), now, now)
     with after(error):
-        await locked.run.repository.record_failure(locked.task.name, failure)
+        await locked.run.repository.record_failure(task.name, failure)
     return AGAIN
 
 
