@@ -61,6 +61,8 @@ async def remove(locked: LockedVm, _reason: str) -> Pending:
     if locked.decision.case == Case.SUPERSEDED:
         # The guest of one that is taken over may be another one, or elsewhere.
         await thaw(locked, intent)
+    # Who removes it goes on with another attempt.
+    locked.task.followed = ""
     state = VmState.CANCELLED if locked.run.is_ours(intent) else VmState.FAILED
     await fail_attempt(locked, intent, removal, state)
     return AGAIN

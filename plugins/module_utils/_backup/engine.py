@@ -257,6 +257,7 @@ def _note_attempt(session: VmSession) -> None:
     waits = action == Action.FINISH and not run.slots.has(task.name)
     if decision.intent and run.is_ours(decision.intent) and not waits:
         task.last_attempt = decision.intent
+        task.followed = decision.intent.attempt if decision.case == Case.BEING_MADE else task.followed
 
 
 async def _situation(session: VmSession) -> VmSituation:

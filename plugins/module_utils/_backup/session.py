@@ -90,6 +90,8 @@ class VmTask:
     """The VM as it was when its jobs were last seen to run, and whose jobs they are."""
     last_attempt: Intent | None = None
     """The last attempt whose jobs may run on this hypervisor."""
+    followed: str = ""
+    """The last attempt at this very set that was seen to be made, by whomever it was begun."""
     reconnected: bool = False
     """Whether the connection has broken off once while a set was drafted or started."""
     begun_again: bool = False
@@ -144,8 +146,7 @@ class VmSession:
 
     @cached_property
     def decision(self) -> Decision:
-        followed = self.task.last_attempt.attempt if self.task.last_attempt else ""
-        return decide.decide(self.task.request, self.seen, self.records, self.run.context, followed)
+        return decide.decide(self.task.request, self.seen, self.records, self.run.context, self.task.followed)
 
     @property
     def intent(self) -> Intent:

@@ -295,16 +295,11 @@ RULES = (
     Rule("the set is published, without a disk that is chosen now", _is(Case.WITHOUT_DISK), Step.FAIL),
     Rule("the set is published, and remains of its attempt exist", _is(Case.PUBLISHED, remains=True), Step.TIDY),
     Rule("the set is published", _is(Case.PUBLISHED), Step.DONE),
-    Rule(
-        "this run has already failed with this set, or somebody cancelled it while this run followed it",
-        _is(Case.FAILED),
-        Step.FAIL,
-    ),
+    Rule("this run has already failed with this set, or somebody has cancelled it", _is(Case.FAILED), Step.FAIL),
     Rule("another hypervisor, or another VM of this name, is making a set", _is(Case.FOREIGN), Step.FAIL),
-    # What is unfinished.
+    # What is unfinished. What we are making comes to its end even if the plan has refused the VM: nobody else ends it.
     Rule(
         "we have to remove another set first, but the plan has refused the VM",
-        # One that we are making is brought to its end in any case: nobody else would.
         lambda seen: seen.case in (Case.TAKEN_OVER, Case.SUPERSEDED) and seen.refused,
         Step.FAIL,
         "{planned_reason}",

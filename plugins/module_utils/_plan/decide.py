@@ -30,7 +30,10 @@ MIGRATING = frozenset({"inmigrate", "postmigrate", "finish-migrate"})
 def decide(
     request: Request, seen: Observation, records: VmRecords, context: RunContext, followed: str = ""
 ) -> Decision:
-    """Decide what to do with one VM; the first case that holds wins. C(followed) is the attempt that was seen last."""
+    """Decide what to do with one VM; the first case that holds wins.
+
+    C(followed) is the attempt at the set that this run has seen to be made.
+    """
     choice = choose_disks(seen.vm, request) if seen.vm else Choice()
     intent, removal = None, ""
     # These are of the set that is to be begun: what we are making comes to its end, whatever they say by now.
