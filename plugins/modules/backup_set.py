@@ -54,8 +54,8 @@ options:
       - V(completed) returns when every set is published or has failed.
       - V(started) returns when the jobs are running, O(max_vms) VMs at a time. It publishes sets that are complete by
         then. A later call with V(completed), from any process, continues.
-      - V(cancelled) stops the sets that are being made, and removes what exists of them. The runs that made or
-        follow them count them as cancelled and do not start them again. The next run does.
+      - V(cancelled) stops the sets that are being made, and removes what exists of them. The run that made
+        them, and a worker that follows them, count them as cancelled and do not start them again. The next run does.
       - V(untracked) removes all bitmaps of the repository from the VMs. The sets stay, and the next ones are full. Use
         it for VMs that you do not back up here any more, and before you load an internal snapshot, which QEMU refuses
         while a disk has bitmaps.

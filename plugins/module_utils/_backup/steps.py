@@ -131,8 +131,9 @@ def judge(intent: Intent, seen: Observation, records: VmRecords, now: float) -> 
 
 def _judge_jobs(intent: Intent, vm: Vm, now: float) -> AttemptState:
     jobs = {disk.image.name: vm.job(disk.job) for disk in intent.disks if disk.job}
-    # Whoever has started the jobs was killed before it had looked whether their copies are of one moment.
-    same = vm.is_off or all(is_disk_on(disk.image.node, disk.image.qdev, vm.disks) for disk in intent.disks)
+    # Whoever started them was killed before it had looked whether the copies are of one moment. Layers have no device.
+    images = [disk.image for disk in intent.disks if disk.image.qdev]
+    same = vm.is_off or all(is_disk_on(image.node, image.qdev, vm.disks) for image in images)
     if intent.phase == Phase.PREPARING and not (same and any(jobs.values())):
         return AttemptState(AttemptStatus.INTERRUPTED)
     errors = [f"disk {disk}: {_job_error(job)}" for disk, job in jobs.items() if _job_error(job)]

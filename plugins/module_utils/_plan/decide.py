@@ -105,9 +105,10 @@ def _already_published(
             f"set {manifest.id} belongs to another VM of this name ({manifest.vm.identity};"
             f" this one is {seen.vm.identity}); rename one of them, or use another id, with adopt: true"
         )
-    missing = _missing_disks(manifest, choice, named) if manifest else ""
+    missing = _missing_disks(manifest, choice, named, seen.vm) if manifest else ""
     if missing:
-        return Case.WITHOUT_DISK, f"set {context.id} exists without disk {missing}; use another id"
+        remedy = f". {choice.error}" if choice.error else "; use another id"
+        return Case.WITHOUT_DISK, f"set {context.id} exists without disk {missing}{remedy}"
     return Case.PUBLISHED, PUBLISHED_ALREADY
 
 
@@ -131,9 +132,9 @@ def _being_made(
     C(wrong) says why no set could be begun instead, and C(other) that the VM has another uuid than the one of the list.
     """
     theirs = foreign(intent, seen, context.hypervisor)
-    if theirs and other:
-        # A set is not taken over for a VM that is not the one that is meant.
-        return Case.FOREIGN, other, ""
+    if theirs and (other or (wrong and context.takeover)):
+        # A set is taken over only to make way for one that can be begun, of the VM that is meant.
+        return Case.FOREIGN, other or wrong, ""
     if theirs and not context.takeover:
         return (
             Case.FOREIGN,
@@ -243,13 +244,15 @@ def _next_intent(intents: tuple[Intent, ...], set_id: str) -> Intent:
     return [*others, *intents][0]
 
 
-def _missing_disks(published: Manifest, choice: Choice, named: Iterable[str]) -> str:
+def _missing_disks(published: Manifest, choice: Choice, named: Iterable[str], vm: Vm | None) -> str:
     """Return the disks that are chosen, or C(named), and that a published set lacks; empty where it has all."""
     known = {name for image in published.disks for name in (*image.names, image.node)}
+    # A disk has more names than a set knows: that of a filter above it, say.
+    there = {name: vm.find_disk(name) if vm else None for name in named}
     return ", ".join(
         (
             *(disk.name for disk in choice.disks if not published.find(disk.names)),
-            *(name for name in named if name not in known),
+            *(name for name, disk in there.items() if name not in known and not (disk and published.find(disk.names))),
         )
     )
 

@@ -20,7 +20,8 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._plan.decide import
 from ansible_collections.vmfleet.backup.plugins.module_utils._plan.model import Observation
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.documents import Intent, Phase
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.repository import VmRecords
-from ansible_collections.vmfleet.backup.tests.unit.plugins.builders import SIZE, disk, job
+from ansible_collections.vmfleet.backup.tests.unit.plugins import builders
+from ansible_collections.vmfleet.backup.tests.unit.plugins.builders import SIZE, disk, image, job
 from ansible_collections.vmfleet.backup.tests.unit.plugins.today import (
     FAILED,
     JOB0,
@@ -81,10 +82,16 @@ VERDICTS = {
         "running",
     ),
     "started, and of another moment": (
-        intent(phase=Phase.PREPARING),
+        builders.intent("today", image("vda"), image("vdb", qdev="vdb"), attempt="a1", phase=Phase.PREPARING),
         Observation(vm(VDA, disk("vdb", "n-overlay"), jobs=(job(JOB0), job(JOB1)))),
         VmRecords(),
         "interrupted",
+    ),
+    "started, of a layer that was named": (
+        intent(phase=Phase.PREPARING),
+        Observation(vm(VDA, disk("vdb", "n-overlay"), jobs=(job(JOB0), job(JOB1)))),
+        VmRecords(),
+        "running",
     ),
     "started in a storage daemon": (
         intent(phase=Phase.PREPARING),

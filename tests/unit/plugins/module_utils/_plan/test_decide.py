@@ -262,7 +262,17 @@ def test_a_set_is_there_though_the_lists_of_disks_are_wrong_by_now() -> None:
     for lists in ({"exclude_disks": ("vdx",)}, {"exclude_disks": ("vdx",), "include_disks": ("vda", "n-vdb")}):
         assert decide(replace(REQUEST, **lists), at, records, TERMS).plan.reason == "the set is published"
     plan = decide(replace(REQUEST, include_disks=("vda", "vdx")), at, records, TERMS).plan
-    assert (plan.action, plan.reason) == ("fail", "set today exists without disk vdx; use another id")
+    assert (plan.action, "set today exists without disk vdx. " in plan.reason) == ("fail", True)
+    assert "has no device 'vdx'" in plan.reason
+
+
+def test_a_disk_of_a_set_may_be_named_by_a_filter_above_it() -> None:
+    seen = Observation(vm())
+    filtered = replace(seen.vm.disks[0], filters=("throttle0",)) if seen.vm else None
+    at = Observation(replace(seen.vm, disks=(filtered, *seen.vm.disks[1:]))) if seen.vm and filtered else seen
+    request_ = replace(REQUEST, include_disks=("throttle0", "vdx"))
+    plan = decide(request_, at, VmRecords(sets=(manifest(),)), TERMS).plan
+    assert "set today exists without disk vdx. " in plan.reason
 
 
 def test_a_set_is_not_of_a_vm_that_is_not_meant() -> None:
@@ -280,6 +290,16 @@ def test_nothing_is_taken_over_for_a_vm_that_is_not_meant() -> None:
     decision = decide(other, seen, VmRecords(intents=(theirs,)), replace(TERMS, takeover=True))
     assert (decision.plan.action, decision.intent, decision.removal) == ("fail", theirs, "")
     assert "is listed with uuid" in decision.plan.reason
+
+
+def test_nothing_is_taken_over_for_a_set_that_cannot_be_begun() -> None:
+    wrong = replace(REQUEST, include_disks=("vdx",))
+    theirs = intent(hypervisor=ELSEWHERE)
+    decision = decide(wrong, Observation(vm()), VmRecords(intents=(theirs,)), replace(TERMS, takeover=True))
+    assert (decision.plan.action, decision.intent, decision.removal) == ("fail", theirs, "")
+    assert "has no device 'vdx'" in decision.plan.reason
+    untold = decide(wrong, Observation(vm()), VmRecords(intents=(theirs,)), TERMS)
+    assert "hypervisor hv2" in untold.plan.reason
 
 
 FOREIGN = {
