@@ -365,7 +365,7 @@ def test_nobody_else_is_killed(sets: Sets, other: str) -> None:
         start, space = (process.start, "1") if "container" in other else (process.start - 1, here)
         fd = place(sets).take()
         assert fd is not None
-        said = Who(stranger.pid, start, space, "0" * 16, "s0", "r0", "2026-11-30T01:00:05Z", ["vm0"], [])
+        said = Who(stranger.pid, start, space, "0" * 16, "s0", "2026-11-30T01:00:05Z", ["vm0"], [], "r0")
         os.pwrite(fd, json.dumps(said._asdict()).encode(), 0)
         with pytest.raises(BackupError, match=f"process {stranger.pid}, runs in another container"):
             asyncio.run(worker_end.stop(str(sets.path)))

@@ -216,7 +216,7 @@ def _live(module: AnsibleModule, main: Main, place: WorkerPlace, lock: int, sink
         me = process_of(os.getpid())
         names = [vm.name for vm in plan.vms]
         wanted = _wanted(module, plan)
-        who = Who(me.pid, me.start, spaces()[PROCESSES], key, plan.id, plan.run, utc_now(), names, wanted)
+        who = Who(me.pid, me.start, spaces()[PROCESSES], key, plan.id, utc_now(), names, wanted, plan.run)
         # What the worker before has printed goes first: it is not to be taken for this one's.
         result = new_file(place.result)
         os.write(result, f"{key}\n".encode())

@@ -51,6 +51,7 @@ class Who(NamedTuple):
     began, in ISO 8601, and C(vms) are the names of its VMs, in the order of its plan. C(wanted) is what is asked for
     each of them, as a digest.
     C(start) and C(space) tell its process from a later one of that pid, and from one of another pid name space.
+    What has a default is not said by a worker of an older version, which may run on after an upgrade.
     """
 
     pid: int
@@ -58,10 +59,10 @@ class Who(NamedTuple):
     space: str
     key: str
     id: str
-    run: str
     since: str
     vms: list[str]
     wanted: list[str]
+    run: str = ""
 
 
 class Standing(NamedTuple):
@@ -143,7 +144,7 @@ class WorkerPlace(NamedTuple):
 
     def who(self) -> Who | None:
         """Return what the worker says of itself; None where it has only just begun."""
-        said = _load(self.lock)
+        said = {**Who._field_defaults, **_load(self.lock)}
         try:
             return Who(**{name: said[name] for name in Who._fields})
         except KeyError:
