@@ -25,7 +25,8 @@ INTERVAL = 2.0
 class Board:
     """The file at C(path), which is in nobody else's directory; without a path, nothing is written.
 
-    C(key) is the name of the worker that writes it, and C(opened) is called with the uuid of its repository.
+    C(key) is the name of the worker that writes it, and C(opened) is called with the uuid of its repository: where it
+    raises, nothing is begun.
     """
 
     def __init__(self, path: str = "", key: str = "", opened: Callable[[str], None] | None = None) -> None:
@@ -33,6 +34,7 @@ class Board:
         self._key = key
         self._opened = opened
         self._repository = ""
+        self._begun = False
         self._outcomes: dict[int, Outcome] = {}
         self._unknown: set[int] = set()
         self._writing: asyncio.Task[None] | None = None
@@ -44,6 +46,9 @@ class Board:
             self._write()
         if self._opened:
             self._opened(uuid)
+        self._begun = True
+        if self._path:
+            self._write()
 
     def begin(self, set_id: str, names: Sequence[str]) -> None:
         """Put up the VMs, of which nothing is known yet."""
@@ -74,7 +79,8 @@ class Board:
     def _write(self) -> None:
         vms = results(self._outcomes.values())
         known = bool(self._outcomes) and not self._unknown
-        content = printable_result({"key": self._key, "repository": self._repository, "known": known, "vms": vms})
+        opened = {"repository": self._repository, "begun": self._begun}
+        content = printable_result({"key": self._key, **opened, "known": known, "vms": vms})
         temporary = f"{self._path}.new"
         # The sets are made, too, where nobody can be told how far they are.
         with contextlib.suppress(OSError):

@@ -15,6 +15,7 @@ import json
 import os
 import secrets
 import sys
+import time
 import zipfile
 from collections import Counter
 from contextlib import suppress
@@ -30,7 +31,7 @@ from .._host.worker import run_in_worker
 from .._plan.model import Action, parse_plan
 from .board import Board
 from .outcome import BAD, UNFINISHED, Outcome, VmState, failure, outcome_of, told
-from .worker_place import Standing, Who, WorkerPlace, all_of, gives_way, print_result, vms_of
+from .worker_place import SOON, Standing, Who, WorkerPlace, all_of, gives_way, print_result, vms_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
@@ -55,6 +56,8 @@ SETTINGS = (
 WORDS = 2000
 """Bytes of what a worker says when it begins: why it cannot, or what it warns of."""
 FAILS, WARNS = b"!", b"?"
+YIELDING = 5.0
+"""Seconds that a worker waits at most until one that gives way to it has ended."""
 
 
 class Detach(Word):
@@ -233,7 +236,7 @@ def _live(module: AnsibleModule, main: Main, place: WorkerPlace, lock: int, sink
         _say(sink, FAILS, in_words(error) if isinstance(error, OSError) else repr(error))
         os._exit(status)
     try:
-        board = Board(place.progress, key, lambda uuid: _give_way(place, uuid))
+        board = Board(place.progress, key, lambda uuid: _give_way(place, key, uuid))
 
         async def make(module: AnsibleModule) -> dict[str, Any]:
             try:
@@ -247,21 +250,30 @@ def _live(module: AnsibleModule, main: Main, place: WorkerPlace, lock: int, sink
         os._exit(status)
 
 
-def _give_way(place: WorkerPlace, uuid: str) -> None:
+def _give_way(place: WorkerPlace, key: str, uuid: str) -> None:
     """Raise Refused where the repository has another worker, to which it was given by another path.
 
     Of two that begin at the same time, at least one sees the other: each has put up its repository before it looks.
+    Where both do, the one with the larger key gives way, and the other one waits for its end.
     """
-    for other in WorkerPlace.every():
-        found = other.look()
-        who = found.who
-        if other != place and who and found.running and found.repository == uuid:
-            raise Refused(
-                "detach",
-                f"process {who.pid} makes the sets {who.id} in the same repository, by another path, since {who.since};"
-                " wait until it ends, run the backup without detach, or cancel all sets in progress",
-                gives_way=True,
-            )
+    for other in (one for one in WorkerPlace.every() if one != place):
+        deadline = time.monotonic() + YIELDING
+        while True:
+            found = other.look()
+            who = found.who
+            if not who or not found.running or found.repository != uuid:
+                break
+            if found.begun or who.key < key:
+                raise Refused(
+                    "detach",
+                    f"process {who.pid} makes the sets {who.id} in the same repository, by another path, since"
+                    f" {who.since}; wait until it ends, run the backup without detach, or cancel all sets in progress",
+                    gives_way=True,
+                )
+            if time.monotonic() > deadline:
+                # It has been stopped, or takes long to end. When it looks, it finds this one, and gives way.
+                break
+            time.sleep(SOON)
 
 
 def _settle(module: AnsibleModule, sets: str, key: str) -> list[str]:

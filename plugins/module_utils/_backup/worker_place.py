@@ -70,7 +70,8 @@ class Standing(NamedTuple):
 
     C(vms) is what backup_set returns for each of its VMs, as far as the worker knows; C(known) says that it has looked
     at all of them. C(result) is all that backup_set has printed, as JSON, when it came to its end. C(repository) is the
-    uuid of its repository, which may have several paths; empty until it has opened that.
+    uuid of its repository, which may have several paths; empty until it has opened that. C(begun) says that it has
+    given way to no other worker of that repository, and makes its sets.
     """
 
     who: Who | None
@@ -79,6 +80,7 @@ class Standing(NamedTuple):
     vms: Sequence[dict[str, Any]] = ()
     result: str = ""
     repository: str = ""
+    begun: bool = False
 
     @property
     def at_the_end(self) -> bool:
@@ -164,7 +166,8 @@ class WorkerPlace(NamedTuple):
         vms = progress.get("vms") or [{**UNKNOWN, "name": name, "id": who.id} for name in who.vms]
         if running or printed_by != who.key or not _parse(result):
             result = _cancelled(vms) if stopped == who.key and not running else ""
-        return Standing(who, running, bool(progress.get("known")), vms, result, progress.get("repository", ""))
+        opened = progress.get("repository", ""), bool(progress.get("begun"))
+        return Standing(who, running, bool(progress.get("known")), vms, result, *opened)
 
     def follow(self, key: str, seconds: float) -> Standing:
         """Wait for the end of the worker with this C(key), until it has looked at all its VMs and so long at most."""
