@@ -12,7 +12,7 @@ from .._host.process import this_machine
 from .._plan import decide
 from .._plan.model import Action, Plan, Policy, VmPlan
 from .._plan.observe import space_in
-from .._repository.documents import Hypervisor
+from .._repository.documents import Hypervisor, Phase
 from .._repository.vm_names import unknown_vms, vm_names
 from . import cleanup, results
 from .outcome import VmState
@@ -92,9 +92,12 @@ async def _cancel_attempt(run: BackupRun, task: VmTask, wanted: Intent) -> str:
             if intent.id != wanted.id:
                 continue
             error = _not_its_vm(locked, intent)
-            if error:
+            # One that is copied has no jobs any more, which could copy on.
+            if error and intent.phase != Phase.COPIED:
                 return error
-            await cleanup.thaw(locked, intent)
+            # The guest of another VM may be frozen by others.
+            if not error:
+                await cleanup.thaw(locked, intent)
             await cleanup.fail_attempt(locked, intent, "cancelled on request", VmState.CANCELLED)
     return ""
 

@@ -2,26 +2,37 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Which VMs are meant where sets are cancelled, without QEMU."""
+"""Which VMs are meant where sets are cancelled, and what another VM behind the monitor changes, without QEMU."""
 
 from __future__ import annotations
 
 import os
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
 
+from ansible_collections.vmfleet.backup.plugins.module_utils._backup import cancel
 from ansible_collections.vmfleet.backup.plugins.module_utils._backup.cancel import plan_of_names
+from ansible_collections.vmfleet.backup.plugins.module_utils._backup.outcome import VmState
+from ansible_collections.vmfleet.backup.plugins.module_utils._backup.session import VmTask
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import Refused
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.selection import EVERYTHING, Selection
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.process import this_machine
-from ansible_collections.vmfleet.backup.plugins.module_utils._repository.documents import Hypervisor, VmName
-from ansible_collections.vmfleet.backup.tests.unit.plugins.builders import WEB01, begin, intent, manifest, put
+from ansible_collections.vmfleet.backup.plugins.module_utils._plan.model import Observation
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository.documents import Hypervisor, Phase, VmName
+from ansible_collections.vmfleet.backup.tests.unit.plugins.builders import WEB01, begin, intent, manifest, put, vm
+from ansible_collections.vmfleet.backup.tests.unit.plugins.doubles import FakeMonitor, jobs
+from ansible_collections.vmfleet.backup.tests.unit.plugins.runs import PLANNED, in_run, locked, looked_at, put_intent
 
 if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
     from pathlib import Path
 
+    from ansible_collections.vmfleet.backup.plugins.module_utils._backup.outcome import Outcome
+    from ansible_collections.vmfleet.backup.plugins.module_utils._backup.run import BackupRun
+    from ansible_collections.vmfleet.backup.plugins.module_utils._backup.session import LockedVm, VmSession
     from ansible_collections.vmfleet.backup.plugins.module_utils._repository.repository import Repository
 
 
@@ -53,3 +64,33 @@ def test_a_domain_is_asked_for_at_the_libvirt_of_its_newest_set(repository: Repo
     begin(repository, intent("s2", hypervisor=here, monitor="libvirt:web01", libvirt_uri="qemu:///system"))
     [planned] = plan_of_names(repository, Selection(("web01",))).vms
     assert planned.request.address.uri == "qemu:///system"
+
+
+@pytest.mark.parametrize(
+    ("phase", "state"), [(Phase.PREPARING, "failed"), (Phase.COPYING, "failed"), (Phase.COPIED, "cancelled")]
+)
+def test_a_set_that_is_copied_is_cancelled_whatever_vm_answers(
+    repository: Repository, monkeypatch: pytest.MonkeyPatch, phase: Phase, state: str
+) -> None:
+    """The guest of that one is left alone, though the intent says that a guest is frozen."""
+    seen = Observation(vm(identity="11111111-4a29-4f1c-9a55-6b6f1b7c2d10"))
+    fake = FakeMonitor(jobs())
+    task = VmTask(PLANNED)
+    put_intent(repository, intent("today", phase=phase, frozen=True, agent="unix:/nowhere.agent"))
+
+    async def observe(run: BackupRun, _task: VmTask) -> VmSession:
+        return looked_at(run, seen, await run.repository.records("web01"), task)
+
+    @asynccontextmanager
+    async def hold_now(session: VmSession) -> AsyncIterator[LockedVm]:
+        yield await locked(session.run, seen, fake, task)
+
+    async def end(run: BackupRun) -> Outcome:
+        return await cancel.cancel(run, task)
+
+    monkeypatch.setattr(cancel, "observe", observe)
+    monkeypatch.setattr(cancel, "hold_now", hold_now)
+    outcome = in_run(repository, end, state=VmState.CANCELLED)
+    assert (outcome.state, task.warnings) == (state, [])
+    assert bool(repository.records("web01").intents) == (state == "failed")
+    assert not [name for name in fake.names() if not name.startswith("query-")]
