@@ -291,7 +291,7 @@ class TestVms:
         for args in ({"repository": str(sets.path), "names": ["web01"]}, {"plan": plan}):
             result = fail("backup_set", {**args, "state": "cancelled"})
             assert "is being made of another VM of this name" in result["msg"]
-            assert f"another VM answers at unix:{one.monitor} now. Nothing is cancelled" in result["msg"]
+            assert f"another VM answers at unix:{one.monitor} now. This set is not cancelled" in result["msg"]
             assert (result["changed"], result["qmp"]) == (False, [])
         assert snapshot(sets.path) == before
         one.monitor.rename(other.monitor)

@@ -110,8 +110,8 @@ def _not_its_vm(session: VmSession, intent: Intent) -> str:
     if not foreign:
         return ""
     return (
-        f"{foreign}, and another VM answers at {session.address} now. Nothing is cancelled: repeat this when the VM of"
-        " the set answers there. If nobody makes the set any more, the next backup removes it with takeover: true"
+        f"{foreign}, and another VM answers at {session.address} now. This set is not cancelled: repeat this when its"
+        " VM answers there. If nobody makes the set any more, the next backup removes it with takeover: true"
     )
 
 

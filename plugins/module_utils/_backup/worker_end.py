@@ -3,7 +3,9 @@
 
 """End the worker of a repository before the sets are cancelled that it makes: it would begin those that are queued.
 
-Without their worker, nobody watches the copies. Whatever keeps the sets from being cancelled is found before it ends.
+Without their worker, nobody watches the copies. What keeps all sets from being cancelled is found before it ends: a
+name that is wrong, or a repository that cannot be used. What keeps one of them, such as another VM that answers at its
+monitor, is found afterwards: the worker itself fails with that VM when it looks, and watches it no more.
 """
 
 from __future__ import annotations

@@ -92,5 +92,8 @@ def test_a_set_that_is_copied_is_cancelled_whatever_vm_answers(
     monkeypatch.setattr(cancel, "hold_now", hold_now)
     outcome = in_run(repository, end, state=VmState.CANCELLED)
     assert (outcome.state, task.warnings) == (state, [])
+    assert ("another VM answers at unix:/web01.qmp now. This set is not cancelled" in outcome.error) == (
+        state == "failed"
+    )
     assert bool(repository.records("web01").intents) == (state == "failed")
     assert not [name for name in fake.names() if not name.startswith("query-")]
