@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import os
 import signal
@@ -16,7 +15,6 @@ from pathlib import Path
 
 import pytest
 
-from ansible_collections.vmfleet.backup.plugins.module_utils._backup import worker_end
 from ansible_collections.vmfleet.backup.plugins.module_utils._backup.worker_place import Who, WorkerPlace
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.lock import lock_directory
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.scope import offers_scopes
@@ -28,6 +26,7 @@ from ansible_collections.vmfleet.backup.tests.harness.playbooks import Hyperviso
 from ansible_collections.vmfleet.backup.tests.harness.qemu import PATIENCE, wait_until
 from ansible_collections.vmfleet.backup.tests.harness.qmp import Qmp, QmpError
 from ansible_collections.vmfleet.backup.tests.harness.sets import SLOW, Sets
+from ansible_collections.vmfleet.backup.tests.harness.workers import end_worker
 
 if t.TYPE_CHECKING:
     from ansible_collections.vmfleet.backup.tests.harness.fixtures import Vms
@@ -47,7 +46,7 @@ def three(vms: Vms) -> list[Qemu]:
 def sets(sets: Sets) -> t.Iterator[Sets]:
     """A repository, whose process ends with the test."""
     yield sets
-    asyncio.run(worker_end.stop(str(sets.path)))
+    end_worker(sets.path)
     for path in place(sets)[1:]:
         Path(path).unlink(missing_ok=True)
 

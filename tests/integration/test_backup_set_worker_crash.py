@@ -10,18 +10,17 @@ next run leaves the set to a worker again, or makes it without. VMFLEET_CRASHES=
 
 from __future__ import annotations
 
-import asyncio
 import typing as t
 from pathlib import Path
 
 import pytest
 
-from ansible_collections.vmfleet.backup.plugins.module_utils._backup import worker_end
 from ansible_collections.vmfleet.backup.plugins.module_utils._backup.worker_place import WorkerPlace
 from ansible_collections.vmfleet.backup.tests.harness import crash
 from ansible_collections.vmfleet.backup.tests.harness.matrix import WHOLE, assert_listed, deal, dice
 from ansible_collections.vmfleet.backup.tests.harness.modules import succeed
 from ansible_collections.vmfleet.backup.tests.harness.qemu import wait_until
+from ansible_collections.vmfleet.backup.tests.harness.workers import end_worker
 from ansible_collections.vmfleet.backup.tests.integration.test_backup_set_crash import (
     LEFT,
     NAME,
@@ -118,7 +117,7 @@ def stage(vms: Vms, directory: Path, start_module: Start, clean: Clean) -> t.Ite
 
     yield set_up
     for each in stages:
-        asyncio.run(worker_end.stop(str(each.scene.sets.path)))
+        end_worker(each.scene.sets.path)
         for path in (*each.place, f"{each.place.progress}.new"):
             Path(path).unlink(missing_ok=True)
 

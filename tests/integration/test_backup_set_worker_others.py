@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import fcntl
 import json
@@ -18,7 +17,6 @@ from pathlib import Path
 
 import pytest
 
-from ansible_collections.vmfleet.backup.plugins.module_utils._backup import worker_end
 from ansible_collections.vmfleet.backup.plugins.module_utils._backup.worker_place import Who
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import BackupError
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.process import PROCESSES, Process, spaces
@@ -28,6 +26,7 @@ from ansible_collections.vmfleet.backup.tests.harness.modules import fail, run_m
 from ansible_collections.vmfleet.backup.tests.harness.playbooks import Hypervisor
 from ansible_collections.vmfleet.backup.tests.harness.qemu import PATIENCE, wait_until
 from ansible_collections.vmfleet.backup.tests.harness.sets import SLOW, Sets
+from ansible_collections.vmfleet.backup.tests.harness.workers import end_worker
 from ansible_collections.vmfleet.backup.tests.integration.test_backup_set_worker import (
     follow,
     leave,
@@ -368,7 +367,7 @@ def test_nobody_else_is_killed(sets: Sets, other: str) -> None:
         said = Who(stranger.pid, start, space, "0" * 16, "s0", "2026-11-30T01:00:05Z", ["vm0"], [], "r0")
         os.pwrite(fd, json.dumps(said._asdict()).encode(), 0)
         with pytest.raises(BackupError, match=f"process {stranger.pid}, runs in another container"):
-            asyncio.run(worker_end.stop(str(sets.path)))
+            end_worker(sets.path)
         assert stranger.poll() is None
         os.close(fd)
         stranger.kill()
@@ -377,7 +376,7 @@ def test_nobody_else_is_killed(sets: Sets, other: str) -> None:
 def test_one_that_begins_cannot_be_ended_yet(sets: Sets) -> None:
     sets.path.mkdir()
     with one_that_begins(sets), pytest.raises(BackupError, match="is about to make sets; repeat the cancellation"):
-        asyncio.run(worker_end.stop(str(sets.path)))
+        end_worker(sets.path)
 
 
 def test_looks_do_not_keep_others_from_looking(sets: Sets) -> None:

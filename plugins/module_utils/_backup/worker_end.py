@@ -95,7 +95,7 @@ async def make_way(params: dict[str, Any], given: Plan | None, calls: ThreadedCa
     for vm in plan.vms:
         await calls.run(check_owner, repository, vm.name)
     for worker in ending:
-        await _end(worker.who, worker.place, path)
+        await end(worker.who, worker.place, path)
 
 
 def _is_of(plan: Plan) -> Callable[[str], bool]:
@@ -138,14 +138,7 @@ def _others(repository: str) -> list[tuple[Worker, str]]:
     return [(Worker(place, one.who, one.vms), one.repository) for place, one in found if one.who and one.running]
 
 
-async def stop(repository: str) -> None:
-    """End the worker of the repository at this path, where there is one. Copies that run stay."""
-    worker = await find(repository)
-    if worker:
-        await _end(worker.who, worker.place, repository)
-
-
-async def _end(who: Who, place: WorkerPlace, repository: str) -> None:
+async def end(who: Who, place: WorkerPlace, repository: str) -> None:
     """End a worker, and wait until it has let its lock go."""
     if who.space != spaces()[PROCESSES] or process_of(who.pid) != Process(who.pid, who.start):
         if not place.is_held():
