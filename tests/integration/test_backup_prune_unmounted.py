@@ -70,12 +70,15 @@ class Look:
         write(path, "write -P 0xE1 5M 64k")
 
     def assert_kept(self, place: Path) -> None:
+        self.assert_kept_because(f"the file system that it is on is not mounted at {place}. Mount it")
+
+    def assert_kept_because(self, reason: str) -> None:
         """A prune keeps what it reads, and says why, and what to do."""
         for check in (True, False, False):
             said = self.library.prune(check=check, keep_last=1)
             assert {one["id"]: one["reason"] for one in said["kept"]}["s2"] == (
-                f"{self.path} on {os.uname().nodename} reads it, or did: the file system that it is on is not mounted"
-                f" at {place}. Mount it, or remove the overlay's pin with state: absent if it is gone for good"
+                f"{self.path} on {os.uname().nodename} reads it, or did: {reason}, or remove the overlay's pin with"
+                " state: absent if it is gone for good"
             )
             assert not said["changed"]
         assert self.library.listed() == ["s3", "s2", "s1"]
@@ -153,9 +156,26 @@ class TestNotMounted:
             assert look.library.restore(state="absent", directory=str(mount.path))["removed"] == [str(look.path)]
             look.assert_gone()
 
+    def test_one_that_another_file_system_hides(self, chain: Chain, storage: Storage) -> None:
+        mount, other = storage.mount("ext4", 16 * MIB), storage.mount("ext4", 16 * MIB, "other")
+        look = Look(chain, mount.path / "vms" / "look")
+        with mounted("--bind", other.path, look.path.parent):
+            look.assert_kept_because(f"what is mounted at {look.path.parent} may hide it. Unmount that")
+        look.assert_goes_on()
+
 
 class TestGone:
     """What is certainly not there any more, or of which nobody has written down where it was."""
+
+    def test_the_link_that_its_path_led_through(self, chain: Chain, storage: Storage) -> None:
+        mount = storage.mount("ext4", 16 * MIB)
+        link = mount.path.with_name("link")
+        link.symlink_to(mount.path)
+        look = Look(chain, link / "look")
+        assert pins(look.library)[0]["mount"] == str(mount.path)
+        look.path.unlink()
+        link.unlink()
+        look.assert_gone()
 
     def test_a_file_system_in_memory(self, chain: Chain, storage: Storage) -> None:
         mount = storage.mount("tmpfs", 16 * MIB)

@@ -5,13 +5,17 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import re
 from dataclasses import dataclass
 
 BY_UUID = "/dev/disk/by-uuid"
-FROM_UUID = frozenset({"ext2", "ext3", "ext4", "btrfs"})
-"""File systems whose id (statfs(2)) comes from their UUID. That of XFS is the number of its device."""
+BTRFS = "/sys/fs/btrfs"
+FROM_UUID = frozenset({"ext2", "ext3", "ext4"})
+"""File systems whose id (statfs(2)) comes from their UUID. That of XFS is the number of its device, and that of btrfs
+is another one for each subvolume, of which a rollback puts a new one in the place of the old one.
+"""
 VOLATILE = frozenset({"tmpfs", "ramfs", "rootfs", "devtmpfs"})
 """File systems whose files are gone for good when they are unmounted."""
 ESCAPED = re.compile(rb"\\([0-7]{3})")
@@ -42,7 +46,9 @@ def place_of(path: str) -> Place:
     finally:
         os.close(fd)
     # A device may have another name each time. What is no device is named by a server and its path, or by a pool.
-    return Place(mount, _uuid(source) if source.startswith("/dev/") else source)
+    if not source.startswith("/dev/"):
+        return Place(mount, source)
+    return Place(mount, _uuid_of_btrfs(source) if kind == "btrfs" else _uuid(source))
 
 
 def _open_above(path: str) -> int:
@@ -75,8 +81,29 @@ def _text(word: bytes) -> str:
 def _uuid(device: str) -> str:
     """Return the UUID of the file system on a device; empty where udev does not tell."""
     try:
-        number = os.stat(device).st_rdev
-        names = [name for name in os.listdir(BY_UUID) if os.stat(os.path.join(BY_UUID, name)).st_rdev == number]
+        number, names = os.stat(device).st_rdev, os.listdir(BY_UUID)
     except OSError:
         return ""
-    return names[0] if names else ""
+    return next((name for name in names if _number(os.path.join(BY_UUID, name)) == number), "")
+
+
+def _number(path: str) -> int:
+    """Return the number of a device; 0, which none has, where a link leads to one that is gone."""
+    try:
+        return os.stat(path).st_rdev
+    except OSError:
+        return 0
+
+
+def _uuid_of_btrfs(device: str) -> str:
+    """Return the UUID of a btrfs that is mounted. It may have several devices, and udev names only one of them."""
+    try:
+        status = os.stat(device)
+        number = f"{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}\n"
+        for path in glob.glob(f"{BTRFS}/*/devices/*/dev"):
+            with open(path, encoding="ascii") as text:
+                if text.read() == number:
+                    return path[len(BTRFS) + 1 :].split("/")[0]
+    except OSError:
+        return ""
+    return ""

@@ -33,16 +33,20 @@ def reader(pin: Pin) -> str:
     reads = f"{pin.path} on {pin.host} reads it"
     if pin.machine_id != machine_id() or any(may_be_there(pin.path + end) for end in ("", PARTIAL)):
         return reads
-    if is_elsewhere(pin):
-        return (
-            f"{reads}, or did: the file system that it is on is not mounted at {pin.mount}. Mount it, or remove the"
-            " overlay's pin with state: absent if it is gone for good"
-        )
+    if not pin.mount:
+        return ""
+    remedy = "or remove the overlay's pin with state: absent if it is gone for good"
+    # The path may have led there through a link that is gone: its own place is not what counts.
+    if place_of(os.path.join(pin.mount, "overlay")) != Place(pin.mount, pin.file_system):
+        return f"{reads}, or did: the file system that it is on is not mounted at {pin.mount}. Mount it, {remedy}"
+    over = place_of(pin.path).mount
+    if over != pin.mount and over.startswith(os.path.join(pin.mount, "")):
+        return f"{reads}, or did: what is mounted at {over} may hide it. Unmount that, {remedy}"
     return ""
 
 
 def is_elsewhere(pin: Pin) -> bool:
-    """Return whether the path of a pin is on another file system now than its overlay, which is not mounted."""
+    """Return whether the path of a pin is on another file system now than its overlay, which it does not replace."""
     return bool(pin.mount) and place_of(pin.path) != Place(pin.mount, pin.file_system)
 
 
