@@ -288,8 +288,8 @@ def test_the_old_domain_is_defined_anew(backup: Backup, monkeypatch: pytest.Monk
     backup.libvirt.virsh("pool-undefine", "images")
     assert backup.refuse(**{**beside, "directory": None, "disks": disks}) == (
         f"target: {volume} exists, and may be a disk of domain web03: that is volume v.qcow2 of storage pool images,"
-        " and libvirt does not tell where this is. Start the pool (virsh pool-start images), or restore to places where"
-        " no file exists yet"
+        " and libvirt has no such pool. Define the pool, remove the disk from web03, or restore to places where no file"
+        " exists yet"
     )
     new = {**beside, "directory": str(backup.directory / "restored")}
     assert succeed("backup_restore", backup.asked(**new), check=True, inside=backup.libvirt.inside)["changed"]

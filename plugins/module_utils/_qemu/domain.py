@@ -16,7 +16,7 @@ from .._common.errors import MonitorError
 from .answers import Odd, quoted
 from .domain_disks import Domain
 from .domain_xml import parse_domain, parse_xml
-from .libvirt_connection import NO_RIGHTS, OPERATION_INVALID, OPERATION_TIMEOUT
+from .libvirt_connection import NO_RIGHTS, NO_STORAGE_POOL, OPERATION_INVALID, OPERATION_TIMEOUT
 from .libvirt_domain import LibvirtDomain
 
 if TYPE_CHECKING:
@@ -46,8 +46,16 @@ VOLUMES = {0: "file", 1: "block"}
 """The types of volumes that stand on this machine, by virStorageVolType."""
 VOLUME = "volume"
 """The kind of an image that is named by its storage pool."""
+DEVICE_VOLUME = "volume on a device"
+"""The kind of such an image that is a block device, and nobody knows which."""
+LOST_VOLUME = "volume of no pool"
+"""The kind of such an image whose storage pool is not defined."""
+UNKNOWN = (VOLUME, DEVICE_VOLUME, LOST_VOLUME)
+"""The kinds of images of which nobody knows where they are."""
 BELOW = ("dir", "fs", "netfs", "vstorage", "logical", "zfs")
 """The types of storage pools whose volumes stand below the path of the pool, under their own names."""
+DEVICES = ("disk", "iscsi", "scsi", "mpath")
+"""The types of storage pools whose volumes are block devices, under names that are found when the pool is started."""
 FAR = ("rbd", "sheepdog", "gluster", "iscsi-direct")
 """The types of storage pools whose volumes are no files and no block devices."""
 
@@ -135,7 +143,7 @@ def file_of(library: Any, connection: Any, source: Source) -> Source:
 def place_of(library: Any, connection: Any, source: Source) -> Source:
     """Return where an image stands, of which a pool that is not active tells as much as its definition has.
 
-    It stays a volume where that is not enough.
+    Its kind is one of C(UNKNOWN) where that is not enough.
     """
     found = file_of(library, connection, source)
     if found.kind != VOLUME:
@@ -143,12 +151,15 @@ def place_of(library: Any, connection: Any, source: Source) -> Source:
     pool, _slash, name = source.path.partition("/")
     try:
         definition = parse_xml(connection.storagePoolLookupByName(pool).XMLDesc(0))
-    except (library.libvirtError, Odd):
+    except library.libvirtError as error:
+        return replace(source, kind=LOST_VOLUME) if error.get_error_code() == NO_STORAGE_POOL else source
+    except Odd:
         return source
     directory = definition.findtext("target/path", "")
     if definition.get("type") in BELOW and directory:
         return replace(source, kind="file", path=os.path.join(directory, name))
-    return replace(source, kind="network") if definition.get("type") in FAR else source
+    kinds = {**dict.fromkeys(DEVICES, DEVICE_VOLUME), **dict.fromkeys(FAR, "network")}
+    return replace(source, kind=kinds.get(definition.get("type", ""), VOLUME))
 
 
 def _read(address: Address, text: str) -> DomainXml:

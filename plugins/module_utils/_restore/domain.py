@@ -127,7 +127,7 @@ async def plan_domain(
     is_defined = _is_defined(look, origin, uuid, disks)
     _check_names(look, address, uuid, is_defined, request.overwrite)
     replaced = [disk.target for disk in disks if os.path.lexists(disk.target) and not is_restored(repository, disk)]
-    await refuse_owned(look.others, disks, replaced)
+    await refuse_owned(look.others, disks, replaced, look.own)
     files, notes = _tpm_files(description, address, uuid)
     if not request.overwrite:
         _check_state(files)
@@ -170,7 +170,7 @@ async def check_again(domain: DomainRestore, disks: Sequence[DiskRestore]) -> No
         return
     look = await _look_unchanged(domain)
     _check_names(look, domain.address, domain.uuid, domain.is_defined, domain.overwrite)
-    await refuse_owned(look.others, disks, domain.replaced)
+    await refuse_owned(look.others, disks, domain.replaced, look.own)
     if not domain.overwrite:
         _check_state(domain.tpm)
 

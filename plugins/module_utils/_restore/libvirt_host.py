@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from .._common.errors import BackupError, MonitorGone
 from .._host.threads import within
 from .._qemu.answers import Odd, quoted
-from .._qemu.domain import INACTIVE, VOLUME, place_of
+from .._qemu.domain import INACTIVE, UNKNOWN, place_of
 from .._qemu.domain_xml import LOCAL, Source, parse_domain, parse_xml
 from .._qemu.libvirt_connection import LibvirtConnection
 
@@ -41,7 +41,8 @@ class Look:
     """What libvirt has. C(unfit) says why it cannot run such a VM; C(uuids) are those of all domains, by their names.
 
     C(user) is who its QEMUs run as, by numbers, where libvirt tells that. C(xml) is how the domain of the name that is
-    asked for is defined, and C(held) why it must not be defined anew. C(others) are the images of each other domain.
+    asked for is defined, and C(held) why it must not be defined anew. C(own) are its images then, and C(others) those
+    of each other domain.
     """
 
     unfit: str
@@ -50,6 +51,7 @@ class Look:
     user: tuple[int, ...] = ()
     xml: str = ""
     held: str = ""
+    own: tuple[Source, ...] = ()
     others: Mapping[str, tuple[Source, ...]] = field(default_factory=dict)
 
 
@@ -78,7 +80,8 @@ class LibvirtHost(LibvirtConnection):
         look = Look("", uuids, others=self._others_images())
         if self.domain is None:
             return look
-        return replace(look, xml=self.domain.XMLDesc(self.libvirt.VIR_DOMAIN_XML_INACTIVE), held=self._held())
+        own = tuple(self._images(partial(self.domain.XMLDesc, INACTIVE)))
+        return replace(look, xml=self.domain.XMLDesc(INACTIVE), held=self._held(), own=own)
 
     def define(self, xml: str) -> str:
         """Define a domain, and return its uuid."""
@@ -112,7 +115,7 @@ class LibvirtHost(LibvirtConnection):
             Source(firmware.nvram_kind, firmware.nvram, firmware.nvram_format),
         ):
             source = place_of(self.libvirt, self._connection, named)
-            if source.kind in (*LOCAL, VOLUME) and source.path:
+            if source.kind in (*LOCAL, *UNKNOWN) and source.path:
                 yield source
 
     def _held(self) -> str:

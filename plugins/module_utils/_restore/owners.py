@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from .._common.errors import BackupError, Refused
 from .._host.threads import within
 from .._qemu.disk_file import QCOW2
-from .._qemu.domain import VOLUME
+from .._qemu.domain import DEVICE_VOLUME, LOST_VOLUME, UNKNOWN
 from .._qemu.qcow2 import read_header
 
 if TYPE_CHECKING:
@@ -35,14 +35,22 @@ TIMEOUT = 60.0
 
 
 async def refuse_owned(
-    sources: Mapping[str, Sequence[Source]], disks: Sequence[DiskRestore], replaced: Sequence[str]
+    sources: Mapping[str, Sequence[Source]],
+    disks: Sequence[DiskRestore],
+    replaced: Sequence[str],
+    own: Sequence[Source] = (),
 ) -> None:
     """Refuse to write to a file of another domain. C(sources) are the images that each one names.
 
-    BackupError where that cannot be told. C(replaced) are the targets that exist, and are going to be written.
+    BackupError where that cannot be told. C(replaced) are the targets that exist, and are going to be written, and
+    C(own) the images that the domain itself names so far.
     """
+
+    def ask() -> tuple[tuple[str, str] | None, tuple[str, str, Source] | None]:
+        return _owner(sources, [disk.target for disk in disks]), _unknown(sources, disks, replaced, own)
+
     try:
-        found = await within(TIMEOUT, _owner, sources, [disk.target for disk in disks])
+        found, unknown = await within(TIMEOUT, ask)
     except asyncio.TimeoutError:
         raise BackupError(
             f"a file system hangs, so the disks of the other domains could not be checked within {TIMEOUT:g} s. One of"
@@ -51,22 +59,40 @@ async def refuse_owned(
     if found:
         target, owner = found
         raise Refused("target", f"{target} is a file of domain {owner}; restore to another place")
-    if replaced:
-        _refuse_unknown(sources, replaced[0])
+    if unknown:
+        _refuse(*unknown)
 
 
-def _refuse_unknown(sources: Mapping[str, Sequence[Source]], target: str) -> None:
-    """Refuse to replace a file where another domain has one of which nobody knows where it is."""
-    for owner, named in sources.items():
-        for source in named:
-            if source.kind == VOLUME:
-                pool, _slash, name = source.path.partition("/")
-                raise Refused(
-                    "target",
-                    f"{target} exists, and may be a disk of domain {owner}: that is volume {name} of storage pool"
-                    f" {pool}, and libvirt does not tell where this is. Start the pool (virsh pool-start {pool}), or"
-                    " restore to places where no file exists yet",
-                )
+def _refuse(target: str, owner: str, source: Source) -> None:
+    """Refuse to replace what may be a disk of another domain."""
+    pool, _slash, name = source.path.partition("/")
+    reason = f"libvirt does not tell where this is. Start the pool (virsh pool-start {pool})"
+    if source.kind == LOST_VOLUME:
+        reason = f"libvirt has no such pool. Define the pool, remove the disk from {owner}"
+    raise Refused(
+        "target",
+        f"{target} exists, and may be a disk of domain {owner}: that is volume {name} of storage pool {pool}, and"
+        f" {reason}, or restore to places where no file exists yet",
+    )
+
+
+def _unknown(
+    sources: Mapping[str, Sequence[Source]],
+    disks: Sequence[DiskRestore],
+    replaced: Sequence[str],
+    own: Sequence[Source],
+) -> tuple[str, str, Source] | None:
+    """Return a target that another domain may have, as nobody knows where its image is, that domain and that image."""
+    doubtful = [(owner, source) for owner, named in sources.items() for source in named if source.kind in UNKNOWN]
+    if not doubtful:
+        return None
+    ours = {os.path.realpath(source.path) for source in own if source.kind not in UNKNOWN}
+    for disk in disks:
+        if disk.target in replaced and os.path.realpath(disk.target) not in ours:
+            for owner, source in doubtful:
+                if source.kind != DEVICE_VOLUME or disk.block_device:
+                    return disk.target, owner, source
+    return None
 
 
 def _owner(sources: Mapping[str, Sequence[Source]], targets: Sequence[str]) -> tuple[str, str] | None:
@@ -78,7 +104,7 @@ def _owner(sources: Mapping[str, Sequence[Source]], targets: Sequence[str]) -> t
     seen: set[tuple[str, str]] = set()
     for owner, named in sources.items():
         for source in named:
-            if source.kind == VOLUME:
+            if source.kind in UNKNOWN:
                 continue
             for path in _files(source, seen) if there else [source.path]:
                 target = by_path.get(os.path.realpath(path))

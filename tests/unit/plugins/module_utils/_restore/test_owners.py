@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING
 import pytest
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import BackupError, Refused
+from ansible_collections.vmfleet.backup.plugins.module_utils._host import target_files
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.address import parse_address
-from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.domain import place_of
+from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.domain import DEVICE_VOLUME, LOST_VOLUME, place_of
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.domain_xml import Source
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.tpm import LARGEST, STORE
 from ansible_collections.vmfleet.backup.plugins.module_utils._restore import domain, owners
@@ -69,11 +70,33 @@ def test_what_is_raw_to_one_domain_builds_on_others_to_another_one(tmp_path: Pat
 
 def test_a_volume_that_may_be_anywhere(tmp_path: Path) -> None:
     target = str(tmp_path / "a.qcow2")
-    sources = {"db": (Source("file", "/srv/b.qcow2", "qcow2"), Source("volume", "san/unit:0:0:1", "raw"))}
-    # It is no file that does not exist yet, or that this restore has made.
-    asyncio.run(owners.refuse_owned(sources, [disk_restore(target)], []))
-    with pytest.raises(Refused, match=r"a\.qcow2 exists, and may be a disk of domain db: that is volume unit:0:0:1 of"):
-        asyncio.run(owners.refuse_owned(sources, [disk_restore(target)], [target]))
+    told = r"a\.qcow2 exists, and may be a disk of domain db: that is volume v of storage pool p, and libvirt "
+    reasons = {
+        "volume": r"does not tell where this is\. Start the pool \(virsh pool-start p\), or restore to places",
+        LOST_VOLUME: r"has no such pool\. Define the pool, remove the disk from db, or restore to places",
+    }
+    for kind, reason in reasons.items():
+        sources = {"db": (Source("file", "/srv/b.qcow2", "qcow2"), Source(kind, "p/v", "raw"))}
+        # It is no file that does not exist yet, or that this restore has made.
+        asyncio.run(owners.refuse_owned(sources, [disk_restore(target)], []))
+        with pytest.raises(Refused, match=told + reason):
+            asyncio.run(owners.refuse_owned(sources, [disk_restore(target)], [target]))
+        # What the domain itself has is its own, by whatever name.
+        own = (Source("volume", target, "qcow2"), Source("file", f"{tmp_path}/b/../a.qcow2", "qcow2"))
+        asyncio.run(owners.refuse_owned(sources, [disk_restore(target)], [target], own))
+        with pytest.raises(Refused, match=told):
+            asyncio.run(owners.refuse_owned(sources, [disk_restore(target)], [target], own[:1]))
+
+
+def test_a_volume_that_is_a_block_device_is_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    disks = [disk_restore(str(tmp_path / name)) for name in ("a.qcow2", "device")]
+    targets = [disk.target for disk in disks]
+    sources = {"db": (Source(DEVICE_VOLUME, "san/unit:0:0:1", "raw"),)}
+    asyncio.run(owners.refuse_owned(sources, disks, targets))
+    monkeypatch.setattr(target_files, "is_block_device", lambda path: path == targets[1])
+    with pytest.raises(Refused, match=r"/device exists, and may be a disk of domain db: that is volume unit:0:0:1 of"):
+        asyncio.run(owners.refuse_owned(sources, disks, targets))
+    asyncio.run(owners.refuse_owned(sources, disks, targets, [Source("block", targets[1], "raw")]))
 
 
 @pytest.mark.parametrize(
@@ -81,23 +104,32 @@ def test_a_volume_that_may_be_anywhere(tmp_path: Path) -> None:
     [
         ("<pool type='dir'><target><path>/srv/p</path></target></pool>", "file", "/srv/p/v"),
         ("<pool type='logical'><target><path>/dev/vg</path></target></pool>", "file", "/dev/vg/v"),
-        ("<pool type='iscsi'><target><path>/dev/disk/by-path</path></target></pool>", "volume", "p/v"),
+        ("<pool type='iscsi'><target><path>/dev/disk/by-path</path></target></pool>", DEVICE_VOLUME, "p/v"),
+        ("<pool type='mpath'/>", DEVICE_VOLUME, "p/v"),
+        ("<pool type='iscsi-direct'/>", "network", "p/v"),
         ("<pool type='rbd'><source/></pool>", "network", "p/v"),
         ("<pool type='dir'/>", "volume", "p/v"),
         ("<pool", "volume", "p/v"),
-        ("", "volume", "p/v"),
+        ("", LOST_VOLUME, "p/v"),
+        ("no rights", "volume", "p/v"),
     ],
 )
 def test_where_a_volume_is_of_a_pool_that_is_not_active(pool: str, kind: str, path: str) -> None:
+    class Error(Exception):
+        """Of libvirt."""
+
+        def get_error_code(self) -> int:
+            return int(self.args[0])
+
     def look_up_volume(_name: str) -> None:
-        raise OSError("storage pool is not active")
+        raise Error(55)
 
     def look_up_pool(_name: str) -> SimpleNamespace:
-        if not pool:
-            raise OSError("no storage pool with matching name")
+        if not pool.startswith("<"):
+            raise Error(88 if pool else 49)
         return SimpleNamespace(storageVolLookupByName=look_up_volume, XMLDesc=lambda _flags: pool)
 
-    library = SimpleNamespace(libvirtError=OSError)
+    library = SimpleNamespace(libvirtError=Error)
     found = place_of(library, SimpleNamespace(storagePoolLookupByName=look_up_pool), Source("volume", "p/v", "raw"))
     assert (found.kind, found.path, found.format) == (kind, path, "raw")
 
