@@ -134,10 +134,10 @@ async def _run(
             said.cancel()
             with contextlib.suppress(ProcessLookupError):
                 process.kill()
+            # What it writes to may be written by others next. A process that hangs in the kernel does not end.
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(process.wait(), 1)
     if reason:
-        # A process that hangs in the kernel does not end.
-        with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(process.wait(), 1)
         text = "{}: {}; does its file system hang?".format(" ".join(command), reason)
         raise ToolError(_readable(command, text, pass_fds))
     output, errors = await said

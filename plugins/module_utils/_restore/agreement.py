@@ -16,6 +16,11 @@ from .._common.errors import BackupError
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable
+    from typing import Any
+
+
+class Ended(BackupError):
+    """Another disk of the domain has failed, so that nobody needs this one."""
 
 
 class Agreement:
@@ -36,6 +41,20 @@ class Agreement:
         """Wait for all disks and the look; BackupError where one of these has failed."""
         await self._agreed
 
+    async def unless_failed(self, work: Callable[[], Awaitable[Any]]) -> None:
+        """Do some work for a disk that is not complete, and end it as soon as another disk has failed: Ended then."""
+        if self._agreed.done():
+            await self._agreed
+        task = asyncio.ensure_future(work())
+        try:
+            await asyncio.wait([task, self._agreed], return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+        if task.cancelled() and self._agreed.done():
+            await self._agreed
+        await task
+
     def leave(self, target: str) -> None:
         """Say that nothing more comes of a disk: where it is not complete by now, the others do not get their names."""
         if not self._ready[target].done():
@@ -48,6 +67,7 @@ class Agreement:
             await self._agreed
 
     async def _agree(self) -> None:
-        if not all(await asyncio.gather(*self._ready.values())):
-            raise BackupError("it was not put in its place, because another disk of the domain was not restored")
+        for ready in asyncio.as_completed(list(self._ready.values())):
+            if not await ready:
+                raise Ended("it was not put in its place, because another disk of the domain was not restored")
         await self.look()

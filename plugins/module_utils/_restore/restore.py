@@ -25,7 +25,7 @@ from .._host.probe import answers
 from .._qemu import image_commands, qemu_img
 from .._repository.annotations import read_annotations
 from .._repository.json_file import write_document
-from .agreement import Agreement
+from .agreement import Agreement, Ended
 from .checks import (
     check_checksums,
     check_device,
@@ -202,8 +202,18 @@ async def _reading(run: RestoreRun, disk: DiskRestore) -> AsyncIterator[None]:
     async with pinned(run.repository, run.vm, disk, run.warnings):
         run.settled[disk.target].set_result(True)
         if disk.target not in run.paces:
-            await run.checked
+            await _checked(run)
         yield
+
+
+async def _unless_failed(run: RestoreRun, work: Callable[[], Awaitable[Any]]) -> None:
+    """Do what takes long, and end it where another disk of the domain has failed."""
+    await (run.agreement.unless_failed(work) if run.agreement else work())
+
+
+async def _checked(run: RestoreRun) -> None:
+    """Wait for the checksums, which go on for the other disks whatever becomes of this one."""
+    await _unless_failed(run, lambda: asyncio.shield(run.checked))
 
 
 async def _write_device(run: RestoreRun, disk: DiskRestore) -> None:
@@ -213,9 +223,14 @@ async def _write_device(run: RestoreRun, disk: DiskRestore) -> None:
         if run.agreement:
             # It has no other name to be written under, so that it cannot wait for the files.
             await run.agreement.look()
-        await _copy(run, disk, disk.target)
-        preallocate.flush(disk.target)
-    await run.checked
+        try:
+            await _unless_failed(run, lambda: _copy(run, disk, disk.target))
+            preallocate.flush(disk.target)
+            await _checked(run)
+        except Ended:
+            raise BackupError(
+                "its copy was ended, because another disk of the domain was not restored; do not use its content"
+            ) from None
     if run.agreement:
         run.agreement.complete(disk.target)
 
@@ -234,9 +249,9 @@ async def _write_file(run: RestoreRun, disk: DiskRestore) -> None:
             if disk.overlay:
                 await _create_overlay(repository, disk, fd)
             else:
-                await _copy(run, disk, qemu_img.by_descriptor(fd), (fd,))
+                await _unless_failed(run, lambda: _copy(run, disk, qemu_img.by_descriptor(fd), (fd,)))
             preallocate.flush_open(disk.partial, fd)
-            await run.checked
+            await _checked(run)
             if run.agreement:
                 run.agreement.complete(disk.target)
                 await run.agreement.reached()
