@@ -25,7 +25,7 @@ from .._host.process import PROCESSES, Process, spaces
 from .._repository.access import find_repository
 from .._repository.repository import check_owner, open_repository
 from .cancel import plan_of_names
-from .outcome import UNFINISHED
+from .outcome import UNFINISHED, VmState
 from .worker import new_file, process_of
 from .worker_place import WorkerPlace
 
@@ -105,15 +105,18 @@ def _is_of(plan: Plan) -> Callable[[str], bool]:
 def begins(worker: Worker, name: str, records: VmRecords) -> bool:
     """Tell whether a worker would begin its set of a VM, though what is being made of that VM now is cancelled.
 
-    It does not where it is done with the VM, or where the attempt is of its own run, which then counts as cancelled.
-    An older set that comes first, and an attempt of its set by an earlier run, tell it nothing.
+    It does not where it is done with the VM, or follows an attempt at its set, whoever has begun that: this then counts
+    as cancelled. An older set that comes first tells it nothing, nor does anything of a VM that waits.
     """
-    if not any(vm["name"] == name and vm["state"] in UNFINISHED for vm in worker.vms):
+    states = {vm["state"] for vm in worker.vms if vm["name"] == name}
+    if states.isdisjoint(UNFINISHED):
         return False
     ours = worker.who.run, worker.who.id
-    told = any((intent.run, intent.id) == ours for intent in records.intents)
-    told = told or any((failure.run, failure.id) == ours for failure in records.failures)
-    return not told and not records.published(worker.who.id)
+    told = any((failure.run, failure.id) == ours for failure in records.failures)
+    # One of an older version, which does not say its run, begins what another run had begun.
+    follows = bool(worker.who.run) and VmState.RUNNING in states
+    follows = follows and any(intent.id == worker.who.id for intent in records.intents)
+    return not (told or follows or records.published(worker.who.id))
 
 
 async def find(repository: str) -> Worker | None:
