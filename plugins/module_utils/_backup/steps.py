@@ -131,8 +131,8 @@ def judge(intent: Intent, seen: Observation, records: VmRecords, now: float) -> 
 
 def _judge_jobs(intent: Intent, vm: Vm, now: float) -> AttemptState:
     jobs = {disk.image.name: vm.job(disk.job) for disk in intent.disks if disk.job}
-    # Whoever started them was killed before it had looked whether the copies are of one moment. Layers have no device.
-    images = [disk.image for disk in intent.disks if disk.image.qdev]
+    # Whoever started them was killed before it had looked whether the copies are of one moment. A layer is a node only.
+    images = [disk.image for disk in intent.disks if disk.image.qdev or disk.image.name != disk.image.node]
     same = vm.is_off or all(is_disk_on(image.node, image.qdev, vm.disks) for image in images)
     if intent.phase == Phase.PREPARING and not (same and any(jobs.values())):
         return AttemptState(AttemptStatus.INTERRUPTED)

@@ -82,13 +82,13 @@ VERDICTS = {
         "running",
     ),
     "started, and of another moment": (
-        builders.intent("today", image("vda"), image("vdb", qdev="vdb"), attempt="a1", phase=Phase.PREPARING),
+        intent(phase=Phase.PREPARING),
         Observation(vm(VDA, disk("vdb", "n-overlay"), jobs=(job(JOB0), job(JOB1)))),
         VmRecords(),
         "interrupted",
     ),
     "started, of a layer that was named": (
-        intent(phase=Phase.PREPARING),
+        builders.intent("today", image("vda"), image("n", node="n"), attempt="a1", phase=Phase.PREPARING),
         Observation(vm(VDA, disk("vdb", "n-overlay"), jobs=(job(JOB0), job(JOB1)))),
         VmRecords(),
         "running",
