@@ -14,7 +14,7 @@ from .._plan.model import Quiesce
 from .._qemu import block_jobs
 from .._qemu.bitmaps import bitmap_add, bitmap_merge
 from .._qemu.jobs import query_lengths
-from .._qemu.model import OFF, is_disk_on
+from .._qemu.model import OFF, moved_nodes
 from .._qemu.query import query_disks
 from .._repository.documents import Phase
 from .prepare import Consistency, target_of
@@ -73,11 +73,10 @@ async def _check_moment(locked: LockedVm, monitor: Monitor, intent: Intent) -> N
 
     What the guest has written since then is not in the copy of this disk, and may be in that of another.
     """
-    known = {disk.node for disk in locked.seen.vm.disks} if locked.seen.vm else set()
-    # A layer that is named to be copied is none that the guest writes to.
-    images = [disk.image for disk in intent.disks if disk.image.node in known]
-    now = await query_disks(monitor)
-    moved = ", ".join(image.name for image in images if not is_disk_on(image.node, image.qdev, now))
+    before = locked.seen.vm.disks if locked.seen.vm else ()
+    images = [disk.image for disk in intent.disks]
+    nodes = moved_nodes(((image.node, image.qdev) for image in images), before, await query_disks(monitor))
+    moved = ", ".join(image.name for image in images if image.node in nodes)
     if moved:
         # What has become of the guest since it was to be frozen.
         await locked.run.repository.update(intent)

@@ -19,7 +19,7 @@ from .._host.preallocate import Writeback, keeps_holes
 from .._host.process import boot_id, machine_id, spaces
 from .._qemu import block_jobs, target_image
 from .._qemu.losses import lost_in_copy
-from .._qemu.model import EncryptedSource, is_disk_on
+from .._qemu.model import EncryptedSource, moved_nodes
 from .._qemu.query import query_disks
 from . import preflight, receipt
 from .finish import clean, finish
@@ -194,10 +194,9 @@ async def _check_moment(locked: Locked, vm: Vm, begun: list[Copy]) -> None:
 
     What the guest has written since then is not in the copy of this disk, and may be in that of another.
     """
-    known = {disk.node for disk in vm.disks}
-    now = await query_disks(locked.monitor)
-    # A layer that is named to be copied is none that the guest writes to.
-    moved = [copy for copy in begun if copy.disk.node in known and not is_disk_on(copy.disk.node, copy.disk.qdev, now)]
+    copied = ((copy.disk.node, copy.disk.qdev) for copy in begun)
+    nodes = moved_nodes(copied, vm.disks, await query_disks(locked.monitor))
+    moved = [copy for copy in begun if copy.disk.node in nodes]
     if not moved:
         return
     disks = ", ".join(copy.who for copy in moved)

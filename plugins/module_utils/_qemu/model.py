@@ -282,6 +282,15 @@ def is_disk_on(node: str, qdev: str, disks: Iterable[Disk]) -> bool:
     return any((disk.node, disk.qdev) == (node, qdev) for disk in disks)
 
 
+def moved_nodes(copied: Iterable[tuple[str, str]], before: Iterable[Disk], now: Iterable[Disk]) -> set[str]:
+    """Return which nodes of C(copied), each with its qdev, were disks of a VM C(before), and are not these C(now).
+
+    A layer that is named to be copied is none that the guest writes to.
+    """
+    known, disks = {disk.node for disk in before}, tuple(now)
+    return {node for node, qdev in copied if node in known and not is_disk_on(node, qdev, disks)}
+
+
 def plain_path(file: str) -> str:
     """Return one spelling for each file that QEMU names: a block device has many (C(by-id), C(dm-3), a volume's name).
 
