@@ -26,8 +26,14 @@ from ansible_collections.vmfleet.backup.tests.harness.images import (
     patterned,
     qemu_img,
 )
-from ansible_collections.vmfleet.backup.tests.harness.libvirt import Libvirt
-from ansible_collections.vmfleet.backup.tests.harness.libvirt_domains import FIRMWARE, Domain, DomainDisk, domain_xml
+from ansible_collections.vmfleet.backup.tests.harness.libvirt import Libvirt, version
+from ansible_collections.vmfleet.backup.tests.harness.libvirt_domains import (
+    FIRMWARE,
+    VARIABLES,
+    Domain,
+    DomainDisk,
+    domain_xml,
+)
 from ansible_collections.vmfleet.backup.tests.harness.modules import ModuleProcess, fail, run_module, succeed
 from ansible_collections.vmfleet.backup.tests.harness.playbooks import Hypervisor
 from ansible_collections.vmfleet.backup.tests.harness.sets import Sets
@@ -364,6 +370,42 @@ def test_a_disk_that_others_may_write_to(libvirt: Libvirt, directory: Path) -> N
     domain.start("--paused")
     assert domain.image("vdb") == (directory / "vdb.raw", "raw")
     assert_pattern(directory / "vdb.raw", "raw", 0x52, 2 * MIB, 65536)
+
+
+def test_uefi_whose_files_are_qcow2(libvirt: Libvirt, directory: Path) -> None:
+    # As Fedora has them.
+    if version().startswith("9.0."):
+        pytest.skip("this libvirt takes every image of a firmware for a raw one")
+    (directory / "restored").mkdir()
+    code, template, variables = (directory / f"{name}.qcow2" for name in ("code", "template", "variables"))
+    for raw, image in ((FIRMWARE, code), (VARIABLES, template)):
+        qemu_img("convert", "-f", "raw", "-O", "qcow2", raw, image)
+    loader = f"<loader readonly='yes' type='pflash' format='qcow2'>{code}</loader>"
+    firmware = f"{loader}<nvram template='{template}' format='qcow2'>{variables}</nvram>"
+    disk = DomainDisk(patterned(directory / "vda.qcow2"))
+    domain = libvirt.define("web01", disk, os=firmware, memory=64)
+    domain.start("--paused")
+    sets = Sets(directory / "repository", libvirt.inside)
+    sets.back_up("libvirt:web01", id="s1")
+    domain.destroy()
+    sets.back_up("libvirt:web01", id="s2")
+    for set_id in ("s1", "s2"):
+        assert identical(variables, sets.images("web01", set_id)["nvram"])
+        place = directory / "restored"
+        beside = {"domain": "define", "domain_name": f"new-{set_id}", "domain_uuid": "new", "overwrite": True}
+        wanted = {"repository": str(sets.path), "vm": "web01", "id": set_id, "directory": str(place), **beside}
+        done = succeed("backup_restore", wanted, inside=libvirt.inside)
+        assert [disk["format"] for disk in done["restored"]] == ["qcow2", "qcow2"]
+        assert identical(variables, place / "nvram.qcow2")
+        restored = Domain(libvirt, f"new-{set_id}")
+        restored.start("--paused")
+        restored.destroy()
+        libvirt.virsh("undefine", restored.name, "--keep-nvram")
+        del wanted["directory"]
+        raw = {name: str(place / f"{name}.raw") for name in ("vda", "nvram")}
+        disks = [{"name": name, "target": target, "format": "raw"} for name, target in raw.items()]
+        told = fail("backup_restore", {**wanted, "disks": disks}, inside=libvirt.inside)["msg"]
+        assert told == f"format: {raw['nvram']}: the UEFI variables of this domain are restored in format qcow2"
 
 
 def test_what_happens_during_the_copy_keeps_all_disks(

@@ -48,6 +48,8 @@ OTHERS = (
 ENTROPY = ("/dev/random", "/dev/urandom", "/dev/hwrng")
 OF_SOURCE = ("source", "backingStore", "mirror", "auth", "encryption", "reservations")
 """Elements of a disk that belong to where its image has stood, and how."""
+OF_VARIABLES = ("template", "templateFormat", "format")
+"""Attributes of UEFI variables that do not tell where they have stood."""
 
 
 @dataclass(frozen=True)
@@ -173,10 +175,10 @@ def _replace_disk(element: Element, disk: DiskRestore) -> None:
 def _replace_nvram(root: Element, nvram: DiskRestore | None) -> Iterator[str]:
     system = _child(root, "os")
     old = system.find("nvram")
-    template = old.attrib.get("template") if old is not None else None
+    kept = {name: old.attrib[name] for name in OF_VARIABLES if name in old.attrib} if old is not None else {}
     _remove(system, "nvram")
-    if nvram is not None or template:
-        element = ElementTree.SubElement(system, "nvram", {"template": template} if template else {})
+    if nvram is not None or "template" in kept:
+        element = ElementTree.SubElement(system, "nvram", kept)
         element.text = nvram.target if nvram else None
     if nvram is None and old is not None:
         # The file that it has named may be that of the old domain.

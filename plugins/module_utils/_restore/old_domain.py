@@ -48,7 +48,8 @@ class OldDomain:
 
     def raw_files(self) -> dict[str, str]:
         """Return the disks that libvirt takes in format raw only, with what the names of their files end with."""
-        nvram = {image.name: ".fd" for image in self.manifest.disks if is_nvram(image)}
+        is_raw = self.xml.firmware.nvram_format == "raw"
+        nvram = {image.name: ".fd" for image in self.manifest.disks if is_nvram(image) and is_raw}
         # QEMU's driver of qcow2 keeps metadata in memory, so that only one VM can write to such an image.
         shared = {disk.target: ".raw" for disk in self.xml.disks if disk.shareable and not disk.read_only}
         return {**shared, **nvram}
@@ -62,13 +63,18 @@ class OldDomain:
                 "disks",
                 f"disk {left_out[0]} of set {self.manifest.id} is missing; a domain is defined with all of them",
             )
-        raw = self.raw_files()
+        raw, of_variables = self.raw_files(), self.xml.firmware.nvram_format
         for disk in disks:
             if not os.path.isabs(disk.target):
                 raise Refused("target", f"{disk.target} is no absolute path, as libvirt needs it")
-            if disk.name in raw and disk.format != "raw":
-                if is_nvram(disk.image):
-                    raise Refused("format", f"{disk.target}: UEFI variables are restored in format raw")
+            if is_nvram(disk.image):
+                # libvirt takes none but that of the firmware itself.
+                if disk.format != of_variables:
+                    raise Refused(
+                        "format",
+                        f"{disk.target}: the UEFI variables of this domain are restored in format {of_variables}",
+                    )
+            elif disk.name in raw and disk.format != "raw":
                 raise Refused(
                     "format",
                     f"{disk.target}: disk {disk.name} is shareable, and libvirt takes such a disk in format raw only",

@@ -91,7 +91,7 @@ def test_restored_disks_take_the_places_of_the_old_ones() -> None:
     ]
     assert [drive.findall("source") for drive in drives] == [[], []]
     [nvram] = root.findall("os/nvram")
-    assert (nvram.text, nvram.attrib) == ("/new/nvram.fd", {"template": "/usr/share/VARS.fd"})
+    assert (nvram.text, nvram.attrib) == ("/new/nvram.fd", {"template": "/usr/share/VARS.fd", "format": "qcow2"})
     assert root.find("devices/emulator") is None
     assert notes == [
         "disk vdb is not in the set, and was removed from the domain",
@@ -153,7 +153,7 @@ def test_variables_that_are_not_in_the_set_are_not_those_of_the_old_domain() -> 
     told = "its UEFI variables are not in the set: the firmware begins without them"
     root, notes = defined()
     [nvram] = root.findall("os/nvram")
-    assert (nvram.text, nvram.attrib) == (None, {"template": "/usr/share/VARS.fd"})
+    assert (nvram.text, nvram.attrib) == (None, {"template": "/usr/share/VARS.fd", "format": "qcow2"})
     assert told in notes
     root, notes = defined(text=OLD.replace("template='/usr/share/VARS.fd'", ""))
     assert root.find("os/nvram") is None

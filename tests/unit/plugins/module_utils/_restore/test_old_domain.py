@@ -6,11 +6,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import Refused
 from ansible_collections.vmfleet.backup.plugins.module_utils._host import target_files
-from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.domain_xml import parse_domain
+from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.domain_xml import Firmware, parse_domain
 from ansible_collections.vmfleet.backup.plugins.module_utils._restore.old_domain import OldDomain
 from ansible_collections.vmfleet.backup.tests.unit.plugins.builders import UUID, image, manifest
 from ansible_collections.vmfleet.backup.tests.unit.plugins.restoring import disk_restore
@@ -45,9 +47,19 @@ def test_format_of_a_disk(more: str, raw: dict[str, str]) -> None:
         domain.check_disks([disk_restore("/new/a")])
 
 
-def test_variables_of_the_firmware_are_raw() -> None:
-    domain = OldDomain(manifest("s1", NVRAM), {}, old_domain("<shareable/>").xml)
-    assert domain.raw_files() == {"vda": ".raw", "nvram": ".fd"}
+@pytest.mark.parametrize(("format_", "raw"), [("raw", {"nvram": ".fd"}), ("qcow2", {})])
+def test_variables_of_the_firmware_keep_their_format(format_: str, raw: dict[str, str]) -> None:
+    xml = old_domain().xml
+    domain = OldDomain(manifest("s1", NVRAM), {}, replace(xml, firmware=Firmware(nvram_format=format_)))
+    assert domain.raw_files() == raw
+    chain = ((domain.manifest, NVRAM),)
+    for other in ("raw", "qcow2"):
+        wanted = disk_restore("/new/nvram", name="nvram", chain=chain, format=other)
+        if other == format_:
+            domain.check_disks([wanted])
+            continue
+        with pytest.raises(Refused, match=f"the UEFI variables of this domain are restored in format {format_}"):
+            domain.check_disks([wanted])
 
 
 def test_a_disk_of_scsi_commands_is_a_block_device(monkeypatch: pytest.MonkeyPatch) -> None:
