@@ -94,6 +94,8 @@ options:
       - Replace targets that exist. A block device always exists.
       - With O(domain=define), also define a domain again that has the same name and uuid. It must be off, without a
         saved state, snapshots and checkpoints. If that has changed when all copies are complete, no file is replaced.
+      - Where the VM of the set was reached as V(libvirt:NAME), O(libvirt_uri) is asked before anything is replaced. A
+        file of a domain that has a saved state, and a file that a disk of a domain builds on, are never replaced.
     type: bool
     default: false
   checksum:
@@ -343,6 +345,7 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._restore.domain imp
     define_domain,
     plan_domain,
 )
+from ansible_collections.vmfleet.backup.plugins.module_utils._restore.guard import guard_of
 from ansible_collections.vmfleet.backup.plugins.module_utils._restore.model import (
     CHECKSUMS,
     FORMATS,
@@ -457,7 +460,9 @@ async def restore_disks(module: AnsibleModule, repository: Repository, catalog: 
     disks = disk_restores(params, catalog, manifest, old.raw_files() if old else {})
     domain = await plan_domain(repository, old, disks, domain_request(params)) if old else None
     look = partial(check_again, domain, disks) if domain else None
-    restored, warnings = await restore(repository, catalog, disks, options, look)
+    # A domain is looked at as a whole.
+    guard = None if domain else guard_of(manifest, params["libvirt_uri"])
+    restored, warnings = await restore(repository, catalog, disks, options, look, guard)
     for warning in warnings:
         warn(module, warning)
     found = restored_disks(module, catalog, manifest, restored)

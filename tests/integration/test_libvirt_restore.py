@@ -408,6 +408,68 @@ def test_uefi_whose_files_are_qcow2(libvirt: Libvirt, directory: Path) -> None:
         assert told == f"format: {raw['nvram']}: the UEFI variables of this domain are restored in format qcow2"
 
 
+def test_files_that_a_domain_relies_on_are_not_replaced(
+    libvirt: Libvirt, directory: Path, storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk, device = directory / "vda.qcow2", storage.loop(64 * MIB)
+    domain = libvirt.define("web01", DomainDisk(patterned(disk)))
+    sets = Sets(directory / "repository", libvirt.inside)
+    sets.back_up("libvirt:web01")
+    # The domain of the set may be called otherwise by now, and others have disks, too.
+    domain.virsh("domrename", "web02")
+    domain = Domain(libvirt, "web02")
+    shared = f"<disk type='block' device='disk'><source dev='{device}'/><target dev='vdb' bus='virtio'/></disk>"
+    other = libvirt.define("web03", DomainDisk(patterned(directory / "other.qcow2")), devices=shared)
+    wanted = {"repository": str(sets.path), "vm": "web01", "overwrite": True}
+    in_place = {**wanted, "disks": [{"name": "vda", "target": str(disk)}]}
+    to_device = {**wanted, "disks": [{"name": "vda", "target": str(device)}]}
+
+    def assert_kept(target: Path, name: str, options: dict[str, t.Any], check: bool = False) -> None:
+        before = disk.stat().st_ino, sorted(directory.rglob("*"))
+        told = fail("backup_restore", options, check=check, inside=libvirt.inside)["msg"]
+        assert f"target: {target} is a file of domain {name}, which has a saved state (virsh managedsave)" in told
+        assert f"virsh managedsave-remove {name}" in told
+        assert (disk.stat().st_ino, sorted(directory.rglob("*"))) == before
+
+    for one in (domain, other):
+        one.start("--paused")
+        one.virsh("managedsave")
+    assert_kept(disk, "web02", in_place)
+    assert_kept(disk, "web02", in_place, check=True)
+    assert_kept(device, "web03", to_device)
+    # What it builds on is in no definition of a domain that is off.
+    for one in (domain, other):
+        one.virsh("managedsave-remove")
+    copy = restore_module._copy
+
+    async def copy_and_save(*place: t.Any) -> None:
+        await copy(*place)
+        for words in (("start", "web02", "--paused"), ("managedsave", "web02")):
+            subprocess.run(["virsh", *words], check=True, capture_output=True)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(restore_module, "_copy", copy_and_save)
+        assert_kept(disk, "web02", in_place)
+    domain.virsh("managedsave-remove")
+    top = directory / "top.qcow2"
+    qemu_img("create", "-q", "-f", "qcow2", "-b", disk.name, "-F", "qcow2", top)
+    overlay = libvirt.define("web04", DomainDisk(top))
+    told = fail("backup_restore", in_place, inside=libvirt.inside)["msg"]
+    assert told == (
+        f"target: a disk of domain web04 builds on {disk}, and would be spoilt by another file there; restore to"
+        " another place"
+    )
+    overlay.virsh("undefine")
+    # Where there is no libvirt, disks are restored, too.
+    inode = disk.stat().st_ino
+    silent = {**in_place, "libvirt_uri": "qemu+unix:///system?socket=/nowhere"}
+    warnings = succeed("backup_restore", silent, check=True, inside=libvirt.inside)["warnings"]
+    assert any(warning.startswith("nobody knows whether a domain relies on the files that") for warning in warnings)
+    assert succeed("backup_restore", in_place, inside=libvirt.inside)["changed"]
+    assert disk.stat().st_ino != inode
+    succeed("backup_restore", to_device, inside=libvirt.inside)
+
+
 def test_what_happens_during_the_copy_keeps_all_disks(
     backup: Backup, libvirt: Libvirt, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -55,6 +55,18 @@ class Look:
     others: Mapping[str, tuple[Source, ...]] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class KnownDomain:
+    """The images of a domain. C(tops) are those that its disks are on, C(images) also those that these build on.
+
+    C(is_saved) says that it has a saved state (C(virsh managedsave)), with which it goes on.
+    """
+
+    images: tuple[Source, ...]
+    tops: tuple[Source, ...]
+    is_saved: bool
+
+
 class LibvirtHost(LibvirtConnection):
     """A connection to the libvirt of this machine, and to a domain that it may have."""
 
@@ -93,16 +105,24 @@ class LibvirtHost(LibvirtConnection):
         for domain in self._connection.listAllDomains(0):
             name = domain.name()
             if name != self.address.domain:
-                looks = (
-                    partial(domain.XMLDesc, INACTIVE),
-                    partial(domain.XMLDesc, 0),
-                    partial(domain.managedSaveGetXMLDesc, 0),
-                )
-                found[name] = tuple(source for look in looks for source in self._images(look))
+                found[name] = tuple(source for look in _looks(domain) for source in self._images(look))
         return found
 
-    def _images(self, look: Callable[[], str]) -> Iterator[Source]:
-        """Return the files and block devices that an XML names, and the volumes that may be such."""
+    def known_domains(self) -> dict[str, KnownDomain]:
+        """Return the images of all domains, by their names."""
+        found = {}
+        for domain in self._connection.listAllDomains(0):
+            looks = _looks(domain)
+            images = tuple(source for look in looks for source in self._images(look))
+            tops = tuple(source for look in looks for source in self._images(look, tops=True))
+            found[domain.name()] = KnownDomain(images, tops, bool(domain.hasManagedSaveImage()))
+        return found
+
+    def _images(self, look: Callable[[], str], tops: bool = False) -> Iterator[Source]:
+        """Return the files and block devices that an XML names, and the volumes that may be such.
+
+        With C(tops), only those that a guest writes to.
+        """
         try:
             xml = parse_domain(look())
         except (self.libvirt.libvirtError, Odd):
@@ -111,7 +131,7 @@ class LibvirtHost(LibvirtConnection):
         firmware = xml.firmware
         for named in (
             *(disk.source for disk in xml.disks),
-            *(layer for disk in xml.disks for layer in disk.chain),
+            *(layer for disk in xml.disks for layer in disk.chain if not tops),
             Source(firmware.nvram_kind, firmware.nvram, firmware.nvram_format),
         ):
             source = place_of(self.libvirt, self._connection, named)
@@ -133,6 +153,11 @@ class LibvirtHost(LibvirtConnection):
             super()._find()
         except MonitorGone:
             self.domain = None
+
+
+def _looks(domain: Any) -> tuple[Callable[[], str], ...]:
+    """Return the calls for the XML of a domain: as it is defined, as it runs, and as it was saved."""
+    return partial(domain.XMLDesc, INACTIVE), partial(domain.XMLDesc, 0), partial(domain.managedSaveGetXMLDesc, 0)
 
 
 def _user(capabilities: Element, kind: str) -> tuple[int, ...]:

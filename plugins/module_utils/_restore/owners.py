@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from .._qemu.domain_xml import Source
+    from .libvirt_host import KnownDomain
     from .model import DiskRestore
 
 
@@ -61,6 +62,47 @@ async def refuse_owned(
         raise Refused("target", f"{target} is a file of domain {owner}; restore to another place")
     if unknown:
         _refuse(*unknown)
+
+
+async def refuse_kept(domains: Mapping[str, KnownDomain], targets: Sequence[str]) -> None:
+    """Refuse to replace a file that a domain relies on to stay as it is.
+
+    It goes on from its saved state with the disks of that moment, and what a disk builds on belongs to that disk.
+    """
+
+    def ask() -> Refused | None:
+        return next((found for name, domain in domains.items() for found in _kept(name, domain, targets)), None)
+
+    try:
+        found = await within(TIMEOUT, ask)
+    except asyncio.TimeoutError:
+        raise BackupError(
+            f"a file system hangs, so the disks of the domains could not be checked within {TIMEOUT:g} s. Restore to"
+            " places where no file exists yet"
+        ) from None
+    if found:
+        raise found
+
+
+def _kept(name: str, domain: KnownDomain, targets: Sequence[str]) -> Iterator[Refused]:
+    tops = {os.path.realpath(source.path) for source in domain.tops if source.kind not in UNKNOWN}
+    seen: set[tuple[str, str]] = set()
+    files = {path for source in domain.images if source.kind not in UNKNOWN for path in _files(source, seen)}
+    for target in targets:
+        path = os.path.realpath(target)
+        if path in files and domain.is_saved:
+            yield Refused(
+                "target",
+                f"{target} is a file of domain {name}, which has a saved state (virsh managedsave): the guest would go"
+                f" on with another disk than it had, and spoil it. Remove that state (virsh managedsave-remove {name}),"
+                " or restore to another place",
+            )
+        elif path in files - tops:
+            yield Refused(
+                "target",
+                f"a disk of domain {name} builds on {target}, and would be spoilt by another file there; restore to"
+                " another place",
+            )
 
 
 def _refuse(target: str, owner: str, source: Source) -> None:

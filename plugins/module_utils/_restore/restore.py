@@ -50,6 +50,8 @@ if TYPE_CHECKING:
     from .._repository.repository import Repository
     from .model import DiskRestore, RestoreOptions
 
+    Guard = Callable[[Sequence[str]], Awaitable[None]]
+
 
 @dataclass(frozen=True)
 class RestoreRun:
@@ -58,7 +60,7 @@ class RestoreRun:
     C(settled) has of each disk, by its target, whether its set is pinned, or read all the same; where not, it has
     failed. C(checked) ends when the checksums of all that are pinned are right, and raises BackupError where one is
     not; C(paces) has, by their targets, the disks that are written before that. C(agreement) is there where the disks
-    are those of a domain.
+    are those of a domain. C(guard) is asked before files are replaced.
     """
 
     repository: Repository
@@ -69,6 +71,7 @@ class RestoreRun:
     checked: asyncio.Future[None]
     paces: Mapping[str, Pace]
     agreement: Agreement | None = None
+    guard: Guard | None = None
 
 
 async def restore(
@@ -77,22 +80,27 @@ async def restore(
     disks: Sequence[DiskRestore],
     options: RestoreOptions,
     look: Callable[[], Awaitable[None]] | None = None,
+    guard: Guard | None = None,
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """Restore all disks, after all checks; return the results, and warnings.
 
     C(look) is given where they are those of a domain: it raises BackupError where the domain is not as it was.
+    C(guard) raises Refused for targets that exist and must not be replaced.
     """
     refuse_collisions(disks)
     waiting = [disk for disk in disks if not is_restored(repository, disk)]
     for disk in waiting:
         check_target(disk, options.overwrite)
+    replaced = [disk.target for disk in waiting if os.path.lexists(disk.target)]
+    if guard and replaced:
+        await guard(replaced)
     check_headers(repository, waiting)
     await check_space(repository, [disk for disk in waiting if not (disk.overlay or disk.block_device)])
     warnings: list[str] = []
     if options.check_mode:
         await _check(repository, catalog.name, waiting, options, {})
     else:
-        await _restore_all(repository, catalog.name, waiting, options, warnings, look)
+        await _restore_all(repository, catalog.name, waiting, options, warnings, look, guard)
         for disk in disks:
             if disk not in waiting:
                 await _finish(repository, catalog.name, disk, warnings)
@@ -113,6 +121,7 @@ async def _restore_all(
     options: RestoreOptions,
     warnings: list[str],
     look: Callable[[], Awaitable[None]] | None,
+    guard: Guard | None,
 ) -> None:
     """Restore disks, none of them where an image of any of them is not what was written."""
     paces = {disk.target: Pace() for disk in disks if options.is_written_early(disk)}
@@ -127,7 +136,7 @@ async def _restore_all(
 
     checked = asyncio.ensure_future(check())
     agreement = _agreement(disks, look) if look and disks else None
-    run = RestoreRun(repository, vm, options, warnings, settled, checked, paces, agreement)
+    run = RestoreRun(repository, vm, options, warnings, settled, checked, paces, agreement, guard)
     try:
         done = await asyncio.gather(*(_restore_disk(run, disk) for disk in disks), return_exceptions=True)
     finally:
@@ -220,6 +229,8 @@ async def _write_device(run: RestoreRun, disk: DiskRestore) -> None:
     async with _reading(run, disk):
         # The first check was before the checksums, which may have taken long.
         check_device(disk, run.options.overwrite)
+        if run.guard:
+            await run.guard([disk.target])
         if run.agreement:
             # It has no other name to be written under, so that it cannot wait for the files.
             await run.agreement.look()
@@ -257,6 +268,8 @@ async def _write_file(run: RestoreRun, disk: DiskRestore) -> None:
                 await run.agreement.reached()
             if replaces[0]:
                 check_unused(disk.target)
+                if run.guard:
+                    await run.guard([disk.target])
             _check_made(disk.partial, made)
             _take_name(repository, disk, replaces, made)
     except BaseException as error:

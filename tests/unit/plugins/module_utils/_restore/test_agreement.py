@@ -140,7 +140,7 @@ def test_copies_of_a_domain_end_with_the_first_that_fails(tmp_path: Path, monkey
         monkeypatch.setattr(restore, name, instead)
     monkeypatch.setattr(restore, "check_device", lambda *_args: None)
     monkeypatch.setattr(target_files, "is_block_device", lambda path: path == disks[3].target)
-    run = restore._restore_all(None, "web01", disks, RestoreOptions(), [], nothing)  # type: ignore[arg-type]
+    run = restore._restore_all(None, "web01", disks, RestoreOptions(), [], nothing, None)  # type: ignore[arg-type]
     with pytest.raises(BackupError) as caught:
         asyncio.run(asyncio.wait_for(run, 60))
     files = ", ".join(f"disk {disk.name} to {disk.target}" for disk in (disks[0], disks[2]))
