@@ -232,6 +232,15 @@ class Libvirt:
             Domain(self, name).virsh("undefine", *FORGET)
 
 
+def restart_in_here() -> int:
+    """Kill libvirtd from a process that sees it, and start it again; return its process id of before."""
+    pid = int(Path("/run/libvirtd.pid").read_text())
+    os.kill(pid, signal.SIGKILL)
+    environment = os.environ | {"PATH": os.environ["PATH"] + ":/usr/sbin:/sbin"}
+    subprocess.run(["libvirtd", "--daemon"], check=True, env=environment)
+    return pid
+
+
 def version(program: str = "libvirtd") -> str:
     """Return the version of libvirt's programs, as in 9.0.0."""
     told = subprocess.run([program, "--version"], capture_output=True, text=True, check=True).stdout

@@ -9,9 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import subprocess
 import typing as t
-from pathlib import Path
 
 import pytest
 
@@ -27,6 +25,7 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._repository.names i
 from ansible_collections.vmfleet.backup.tests.harness.backup import SLOW, assert_absent, assert_good, rebase
 from ansible_collections.vmfleet.backup.tests.harness.forks import Fork
 from ansible_collections.vmfleet.backup.tests.harness.images import MIB, identical, patterned
+from ansible_collections.vmfleet.backup.tests.harness.libvirt import restart_in_here
 from ansible_collections.vmfleet.backup.tests.harness.libvirt_domains import DomainDisk
 from ansible_collections.vmfleet.backup.tests.harness.modules import ModuleProcess, fail, succeed
 from ansible_collections.vmfleet.backup.tests.harness.qemu import PATIENCE, wait_until
@@ -34,6 +33,7 @@ from ansible_collections.vmfleet.backup.tests.harness.sets import Sets, result_o
 
 if t.TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
+    from pathlib import Path
 
     from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.libvirt_client import LibvirtClient
     from ansible_collections.vmfleet.backup.tests.harness.libvirt import Libvirt
@@ -221,15 +221,6 @@ def test_libvirtd_is_restarted_in_the_middle_of_a_set(domain: Domain, sets: Sets
     domain.libvirt.restart_daemon()
     assert result_of(process.result(), "web01")["state"] == "published"
     sets.assert_good("web01", {"vda": copy})
-
-
-def restart_in_here() -> int:
-    """Kill libvirtd from a process that sees it, and start it again; return its process id of before."""
-    pid = int(Path("/run/libvirtd.pid").read_text())
-    os.kill(pid, signal.SIGKILL)
-    environment = os.environ | {"PATH": os.environ["PATH"] + ":/usr/sbin:/sbin"}
-    subprocess.run(["libvirtd", "--daemon"], check=True, env=environment)
-    return pid
 
 
 def test_libvirtd_is_restarted_before_anything_of_a_set_exists(

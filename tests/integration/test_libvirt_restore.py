@@ -16,6 +16,7 @@ import pytest
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import BackupError
 from ansible_collections.vmfleet.backup.plugins.module_utils._restore import domain as restored_domain
+from ansible_collections.vmfleet.backup.plugins.module_utils._restore import libvirt_host
 from ansible_collections.vmfleet.backup.plugins.module_utils._restore import restore as restore_module
 from ansible_collections.vmfleet.backup.plugins.module_utils._restore.libvirt_host import LibvirtHost
 from ansible_collections.vmfleet.backup.plugins.module_utils._restore.model import DiskRestore
@@ -26,7 +27,7 @@ from ansible_collections.vmfleet.backup.tests.harness.images import (
     patterned,
     qemu_img,
 )
-from ansible_collections.vmfleet.backup.tests.harness.libvirt import Libvirt, version
+from ansible_collections.vmfleet.backup.tests.harness.libvirt import Libvirt, restart_in_here, version
 from ansible_collections.vmfleet.backup.tests.harness.libvirt_domains import (
     FIRMWARE,
     VARIABLES,
@@ -468,6 +469,36 @@ def test_files_that_a_domain_relies_on_are_not_replaced(
     assert succeed("backup_restore", in_place, inside=libvirt.inside)["changed"]
     assert disk.stat().st_ino != inode
     succeed("backup_restore", to_device, inside=libvirt.inside)
+
+
+def test_libvirtd_is_restarted_in_the_middle_of_the_look_at_the_disks_of_others(
+    libvirt: Libvirt, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk, other = (patterned(directory / f"{name}.qcow2", size=MIB) for name in ("vda", "other"))
+    libvirt.define("web01", DomainDisk(disk))
+    libvirt.define("web02", DomainDisk(other))
+    sets = Sets(directory / "repository", libvirt.inside)
+    sets.back_up("libvirt:web01")
+    wanted = {"repository": str(sets.path), "vm": "web01", "overwrite": True}
+    wanted["disks"] = [{"name": "vda", "target": str(other)}]
+    inode = other.stat().st_ino
+    looks = libvirt_host._looks
+
+    restarted: list[int] = []
+
+    def restart_and_look(domain: t.Any) -> t.Any:
+        if not restarted:
+            restarted.append(restart_in_here())
+        return looks(domain)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(libvirt_host, "_looks", restart_and_look)
+        defined = {**wanted, "domain": "define", "domain_name": "web03", "domain_uuid": "new"}
+        told = fail("backup_restore", defined, inside=libvirt.inside)["msg"]
+    assert "the connection to libvirt broke off during the look at its domains" in told
+    assert other.stat().st_ino == inode
+    told = fail("backup_restore", defined, inside=libvirt.inside)["msg"]
+    assert told == f"target: {other} is a file of domain web02; restore to another place"
 
 
 def test_what_happens_during_the_copy_keeps_all_disks(

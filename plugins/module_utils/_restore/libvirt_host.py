@@ -20,7 +20,7 @@ from .._host.threads import within
 from .._qemu.answers import Odd, quoted
 from .._qemu.domain import INACTIVE, UNKNOWN, place_of
 from .._qemu.domain_xml import LOCAL, Source, parse_domain, parse_xml
-from .._qemu.libvirt_connection import LibvirtConnection
+from .._qemu.libvirt_connection import NO_DOMAIN, LibvirtConnection
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -115,8 +115,17 @@ class LibvirtHost(LibvirtConnection):
             looks = _looks(domain)
             images = tuple(source for look in looks for source in self._images(look))
             tops = tuple(source for look in looks for source in self._images(look, tops=True))
-            found[domain.name()] = KnownDomain(images, tops, bool(domain.hasManagedSaveImage()))
+            found[domain.name()] = KnownDomain(images, tops, self._is_saved(domain))
         return found
+
+    def _is_saved(self, domain: Any) -> bool:
+        try:
+            return bool(domain.hasManagedSaveImage())
+        except self.libvirt.libvirtError as error:
+            if error.get_error_code() != NO_DOMAIN:
+                raise
+            # It has gone at this moment.
+            return False
 
     def _images(self, look: Callable[[], str], tops: bool = False) -> Iterator[Source]:
         """Return the files and block devices that an XML names, and the volumes that may be such.
@@ -125,8 +134,13 @@ class LibvirtHost(LibvirtConnection):
         """
         try:
             xml = parse_domain(look())
-        except (self.libvirt.libvirtError, Odd):
-            # It has gone at this moment, was not saved, or is none that anybody could start.
+        except Odd:
+            # It is none that anybody could start.
+            return
+        except self.libvirt.libvirtError:
+            if not self.is_alive():
+                raise
+            # It has gone at this moment, or was not saved.
             return
         firmware = xml.firmware
         for named in (
