@@ -125,9 +125,11 @@ def _ask_one(libvirt: Any, uri: str, name: str) -> DomainEntry | None:
     connection = _open(libvirt, uri)
     try:
         return _entry(libvirt, connection.lookupByName(name))
-    except libvirt.libvirtError:
-        # It has gone meanwhile.
-        return None
+    except libvirt.libvirtError as error:
+        if error.get_error_code() == NO_DOMAIN:
+            # It has gone meanwhile.
+            return None
+        return DomainEntry(name, error=f"libvirt does not find this domain: {quoted(error)}")
     finally:
         connection.close()
 
