@@ -26,6 +26,7 @@ cannot_tell() {
 
 # unpack DIRECTORY "SUITE..." PACKAGE[=VERSION]...: unpack these (Debian's) and all that they need from the mirror that the
 # machine's own apt uses, signatures checked. Nothing is installed.
+# A VERSION may end with *: Debian serves one revision of an upstream version, and replaces it.
 unpack() {
   local root=$1 suites=$2 mirror suite package apt=$work/apt
   local keyring=/usr/share/keyrings/debian-archive-keyring.gpg

@@ -15,7 +15,7 @@
 #   virsh undefine D --managed-save: ends with 0
 
 . "$(dirname "$(readlink -f "$0")")/lib.sh"
-libvirt 12.9.0-1~bpo13+1 1:11.1.3+ds-1~bpo13+1 /trixie-backports /trixie
+libvirt "12.9.0-*" "1:11.1.3+ds-*" /trixie-backports /trixie
 inside sh -c 'cd /lab && python3 -' <<'END'
 import os
 import subprocess

@@ -10,7 +10,7 @@
 #   the definition builds on base.qcow2, the header on nothing, what qemu-img reads is what the domain reads: False
 
 . "$(dirname "$(readlink -f "$0")")/lib.sh"
-libvirt 12.9.0-1~bpo13+1 1:11.1.3+ds-1~bpo13+1 /trixie-backports /trixie
+libvirt "12.9.0-*" "1:11.1.3+ds-*" /trixie-backports /trixie
 inside python3 - <<'END'
 import json, os, subprocess
 from xml.etree import ElementTree

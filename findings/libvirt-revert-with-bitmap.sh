@@ -11,7 +11,7 @@
 #     error: operation failed: load of internal snapshot 's' job failed: Could not load snapshot 's' on 'libvirt-1-format': Device has active dirty bitmaps
 
 . "$(dirname "$(readlink -f "$0")")/lib.sh"
-libvirt 12.9.0-1~bpo13+1 1:11.1.3+ds-1~bpo13+1 /trixie-backports /trixie
+libvirt "12.9.0-*" "1:11.1.3+ds-*" /trixie-backports /trixie
 inside sh -c 'cd /lab && python3 -' <<'END'
 import subprocess
 from domain import Domain

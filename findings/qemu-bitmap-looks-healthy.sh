@@ -11,7 +11,7 @@
 #   shrunk and grown: recording True, inconsistent False, increment right: False
 
 . "$(dirname "$(readlink -f "$0")")/lib.sh"
-qemu 1:11.1.3+ds-1~bpo13+1 /trixie-backports /trixie
+qemu "1:11.1.3+ds-*" /trixie-backports /trixie
 python3 - <<'END'
 import os
 import subprocess

@@ -14,7 +14,7 @@
 [ "$(id -u)" = 0 ] || { echo "cannot tell: this needs root, to mount a tmpfs" >&2 && exit 2; }
 [ "${1:-}" = inside ] || exec unshare --mount "$0" inside
 . "$(dirname "$(readlink -f "$0")")/lib.sh"
-qemu 1:11.1.3+ds-1~bpo13+1 /trixie-backports /trixie
+qemu "1:11.1.3+ds-*" /trixie-backports /trixie
 mkdir full
 mount -t tmpfs -o size=200m tmpfs full
 python3 - <<'END'

@@ -11,7 +11,7 @@
 #   after the commit, at 12 MiB: the base's old data; dirty bytes told by the bitmap of the top layer: 0
 
 . "$(dirname "$(readlink -f "$0")")/lib.sh"
-qemu 1:11.1.3+ds-1~bpo13+1 /trixie-backports /trixie
+qemu "1:11.1.3+ds-*" /trixie-backports /trixie
 python3 - <<'END'
 from vm import VM, image
 

@@ -11,7 +11,7 @@
 #   the next start: recording False, inconsistent True
 
 . "$(dirname "$(readlink -f "$0")")/lib.sh"
-qemu 1:11.1.3+ds-1~bpo13+1 /trixie-backports /trixie
+qemu "1:11.1.3+ds-*" /trixie-backports /trixie
 python3 - <<'END'
 import json
 import os

@@ -11,7 +11,7 @@
 #   killed after stop and cont: backing file none, check found 0 errors, the disk holds what it held: True
 
 . "$(dirname "$(readlink -f "$0")")/lib.sh"
-qemu 1:7.2+dfsg-7+deb12u18+b3 /bookworm
+qemu "1:7.2+dfsg-7+deb12u18*" /bookworm
 python3 - <<'END'
 import json, os, subprocess
 from vm import VM, image, same

@@ -13,7 +13,7 @@
 . "$(dirname "$(readlink -f "$0")")/lib.sh"
 python3 -m venv "$work/library" && "$work/library/bin/python" -m pip install -qq --disable-pip-version-check qemu.qmp==0.0.6 >&2 ||
   cannot_tell "qemu.qmp 0.0.6 cannot be installed"
-qemu 1:11.1.3+ds-1~bpo13+1 /trixie-backports /trixie
+qemu "1:11.1.3+ds-*" /trixie-backports /trixie
 "$work/library/bin/python" - <<'END'
 import asyncio, logging
 from vm import VM

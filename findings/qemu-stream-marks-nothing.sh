@@ -11,7 +11,7 @@
 #   block-commit: bitmap counted 65536 bytes before and 131072 after, recording True, inconsistent False, increment right: True
 
 . "$(dirname "$(readlink -f "$0")")/lib.sh"
-qemu 1:11.1.3+ds-1~bpo13+1 /trixie-backports /trixie
+qemu "1:11.1.3+ds-*" /trixie-backports /trixie
 python3 - <<'END'
 import os
 from vm import VM, image, same

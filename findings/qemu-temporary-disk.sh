@@ -12,7 +12,7 @@
 #   blockdev-snapshot-sync of a temporary disk: answer {}, overlay there: False
 
 . "$(dirname "$(readlink -f "$0")")/lib.sh"
-qemu 1:11.1.3+ds-1~bpo13+1 /trixie-backports /trixie
+qemu "1:11.1.3+ds-*" /trixie-backports /trixie
 python3 - <<'END'
 import os
 from vm import VM, image

@@ -115,8 +115,8 @@ options:
     description:
       - V(define) defines the domain of the set again, on copies of all its disks. The VM of the set must have been
         reached as V(libvirt:NAME).
-      - UEFI variables are restored as C(nvram.fd), in format V(raw). Where the domain has them in a qcow2 image, as on
-        Fedora, they are restored as C(nvram.qcow2), because libvirt takes them in no other format.
+      - UEFI variables are restored in the format that the domain has them in, as C(nvram.fd) or, as on Fedora, as
+        C(nvram.qcow2). A firmware in qcow2 format goes with variables in that format.
       - The state of the TPM is put where libvirt looks for it. libvirt gives all files to the users of QEMU and of
         swtpm when the domain is started.
       - A disk that other domains may write to (C(<shareable/>)) is restored as C(NAME.raw), in format V(raw), because

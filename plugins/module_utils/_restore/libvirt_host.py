@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from .._common.errors import BackupError, MonitorGone
 from .._host.threads import within
 from .._qemu.answers import Odd, quoted
-from .._qemu.domain import INACTIVE, UNKNOWN, place_of
+from .._qemu.domain import INACTIVE, UNKNOWN, place_of, saved_xml
 from .._qemu.domain_xml import LOCAL, Source, parse_domain, parse_xml
 from .._qemu.libvirt_connection import NO_DOMAIN, LibvirtConnection
 
@@ -119,13 +119,14 @@ class LibvirtHost(LibvirtConnection):
         return found
 
     def _is_saved(self, domain: Any) -> bool:
+        """Tell whether a domain goes on from a saved state, be that one that nobody can read."""
         try:
-            return bool(domain.hasManagedSaveImage())
+            return bool(saved_xml(self.libvirt, domain))
         except self.libvirt.libvirtError as error:
-            if error.get_error_code() != NO_DOMAIN:
+            if not self.is_alive():
                 raise
-            # It has gone at this moment.
-            return False
+            # It may have gone at this moment.
+            return bool(error.get_error_code() != NO_DOMAIN)
 
     def _images(self, look: Callable[[], str], tops: bool = False) -> Iterator[Source]:
         """Return the files and block devices that an XML names, and the volumes that may be such.
@@ -156,7 +157,7 @@ class LibvirtHost(LibvirtConnection):
         """Return why the domain must not be defined anew with other disks."""
         if self.domain.isActive():
             return "runs"
-        if self.domain.hasManagedSaveImage():
+        if self._is_saved(self.domain):
             return "has a saved state (virsh managedsave), which belongs to its old disks"
         if self.domain.snapshotNum() or self.domain.listAllCheckpoints(0):
             return "has snapshots or checkpoints, which belong to its old disks"

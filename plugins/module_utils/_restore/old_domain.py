@@ -68,7 +68,7 @@ class OldDomain:
             if not os.path.isabs(disk.target):
                 raise Refused("target", f"{disk.target} is no absolute path, as libvirt needs it")
             if is_nvram(disk.image):
-                # libvirt takes none but that of the firmware itself.
+                # That of its firmware and of the template, and what internal snapshots may need.
                 if disk.format != of_variables:
                     raise Refused(
                         "format",
