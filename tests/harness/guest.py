@@ -114,7 +114,8 @@ class Console:
 class Guest(Qemu):
     """A guest whose disks are `system.qcow2` and `data.qcow2` in `directory`: those that are there, else fresh ones.
 
-    They get their names from the block backends or, with `backends=False`, from the guest devices.
+    They get their names from the block backends or, with `backends=False`, from the guest devices. With `iothreads`, each
+    disk has a thread of its own.
     """
 
     def __init__(
@@ -126,15 +127,20 @@ class Guest(Qemu):
         agent: bool = True,
         backends: bool = True,
         errors: str = "werror=enospc,rerror=report",
+        iothreads: bool = False,
     ) -> None:
         disks = []
+        threads: list[str] = []
         for disk, path in zip(DISKS, lay_disks(directory), strict=True):
             device = f"virtio-blk-pci,id={f'device-{disk}' if backends else disk},{errors}"
+            if iothreads:
+                threads += ["-object", f"iothread,id=thread-{disk}"]
+                device = f"{device},iothread=thread-{disk}"
             disks.append(Disk(path, id=disk if backends else None, node=f"node-{disk}", device=device))
         self.accelerator = accelerator()
         machine = f"q35,accel={self.accelerator}"
         hardware = _hardware(self.accelerator, writer=writer, agent=agent)
-        super().__init__(*disks, name=name, uuid=str(uuid.uuid4()), machine=machine, extra=hardware)
+        super().__init__(*disks, name=name, uuid=str(uuid.uuid4()), machine=machine, extra=[*threads, *hardware])
         self._writer = writer
         self._console = Console(self.directory / "console")
         self.agent = self.directory / "agent"

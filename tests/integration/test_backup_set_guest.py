@@ -10,8 +10,8 @@ import typing as t
 
 import pytest
 
-from ansible_collections.vmfleet.backup.tests.harness.guest import Guest
-from ansible_collections.vmfleet.backup.tests.harness.images import MIB
+from ansible_collections.vmfleet.backup.tests.harness.guest import Guest, file_system
+from ansible_collections.vmfleet.backup.tests.harness.images import MIB, identical
 from ansible_collections.vmfleet.backup.tests.harness.qemu import wait_until
 from ansible_collections.vmfleet.backup.tests.harness.sets import Sets
 
@@ -44,3 +44,31 @@ def test_case_22_a_guest_stopped_by_a_full_repository_goes_on(
         wait_until(lambda: guest.rounds > rounds + 2, "the guest's next writes")
         repository.clear()
         sets.back_up(guest)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("backends", "compression"), [(True, "none"), (False, "zstd")])
+def test_disks_with_threads_of_their_own(directory: Path, backends: bool, compression: str) -> None:
+    sets = Sets(directory / "repository")
+    (directory / "vm").mkdir()
+    with Guest(directory / "vm", backends=backends, iothreads=True) as guest:
+        threads = guest.qmp.execute("query-iothreads")
+        assert len(threads) == 2
+        for number, level in enumerate(("full", "incremental", "incremental"), start=1):
+            rounds = guest.rounds
+            wait_until(lambda: guest.rounds > rounds + 2, "the guest's next writes")  # noqa: B023
+            result = sets.back_up(guest, id=f"s{number}", quiesce="require", compression=compression)
+            assert result["vms"][0]["consistency"] == "filesystem"
+            assert {disk["level"] for disk in sets.manifest("guest", f"s{number}")["disks"]} == {level}
+            assert guest.status == "running"
+        # Nobody writes any more: this one has to be what the disks are.
+        guest.qmp.execute("stop")
+        sets.back_up(guest, id="s4", compression=compression)
+        images = sets.images("guest", "s4")
+        guest.quit()
+        for disk in guest.disks:
+            assert disk.path
+            assert identical(disk.path, images[disk.path.stem])
+    for set_id in ("s1", "s2", "s3", "s4"):
+        for image in sets.images("guest", set_id).values():
+            file_system(image, directory / "copy.raw").unlink()
