@@ -114,8 +114,8 @@ class Console:
 class Guest(Qemu):
     """A guest whose disks are `system.qcow2` and `data.qcow2` in `directory`: those that are there, else fresh ones.
 
-    They get their names from the block backends or, with `backends=False`, from the guest devices. With `iothreads`, each
-    disk has a thread of its own.
+    They get their names from the block backends or, with `backends=False`, from the guest devices. With `iothreads`,
+    each disk has a thread of its own.
     """
 
     def __init__(
