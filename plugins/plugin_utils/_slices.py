@@ -36,7 +36,8 @@ class Slices:
 
     def __init__(self, plan: Mapping[str, Any], lengths: tuple[float, float] = WATCHED) -> None:
         self._plan = plan
-        self._first, self._longest = lengths
+        self.length, self._longest = lengths
+        """The seconds of the next call."""
         self._calls: list[Mapping[str, Any]] = []
         self._outcomes: dict[int, Outcome] = {}
         """By the VM's place in the plan."""
@@ -58,11 +59,6 @@ class Slices:
         return [outcome.name for outcome in self.outcomes if outcome.state in UNFINISHED]
 
     @property
-    def length(self) -> float:
-        """The seconds of the next call."""
-        return min(self._first * GROWTH ** len(self._calls), self._longest)
-
-    @property
     def arguments(self) -> dict[str, Any]:
         """What the next call is about."""
         if not self._calls:
@@ -74,6 +70,7 @@ class Slices:
     def note(self, result: Mapping[str, Any]) -> None:
         """Take in what such a call has returned, which may be about more VMs."""
         self._calls.append(result)
+        self.length = min(self.length * GROWTH, self._longest)
         # Several may have the same name, and fail for that.
         found: dict[str, list[Outcome]] = {}
         for one in map(outcome_of, result["vms"]):

@@ -61,6 +61,14 @@ def test_the_first_call_is_the_users_own() -> None:
     assert Slices(PLAN).arguments == {"plan": PLAN, "slice": WATCHED[0]}
 
 
+@pytest.mark.parametrize("lengths", [WATCHED, UNWATCHED])
+def test_sets_can_be_followed_for_days(lengths: tuple[float, float]) -> None:
+    slices = Slices(PLAN, lengths)
+    for _call in range(2000):
+        slices.note(call(*(Outcome(name, "s1", "running") for name in "abc")))
+    assert slices.arguments["slice"] == lengths[1]
+
+
 @pytest.mark.parametrize("expected", [WATCHED, UNWATCHED])
 def test_slices_grow(expected: tuple[float, float]) -> None:
     first, longest = expected
