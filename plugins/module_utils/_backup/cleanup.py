@@ -89,7 +89,7 @@ async def thaw(locked: LockedVm, intent: Intent) -> None:
     """Undo a freeze of which nobody has seen the end, where there is one."""
     if not intent.frozen:
         return
-    if locked.seen.vm and intent.attempt not in locked.seen.dead:
+    if intent.attempt not in locked.seen.dead:
         # Few guests are left frozen: the others do not need it loaded, and compiled.
         from .._qemu import guest_freeze  # noqa: PLC0415
 

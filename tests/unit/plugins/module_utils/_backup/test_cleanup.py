@@ -158,6 +158,15 @@ class TestThaw:
         assert left.frozen
         assert "may still be frozen by this backup" in task.warnings[0]
 
+    @pytest.mark.parametrize("answers", [True, False])
+    def test_where_qemu_cannot_be_asked_the_agent_is(
+        self, repository: Repository, agent: ScriptedAgent, tmp_path: Path, answers: bool
+    ) -> None:
+        """The mark is all that tells a later run of the freeze."""
+        place = agent.path if answers else str(tmp_path / "nothing")
+        _task, left = self.thaw(repository, place, Observation(error="no greeting"))
+        assert (agent.frozen, left.frozen) == (not answers, not answers)
+
     def test_a_guest_that_has_ended_is_not_asked(self, repository: Repository, tmp_path: Path) -> None:
         seen = Observation(vm(), dead=frozenset({"a1"}))
         task, left = self.thaw(repository, str(tmp_path / "nothing"), seen)
