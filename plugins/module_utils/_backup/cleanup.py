@@ -89,23 +89,27 @@ async def thaw(locked: LockedVm, intent: Intent) -> None:
     """Undo a freeze of which nobody has seen the end, where there is one."""
     if not intent.frozen:
         return
-    if intent.attempt not in locked.seen.dead:
-        # Few guests are left frozen: the others do not need it loaded, and compiled.
-        from .._qemu import guest_freeze  # noqa: PLC0415
-
-        try:
-            await guest_freeze.thaw(guest_freeze.AgentPlace(intent.agent, intent.libvirt_uri))
-        except AgentError as error:
-            locked.task.warn(
-                f"the guest's file systems may still be frozen by this backup: {error}; thaw them in the guest"
-            )
-            return
+    if intent.attempt not in locked.seen.dead and not await ask_to_thaw(locked.task, intent):
+        return
     try:
         await locked.run.repository.update(replace(intent, frozen=False))
     except OSError as full:
         # The mark stays, and is looked at again.
         if full.errno not in probe.NO_SPACE:
             raise
+
+
+async def ask_to_thaw(task: VmTask, intent: Intent) -> bool:
+    """Ask the agent of a guest to thaw it; return whether it is seen thawed."""
+    # Few guests are left frozen: the others do not need it loaded, and compiled.
+    from .._qemu import guest_freeze  # noqa: PLC0415
+
+    try:
+        await guest_freeze.thaw(guest_freeze.AgentPlace(intent.agent, intent.libvirt_uri))
+    except AgentError as error:
+        task.warn(f"the guest's file systems may still be frozen by this backup: {error}; thaw them in the guest")
+        return False
+    return True
 
 
 async def fail_attempt(locked: LockedVm, intent: Intent, error: str, state: VmState = VmState.FAILED) -> None:

@@ -151,6 +151,9 @@ async def flush(session: VmSession, _reason: str) -> Pending | None:
     None says that the next step is known without another look.
     """
     run, task, intent = session.run, session.task, session.intent
+    if intent.frozen and intent.attempt not in session.seen.dead:
+        # To read the images can take hours. The mark goes when the set is published.
+        await cleanup.ask_to_thaw(task, intent)
     try:
         await _close_targets(session)
     except MonitorError as error:

@@ -20,10 +20,13 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.jobs import S
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.repository import VmRecords
 from ansible_collections.vmfleet.backup.tests.unit.plugins.builders import WEB01, job
 from ansible_collections.vmfleet.backup.tests.unit.plugins.doubles import FakeMonitor
+from ansible_collections.vmfleet.backup.tests.unit.plugins.guest_agent import ScriptedAgent
 from ansible_collections.vmfleet.backup.tests.unit.plugins.runs import PLANNED, in_run, locked, looked_at, put_intent
 from ansible_collections.vmfleet.backup.tests.unit.plugins.today import JOB0, JOB1, intent, vm
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from ansible_collections.vmfleet.backup.plugins.module_utils._backup.run import BackupRun
     from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.model import Job
     from ansible_collections.vmfleet.backup.plugins.module_utils._repository.documents import Intent
@@ -135,3 +138,26 @@ def test_the_bandwidth_is_shared_among_the_jobs_that_copy(
         ("block-job-set-speed", {"device": JOB1, "speed": 250}),
         ("block-job-set-speed", {"device": JOB1, "speed": 250}),
     ]
+
+
+def test_a_frozen_guest_is_thawed_before_its_images_are_read(
+    repository: Repository, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To read them for their checksums can take hours."""
+    with ScriptedAgent(tmp_path / "agent") as agent:
+        agent.frozen = True
+        frozen = intent(frozen=True, agent=agent.path)
+        seen = Observation(vm(jobs=tuple(replace(one, status="concluded") for one in at(1, 1))))
+        found = []
+
+        async def finish_images(_run: BackupRun, _intent: Intent) -> tuple[()]:
+            found.append(agent.frozen)
+            return ()
+
+        async def flush(run: BackupRun) -> None:
+            records = VmRecords(intents=(frozen,))
+            assert await finish.flush(looked_at(run, seen, records), "") is None
+
+        monkeypatch.setattr(finish, "_finish_images", finish_images)
+        in_run(repository, flush)
+    assert found == [False]
