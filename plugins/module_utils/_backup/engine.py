@@ -143,6 +143,9 @@ async def _reconcile_vm(run: BackupRun, task: VmTask) -> Outcome:
     if outcome.state != VmState.RUNNING:
         run.slots.leave(task.name)
         run.bandwidth.count(task.name, 0)
+        if task.last_attempt:
+            # Another process may have ended it, and what it has unlinked keeps its space until then.
+            run.close_images(task.last_attempt)
     run.board.note(task.place, outcome)
     return outcome
 
@@ -256,6 +259,9 @@ def _note_attempt(session: VmSession) -> None:
         return
     waits = action == Action.FINISH and not run.slots.has(task.name)
     if decision.intent and run.is_ours(decision.intent) and not waits:
+        if task.last_attempt and task.last_attempt.attempt != decision.intent.attempt:
+            # The images of this one may have the same paths.
+            run.close_images(task.last_attempt)
         task.last_attempt = decision.intent
         task.followed = decision.intent.attempt if decision.case == Case.BEING_MADE else task.followed
 
