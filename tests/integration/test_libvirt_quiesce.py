@@ -7,8 +7,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -24,13 +26,16 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors impo
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu import guest_agent, guest_freeze
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.guest_freeze import AgentPlace, Freezer
 from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.libvirt_agent import LibvirtAgent
+from ansible_collections.vmfleet.backup.tests.harness import binding
 from ansible_collections.vmfleet.backup.tests.harness.forks import Fork
 from ansible_collections.vmfleet.backup.tests.harness.guest import DISKS, built
-from ansible_collections.vmfleet.backup.tests.harness.images import MIB, create
+from ansible_collections.vmfleet.backup.tests.harness.images import MIB, create, patterned
 from ansible_collections.vmfleet.backup.tests.harness.libvirt_domains import DomainDisk
 from ansible_collections.vmfleet.backup.tests.harness.modules import ModuleProcess, succeed
+from ansible_collections.vmfleet.backup.tests.harness.playbooks import Hypervisor
 from ansible_collections.vmfleet.backup.tests.harness.qemu import PATIENCE, wait_until
-from ansible_collections.vmfleet.backup.tests.harness.sets import Sets, result_of
+from ansible_collections.vmfleet.backup.tests.harness.qmp import QmpError
+from ansible_collections.vmfleet.backup.tests.harness.sets import ID, Sets, result_of
 
 if t.TYPE_CHECKING:
     from ansible_collections.vmfleet.backup.tests.harness.libvirt import Libvirt
@@ -252,3 +257,39 @@ def test_freeze_that_was_given_up_and_comes_later(guest: Domain, monkeypatch: py
     assert words[2]["held"] is False
     # It is thawed, whether the freeze came or not.
     assert status(guest) == "thawed"
+
+
+def test_worker_freezes_when_its_module_has_gone(guest: Domain, own_sets: Sets, directory: Path) -> None:
+    """Ansible removes what it has packed for a module when that ends: a guard begins anew in a process of its own."""
+    libvirt = guest.libvirt
+    other = libvirt.start("other", DomainDisk(patterned(directory / "other.qcow2", size=8 * MIB)))
+    play = Packed(directory, inside=libvirt.inside)
+    vms = [{"monitor": "libvirt:other"}, REQUIRED["vms"][0]]
+    options: dict[str, t.Any] = {"vms": vms, "max_vms": 1, "speed": "64K", "detach": True}
+    begun = play.run(**options)
+    assert begun.rc == 0, begun.output
+    assert re.search("queued +guest", begun.output), begun.output
+    [job] = other.qmp("query-block-jobs")
+    other.qmp("block-job-set-speed", device=job["device"], speed=0)
+    place = own_sets.directory("guest")
+
+    def ended() -> list[Path]:
+        for running in guest.qmp("query-block-jobs"):
+            # It may have just ended.
+            with contextlib.suppress(QmpError):
+                guest.qmp("block-job-set-speed", device=running["device"], speed=0)
+        return [path for path in place.glob("*") if path.name == ID] + list(place.glob(".*.failed.json"))
+
+    [found] = wait_until(ended, "the end of the guest's set")
+    assert found.name == ID, found.read_text()
+    assert own_sets.manifest("guest")["consistency"] == "filesystem"
+    wait_until(lambda: not guest.qmp("query-jobs"), "the end of the worker")
+    other.destroy()
+
+
+class Packed(Hypervisor):
+    """A hypervisor on which nothing of the collection is, but what Ansible packs for each module."""
+
+    @property
+    def _environment(self) -> dict[str, str]:
+        return {**super()._environment, "PYTHONPATH": str(binding.directory())}

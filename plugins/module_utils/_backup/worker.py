@@ -14,6 +14,7 @@ import importlib
 import json
 import os
 import secrets
+import shutil
 import sys
 import time
 import zipfile
@@ -25,7 +26,7 @@ from .._common.errors import BackupError, Refused, in_words, warn, why
 from .._common.formats import Word, utc_now
 from .._common.options import check_options
 from .._host.priority import give_way
-from .._host.process import PROCESSES, Process, spaces
+from .._host.process import PROC_FDS, PROCESSES, Process, spaces
 from .._host.scope import enter_scope, offers_scopes
 from .._host.worker import run_in_worker
 from .._plan.model import Action, parse_plan
@@ -208,6 +209,12 @@ def _load_payload() -> None:
             # What needs a library that is not here is met without it, too, and says so then.
             with suppress(ImportError):
                 importlib.import_module(name)
+    # Whoever begins anew in a process of its own, as a guard does, loads it from here.
+    fd = os.memfd_create("payload")
+    os.set_inheritable(fd, True)
+    with open(payload, "rb") as source, open(fd, "wb", closefd=False) as sink:
+        shutil.copyfileobj(source, sink)
+    sys.path[sys.path.index(payload)] = f"{PROC_FDS}{fd}"
 
 
 def _live(module: AnsibleModule, main: Main, place: WorkerPlace, lock: int, sink: int, key: str) -> NoReturn:

@@ -24,6 +24,8 @@ PROCESSES = "processes"
 PATHS = "paths"
 PORTS = "ports"
 """What is known by names that mean something else in another name space."""
+PROC_FDS = "/proc/self/fd/"
+"""Where a process finds its open files by their descriptors."""
 # Only the process itself can ask to be killed with its parent (PR_SET_PDEATHSIG), which may have ended by then.
 LAUNCHER = """
 import ctypes, os, signal, sys

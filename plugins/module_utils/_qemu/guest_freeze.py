@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from .._common.errors import AgentError, Refused
+from .._host.process import PROC_FDS
 from .address import LIBVIRT, parse_address
 from .guest_agent import THAW_TIMEOUT, Agent, AgentGone, AgentRefusal, wait_alone, wait_in_loop
 from .libvirt_agent import LibvirtAgent
@@ -228,7 +229,9 @@ def _become_guard(place: AgentPlace, channel: sockets.socket, another: list[str]
         gc.disable()
         # The guard is a child's child, so that nobody has to wait for its end: the module may end before.
         if not os.fork():
-            _detach(channel.fileno())
+            # What the module was packed in, where that is in memory only.
+            packed = [int(each[len(PROC_FDS) :]) for each in sys.path if each.startswith(PROC_FDS)]
+            _detach(channel.fileno(), *packed)
             if place.is_domain:
                 channel.set_inheritable(True)
                 os.execv(another[0], [*another, place.name, place.libvirt_uri, str(channel.fileno())])
@@ -243,14 +246,14 @@ def be_guard(name: str, libvirt_uri: str, fd: str) -> None:
         _run(_guard(AgentPlace(name, libvirt_uri), channel))
 
 
-def _detach(kept: int) -> None:
+def _detach(*kept: int) -> None:
     """Let go of all that belongs to the module: its session, working directory and open files."""
     os.setsid()
     os.chdir("/")
     null = os.open(os.devnull, os.O_RDWR)
-    for fd in {0, 1, 2} - {kept}:
+    for fd in {0, 1, 2}.difference(kept):
         os.dup2(null, fd)
-    for fd in {int(name) for name in os.listdir("/proc/self/fd")} - {0, 1, 2, kept}:
+    for fd in {int(name) for name in os.listdir("/proc/self/fd")} - {0, 1, 2, *kept}:
         # One of them has listed the others, and is closed already.
         with contextlib.suppress(OSError):
             os.close(fd)
