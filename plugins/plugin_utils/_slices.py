@@ -29,6 +29,8 @@ UNWATCHED = (10.0, 60.0)
 """The same where nobody does: each slice is one more call of the module."""
 
 GROWTH = 1.5
+KEPT = ("changed", "qmp", "warnings", "deprecations", "invocation")
+"""What is told in the end of each call."""
 
 
 class Slices:
@@ -69,6 +71,8 @@ class Slices:
 
     def note(self, result: Mapping[str, Any]) -> None:
         """Take in what such a call has returned, which may be about more VMs."""
+        # Of those before, what is not told in the end is let go: there may be thousands, each with all VMs.
+        self._calls[-1:] = [{key: call[key] for key in KEPT if key in call} for call in self._calls[-1:]]
         self._calls.append(result)
         self.length = min(self.length * GROWTH, self._longest)
         # Several may have the same name, and fail for that.

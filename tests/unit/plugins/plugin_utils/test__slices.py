@@ -67,6 +67,7 @@ def test_sets_can_be_followed_for_days(lengths: tuple[float, float]) -> None:
     for _call in range(2000):
         slices.note(call(*(Outcome(name, "s1", "running") for name in "abc")))
     assert slices.arguments["slice"] == lengths[1]
+    assert sum("vms" in one for one in slices._calls) == 1
 
 
 @pytest.mark.parametrize("expected", [WATCHED, UNWATCHED])
