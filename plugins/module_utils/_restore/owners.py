@@ -88,8 +88,10 @@ def _kept(name: str, domain: KnownDomain, targets: Sequence[str]) -> Iterator[Re
     tops = {os.path.realpath(source.path) for source in domain.tops if source.kind not in UNKNOWN}
     seen: set[tuple[str, str]] = set()
     files = {path for source in domain.images if source.kind not in UNKNOWN for path in _files(source, seen)}
+    names = {file: path for path in files for file in [_file(path)] if file}
     for target in targets:
-        path = os.path.realpath(target)
+        # It may be mounted at another place, too.
+        path = names.get(_file(target), os.path.realpath(target))
         if path in files and domain.is_saved:
             yield Refused(
                 "target",
@@ -140,6 +142,8 @@ def _unknown(
 def _owner(sources: Mapping[str, Sequence[Source]], targets: Sequence[str]) -> tuple[str, str] | None:
     """Return a target that belongs to another domain, and that domain; None where there is none."""
     by_path = {os.path.realpath(target): target for target in targets}
+    # It may be mounted at another place, too.
+    by_file = {file: target for target in targets for file in [_file(target)] if file}
     # What nobody has made yet, nothing builds on.
     there = any(map(os.path.lexists, targets))
     # What is raw to one domain may build on other images to another domain.
@@ -149,7 +153,7 @@ def _owner(sources: Mapping[str, Sequence[Source]], targets: Sequence[str]) -> t
             if source.kind in UNKNOWN:
                 continue
             for path in _files(source, seen) if there else [source.path]:
-                target = by_path.get(os.path.realpath(path))
+                target = by_path.get(os.path.realpath(path)) or by_file.get(_file(path))
                 if target:
                     return target, owner
     return None
@@ -173,6 +177,15 @@ def _files(source: Source, seen: set[tuple[str, str]]) -> Iterator[str]:
         if not backing:
             return
         path = _beside(path, backing)
+
+
+def _file(path: str) -> tuple[int, ...]:
+    """Return what a file or a block device is known by, whatever its path; nothing where there is none."""
+    try:
+        found = os.stat(path)
+    except (OSError, ValueError):
+        return ()
+    return (found.st_rdev,) if stat.S_ISBLK(found.st_mode) else (found.st_dev, found.st_ino)
 
 
 def _header(path: str) -> tuple[str, str, str] | None:
