@@ -12,7 +12,7 @@ import typing as t
 import pytest
 
 from ansible_collections.vmfleet.backup.tests.harness.images import patterned
-from ansible_collections.vmfleet.backup.tests.harness.libvirt_domains import DomainDisk
+from ansible_collections.vmfleet.backup.tests.harness.libvirt_domains import Domain, DomainDisk
 from ansible_collections.vmfleet.backup.tests.harness.modules import fail, succeed
 from ansible_collections.vmfleet.backup.tests.harness.sets import Sets
 
@@ -71,3 +71,18 @@ def test_a_disk_of_another_domain_that_is_mounted_elsewhere(backup: Backup, dire
     assert told[0] == f"target: {alias}/other.qcow2 is a file of domain db01; restore to another place"
     assert told[1].startswith(f"target: {alias}/other.qcow2 is a file of domain db01, which has a saved state")
     assert other.stat().st_ino == before
+
+
+def test_a_disk_that_is_lost_of_a_domain_that_was_saved(backup: Backup) -> None:
+    target = backup.place / "vda.qcow2"
+    backup.restore(target, **backup.beside)
+    domain = Domain(backup.libvirt, "web02")
+    domain.start("--paused")
+    domain.virsh("managedsave")
+    target.unlink()
+    told = backup.refuse(target, **backup.beside)
+    assert told.startswith("domain_name: domain web02 has a saved state (virsh managedsave)")
+    assert not target.exists()
+    domain.virsh("managedsave-remove")
+    assert backup.restore(target, **backup.beside)["restored"][0]["changed"]
+    assert not backup.restore(target, **backup.beside)["changed"]

@@ -126,7 +126,10 @@ async def plan_domain(
     uuid = old.uuid if request.uuid == Identity.KEEP else _drawn(origin, address)
     is_defined = _is_defined(look, origin, uuid, disks)
     _check_names(look, address, uuid, is_defined, request.overwrite)
-    replaced = [disk.target for disk in disks if os.path.lexists(disk.target) and not is_restored(repository, disk)]
+    waiting = [disk.target for disk in disks if not is_restored(repository, disk)]
+    if waiting and look.held:
+        raise Refused("domain_name", f"domain {address.domain} {look.held}; it was left as it is")
+    replaced = [target for target in waiting if os.path.lexists(target)]
     await refuse_owned(look.others, disks, replaced, look.own)
     files, notes = _tpm_files(description, address, uuid)
     if not request.overwrite:
@@ -166,8 +169,6 @@ async def define_domain(domain: DomainRestore, restored: Sequence[Mapping[str, A
 
 async def check_again(domain: DomainRestore, disks: Sequence[DiskRestore]) -> None:
     """Raise BackupError where the disks of a domain must not be replaced any more: their copy has taken long."""
-    if not (domain.is_needed or domain.overwrite):
-        return
     look = await _look_unchanged(domain)
     _check_names(look, domain.address, domain.uuid, domain.is_defined, domain.overwrite)
     await refuse_owned(look.others, disks, domain.replaced, look.own)
