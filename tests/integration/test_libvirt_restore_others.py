@@ -7,10 +7,12 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import typing as t
 
 import pytest
 
+from ansible_collections.vmfleet.backup.plugins.module_utils._restore.libvirt_host import LibvirtHost
 from ansible_collections.vmfleet.backup.tests.harness.images import patterned
 from ansible_collections.vmfleet.backup.tests.harness.libvirt_domains import Domain, DomainDisk
 from ansible_collections.vmfleet.backup.tests.harness.modules import fail, succeed
@@ -86,3 +88,21 @@ def test_a_disk_that_is_lost_of_a_domain_that_was_saved(backup: Backup) -> None:
     domain.virsh("managedsave-remove")
     assert backup.restore(target, **backup.beside)["restored"][0]["changed"]
     assert not backup.restore(target, **backup.beside)["changed"]
+
+
+def test_a_domain_that_is_started_while_libvirt_is_asked(backup: Backup, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = backup.disk.stat().st_ino
+    known, asked = LibvirtHost.known_domains, []
+
+    def know_slowly(host: LibvirtHost) -> t.Any:
+        found = known(host)
+        asked.append(1)
+        if len(asked) == 2:
+            # It takes its time at the last look: up to a minute.
+            subprocess.run(["virsh", "start", "web01", "--paused"], check=True, capture_output=True)
+        return found
+
+    monkeypatch.setattr(LibvirtHost, "known_domains", know_slowly)
+    told = backup.refuse(backup.disk, overwrite=True)
+    assert "is in use by a running VM" in told
+    assert backup.disk.stat().st_ino == before

@@ -227,10 +227,10 @@ async def _checked(run: RestoreRun) -> None:
 
 async def _write_device(run: RestoreRun, disk: DiskRestore) -> None:
     async with _reading(run, disk):
-        # The first check was before the checksums, which may have taken long.
-        check_device(disk, run.options.overwrite)
         if run.guard:
             await run.guard([disk.target])
+        # The first check was before the checksums, which may have taken long.
+        check_device(disk, run.options.overwrite)
         if run.agreement:
             # It has no other name to be written under, so that it cannot wait for the files.
             await run.agreement.look()
@@ -267,9 +267,10 @@ async def _write_file(run: RestoreRun, disk: DiskRestore) -> None:
                 run.agreement.complete(disk.target)
                 await run.agreement.reached()
             if replaces[0]:
-                check_unused(disk.target)
                 if run.guard:
                     await run.guard([disk.target])
+                # This comes last: libvirt may take its time to answer.
+                check_unused(disk.target)
             _check_made(disk.partial, made)
             _take_name(repository, disk, replaces, made)
     except BaseException as error:
