@@ -106,3 +106,12 @@ def test_a_domain_that_is_started_while_libvirt_is_asked(backup: Backup, monkeyp
     told = backup.refuse(backup.disk, overwrite=True)
     assert "is in use by a running VM" in told
     assert backup.disk.stat().st_ino == before
+
+
+def test_a_disk_that_is_lost_of_a_domain_that_was_saved_without_its_domain(backup: Backup) -> None:
+    backup.domain.start("--paused")
+    backup.domain.virsh("managedsave")
+    backup.disk.unlink()
+    told = backup.refuse(backup.disk)
+    assert "is a file of domain web01, which has a saved state (virsh managedsave)" in told
+    assert not backup.disk.exists()

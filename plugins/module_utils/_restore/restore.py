@@ -60,7 +60,7 @@ class RestoreRun:
     C(settled) has of each disk, by its target, whether its set is pinned, or read all the same; where not, it has
     failed. C(checked) ends when the checksums of all that are pinned are right, and raises BackupError where one is
     not; C(paces) has, by their targets, the disks that are written before that. C(agreement) is there where the disks
-    are those of a domain. C(guard) is asked before files are replaced.
+    are those of a domain. C(guard) is asked before files get their names.
     """
 
     repository: Repository
@@ -85,15 +85,15 @@ async def restore(
     """Restore all disks, after all checks; return the results, and warnings.
 
     C(look) is given where they are those of a domain: it raises BackupError where the domain is not as it was.
-    C(guard) raises Refused for targets that exist and must not be replaced.
+    C(guard) raises Refused for targets that must not be restored to.
     """
     refuse_collisions(disks)
     waiting = [disk for disk in disks if not is_restored(repository, disk)]
     for disk in waiting:
         check_target(disk, options.overwrite)
-    replaced = [disk.target for disk in waiting if os.path.lexists(disk.target)]
-    if guard and replaced:
-        await guard(replaced)
+    if guard and waiting:
+        # A disk that is missing may be waited for by a saved state, too.
+        await guard([disk.target for disk in waiting])
     check_headers(repository, waiting)
     await check_space(repository, [disk for disk in waiting if not (disk.overlay or disk.block_device)])
     warnings: list[str] = []
@@ -266,9 +266,9 @@ async def _write_file(run: RestoreRun, disk: DiskRestore) -> None:
             if run.agreement:
                 run.agreement.complete(disk.target)
                 await run.agreement.reached()
+            if run.guard:
+                await run.guard([disk.target])
             if replaces[0]:
-                if run.guard:
-                    await run.guard([disk.target])
                 # This comes last: libvirt may take its time to answer.
                 check_unused(disk.target)
             _check_made(disk.partial, made)
