@@ -24,7 +24,7 @@ from .model import RECEIPT, RestoreMethod
 from .pins import remove_pins
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Collection, Iterable, Sequence
 
     from .._repository.annotations import Pin
     from .._repository.catalog import VmCatalog
@@ -163,9 +163,13 @@ def _backing(path: str) -> str | None:
         os.close(fd)
 
 
-async def _remove(repository: Repository, vm: str, path: str, pins: Sequence[Pin], suffixes: Iterable[str]) -> None:
+async def _remove(repository: Repository, vm: str, path: str, pins: Sequence[Pin], suffixes: Collection[str]) -> None:
     """Remove the files whose names are the path of an overlay with these suffixes, and its pins."""
     async with lock_target(path):
+        # It may have taken long to remove those before it.
+        gone, independent, _left = _sort(repository, vm, [path], pins)
+        if path not in (gone if "" in suffixes else independent):
+            raise BackupError(f"target: {path} has changed since it was looked at. Call again")
         for suffix in suffixes:
             target_files.remove(path + suffix)
         if os.path.isdir(os.path.dirname(path)):
