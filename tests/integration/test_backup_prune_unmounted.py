@@ -163,6 +163,13 @@ class TestNotMounted:
             look.assert_kept_because(f"what is mounted at {look.path.parent} may hide it. Unmount that")
         look.assert_goes_on()
 
+    def test_one_that_a_file_system_in_memory_hides(self, chain: Chain, storage: Storage) -> None:
+        mount = storage.mount("ext4", 16 * MIB)
+        look = Look(chain, mount.path / "vms" / "look")
+        with mounted("-t", "tmpfs", "tmpfs", look.path.parent):
+            look.assert_kept_because(f"what is mounted at {look.path.parent} may hide it. Unmount that")
+        look.assert_goes_on()
+
 
 class TestGone:
     """What is certainly not there any more, or of which nobody has written down where it was."""

@@ -51,6 +51,18 @@ def place_of(path: str) -> Place:
     return Place(mount, _uuid_of_btrfs(source) if kind == "btrfs" else _uuid(source))
 
 
+def mount_of(path: str) -> str:
+    """Return where what a path is on is mounted, be it in memory only; empty where nobody can tell."""
+    try:
+        fd = _open_above(path)
+    except OSError:
+        return ""
+    try:
+        return _mount_of(fd)[0]
+    finally:
+        os.close(fd)
+
+
 def _open_above(path: str) -> int:
     """Open the next directory above a path that is there."""
     above = os.path.dirname(path)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
-from .._host.mounts import Place, place_of
+from .._host.mounts import Place, mount_of, place_of
 from .._host.process import machine_id
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def reader(pin: Pin) -> str:
     # The path may have led there through a link that is gone: its own place is not what counts.
     if place_of(os.path.join(pin.mount, "overlay")) != Place(pin.mount, pin.file_system):
         return f"{reads}, or did: the file system that it is on is not mounted at {pin.mount}. Mount it, {remedy}"
-    over = place_of(pin.path).mount
+    over = mount_of(pin.path)
     if over != pin.mount and over.startswith(os.path.join(pin.mount, "")):
         return f"{reads}, or did: what is mounted at {over} may hide it. Unmount that, {remedy}"
     return ""
