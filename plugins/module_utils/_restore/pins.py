@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from .._common.errors import BackupError, in_words
 from .._common.formats import utc_now
-from .._host.mounts import Place, place_of
+from .._host.mounts import place_of
 from .._host.process import machine_id
 from .._repository.annotations import Pin, read_annotations
 from .._repository.pins import is_elsewhere
@@ -30,8 +30,8 @@ def make_pin(disk: DiskRestore) -> Pin:
     """Return the pin of the file that reads the set, which is the unfinished copy, or an overlay."""
     # A block device has no other name while it is written to.
     path = disk.target if disk.overlay or disk.block_device else disk.partial
-    # Only an overlay is to outlive this process.
-    place = place_of(path) if disk.overlay else Place()
+    # A prune in a container may have the machine-id of this machine, and other directories.
+    place = place_of(path)
     return Pin(
         disk.manifest.id,
         disk.name,
