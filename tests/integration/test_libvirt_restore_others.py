@@ -115,3 +115,10 @@ def test_a_disk_that_is_lost_of_a_domain_that_was_saved_without_its_domain(backu
     told = backup.refuse(backup.disk)
     assert "is a file of domain web01, which has a saved state (virsh managedsave)" in told
     assert not backup.disk.exists()
+
+
+def test_a_name_that_is_too_long_for_a_file(backup: Backup) -> None:
+    target = backup.place / "vda.qcow2"
+    told = backup.refuse(target, **{**backup.beside, "domain_name": "w" * 252})
+    assert told.startswith("domain_name: ")
+    assert not target.exists()

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from .._common.errors import BackupError, Refused, in_words
 from .._common.formats import Word
+from .._common.options import LONGEST_NAME
 from .._host.directory import Directory
 from .._host.process import machine_id
 from .._host.threads import within
@@ -110,6 +111,8 @@ async def plan_domain(
     domain.check_disks(disks)
     manifest, description, old, root = domain.manifest, domain.description, domain.xml, domain.parse()
     address = parse_address(f"libvirt:{request.name or old.name}", "domain_name", request.libvirt_uri)
+    if len(address.domain.encode()) > LONGEST_NAME - len(".xml"):
+        raise Refused("domain_name", f"{address.domain[:60]!r}... is too long: libvirt has a file of that name")
     missing = await _missing(needed_files(root))
     if missing:
         raise Refused(
