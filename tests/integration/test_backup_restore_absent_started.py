@@ -7,19 +7,19 @@
 from __future__ import annotations
 
 import typing as t
-from pathlib import Path
 
 import pytest
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._restore import overlays as overlays_module
-from ansible_collections.vmfleet.backup.tests.harness.library import Chain
 from ansible_collections.vmfleet.backup.tests.harness.moments import Moment
 from ansible_collections.vmfleet.backup.tests.harness.qemu import Disk, wait_until
 
 if t.TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from ansible_collections.vmfleet.backup.tests.harness.fixtures import Vms
+    from ansible_collections.vmfleet.backup.tests.harness.library import Chain
     from ansible_collections.vmfleet.backup.tests.harness.modules import ModuleProcess
 
 pytestmark = pytest.mark.usefixtures("clean")

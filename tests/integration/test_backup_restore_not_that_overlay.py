@@ -7,13 +7,15 @@
 from __future__ import annotations
 
 import typing as t
-from pathlib import Path
 
 import pytest
 
 from ansible_collections.vmfleet.backup.tests.harness.images import create, qemu_img
 from ansible_collections.vmfleet.backup.tests.harness.library import SIZE, Chain, Library
 from ansible_collections.vmfleet.backup.tests.harness.restoring import one_disk
+
+if t.TYPE_CHECKING:
+    from pathlib import Path
 
 pytestmark = pytest.mark.usefixtures("clean")
 

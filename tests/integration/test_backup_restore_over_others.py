@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import json
 import shutil
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from ansible_collections.vmfleet.backup.tests.harness.library import NAME, Chain
 from ansible_collections.vmfleet.backup.tests.harness.restoring import one_disk, pins
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 pytestmark = pytest.mark.usefixtures("clean")
 
