@@ -464,8 +464,11 @@ def test_files_that_a_domain_relies_on_are_not_replaced(
     # Where there is no libvirt, disks are restored, too.
     inode = disk.stat().st_ino
     silent = {**in_place, "libvirt_uri": "qemu+unix:///system?socket=/nowhere"}
-    warnings = succeed("backup_restore", silent, check=True, inside=libvirt.inside)["warnings"]
-    assert any(warning.startswith("nobody knows whether a domain relies on the files that") for warning in warnings)
+    unknown = "nobody knows whether a domain relies on the files that are replaced"
+    for target, is_told in ((disk, True), (directory / "new.qcow2", False)):
+        options = {**silent, "disks": [{"name": "vda", "target": str(target)}]}
+        warnings = succeed("backup_restore", options, check=True, inside=libvirt.inside)["warnings"]
+        assert any(warning.startswith(unknown) for warning in warnings) == is_told
     assert succeed("backup_restore", in_place, inside=libvirt.inside)["changed"]
     assert disk.stat().st_ino != inode
     succeed("backup_restore", to_device, inside=libvirt.inside)

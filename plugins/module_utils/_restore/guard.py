@@ -1,13 +1,14 @@
 # Copyright (c) 2026, vmfleet contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Ask libvirt, before files are replaced, whether a domain relies on them to stay as they are.
+"""Ask libvirt, before files get their names, whether a domain relies on what stands there to stay as it is.
 
 No lock tells that: a domain that is off has none, be it saved or not.
 """
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 from .._common.errors import BackupError, Refused, warn_once
@@ -23,23 +24,31 @@ if TYPE_CHECKING:
 
 
 def guard_of(manifest: Manifest, libvirt_uri: str) -> Callable[[Sequence[str]], Awaitable[None]] | None:
-    """Return what refuses to replace such targets; None for a set of a VM that was no domain.
+    """Return what refuses to restore to such targets; None for a set of a VM that was no domain.
 
-    Where libvirt does not answer, there is a warning: disks are restored on machines that have none, too.
+    Where libvirt does not answer, and files are replaced, there is a warning: disks are restored on machines that have
+    none, too. It is not asked again then.
     """
     if not manifest.monitor.startswith(LIBVIRT):
         return None
     address = parse_address(manifest.monitor, "libvirt_uri", libvirt_uri)
 
+    silent = ""
+
     async def guard(targets: Sequence[str]) -> None:
+        nonlocal silent
         try:
+            if silent:
+                raise BackupError(silent)
             domains = await libvirt_host.ask(address, "the look at its domains", LibvirtHost.known_domains)
         except Refused:
             raise
         except BackupError as error:
-            warn_once(
-                "guard", f"nobody knows whether a domain relies on the files that are replaced: libvirt says: {error}"
-            )
+            silent = str(error)
+            if any(map(os.path.lexists, targets)):
+                warn_once(
+                    "guard", f"nobody knows whether a domain relies on the files that are replaced: libvirt: {error}"
+                )
             return
         await refuse_kept(domains, targets)
 
