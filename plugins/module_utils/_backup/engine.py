@@ -287,6 +287,7 @@ async def _situation(session: VmSession) -> VmSituation:
         planned_reason=planned.reason,
         planned_published=planned.action == Action.SKIP and planned.reason == PUBLISHED_ALREADY,
         refused=_is_refused(run, planned),
+        other=_other_vm(session),
         may_begin=run.settings.begin,
         slot=run.slots.has(task.name),
         set_id=run.plan.id,
@@ -326,6 +327,17 @@ def _is_refused(run: BackupRun, planned: VmPlan) -> bool:
     """Tell whether the plan has refused a VM, and there is no order that the plan did not know of."""
     orders = {"takeover": run.settings.takeover, "adopt": run.settings.adopt}
     return planned.action == Action.FAIL and not orders.get(planned.unless, False)
+
+
+def _other_vm(session: VmSession) -> str:
+    """Return what is said where another QEMU answers than the plan has seen, which is not the VM that was planned."""
+    planned, vm = session.task.planned, session.seen.vm
+    if not vm or vm.is_off or not planned.process or vm.identity == planned.identity:
+        return ""
+    return (
+        f"another VM ({vm.identity}) answers at {planned.monitor} than when the plan was made ({planned.identity});"
+        " plan again"
+    )
 
 
 # Between two steps

@@ -10,23 +10,55 @@ from typing import TYPE_CHECKING
 
 from .._common.errors import BackupError, MonitorError, MonitorGone, MonitorLost, RepositoryHangs, after, in_words
 from .._common.formats import utc_now
+from .._plan.disks import ChainLink, plan_disks
+from .._plan.model import Action
 from .._plan.observe import observe
 from .._qemu.tpm import losses
-from .._repository.documents import Failure, Phase
+from .._repository import chain
+from .._repository.documents import Failure, Level, Phase
 from . import cleanup
 from .launch import DisksMoved, launch
 from .outcome import VmState
 from .prepare import draft_attempt, prepare_attempt, renew_description
 from .session import AGAIN, Pending, WaitFor
-from .steps import changes, keep_planned_fulls
 
 if TYPE_CHECKING:
-    from .._plan.model import Decision
+    from collections.abc import Iterable
+
+    from .._plan.model import Decision, DiskPlan, VmPlan
     from .._qemu.model import Vm
     from .._qemu.monitor import Monitor
     from .._repository.documents import Intent
     from .prepare import AttemptDraft
     from .session import LockedVm
+
+
+def keep_planned_fulls(decision: Decision, planned: VmPlan) -> Decision:
+    """Return the decision with a full image wherever the plan had one: a run may only get safer."""
+    if planned.action != Action.START:
+        return decision
+    full = {disk.name: disk.reason for disk in planned.disks if disk.level == Level.FULL}
+    links = tuple(
+        ChainLink(Level.FULL, full[disk.name]) if disk.name in full else link
+        for disk, link in zip(decision.choice.disks, decision.links)
+    )
+    disks = plan_disks(decision.choice.disks, links)
+    level = chain.set_level(disk.level for disk in disks)
+    return replace(decision, links=links, plan=replace(decision.plan, disks=disks, level=level))
+
+
+def changes(planned: VmPlan, disks: Iterable[DiskPlan]) -> tuple[str, ...]:
+    """Return what goes otherwise than planned."""
+    before = {disk.name: disk for disk in planned.disks} if planned.action == Action.START else {}
+    now = {disk.name: disk for disk in disks}
+    return (
+        *(
+            f"disk {disk.name} is {disk.level} instead of {before[disk.name].level}: {disk.reason}"
+            for disk in now.values()
+            if disk.name in before and disk.level != before[disk.name].level
+        ),
+        *(f"disk {name} is not in the set, because the VM has lost it since the plan" for name in before.keys() - now),
+    )
 
 
 async def start(locked: LockedVm, _reason: str) -> Pending:

@@ -9,22 +9,21 @@ table in the guide "How it works" is made of the same rules.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING
 
 from .._common.formats import Word
-from .._plan.disks import ChainLink, plan_disks
 from .._plan.model import Action, Case, Quiesce
 from .._qemu.jobs import has_stopped, is_backup_fault
 from .._qemu.model import is_disk_on
 from .._repository import chain
-from .._repository.documents import Level, Phase
+from .._repository.documents import Phase
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable
 
-    from .._plan.model import Decision, DiskPlan, Observation, VmPlan
+    from .._plan.model import Observation
     from .._qemu.model import Job, Vm
     from .._repository.documents import Intent
     from .._repository.repository import VmRecords
@@ -44,34 +43,6 @@ class AttemptStatus(Word):
     """Its failure is written down already."""
     UNREACHABLE = "unreachable"
     """Nobody can tell, as QEMU does not answer."""
-
-
-def keep_planned_fulls(decision: Decision, planned: VmPlan) -> Decision:
-    """Return the decision with a full image wherever the plan had one: a run may only get safer."""
-    if planned.action != Action.START:
-        return decision
-    full = {disk.name: disk.reason for disk in planned.disks if disk.level == Level.FULL}
-    links = tuple(
-        ChainLink(Level.FULL, full[disk.name]) if disk.name in full else link
-        for disk, link in zip(decision.choice.disks, decision.links)
-    )
-    disks = plan_disks(decision.choice.disks, links)
-    level = chain.set_level(disk.level for disk in disks)
-    return replace(decision, links=links, plan=replace(decision.plan, disks=disks, level=level))
-
-
-def changes(planned: VmPlan, disks: Iterable[DiskPlan]) -> tuple[str, ...]:
-    """Return what goes otherwise than planned."""
-    before = {disk.name: disk for disk in planned.disks} if planned.action == Action.START else {}
-    now = {disk.name: disk for disk in disks}
-    return (
-        *(
-            f"disk {disk.name} is {disk.level} instead of {before[disk.name].level}: {disk.reason}"
-            for disk in now.values()
-            if disk.name in before and disk.level != before[disk.name].level
-        ),
-        *(f"disk {name} is not in the set, because the VM has lost it since the plan" for name in before.keys() - now),
-    )
 
 
 @dataclass(frozen=True)
@@ -247,6 +218,8 @@ class VmSituation:
     planned_published: bool = False
     refused: bool = False
     """Whether the plan has refused the VM, and the call does not overrule that."""
+    other: str = ""
+    """What is said where another VM answers than when the plan was made."""
     may_begin: bool = True
     slot: bool = True
     set_id: str = ""
@@ -383,6 +356,12 @@ RULES = (
         _is(Case.NOT_BEGUN, may_begin=False),
         Step.SKIP,
         "set {set_id} is not being made, and is not to be begun now",
+    ),
+    Rule(
+        f"{NONE}, and another VM answers than when the plan was made",
+        lambda seen: seen.case == Case.NOT_BEGUN and bool(seen.other),
+        Step.REFUSE,
+        "{other}",
     ),
     Rule(f"{NONE}, but ``max_vms`` others copy", _is(Case.NOT_BEGUN, slot=False), Step.QUEUE, WAITS),
     Rule(NONE, _is(Case.NOT_BEGUN), Step.START),

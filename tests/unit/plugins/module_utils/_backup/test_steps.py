@@ -129,6 +129,7 @@ ROWS: list[tuple[VmSituation, str, Step, str]] = [
         Step.SKIP,
         "set today is not being made, and is not to be begun now",
     ),
+    (seen(Case.NOT_BEGUN, other="it is db02", slot=False), "another VM answers", Step.REFUSE, "it is db02"),
     (seen(Case.NOT_BEGUN, slot=False), f"{NONE}, but ``max", Step.QUEUE, "at most 4 VMs copy at a time"),
     (seen(Case.NOT_BEGUN), NONE, Step.START, "why: not begun"),
 ]
@@ -238,6 +239,7 @@ PLANS = [
     replace(PLANNED, action="fail", reason="no greeting"),
     replace(PLANNED, include_disks=("vdx",)),
     replace(PLANNED, skip=True),
+    replace(PLANNED, identity="uuid-0", process=(7, 7)),
     # An action that only a later release knows.
     replace(PLANNED, action="postpone"),
 ]
