@@ -26,7 +26,8 @@ if t.TYPE_CHECKING:
 pytestmark = pytest.mark.slow
 
 
-def test_set_on_a_thin_volume(directory: Path, storage: Storage) -> None:
+@pytest.mark.parametrize("while_copying", [True, False])
+def test_set_on_a_thin_volume(directory: Path, storage: Storage, while_copying: bool) -> None:
     pool = storage.mount("tmpfs", 128 * MIB)
     with FileSystem(pool.path / "thin", "ext4", 256 * MIB) as volume:
         (directory / "vm").mkdir()
@@ -38,9 +39,15 @@ def test_set_on_a_thin_volume(directory: Path, storage: Storage) -> None:
             wait_until(lambda: guest.status == "io-error", "the guest's stop")
             pool.clear()
             assert not any(job.get("error") or job["io-status"] != "ok" for job in guest.block_jobs)
-            release(guest)
-            # The volume may tell of it at the end.
-            run_module("backup_set", {"plan": plan})
+            if while_copying:
+                result = succeed("backup_set", {"plan": plan, "slice": 1})
+                [warning] = result["vms"][0]["warnings"]
+                assert warning.startswith(f"an I/O error stopped the guest while set {plan['id']} was made, and it was")
+                assert guest.block_jobs
+            else:
+                release(guest)
+                # The volume may tell of it at the end.
+                run_module("backup_set", {"plan": plan})
             assert guest.status == "running"
             rounds = guest.rounds
             wait_until(lambda: guest.rounds > rounds + 2, "the guest's next writes")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -32,12 +33,40 @@ if TYPE_CHECKING:
     from .session import LockedVm, VmSession, VmTask
 
 
+RESUME_INTERVAL = 30.0
+"""Seconds until a guest is resumed again that an I/O error has stopped once more."""
+
+
 # To follow jobs, without locks
 
 
 async def follow(session: VmSession, _reason: str) -> Pending:
     """Have the images written out, and wait for the jobs."""
+    await _resume(session)
     return _wait_for_jobs(session)
+
+
+async def _resume(session: VmSession) -> None:
+    """Let a guest go on that an I/O error has stopped since its copies began, though no job tells of an error.
+
+    On a thin volume, space that was reserved can be missing for a moment. Where the guest's own disks are at fault, its
+    write fails again, and no harm is done.
+    """
+    run, task, intent, vm = session.run, session.task, session.intent, session.seen.vm
+    now = time.monotonic()
+    if vm is None or not has_stopped(vm.status, intent.guest) or now - task.resumed < RESUME_INTERVAL:
+        return
+    task.resumed = now
+    try:
+        async with Monitor(session.address, run.commands) as monitor:
+            await block_jobs.resume(monitor)
+    except MonitorError:
+        # The next look tells what has become of it.
+        return
+    task.warn(
+        f"an I/O error stopped the guest while set {intent.id} was made, and it was resumed: the file system of the"
+        " repository, or of its own disks, was full or failed for a moment"
+    )
 
 
 async def share_bandwidth(session: VmSession) -> None:

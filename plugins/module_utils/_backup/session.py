@@ -96,6 +96,8 @@ class VmTask:
     """Whether the connection has broken off once while a set was drafted or started."""
     begun_again: bool = False
     """Whether an attempt of this call was withdrawn because its copies were not of one moment."""
+    resumed: float = 0.0
+    """When its guest was resumed last, which an I/O error had stopped."""
     silent_since: float = 0.0
     """When its monitor was first found not to answer."""
     pause: float = FIRST_PAUSE
