@@ -178,6 +178,12 @@ totals:
     bytes: 136118280
     broken: 0
     leftovers: 1
+unknown:
+  description: Those of O(names) that stand for no VM of the repository. If there are any, the module fails.
+  returned: always, also where a VM could not be read
+  type: list
+  elements: str
+  sample: []
 """
 
 import gc
@@ -304,6 +310,7 @@ async def main_task(module: AnsibleModule) -> dict[str, Any]:
         "leftovers": len(left),
     }
     result: dict[str, Any] = {"changed": False, "sets": sets, "vms": vms, "leftovers": left, "totals": totals}
+    result["unknown"] = unknown
     if errors:
         raise BackupError("; ".join(errors), **result)
     if unknown:

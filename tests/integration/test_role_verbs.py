@@ -193,6 +193,28 @@ def test_cancel(vms: Vms, directory: Path, hypervisor: Hypervisor) -> None:
     assert "no set is being made" in again.output
 
 
+@pytest.mark.parametrize("shared", [True, False])
+def test_cancel_of_some_vms_of_all_hypervisors(vms: Vms, directory: Path, shared: bool) -> None:
+    started = []
+    hosts = {}
+    for number, name in enumerate(("web01", "db01", "db02")):
+        vm = vms.start(vms.disk(number), name=name)
+        sets = Sets(directory / ("repository" if shared else name))
+        sets.start(vm, speed=SLOW)
+        started.append(vm)
+        hosts[f"hv{number}"] = {"vm_backup_repository": str(sets.path)}
+    three = Hypervisor(directory, hosts=hosts)
+    del three.variables["vm_backup_repository"]
+    for options in (("--check",), ()):
+        play = three.play("cancel", *options, names=["web*", "db01"])
+        assert play.rc == 0, play.output
+    assert [len(vm.block_jobs) for vm in started] == [0, 0, 1]
+    play = three.play("cancel", names=["db02", "wbe01"])
+    assert play.rc == 2, play.output
+    assert "vm_backup_names: no repository of these hypervisors has a VM of the name wbe01. " in play.output
+    assert started[2].block_jobs == []
+
+
 def test_a_shared_repository_is_looked_after_once(chain: Chain, directory: Path) -> None:
     three = Hypervisor(directory, ("hv1", "hv2", "hv3"))
     verified = three.play("verify", id="")

@@ -27,7 +27,7 @@ MAX_NAMES = 30
 
 
 def unknown_vms(
-    unknown: Sequence[str], known: Sequence[str], path: str, *, option: str = "names", **details: Any
+    unknown: Sequence[str], known: Sequence[str], path: str, /, *, option: str = "names", **details: Any
 ) -> Refused:
     """Return what is said of VMs that the repository at C(path) does not know, and which there are.
 
