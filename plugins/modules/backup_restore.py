@@ -455,8 +455,12 @@ async def restore_disks(module: AnsibleModule, repository: Repository, catalog: 
     if not params["id"]:
         require_newest(repository, catalog)
     manifest = catalog.find(params["id"] or "", latest_time(params))
+    failure = catalog.failed_sets.get(manifest.id)
+    if failure:
+        warn(module, f"set {manifest.id} was not good when it was verified last, and may restore as damaged: {failure}")
     options = RestoreOptions(params["overwrite"], Checksum(params["checksum"]), module.check_mode)
-    old = read_old_domain(repository, manifest) if params["domain"] == DEFINE else None
+    is_checked = options.checksum != Checksum.FALSE
+    old = read_old_domain(repository, manifest, is_checked) if params["domain"] == DEFINE else None
     disks = disk_restores(params, catalog, manifest, old.raw_files() if old else {})
     domain = await plan_domain(repository, old, disks, domain_request(params)) if old else None
     look = partial(check_again, domain, disks) if domain else None

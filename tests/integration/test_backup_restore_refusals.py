@@ -14,6 +14,7 @@ import pytest
 
 from ansible_collections.vmfleet.backup.tests.harness.backup import snapshot
 from ansible_collections.vmfleet.backup.tests.harness.library import NAME, Chain, Library, restored_to
+from ansible_collections.vmfleet.backup.tests.harness.modules import fail
 from ansible_collections.vmfleet.backup.tests.harness.restoring import one_disk, pins
 
 if t.TYPE_CHECKING:
@@ -154,3 +155,15 @@ class TestOptions:
         assert {path: state[-1] for path, state in snapshot(library.path.parent).items()} == {
             path: state[-1] for path, state in before.items()
         }
+
+
+def test_a_set_that_was_not_good_when_it_was_verified_last(chain: Chain, where: Path) -> None:
+    flip(chain.library, "s2")
+    wanted = {"repository": str(chain.library.path), "depth": "checksum"}
+    assert "not what was written" in fail("backup_verify", wanted)["msg"]
+    flip(chain.library, "s2")
+    # It may be the machine that is not good.
+    for set_id, is_told in (("s1", False), ("s3", True)):
+        result = chain.library.restore(id=set_id, directory=str(where), overwrite=True)
+        told = f"set {set_id} was not good when it was verified last, and may restore as damaged: "
+        assert any(warning.startswith(told) for warning in result.get("warnings", ())) == is_told

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import TYPE_CHECKING
 
 from .._common.fields import Fields, Flag, Maybe, Names, OneOf, Several, Text, Time, Whole, check_schema, load
@@ -78,5 +79,15 @@ def parse_description(content: bytes) -> dict[str, Any]:
 
 def read_description(repository: Repository, manifest: Manifest) -> dict[str, Any]:
     """Return what C(vm.json) of a set says. OSError, ValueError or WrongEntry where it cannot be read."""
+    return parse_description(_content(repository, manifest))
+
+
+def is_as_written(repository: Repository, manifest: Manifest) -> bool:
+    """Return whether C(vm.json) has the SHA-256 that its manifest says, if any. OSError, WrongEntry as above."""
+    wanted = manifest.description_sha256
+    return wanted is None or hashlib.sha256(_content(repository, manifest)).hexdigest() == wanted
+
+
+def _content(repository: Repository, manifest: Manifest) -> bytes:
     with repository.opened(manifest.vm.name, manifest.id) as place:
-        return parse_description(place.read(DESCRIPTION, LARGE))
+        return place.read(DESCRIPTION, LARGE)

@@ -186,7 +186,7 @@ class Hypervisor:
 class Manifest(Document):
     """A finished set. C(frozen_ms) is how long the guest's file systems were frozen for it.
 
-    C(libvirt_uri) is that of the Intent; documents of before do not have it.
+    C(libvirt_uri) is that of the Intent, and C(description_sha256) that of vm.json; documents of before have neither.
     """
 
     MOST: ClassVar[int] = LARGE
@@ -209,6 +209,7 @@ class Manifest(Document):
     libvirt_uri: str = field(default="", metadata=TEXT)
     consistency_reason: str = field(default="", metadata=TEXT)
     frozen_ms: int = field(default=0, metadata=SIZE)
+    description_sha256: str | None = field(default=None, metadata=SHA256)
     collection: str = field(default=COLLECTION_VERSION, metadata=TEXT)
     schema: int = field(default=SCHEMA, metadata=NUMBER_OF_SCHEMA)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import os
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -19,7 +20,7 @@ from .._common.fields import LONG
 from .._host.confinement import set_file_label
 from .._host.directory import WrongEntry
 from .._host.files import UNFINISHED, set_mode
-from .documents import Manifest
+from .documents import LARGE, Manifest
 from .json_file import dump, read_document, write_document
 from .repository import (
     DESCRIPTION,
@@ -94,7 +95,16 @@ def describe(repository: Repository, intent: Intent, manifest: Manifest) -> None
     # Sets whose manifest cannot be read may be the newest ones, and come back.
     manifest = replace(manifest, sequence=newest + 1 + len(records.unread))
     with opened(repository, intent) as staging:
-        write_document(staging, MANIFEST, manifest, PUBLISHED_MODE)
+        digest = _digest_of_description(staging)
+        write_document(staging, MANIFEST, replace(manifest, description_sha256=digest), PUBLISHED_MODE)
+
+
+def _digest_of_description(staging: Directory) -> str | None:
+    """Return the SHA-256 of vm.json; None where there is none that anybody could read."""
+    try:
+        return hashlib.sha256(staging.read(DESCRIPTION, LARGE)).hexdigest()
+    except (FileNotFoundError, WrongEntry):
+        return None
 
 
 def publish(repository: Repository, intent: Intent) -> Manifest:

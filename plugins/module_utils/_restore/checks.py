@@ -20,6 +20,7 @@ from .._host.lock import lock_directory, locked
 from .._host.open_files import refuse_used
 from .._qemu import image_lock
 from .._qemu.image_chain import ImageRefused, open_chain
+from .._qemu.qcow2 import read_header
 from .._repository.catalog import read_catalog
 from .._repository.images import check_all, layers
 from .._repository.json_file import OddDocument, read_document
@@ -71,7 +72,22 @@ def is_restored(repository: Repository, disk: DiskRestore) -> bool:
     if disk.overlay:
         # An overlay is there to be written to.
         expected = replace(expected, size=receipt.size, mtime=receipt.mtime)
-    return replace(receipt, when="") == replace(expected, when="")
+    return replace(receipt, when="") == replace(expected, when="") and (
+        not disk.overlay or _is_overlay_of(disk.target, repository.set_image_path(disk.manifest, disk.image))
+    )
+
+
+def _is_overlay_of(path: str, image: str) -> bool:
+    """Return whether a file builds on an image, or reads no other one any more. The next file may get its inode."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        try:
+            backing = read_header(fd).backing
+        finally:
+            os.close(fd)
+    except (OSError, ValueError):
+        return False
+    return not backing or os.path.realpath(os.path.join(os.path.dirname(path), backing)) == os.path.realpath(image)
 
 
 def read_receipt(path: str) -> Restoration | None:

@@ -19,7 +19,7 @@ from .._common.errors import BackupError, Refused, in_words
 from .._host.directory import WrongEntry
 from .._qemu.answers import Odd
 from .._qemu.domain_xml import parse_domain, parse_xml
-from .._repository.description import read_description
+from .._repository.description import is_as_written, read_description
 from .._repository.repository import check_owner
 from .definition import is_nvram
 
@@ -88,12 +88,20 @@ class OldDomain:
                 )
 
 
-def read_old_domain(repository: Repository, manifest: Manifest) -> OldDomain:
-    """Return the domain of a set. Refused where it has none, BackupError where that cannot be read."""
+def read_old_domain(repository: Repository, manifest: Manifest, checksum: bool) -> OldDomain:
+    """Return the domain of a set. Refused where it has none, BackupError where that cannot be read.
+
+    With C(checksum), it has to be what was written.
+    """
     # Whoever can write its XML can have the domain do anything.
     check_owner(repository, manifest.vm.name)
     try:
         description = read_description(repository, manifest)
+        if checksum and not is_as_written(repository, manifest):
+            raise BackupError(
+                f"VM {manifest.vm.name}: vm.json of set {manifest.id} is not what was written: its SHA-256 is another"
+                " one than that in the manifest. If you have changed it yourself, use checksum: false"
+            )
     except (OSError, ValueError, WrongEntry) as error:
         raise BackupError(
             f"VM {manifest.vm.name}: vm.json of set {manifest.id} cannot be read ({in_words(error)}), and no other"

@@ -115,12 +115,12 @@ def _objection(repository: Repository, vm: str, path: str, pins: Iterable[Pin]) 
     except WrongEntry as error:
         return str(error)
     there = os.path.lexists(path)
-    if there and (receipt is None or receipt.method != RestoreMethod.OVERLAY):
-        return f"{path} is no overlay that was made by a restore; remove it by hand"
     is_begun = there or os.path.lexists(path + PARTIAL)
     if receipt and is_begun and (receipt.repository, receipt.vm) != (repository.uuid, vm):
         where = "" if receipt.repository == repository.uuid else " from another repository"
         return f"{path} is disk {receipt.disk} of VM {receipt.vm}{where}, and not of VM {vm}"
+    if there and (receipt is None or receipt.method != RestoreMethod.OVERLAY):
+        return f"{path} is no overlay that was made by a restore; remove it by hand"
     if receipt and there and not _is_made(repository, receipt, path):
         notes = [path + RECEIPT, *(os.path.join(repository.directory(vm), annotation_name(pin)) for pin in pins)]
         return (

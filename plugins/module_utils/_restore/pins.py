@@ -102,7 +102,18 @@ async def remove_other_pins(repository: Repository, vm: str, disk: DiskRestore, 
 
     So does that of one on another file system, which was mounted there before.
     """
-    needed = [make_pin(disk)] if disk.overlay else []
+    await _remove_pins_of_target(repository, vm, disk, [make_pin(disk)] if disk.overlay else [], warnings)
+
+
+async def remove_former_pins(repository: Repository, vm: str, disk: DiskRestore, warnings: list[str]) -> None:
+    """Remove the pins of another VM's disk that stood at the target, and was replaced."""
+    if repository.has(vm):
+        await _remove_pins_of_target(repository, vm, disk, [], warnings)
+
+
+async def _remove_pins_of_target(
+    repository: Repository, vm: str, disk: DiskRestore, needed: Sequence[Pin], warnings: list[str]
+) -> None:
     others = [
         pin
         for pin in read_annotations(repository, vm).pins

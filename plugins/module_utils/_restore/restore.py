@@ -37,10 +37,11 @@ from .checks import (
     lock_target,
     make_receipt,
     open_images,
+    read_receipt,
     refuse_collisions,
 )
 from .model import Checksum
-from .pins import is_noted, make_pin, pinned, put_pin, remove_other_pins
+from .pins import is_noted, make_pin, pinned, put_pin, remove_former_pins, remove_other_pins
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
@@ -272,7 +273,10 @@ async def _write_file(run: RestoreRun, disk: DiskRestore) -> None:
                 # This comes last: libvirt may take its time to answer.
                 check_unused(disk.target)
             _check_made(disk.partial, made)
+            former = read_receipt(disk.receipt) if replaces[0] else None
             _take_name(repository, disk, replaces, made)
+            if former and former.repository == repository.uuid and former.vm != run.vm:
+                await remove_former_pins(repository, former.vm, disk, run.warnings)
     except BaseException as error:
         with after(error):
             # A call on one that hangs would never return.

@@ -12,7 +12,7 @@ from .._common.errors import BackupError
 from .._host.directory import WrongEntry
 from .._host.files import UNFINISHED
 from .._repository.annotations import Depth
-from .._repository.description import read_description
+from .._repository.description import is_as_written, read_description
 from .._repository.repository import DESCRIPTION, INTENT, MANIFEST
 from .model import REMEDY, Finding
 
@@ -56,12 +56,14 @@ def _unexpected(repository: Repository, catalog: VmCatalog, manifest: Manifest) 
 
 def _bad_description(repository: Repository, manifest: Manifest) -> list[str]:
     """Return what is wrong with the description of the VM."""
+    path = os.path.join(repository.set_path(manifest.vm.name, manifest.id), DESCRIPTION)
     try:
         read_description(repository, manifest)
+        if not is_as_written(repository, manifest):
+            return [f"{path} is not what was written: its SHA-256 is another one than that in the manifest; {REMEDY}"]
     except WrongEntry as error:
         return [str(error)]
     except (OSError, ValueError) as error:
-        path = os.path.join(repository.set_path(manifest.vm.name, manifest.id), DESCRIPTION)
         why = error.strerror if isinstance(error, OSError) else error
         return [f"{path} cannot be read ({why}), and no other file says how the VM was built; {REMEDY}"]
     return []

@@ -23,6 +23,7 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._restore.checks imp
     refuse_collisions,
 )
 from ansible_collections.vmfleet.backup.plugins.module_utils._restore.model import RestoreMethod
+from ansible_collections.vmfleet.backup.tests.harness.images import qemu_img
 from ansible_collections.vmfleet.backup.tests.unit.plugins.builders import write
 from ansible_collections.vmfleet.backup.tests.unit.plugins.restoring import IMAGE, MANIFEST, disk_restore
 
@@ -84,6 +85,13 @@ class TestDone:
         path.write_bytes(b"content")
         return path
 
+    @pytest.fixture
+    def overlay(self, repository: Repository, tmp_path: Path) -> Path:
+        path = tmp_path / "disk"
+        image = repository.set_image_path(MANIFEST, IMAGE)
+        qemu_img("create", "-q", "-u", "-f", "qcow2", "-b", image, "-F", "qcow2", path, "1M")
+        return path
+
     def note(self, repository: Repository, path: Path, method: RestoreMethod) -> None:
         done = disk_restore(path, method)
         write(done.receipt, asdict(make_receipt(repository, done, path.stat())))
@@ -101,23 +109,35 @@ class TestDone:
         assert not any(is_restored(repository, other) for other in others)
         assert not is_restored(replace(repository, uuid="another"), disk_restore(target))
 
+    @pytest.mark.parametrize(("method", "stays"), [(RestoreMethod.COPY, False), (RestoreMethod.OVERLAY, True)])
     def test_what_was_touched_is_another_unless_it_is_there_to_be_written_to(
-        self, repository: Repository, target: Path
+        self, repository: Repository, overlay: Path, method: RestoreMethod, stays: bool
     ) -> None:
-        for method, stays in ((RestoreMethod.COPY, False), (RestoreMethod.OVERLAY, True)):
-            self.note(repository, target, method)
-            assert is_restored(repository, disk_restore(target, method))
-            target.write_bytes(b"written to since then")
-            assert is_restored(repository, disk_restore(target, method)) == stays
+        self.note(repository, overlay, method)
+        assert is_restored(repository, disk_restore(overlay, method))
+        with overlay.open("ab") as file:
+            file.write(b"written to since then")
+        assert is_restored(repository, disk_restore(overlay, method)) == stays
 
-    def test_another_file_in_its_place(self, repository: Repository, target: Path) -> None:
-        self.note(repository, target, RestoreMethod.OVERLAY)
-        status = target.stat()
-        other = target.with_name("other")
-        other.write_bytes(target.read_bytes())
+    def test_another_file_in_its_place(self, repository: Repository, overlay: Path) -> None:
+        self.note(repository, overlay, RestoreMethod.OVERLAY)
+        status = overlay.stat()
+        other = overlay.with_name("other")
+        other.write_bytes(overlay.read_bytes())
         os.utime(other, ns=(status.st_mtime_ns, status.st_mtime_ns))
-        other.replace(target)
-        assert not is_restored(repository, disk_restore(target, RestoreMethod.OVERLAY))
+        other.replace(overlay)
+        assert not is_restored(repository, disk_restore(overlay, RestoreMethod.OVERLAY))
+
+    def test_another_image_with_its_inode(self, repository: Repository, overlay: Path) -> None:
+        self.note(repository, overlay, RestoreMethod.OVERLAY)
+        other = overlay.with_name("other")
+        qemu_img("create", "-q", "-f", "qcow2", other, "1M")
+        # By now it is a disk of its own.
+        overlay.write_bytes(other.read_bytes())
+        assert is_restored(repository, disk_restore(overlay, RestoreMethod.OVERLAY))
+        for content in (overlay.read_bytes().replace(b"QFI", b"QFX", 1), b""):
+            overlay.write_bytes(content)
+            assert not is_restored(repository, disk_restore(overlay, RestoreMethod.OVERLAY))
 
     def test_no_receipt_no_file_half_a_receipt(self, repository: Repository, target: Path) -> None:
         self.note(repository, target, RestoreMethod.COPY)
