@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -69,6 +69,26 @@ async def within(seconds: float, function: Callable[P, T], *args: P.args, **kwar
     call = (answer, lambda: function(*args, **kwargs))
     threading.Thread(target=answer_in_thread, args=call, daemon=True).start()
     return await asyncio.wait_for(answer, seconds)
+
+
+def wait_within(seconds: float, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Do what within() does where no event loop can wait: this thread waits. TimeoutError where that takes longer."""
+    answers: SimpleQueue[tuple[Any, BaseException | None]] = SimpleQueue()
+
+    def work() -> None:
+        try:
+            answers.put((function(*args, **kwargs), None))
+        except BaseException as raised:  # noqa: BLE001
+            answers.put((None, raised))
+
+    threading.Thread(target=work, daemon=True).start()
+    try:
+        found, error = answers.get(timeout=seconds)
+    except Empty:
+        raise TimeoutError from None
+    if error is not None:
+        raise error
+    return found  # type: ignore[no-any-return]
 
 
 def answer_in_thread(answer: asyncio.Future[Any], function: Callable[[], Any]) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from .._host.mounts import Place, mount_of, place_of
 from .._host.process import machine_id
+from .._host.threads import wait_within
 
 if TYPE_CHECKING:
     from .annotations import Pin
@@ -17,6 +18,10 @@ if TYPE_CHECKING:
 
 PARTIAL = ".partial"
 """What the name of a restored disk ends with until it is complete."""
+TIMEOUT = 10.0
+"""Seconds for one look at an overlay. It takes far less than a millisecond, unless its file system hangs."""
+_hanging: set[str] = set()
+"""Where looks have hung. A process that looks at pins soon ends, and many pins may be of one place."""
 
 
 def is_read(pin: Pin) -> bool:
@@ -28,10 +33,23 @@ def reader(pin: Pin) -> str:
     """Return who reads a set, as its pin says; empty where that is gone.
 
     Only the machine that it is on can say that, and only where its file system is mounted: a VM may go on with the
-    overlay when that is back.
+    overlay when that is back. One that hangs says nothing.
     """
     reads = f"{pin.path} on {pin.host} reads it"
-    if pin.machine_id != machine_id() or any(may_be_there(pin.path + end) for end in ("", PARTIAL)):
+    if pin.machine_id != machine_id():
+        return reads
+    place = pin.mount or os.path.dirname(pin.path)
+    try:
+        if place not in _hanging:
+            return wait_within(TIMEOUT, _reader_here, pin, reads)
+    except TimeoutError:
+        _hanging.add(place)
+    return f"{reads}, or did: the file system that it is on does not answer. Bring that back, or unmount it"
+
+
+def _reader_here(pin: Pin, reads: str) -> str:
+    """Return what reader() does of a pin of this machine."""
+    if any(may_be_there(pin.path + end) for end in ("", PARTIAL)):
         return reads
     if not pin.mount:
         return ""

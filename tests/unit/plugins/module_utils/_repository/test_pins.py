@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.process import machine_id
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository import pins
 from ansible_collections.vmfleet.backup.plugins.module_utils._repository.annotations import Pin
-from ansible_collections.vmfleet.backup.plugins.module_utils._repository.pins import PARTIAL, is_read
+from ansible_collections.vmfleet.backup.plugins.module_utils._repository.pins import PARTIAL, is_read, reader
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -57,3 +59,23 @@ def test_a_pin_below_what_cannot_be_entered(tmp_path: Path) -> None:
     assert is_read(replace(pin, path=str(loop / "vda.qcow2")))
     # Below a file there is nothing, for certain.
     assert not is_read(replace(pin, path=str(file / "vda.qcow2")))
+
+
+def test_a_pin_whose_file_system_hangs_stays(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked, ended = [], threading.Event()
+
+    def hang(path: str) -> None:
+        asked.append(path)
+        ended.wait(5)
+        raise FileNotFoundError(path)
+
+    pin = replace(PIN, path=str(tmp_path / "vda.qcow2"), machine_id=machine_id())
+    monkeypatch.setattr(pins, "TIMEOUT", 0.1)
+    monkeypatch.setattr(os, "lstat", hang)
+    try:
+        # The second one is at the same place, which is not waited for again.
+        for one in (pin, replace(pin, path=str(tmp_path / "vdb.qcow2"))):
+            assert reader(one).startswith(f"{one.path} on hv1 reads it, or did: the file system that it is on does not")
+    finally:
+        ended.set()
+    assert len(asked) == 1
