@@ -88,7 +88,8 @@ def _flush(session: Session, copy: Copy) -> Copy:
     except OSError:
         # A second fsync may succeed where the first has failed, and mean nothing.
         with contextlib.suppress(OSError):
-            receipt.set_phase(copy.record_path, copy.record, ReceiptPhase.CANCELLING)
+            phase = ReceiptPhase.LOST if copy.irreplaceable else ReceiptPhase.CANCELLING
+            receipt.set_phase(copy.record_path, copy.record, phase)
         raise
     if copy.record is None:
         return replace(copy, found=CopyState.DONE)
@@ -120,6 +121,9 @@ def _take_name(session: Session, copy: Copy) -> Copy:
         raise OSError(f"{path} is not the image that was finished: somebody moved or changed it")
     _restore_label(session, copy, path)
     if growing:
+        if record.replaces[0] and target_files.identity(drive.target) == tuple(record.replaces):
+            # It was in nobody's use when the copy began, which can be long ago.
+            preflight.refuse_opened(drive.target)
         target_files.take_name(drive.image_path, drive.target, (record.replaces[0], record.replaces[1]))
     receipt.finish(copy.record_path, drive.receipt_path)
     return replace(copy, found=CopyState.DONE)
@@ -146,13 +150,16 @@ async def clean(locked: Locked, copies: Sequence[Copy]) -> list[Copy]:
     ]
     kept = [copy for copy in ended if not copy.failure and copy.irreplaceable]
     lost = [copy for copy in copies if copy.job_id not in {one.job_id for one in kept}]
+    # A job that fails has taken what it had copied by then out of such a bitmap.
+    gaps = [copy for copy in lost if copy.found != CopyState.DEAD and copy.job_id in jobs and copy.clears_always]
     for copy in lost:
         # The mark only tells the next call what to think of a cancelled job: without it that one says a word more.
         with contextlib.suppress(OSError):
-            receipt.set_phase(copy.record_path, copy.record, ReceiptPhase.CANCELLING)
+            phase = ReceiptPhase.LOST if copy in gaps else ReceiptPhase.CANCELLING
+            receipt.set_phase(copy.record_path, copy.record, phase)
     await _dismiss(locked, [copy for copy in lost if copy.job_id in job_ids])
     for copy in lost:
-        _remove_files(locked.session, copy)
+        _remove_files(locked.session, copy, copy in gaps)
     return await finish(locked, kept)
 
 
@@ -221,14 +228,14 @@ def _restore_label(session: Session, copy: Copy, path: str) -> None:
             )
 
 
-def _remove_files(session: Session, copy: Copy) -> None:
-    """Remove a growing image and its record."""
+def _remove_files(session: Session, copy: Copy, keeps_record: bool = False) -> None:
+    """Remove a growing image and its record. One that C(keeps_record) is not to be forgotten."""
     drive, record = copy.drive, copy.record
     if drive.existing:
         _restore_label(session, copy, drive.target)
     else:
         target_files.remove(drive.image_path)
-    if not copy.record_path or record is None:
+    if not copy.record_path or record is None or keeps_record:
         return
     if drive.existing and record.phase != ReceiptPhase.PREPARING:
         # The image was there before and stays. That it is not whole must be known: by this the next call may write it.

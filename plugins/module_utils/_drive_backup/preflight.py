@@ -157,7 +157,7 @@ def refuse_lost_increment(copy: Copy, accepted: bool) -> None:
     record = copy.record
     if copy.found != CopyState.DEAD or record is None or not record.consumes_bitmap or accepted:
         return
-    if record.phase not in (ReceiptPhase.COPYING, ReceiptPhase.COPIED):
+    if record.phase not in (ReceiptPhase.COPYING, ReceiptPhase.COPIED, ReceiptPhase.LOST):
         return
     raise BackupError(
         f"bitmap: the increment of {copy.who} that was started at {record.started} is lost ({copy.reason}), and QEMU"
@@ -280,6 +280,13 @@ async def _refuse_overwriting(copy: Copy, image_format: str) -> None:
     raise Refused("target", f"{drive.target} exists, and {reason}; use another target, or overwrite: true")
 
 
+def refuse_opened(target: str) -> None:
+    """Refuse a target that somebody has open."""
+    if image_lock.is_locked(target):
+        raise Refused("target", f"{target} is in use by another process, a VM most often; see `fuser` of it")
+    open_files.refuse_used("target", target)
+
+
 async def _refuse_used(drive: Drive, image_format: str) -> None:
     """Refuse a target that another process has open as an image, or that is mounted."""
     if not os.path.exists(drive.target):
@@ -288,9 +295,7 @@ async def _refuse_used(drive: Drive, image_format: str) -> None:
         reason = target_files.unusable_device(drive.target)
         if reason:
             raise Refused("target", f"{drive.target} {reason}")
-    if image_lock.is_locked(drive.target):
-        raise Refused("target", f"{drive.target} is in use by another process, a VM most often; see `fuser` of it")
-    open_files.refuse_used("target", drive.target)
+    refuse_opened(drive.target)
     try:
         await qemu_img.run(image_commands.info_command(drive.target, image_format if drive.existing else ""))
     except ToolError as error:

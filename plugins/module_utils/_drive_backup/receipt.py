@@ -55,6 +55,8 @@ class ReceiptPhase(Word):
     """The image is on stable storage: a rename or two, and the record is the receipt."""
     CANCELLING = "cancelling"
     """This attempt is given up: its job and its image are to go."""
+    LOST = "lost"
+    """As that, and QEMU has cleared the bitmap, or part of it, whose changes the image was to hold."""
 
 
 BLOCK = 4096

@@ -55,6 +55,8 @@ def _examine(drive: Drive, vm: Vm, owners: dict[str, str]) -> Copy:
         return replace(copy, job=None, reason=f"it was for VM {record.vm}, which has ended")
     if record.phase == ReceiptPhase.CANCELLING:
         return replace(copy, reason="an earlier call cancelled it")
+    if record.phase == ReceiptPhase.LOST:
+        return replace(copy, reason="an earlier call could not finish it")
     if record.whole:
         return _examine_whole(copy, record)
     if record.origin.is_other_process(vm):

@@ -18,6 +18,7 @@ from .._host.lock import host_lock_path
 from .._host.preallocate import Writeback, keeps_holes
 from .._host.process import boot_id, machine_id, spaces
 from .._qemu import block_jobs, target_image
+from .._qemu.jobs import query_jobs
 from .._qemu.losses import lost_in_copy
 from .._qemu.model import EncryptedSource, moved_nodes
 from .._qemu.query import query_disks
@@ -88,8 +89,14 @@ async def _begin(locked: Locked, vm: Vm, prepared: list[tuple[Copy, target_image
         for copy, target in prepared:
             record = _new_record(copy, vm, attempt, target)
             _claim(copy, record)
-            begun.append(replace(copy, found=CopyState.RUNNING, job=None, record=record))
-            inode, generation = await _make(locked, copy, target)
+            # Until its job is started, a job of this name is somebody else's.
+            begun.append(replace(copy, found=CopyState.DEAD, job=None, record=record))
+            try:
+                inode, generation = await _make(locked, copy, target)
+            except FileExistsError:
+                # That is not ours to remove.
+                receipt.discard(begun.pop().record_path)
+                raise
             record = replace(
                 record,
                 inode=inode,
@@ -98,7 +105,11 @@ async def _begin(locked: Locked, vm: Vm, prepared: list[tuple[Copy, target_image
                 phase=ReceiptPhase.COPYING,
             )
             begun[-1] = replace(begun[-1], record=record)
+        # The look at where disks have data takes its time.
+        vm = replace(vm, jobs=await query_jobs(locked.monitor))
+        preflight.refuse_busy(vm, begun)
         _note_owners(locked, vm, begun)
+        begun = [replace(copy, found=CopyState.RUNNING) for copy in begun]
         await _launch(locked, vm, begun, [target for _copy, target in prepared])
     except MonitorGone as error:
         raise lost(locked.session.request, attempt, str(error)) from error

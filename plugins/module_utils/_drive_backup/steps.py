@@ -17,7 +17,7 @@ from .._common.formats import Word
 from .._qemu.jobs import is_backup_fault
 from .._qemu.model import CANCELLED, Disk
 from .receipt import record_path
-from .request import RequestedState
+from .request import BitmapMode, RequestedState
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -137,6 +137,11 @@ class Copy:
     def irreplaceable(self) -> bool:
         """Whether nothing else knows the changes that its image holds."""
         return self.record is not None and self.record.consumes_bitmap
+
+    @property
+    def clears_always(self) -> bool:
+        """Whether QEMU clears its bitmap of what was copied also where the copy fails."""
+        return self.record is not None and self.record.bitmap_mode == BitmapMode.ALWAYS
 
     @property
     def guest_before(self) -> str:
