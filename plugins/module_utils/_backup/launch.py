@@ -13,7 +13,7 @@ from .._host import preallocate
 from .._plan.model import Quiesce
 from .._qemu import block_jobs
 from .._qemu.bitmaps import bitmap_add, bitmap_merge
-from .._qemu.jobs import query_lengths
+from .._qemu.jobs import query_jobs, query_lengths
 from .._qemu.model import OFF, moved_nodes
 from .._qemu.query import query_disks
 from .._repository.documents import Phase
@@ -56,6 +56,8 @@ async def launch(locked: LockedVm, monitor: Monitor, draft: AttemptDraft, intent
     bitmaps = [
         action for source, disk, link in copied for action in _bitmap_actions(source, disk.image, link, intent.guest)
     ]
+    # Since the look at the VM, other VMs may have been waited for, and the data of its disks looked for.
+    await _refuse_busy(run, monitor)
     if intent.agent:
         intent = await _start_frozen(run, monitor, intent, starts, bitmaps, locked.task.request.quiesce)
     else:
@@ -66,6 +68,15 @@ async def launch(locked: LockedVm, monitor: Monitor, draft: AttemptDraft, intent
     intent = replace(intent, phase=Phase.COPYING)
     await run.repository.update(intent)
     return await _top_up(run, monitor, draft, intent)
+
+
+async def _refuse_busy(run: BackupRun, monitor: Monitor) -> None:
+    """Raise BackupError where somebody else has started a job: no guest is to find out what QEMU does with two."""
+    others = [job for job in await query_jobs(monitor) if not job.ended]
+    busy = [job for job in others if not job.id.startswith(f"vmfleet.{run.repository.tag}.")]
+    if busy:
+        told = ", ".join(f"job {job.id} ({job.type}, {job.status})" for job in busy)
+        raise BackupError(f"busy: {told}; wait for its end, or cancel it with block_job")
 
 
 async def _check_moment(locked: LockedVm, monitor: Monitor, intent: Intent) -> None:
