@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 
 from .._common.errors import JobFailed
 from .._common.formats import Word
-from .._qemu.jobs import is_backup_fault
 from .._qemu.model import CANCELLED, Disk
 from .receipt import record_path
 from .request import BitmapMode, RequestedState
@@ -150,8 +149,11 @@ class Copy:
 
     @property
     def at_fault(self) -> bool:
-        """Whether its target can be why writes of the guest fail."""
-        return is_backup_fault([self.job] if self.job else [], bool(self.record and self.record.reserved))
+        """Whether its target can be why writes of the guest fail: QEMU need not tell, and reserved space can be missing.
+
+        To resume a guest that has stopped for another reason does no harm: it tries its write again, and stops again.
+        """
+        return self.running or self.job is not None
 
     @property
     def begun(self) -> bool:
