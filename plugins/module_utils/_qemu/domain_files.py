@@ -109,10 +109,13 @@ async def _is_same(layer: Source, below: Disk) -> bool:
 
 async def _is_there(path: str) -> bool:
     try:
-        return await within(TIMEOUT, os.path.exists, path)
-    except asyncio.TimeoutError:
+        await within(TIMEOUT, os.stat, path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except (OSError, asyncio.TimeoutError):
         # Whoever looks at it then tells that.
-        return True
+        pass
+    return True
 
 
 def _is_copied(disk: DomainDisk) -> bool:
