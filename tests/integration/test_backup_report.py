@@ -137,6 +137,26 @@ def test_repeated_for_some_it_keeps_the_others(reports: Reports) -> None:
     assert list(reports.path.glob("*.json")) == [reports.path / "s1.json"]
 
 
+def test_repeated_for_some_vms_it_keeps_the_others(reports: Reports) -> None:
+    # The first has failed. Then somebody backs up another VM of that hypervisor on the same day, by its name.
+    reports.write("s1", hv1=told(failed("a"), a_vm("b")))
+    found = reports.write("s1", hv1=told(a_vm("b", changed=False)))
+    assert (found["summary"]["vms"], found["summary"]["failed"]) == (2, 1)
+    assert {vm["name"]: vm["state"] for vm in reports.data("s1")["hypervisors"][0]["vms"]} == {
+        "a": "failed",
+        "b": "published",
+    }
+
+
+def test_a_clock_that_is_behind_does_not_make_a_run_an_old_one(reports: Reports) -> None:
+    reports.of_day(21)
+    late = a_set(id="2026-11-22", started="1970-01-01T00:02:00Z")
+    well = a_set(id="2026-11-22", started="2026-11-22T01:30:00Z")
+    vms = {f"hv{n}": told(a_vm(f"vm{n}", set=well, last=well)) for n in range(5)}
+    reports.write("2026-11-22", **vms, odd=told(a_vm("x", set=late, last=late), failed("db01")))
+    assert "<h1>2026-11-22</h1>" in reports.page("index")
+
+
 def test_runs_at_the_same_time_add_to_each_other(reports: Reports) -> None:
     processes = [
         ModuleProcess("backup_report", reports.arguments("s1", **{f"hv{number}": told(a_vm(f"vm{number}"))}))

@@ -27,7 +27,10 @@ BLANK: dict[str, Any] = {"repository": "", "id": "", "written": "", "error": "",
 
 @dataclass(frozen=True)
 class Run:
-    """A run in the list of runs. C(began) is when its first set was begun, or else when the report was written."""
+    """A run in the list of runs. C(began) is when half of its sets were begun, or else when the report was written.
+
+    A few hypervisors whose clocks are wrong do not give the run another place among the others.
+    """
 
     id: str
     began: str
@@ -40,9 +43,11 @@ class Run:
     def from_report(cls, report: Mapping[str, Any]) -> Run:
         """Return the run of a report, as parse_report() returns it."""
         found = report["summary"]
+        vms = (vm for one in report["hypervisors"] for vm in one["vms"])
+        starts = sorted(vm["set"]["started"] for vm in vms if vm["state"] == VmState.PUBLISHED and vm["set"])
         return cls(
             report["id"],
-            found["began"] or report["written"],
+            min(starts[len(starts) // 2], report["written"]) if starts else report["written"],
             found["vms"],
             found["failed"] + found["cancelled"] + found["hypervisors_failed"],
             found["bytes"],
@@ -67,7 +72,7 @@ def collect(
     for name, record in records.items():
         blank = {"name": name, "state": HypervisorState.WAITING, **BLANK}
         if record:
-            found.append({**blank, **_checked(record)})
+            found.append(_with_others({**blank, **_checked(record)}, earlier.get(name), records))
         elif name in pending and not errors.get(name):
             found.append(earlier.get(name, blank))
         else:
@@ -76,6 +81,20 @@ def collect(
             )
     found += [one for name, one in earlier.items() if name not in records]
     return {"schema": SCHEMA, "id": set_id, "written": now, "summary": summarize(found), "hypervisors": found}
+
+
+def _with_others(
+    told: dict[str, Any], before: Mapping[str, Any] | None, records: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Any]:
+    """Return what a hypervisor has told, with the VMs of the report before that nobody has told of now.
+
+    A run may be repeated for some VMs, and what is said of the others is still true.
+    """
+    if before is None or told["state"] != HypervisorState.REPORTED or told["repository"] != before["repository"]:
+        return told
+    vms = [vm for record in records.values() for vm in record.get("vms", ()) if isinstance(vm, dict)]
+    now = {vm.get("name") for vm in vms}
+    return {**told, "vms": [*told["vms"], *(vm for vm in before["vms"] if vm["name"] not in now)]}
 
 
 def _checked(record: Mapping[str, Any]) -> dict[str, Any]:

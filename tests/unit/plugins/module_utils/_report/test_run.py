@@ -57,7 +57,7 @@ def test_the_summary_counts() -> None:
         "verified": 1,
         "damaged": 1,
     }
-    assert Run.from_report(found) == Run(ID, f"{ID}T01:29:00Z", 6, 3, 1800 * MIB, 120.0)
+    assert Run.from_report(found) == Run(ID, f"{ID}T01:30:00Z", 6, 3, 1800 * MIB, 120.0)
 
 
 @pytest.mark.parametrize(
