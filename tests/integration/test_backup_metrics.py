@@ -165,6 +165,20 @@ def test_a_vm_that_is_gone_grows_old_until_it_is_forgotten(collector: Collector)
     assert set(collector.values("last_success_timestamp_seconds")) == {NAME}
 
 
+def test_a_vm_without_a_set_stays_where_a_run_is_for_others(collector: Collector) -> None:
+    bad = {"name": "db01", "state": "failed", "error": "no space"}
+    collector.run(results=[bad])
+    assert collector.values("last_success_timestamp_seconds") == {"db01": 0}
+    place = collector.library.path / "db01"
+    place.mkdir()
+    (place / ".s3.failed.json").write_text("{}")
+    collector.run(NAME)
+    assert collector.values("last_success_timestamp_seconds")["db01"] == 0
+    shutil.rmtree(place)
+    collector.run(NAME)
+    assert set(collector.values("last_success_timestamp_seconds")) == {NAME}
+
+
 def test_a_vm_that_has_moved_is_the_matter_of_another(collector: Collector) -> None:
     collector.add("db01")
     collector.run(NAME, "db01")

@@ -70,9 +70,14 @@ def status_from_repository(repository: Repository, name: str, set_id: str) -> di
 
 
 def made_here(repository: Repository, name: str) -> bool:
-    """Return whether this machine made the newest set of a VM: the VM may run on another hypervisor by now."""
+    """Return whether this machine made the newest set of a VM: the VM may run on another hypervisor by now.
+
+    One that has no set yet, and only what was left by those that failed, is not the matter of another one.
+    """
     sets = repository.records(name).sets
-    maker = sets[-1].hypervisor if sets else None
+    if not sets:
+        return repository.has(name)
+    maker = sets[-1].hypervisor
     return maker is not None and maker.machine_id == machine_id()
 
 
