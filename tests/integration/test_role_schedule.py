@@ -22,6 +22,7 @@ import yaml
 from ansible_collections.vmfleet.backup.tests.harness.modules import ROOT
 from ansible_collections.vmfleet.backup.tests.harness.playbooks import Play
 
+ROLE = Path(__file__).parents[2] / "roles" / "schedule"
 INVENTORY = "/etc/ansible/in ventory.yml"
 ODD = "/srv/my 50%/$HOME/\"prune\" 'b' \\x.yml"
 JOBS: list[dict[str, t.Any]] = [
@@ -181,3 +182,24 @@ def test_bad_input_is_refused(controller: Controller, variables: dict[str, t.Any
     assert play.rc != 0, play.output
     assert said in play.output
     assert controller.names() == []
+
+
+@pytest.mark.parametrize(
+    "zone", ["Europe/Berlin", "Europe/London", "Europe/Helsinki", "America/New_York", "Australia/Sydney", "Asia/Tokyo"]
+)
+def test_each_night_has_a_day_of_its_own_in_utc(zone: str) -> None:
+    """The default id is that day: a second run on it would make no sets."""
+    [calendar] = {
+        job["calendar"]
+        for job in yaml.safe_load((ROLE / "defaults" / "main.yml").read_text())["schedule_jobs"]
+        if job["name"] == "backup"
+    }
+    done = subprocess.run(
+        ["systemd-analyze", "calendar", "--base-time=2027-01-01 12:00", "--iterations=365", "--", calendar],
+        env={**os.environ, "TZ": zone, "LC_ALL": "C"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    days = re.findall(r"\(in UTC\): \w+ (\S+) ", done.stdout)
+    assert len(days) == len(set(days)) == 365
