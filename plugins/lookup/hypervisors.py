@@ -42,6 +42,7 @@ _raw:
   elements: str
 """
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ansible import context
@@ -51,8 +52,18 @@ from ansible.plugins.loader import lookup_loader
 from ansible.plugins.lookup import LookupBase
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
     from typing import Any
+
+
+def _spelled_out(limit: str) -> Iterator[str]:
+    """Yield the patterns of C(--limit), with those of a file (@file) in its place, as Ansible reads them."""
+    for pattern in split_host_pattern(limit):
+        if pattern.startswith("@"):
+            lines = Path(pattern[1:]).read_text(encoding="utf-8").splitlines()
+            yield from (line.strip() for line in lines if line.strip())
+        else:
+            yield pattern
 
 
 class LookupModule(LookupBase):
@@ -72,8 +83,7 @@ class LookupModule(LookupBase):
             )
             return set(lookup.run(split_host_pattern(pattern), given))
 
-        # A file of hosts (@file) has been read by Ansible.
-        left = matching(limit if limit and "@" not in limit else "all")
+        left = matching(",".join(_spelled_out(limit)) or "all")
         for pattern in terms:
             found = matching(pattern)
             if not found:

@@ -51,6 +51,24 @@ def test_a_limit_that_leaves_no_host(directory: Path) -> None:
     assert "none of the hosts that match 'hv1' is left by --limit hv2, so nothing was done" in play.output
 
 
+def test_a_limit_of_a_file_that_leaves_no_host(directory: Path) -> None:
+    hypervisor = Hypervisor(directory, hosts=("hv1", "hv2"))
+    (directory / "some.retry").write_text("hv2\n\n")
+    play = hypervisor.play("status", "-e", "vm_backup_hosts=hv1", "--limit", f"@{directory / 'some.retry'}")
+    assert play.rc != 0, play.output
+    assert "none of the hosts that match 'hv1' is left by --limit @" in play.output
+
+
+def test_a_name_that_nobody_knows_does_not_keep_the_report_back(
+    vms: Vms, hypervisor: Hypervisor, directory: Path
+) -> None:
+    vm = vms.start(name="web01")
+    play = hypervisor.run(sockets=[str(vm.monitor)], names=["web01", "wbe02"], report_dir=str(directory / "reports"))
+    assert play.rc == 2, play.output
+    assert "no hypervisor of this run has a VM of the name wbe02" in play.output
+    assert (directory / "reports" / "s1.json").exists()
+
+
 def test_check_mode_with_a_vm_that_would_fail(vms: Vms, hypervisor: Hypervisor, directory: Path) -> None:
     good = vms.start(name="web01")
     listed = [{"monitor": str(good.monitor)}, {"monitor": str(directory / "gone.qmp"), "name": "db01"}]
