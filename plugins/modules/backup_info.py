@@ -144,8 +144,10 @@ sets:
 vms:
   description: >-
     The VMs, each with C(name), C(sets) (how many), C(bytes), C(newest) (the id of the newest set), C(created), C(age)
-    of that set in seconds, C(level), C(verified) (its depth, or empty) and C(ok) (whether the newest set is whole, and
-    neither it nor one that it builds on has failed a verification).
+    of that set in seconds, C(uuid) (of the VM that it is of, empty where it has none), C(level), C(verified) (its
+    depth, or empty) and C(ok) (whether the newest set is whole, and neither it nor one that it builds on has failed a
+    verification). If a set was made while the clock was ahead by more than a day, its age is the time by which it is
+    ahead.
   returned: always, also where a VM could not be read
   type: list
   elements: dict
@@ -156,6 +158,7 @@ vms:
       newest: "2026-11-30"
       created: "2026-11-30T10:48:42Z"
       age: 20
+      uuid: ef50a7a0-fdc5-4186-b939-cf63ad10902d
       level: full
       verified: ""
       ok: true
@@ -193,6 +196,7 @@ from typing import TYPE_CHECKING
 from ansible.module_utils.basic import AnsibleModule
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.errors import BackupError, in_words
+from ansible_collections.vmfleet.backup.plugins.module_utils._common.formats import age_of
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.selection import Selection, selection_argument_spec
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.probe import probe_if_there
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.worker import run_in_worker
@@ -266,7 +270,8 @@ def describe_vm(sets: list[dict[str, Any]], catalog: VmCatalog, now: datetime) -
         "bytes": sum(one["bytes"] for one in sets),
         "newest": newest["id"],
         "created": newest["created"],
-        "age": max(0, int((now - start_time(catalog.records.sets[-1])).total_seconds())),
+        "age": age_of(start_time(catalog.records.sets[-1]), now),
+        "uuid": catalog.records.sets[-1].vm.uuid,
         "level": newest["level"],
         "verified": verified["depth"] if verified and verified["ok"] else "",
         "ok": not newest["broken"] and newest["id"] not in catalog.failed_sets,

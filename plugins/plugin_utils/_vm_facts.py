@@ -23,7 +23,7 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._common.fields impo
     Whole,
     load,
 )
-from ansible_collections.vmfleet.backup.plugins.module_utils._common.formats import parse_time
+from ansible_collections.vmfleet.backup.plugins.module_utils._common.formats import age_of, parse_time
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.printable import printable
 from ansible_collections.vmfleet.backup.plugins.module_utils._host.texts import check_directory, read_file
 from ansible_collections.vmfleet.backup.plugins.module_utils._report.record import (
@@ -168,8 +168,7 @@ def with_age(facts: Mapping[str, Any], now: datetime | None = None) -> dict[str,
     """Add the seconds since the newest good set was begun: a cache may be older than it."""
     if not facts["started"]:
         return {**facts, "age": None}
-    passed = (now or datetime.now(timezone.utc)) - parse_time(facts["started"])
-    return {**facts, "age": max(0, int(passed.total_seconds()))}
+    return {**facts, "age": age_of(parse_time(facts["started"]), now or datetime.now(timezone.utc))}
 
 
 def host_names(vms: Sequence[Mapping[str, Any]], taken: Collection[str]) -> list[str]:

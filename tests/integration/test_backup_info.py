@@ -59,6 +59,7 @@ def test_everything_about_a_set(library: Library) -> None:
     assert [(one["parents"], one["chain"]) for one in found["sets"][1:]] == [(["s1"], 2), ([], 1)]
     [vm] = found["vms"]
     age = vm.pop("age")
+    assert vm.pop("uuid") == manifest["vm"]["uuid"]
     begun = datetime.fromisoformat(manifest["started"])
     assert 0 <= age <= (datetime.now(UTC) - begun).total_seconds()
     assert vm == {

@@ -37,6 +37,15 @@ def parse_time(text: str) -> datetime:
     return found if found.tzinfo else found.replace(tzinfo=timezone.utc)
 
 
+def age_of(start: datetime, now: datetime) -> int:
+    """Return the seconds since a start. One that is more than a day ahead was written by a clock that was wrong.
+
+    Nobody knows how old that is: by so much that it is not taken for new.
+    """
+    passed = int((now - start).total_seconds())
+    return -passed if passed < -86400 else max(0, passed)
+
+
 SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
 LONGEST = 3650 * 86400
 """Seconds of the longest time that is meant; 0 is for ever."""

@@ -78,8 +78,9 @@ class HypervisorStatus:
             worker = {}
         expected = expected_vms(here["vms"], here["sockets"], running)
         there = {vm["name"] for vm in found["vms"]}
+        mine = there - _of_others(found["vms"], here["vms"], running)
         selection = Selection(tuple(here["names"]) or None, tuple(here.get("exclude_names", ())))
-        missing = [name for name in expected if name not in there and selection.takes(name)]
+        missing = [name for name in expected if name not in mine and selection.takes(name)]
         begun = {left["vm"] for left in found["leftovers"]} - there
         return cls(
             name=here["name"],
@@ -139,6 +140,16 @@ def expected_vms(
     silent = [vm["monitor"] for vm in others if "name" not in vm] + [one for one in exact if one not in answering]
     names = [vm["name"] for vm in listed if "name" in vm] + [vm["name"] for vm in others if "name" in vm]
     return list(dict.fromkeys([*names, *map(_stem, silent)]))
+
+
+def _of_others(
+    found: Iterable[Mapping[str, Any]], listed: Iterable[Mapping[str, Any]], running: Iterable[Mapping[str, Any]]
+) -> set[str]:
+    """Return the names whose newest set is that of another VM: the VM of this name here has none of its own."""
+    named = {_address(vm["monitor"]): vm["name"] for vm in listed if "name" in vm}
+    uuids = {named.get(vm["monitor"], vm.get("name")): str(vm.get("uuid") or "").lower() for vm in running}
+    pairs = ((vm["name"], str(vm.get("uuid") or "").lower(), uuids.get(vm["name"], "")) for vm in found)
+    return {name for name, of_set, of_vm in pairs if of_set and of_vm and of_set != of_vm}
 
 
 def _workers(fleet: Iterable[HypervisorStatus]) -> list[str]:
@@ -202,7 +213,7 @@ def _rows(leader: HypervisorStatus, fleet: Iterable[HypervisorStatus], oldest: i
     """Return the VMs in a repository. It may be that of several hypervisors, of which this is the first."""
     owners: dict[str, list[str]] = {}
     for one in fleet:
-        for name in one.expected if one.shares(leader) else ():
+        for name in set(one.expected).difference(one.missing) if one.shares(leader) else ():
             owners.setdefault(name, []).append(one.name)
     return [
         StatusRow(vm, _is_bad(vm, oldest), tuple(owners.get(vm["name"], ())), leader.name) for vm in leader.found["vms"]
@@ -220,7 +231,7 @@ def _bad_of(one: HypervisorStatus, fleet: Sequence[HypervisorStatus], leads: boo
     elsewhere = {name for other in fleet if other is not one and one.shares(other) for name in other.expected}
     mine = [name for name in bad if (name not in elsewhere if leads else name in one.expected)]
     begun = _begun(one, fleet) if leads else []
-    return sorted([*one.missing, *begun, *mine], key=str.lower)
+    return sorted({*one.missing, *begun, *mine}, key=str.lower)
 
 
 def _headline(

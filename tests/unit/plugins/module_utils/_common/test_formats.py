@@ -13,6 +13,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from ansible_collections.vmfleet.backup.plugins.module_utils._common.formats import (
+    age_of,
     amount,
     boottime,
     human,
@@ -73,3 +74,9 @@ def test_seconds(text: str, found: float) -> None:
 def test_no_seconds(text: str) -> None:
     with pytest.raises(ValueError, match="such as '10m'"):
         seconds(text)
+
+
+@pytest.mark.parametrize(("begun", "age"), [(-60, 60), (0, 0), (3600, 0), (86400, 0), (86401, 86401), (9**8, 9**8)])
+def test_what_is_far_ahead_is_not_new(begun: int, age: int) -> None:
+    now = datetime(2026, 11, 22, tzinfo=UTC)
+    assert age_of(now + timedelta(seconds=begun), now) == age

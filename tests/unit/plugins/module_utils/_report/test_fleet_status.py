@@ -112,6 +112,23 @@ def test_a_vm_of_two_hypervisors_is_the_matter_of_both_but_not_of_the_first() ->
     assert found["bad"] == {"hv1": [], "hv2": ["a"], "hv3": ["a"]}
 
 
+def test_a_set_of_another_vm_of_the_name_is_none_of_this_one() -> None:
+    ids = ("11111111-1111-4111-8111-111111111111", "22222222-2222-4222-8222-222222222222")
+    running = [[{"monitor": "unix:/run/a.qmp", "name": "a", "uuid": one}] for one in (*ids, "")]
+    fleet = [here(f"hv{n}", row("a", uuid=ids[0]), file="{}", running=one) for n, one in enumerate(running, 1)]
+    found = fleet_status(fleet, "26h")
+    assert found["bad"] == {"hv1": [], "hv2": ["a"], "hv3": []}
+    assert found["text"][0].endswith(" old: 1")
+    assert [line.split()[-1] for line in found["text"][2:]] == ["hv2", "hv3"]
+    assert found["text"][3].endswith("  hv1, hv3")
+    # Where the VM is listed under that name.
+    listed = [{"name": "a", "monitor": "/run/a.qmp"}]
+    called = [{"monitor": "unix:/run/a.qmp", "name": "b", "uuid": ids[1]}]
+    assert fleet_status([{**here("hv1", row("a", uuid=ids[0]), running=called), "vms": listed}])["bad"] == {
+        "hv1": ["a"]
+    }
+
+
 def test_short_names_and_ids_stand_below_their_titles() -> None:
     title, line = fleet_status([here("hv1", row("a", newest="s1"), vms=("a",))])["text"][1:]
     assert line.index("full") == title.index("level")
