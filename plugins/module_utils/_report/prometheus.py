@@ -9,7 +9,7 @@ import hashlib
 import re
 from typing import TYPE_CHECKING
 
-from .._backup.outcome import BAD, VmState
+from .._backup.outcome import BAD, UNFINISHED, VmState
 from .._common.formats import parse_time
 from .._common.printable import printable_lines
 from .._repository.documents import Level
@@ -60,7 +60,8 @@ def _samples(vms: list[dict[str, Any]], now: int) -> Iterator[tuple[str, dict[st
         if last or not vm["damage"]:
             yield "vmfleet_backup_last_success_timestamp_seconds", of_vm, _seconds(last["started"] if last else "")
             yield "vmfleet_backup_last_verified_timestamp_seconds", of_vm, _seconds(vm["verified_at"])
-        if vm["state"] != ABSENT:
+        # A worker may go on with those that are not at their end, and tells nobody here.
+        if vm["state"] not in (ABSENT, *UNFINISHED):
             yield "vmfleet_backup_failed", of_vm, int(vm["state"] in BAD)
         if last:
             yield "vmfleet_backup_duration_seconds", of_vm, last["duration"]

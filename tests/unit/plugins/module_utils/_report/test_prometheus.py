@@ -148,3 +148,9 @@ def test_names_and_units_are_as_prometheus_has_them() -> None:
 def test_no_label_steers_a_terminal() -> None:
     [sample, *_others] = parse(metrics("/srv/backup", [a_vm("a\x1b[2J\u202eb\ud800")], 1000))["vmfleet_backup_damaged"]
     assert dict(sample)["vm"] == r"a\x1b[2J\u202eb\ud800"
+
+
+@pytest.mark.parametrize("state", ["running", "queued"])
+def test_what_is_not_at_its_end_has_neither_failed_nor_not(state: str) -> None:
+    found = values(a_vm(state=state, set=None, last=None))
+    assert found == {"last_success_timestamp_seconds": 0, "last_verified_timestamp_seconds": 0, "damaged": 0}
