@@ -86,3 +86,24 @@ def test_check_mode_tells_who_cannot_be_backed_up(fleet: Hypervisor) -> None:
     assert play.recap("gone")["failed"] == 1
     assert play.recap("good")["failed"] == 0
     assert not fleet.sets.path.exists()
+
+
+def test_one_that_is_lost_before_its_metrics_are_written_has_failed(
+    vms: Vms, directory: Path, closed_port: int
+) -> None:
+    vm = vms.start(name="web01")
+    hypervisor = Hypervisor(directory)
+    (directory / "metrics").mkdir()
+    made = hypervisor.sets.path / "web01" / ID / "manifest.json"
+    connection = f"{{{{ 'ssh' if '{made}' is exists else 'local' }}}}"
+    off = {"ansible_host": "127.0.0.1", "ansible_port": closed_port, "ansible_connection": connection}
+    hypervisor.hosts = {
+        "hv1": off,
+        "hv2": {"vm_backup_allow_empty": True, "vm_backup_sockets": [f"{directory}/*.none"]},
+    }
+    play = hypervisor.run(sockets=[str(vm.monitor)], metrics_dir=str(directory / "metrics"))
+    assert made.exists(), play.output
+    assert play.recap("hv1")["failed"] == 1
+    assert play.recap("hv2")["failed"] == 0
+    assert re.search(r"^FAILED  hv1: .*Connection refused", play.output, re.MULTILINE)
+    assert play.output.count("--limit hv1\n") == 1

@@ -42,7 +42,7 @@ class HypervisorNotes:
     def of(cls, name: str, variables: Mapping[str, Any]) -> HypervisorNotes:
         """Return what stands in the variables of a host."""
         use, done, told = (variables.get(f"__vm_backup_{each}") or {} for each in ("use", "done", "told"))
-        problem = variables.get("__vm_backup_problem") or ""
+        problem = variables.get("__vm_backup_problem") or (told.get("msg", "") if told.get("unreachable") else "")
         if "vms" in done and not fits(done, DONE):
             # Nothing of it is believed, and the others do not depend on it.
             done, problem = {}, problem or "the result of backup_set for its VMs cannot be used"
