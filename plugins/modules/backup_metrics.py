@@ -38,6 +38,13 @@ options:
     type: list
     elements: dict
     default: []
+  identities:
+    description:
+      - By the names of VMs, their C(identity) in RV(vmfleet.backup.backup_plan#module:plan). Sets of another VM that
+        has had the name of one of them do not count for it.
+      - Of a VM that is not here, all sets of its name count.
+    type: dict
+    default: {}
   directory:
     description:
       - The directory of the files for node_exporter, as in its option C(--collector.textfile.directory). It must exist,
@@ -163,12 +170,12 @@ if TYPE_CHECKING:
     from ansible_collections.vmfleet.backup.plugins.module_utils._repository.repository import Repository
 
 
-def add_sets(repository: Repository, set_id: str, vms: list[dict[str, Any]]) -> list[str]:
+def add_sets(repository: Repository, set_id: str, vms: list[dict[str, Any]], identities: dict[str, Any]) -> list[str]:
     """Add to each VM what the repository says of it; return what cannot be read."""
     errors: list[str] = []
     for vm in vms:
         try:
-            vm.update(status_from_repository(repository, vm["name"], set_id))
+            vm.update(status_from_repository(repository, vm["name"], set_id, str(identities.get(vm["name"], ""))))
         except (BackupError, OSError) as error:
             vm["damage"] = f"its sets cannot be read: {in_words(error)}"
             errors.append("VM {}: {}".format(vm["name"], vm["damage"]))
@@ -208,13 +215,13 @@ async def main_task(module: AnsibleModule) -> dict[str, Any]:
     try:
         await probe_if_there(location)
         repository = open_repository(location)
-        errors = add_sets(repository, params["id"], vms)
+        errors = add_sets(repository, params["id"], vms, params["identities"])
         if params["directory"]:
             path = metrics_path(params["directory"], location)
             before = read_text(path)
             in_run = {printable_lines(vm["name"]) for vm in vms}
             absent = absent_vms(repository, [name for name in vms_in(before) if name not in in_run])
-            errors += add_sets(repository, params["id"], absent)
+            errors += add_sets(repository, params["id"], absent, {})
             after = metrics(location, [*vms, *absent], int(parse_time(now).timestamp()))
             if not module.check_mode:
                 write_text(path, after)
@@ -236,6 +243,7 @@ def main() -> None:
             "repository": {"type": "path", "required": True},
             "id": {"type": "str", "required": True},
             "results": {"type": "list", "elements": "dict", "default": []},
+            "identities": {"type": "dict", "default": {}},
             "directory": {"type": "path"},
         },
         supports_check_mode=True,

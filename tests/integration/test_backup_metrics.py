@@ -179,6 +179,19 @@ def test_a_vm_without_a_set_stays_where_a_run_is_for_others(collector: Collector
     assert set(collector.values("last_success_timestamp_seconds")) == {NAME}
 
 
+def test_the_sets_of_another_vm_of_the_name_are_not_those_of_this_one(collector: Collector) -> None:
+    identity = collector.library.manifest(NAME, "s3")["vm"]["identity"]
+    results = [{"name": NAME, "state": "failed", "error": "set s3 belongs to another VM of this name"}]
+    found = collector.run(results=results, identities={NAME: "22222222-2222-4222-8222-222222222222"})
+    [vm] = found["hypervisor"]["vms"]
+    assert (vm["set"], vm["last"], vm["damage"]) == (None, None, "")
+    assert collector.values("last_success_timestamp_seconds") == {NAME: 0}
+    for identities in ({NAME: identity}, {NAME: ""}, {}):
+        [vm] = collector.run(results=results, identities=identities)["hypervisor"]["vms"]
+        assert vm["set"] == vm["last"]
+        assert vm["last"]["id"] == "s3"
+
+
 def test_a_vm_that_has_moved_is_the_matter_of_another(collector: Collector) -> None:
     collector.add("db01")
     collector.run(NAME, "db01")

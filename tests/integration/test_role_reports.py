@@ -239,3 +239,16 @@ def test_a_name_is_no_template(vms: Vms, fleet: Fleet) -> None:
     assert [one["name"] for one in fleet.told()["vms"]] == [name]
     assert set(fleet.samples()[LAST_SUCCESS]) == {(name,)}
     assert "{{ 7 * 7 }}&lt;b&gt;&quot;" in fleet.page()
+
+
+def test_a_vm_has_none_of_the_sets_of_another_one_of_its_name(vms: Vms, fleet: Fleet) -> None:
+    old = vms.start(vms.disk(0), name="web01", uuid="11111111-1111-4111-8111-111111111111")
+    assert fleet.run(sockets=sockets(old)).rc == 0
+    new = vms.start(vms.disk(1), name="web01", uuid="22222222-2222-4222-8222-222222222222")
+    assert fleet.run(sockets=sockets(new)).rc == 2
+    vm = fleet.vm("web01")
+    assert (vm["state"], vm["set"], vm["last"]) == ("failed", None, None)
+    assert fleet.samples()[LAST_SUCCESS] == {("web01",): 0}
+    status = fleet.hypervisors.play("status", sockets=sockets(new), max_age="1d")
+    assert status.rc == 2, status.output
+    assert "no good set that is at most 1d old: web01" in status.output

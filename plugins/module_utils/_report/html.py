@@ -57,11 +57,11 @@ def _verdict(summary: Mapping[str, Any]) -> tuple[str, str]:
     if not summary["vms"]:
         return "There was no VM to back up", "warn"
     if summary[VmState.PUBLISHED] < summary["vms"]:
-        rest = summary["vms"] - summary[VmState.PUBLISHED]
-        return (
-            f"{summary[VmState.PUBLISHED]} of {counted(summary['vms'], 'VM')} backed up, {rest} skipped",
-            "warn",
-        )
+        skipped = summary[VmState.SKIPPED]
+        rest = summary["vms"] - summary[VmState.PUBLISHED] - skipped
+        so_far = f"{summary[VmState.PUBLISHED]} of {counted(summary['vms'], 'VM')} backed up"
+        others = ((skipped, "skipped"), (rest, "not finished"))
+        return ", ".join([so_far, *(f"{number} {state}" for number, state in others if number)]), "warn"
     return "The VM is backed up" if summary["vms"] == 1 else f"All {summary['vms']} VMs are backed up", "good"
 
 

@@ -51,14 +51,17 @@ def status_of_absent(name: str) -> dict[str, Any]:
     return {"name": name, "state": ABSENT, **RUN_FIELDS, **SET_FIELDS}
 
 
-def status_from_repository(repository: Repository, name: str, set_id: str) -> dict[str, Any]:
-    """Return what is known of a VM from its sets: C(set) is the one of this id, C(last) the newest that is good."""
+def status_from_repository(repository: Repository, name: str, set_id: str, identity: str = "") -> dict[str, Any]:
+    """Return what is known of a VM from its sets: C(set) is the one of this id, C(last) the newest that is good.
+
+    With an C(identity), those of another VM that has had its name do not count.
+    """
     catalog = read_catalog(repository, name)
-    sets = catalog.records.sets
+    sets = [one for one in catalog.records.sets if identity in ("", one.vm.identity)]
     damage = {**catalog.failed_sets, **catalog.broken_sets}
     # It may be the newest one.
     unread = next((catalog.records.odd[one] for one in sorted(catalog.records.unread, reverse=True)), "")
-    this = catalog.records.published(set_id)
+    this = next((one for one in sets if one.id == set_id), None)
     last = next((one for one in reversed(sets) if one.id not in damage), None)
     verifications = [catalog.annotations.verification(one) for one in sets]
     return {

@@ -106,6 +106,8 @@ def test_the_verdict_comes_first() -> None:
     assert "1 hypervisor without a result" in read(report(hv1=told(a_vm()), hv2={})).said
     assert "The newest set of 1 VM is damaged" in read(report(hv1=told(a_vm(damage="x")))).said
     assert "1 of 2 VMs backed up, 1 skipped" in read(report(hv1=told(a_vm(), a_vm("b", state="skipped")))).said
+    going_on = told(a_vm(), a_vm("b", state="running"), a_vm("c", state="queued"))
+    assert "1 of 3 VMs backed up, 2 not finished" in read(report(hv1=going_on)).said
 
 
 def test_failures_come_first_with_the_way_out() -> None:
