@@ -186,7 +186,8 @@ unknown:
   returned: always, also where a VM could not be read
   type: list
   elements: str
-  sample: []
+  sample:
+    - wbe02
 """
 
 import gc
