@@ -259,6 +259,7 @@ def test_damaged_metadata_without_a_checksum(vms: Vms, sets: Sets) -> None:
     results = good(sets)
     assert all(one["note"].startswith("made without a checksum: ") for one in results)
     assert str(image) in results[1]["note"]
+    assert info(sets)["s3"]["verified"]["depth"] == "manifest"
     found = bad(sets, depth="image")
     assert list(found) == [(NAME, "s3", "drive1")]
     assert f"image {image} is damaged" in found[(NAME, "s3", "drive1")]["error"]

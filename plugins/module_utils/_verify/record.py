@@ -76,7 +76,7 @@ async def annotate(
             for one in annotations:
                 updated = _updated(now, one, run.warnings)
                 if updated:
-                    write_annotation(repository, vm, updated)
+                    write_annotation(repository, vm, _as_compared(check, updated))
     except (BackupError, OSError) as error:
         # A repository that is mounted read-only is verified all the same.
         run.warnings.append(
@@ -85,6 +85,17 @@ async def annotate(
         )
         return False
     return True
+
+
+def _as_compared(check: SetCheck, one: Verification | Pin) -> Verification | Pin:
+    """Return an annotation that does not claim checksums where an image was made without one.
+
+    What had failed is good again all the same: it was looked at with the depth that was asked for.
+    """
+    if isinstance(one, Pin) or not one.ok or one.depth != Depth.CHECKSUM:
+        return one
+    is_whole = all(image.sha256 for _manifest, image in check.images().values())
+    return one if is_whole else replace(one, depth=Depth.MANIFEST)
 
 
 def _updated(catalog: VmCatalog, one: Verification | Pin, warnings: list[str]) -> Verification | Pin | None:

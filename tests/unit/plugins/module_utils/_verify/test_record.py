@@ -89,6 +89,16 @@ def test_of_two_faults_the_deeper_one_is_not_forgotten(repository: Repository) -
     assert (mark.ok, mark.depth) == (False, Depth.CHECKSUM)
 
 
+def test_checksums_that_nobody_could_compare_are_not_noted(repository: Repository) -> None:
+    made = publish(repository, 1, image("a"))
+    # It is good again all the same: with this depth, nothing more can be looked at.
+    write_annotation(repository, VM, Verification("s1", made.attempt, Depth.CHECKSUM, NOW, ("bad",)))
+    verify(repository, Depth.CHECKSUM)
+    [mark] = read_annotations(repository, VM).verifications
+    assert (mark.ok, mark.depth) == (True, Depth.MANIFEST)
+    assert read_catalog(repository, VM).failed_sets == {}
+
+
 @pytest.mark.parametrize(
     ("before", "errors", "depth", "kept"),
     [
