@@ -107,6 +107,7 @@ options:
       - V(during) writes block devices at the same time, too, so that each image is read once. If a checksum is wrong,
         the task fails. Do not use the content of the block device then.
       - With V(false), an overlay is ready at once.
+      - With O(domain=define), the description of the VM is compared, too, except with V(false).
       - The module always compares the headers of the images with the manifests before it writes anything.
     type: str
     choices: ["true", "false", "during"]
