@@ -2,7 +2,7 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""A real Linux that is stopped by the target of drive_backup, whose space was reserved, but lacked: it goes on."""
+"""A real Linux stopped by a target of drive_backup, whose space was reserved, and was not there: it goes on."""
 
 from __future__ import annotations
 

@@ -149,7 +149,7 @@ class Copy:
 
     @property
     def at_fault(self) -> bool:
-        """Whether its target can be why writes of the guest fail: QEMU need not tell, and reserved space may not be there.
+        """Whether its target can be why the guest's writes fail: QEMU need not tell, and reserved space may be missing.
 
         To resume a guest that has stopped for another reason does no harm: it tries its write again, and stops again.
         """

@@ -28,7 +28,7 @@ from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.model import 
 from ansible_collections.vmfleet.backup.tests.unit.plugins.builders import disk, job, record
 from ansible_collections.vmfleet.backup.tests.unit.plugins.doubles import FakeMonitor, block_job, jobs, monitor
 
-ENDED = {**jobs(block_job("j0", status="concluded")), "job-dismiss": {}}
+ENDED = {**jobs(block_job("j0", status="concluded")), "job-dismiss": {}, "query-status": {"status": "running"}}
 STOPPED = {"query-status": {"status": IO_ERROR}, "cont": {}}
 
 
@@ -119,11 +119,11 @@ class TestFinish:
     [
         ({"error": "Input/output error"}, "running", True),
         ({"error": "Input/output error"}, IO_ERROR, False),
-        ({}, "running", False),
+        ({}, "running", True),
     ],
-    ids=["its target failed", "it stood before", "another reason"],
+    ids=["its target failed", "it stood before", "no error is told"],
 )
-def test_guest_is_resumed_only_if_its_backup_stopped_it(
+def test_guest_is_resumed_if_it_did_not_stand_before(
     values: dict[str, Any], before: str, resumed: bool, target: Path
 ) -> None:
     fake = FakeMonitor(STOPPED)
