@@ -106,11 +106,14 @@ def proc_is_ours() -> bool:
 
 
 def process_stat(pid: int) -> list[str]:
-    """Return the fields of /proc/PID/stat from the state on (proc(5)); empty where there is no such process."""
+    """Return the fields of /proc/PID/stat from the state on (proc(5)); empty where there is no such process.
+
+    OSError where this process cannot look: with too many files open, no process has ended for that.
+    """
     try:
         with open(f"/proc/{pid}/stat", encoding="ascii", errors="replace") as stat:
             return stat.read().rpartition(")")[2].split()
-    except OSError:
+    except (FileNotFoundError, ProcessLookupError, PermissionError):
         return []
 
 

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -140,3 +141,16 @@ class TestDieWithParent:
         command[command.index(str(os.getpid()))] = "1"
         assert subprocess.run(command, check=False).returncode == 0
         assert not (tmp_path / "begun").exists()
+
+
+def test_too_many_open_files_end_no_process(child: subprocess.Popen[bytes]) -> None:
+    found = Process.of(child.pid)
+    assert found
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
+    try:
+        with pytest.raises(OSError, match="Too many open files"):
+            _ = found.alive
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert found.alive
