@@ -52,8 +52,8 @@ options:
   depth:
     description:
       - How much to check. Each value includes the checks of those before it.
-      - V(manifest) reads the manifest and the description of the VM, which must have the SHA-256 in the manifest, if any.
-        All images must exist with the sizes in the manifests, and no other files.
+      - V(manifest) reads the manifest and the description of the VM, which must have the SHA-256 in the manifest, if
+        any. All images must exist with the sizes in the manifests, and no other files.
       - V(checksum) takes the SHA-256 of all images. RV(results[].note) names an image that was made without a checksum.
         The header of an image must match the manifest, too, in its format, the size of the disk, and the backing file.
         It may name no other file, and may not be encrypted.

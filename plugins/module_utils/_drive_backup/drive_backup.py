@@ -135,8 +135,8 @@ async def _save_guest(session: Session, attempt: str) -> None:
             jobs=jobs,
         )
     raise JobFailed(
-        f"VM {now.vm.name}: {reason}. The backup is cancelled. Its targets show no error, so the VM stays stopped:"
-        " check the VM's own disks, then resume it with `cont`",
+        f"VM {now.vm.name}: {reason}. Its jobs have ended before that was seen, so the VM stays stopped: check the"
+        " targets and the VM's own disks, then resume it with `cont`",
         jobs=jobs,
     )
 
