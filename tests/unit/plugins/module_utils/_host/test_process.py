@@ -150,7 +150,7 @@ def test_too_many_open_files_end_no_process(child: subprocess.Popen[bytes]) -> N
     resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
     try:
         with pytest.raises(OSError, match="Too many open files"):
-            _ = found.alive
+            assert found.alive
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     assert found.alive
