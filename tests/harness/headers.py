@@ -55,10 +55,11 @@ def put(image: Path, content: bytes) -> None:
 
 
 def sign(directory: Path, name: str) -> None:
-    """Have the manifests of a VM say of all its images what they are by now, and of which VM they are."""
+    """Have the manifests of a VM say of all its files what they are by now, and of which VM they are."""
     for path in sorted(directory.glob("[!.]*/manifest.json")):
         found = json.loads(path.read_text())
         found["vm"]["name"] = name
+        found["description_sha256"] = hashlib.sha256(path.with_name("vm.json").read_bytes()).hexdigest()
         for disk in found["disks"]:
             image = path.parent / disk["image"]
             disk.update(bytes=image.stat().st_size, sha256=hashlib.sha256(image.read_bytes()).hexdigest())

@@ -169,12 +169,12 @@ class Zoo:
         for case, change in [*((case, change) for case, (change, _said) in CASES.items()), *SURVIVED.items()]:
             directory = self.path / vm_of(case)
             shutil.copytree(self.path / NAME, directory)
-            sign(directory, directory.name)
             description = directory / "s2" / "vm.json"
             found = json.loads(description.read_text())
             change(found, self.names)
             description.chmod(0o600)
             description.write_text(json.dumps(found))
+            sign(directory, directory.name)
         # The QEMU of throwaway VMs notes whom it is started for. It is somebody else, who may write there.
         path.chmod(0o711)
         self.log = path / "started"
