@@ -146,11 +146,11 @@ async def _remove_attempt(locked: LockedVm, intent: Intent) -> None:
         # It may have been started since: on a snapshot of a disk that is being copied it can.
         await _remove_unneeded(locked, _bitmaps_of(intent, seen.vm))
     elif monitor and seen.vm:
-        # A guest that stands still for another reason only tries its write again, and stops again.
-        is_our_fault = any(job.error or not job.ended for job in jobs_of(intent, seen.vm))
+        # No job need tell of an error. A guest that stands still for another reason only stops again.
+        may_be_our_fault = bool(jobs_of(intent, seen.vm)) and intent.guest != IO_ERROR
         await _remove_jobs(locked, monitor, seen.vm, intent.attempt)
         await bitmaps.remove_bitmaps(monitor, _bitmaps_of(intent, seen.vm))
-        if is_our_fault and intent.guest != IO_ERROR:
+        if may_be_our_fault:
             await block_jobs.resume(monitor)
     elif run.is_ours(intent) and intent.attempt not in seen.dead | seen.doubtful:
         raise BackupError(f"{seen.error}; the set is unfinished: run the backup again to clean up")

@@ -258,8 +258,11 @@ def finish_image(repository: Repository, intent: Intent, disk: StagedDisk, held:
 
 async def publish(locked: LockedVm, _reason: str) -> Outcome | Pending:
     """Write the manifest of a set, give the set its name, and remove what its making has left."""
-    run, task, intent = locked.run, locked.task, locked.intent
+    run, task, intent, vm = locked.run, locked.task, locked.intent, locked.seen.vm
     await cleanup.thaw(locked, intent)
+    if locked.monitor and vm and has_stopped(vm.status, intent.guest):
+        # It has stopped at the very end of the copies, after the look before.
+        await block_jobs.resume(locked.monitor)
     if intent.attempt not in locked.records.described:
         await run.repository.describe(intent, _manifest(run, intent, task.flushed[intent.attempt]))
     await _restore_labels(locked)

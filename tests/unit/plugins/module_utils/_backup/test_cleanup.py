@@ -38,6 +38,7 @@ from ansible_collections.vmfleet.backup.tests.unit.plugins.today import OFF, int
 
 if TYPE_CHECKING:
     from ansible_collections.vmfleet.backup.plugins.module_utils._backup.run import BackupRun
+    from ansible_collections.vmfleet.backup.plugins.module_utils._qemu.model import Job
     from ansible_collections.vmfleet.backup.plugins.module_utils._repository.documents import Intent
     from ansible_collections.vmfleet.backup.plugins.module_utils._repository.repository import Repository
 
@@ -95,10 +96,14 @@ def test_a_guest_that_stood_still_before_stays_so(repository: Repository) -> Non
     assert "cont" not in fake.names()
 
 
-def test_a_guest_that_stands_still_for_another_reason_stays_so(repository: Repository) -> None:
+@pytest.mark.parametrize(("jobs", "is_resumed"), [((job(JOB, "concluded"),), True), ((), False)])
+def test_a_guest_that_has_stopped_goes_on_where_there_are_jobs(
+    repository: Repository, jobs: tuple[Job, ...], is_resumed: bool
+) -> None:
+    """They need not tell of an error."""
     fake = scripted()
-    given_up(repository, MADE, Observation(replace(COPYING, jobs=(job(JOB, "concluded"),))), fake)
-    assert "cont" not in fake.names()
+    given_up(repository, MADE, Observation(replace(COPYING, jobs=jobs)), fake)
+    assert ("cont" in fake.names()) == is_resumed
     assert "remove-fd" in fake.names()
 
 
