@@ -24,7 +24,8 @@ if t.TYPE_CHECKING:
 
     from ansible_collections.vmfleet.backup.tests.harness.fixtures import Storage
 
-pytestmark = pytest.mark.slow
+# How the kernel deals with a volume that lacks space for a moment is another thing each time.
+pytestmark = [pytest.mark.slow, pytest.mark.thorough]
 
 
 @pytest.mark.parametrize("while_copying", [True, False])
