@@ -161,3 +161,22 @@ def test_a_frozen_guest_is_thawed_before_its_images_are_read(
         monkeypatch.setattr(finish, "_finish_images", finish_images)
         in_run(repository, flush)
     assert found == [False]
+
+
+@pytest.mark.parametrize(("now", "before", "resumed"), [("io-error", "running", 1), ("io-error", "io-error", 0)])
+def test_a_guest_that_has_stopped_though_no_job_tells_of_an_error_goes_on(
+    repository: Repository, monkeypatch: pytest.MonkeyPatch, now: str, before: str, resumed: int
+) -> None:
+    fake = FakeMonitor({"query-status": {"status": now}, "cont": {}})
+    monkeypatch.setattr(finish, "Monitor", lambda *_args: fake)
+    task = VmTask(PLANNED)
+    records = VmRecords(intents=(intent(guest=before),))
+
+    async def follow_twice(run: BackupRun) -> None:
+        for _look in range(2):
+            # Not again at once: the guest's own disk may be at fault.
+            await finish.follow(looked_at(run, Observation(vm(status=now, jobs=at(1, 1))), records, task), "")
+
+    in_run(repository, follow_twice)
+    assert fake.names().count("cont") == resumed
+    assert len(task.warnings) == resumed
