@@ -165,3 +165,16 @@ def clean(vms: Vms, directory: Path) -> t.Iterator[t.Callable[[], None]]:
 
     yield check
     check()
+
+
+@pytest.fixture
+def slow_look(directory: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
+    """A look at where a disk has data that makes the first file when it begins, and ends when the second is there."""
+    real, (begun, end) = shutil.which("qemu-img"), (directory / "begun", directory / "end")
+    program = directory / "bin" / "qemu-img"
+    program.parent.mkdir()
+    wait = f"touch {begun}; while [ ! -e {end} ]; do sleep 0.02; done"
+    program.write_text(f'#!/bin/sh\n[ "$1" != map ] || {{ {wait}; }}\nexec {real} "$@"\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
+    return begun, end

@@ -24,6 +24,7 @@ from ansible_collections.vmfleet.backup.tests.harness.fixtures import (
     directory,
     libvirt,
     libvirt_bed,
+    slow_look,
     start_module,
     storage,
     target,
@@ -47,7 +48,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     leave_out([item for item in items if item.path.parent == Path(__file__).parent])
 
 
-__all__ = ["clean", "directory", "libvirt", "libvirt_bed", "start_module", "storage", "target", "vm", "vms"]
+__all__ = [
+    "clean",
+    "directory",
+    "libvirt",
+    "libvirt_bed",
+    "slow_look",
+    "start_module",
+    "storage",
+    "target",
+    "vm",
+    "vms",
+]
 
 
 @pytest.fixture

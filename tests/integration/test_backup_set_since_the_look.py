@@ -6,8 +6,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import typing as t
 
 import pytest
@@ -32,18 +30,12 @@ def test_job_that_began_after_the_look(
     sets: Sets,
     directory: Path,
     start_module: t.Callable[..., ModuleProcess],
-    monkeypatch: pytest.MonkeyPatch,
+    slow_look: tuple[Path, Path],
 ) -> None:
     """The look at where a disk has data may take half a minute."""
     vm = vms.start(name="web01")
     plan = sets.plan(vm)["plan"]
-    real, begun, end = shutil.which("qemu-img"), directory / "begun", directory / "end"
-    program = directory / "bin" / "qemu-img"
-    program.parent.mkdir()
-    wait = f"touch {begun}; while [ ! -e {end} ]; do sleep 0.02; done"
-    program.write_text(f'#!/bin/sh\n[ "$1" != map ] || {{ {wait}; }}\nexec {real} "$@"\n')
-    program.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
+    begun, end = slow_look
     call = start_module("backup_set", {"plan": plan})
     wait_until(begun.exists, "the look")
     create(directory / "foreign.qcow2", 64 * MIB)

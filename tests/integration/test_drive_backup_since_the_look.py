@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import typing as t
 
@@ -37,19 +36,6 @@ if t.TYPE_CHECKING:
     from ansible_collections.vmfleet.backup.tests.harness.qemu import Qemu
 
 pytestmark = pytest.mark.usefixtures("clean")
-
-
-@pytest.fixture
-def slow_look(directory: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
-    """A look at where a disk has data that makes the first file when it begins, and ends when the second is there."""
-    real, (begun, end) = shutil.which("qemu-img"), (directory / "begun", directory / "end")
-    program = directory / "bin" / "qemu-img"
-    program.parent.mkdir()
-    wait = f"touch {begun}; while [ ! -e {end} ]; do sleep 0.02; done"
-    program.write_text(f'#!/bin/sh\n[ "$1" != map ] || {{ {wait}; }}\nexec {real} "$@"\n')
-    program.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
-    return begun, end
 
 
 INCREMENTAL = {"sync": "incremental", "bitmap": "b0"}

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from .._common.errors import AgentError, BackupError, after
 from .._host import preallocate
+from .._plan.decide import busy_with
 from .._plan.model import Quiesce
 from .._qemu import block_jobs
 from .._qemu.bitmaps import bitmap_add, bitmap_merge
@@ -72,11 +73,9 @@ async def launch(locked: LockedVm, monitor: Monitor, draft: AttemptDraft, intent
 
 async def _refuse_busy(run: BackupRun, monitor: Monitor) -> None:
     """Raise BackupError where somebody else has started a job: no guest is to find out what QEMU does with two."""
-    others = [job for job in await query_jobs(monitor) if not job.ended]
-    busy = [job for job in others if not job.id.startswith(f"vmfleet.{run.repository.tag}.")]
+    busy = busy_with(await query_jobs(monitor), run.repository.tag)
     if busy:
-        told = ", ".join(f"job {job.id} ({job.type}, {job.status})" for job in busy)
-        raise BackupError(f"busy: {told}; wait for its end, or cancel it with block_job")
+        raise BackupError(busy)
 
 
 async def _check_moment(locked: LockedVm, monitor: Monitor, intent: Intent) -> None:

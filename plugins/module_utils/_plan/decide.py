@@ -160,9 +160,9 @@ def _not_begun(
         )
     if seen.vm is None:
         return _silent(request, seen, context)
-    busy = ", ".join(f"job {job.id} ({job.type}, {job.status})" for job in _foreign_jobs(seen.vm, context.tag))
+    busy = busy_with(seen.vm.jobs, context.tag)
     if busy:
-        return Case.BUSY, f"busy: {busy}; wait for its end, or cancel it with block_job"
+        return Case.BUSY, busy
     if seen.vm.domain and seen.vm.domain.job:
         return Case.BUSY, (
             f"busy: libvirt is working on the domain: {seen.vm.domain.job}; wait for its end (virsh domjobinfo)"
@@ -287,6 +287,8 @@ def in_doubt(intent: Intent) -> str:
     )
 
 
-def _foreign_jobs(vm: Vm, tag: str) -> tuple[Job, ...]:
-    """Return the jobs of a VM that are none of this repository's."""
-    return tuple(job for job in vm.active_jobs() if not job.id.startswith(f"vmfleet.{tag}."))
+def busy_with(jobs: Iterable[Job], tag: str) -> str:
+    """Return what is said of jobs that have not ended and are not this repository's; empty where there are none."""
+    foreign = (job for job in jobs if not job.ended and not job.id.startswith(f"vmfleet.{tag}."))
+    told = ", ".join(f"job {job.id} ({job.type}, {job.status})" for job in foreign)
+    return f"busy: {told}; wait for its end, or cancel it with block_job" if told else ""

@@ -13,6 +13,7 @@ import asyncio
 import re
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING
 
 from .._common.errors import BackupError, MonitorGone
@@ -23,7 +24,7 @@ from .._qemu.domain_xml import LOCAL, Source, parse_domain, parse_xml
 from .._qemu.libvirt_connection import NO_DOMAIN, LibvirtConnection
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
     from typing import Any, TypeVar
     from xml.etree.ElementTree import Element
 
@@ -112,9 +113,9 @@ class LibvirtHost(LibvirtConnection):
         """Return the images of all domains, by their names."""
         found = {}
         for domain in self._connection.listAllDomains(0):
-            looks = _looks(domain)
-            images = tuple(source for look in looks for source in self._images(look))
-            tops = tuple(source for look in looks for source in self._images(look, tops=True))
+            looks = [self._tops_and_below(look) for look in _looks(domain)]
+            images = tuple(source for look in looks for source in chain(*look))
+            tops = tuple(source for top, _below in looks for source in top)
             found[domain.name()] = KnownDomain(images, tops, self._is_saved(domain))
         return found
 
@@ -128,28 +129,32 @@ class LibvirtHost(LibvirtConnection):
             # It may have gone at this moment.
             return bool(error.get_error_code() != NO_DOMAIN)
 
-    def _images(self, look: Callable[[], str], tops: bool = False) -> Iterator[Source]:
-        """Return the files and block devices that an XML names, and the volumes that may be such.
+    def _images(self, look: Callable[[], str]) -> Iterator[Source]:
+        """Return the files and block devices that an XML names, and the volumes that may be such."""
+        tops, below = self._tops_and_below(look)
+        return chain(tops, below)
 
-        With C(tops), only those that a guest writes to.
-        """
+    def _tops_and_below(self, look: Callable[[], str]) -> tuple[list[Source], list[Source]]:
+        """Return of the images of _images() those that a guest writes to, and those that these build on."""
         try:
             xml = parse_domain(look())
         except Odd:
             # It is none that anybody could start.
-            return
+            return [], []
         except self.libvirt.libvirtError:
             if not self.is_alive():
                 raise
             # It has gone at this moment, or was not saved.
-            return
+            return [], []
         firmware = xml.firmware
-        for named in (
-            *(disk.source for disk in xml.disks),
-            *(layer for disk in xml.disks for layer in disk.chain if not tops),
-            Source(firmware.nvram_kind, firmware.nvram, firmware.nvram_format),
-        ):
-            source = place_of(self.libvirt, self._connection, named)
+        variables = Source(firmware.nvram_kind, firmware.nvram, firmware.nvram_format)
+        tops = [*(disk.source for disk in xml.disks), variables]
+        return [*self._placed(tops)], [*self._placed(layer for disk in xml.disks for layer in disk.chain)]
+
+    def _placed(self, named: Iterable[Source]) -> Iterator[Source]:
+        """Return where these images stand, without those that are on no file system or device of a machine."""
+        for each in named:
+            source = place_of(self.libvirt, self._connection, each)
             if source.kind in (*LOCAL, *UNKNOWN) and source.path:
                 yield source
 
